@@ -1,0 +1,91 @@
+"""What the parts of the program promise each other: the batch, the model's output, and the protocols.
+
+B batch rows, T seq_length, D hidden_size, V vocab_size, N scored positions, n positions of one readout chunk.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+IGNORE_INDEX = -100
+"""The label of a position without a target."""
+
+
+@dataclass
+class Batch:
+    """One micro-batch, on the training device. Labels are already aligned: nothing later shifts them."""
+
+    input_ids: Tensor  # (B, T) int64
+    labels: Tensor  # (B, T) int64: the target of the output at t, IGNORE_INDEX where there is none
+    position_ids: Tensor  # (B, T) int64: position inside the document, 0 at its first token in the row
+    document_ids: Tensor  # (B, T) int32: equal inside a document, different between neighbours; padding is its own
+    source_ids: Tensor  # (B, T) int32: index into the run's list of sources, -1 on padding
+    packed: bool  # whether a row may hold more than one document, so that attention needs a document mask
+
+    def rows(self, start: int, stop: int) -> "Batch":
+        """Rows `start` to `stop` as a view: how a step is cut into micro-batches."""
+        cut = {k: v[start:stop] if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+        return Batch(**cut)
+
+    def to(self, device: torch.device) -> "Batch":
+        moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+        return Batch(**moved)
+
+
+class Readout(Protocol):
+    """Maps any slice of hidden states to vocabulary scores; an nn.Module, so its parameters are listed."""
+
+    provides: str  # what a score is: "logits" or "distances"
+    table: Tensor  # (V, D) the input embedding table, for losses that compare with embeddings
+
+    def __call__(self, hidden: Tensor) -> Tensor: ...  # (n, D) -> (n, V)
+
+    def parameters(self) -> Any: ...
+
+
+@dataclass
+class ModelOutput:
+    """What a trunk returns: hidden states, and the readout that would turn them into scores."""
+
+    hidden: Tensor  # (B, T, D)
+    readout: Readout
+
+
+class LanguageModel(Protocol):
+    """A trunk plus readout. No loss, optimizer, print or device choice inside.
+
+    May define `after_optimizer_step()` and `set_progress(p)`; the trainer calls them when they exist.
+    """
+
+    is_causal: bool
+    vocab_size: int
+
+    def __call__(self, batch: Batch) -> ModelOutput: ...
+
+
+@dataclass
+class Chunk:
+    """What a token loss sees: some scored positions, with their scores in fp32."""
+
+    scores: Tensor  # (n, V)
+    labels: Tensor  # (n,) int64, every one a real target
+    table: Tensor  # (V, D) input embedding table
+    progress: float  # fraction of the run's horizon, 0 at the first update and 1 at the last
+
+
+class TokenLoss(Protocol):
+    """A loss on the vocabulary. Returns one value per position; the stack sums and divides by the whole step's count."""
+
+    name: str
+    weight: Any  # a Schedule
+    needs: str  # "logits" or "distances": must equal the readout's `provides`
+
+    def per_token(self, chunk: Chunk) -> Tensor: ...  # (n,)
+
+
+def call_if_defined(module: nn.Module, method: str, *args: Any) -> None:
+    """Call an optional hook of a model (`after_optimizer_step`, `set_progress`)."""
+    if (hook := getattr(module, method, None)) is not None:
+        hook(*args)
