@@ -35,14 +35,19 @@ class Batch:
 
 
 class Readout(Protocol):
-    """Maps any slice of hidden states to vocabulary scores; an nn.Module, so its parameters are listed."""
+    """Maps any slice of hidden states to vocabulary scores.
+
+    A light view of tensors the model owns under its published names, not a module: making one at every forward costs
+    nothing and adds nothing to the state dict.
+    """
 
     provides: str  # what a score is: "logits" or "distances"
     table: Tensor  # (V, D) the input embedding table, for losses that compare with embeddings
+    linear: tuple[Tensor, Tensor | None] | None  # (weight (V, D), bias (V,)) if scores are hidden @ weight.T + bias, else None
 
     def __call__(self, hidden: Tensor) -> Tensor: ...  # (n, D) -> (n, V)
 
-    def parameters(self) -> Any: ...
+    def parameters(self) -> list[Tensor]: ...  # every tensor the scores depend on besides hidden
 
 
 @dataclass
@@ -76,7 +81,12 @@ class Chunk:
 
 
 class TokenLoss(Protocol):
-    """A loss on the vocabulary. Returns one value per position; the stack sums and divides by the whole step's count."""
+    """A loss on the vocabulary. Returns one value per position; the stack sums and divides by the whole step's count.
+
+    May define `gradient(chunk, scale, out) -> (n,)`: the values, with scale * d(sum of values)/d(scores) written over `out`
+    (n, V), which may be `chunk.scores` itself. Without autograd and its temporaries this is much faster; a loss that reads
+    `chunk.table` leaves it out, as it has a gradient for the table too.
+    """
 
     name: str
     weight: Any  # a Schedule

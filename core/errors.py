@@ -39,3 +39,9 @@ class NoData(UserError):
     """No source is left to read from."""
 
     exit_code = 3
+
+
+class Interrupted(UserError):
+    """Ctrl-C or SIGTERM, after the checkpoint was saved."""
+
+    exit_code = 130

@@ -1,0 +1,5 @@
+"""The losses a preset can name."""
+
+from core.losses.cross_entropy import CrossEntropy, CrossEntropySettings
+
+LOSSES = {"cross_entropy": (CrossEntropySettings, CrossEntropy)}

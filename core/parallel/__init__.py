@@ -1,0 +1,10 @@
+"""One small interface over one device and many: what differs between them, and nothing else.
+
+`Single` and `DDP` have the same methods. Numbers and objects travel over the host (gloo), gradients over the device's own
+backend.
+"""
+
+from core.parallel.ddp import DDP
+from core.parallel.single import Single
+
+__all__ = ["DDP", "Single"]

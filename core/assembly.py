@@ -1,0 +1,444 @@
+"""The only file that knows models, losses, data and trainer together: a preset in, a ready Trainer out.
+
+In:    a preset, the runtime, the ranks, the project's root folder
+Out:   TrainingSession: the trainer with its log, and what a person should know before it starts
+State: none; everything lives in the objects it builds
+"""
+
+import hashlib
+import json
+import shutil
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from core.checkpoint import FORMAT, CheckpointStore, load_model
+from core.contracts import Batch, call_if_defined
+from core.data.documents import Source
+from core.data.loader import Loader
+from core.data.mixing import Mixer, MixSettings, SourceFailed
+from core.data.pipeline import Pipeline, PipelineSettings, Position
+from core.data.sources import NAMED_SOURCES, SOURCES, build_source, open_sources
+from core.data.tokenizer import SAMPLE_CHARACTERS, Tokenizer, build_tokenizer
+from core.data.validation import HoldOut, plan_hold_out, validation_rows
+from core.errors import NoData, SourceUnavailable, UserError
+from core.evaluation import Evaluator
+from core.generation import generate
+from core.losses import LOSSES
+from core.losses.stack import LossStack
+from core.metrics import MetricsLog
+from core.models import MODELS
+from core.optim import Optimizer
+from core.preset import RUN_TOKENS, preset_class, preset_json
+from core.randomness import derive_seed
+from core.runtime import Runtime
+from core.trainer import Horizon, Objective, Progress, Trainer
+
+JOBS = ["train"]
+Preset = preset_class(MODELS, LOSSES, SOURCES, NAMED_SOURCES, JOBS)
+MIRRORS = {"lm": "simple_lm_trained.pth"}
+"""Lineages whose newest checkpoint has another name as well (specification 003)."""
+
+COMPILE_PAYS_AFTER_SECONDS = 600.0
+"""Compiling takes about a minute on two cores and makes steps shorter by some tenths (docs/LOG.md)."""
+
+
+@dataclass
+class TrainingSession:
+    """A trainer, ready to go, and what is told about it."""
+
+    trainer: Trainer
+    log: MetricsLog
+    start_event: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+# models --------------------------------------------------------------------------------------------------------------
+
+
+def build_model(preset: Any, vocab_size: int) -> nn.Module:
+    """The preset's model with weights that follow from its seed."""
+    torch.manual_seed(derive_seed(preset.train.seed, "init"))
+    return MODELS[preset.model.type][1](preset.model, vocab_size)
+
+
+def build_stack(preset: Any) -> LossStack:
+    return LossStack([LOSSES[settings.type][1](settings) for settings in preset.losses])
+
+
+def count_parameters(preset: Any, vocab_size: int) -> int:
+    """Trainable and frozen parameters, shared ones once, without allocating any."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in build_model(preset, vocab_size).parameters())
+
+
+def memory_estimate(preset: Any, parameters: int, vocab_size: int, bf16: bool) -> int:
+    """Bytes one device needs, roughly: weights, gradients and AdamW in fp32, activations of one micro-batch, the readout."""
+    model, train = preset.model, preset.train
+    positions = train.per_gpu_batch_size * model.seq_length
+    width = model.hidden_size * 14 + 2 * (model.intermediate_size or 4 * model.hidden_size)
+    activations = positions * model.num_layers * width * (2 if bf16 else 4)
+    readout = 2 * vocab_size * (model.hidden_size * 4 + 512 * 4)
+    return 16 * parameters + activations + readout
+
+
+# data ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class PipelineFactory:
+    """Makes a Pipeline, here or in a worker process; opened sources and the tokenizer do not travel, they are made again."""
+
+    sections: list[Any]
+    root: Path
+    seed: int
+    tokenizer_state: dict[str, Any]
+    hold_out: HoldOut
+    settings: PipelineSettings
+    sources: list[Source] | None = None
+    tokenizer: Tokenizer | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "sources": None, "tokenizer": None}
+
+    def __call__(self, position: Position, lanes: list[int]) -> Pipeline:
+        if self.sources is None or self.tokenizer is None:
+            self.sources = [build_source(section, self.root, self.seed) for section in self.sections]
+            for source in self.sources:
+                try:
+                    source.open()
+                except SourceUnavailable as error:
+                    raise SourceFailed(source.name, str(error)) from None
+            self.tokenizer = Tokenizer.from_state(self.tokenizer_state)
+        return Pipeline(self.sources, self.tokenizer, self.hold_out, self.settings, position, lanes)
+
+
+def open_data(preset: Any, root: Path, parallel: Any) -> tuple[list[Any], list[Source], dict[str, str]]:
+    """(sections, sources) that every rank could open, and why the others could not. Raises NoData when none is left."""
+    sections = list(preset.data.sources)
+    opened, failed = open_sources([build_source(section, root, preset.train.seed) for section in sections])
+    for other in parallel.gather(failed):
+        failed = {**other, **failed}
+    kept = [source for source in opened if source.name not in failed]
+    if not kept:
+        reasons = "\n".join(f"  {name}: {reason}" for name, reason in failed.items())
+        raise NoData(f"no source of preset {preset.name} could be opened:\n{reasons}")
+    return [section for section in sections if section.name not in failed], kept, failed
+
+
+def mix_settings(preset: Any, sections: list[Any]) -> MixSettings:
+    weights = preset.data.source_weights or [1.0] * len(preset.data.sources)
+    by_name = {section.name: weight for section, weight in zip(preset.data.sources, weights)}
+    return MixSettings(
+        preset.data.mix_strategy, tuple(by_name[s.name] for s in sections), preset.train.seed, preset.train.max_epochs
+    )
+
+
+def sample_texts(sources: list[Source], mix: MixSettings, hold_out: HoldOut, characters: int) -> list[str]:
+    """Training text in the run's own order and mix: what a tokenizer is trained on."""
+    drops: dict[str, int] = {}
+    while True:
+        texts, length = [], 0
+        try:
+            for draw in Mixer(sources, mix, drops):
+                if draw.document and not hold_out.holds(sources[draw.source].name, draw.document):
+                    texts.append(draw.document.text)
+                    length += len(draw.document.text)
+                if length >= characters or draw.index >= characters // 100:
+                    break
+            return texts
+        except SourceFailed as failure:  # training will drop it too, loudly
+            drops[failure.name] = 0
+
+
+def epoch_tokens(sources: list[Source], hold_out: HoldOut, tokenizer: Tokenizer, min_text_length: int, limit: int) -> int:
+    """Training tokens of one pass over all sources, counted; stops at `limit`. What schedules span under max_epochs."""
+    total = 0
+    for source in sources:
+        if not source.finite:
+            return limit
+        try:
+            for document in source.stream({}):
+                if len(document.text) >= min_text_length and not hold_out.holds(source.name, document):
+                    total += len(tokenizer.encode_batch([document.text])[0]) + 1
+                if total >= limit:
+                    return limit
+        except SourceUnavailable:
+            continue
+    return total
+
+
+def fingerprint(settings: PipelineSettings, sections: list[Any], hold_out_fraction: float, tokenizer_state: dict) -> str:
+    """Equal exactly when the order and content of rows are."""
+    described = [
+        repr(settings),
+        [section.model_dump(mode="json") for section in sections],
+        hold_out_fraction,
+        hashlib.sha256(tokenizer_state["json"].encode()).hexdigest(),
+    ]
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
+
+
+def data_position(saved: dict[str, Any] | None, print_now: str, sources: list[Source]) -> tuple[Position, list[str]]:
+    """Where to go on reading. After a change of the data section each source goes on where it was, the mix begins anew."""
+    if saved is None:
+        return Position(0, {}, None, {}), []
+    lanes = {int(lane): tuple(after) for lane, after in saved["lanes"].items()}
+    if saved["fingerprint"] == print_now:
+        return Position(saved["rows"], lanes, saved["snapshot"], dict(saved["drops"])), []
+    cursors = (saved["snapshot"] or {}).get("cursors", {})
+    kept = [source.name for source in sources if cursors.get(source.name)]
+    note = "the data section, the tokenizer or the reachable sources have changed since the checkpoint: the mix begins anew"
+    return Position(0, {}, {"index": 0, "cursors": cursors}, {}), [
+        note + (f"; {', '.join(kept)} go on where they were" if kept else "")
+    ]
+
+
+# the session ---------------------------------------------------------------------------------------------------------
+
+
+def build_training(
+    preset: Any, runtime: Runtime, parallel: Any, root: Path, make_views: Any, should_stop: Any
+) -> TrainingSession:
+    """Everything from data to trainer. Raises UserError (or NoData) before anything is written."""
+    _refuse_what_is_not_built(preset)
+    if preset.data.lanes % parallel.world_size:
+        raise UserError(
+            f"{parallel.world_size} processes do not divide data.lanes = {preset.data.lanes}; start with another "
+            "--nproc_per_node, or set data.lanes to a multiple of it (which changes the order of the data)."
+        )
+    store = CheckpointStore(root / "checkpoints", preset.lineage, MIRRORS.get(preset.lineage))
+    saved, notes = _load_slot(store, parallel)
+    sections, sources, failed = open_data(preset, root, parallel)
+    warnings = [f"source {name} dropped, the others go on: {reason}" for name, reason in failed.items()]
+    for source in sources:
+        notes += [note if source.name in note else f"{source.name}: {note}" for note in source.notes]
+    hold_out = plan_hold_out(sources, preset.data.validation_fraction, preset.data.min_text_length)
+    notes += hold_out.notes
+    mix = mix_settings(preset, sections)
+    tokenizer, told = _tokenizer(preset, saved, parallel, sources, mix, hold_out)
+    notes += told
+
+    model = build_model(preset, tokenizer.vocab_size)
+    if saved is not None:
+        call_if_defined(model, "prepare_load", saved["model"], notes)
+        notes += load_model(model, saved["model"], f"{preset.lineage}_*.pth")
+    model.to(runtime.device)
+    stack = build_stack(preset)
+    stack.check(_readout_of(model, runtime.device))
+    embeddings = {name for name, p in model.named_parameters() if p.shape[0] == tokenizer.vocab_size}
+    optimizer = Optimizer(list(model.named_parameters()), embeddings, preset.train)
+    if saved is not None and (fresh := optimizer.load(saved["optimizer"])):
+        notes.append(f"optimizer state starts afresh for {len(fresh)} parameters: {', '.join(fresh[:4])}")
+
+    settings = PipelineSettings(mix, preset.data.lanes, preset.model.seq_length, preset.data.packing, preset.data.min_text_length)
+    print_now = fingerprint(settings, sections, preset.data.validation_fraction, tokenizer.state())
+    progress, told = _progress(preset, saved)
+    notes += told
+    saved_data = saved["data"] if saved is not None else None
+    if saved_data is not None and saved_data["drops"] and progress.run_step == 0:
+        saved_data = {**saved_data, "fingerprint": ""}  # a new run gives sources that failed another chance
+    position, told = data_position(saved_data, print_now, sources)
+    notes += told
+    factory = PipelineFactory(
+        sections, root, preset.train.seed, tokenizer.state(), hold_out, settings, sources=sources, tokenizer=tokenizer
+    )
+    rows_per_step = preset.train.per_gpu_batch_size * preset.train.accumulation_steps * parallel.world_size
+    workers = preset.data.workers if preset.data.workers is not None else int(runtime.device.type == "cuda")
+    names = [source.name for source in sources]
+    loader = Loader(
+        factory,
+        position,
+        parallel,
+        rows_per_step,
+        names,
+        preset.data.lanes,
+        packed=preset.data.packing == "documents",
+        workers=workers,
+        pin_memory=runtime.device.type == "cuda",
+        fingerprint=print_now,
+    )
+    horizon = _horizon(preset, sources, hold_out, tokenizer)
+    compile_from_step, compile_told = _compile_plan(preset, runtime, saved, model, horizon)
+    notes.append(compile_told)
+    dtype = runtime.compute_dtype(preset.train.precision)
+    evaluator = Evaluator(
+        lambda: validation_rows(
+            sources, hold_out, tokenizer, preset.model.seq_length, preset.train.eval_tokens, preset.data.min_text_length
+        ),
+        stack,
+        tokenizer.token_bytes(),
+        preset.train.per_gpu_batch_size,
+        parallel,
+        runtime.device,
+        dtype,
+    )
+
+    def sample(model: Any, step: int) -> list[tuple[str, str]]:
+        model.eval()
+        context, seed = preset.model.seq_length, preset.train.seed
+        texts = [
+            (prompt, generate(model, tokenizer, prompt, preset.generate, context, derive_seed(seed, "sample", step, i)))
+            for i, prompt in enumerate(preset.generate.prompts)
+        ]
+        model.train()
+        return texts
+
+    wandb_id = (saved or {}).get("wandb_id") or uuid.uuid4().hex[:12]
+    resolved = preset_json(preset)
+    start_event = {
+        "preset": preset.name,
+        "lineage": preset.lineage,
+        "run": progress.run,
+        "resumed_from": f"step {progress.step}" if saved is not None else None,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "world_size": parallel.world_size,
+        "device": runtime.device_name,
+        "precision": "bf16" if dtype == torch.bfloat16 else "fp32",
+        "budget_tokens": horizon.run_tokens,
+        "run_tokens": progress.run_tokens,
+        "max_steps": preset.train.max_steps,
+        "run_step": progress.run_step,
+        "tokens_per_step": rows_per_step * preset.model.seq_length,
+        "compile": compile_told,
+        "sources": names,
+    }
+    rank_zero = parallel.rank == 0
+    folder = root / "logs" / preset.lineage
+    views = make_views(folder, start_event, resolved, wandb_id, notes) if rank_zero else []
+    log = MetricsLog(folder / "metrics.jsonl" if rank_zero else None, views)
+    log.rewind(progress.step)
+    trainer = Trainer(
+        Objective(model, stack, len(names)),
+        optimizer,
+        loader,
+        parallel,
+        runtime,
+        preset.train,
+        horizon,
+        progress,
+        log,
+        store,
+        evaluate=lambda model, progress: evaluator.run(model, progress),
+        sample=sample,
+        extra_state={
+            "format": FORMAT,
+            "tokenizer": tokenizer.state(),
+            "preset": resolved,
+            "wandb_id": wandb_id,
+            "compile_from_step": compile_from_step,
+        },
+        should_stop=should_stop,
+        source_weights={section.name: w / sum(mix.weights) for section, w in zip(sections, mix.weights)},
+        compile_from_step=compile_from_step,
+    )
+    return TrainingSession(trainer, log, start_event, notes, warnings)
+
+
+def _refuse_what_is_not_built(preset: Any) -> None:
+    if preset.auxiliary.enabled:
+        keys = ", ".join(f"auxiliary.{key}" for key in preset.auxiliary.enabled)
+        raise UserError(f"{keys}: this version has no auxiliary heads yet. Set them to false to train the rest of the preset.")
+
+
+def _load_slot(store: CheckpointStore, parallel: Any) -> tuple[dict[str, Any] | None, list[str]]:
+    """The newest readable slot, on every rank; rank 0 alone judges and moves damaged ones."""
+    state, path, notes = store.load() if parallel.rank == 0 else (None, None, [])
+    path, notes = parallel.broadcast((path, notes))
+    if path is not None and parallel.rank != 0:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    return state, notes
+
+
+def _tokenizer(
+    preset: Any, saved: dict | None, parallel: Any, sources: list[Source], mix: MixSettings, hold_out: HoldOut
+) -> tuple[Tokenizer, list[str]]:
+    """The checkpoint's tokenizer when there is one; else a new one, made on rank 0 and sent to the others."""
+    if saved is not None:
+        tokenizer, wanted = Tokenizer.from_state(saved["tokenizer"]), preset.tokenizer
+        told = saved["preset"]["tokenizer"] != wanted.model_dump(mode="json")
+        return tokenizer, ["the checkpoint's tokenizer is used; the preset's differs"] if told else []
+    state: dict[str, Any] | UserError | None = None
+    if parallel.rank == 0:
+        try:
+            needs_text = preset.tokenizer.type == "bpe"
+            texts = sample_texts(sources, mix, hold_out, SAMPLE_CHARACTERS) if needs_text else []
+            state = build_tokenizer(preset.tokenizer, texts).state()
+        except UserError as error:
+            state = error
+    state = parallel.broadcast(state)
+    if isinstance(state, UserError):
+        raise state
+    return Tokenizer.from_state(state), []
+
+
+def _readout_of(model: nn.Module, device: torch.device) -> Any:
+    one = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    with torch.no_grad():
+        return model(Batch(one, one, one, one.int(), one.int(), packed=False)).readout
+
+
+def _progress(preset: Any, saved: dict[str, Any] | None) -> tuple[Progress, list[str]]:
+    """Go on with an interrupted run, or begin the next one."""
+    if saved is None:
+        return Progress(), []
+    progress = Progress(**saved["progress"])
+    same = saved["preset"]["name"] == preset.name
+    if not progress.finished and same:
+        return progress, [f"run {progress.run} goes on from step {progress.step}, {progress.run_tokens:,} tokens into it"]
+    notes = []
+    if not progress.finished:
+        notes.append(f'run {progress.run} of "{saved["preset"]["name"]}" was left at {progress.run_tokens:,} tokens')
+    begin_next_run(progress, preset.train.runs if same else 1)
+    notes.append(f"run {progress.run} begins from the weights of step {progress.step}")
+    return progress, notes
+
+
+def begin_next_run(progress: Progress, runs: int) -> None:
+    """Count on: a run of its own, and a horizon of its own unless `runs` of them share one."""
+    progress.run += 1
+    progress.run_step = progress.run_tokens = 0
+    progress.finished = False
+    if progress.horizon_runs >= runs or runs == 1:
+        progress.horizon_step = progress.horizon_tokens = progress.horizon_runs = 0
+
+
+def _horizon(preset: Any, sources: list[Source], hold_out: HoldOut, tokenizer: Tokenizer) -> Horizon:
+    train = preset.train
+    tokens = RUN_TOKENS
+    if train.max_epochs is not None:
+        once = epoch_tokens(sources, hold_out, tokenizer, preset.data.min_text_length, RUN_TOKENS)
+        tokens = max(1, min(RUN_TOKENS, once * train.max_epochs))
+    steps = train.max_steps
+    return Horizon(RUN_TOKENS, tokens * train.runs, steps, steps * train.runs if steps else None)
+
+
+def _compile_plan(
+    preset: Any, runtime: Runtime, saved: dict | None, model: nn.Module, horizon: Horizon
+) -> tuple[int | None, str]:
+    """From which step of the lineage on to compile, and why. Decided once per lineage: a resumed run keeps it."""
+    wish = preset.train.compile
+    if wish == "never":
+        return None, "not compiled: the preset says never"
+    if runtime.device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
+        return None, "not compiled: torch.compile needs a C++ compiler, and there is none"
+    if wish == "auto":
+        parameters = sum(p.numel() for p in model.parameters())
+        tokens = horizon.run_tokens
+        if horizon.run_steps is not None:
+            rows = preset.train.per_gpu_batch_size * preset.train.accumulation_steps
+            tokens = min(tokens, horizon.run_steps * rows * preset.model.seq_length)
+        speed = 1e14 if runtime.device.type == "cuda" else 1.5e11  # multiply-adds a second this kind of device reaches, roughly
+        seconds = 6 * parameters * tokens / speed
+        if seconds < COMPILE_PAYS_AFTER_SECONDS:
+            return None, f"not compiled: the run takes about {seconds:.0f} s, too short to pay for compiling"
+    kept = saved.get("compile_from_step") if saved is not None else None
+    if kept is not None:
+        return kept, f"compiled from step {kept + 1} on"
+    first = 1 if saved is None else saved["progress"]["step"] + 1
+    return first, f"compiled from step {first + 1} on; the steps before it run at once"

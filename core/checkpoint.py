@@ -1,0 +1,213 @@
+"""Three rolling slots per lineage that survive a kill at any instant, a full disk and a damaged file.
+
+    checkpoints/<lineage>_current.pth   _prev.pth   _prev2.pth
+
+A new checkpoint is written aside, flushed to the disk, and only then the slots move: prev to prev2, current to prev, new to
+current. Training goes on as soon as the tensors are copied; the writing happens in a thread.
+
+In:    a dict of tensors and plain values
+Out:   the newest slot that can be read
+State: the files
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from core.errors import CheckpointError
+
+FORMAT = 1
+"""Raised when a checkpoint's layout changes in a way that older code cannot read."""
+
+
+class CheckpointStore:
+    """The slots of one lineage. Only rank 0 saves."""
+
+    def __init__(self, folder: Path, lineage: str, mirror: str | None = None):
+        """`mirror`: another file name that always holds what `current` holds."""
+        self.folder, self.lineage = folder, lineage
+        self.slots = [folder / f"{lineage}_{slot}.pth" for slot in ("current", "prev", "prev2")]
+        self._mirror = folder / mirror if mirror else None
+        self._aside = folder / f"{lineage}_current.pth.tmp"
+        self._thread: threading.Thread | None = None
+        self._outcome: tuple[Path | None, float, str] | None = None
+
+    # reading ---------------------------------------------------------------------------------------------------------
+
+    def load(self) -> tuple[dict[str, Any] | None, Path | None, list[str]]:
+        """(state, its file, remarks) of the newest readable slot; (None, None, remarks) when there is none.
+
+        A damaged slot is renamed to `*.damaged`, never deleted. Raises CheckpointError when a slot exists but this program
+        may not or cannot read it: starting afresh would overwrite somebody's work.
+        """
+        notes = []
+        for path in self.slots:
+            if not path.exists():
+                continue
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+                if not isinstance(state, dict) or "model" not in state:
+                    raise ValueError("it holds no model")
+            except PermissionError as error:
+                raise CheckpointError(f"{path} cannot be read: {error}. Mend its permissions, or move it away.") from None
+            except Exception as error:  # whatever reading a damaged file may raise
+                aside = _free_name(path.with_name(path.name + ".damaged"))
+                os.replace(path, aside)
+                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                notes.append(f"{path.name} is damaged ({reason[:120]}); it is now {aside.name}, and an older slot is taken")
+                continue
+            if state.get("format", 0) > FORMAT:
+                raise CheckpointError(
+                    f"{path} has format {state['format']}, this program reads up to {FORMAT}. Update the program, "
+                    "or set another lineage in the preset."
+                )
+            return state, path, notes
+        return None, None, notes
+
+    def peek(self) -> dict[str, Any] | None:
+        """Progress and preset of the newest slot, without reading its tensors; None when there is none to read."""
+        for path in self.slots:
+            if path.exists():
+                try:
+                    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                    return {"path": path, "progress": state["progress"], "preset": state["preset"]}
+                except Exception:  # a preview never judges a slot: loading it for real will say what is wrong
+                    continue
+        return None
+
+    # writing ---------------------------------------------------------------------------------------------------------
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Copy `state` and write it in the background; `outcome()` tells how it went."""
+        self.wait()
+        copied = _copy(state)
+        self._thread = threading.Thread(target=self._write, args=(copied,), name="checkpoint-writer")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until a write in progress is done."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def outcome(self) -> tuple[Path | None, float, str] | None:
+        """(file, seconds, "") of a finished save, or (None, seconds, reason) of a failed one; None: nothing new. Told once."""
+        if self._thread is not None and self._thread.is_alive():
+            return None
+        outcome, self._outcome = self._outcome, None
+        return outcome
+
+    def _write(self, state: dict[str, Any]) -> None:
+        started = time.monotonic()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(self._aside, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            self._rotate()
+        except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
+            self._aside.unlink(missing_ok=True)
+            cause = error.__context__ if isinstance(error.__context__, OSError) else error
+            self._outcome = (None, time.monotonic() - started, str(cause).strip().splitlines()[0])
+            return
+        self._outcome = (self.slots[0], time.monotonic() - started, "")
+
+    def _rotate(self) -> None:
+        current, prev, prev2 = self.slots
+        if prev.exists():
+            os.replace(prev, prev2)
+        if current.exists():
+            os.replace(current, prev)
+        os.replace(self._aside, current)
+        if self._mirror is not None:
+            _link(current, self._mirror)
+        _sync_folder(self.folder)
+
+
+def _link(source: Path, target: Path) -> None:
+    """`target` becomes another name of `source`; a copy where the file system has no hard links."""
+    aside = target.with_name(target.name + ".tmp")
+    aside.unlink(missing_ok=True)
+    try:
+        os.link(source, aside)
+    except OSError:
+        import shutil
+
+        shutil.copyfile(source, aside)
+    os.replace(aside, target)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make renames in a folder survive a power cut (not every platform can)."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def _free_name(path: Path) -> Path:
+    number = 2
+    free = path
+    while free.exists():
+        free, number = path.with_name(f"{path.name}{number}"), number + 1
+    return free
+
+
+def _copy(value: Any) -> Any:
+    """A deep copy with every tensor on the CPU. One tensor under several names (tied weights) is copied once."""
+    seen: dict[int, torch.Tensor] = {}
+
+    def copy(v: Any) -> Any:
+        if isinstance(v, torch.Tensor):
+            if id(v) not in seen:
+                seen[id(v)] = v.detach().to("cpu", copy=True)
+            return seen[id(v)]
+        if isinstance(v, dict):
+            return {key: copy(item) for key, item in v.items()}
+        if isinstance(v, list | tuple):
+            return [copy(item) for item in v]
+        return v
+
+    return copy(value)
+
+
+def load_model(
+    module: torch.nn.Module, saved: dict[str, torch.Tensor], where: str, may_differ: Callable[[str], bool] = lambda name: False
+) -> list[str]:
+    """Load weights by name and shape; returns remarks.
+
+    may_differ   names that may be missing on either side
+    Raises CheckpointError naming everything that does not fit; nothing is changed then.
+    """
+    own = module.state_dict()
+    missing, unknown = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
+    wrong = [
+        f"{name} is {tuple(saved[name].shape)} there, {tuple(own[name].shape)} here"
+        for name in sorted(own.keys() & saved.keys())
+        if own[name].shape != saved[name].shape
+    ]
+    problems = wrong
+    problems += [f"{name} is missing there" for name in missing if not may_differ(name)]
+    problems += [f"{name} is unknown here" for name in unknown if not may_differ(name)]
+    if problems:
+        more = f"\n  ... and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise CheckpointError(
+            f"the weights in {where} do not fit this preset's model:\n  "
+            + "\n  ".join(problems[:8])
+            + more
+            + '\nGive the preset a "lineage" of its own, or its model the settings it was trained with. Nothing was overwritten.'
+        )
+    module.load_state_dict(saved, strict=False)
+    return [f"{name} is new: starts untrained" for name in missing] + [f"{name} was left out" for name in unknown]

@@ -1,0 +1,270 @@
+"""Local text: plain files and rows of JSON or Parquet, and the standard library of the running Python.
+
+In:    files, folders or globs
+Out:   plain files cut at paragraph, sentence or line ends; a row of .jsonl(.gz, .zst) or .parquet is one document
+State: none of its own (files.py)
+"""
+
+import glob
+import gzip
+import io
+import json
+import os
+import re
+import sysconfig
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from core.data.documents import Document, split_text
+from core.data.sources.files import Damaged, FileSource, Unit, need, split_into_units
+from core.errors import SourceUnavailable
+from core.preset import Settings
+
+PLAIN = (".txt", ".md", ".py")
+JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+PARQUET = (".parquet",)
+SEEKABLE = (*PLAIN, ".jsonl")  # can be read from any line on
+READABLE = (*PLAIN, *JSON_LINES, *PARQUET)
+
+LOW, HIGH = 8000, 16000
+"""Characters of a document cut from a plain file: a few rows of a long context."""
+
+CHECKED_AT_OPEN = 500
+"""Files whose columns are looked at before training starts; the others are when their turn comes."""
+
+
+class TextSettings(Settings):
+    type: Literal["text"] = "text"
+    """Local text files."""
+    path: str | Annotated[list[str], Field(min_length=1)]
+    """Files, folders or globs, relative to the project: .txt .md .py .jsonl .jsonl.gz .jsonl.zst .parquet."""
+    text_field: str = "text"
+    """The column that holds the text (.jsonl, .parquet)."""
+    name: str = ""
+    """Name in logs and weights; left out, the file's or the folder's."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, data: Any) -> Any:
+        return named_by(data, lambda d: _path_name(d.get("path")))
+
+
+class PythonStdlibSettings(Settings):
+    type: Literal["python_stdlib"] = "python_stdlib"
+    """The source text of the running Python's standard library: on every machine, without a network."""
+    name: str = "python_stdlib"
+    """Name in logs and weights."""
+
+
+class PlainSource(FileSource):
+    """Plain files, cut into documents."""
+
+    def read(self, unit: Unit, start: int) -> Iterator[tuple[int, Document]]:
+        text = unit.read_bytes().decode("utf-8-sig", errors="replace").replace("\r\n", "\n")
+        for index, piece in enumerate(split_text(text, LOW, HIGH)):
+            if index >= start and piece.strip():
+                yield index + 1, Document(piece, f"{unit.key}#{index}")
+
+
+class TextSource(PlainSource):
+    """Files of any readable kind. A position is a piece, a line or a row."""
+
+    def __init__(self, settings: TextSettings, root: Path, seed: int):
+        super().__init__(settings.name, seed)
+        self._patterns = [settings.path] if isinstance(settings.path, str) else settings.path
+        self._field, self._root = settings.text_field, root
+
+    def list_units(self) -> list[Unit]:
+        found: dict[Path, str] = {}
+        for pattern in self._patterns:
+            found |= dict.fromkeys(self._matches(pattern), "")
+        labels = {_label(path, self._root): path for path in found}
+        units: list[Unit] = []
+        for label in sorted(labels):
+            path = labels[label]
+            try:
+                units += split_into_units(path, label) if _suffix(path) in SEEKABLE else [Unit(path, label)]
+            except OSError:
+                units.append(Unit(path, label))  # reading it will fail too, and be noted there
+        return units
+
+    def open(self) -> None:
+        super().open()
+        firsts = [unit for unit in self._units or [] if unit.begin == 0 and _suffix(unit.path) not in PLAIN]
+        for unit in firsts[:CHECKED_AT_OPEN]:
+            try:
+                if _suffix(unit.path) in PARQUET:
+                    self._parquet(unit).close()
+                else:
+                    self._row(unit, 0, next(_lines(unit, self.name), b""))
+            except OSError:
+                self.skip(unit, "unreadable")
+            except Damaged as error:
+                self.skip(unit, error.kind)
+
+    def read(self, unit: Unit, start: int) -> Iterator[tuple[int, Document]]:
+        suffix = _suffix(unit.path)
+        if suffix in PLAIN:
+            return super().read(unit, start)
+        return self._read_parquet(unit, start) if suffix in PARQUET else self._read_lines(unit, start)
+
+    def _matches(self, pattern: str) -> list[Path]:
+        """The files a path, folder or glob stands for. Raises SourceUnavailable."""
+        path = self._root / Path(pattern).expanduser()
+        known = " ".join(READABLE)
+        if path.is_dir():
+            files = [p for p in path.rglob("*") if _suffix(p) and p.is_file() and not _hidden(p.relative_to(path))]
+            problem = f"the folder {path} holds no readable file ({known})"
+        elif path.is_file():
+            files, problem = [path] if _suffix(path) else [], f"{path} is of no readable kind ({known})"
+        elif glob.has_magic(pattern):
+            files = [p for p in map(Path, glob.glob(str(path), recursive=True)) if _suffix(p) and p.is_file()]
+            problem = f"no readable file matches {path} ({known})"
+        else:
+            files, problem = [], f"{path} does not exist"
+        if not files:
+            raise SourceUnavailable(f'{self.name}: {problem}; correct the "path" of this source')
+        return files
+
+    def _read_lines(self, unit: Unit, start: int) -> Iterator[tuple[int, Document]]:
+        bad = 0
+        for index, line in enumerate(_lines(unit, self.name)):
+            if index < start or not line.strip():
+                continue
+            text = self._row(unit, index, line)
+            bad += text is None
+            if text and text.strip():
+                yield index + 1, Document(text, f"{unit.key}#{index}")
+        self.skip_rows(unit, bad)
+
+    def _row(self, unit: Unit, index: int, line: bytes) -> str | None:
+        """The text of a line of JSON; None where it has none. A first line that lacks the column is the preset's mistake."""
+        try:
+            row = json.loads(line.decode("utf-8-sig"))
+        except (UnicodeDecodeError, json.JSONDecodeError):
+            return None
+        if not isinstance(row, dict):
+            return None
+        if self._field not in row and index == 0 and unit.begin == 0:
+            raise self._no_field(unit, list(row))
+        text = row.get(self._field)
+        return text if isinstance(text, str) else None
+
+    def _parquet(self, unit: Unit) -> Any:
+        """The open Parquet file, its column checked."""
+        pyarrow, parquet = need("pyarrow", "pyarrow", self.name), need("pyarrow.parquet", "pyarrow", self.name)
+        try:
+            file = parquet.ParquetFile(unit.path)
+        except pyarrow.ArrowInvalid:
+            raise Damaged("damaged") from None
+        if self._field not in file.schema_arrow.names:
+            file.close()
+            raise self._no_field(unit, file.schema_arrow.names)
+        return file
+
+    def _read_parquet(self, unit: Unit, start: int) -> Iterator[tuple[int, Document]]:
+        index, bad = 0, 0
+        with self._parquet(unit) as file:
+            for group in range(file.num_row_groups):
+                rows = file.metadata.row_group(group).num_rows
+                if index + rows <= start:  # a resume reads no row group that it has behind it
+                    index += rows
+                    continue
+                for text in self._column(file, group):
+                    index += 1
+                    if index > start:
+                        bad += not isinstance(text, str)
+                        if isinstance(text, str) and text.strip():
+                            yield index, Document(text, f"{unit.key}#{index - 1}")
+        self.skip_rows(unit, bad)
+
+    def _column(self, file: Any, group: int) -> Iterator[Any]:
+        pyarrow = need("pyarrow", "pyarrow", self.name)
+        try:
+            for batch in file.iter_batches(batch_size=256, row_groups=[group], columns=[self._field]):
+                yield from batch.column(0).to_pylist()
+        except pyarrow.ArrowInvalid:
+            raise Damaged("damaged") from None
+
+    def _no_field(self, unit: Unit, columns: list[str]) -> SourceUnavailable:
+        there = ", ".join(columns) or "none"
+        return SourceUnavailable(
+            f'{self.name}: {unit.label} has no column "{self._field}"; its columns are {there}: set "text_field" to one of them'
+        )
+
+
+class PythonStdlibSource(PlainSource):
+    """The .py files of the standard library."""
+
+    OUT = frozenset(
+        ("site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__", "lib2to3")
+    )  # other people's code, fixtures that are broken on purpose, an application, and a grammar nobody needs
+
+    def __init__(self, settings: PythonStdlibSettings, root: Path, seed: int):
+        super().__init__(settings.name, seed)
+
+    def list_units(self) -> list[Unit]:
+        library = Path(sysconfig.get_path("stdlib"))
+        units = []
+        for folder, folders, files in os.walk(library):
+            folders[:] = [f for f in folders if f not in self.OUT]
+            paths = [Path(folder, f) for f in files if f.endswith(".py")]
+            units += [Unit(path, path.relative_to(library).as_posix()) for path in paths]
+        if not units:
+            raise SourceUnavailable(
+                f"{self.name}: {library} holds no .py file: this Python was installed without its source text; "
+                "use another Python, or take this source out of the preset"
+            )
+        return sorted(units, key=lambda unit: unit.label)
+
+
+def named_by(data: Any, name: Callable[[dict], str]) -> Any:
+    """`data` with the name filled in where the preset leaves it out; wrong types are left for pydantic to report."""
+    if isinstance(data, dict) and not data.get("name"):
+        return {**data, "name": re.sub(r"[^A-Za-z0-9._-]+", "_", name(data)).strip("_") or data.get("type", "source")}
+    return data
+
+
+def _path_name(path: Any) -> str:
+    first = path[0] if isinstance(path, list) and path else path
+    if not isinstance(first, str):
+        return "text"
+    plain = [part for part in Path(first).parts if not glob.has_magic(part) and part not in ("/", ".", "..")]
+    name = plain[-1] if plain else "text"
+    return name.removesuffix(_suffix(Path(name)))
+
+
+def _suffix(path: Path) -> str:
+    return next((s for s in sorted(READABLE, key=len, reverse=True) if path.name.lower().endswith(s)), "")
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _label(path: Path, root: Path) -> str:
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
+
+
+def _lines(unit: Unit, source: str) -> Iterator[bytes]:
+    """The lines of a JSON file, compressed or not. Raises Damaged where a compressed file breaks off."""
+    suffix = _suffix(unit.path)
+    if suffix == ".jsonl":
+        yield from io.BytesIO(unit.read_bytes())
+    elif suffix == ".jsonl.gz":
+        try:
+            with gzip.open(unit.path, "rb") as lines:
+                yield from lines
+        except (EOFError, zlib.error, gzip.BadGzipFile):
+            raise Damaged("damaged") from None
+    else:
+        zstandard = need("zstandard", "zstandard", source)
+        try:
+            with unit.path.open("rb") as raw:
+                yield from io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
+        except zstandard.ZstdError:
+            raise Damaged("damaged") from None

@@ -1,0 +1,147 @@
+"""From a bare process to a running job: who asks, who listens, and what the menu shows.
+
+In:    standard input (a terminal, or one line naming a preset), torchrun's variables, configs/*.json
+Out:   the chosen preset's job, run on every rank
+State: none
+"""
+
+import json
+import os
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from core.assembly import MIRRORS, Preset, count_parameters, memory_estimate
+from core.checkpoint import CheckpointStore
+from core.errors import PresetError, UserError
+from core.jobs import JOBS
+from core.parallel import DDP, Single
+from core.preset import RUN_TOKENS, decode_preset, preset_json, read_preset
+from core.runtime import Runtime, detect_runtime, prepare
+from core.ui.menu import PresetCard, choose
+
+ROOT = Path(__file__).resolve().parent.parent
+DEFAULT = "00_best_general"
+GROUPS = {
+    "0": "Baseline language model",
+    "1": "NeoBERT with harmonic loss",
+    "2": "PolychromaticLM",
+    "3": "Cosine objective",
+    "4": "Sharpness penalties",
+    "5": "Auxiliary heads",
+    "9": "Quick tests",
+}
+PATIENCE = timedelta(days=7)
+"""How long the other ranks wait for a person at the menu."""
+
+
+def launch(started: float) -> None:
+    """Run what is chosen. Raises UserError, Interrupted or KeyboardInterrupt; every rank ends with the same outcome."""
+    runtime = detect_runtime()
+    prepare(runtime)
+    store = _store() if runtime.world_size > 1 else None
+    preset = _agree_on_preset(runtime, store)
+    if preset is None:  # rank 0 has said why
+        sys.exit(2)
+    parallel = DDP(runtime.device, store, runtime.rank, runtime.world_size) if store is not None else Single()
+    try:
+        JOBS[preset.job](preset, runtime, parallel, ROOT, started, sys.stdout)
+    finally:
+        parallel.close()
+
+
+def _agree_on_preset(runtime: Runtime, store: Any) -> Any:
+    """Rank 0 asks; the others get the JSON text through the rendezvous store, before any process group has a clock running."""
+    if runtime.rank == 0:
+        try:
+            preset = _ask(runtime)
+        except BaseException:
+            if store is not None:
+                store.set("zeroarg/preset", "")
+            raise
+        if store is not None:
+            store.set("zeroarg/preset", json.dumps(preset_json(preset)))
+        return preset
+    text = store.get("zeroarg/preset").decode()
+    return decode_preset(json.loads(text), Preset, "the preset from rank 0", "preset") if text else None
+
+
+def _store() -> Any:
+    """torchrun's rendezvous store: no process group and no watchdog yet."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    agent_has_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    is_host = not agent_has_it and os.environ["RANK"] == "0"
+    store = dist.TCPStore(address, port, int(os.environ["WORLD_SIZE"]), is_host, timeout=timedelta(minutes=5))
+    store = dist.PrefixStore(f"zeroarg/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    store.set_timeout(PATIENCE)
+    return store
+
+
+def _ask(runtime: Runtime) -> Any:
+    """The preset a person, or the first line of standard input, chooses."""
+    paths = sorted((ROOT / "configs").glob("*.json"))
+    paths = [path for path in paths if path.name != "preset.schema.json"]
+    if not paths:
+        raise UserError(f"there are no presets in {ROOT / 'configs'}")
+    presets: dict[str, Any] = {}
+    cards = []
+    for path in paths:
+        try:
+            presets[path.stem] = read_preset(path, Preset)
+            cards.append(_card(path.stem, presets[path.stem], runtime))
+        except PresetError as error:
+            cards.append(PresetCard(path.stem, GROUPS.get(path.stem[0], "Your own"), path.stem, "", "", str(error)))
+    return presets[choose(cards, DEFAULT)]
+
+
+def _card(stem: str, preset: Any, runtime: Runtime) -> PresetCard:
+    """What the menu tells about a preset before it is chosen."""
+    vocab_size = {"bpe": preset.tokenizer.vocab_size, "byte": 257}.get(preset.tokenizer.type, 50_257)
+    parameters = count_parameters(preset, vocab_size)
+    train = preset.train
+    bf16 = runtime.compute_dtype(train.precision) == torch.bfloat16
+    memory = memory_estimate(preset, parameters, vocab_size, bf16) / 2**30
+    rows = train.per_gpu_batch_size * train.accumulation_steps * runtime.world_size
+    limits = f"at most {train.max_steps:,} steps" if train.max_steps else f"{RUN_TOKENS:,} tokens"
+    if train.max_epochs:
+        limits += f", at most {train.max_epochs} epochs"
+    if train.runs > 1:
+        limits += f", {train.runs} runs"
+    lines = [
+        f"{parameters / 1e6:.1f}M parameters, {limits} in steps of {rows * preset.model.seq_length:,}",
+        f"reads {', '.join(source.name for source in preset.data.sources)}",
+        f"on {runtime.device_name}, {'bf16' if bf16 else 'fp32'}, about {memory:.1f} GB of memory",
+        _resume_line(preset) + _time_line(preset, runtime),
+    ]
+    short = train.max_steps is not None or train.max_epochs is not None
+    title = preset.name + (" (short)" if short else "")
+    return PresetCard(stem, GROUPS.get(stem[0], "Your own"), title, preset.description, "\n".join(lines), None)
+
+
+def _resume_line(preset: Any) -> str:
+    found = CheckpointStore(ROOT / "checkpoints", preset.lineage, MIRRORS.get(preset.lineage)).peek()
+    if found is None:
+        return "starts fresh"
+    progress, where = found["progress"], found["path"].name
+    if progress["finished"] or found["preset"]["name"] != preset.name:
+        return f"starts run {progress['run'] + 1} from step {progress['step']:,} in {where}"
+    return f"resumes run {progress['run']} at step {progress['step']:,}, {progress['run_tokens']:,} tokens, from {where}"
+
+
+def _time_line(preset: Any, runtime: Runtime) -> str:
+    """How long a run takes, when this machine has trained the preset before."""
+    try:
+        card = json.loads((ROOT / "logs" / preset.lineage / "run.json").read_text())
+        if (card["preset"], card["device"], card["world_size"]) != (preset.name, runtime.device_name, runtime.world_size):
+            return ""
+        tokens = min(RUN_TOKENS, (preset.train.max_steps or RUN_TOKENS) * card["tokens_per_step"])
+        minutes = tokens / card["tokens_per_second"] / 60
+    except (OSError, ValueError, KeyError):
+        return ""
+    return (
+        f"; a run took about {minutes / 60:.1f} h here" if minutes > 90 else f"; a run took about {max(minutes, 1):.0f} min here"
+    )

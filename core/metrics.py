@@ -1,0 +1,197 @@
+"""The metrics log: one JSON object a line, the only record of a run and the only thing the views are fed from.
+
+In:    a path (none on ranks > 0), and the views: objects with `update(event)`
+Out:   logs/<lineage>/metrics.jsonl; every event also goes to every view
+State: the open file and its length up to the last whole line
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+BLOCK = 1 << 16
+
+
+class View(Protocol):
+    """Something that shows or copies events. It may define `close()`. It must not keep or change the dict it is given."""
+
+    def update(self, event: dict) -> None: ...
+
+
+class MetricsLog:
+    """Appends events to a file and forwards them. Nothing that goes wrong in here stops a run.
+
+    Opening a file whose last line is half-written (kill -9, power cut) cuts that line off.
+    """
+
+    def __init__(self, path: Path | None, views: Iterable[View] = ()):
+        self.path = path
+        self.views = list(views)
+        self._file: Any = None
+        self._length = 0  # bytes of whole lines; after a failed write the file may be longer
+        self._torn = False
+        self._warned = False
+        if path is not None:
+            self._guarded(self._open)
+
+    def emit(self, event: str, *, step: int, tokens: int, **fields: Any) -> dict:
+        """Write one event and show it. Returns it as written: plain JSON, NaN and infinity replaced by null."""
+        record = {"event": event, "step": step, "tokens": tokens, "time": time.time(), **fields}
+        record = _plain(record)
+        if self._file is not None:
+            line = json.dumps(record).encode() + b"\n"
+            self._guarded(lambda: self._write(line))
+        failed = []
+        for view in list(self.views):
+            try:
+                view.update(record)
+            except Exception as error:  # a view is a convenience: training goes on without it
+                self.views.remove(view)
+                failed.append(f"{type(view).__name__} stopped: {type(error).__name__}: {error}")
+        for message in failed:
+            self.emit("warning", step=step, tokens=tokens, message=message)
+        return record
+
+    def sync(self) -> None:
+        """Everything emitted so far reaches the disk: a checkpoint written after this never knows more than the log."""
+        if self._file is not None:
+            self._guarded(lambda: os.fsync(self._file.fileno()))
+
+    def rewind(self, step: int) -> None:
+        """Drop every line of a later step, so that a resumed run leaves no step twice.
+
+        Going back to step 0 means that there is no checkpoint: nothing is dropped then, the old log is set aside.
+        """
+        if self._file is not None:
+            self._guarded(lambda: self._rewind(step))
+
+    def _rewind(self, step: int) -> None:
+        self._file.seek(0)
+        kept = 0
+        for line in self._file.read().splitlines(keepends=True):  # steps never go down: the first later line ends it
+            if _step_of(line) > step:
+                break
+            kept += len(line)
+        if kept == self._length:
+            return
+        if step == 0:
+            number = 1
+            while (aside := self.path.with_name(f"{self.path.stem}.before-{number}{self.path.suffix}")).exists():
+                number += 1
+            self._file.close()
+            os.replace(self.path, aside)
+            self._open()
+        else:
+            self._cut(kept)
+
+    def close(self) -> None:
+        """Close the views that can be closed, then the file."""
+        for view in self.views:
+            try:
+                getattr(view, "close", lambda: None)()
+            except Exception as error:
+                print(f"{type(view).__name__} did not close: {error}", file=sys.stderr)
+        self.views = []
+        if self._file is not None:
+            self._guarded(self._file.close)
+            self._file = None
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _open(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._file = os.fdopen(descriptor, "r+b", buffering=0)  # unbuffered: a killed run loses no line it has shown
+        self._cut(os.fstat(descriptor).st_size)
+
+    def _cut(self, limit: int) -> None:
+        """Truncate to the last line end at or before byte `limit`."""
+        end = limit
+        while end > 0:
+            start = max(0, end - BLOCK)
+            self._file.seek(start)
+            found = self._file.read(end - start).rfind(b"\n")
+            if found >= 0:
+                end = start + found + 1
+                break
+            end = start
+        self._file.truncate(end)
+        self._file.seek(end)
+        self._length = end
+
+    def _write(self, line: bytes) -> None:
+        if self._torn:  # half a line is left of a write that failed; without this the next line would be glued to it
+            self._file.truncate(self._length)
+            self._file.seek(self._length)
+        self._torn = True
+        rest = memoryview(line)
+        while rest:
+            rest = rest[self._file.write(rest) :]
+        self._torn = False
+        self._length += len(line)
+
+    def _guarded(self, action: Any) -> None:
+        try:
+            action()
+        except OSError as error:
+            if not self._warned:
+                self._warned = True
+                print(f"warning: the metrics log {self.path} cannot be written ({error}); training goes on", file=sys.stderr)
+
+
+def read_events(path: Path, step_stride: int = 1) -> Iterator[dict]:
+    """Every event of a log, oldest first; lines that are no whole event are passed over. A missing file has none.
+
+    step_stride   keep every so many-th of the `step` events, the others are not even decoded
+    """
+    steps = 0
+    try:
+        with open(path, "rb") as file:
+            for line in file:
+                if line.startswith(b'{"event": "step"'):
+                    steps += 1
+                    if (steps - 1) % step_stride:
+                        continue
+                try:
+                    event = json.loads(line)
+                except ValueError:
+                    continue
+                if isinstance(event, dict) and "event" in event:
+                    yield event
+    except FileNotFoundError:
+        return
+
+
+def _plain(value: Any) -> Any:
+    """The value as standard JSON can hold it: non-finite floats as null, scalars of tensor libraries as numbers."""
+    if value is None or isinstance(value, (bool, int)):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, str):  # a lone surrogate is legal in Python, not in UTF-8
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if callable(item := getattr(value, "item", None)) and getattr(value, "ndim", 0) == 0:
+        return _plain(item())
+    return str(value)
+
+
+def _step_of(line: bytes) -> int:
+    """The step of a line of the log; a line that is not ours counts as old."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return 0
+    return step if isinstance(step, int) else 0

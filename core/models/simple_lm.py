@@ -1,0 +1,170 @@
+"""The baseline language model of specification 003: embeddings, nn.MultiheadAttention blocks, a linear readout.
+
+In:    Batch
+Out:   ModelOutput(hidden (B, T, D), LinearReadout)
+State: parameters named as the original's (`embedding`, `pos_embedding`, `layers.N.self_attn`, ..., `lm_head`)
+
+B batch, T time, D hidden_size, H num_heads, Dh head width D/H, F intermediate_size, V vocab_size
+"""
+
+import math
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from core.contracts import Batch, ModelOutput
+from core.models.readout import LinearReadout
+from core.preset import Settings
+
+
+class SimpleLMSettings(Settings):
+    """The baseline LM."""
+
+    type: Literal["simple_lm"] = "simple_lm"
+    hidden_size: int = Field(256, ge=1)
+    """Width of the hidden states."""
+    num_layers: int = Field(4, ge=1)
+    """Transformer blocks."""
+    num_heads: int = Field(4, ge=1)
+    """Attention heads; must divide hidden_size."""
+    intermediate_size: int | None = Field(None, ge=1)
+    """Width inside the feed-forward layers; left out, 4 x hidden_size."""
+    seq_length: int = Field(256, ge=2)
+    """Tokens a row of training text has, and positions the model knows."""
+    dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    """Dropout probability after attention and feed-forward layers."""
+    norm: Literal["pre", "post"] = "pre"
+    """pre: normalise before each layer, and once at the end. post: the original block, normalised after each layer."""
+    activation: Literal["gelu", "gelu_tanh", "relu"] = "gelu"
+    """Non-linearity of the feed-forward layers; the original's is relu."""
+    tie_embeddings: bool = True
+    """Readout and embedding share one table. Untied, the readout has its own and a bias, as the original's."""
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> "SimpleLMSettings":
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"num_heads {self.num_heads} does not divide hidden_size {self.hidden_size}")
+        return self
+
+
+ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu}
+
+
+class SelfAttention(nn.MultiheadAttention):
+    """nn.MultiheadAttention's parameters and arithmetic, on the shortest way to scaled_dot_product_attention.
+
+    The stock forward cannot be told that a mask is plainly causal, and has a path in evaluation mode whose rows turn NaN
+    where a mask hides every key.
+    """
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:  # type: ignore[override]
+        B, T, D = x.shape
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, T, 3D)
+        q, k, v = qkv.view(B, T, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)  # each (B, H, T, Dh)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)  # (B, H, T, Dh)
+        return self.out_proj(mixed.transpose(1, 2).reshape(B, T, D))
+
+
+class Block(nn.Module):
+    """One transformer block, pre-norm or post-norm."""
+
+    def __init__(self, settings: SimpleLMSettings):
+        super().__init__()
+        D, inner = settings.hidden_size, settings.intermediate_size or 4 * settings.hidden_size
+        self.self_attn = SelfAttention(D, settings.num_heads, batch_first=True)
+        self.linear1, self.linear2 = nn.Linear(D, inner), nn.Linear(inner, D)
+        self.norm1, self.norm2 = nn.LayerNorm(D), nn.LayerNorm(D)
+        self.dropout = nn.Dropout(settings.dropout)
+        self.activation = ACTIVATIONS[settings.activation]
+        self.pre_norm = settings.norm == "pre"
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:  # (B, T, D) -> (B, T, D)
+        if self.pre_norm:
+            x = x + self.dropout(self.self_attn(self.norm1(x), mask))
+            return x + self.dropout(self._feed_forward(self.norm2(x)))
+        x = self.norm1(x + self.dropout(self.self_attn(x, mask)))
+        return self.norm2(x + self.dropout(self._feed_forward(x)))
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        return self.linear2(self.dropout(self.activation(self.linear1(x))))  # (B, T, F) inside
+
+
+class SimpleLM(nn.Module):
+    """Causal transformer language model with learned positions (specification 003)."""
+
+    is_causal = True
+
+    def __init__(self, settings: SimpleLMSettings, vocab_size: int):
+        super().__init__()
+        D = settings.hidden_size
+        self.settings, self.vocab_size = settings, vocab_size
+        self.embedding = nn.Embedding(vocab_size, D)
+        self.pos_embedding = nn.Embedding(settings.seq_length, D)
+        self.layers = nn.ModuleList(Block(settings) for _ in range(settings.num_layers))
+        self.norm = nn.LayerNorm(D) if settings.norm == "pre" else nn.Identity()
+        self.dropout = nn.Dropout(settings.dropout)
+        self.lm_head = nn.Linear(D, vocab_size, bias=not settings.tie_embeddings)
+        self._initialise()
+        if settings.tie_embeddings:
+            self.lm_head.weight = self.embedding.weight
+        self._cache_positions(settings.seq_length)
+
+    @property
+    def max_seq_len(self) -> int:
+        return self.pos_embedding.num_embeddings
+
+    def forward(self, batch: Batch) -> ModelOutput:
+        """Hidden states of every position; attention stays inside each document."""
+        T = batch.input_ids.shape[1]
+        mask = None  # rows of one document, padded on the right: causal attention alone never sees the padding
+        if batch.packed:
+            same = batch.document_ids[:, :, None] == batch.document_ids[:, None, :]  # (B, T, T)
+            mask = (same & self.causal_mask[:T, :T])[:, None]  # (B, 1, T, T), True = may attend
+        x = self.embedding(batch.input_ids) + self.pos_embedding(batch.position_ids)  # (B, T, D)
+        x = self.dropout(x)
+        for layer in self.layers:
+            x = layer(x, mask)
+        return ModelOutput(self.norm(x), LinearReadout(self.lm_head.weight, self.lm_head.bias, self.embedding.weight))
+
+    @torch.no_grad()
+    def extend_max_seq_len(self, new_length: int) -> None:
+        """Make room for longer rows: known positions stay, new ones start at N(0, 0.02)."""
+        old = self.pos_embedding.weight
+        if new_length <= len(old):
+            return
+        self.pos_embedding = nn.Embedding(new_length, old.shape[1], device=old.device, dtype=old.dtype)
+        nn.init.normal_(self.pos_embedding.weight, std=0.02)
+        self.pos_embedding.weight[: len(old)] = old
+        self._cache_positions(new_length)
+
+    def prepare_load(self, saved: dict[str, Tensor], notes: list[str]) -> None:
+        """Make saved weights of another row length fit: the longer position table wins."""
+        table = saved.get("pos_embedding.weight")
+        if table is None or table.shape[1:] != self.pos_embedding.weight.shape[1:] or len(table) == self.max_seq_len:
+            return
+        if len(table) < self.max_seq_len:
+            notes.append(f"the position table grows from {len(table)} to {self.max_seq_len} rows")
+            saved["pos_embedding.weight"] = torch.cat([table, self.pos_embedding.weight.detach()[len(table) :].to(table)])
+        else:
+            self.extend_max_seq_len(len(table))
+
+    def _cache_positions(self, length: int) -> None:
+        causal = torch.ones(length, length, dtype=torch.bool, device=self.pos_embedding.weight.device).tril()
+        self.register_buffer("causal_mask", causal, persistent=False)  # (T, T), True = may attend
+
+    def _initialise(self) -> None:
+        """N(0, 0.02), biases 0; pre-norm layers that add to the residual stream are scaled down (GPT-2, section 2.3)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+            if isinstance(module, SelfAttention):
+                nn.init.normal_(module.in_proj_weight, std=0.02)
+        if self.settings.norm == "pre":
+            for layer in self.layers:
+                for projection in (layer.self_attn.out_proj, layer.linear2):
+                    nn.init.normal_(projection.weight, std=0.02 / math.sqrt(2 * len(self.layers)))

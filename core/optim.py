@@ -1,0 +1,91 @@
+"""The optimizer: which parameters decay, which go to Muon, and its state by parameter name.
+
+In:    a module's named parameters, the train section
+Out:   Optimizer: one object over one or two torch optimizers
+State: per-parameter tensors, saved under parameter names so that a changed model loads what still fits
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from core.preset import TrainSettings
+
+NO_DECAY_NAMES = ("pos_embedding",)
+"""Tables of positions: rows that are rarely visited would only shrink."""
+
+
+class Optimizer:
+    """AdamW, or Muon for the trunk's matrices and AdamW for the rest.
+
+    Matrices decay; biases, norms (ndim < 2) and position tables do not. Every trainable parameter is in exactly one group.
+    """
+
+    def __init__(self, named_parameters: list[tuple[str, nn.Parameter]], embeddings: set[str], settings: TrainSettings):
+        """`embeddings`: names of embedding and readout tables, which Muon must not take (its update is for linear maps)."""
+        trainable = [(name, p) for name, p in named_parameters if p.requires_grad]
+        muon = {
+            name
+            for name, p in trainable
+            if settings.optimizer == "muon" and p.ndim == 2 and name not in embeddings and not _no_decay(name, p)
+        }
+        decay = [p for name, p in trainable if name not in muon and not _no_decay(name, p)]
+        plain = [p for name, p in trainable if name not in muon and _no_decay(name, p)]
+        self._names = {id(p): name for name, p in trainable}
+        self._peaks: list[tuple[dict, float]] = []
+        groups = [{"params": decay, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        adamw = torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            eps=settings.eps,
+            fused=True,
+        )
+        self._optimizers: list[torch.optim.Optimizer] = [adamw]
+        self._peaks += [(group, settings.learning_rate) for group in adamw.param_groups]
+        if muon:
+            matrices = [p for name, p in trainable if name in muon]
+            self._optimizers.append(
+                torch.optim.Muon(matrices, lr=settings.muon_learning_rate, weight_decay=settings.weight_decay, momentum=0.95)
+            )
+            self._peaks += [(group, settings.muon_learning_rate) for group in self._optimizers[-1].param_groups]
+        grouped = [id(p) for o in self._optimizers for group in o.param_groups for p in group["params"]]
+        assert sorted(grouped) == sorted(self._names), f"{len(grouped)} parameters in groups, {len(self._names)} trainable"
+
+    def step(self, learning_rate_factor: float) -> None:
+        """One update, at this fraction of each group's peak learning rate."""
+        for group, peak in self._peaks:
+            group["lr"] = peak * learning_rate_factor
+        for optimizer in self._optimizers:
+            optimizer.step()
+
+    def zero_grad(self) -> None:
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, dict[str, Any]]:
+        """{parameter name: its tensors and numbers}."""
+        return {self._names[id(p)]: dict(state) for o in self._optimizers for p, state in o.state.items()}
+
+    def load(self, saved: dict[str, dict[str, Any]]) -> list[str]:
+        """Take what fits by name and shape; returns the parameters that start with fresh state."""
+        fresh = []
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    state = saved.get(self._names[id(p)], {})
+                    kind = {"momentum_buffer"} if isinstance(optimizer, torch.optim.Muon) else {"step", "exp_avg", "exp_avg_sq"}
+                    if set(state) != kind or any(t.shape != p.shape for t in state.values() if isinstance(t, Tensor) and t.ndim):
+                        fresh.append(self._names[id(p)])
+                        continue
+                    optimizer.state[p] = {
+                        # `step` stays where fused AdamW wants it: with the parameter, in fp32
+                        key: value.to(p.device).clone() if isinstance(value, Tensor) else value
+                        for key, value in state.items()
+                    }
+        return fresh
+
+
+def _no_decay(name: str, parameter: nn.Parameter) -> bool:
+    return parameter.ndim < 2 or any(part in NO_DECAY_NAMES for part in name.split("."))

@@ -1,0 +1,125 @@
+"""The machine: device, precision, ranks, and the settings of torch that cost speed when left alone.
+
+In:    the environment (torchrun's variables)
+Out:   Runtime
+State: none of its own; `prepare` changes torch's global switches once, at the start of main()
+"""
+
+import ctypes
+import os
+import platform
+import signal
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where this process runs."""
+
+    device: torch.device
+    rank: int
+    local_rank: int
+    world_size: int
+
+    @property
+    def bf16_is_native(self) -> bool:
+        """Whether the device multiplies bf16 matrices in hardware (not emulated, which is slower than fp32)."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_capability(self.device)[0] >= 8
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+    @property
+    def device_name(self) -> str:
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"CPU ({torch.get_num_threads()} threads)"
+
+    def compute_dtype(self, precision: str) -> torch.dtype:
+        """The dtype of matrix products for a preset's `precision`; weights and sums stay fp32."""
+        bf16 = precision == "bf16" or (precision == "auto" and self.bf16_is_native)
+        return torch.bfloat16 if bf16 else torch.float32
+
+    def memory_mb(self) -> float:
+        """Peak memory of this process: on the device, or resident on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**20
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if platform.system() == "Darwin" else 2**10)
+
+
+def detect_runtime() -> Runtime:
+    """Read torchrun's variables and look for a GPU."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    return Runtime(device, rank, local_rank, world_size)
+
+
+def prepare(runtime: Runtime) -> None:
+    """Switch on what is safe and fast: TF32 on GPUs; on CPUs, memory that is reused instead of returned."""
+    if runtime.device.type == "cuda":
+        torch.cuda.set_device(runtime.device)
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    else:
+        keep_freed_memory()
+        if runtime.world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // runtime.world_size))
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed blocks for the next allocation.
+
+    By default every tensor above 32 MB is mapped afresh from the kernel and its pages are zeroed one fault at a time, each
+    micro-batch again. docs/LOG.md has what this is worth.
+    """
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        mmap_max, trim_threshold, top_pad = -4, -1, -2
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(top_pad, 64 * 2**20)
+    except (OSError, AttributeError):  # not glibc: its own allocator decides
+        pass
+
+
+def versions() -> dict[str, Any]:
+    """What a result depends on, for the run card."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version(), "platform": platform.platform(), "torch": torch.__version__}
+    for package in ("tokenizers", "transformers", "datasets", "pymupdf", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+class StopRequest:
+    """Turns Ctrl-C and SIGTERM into a question the trainer asks between steps. A second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._before: dict[int, Any] = {}
+
+    def __call__(self) -> bool:
+        return self._asked
+
+    def __enter__(self) -> "StopRequest":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, _: Any) -> None:
+        if self._asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._asked = True

@@ -1,0 +1,395 @@
+"""The training loop: the only one, for every model, loss and source.
+
+In:    objects, through the constructor: nothing here knows a model's, a loss's or a source's name
+Out:   a trained model, events in the metrics log, checkpoints
+State: Progress, plus what its parts keep; `state()` is all of it
+
+One step: rows → count → forward → losses → backward → clip → guard → update → after_optimizer_step → report
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from core.checkpoint import CheckpointStore
+from core.contracts import Batch, call_if_defined
+from core.data.loader import Loader, StepRows
+from core.errors import CheckpointError, Diverged, NoData
+from core.losses.stack import LossStack, LossTerms
+from core.metrics import MetricsLog
+from core.optim import Optimizer
+from core.preset import TrainSettings
+from core.randomness import derive_seed
+from core.runtime import Runtime
+from core.schedules import learning_rate_schedule, value_at
+
+BAD_STEPS = 5
+"""Non-finite steps in a row that mean the weights, not one batch, are at fault."""
+ROLL_BACKS = 2
+FIRST_SAVE_SECONDS = 30.0
+"""A run is first saved after this, then after twice as long each time, up to the preset's interval."""
+
+
+@dataclass
+class Progress:
+    """Where a lineage stands. `step` and `tokens` count its whole life; a horizon is what the schedules span."""
+
+    step: int = 0
+    tokens: int = 0
+    run: int = 1
+    run_step: int = 0
+    run_tokens: int = 0
+    horizon_step: int = 0
+    horizon_tokens: int = 0
+    horizon_runs: int = 0  # finished runs of the horizon
+    finished: bool = False  # the run `run` came to its end
+    skipped: int = 0
+    source_tokens: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """How far a run and its schedules go."""
+
+    run_tokens: int
+    horizon_tokens: int
+    run_steps: int | None = None
+    horizon_steps: int | None = None
+
+    def progress(self, done: Progress, step_tokens: int) -> float:
+        """Progress of this update through the horizon: 0 at the first, exactly 1 at the last."""
+        by_tokens = done.horizon_tokens / max(self.horizon_tokens - step_tokens, 1)
+        by_steps = done.horizon_step / max(self.horizon_steps - 1, 1) if self.horizon_steps else 0.0
+        return min(max(by_tokens, by_steps), 1.0)
+
+    def middle(self, done: Progress, step_tokens: int) -> float:
+        """The middle of this update, for the learning rate: neither the first nor the last update is wasted on a zero."""
+        by_tokens = (done.horizon_tokens + step_tokens / 2) / self.horizon_tokens
+        by_steps = (done.horizon_step + 0.5) / self.horizon_steps if self.horizon_steps else 0.0
+        return min(max(by_tokens, by_steps), 1.0)
+
+    def end(self, done: Progress) -> str | None:
+        """Why the run is over, or None."""
+        if done.run_tokens >= self.run_tokens:
+            return "budget"
+        return "max_steps" if self.run_steps is not None and done.run_step >= self.run_steps else None
+
+
+class Objective(nn.Module):
+    """Model and losses as one module, so that data parallelism sees every forward and backward pass whole."""
+
+    def __init__(self, model: nn.Module, stack: LossStack, num_sources: int):
+        super().__init__()
+        self.model, self.stack, self.num_sources = model, stack, num_sources
+
+    def forward(self, batch: Batch, count: float, progress: float) -> tuple[Tensor, LossTerms]:
+        return self.stack(self.model(batch), batch, count, progress, self.num_sources)
+
+
+class Trainer:
+    """Trains to the end of one run at a time."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        optimizer: Optimizer,
+        loader: Loader,
+        parallel: Any,
+        runtime: Runtime,
+        settings: TrainSettings,
+        horizon: Horizon,
+        progress: Progress,
+        log: MetricsLog,
+        store: CheckpointStore,
+        evaluate: Callable[[nn.Module, float], dict[str, Any] | None],
+        sample: Callable[[nn.Module, int], list[tuple[str, str]]],
+        extra_state: dict[str, Any],
+        should_stop: Callable[[], bool],
+        source_weights: dict[str, float],
+        compile_from_step: int | None = None,
+    ):
+        """`extra_state`: what else a checkpoint must hold. `compile_from_step`: the first step of the lineage to compile."""
+        self.objective, self.model = objective, objective.model
+        self.module = parallel.wrap(objective)
+        self.optimizer, self.loader, self.parallel, self.runtime = optimizer, loader, parallel, runtime
+        self.settings, self.horizon, self.progress = settings, horizon, progress
+        self.log, self.store, self.evaluate, self.sample = log, store, evaluate, sample
+        self.extra_state, self.should_stop = extra_state, should_stop
+        self.source_weights = source_weights
+        self.compile_from_step = compile_from_step
+        self.micro_batch_rows = settings.per_gpu_batch_size
+        self.dtype = runtime.compute_dtype(settings.precision)
+        schedule = settings.schedule
+        self._factor = learning_rate_schedule(schedule.type, schedule.warmup, schedule.decay, schedule.floor)
+        self._last_progress = 0.0
+        self._bad_in_a_row = self._rolled_back = 0
+        self._fitted = runtime.device.type != "cuda"  # memory of a CPU is not refused politely: nothing to catch
+        self._compiled = False
+        self._last_save, self._save_after = time.monotonic(), FIRST_SAVE_SECONDS
+        self._step_started = time.monotonic()
+        self.first_step_at: float | None = None
+
+    def train(self) -> str:
+        """Train until the run's end, an interruption or the end of the data; returns the reason. The end is saved."""
+        self.model.train()
+        self._step_started = time.monotonic()
+        try:
+            while (reason := self.horizon.end(self.progress)) is None:
+                rows = self.loader.next_step()
+                self._tell_dropped()
+                if rows is None:
+                    reason = "max_epochs"
+                    break
+                self._train_step(rows)
+                if self._look_after(rows.num_tokens):
+                    reason = "interrupted"
+                    break
+        except NoData:
+            self._end("no_data")
+            raise
+        except Diverged:
+            self._emit("run_end", reason="diverged")
+            raise
+        self._end(reason)
+        return reason
+
+    # one step --------------------------------------------------------------------------------------------------------
+
+    def _train_step(self, rows: StepRows) -> None:
+        done, progress = self.progress, self.horizon.progress(self.progress, rows.num_tokens)
+        call_if_defined(self.model, "set_progress", progress)
+        self._compile_when_due()
+        torch.manual_seed(derive_seed(self.settings.seed, "dropout", done.step, self.parallel.rank))
+        self._fit_micro_batch(rows, progress)
+        terms = [self._forward_backward(batch, last, rows, progress) for batch, last in self._micro_batches(rows.batch)]
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.objective.parameters(), self.settings.max_grad_norm)
+        report = self._report(terms, grad_norm, rows, progress)
+        factor = value_at(self._factor, self.horizon.middle(done, rows.num_tokens))
+        if self._is_finite(report):
+            self.optimizer.step(factor)
+            call_if_defined(self.model, "after_optimizer_step")
+        self.optimizer.zero_grad()
+        self._advance(rows, progress, report, factor)
+
+    def _micro_batches(self, batch: Batch) -> Iterator[tuple[Batch, bool]]:
+        """The step's rows in pieces that fit the device, each with whether it is the last."""
+        total, size = len(batch.labels), self.micro_batch_rows
+        for start in range(0, total, size):
+            yield batch.rows(start, min(start + size, total)).to(self.runtime.device), start + size >= total
+
+    def _forward_backward(self, batch: Batch, last: bool, rows: StepRows, progress: float) -> LossTerms:
+        # gradients are averaged over ranks, so a share of the global count makes them the sum over all tokens / all tokens
+        count = rows.num_targets / self.parallel.world_size
+        with self.parallel.accumulate(self.module, last):
+            with torch.autocast(self.runtime.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+                loss, terms = self.module(batch, count, progress)
+            loss.backward()
+        return terms
+
+    def _report(self, terms: list[LossTerms], grad_norm: Tensor, rows: StepRows, progress: float) -> dict[str, Any]:
+        """The step's numbers over all micro-batches and ranks, with the one read of the device that a step makes."""
+        names = list(terms[0].sums)
+        sums = torch.stack([torch.stack([t.sums[name] for name in names]) for t in terms]).double().sum(0)
+        source_sums = torch.stack([t.source_sums for t in terms]).double().sum(0)
+        source_counts = torch.stack([t.source_counts for t in terms]).double().sum(0)
+        norm, *numbers = torch.cat([grad_norm.double().reshape(1), sums, source_sums, source_counts]).tolist()
+        numbers = self.parallel.sum(numbers)
+        losses = {name: value / max(rows.num_targets, 1) for name, value in zip(names, numbers)}
+        weights = {loss.name: value_at(loss.weight, progress) for loss in self.objective.stack.losses}
+        k, s = len(names), self.objective.num_sources
+        return {
+            "loss": sum(weights[name] * value for name, value in losses.items()),
+            "losses": losses,
+            "grad_norm": norm,
+            "by_source": list(zip(self.loader.source_names, numbers[k : k + s], numbers[k + s :])),
+        }
+
+    def _is_finite(self, report: dict[str, Any]) -> bool:
+        """Whether the update may be made. Counts those that may not, and goes back to a checkpoint when they pile up."""
+        if math.isfinite(report["loss"]) and math.isfinite(report["grad_norm"]):
+            self._bad_in_a_row = 0
+            return True
+        self.progress.skipped += 1
+        self._bad_in_a_row += 1
+        self._warn(f"step {self.progress.step + 1}: loss {report['loss']}, gradient norm {report['grad_norm']}; update skipped")
+        if self._bad_in_a_row >= BAD_STEPS:
+            self._roll_back()
+        return False
+
+    def _advance(self, rows: StepRows, progress: float, report: dict[str, Any], factor: float) -> None:
+        """Count the step and log it."""
+        done, now = self.progress, time.monotonic()
+        self._last_progress = progress
+        done.step, done.run_step, done.horizon_step = done.step + 1, done.run_step + 1, done.horizon_step + 1
+        done.tokens += rows.num_tokens
+        done.run_tokens += rows.num_tokens
+        done.horizon_tokens += rows.num_tokens
+        sources = {}
+        for name, loss, count in report["by_source"]:
+            done.source_tokens[name] = done.source_tokens.get(name, 0) + int(count)
+            sources[name] = {
+                "loss": loss / count if count else None,
+                "weight": 0.0 if name in self.loader.position.drops else self.source_weights[name],
+                "tokens": done.source_tokens[name],
+            }
+        self._emit(
+            "step",
+            loss=report["loss"],
+            losses=report["losses"],
+            learning_rate=self.settings.learning_rate * factor,
+            grad_norm=report["grad_norm"],
+            tokens_per_second=rows.num_tokens / max(now - self._step_started, 1e-9),
+            sources=sources,
+            skipped=done.skipped,
+            run_tokens=done.run_tokens,
+            run_step=done.run_step,
+            memory_mb=self.runtime.memory_mb(),
+        )
+        self._step_started = now
+        if self.first_step_at is None:
+            self.first_step_at = time.time()
+
+    # between steps ---------------------------------------------------------------------------------------------------
+
+    def _look_after(self, step_tokens: int) -> bool:
+        """Evaluate and save when it is time; returns whether to stop. What the ranks must agree on is decided in one sum."""
+        every = self.settings.eval_every_tokens
+        crossed = self.progress.run_tokens // every > (self.progress.run_tokens - step_tokens) // every
+        if crossed and self.horizon.end(self.progress) is None:  # the end has an evaluation of its own
+            self.evaluate_and_sample()
+        seconds = time.monotonic() - self._last_save
+        due = self.parallel.rank == 0 and seconds >= min(self._save_after, self.settings.checkpoint_every_minutes * 60)
+        every_steps = self.settings.checkpoint_every_steps
+        stop, due = self.parallel.sum([float(self.should_stop()), float(due)])
+        if stop:
+            return True
+        if due or (every_steps is not None and self.progress.run_step % every_steps == 0):
+            self._save_after *= 2
+            self.save()
+        self._tell_saved()
+        return False
+
+    def evaluate_and_sample(self) -> dict[str, Any] | None:
+        """An evaluation and samples, as events; returns the evaluation's numbers."""
+        if self.settings.eval_tokens == 0:
+            return None
+        started = time.monotonic()
+        with torch.compiler.set_stance("force_eager"):  # other shapes and modes: compiling for them would not pay
+            numbers = self.evaluate(self.model, self._last_progress)
+            if numbers is not None:
+                self._emit("eval", **numbers, seconds=time.monotonic() - started)
+            if self.parallel.rank == 0:
+                for prompt, text in self.sample(self.model, self.progress.step):
+                    self._emit("sample", prompt=prompt, text=text)
+        self._step_started += time.monotonic() - started  # tokens per second are of training
+        return numbers
+
+    def save(self) -> None:
+        """Write a checkpoint in the background. Every rank must call it."""
+        started = time.monotonic()
+        state = self.state()
+        if self.parallel.rank == 0:
+            self.log.sync()
+            self.store.save(state)
+        self._last_save = time.monotonic()
+        self._step_started += self._last_save - started
+
+    def state(self) -> dict[str, Any]:
+        """Everything a resumed run needs; see interface in docs/guide.md. Every rank must call it."""
+        return {
+            "model": self.model.state_dict(),
+            "heads": {},
+            "optimizer": self.optimizer.state(),
+            "progress": asdict(self.progress),
+            # random draws are functions of the seed and the step: nothing else is remembered
+            "rng": {"seed": self.settings.seed, "step": self.progress.step},
+            "data": self.loader.state(),
+            **self.extra_state,
+        }
+
+    def _end(self, reason: str) -> None:
+        """Evaluate unless interrupted, save, and say why. Raises CheckpointError when the end cannot be saved."""
+        done = self.progress
+        if reason != "interrupted":
+            done.finished = reason != "no_data"
+            if done.finished:
+                done.horizon_runs += 1
+            self.evaluate_and_sample()
+        self.store.wait()
+        self._tell_saved()
+        self.save()
+        self.store.wait()
+        failed = self._tell_saved()
+        self._emit("run_end", reason=reason)
+        if failed:
+            raise CheckpointError(
+                f"the end of the run could not be saved: {failed}\n"
+                f"The older checkpoints in {self.store.folder} are untouched. Free some space there and start again."
+            )
+
+    def _tell_saved(self) -> str | None:
+        """Log how a background save went; returns why it failed, if it did."""
+        outcome = self.store.outcome() if self.parallel.rank == 0 else None
+        if outcome is None:
+            return None
+        path, seconds, failed = outcome
+        if path is None:
+            self._warn(f"checkpoint not saved: {failed}; the older ones are untouched, training goes on")
+            return failed
+        self._emit("checkpoint", path=f"{path.parent.name}/{path.name}", seconds=seconds)
+        return None
+
+    def _tell_dropped(self) -> None:
+        while self.loader.dropped:
+            name, reason = self.loader.dropped.pop(0)
+            self._warn(f"source {name} dropped, the others go on: {reason}")
+
+    def _roll_back(self) -> None:
+        """Put weights and optimizer back to the newest checkpoint, and go on with the data after the bad stretch."""
+        self._bad_in_a_row = 0
+        self.store.wait()
+        self.parallel.gather(None)  # no rank reads before rank 0 has finished writing
+        state, path, _ = self.store.load() if self._rolled_back < ROLL_BACKS else (None, None, [])
+        if state is None or path is None:
+            raise Diverged(
+                f"loss or gradient were not finite {BAD_STEPS} times in a row at step {self.progress.step + 1}. Lower "
+                "train.learning_rate or train.max_grad_norm; the checkpoints before it are untouched."
+            )
+        self._rolled_back += 1
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load(state["optimizer"])
+        self._warn(f"{BAD_STEPS} bad steps in a row: weights are back at {path.name}, step {state['progress']['step']}")
+
+    def _fit_micro_batch(self, rows: StepRows, progress: float) -> None:
+        """Before the first step on a GPU: halve the micro-batch (and so double accumulation) until one fits."""
+        while not self._fitted:
+            try:
+                batch = rows.batch.rows(0, self.micro_batch_rows).to(self.runtime.device)
+                self._forward_backward(batch, False, rows, progress)
+                fits = True
+            except torch.OutOfMemoryError:
+                fits = False
+            self.optimizer.zero_grad()
+            self._fitted = all(self.parallel.gather(fits))
+            if not self._fitted:
+                if self.micro_batch_rows == 1:
+                    raise Diverged("not even one row fits the device's memory; make the model or model.seq_length smaller")
+                self.micro_batch_rows = (self.micro_batch_rows + 1) // 2
+                self._warn(f"out of memory: micro-batches have {self.micro_batch_rows} rows now, and there are more of them")
+
+    def _compile_when_due(self) -> None:
+        """From a fixed step on, so that a resumed run computes each step as the uninterrupted one did."""
+        if not self._compiled and self.compile_from_step is not None and self.progress.step >= self.compile_from_step:
+            self.model.compile()
+            self._compiled = True
+
+    def _warn(self, message: str) -> None:
+        self._emit("warning", message=message)
+
+    def _emit(self, event: str, **fields: Any) -> None:
+        self.log.emit(event, step=self.progress.step, tokens=self.progress.tokens, **fields)

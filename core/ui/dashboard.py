@@ -1,0 +1,88 @@
+"""The live view of a run on a terminal; `view_for` picks it, or plain lines where a stream cannot be drawn on.
+
+In:    events
+Out:   a picture that is redrawn in place, and stays on the screen when the run ends
+State: what the run has told so far (frame.py), rich's drawing thread while a run is on
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import TextIO
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from core.ui import text
+from core.ui.frame import RunState
+from core.ui.plain import PlainLines, summary
+
+REFRESH_PER_SECOND = 4
+
+
+class Dashboard:
+    """Draws a run from its run_start to its run_end; events outside of a run come as plain lines.
+
+    Drawing happens in a thread of its own, so `update` costs no more than keeping the event. Whatever else is printed
+    while it draws appears above it. `close` gives the cursor back: call it on every way out.
+    """
+
+    def __init__(self, stream: TextIO, clock: Callable[[], float] = time.time, console: Console | None = None):
+        self.console = console or Console(file=stream, highlight=False, soft_wrap=False)
+        self.clock = clock
+        self._plain = PlainLines(stream)
+        self._lock = threading.Lock()  # only around the state: rich's own lock must never be taken inside it
+        self._state: RunState | None = None
+        self._live: Live | None = None
+
+    def update(self, event: dict) -> None:
+        kind = event.get("event")
+        if kind == "run_start":
+            self.close()
+            self._state = RunState(event)
+            self._live = Live(
+                get_renderable=self.render,
+                console=self.console,
+                refresh_per_second=REFRESH_PER_SECOND,
+                vertical_overflow="crop",
+            )
+            self._live.start()
+        elif self._live is None or self._state is None:
+            self._plain.update(event)
+        else:
+            with self._lock:
+                self._state.update(event)
+            if kind == "run_end":
+                self.close()
+                self.console.print(Text(summary(event), "bold"))
+
+    def render(self) -> Text:
+        """The picture at this moment. Leaves room below for the summary and the shell's prompt once the run is over."""
+        if self._state is None:
+            return Text()
+        try:
+            with self._lock:
+                width, height = self.console.size
+                return self._state.frame(width, max(1, height - (3 if self._state.end else 1)), self.clock())
+        except Exception as error:  # an exception here would end the drawing thread with a traceback over the picture
+            return Text(f"the dashboard cannot draw: {type(error).__name__}: {text.clean(error)}")
+
+    def close(self) -> None:
+        if self._live is not None:
+            live, self._live = self._live, None
+            live.stop()
+
+    def __enter__(self) -> "Dashboard":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def view_for(stream: TextIO) -> Dashboard | PlainLines:
+    """The dashboard on a terminal that can show it, plain lines elsewhere."""
+    utf8 = (getattr(stream, "encoding", None) or "").lower().replace("-", "") == "utf8"
+    drawable = stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb", "unknown")
+    return Dashboard(stream) if drawable and utf8 else PlainLines(stream)

@@ -1,0 +1,147 @@
+"""Events as plain lines: for pipes, files, cluster logs and terminals that cannot be drawn on.
+
+In:    events
+Out:   lines on a text stream, each flushed
+State: when the last step line was written, the step not yet shown, and the evaluation before
+"""
+
+import time
+from collections.abc import Callable
+from typing import TextIO
+
+from core.ui import text
+from core.ui.progress import Progress
+
+STEP_SECONDS = 5.0
+
+
+class PlainLines:
+    """One compact line for an event; of steps the first, the last, and one about every five seconds."""
+
+    def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic):
+        self.stream, self.clock = stream, clock
+        self._progress = Progress({})
+        self._shown_at: float | None = None
+        self._pending: dict | None = None
+        self._eval: dict = {}
+
+    def update(self, event: dict) -> None:
+        kind = event.get("event")
+        if kind == "run_start":
+            self._progress, self._shown_at, self._pending = Progress(event), None, None
+        else:
+            self._progress.update(event)
+        if kind == "step":
+            self._pending = event
+            if self._shown_at is None or self.clock() - self._shown_at >= STEP_SECONDS:
+                self._show_step()
+            return
+        if kind == "run_end":
+            self._show_step()
+        for line in describe(event, self._eval):
+            self._write(line)
+        if kind == "eval":
+            self._eval = event
+
+    def close(self) -> None:
+        self._show_step()
+
+    def __enter__(self) -> "PlainLines":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _show_step(self) -> None:
+        if self._pending is None:
+            return
+        event, self._pending, self._shown_at = self._pending, None, self.clock()
+        parts = [f"step {event['step']:,}", f"{self._progress.counted} ({self._progress.percent})"]
+        parts += [f"loss {text.number(event.get('loss'))}", f"learning rate {text.number(event.get('learning_rate'))}"]
+        parts += [f"grad norm {text.number(event.get('grad_norm'), 2)}", f"{text.count(event.get('tokens_per_second'))} tokens/s"]
+        if event.get("skipped"):
+            parts.append(f"skipped {event['skipped']}")
+        if (left := self._progress.seconds_left) is not None:
+            parts.append(f"{text.duration(left)} left")
+        self._write("  ".join(parts))
+
+    def _write(self, line: str) -> None:
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
+        self.stream.write(line.encode(encoding, "replace").decode(encoding) + "\n")
+        self.stream.flush()
+
+
+def describe(event: dict, previous_eval: dict) -> list[str]:
+    """The lines that tell of one event; none for events that have no words (steps, kinds not known here)."""
+    kind = event.get("event")
+    if kind == "run_start":
+        about = [
+            text.clean(event.get("preset")),
+            f"lineage {text.clean(event.get('lineage'))}",
+            f"run {event.get('run')}",
+            machine(event),
+        ]
+        lines = ["  ".join(about)]
+        if event.get("resumed_from"):
+            lines.append(f"resumed from {text.clean(event['resumed_from'])} at step {event['step']:,}")
+        if event.get("sources"):
+            lines.append("sources  " + ", ".join(text.clean(name) for name in event["sources"]))
+        return lines + [f"note  {text.clean(note)}" for note in event.get("notes") or []]
+    if kind == "eval":
+        return [
+            f"evaluation at {text.count(event.get('tokens'))} tokens  "
+            + "  ".join(f"{k} {v}" for k, v in scores(event, previous_eval))
+        ]
+    if kind == "sample":
+        return [f"sample  {text.clean(event.get('prompt'))}│{text.clean(event.get('text'))}"]
+    if kind == "checkpoint":
+        return [f"checkpoint  {text.clean(event.get('path'))}  ({text.number(event.get('seconds'), 1)}s)"]
+    if kind == "warning":
+        return [f"warning  {text.clean(event.get('message'))}"]
+    if kind == "run_end":
+        return [summary(event)]
+    return []
+
+
+REASONS = {
+    "budget": "finished: the token budget is used up",
+    "max_steps": "finished: max_steps reached",
+    "max_epochs": "finished: max_epochs reached",
+    "interrupted": "interrupted; start again to go on from here",
+    "no_data": "stopped: no source is left to read from",
+    "diverged": "stopped: training diverged",
+}
+
+
+def summary(event: dict) -> str:
+    reason = str(event.get("reason"))
+    said = REASONS.get(reason, f"stopped: {text.clean(reason)}")
+    return f"{said} (step {event['step']:,}, {text.count(event.get('tokens'))} tokens)"
+
+
+def machine(event: dict) -> str:
+    """ "12.3M parameters  cuda ×8  bf16  compiled" """
+    world = event.get("world_size") or 1
+    parts = [
+        f"{text.count(event.get('parameters'))} parameters",
+        text.clean(event.get("device") or "") + (f" ×{world}" if world > 1 else ""),
+    ]
+    parts += [text.clean(event.get(key)) for key in ("precision",) if event.get(key)]
+    if event.get("compile"):
+        parts.append(f"compile {text.clean(event['compile'])}")
+    return "  ".join(part for part in parts if part)
+
+
+def scores(event: dict, before: dict) -> list[tuple[str, str]]:
+    """Names and values of an evaluation, with the change against the one before."""
+
+    def compared(key: str) -> str:
+        difference = text.change(event.get(key), before.get(key))
+        return text.number(event.get(key)) + (f" ({difference})" if difference else "")
+
+    out = [("cross-entropy", compared("cross_entropy")), ("perplexity", text.number(event.get("perplexity"), 1))]
+    if event.get("bits_per_byte") is not None:
+        out.append(("bits/byte", compared("bits_per_byte")))
+    if event.get("token_accuracy") is not None:
+        out.append(("accuracy", f"{event['token_accuracy'] * 100:.1f} %"))
+    return out

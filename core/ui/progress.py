@@ -1,0 +1,67 @@
+"""How far a run is, and how long it will still take.
+
+In:    the events of a run, in order
+Out:   fraction done, seconds left, what is counted
+State: sums of progress and of training time that fade with a time constant of one minute
+"""
+
+import math
+
+from core.ui import text
+
+FADE_SECONDS = 60.0
+
+
+class Progress:
+    """Progress towards the budget of tokens or of steps, whichever ends the run first."""
+
+    def __init__(self, start: dict):
+        self.budget_tokens = start.get("budget_tokens") or 0
+        self.max_steps = start.get("max_steps")
+        self.tokens = start.get("run_tokens") or 0
+        self.steps = start.get("run_step") or 0
+        per_step = start.get("tokens_per_step") or 0
+        self.by_steps = bool(self.max_steps) and (
+            not self.budget_tokens or not per_step or self.max_steps * per_step < self.budget_tokens
+        )
+        self._at: float | None = None  # time of the step before, None where the time since is no training time
+        self._paused = 0.0
+        self._done = self._spent = 0.0
+
+    def update(self, event: dict) -> None:
+        kind = event.get("event")
+        if kind in ("eval", "checkpoint"):
+            self._paused += event.get("seconds") or 0.0
+        elif kind == "sample":
+            self._at = None  # generation does not say how long it took, so this interval is not counted
+        elif kind == "step":
+            before, now = self.fraction, event.get("time") or 0.0
+            self.tokens, self.steps = event.get("run_tokens") or 0, event.get("run_step") or 0
+            if self._at is not None and (spent := now - self._at - self._paused) > 0:
+                fade = math.exp(-spent / FADE_SECONDS)
+                self._done = self._done * fade + max(0.0, self.fraction - before)
+                self._spent = self._spent * fade + spent
+            self._at, self._paused = now, 0.0
+
+    @property
+    def fraction(self) -> float:
+        done, whole = (self.steps, self.max_steps) if self.by_steps else (self.tokens, self.budget_tokens)
+        return min(1.0, done / whole) if whole else 0.0
+
+    @property
+    def seconds_left(self) -> float | None:
+        """None until two steps have shown a rate."""
+        if self.fraction >= 1.0:
+            return 0.0
+        return (1.0 - self.fraction) * self._spent / self._done if self._done > 0 else None
+
+    @property
+    def percent(self) -> str:
+        # Never "100.0 %" before the end: floor, not round.
+        return f"{math.floor(self.fraction * 1000) / 10:.1f} %"
+
+    @property
+    def counted(self) -> str:
+        if self.by_steps:
+            return f"step {self.steps:,} of {self.max_steps:,}"
+        return f"{text.count(self.tokens)} of {text.count(self.budget_tokens)} tokens"

@@ -1,0 +1,74 @@
+"""The files a run leaves beside its metrics: the resolved preset, the run card, the curves.
+
+In:    events
+Out:   logs/<lineage>/preset.json, run.json, loss.png
+State: the card so far
+"""
+
+import json
+import os
+import statistics
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from core.runtime import versions
+from core.ui.report import plot_losses
+
+
+class RunCard:
+    """Writes preset.json at the start, and run.json at the start, after the first step, at evaluations and at the end."""
+
+    def __init__(self, folder: Path, preset: dict[str, Any], started: float, root: Path):
+        """`started`: unix time at which main.py began, so that `seconds_to_first_step` counts everything."""
+        self._folder, self._preset, self._started, self._root = folder, preset, started, root
+        self._card: dict[str, Any] = {}
+        self._speeds: list[float] = []
+
+    def update(self, event: dict[str, Any]) -> None:
+        kind = event["event"]
+        if kind == "run_start":
+            facts = {k: v for k, v in event.items() if k not in ("event", "time", "step", "tokens")}
+            self._card = {**facts, "started": self._started, "git_commit": _git_commit(self._root), "versions": versions()}
+            _write(self._folder / "preset.json", self._preset)
+        elif kind == "step":
+            self._speeds.append(event["tokens_per_second"])
+            if "seconds_to_first_step" in self._card:
+                return
+            self._card["seconds_to_first_step"] = round(event["time"] - self._started, 2)
+        elif kind == "eval":
+            self._card["last_eval"] = {k: v for k, v in event.items() if k not in ("event", "losses")}
+        elif kind == "run_end":
+            self._card |= {"reason": event["reason"], "step": event["step"], "tokens": event["tokens"], "ended": event["time"]}
+        else:
+            return
+        if self._speeds:
+            self._card["tokens_per_second"] = round(statistics.median(self._speeds), 1)
+        _write(self._folder / "run.json", self._card)
+
+
+class LossPlot:
+    """Redraws loss.png at evaluations and at the end."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+
+    def update(self, event: dict[str, Any]) -> None:
+        if event["event"] in ("eval", "run_end"):
+            plot_losses(self._folder / "metrics.jsonl", self._folder / "loss.png")
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(aside, path)
+
+
+def _git_commit(root: Path) -> str | None:
+    """The commit this program is at, with a "+" when files were changed since."""
+    try:
+        run = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty=+"]
+        return subprocess.run(run, capture_output=True, text=True, timeout=5, check=True).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None

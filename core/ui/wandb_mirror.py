@@ -1,0 +1,126 @@
+"""A copy of the metrics log at Weights & Biases. The log is the truth: what goes wrong here never stops a run.
+
+In:    events
+Out:   a wandb run, in the cloud when there is a key and a connection, else under `directory`/wandb for `wandb sync`
+State: the wandb run
+"""
+
+import contextlib
+import netrc
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+INIT_SECONDS = 15
+FINISH_SECONDS = 60
+PLAIN_KEYS = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "skipped", "memory_mb", "tokens")
+
+
+class WandbMirror:
+    """Sends events of training to a wandb run, keyed by our step: wandb drops steps it already has, so a resumed run
+    under the same id adds to the curve instead of doubling it."""
+
+    def __init__(self, project: str, run_id: str, name: str, config: dict, directory: Path, mode: str):
+        import wandb
+
+        directory.mkdir(parents=True, exist_ok=True)
+        settings = wandb.Settings(silent=True, console="off", init_timeout=INIT_SECONDS, disable_git=True, x_disable_stats=True)
+        self.run = wandb.init(
+            project=project,
+            id=run_id,
+            name=name,
+            config=config,
+            dir=str(directory),
+            mode=mode,  # type: ignore[arg-type]
+            resume="allow",
+            settings=settings,
+        )
+        self.mode = mode
+        self.run.define_metric("tokens")
+        self.run.define_metric("*", step_metric="tokens")
+
+    def update(self, event: dict) -> None:
+        if values := _values(event):
+            self.run.log(values, step=event["step"])
+
+    def close(self) -> None:
+        """Wait for the upload, but not for ever: without a connection wandb tries again and again."""
+        run, self.run = self.run, _Closed()
+        waiting = threading.Thread(target=_finish, args=(run,), daemon=True)
+        waiting.start()
+        waiting.join(FINISH_SECONDS)
+
+
+class _Closed:
+    def log(self, *_: Any, **__: Any) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+def open_wandb(project: str, run_id: str, name: str, config: dict, directory: Path) -> tuple[WandbMirror | None, str]:
+    """The mirror, or None, and in either case one line that tells the user how it stands. Never asks, never raises.
+
+    run_id      kept in the checkpoint, so that a resumed run goes on with the same curve
+    directory   logs/<lineage>; wandb makes its own folder in it
+    """
+    try:
+        import wandb  # noqa: F401
+    except ImportError:
+        return None, "wandb is not installed (pip install wandb); the run is logged in logs/ only"
+    mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+    try:
+        mirror = WandbMirror(project, run_id, name, config, directory, mode)
+    except Exception as error:
+        if mode != "online":
+            return None, f"wandb does not start ({_first_line(error)}); the run is logged in logs/ only"
+        try:
+            mirror = WandbMirror(project, run_id, name, config, directory, "offline")
+        except Exception as second:
+            return None, f"wandb does not start ({_first_line(second)}); the run is logged in logs/ only"
+        return mirror, f"wandb cannot be reached ({_first_line(error)}); it logs offline, to be sent with: {_sync(mirror)}"
+    if mode == "online":
+        return mirror, f"wandb: {getattr(mirror.run, 'url', None) or 'online'}"
+    if mode == "offline":
+        return mirror, f"wandb logs offline, to be sent with: {_sync(mirror)}"
+    return mirror, f"wandb is {mode} (WANDB_MODE)"
+
+
+def _values(event: dict) -> dict[str, Any]:
+    """The numbers of an event under the names they have at wandb; empty for events that are not mirrored."""
+    kind = event.get("event")
+    out: dict[str, Any] = {}
+    if kind == "step":
+        out = {key: event.get(key) for key in PLAIN_KEYS}
+        out |= {f"losses/{name}": value for name, value in (event.get("losses") or {}).items()}
+        for name, source in (event.get("sources") or {}).items():
+            out |= {f"sources/{name}/{key}": value for key, value in source.items()}
+    elif kind == "eval":
+        shown = {key: value for key, value in event.items() if key not in ("event", "step", "tokens", "time", "losses")}
+        out = {f"eval/{key}": value for key, value in {**shown, **(event.get("losses") or {})}.items()}
+        out["tokens"] = event.get("tokens")
+    return {key: value for key, value in out.items() if isinstance(value, (int, float))}
+
+
+def _has_key() -> bool:
+    """Whether wandb would find a key without asking."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("://")[-1].split("/")[0].split(":")[0]
+    with contextlib.suppress(OSError, netrc.NetrcParseError):
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    return False
+
+
+def _sync(mirror: WandbMirror) -> str:
+    folder = Path(str(getattr(mirror.run, "dir", "") or "")).parent
+    return f"wandb sync {folder}"
+
+
+def _finish(run: Any) -> None:
+    with contextlib.suppress(Exception):
+        run.finish()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().split("\n") or [""])[0][:200] or type(error).__name__
