@@ -23,6 +23,7 @@ from core.ui.progress import Progress
 QUIET_SECONDS = 10.0
 """After so long without any event the dashboard says so: a first step being compiled, an evaluation, or something stuck."""
 CHART_ROWS = 12
+SAMPLE_ROWS = 9  # before the chart takes its part
 SAMPLE_CHARACTERS = 2000
 ENDINGS = {"budget": "finished", "max_steps": "finished", "max_epochs": "finished", "interrupted": "interrupted"}
 
@@ -90,12 +91,20 @@ class RunState:
                 left -= section.least
             elif section.lines:
                 break
-        for i in rows:
-            more = min(left, len(sections[i].lines) - rows[i])
-            rows[i] += more
-            left -= more
-        if left >= 4:
-            lines += self._chart(width, min(left, CHART_ROWS))
+
+        def grow(i: int, at_most: int) -> None:
+            nonlocal left
+            more = max(0, min(left, len(sections[i].lines), at_most) - rows[i]) if i in rows else 0
+            more = min(more, left)
+            rows[i], left = rows.get(i, 0) + more, left - more
+
+        sample = len(sections) - 1
+        for i in list(rows):
+            grow(i, SAMPLE_ROWS if i == sample else height)
+        if left >= 4 and (chart := self._chart(width, min(left, CHART_ROWS))):
+            lines, left = lines + chart, left - len(chart)
+        if sample in rows:
+            grow(sample, height)
         for i, n in rows.items():
             lines += sections[i].lines[:n]
         for line in lines:

@@ -114,9 +114,10 @@ def _pick(cards: list[PresetCard], default: str) -> str:
         return [piece for line in lines for piece in textwrap.wrap(line, max(10, columns() - 4), subsequent_indent="  ") or [""]]
 
     def preview_rows() -> int:
-        """The same for every preset, so that the list does not move; at most two fifths of the screen."""
+        """The same for every preset, so that the list does not move; at most two fifths of the screen, none of a tiny one."""
         rows = get_app().output.get_size().rows
-        return min(max(len(previewed(card)) for card in cards), max(rows * 2 // 5, rows - len(cards) * 2 - 4))
+        most = max(rows * 2 // 5, rows - len(cards) * 2 - 4) if rows >= 10 else rows - 7
+        return max(0, min(max(len(previewed(card)) for card in cards), most))
 
     def listing() -> StyleAndTextTuples:
         out: StyleAndTextTuples = []
@@ -131,7 +132,12 @@ def _pick(cards: list[PresetCard], default: str) -> str:
             name = set_cell_size(_cut(text.clean(card.title), width - 2), width)
             says = _cut(text.clean((card.problem or card.description).split("\n")[0]), columns() - width - 6)
             out.append(("class:here" if here else "class:broken" if card.problem else "", name))
-            out.append(("class:broken" if card.problem else "class:here" if here else "class:beside", says + "\n"))
+            out.append(
+                (
+                    "class:broken" if card.problem else "class:here" if here else "class:beside",
+                    says + "\n" * (card is not cards[-1]),
+                )
+            )
         return out
 
     def rule() -> StyleAndTextTuples:

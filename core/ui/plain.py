@@ -5,6 +5,7 @@ Out:   lines on a text stream, each flushed
 State: when the last step line was written, the step not yet shown, and the evaluation before
 """
 
+import re
 import time
 from collections.abc import Callable
 from typing import TextIO
@@ -83,7 +84,7 @@ def describe(event: dict, previous_eval: dict) -> list[str]:
         ]
         lines = ["  ".join(about)]
         if event.get("resumed_from"):
-            lines.append(f"resumed from {text.clean(event['resumed_from'])} at step {event['step']:,}")
+            lines.append(f"resumed from {text.clean(event['resumed_from'])}")
         if event.get("sources"):
             lines.append("sources  " + ", ".join(text.clean(name) for name in event["sources"]))
         return lines + [f"note  {text.clean(note)}" for note in event.get("notes") or []]
@@ -127,8 +128,8 @@ def machine(event: dict) -> str:
         text.clean(event.get("device") or "") + (f" ×{world}" if world > 1 else ""),
     ]
     parts += [text.clean(event.get(key)) for key in ("precision",) if event.get(key)]
-    if event.get("compile"):
-        parts.append(f"compile {text.clean(event['compile'])}")
+    if event.get("compile"):  # "not compiled: and why"; the reason is among the notes
+        parts.append(re.split("[:;]", text.clean(event["compile"]))[0])
     return "  ".join(part for part in parts if part)
 
 

@@ -24,24 +24,22 @@ class Progress:
         self.by_steps = bool(self.max_steps) and (
             not self.budget_tokens or not per_step or self.max_steps * per_step < self.budget_tokens
         )
-        self._at: float | None = None  # time of the step before, None where the time since is no training time
-        self._paused = 0.0
+        self._warm = False  # the first step of a process is no guide: it may compile, and waits for the first data
         self._done = self._spent = 0.0
 
     def update(self, event: dict) -> None:
-        kind = event.get("event")
-        if kind in ("eval", "checkpoint"):
-            self._paused += event.get("seconds") or 0.0
-        elif kind == "sample":
-            self._at = None  # generation does not say how long it took, so this interval is not counted
-        elif kind == "step":
-            before, now = self.fraction, event.get("time") or 0.0
-            self.tokens, self.steps = event.get("run_tokens") or 0, event.get("run_step") or 0
-            if self._at is not None and (spent := now - self._at - self._paused) > 0:
-                fade = math.exp(-spent / FADE_SECONDS)
-                self._done = self._done * fade + max(0.0, self.fraction - before)
-                self._spent = self._spent * fade + spent
-            self._at, self._paused = now, 0.0
+        """Time is taken from the step's own tokens per second, which leaves evaluations and saving out, not from the clock."""
+        if event.get("event") != "step":
+            return
+        fraction, tokens = self.fraction, self.tokens
+        self.tokens, self.steps = event.get("run_tokens") or 0, event.get("run_step") or 0
+        speed = event.get("tokens_per_second")
+        if self._warm and speed and self.tokens > tokens:
+            spent = (self.tokens - tokens) / speed
+            fade = math.exp(-spent / FADE_SECONDS)
+            self._done = self._done * fade + self.fraction - fraction
+            self._spent = self._spent * fade + spent
+        self._warm = True
 
     @property
     def fraction(self) -> float:

@@ -8,12 +8,17 @@ State: the wandb run
 import contextlib
 import netrc
 import os
+import socket
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 INIT_SECONDS = 15
 FINISH_SECONDS = 60
+CONNECT_SECONDS = 5
 PLAIN_KEYS = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "skipped", "memory_mb", "tokens")
 
 
@@ -25,7 +30,7 @@ class WandbMirror:
         import wandb
 
         directory.mkdir(parents=True, exist_ok=True)
-        settings = wandb.Settings(silent=True, console="off", init_timeout=INIT_SECONDS, disable_git=True, x_disable_stats=True)
+        settings = wandb.Settings(silent=True, console="off", init_timeout=INIT_SECONDS, login_timeout=1)
         self.run = wandb.init(
             project=project,
             id=run_id,
@@ -47,9 +52,7 @@ class WandbMirror:
     def close(self) -> None:
         """Wait for the upload, but not for ever: without a connection wandb tries again and again."""
         run, self.run = self.run, _Closed()
-        waiting = threading.Thread(target=_finish, args=(run,), daemon=True)
-        waiting.start()
-        waiting.join(FINISH_SECONDS)
+        _within(FINISH_SECONDS, run.finish)
 
 
 class _Closed:
@@ -65,24 +68,31 @@ def open_wandb(project: str, run_id: str, name: str, config: dict, directory: Pa
     directory   logs/<lineage>; wandb makes its own folder in it
     """
     try:
-        import wandb  # noqa: F401
+        import wandb
     except ImportError:
         return None, "wandb is not installed (pip install wandb); the run is logged in logs/ only"
-    mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+    base_url = wandb.setup().settings.base_url
+    mode, why = os.environ.get("WANDB_MODE") or "online", ""
+    if mode == "online" and not _has_key(base_url):
+        mode, why = "offline", "has no API key (wandb login)"
+    elif mode == "online" and not _reachable(base_url):
+        mode, why = "offline", f"cannot be reached at {base_url}"
     try:
         mirror = WandbMirror(project, run_id, name, config, directory, mode)
     except Exception as error:
         if mode != "online":
             return None, f"wandb does not start ({_first_line(error)}); the run is logged in logs/ only"
         try:
+            # wandb's own process still holds the id of the run that could not start.
+            _within(FINISH_SECONDS, lambda: wandb.teardown(exit_code=1))
             mirror = WandbMirror(project, run_id, name, config, directory, "offline")
         except Exception as second:
             return None, f"wandb does not start ({_first_line(second)}); the run is logged in logs/ only"
-        return mirror, f"wandb cannot be reached ({_first_line(error)}); it logs offline, to be sent with: {_sync(mirror)}"
+        return mirror, f"wandb refuses ({_first_line(error)}); it logs offline, to be sent with: {_sync(mirror)}"
     if mode == "online":
         return mirror, f"wandb: {getattr(mirror.run, 'url', None) or 'online'}"
     if mode == "offline":
-        return mirror, f"wandb logs offline, to be sent with: {_sync(mirror)}"
+        return mirror, f"wandb {why or 'is set to offline'}; it logs offline, to be sent with: {_sync(mirror)}"
     return mirror, f"wandb is {mode} (WANDB_MODE)"
 
 
@@ -102,14 +112,28 @@ def _values(event: dict) -> dict[str, Any]:
     return {key: value for key, value in out.items() if isinstance(value, (int, float))}
 
 
-def _has_key() -> bool:
+def _has_key(base_url: str) -> bool:
     """Whether wandb would find a key without asking."""
-    if os.environ.get("WANDB_API_KEY"):
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("://")[-1].split("/")[0].split(":")[0]
+    host = urlsplit(base_url).netloc
     with contextlib.suppress(OSError, netrc.NetrcParseError):
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+        keys = netrc.netrc(os.environ.get("NETRC"))
+        # wandb's service moved to another host and still takes the keys kept under its old one.
+        return bool(keys.authenticators(host) or (host == "api.forge.coreweave.com" and keys.authenticators("api.wandb.ai")))
     return False
+
+
+def _reachable(base_url: str) -> bool:
+    """Whether anything answers there: a machine without network should learn so in seconds, not in wandb's own retries."""
+    parts = urlsplit(base_url)
+    if getproxies().get(parts.scheme):  # the proxy answers or it does not; a direct connection would say nothing
+        return True
+    try:
+        socket.create_connection((parts.hostname or "", parts.port or 443), timeout=CONNECT_SECONDS).close()
+    except OSError:
+        return False
+    return True
 
 
 def _sync(mirror: WandbMirror) -> str:
@@ -117,9 +141,16 @@ def _sync(mirror: WandbMirror) -> str:
     return f"wandb sync {folder}"
 
 
-def _finish(run: Any) -> None:
-    with contextlib.suppress(Exception):
-        run.finish()
+def _within(seconds: float, action: Callable[[], Any]) -> None:
+    """Do it, but wait no longer than that, and let nothing out."""
+
+    def quietly() -> None:
+        with contextlib.suppress(Exception):
+            action()
+
+    thread = threading.Thread(target=quietly, daemon=True)
+    thread.start()
+    thread.join(seconds)
 
 
 def _first_line(error: Exception) -> str:

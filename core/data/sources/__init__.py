@@ -45,8 +45,9 @@ def build_source(settings: Any, root: Path, seed: int) -> Source:
 def open_sources(sources: list[Source], deadline_seconds: float = 12.0) -> tuple[list[Source], dict[str, str]]:
     """Opens all sources side by side.
 
-    Returns those that opened, in the given order, and {name: reason} for the others. Never raises, and never takes longer
-    than the deadline: a source that has not answered by then counts as failed, whatever it does later.
+    Returns those that opened, in the given order, and {name: reason} for the others (a reason does not repeat the name).
+    Never raises, and never takes longer than the deadline: a source that has not answered by then counts as failed,
+    whatever it does later.
     """
     outcome: dict[int, str | None] = {}
 
@@ -56,7 +57,7 @@ def open_sources(sources: list[Source], deadline_seconds: float = 12.0) -> tuple
         except SourceUnavailable as error:
             outcome[index] = str(error)
         except Exception as error:  # a fault in one source must not take the others with it; it is told, not hidden
-            outcome[index] = f"{source.name}: {type(error).__name__}: {error}"
+            outcome[index] = f"{type(error).__name__}: {error}"
         else:
             outcome[index] = None
 
@@ -69,5 +70,5 @@ def open_sources(sources: list[Source], deadline_seconds: float = 12.0) -> tuple
     done = dict(outcome)  # a copy: late threads still write into the other
     late = f"no answer within {deadline_seconds:g} s; check the network or the disk, or take it out of the preset"
     opened = [source for index, source in enumerate(sources) if index in done and done[index] is None]
-    failed = {s.name: done.get(i) or f"{s.name}: {late}" for i, s in enumerate(sources) if i not in done or done[i] is not None}
+    failed = {s.name: done.get(i) or late for i, s in enumerate(sources) if i not in done or done[i] is not None}
     return opened, failed

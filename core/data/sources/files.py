@@ -63,12 +63,12 @@ def split_into_units(path: Path, label: str) -> list[Unit]:
     return [Unit(path, label, begin, end) for begin, end in zip(begins, [*begins[1:], None])]
 
 
-def need(module: str, package: str, source: str) -> Any:
+def need(module: str, package: str) -> Any:
     """An optional module. Raises SourceUnavailable saying what to install: the other sources can go on without it."""
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise SourceUnavailable(f"{source}: needs the package {package}: pip install {package}") from None
+        raise SourceUnavailable(f"the package {package} is missing: pip install {package}") from None
 
 
 class FileSource:
@@ -162,7 +162,7 @@ class FileStream:
         if self._from_start:  # a whole epoch without a document: the next would be as empty, and the mix would spin
             told = "".join(f"; {note}" for note in self._source.notes)
             count = "its only file" if len(self._order) == 1 else f"any of its {len(self._order)} files"
-            raise SourceUnavailable(f"{self._source.name}: no text in {count} ({self._order[0].label} ...){told}")
+            raise SourceUnavailable(f"no text in {count} ({self._order[0].label} ...){told}")
         raise StopIteration
 
     def cursor(self) -> Cursor:

@@ -82,17 +82,18 @@ class HfSource:
 
     def __init__(self, settings: HfSettings, root: Path, seed: int):
         self.name, self.seed, self.notes = settings.name, seed, []
-        self._settings = settings
+        self.dataset, self.columns = settings.dataset, settings.columns
+        self._config, self._split, self._format = settings.config, settings.split, settings.format
         path = root / Path(settings.dataset).expanduser()
         local = path.exists() or settings.dataset.startswith(("./", "../", "/", "~"))
         self._path = path if local else None
         self.finite = local
-        self._dataset: Any = None
+        self._rows: Any = None  # the streaming dataset
         self._files: list[str] | None = None  # of the shards, in their order, when all are Parquet
 
     def open(self) -> None:
         """Finds the files, checks the columns, and fetches a few bytes of data. Raises SourceUnavailable."""
-        self._dataset = None
+        self._rows, self._files = None, None
         self._load()
 
     def stream(self, cursor: Cursor) -> "HfStream":
@@ -101,7 +102,7 @@ class HfSource:
 
     def order(self, epoch: int) -> list[int]:
         """The shards in the order of one epoch."""
-        shards = list(range(self._dataset.num_shards))
+        shards = list(range(self._rows.num_shards))
         random.Random(derive_seed(self.seed, "order", self.name, epoch)).shuffle(shards)
         return shards
 
@@ -111,26 +112,24 @@ class HfSource:
     def read(self, shard: int, row: int) -> Iterator[str | None]:
         """The texts of a shard's rows from `row` on; None for a row that has none."""
         rows = self._read_parquet(self._files[shard], row) if self._files else self._read_any(shard, row)
-        columns, form = self._settings.columns, self._settings.format
         for values in rows:
             if not all(isinstance(v, (str, int, float)) and str(v).strip() for v in values):
                 yield None
             else:
-                yield form.format(**dict(zip(columns, values))) if form is not None else str(values[0])
+                yield self._format.format(**dict(zip(self.columns, values))) if self._format else str(values[0])
 
     def _load(self) -> None:
         """The dataset, found once. Raises SourceUnavailable."""
-        if self._dataset is not None:
+        if self._rows is not None:
             return
         if self._path is None:
-            hub.check_reachable(self.name)
-        datasets = hub.quiet_datasets(self.name)
-        settings = self._settings
+            hub.check_reachable()
+        datasets = hub.quiet_datasets()
         try:
             builder = datasets.load_dataset_builder(**self._where())
-            dataset = builder.as_streaming_dataset(split=settings.split)
-            columns = dataset.column_names or list(next(iter(dataset), {}))
-            files = list((builder.config.data_files or {}).get(settings.split, []))
+            dataset = builder.as_streaming_dataset(split=self._split)
+            columns = dataset.column_names or list(next(dataset.iter(batch_size=1), {}))
+            files = list((builder.config.data_files or {}).get(self._split, []))
             self._check_columns(columns)
             if len(files) == dataset.num_shards and all(file.endswith(".parquet") for file in files):
                 self._files = files
@@ -138,28 +137,28 @@ class HfSource:
         except SourceUnavailable:
             raise
         except Exception as error:  # the library lets through whatever its HTTP, YAML and Arrow layers raise
-            raise SourceUnavailable(f"{self.name}: {hub.explain(error, settings.dataset)}") from None
-        self._dataset = dataset.select_columns(settings.columns)
+            raise SourceUnavailable(hub.explain(error, self.dataset)) from None
+        self._rows = dataset.select_columns(self.columns)
 
     def _where(self) -> dict[str, Any]:
         """What `datasets` is asked for. Raises SourceUnavailable for a local path that is not there."""
         path = self._path
         if path is None:
-            return {"path": self._settings.dataset, "name": self._settings.config}
+            return {"path": self.dataset, "name": self._config}
         if path.is_dir():
-            return {"path": str(path), "name": self._settings.config}
+            return {"path": str(path), "name": self._config}
         if not path.is_file():
-            raise SourceUnavailable(f'{self.name}: {path} does not exist; correct the "dataset" of this source')
+            raise SourceUnavailable(f'{path} does not exist; correct the "dataset" of this source')
         kind = next((kind for suffix, kind in LOCAL_BUILDERS.items() if suffix in path.suffixes), None)
         if kind is None:
             known = " ".join(LOCAL_BUILDERS)
-            raise SourceUnavailable(f"{self.name}: {path} is of no readable kind ({known})")
-        return {"path": kind, "data_files": {self._settings.split: str(path)}}
+            raise SourceUnavailable(f"{path} is of no readable kind ({known})")
+        return {"path": kind, "data_files": {self._split: str(path)}}
 
     def _check_columns(self, there: list[str]) -> None:
-        if missing := [column for column in self._settings.columns if column not in there]:
+        if missing := [column for column in self.columns if column not in there]:
             raise SourceUnavailable(
-                f'{self.name}: {self._settings.dataset} has no column "{missing[0]}"; its columns are {", ".join(there)}: '
+                f'{self.dataset} has no column "{missing[0]}"; its columns are {", ".join(there)}: '
                 'set "text_field" to one of them, or "fields" and "format"'
             )
 
@@ -170,7 +169,7 @@ class HfSource:
             data.read(4)
 
     def _read_parquet(self, file: str, row: int) -> Iterator[tuple]:
-        parquet = need("pyarrow.parquet", "pyarrow", self.name)
+        parquet = need("pyarrow.parquet", "pyarrow")
         with hub.open_file(file) as data:
             table = parquet.ParquetFile(data, pre_buffer=True)
             counts = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
@@ -179,14 +178,14 @@ class HfSource:
                 row -= counts[first]
                 first += 1
             for group in range(first, len(counts)):
-                for batch in table.iter_batches(batch_size=256, row_groups=[group], columns=self._settings.columns):
+                for batch in table.iter_batches(batch_size=256, row_groups=[group], columns=self.columns):
                     skipped, row = min(row, batch.num_rows), max(0, row - batch.num_rows)
-                    yield from zip(*(batch.column(c).to_pylist()[skipped:] for c in self._settings.columns))
+                    yield from zip(*(batch.column(c).to_pylist()[skipped:] for c in self.columns))
 
     def _read_any(self, shard: int, row: int) -> Iterator[tuple]:
-        dataset = self._dataset.shard(num_shards=self._dataset.num_shards, index=shard)
+        dataset = self._rows.shard(num_shards=self._rows.num_shards, index=shard)
         for batch in dataset.iter(batch_size=256):  # unlike iter(dataset), never divided among torch's workers
-            columns = [batch[column] for column in self._settings.columns]
+            columns = [batch[column] for column in self.columns]
             skipped, row = min(row, len(columns[0])), max(0, row - len(columns[0]))
             yield from zip(*(column[skipped:] for column in columns))
 
@@ -227,9 +226,7 @@ class HfStream:
                 continue
             self._shard, self._row, self._texts = self._shard + 1, 0, None
         if self._from_start:  # as in files.py: the next epoch would be as empty
-            raise SourceUnavailable(
-                f"{self._source.name}: no row of it holds text in {', '.join(self._source._settings.columns)}"
-            )
+            raise SourceUnavailable(f"no row of it holds text in {', '.join(self._source.columns)}")
         raise StopIteration
 
     def cursor(self) -> Cursor:
@@ -238,9 +235,9 @@ class HfStream:
     def _wait_after(self, error: Exception) -> None:
         """Waits before the next try. Raises SourceUnavailable when there is none."""
         self._failures += 1
-        reason = hub.explain(error, self._source._settings.dataset)
+        reason = hub.explain(error, self._source.dataset)
         if hub.is_permanent(error):
-            raise SourceUnavailable(f"{self._source.name}: {reason}") from None
+            raise SourceUnavailable(f"{reason}") from None
         if self._failures >= self._source.tries:
-            raise SourceUnavailable(f"{self._source.name}: reading failed {self._failures} times in a row; {reason}") from None
+            raise SourceUnavailable(f"reading failed {self._failures} times in a row; {reason}") from None
         time.sleep(self._source.first_wait_seconds * 2 ** (self._failures - 1))

@@ -18,22 +18,20 @@ PROBE_SECONDS = 5.0
 """How long a connection may take before the Hub counts as out of reach."""
 
 
-def check_reachable(source: str) -> None:
+def check_reachable() -> None:
     """Raises SourceUnavailable when no connection to the Hub (or to the proxy on the way) comes about.
 
     The library itself retries a failed name look-up for half a minute; a machine without network has to learn it at once.
     """
-    constants = need("huggingface_hub.constants", "datasets", source)
+    constants = need("huggingface_hub.constants", "datasets")
     if constants.HF_HUB_OFFLINE:
-        raise SourceUnavailable(
-            f"{source}: HF_HUB_OFFLINE is set, and streaming needs the network; unset it or use local sources"
-        )
+        raise SourceUnavailable("HF_HUB_OFFLINE is set, and streaming needs the network; unset it or use local sources")
     host, port, way = _first_hop(constants.ENDPOINT)
     try:
         socket.create_connection((host, port), timeout=PROBE_SECONDS).close()
     except OSError as error:
         raise SourceUnavailable(
-            f"{source}: cannot reach {way}: {error.strerror or error}; check the network, or use local sources"
+            f"cannot reach {way}: {error.strerror or error}; check the network, or use local sources"
         ) from None
 
 
@@ -48,9 +46,9 @@ def _first_hop(endpoint: str) -> tuple[str, int, str]:
     return host, url.port or (80 if url.scheme == "http" else 443), host
 
 
-def quiet_datasets(source: str) -> Any:
+def quiet_datasets() -> Any:
     """The `datasets` module without bars, chatter and long waits."""
-    datasets, hub = need("datasets", "datasets", source), need("huggingface_hub.utils", "datasets", source)
+    datasets, hub = need("datasets", "datasets"), need("huggingface_hub.utils", "datasets")
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
     hub.disable_progress_bars()
@@ -74,24 +72,32 @@ def open_file(url: str) -> IO[bytes]:
 
 
 def is_permanent(error: Exception) -> bool:
-    """Whether trying again is useless: the Hub refused, or the file is gone."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    return status in (401, 403, 404, 410, 451) or isinstance(error, (FileNotFoundError, PermissionError))
+    """Whether trying again is useless. A bare 401 or 403 is not: storage behind the Hub answers so in passing, too."""
+    refusals = (
+        "GatedRepoError",
+        "RepositoryNotFoundError",
+        "RevisionNotFoundError",
+        "RemoteEntryNotFoundError",
+        "DisabledRepoError",
+    )
+    return type(error).__name__ in refusals or isinstance(error, (FileNotFoundError, PermissionError))
 
 
 def explain(error: Exception, dataset: str) -> str:
     """One line: what went wrong with a dataset, and what to do."""
     text = " ".join(str(error).split())
     low = text.lower()
-    page = f"https://huggingface.co/datasets/{dataset}"
+    page = "the file" if dataset.startswith((".", "/", "~")) else f"https://huggingface.co/datasets/{dataset}"
     status = getattr(getattr(error, "response", None), "status_code", None)
-    if "gated" in low or status == 403:
+    if "gated" in low:
         return f"{dataset} is gated: ask for access at {page}, and set HF_TOKEN"
-    if "invalid credentials" in low or "invalid username or password" in low:
+    if "invalid credentials" in low:
         return "the Hub refused HF_TOKEN; correct it or unset it"
-    if "doesn't exist on the hub" in low or type(error).__name__ == "RepositoryNotFoundError" or status == 401:
+    if "doesn't exist on the hub" in low or type(error).__name__ == "RepositoryNotFoundError":
         return f"{dataset} is not on the Hub, or is private; check the spelling, or set HF_TOKEN"
-    if "builderconfig" in low and "not found" in low or "config name is missing" in low:
+    if status in (401, 403):
+        return f"the Hub refused access to {dataset} (HTTP {status}): ask for it at {page}, and set HF_TOKEN"
+    if ("builderconfig" in low and "not found" in low) or "config name is missing" in low:
         return f'{dataset} needs another "config": {_from_bracket(text)}'
     if "bad split" in low:
         return f'{dataset} has no such "split"; it has {_from_bracket(text)}'

@@ -7,6 +7,7 @@ State: none of its own (files.py); a file's text is held only while that file is
 
 import re
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +21,8 @@ LOW, HIGH = 3000, 5000
 """Characters of a document."""
 
 CHECKED_AT_OPEN = 200
-"""Files looked into before training starts; the others are when their turn comes."""
+CHECK_SECONDS = 4.0
+"""Files looked into before training starts, and for how long; the others are when their turn comes."""
 
 SCANNED = "textless (scanned?)"
 
@@ -49,13 +51,16 @@ class PdfSource(FileSource):
         paths = [p for p in self._folder.rglob("*") if p.suffix.lower() == ".pdf" and p.is_file()]
         if not paths:
             state = "holds no PDF" if self._folder.is_dir() else "does not exist"
-            raise SourceUnavailable(f"{self.name}: the folder {self._folder} {state}; put PDF files there")
+            raise SourceUnavailable(f"the folder {self._folder} {state}; put PDF files there")
         units = [Unit(path, path.relative_to(self._folder).as_posix()) for path in paths]
         return sorted(units, key=lambda unit: unit.label)
 
     def open(self) -> None:
         super().open()
+        end = time.monotonic() + CHECK_SECONDS
         for unit in (self._units or [])[:CHECKED_AT_OPEN]:
+            if time.monotonic() > end:
+                break
             try:
                 with _MUPDF, self._document(unit) as document:
                     next(text_blocks(document))
@@ -77,7 +82,7 @@ class PdfSource(FileSource):
 
     def _document(self, unit: Unit) -> Any:
         """The open PDF. Raises Damaged; OSError where the file cannot be read."""
-        pymupdf = need("pymupdf", "pymupdf", self.name)
+        pymupdf = need("pymupdf", "pymupdf")
         pymupdf.TOOLS.mupdf_display_errors(False)  # its complaints about a file are ours to tell, once, in the notes
         pymupdf.TOOLS.mupdf_display_warnings(False)
         with unit.path.open("rb"):  # tells a file that may not be read from one that is broken
@@ -141,18 +146,19 @@ def clean_block(text: str) -> str:
     longest = max(map(len, lines), default=0)
     out, kept_break = "", True
     for line in lines:
-        out = out + line if not out else f"{out}\n{line}" if kept_break else _joined(out, line)
+        out = f"{out}\n{line}" if out and kept_break and not _word_is_cut(out, line) else _joined(out, line)
         kept_break = len(line) < _BREAK_BELOW * longest
     return out
 
 
+def _word_is_cut(before: str, after: str) -> bool:
+    """Whether a hyphen at a line's end only cuts a word there."""
+    return before.endswith("\xad") or (before[-1:] in ("-", "\u2010") and before[-2:-1].isalpha() and after[:1].islower())
+
+
 def _joined(before: str, after: str) -> str:
-    """Two lines run together; a word that was cut with a hyphen becomes one again."""
-    if before.endswith("\xad"):
-        return before[:-1] + after
-    if before[-1] in "-\u2010" and before[-2:-1].isalpha() and after[:1].islower():
-        return before[:-1] + after
-    return f"{before} {after}"
+    """Two lines run together; a word that was cut becomes one again."""
+    return before[:-1] + after if _word_is_cut(before, after) else f"{before} {after}".lstrip()
 
 
 def _goes_on(before: str, after: str) -> bool:

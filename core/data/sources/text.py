@@ -100,7 +100,7 @@ class TextSource(PlainSource):
                 if _suffix(unit.path) in PARQUET:
                     self._parquet(unit).close()
                 else:
-                    self._row(unit, 0, next(_lines(unit, self.name), b""))
+                    self._row(unit, 0, next(_lines(unit), b""))
             except OSError:
                 self.skip(unit, "unreadable")
             except Damaged as error:
@@ -127,12 +127,12 @@ class TextSource(PlainSource):
         else:
             files, problem = [], f"{path} does not exist"
         if not files:
-            raise SourceUnavailable(f'{self.name}: {problem}; correct the "path" of this source')
+            raise SourceUnavailable(f'{problem}; correct the "path" of this source')
         return files
 
     def _read_lines(self, unit: Unit, start: int) -> Iterator[tuple[int, Document]]:
         bad = 0
-        for index, line in enumerate(_lines(unit, self.name)):
+        for index, line in enumerate(_lines(unit)):
             if index < start or not line.strip():
                 continue
             text = self._row(unit, index, line)
@@ -156,7 +156,7 @@ class TextSource(PlainSource):
 
     def _parquet(self, unit: Unit) -> Any:
         """The open Parquet file, its column checked."""
-        pyarrow, parquet = need("pyarrow", "pyarrow", self.name), need("pyarrow.parquet", "pyarrow", self.name)
+        pyarrow, parquet = need("pyarrow", "pyarrow"), need("pyarrow.parquet", "pyarrow")
         try:
             file = parquet.ParquetFile(unit.path)
         except pyarrow.ArrowInvalid:
@@ -183,7 +183,7 @@ class TextSource(PlainSource):
         self.skip_rows(unit, bad)
 
     def _column(self, file: Any, group: int) -> Iterator[Any]:
-        pyarrow = need("pyarrow", "pyarrow", self.name)
+        pyarrow = need("pyarrow", "pyarrow")
         try:
             for batch in file.iter_batches(batch_size=256, row_groups=[group], columns=[self._field]):
                 yield from batch.column(0).to_pylist()
@@ -193,7 +193,7 @@ class TextSource(PlainSource):
     def _no_field(self, unit: Unit, columns: list[str]) -> SourceUnavailable:
         there = ", ".join(columns) or "none"
         return SourceUnavailable(
-            f'{self.name}: {unit.label} has no column "{self._field}"; its columns are {there}: set "text_field" to one of them'
+            f'{unit.label} has no column "{self._field}"; its columns are {there}: set "text_field" to one of them'
         )
 
 
@@ -216,7 +216,7 @@ class PythonStdlibSource(PlainSource):
             units += [Unit(path, path.relative_to(library).as_posix()) for path in paths]
         if not units:
             raise SourceUnavailable(
-                f"{self.name}: {library} holds no .py file: this Python was installed without its source text; "
+                f"{library} holds no .py file: this Python was installed without its source text; "
                 "use another Python, or take this source out of the preset"
             )
         return sorted(units, key=lambda unit: unit.label)
@@ -250,7 +250,7 @@ def _label(path: Path, root: Path) -> str:
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
 
 
-def _lines(unit: Unit, source: str) -> Iterator[bytes]:
+def _lines(unit: Unit) -> Iterator[bytes]:
     """The lines of a JSON file, compressed or not. Raises Damaged where a compressed file breaks off."""
     suffix = _suffix(unit.path)
     if suffix == ".jsonl":
@@ -262,7 +262,7 @@ def _lines(unit: Unit, source: str) -> Iterator[bytes]:
         except (EOFError, zlib.error, gzip.BadGzipFile):
             raise Damaged("damaged") from None
     else:
-        zstandard = need("zstandard", "zstandard", source)
+        zstandard = need("zstandard", "zstandard")
         try:
             with unit.path.open("rb") as raw:
                 yield from io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))

@@ -1,0 +1,246 @@
+"""Hub datasets through the real `datasets` code, against a hub on loopback: exact resume, plain refusals, broken lines."""
+
+import gzip
+import io
+import json
+import random
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.hub import Hub, hub_env, run_python
+
+PROLOGUE = """
+import json, random, sys, time
+from pathlib import Path
+from core.data.sources import SOURCES, build_source, open_sources
+from core.data.sources.hf import HfSettings, HfSource
+def source(dataset, seed=7, **more):
+    return build_source(HfSettings(dataset=dataset, **more), Path("."), seed)
+def opened(*sources):
+    begin = time.monotonic()
+    good, failed = open_sources(list(sources))
+    return [s.name for s in good], failed, time.monotonic() - begin
+"""
+
+
+def parquet(rows: list[dict], **options: int) -> bytes:
+    import pyarrow
+    import pyarrow.parquet
+
+    out = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), out, **options)
+    return out.getvalue()
+
+
+def lines(rows: list[dict]) -> bytes:
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+def rows(shard: int, count: int) -> list[dict]:
+    return [{"id": i, "text": f"shard {shard} row {i}"} for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def hub():
+    import zstandard
+
+    sizes = [20, 33, 7, 15]
+    card = (
+        b"---\nconfigs:\n- config_name: big\n  data_files: big/*.jsonl\n- config_name: small\n  data_files: small/*.jsonl\n---\n"
+    )
+    with Hub() as hub:
+        hub.add_dataset(
+            "me/parquet", {f"data/train-{k}.parquet": parquet(rows(k, n), row_group_size=6) for k, n in enumerate(sizes)}
+        )
+        hub.add_dataset("me/gzip", {f"en/train.{k}.json.gz": gzip.compress(lines(rows(k, n))) for k, n in enumerate(sizes)})
+        hub.add_dataset("me/zstd", {f"train/{k}.jsonl.zst": zstandard.compress(lines(rows(k, n))) for k, n in enumerate(sizes)})
+        hub.add_dataset("me/configs", {"README.md": card, "big/0.jsonl": lines(rows(0, 3)), "small/0.jsonl": lines(rows(1, 3))})
+        hub.add_dataset("me/script", {"script.py": b"import datasets", "data/train.parquet": parquet(rows(0, 3))})
+        hub.add_dataset("me/gated", {"data/train.parquet": parquet(rows(0, 3))}, gated=True)
+        hub.add_dataset("me/qa", {"train.jsonl": lines([{"question": f"q{i}", "answer": f"a{i}"} for i in range(4)])})
+        yield hub
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dataset", ["me/parquet", "me/gzip", "me/zstd"])
+def test_resume_is_no_resume(hub: Hub, tmp_path: Path, dataset: str) -> None:
+    """From every cursor of two epochs, through JSON and a fresh source: the rest of the straight run."""
+    result = hub.run(
+        PROLOGUE
+        + """
+dataset, out = sys.argv[1], []
+for epoch in (0, 1):
+    texts, cursors = [], []
+    stream = source(dataset).stream({"epoch": epoch})
+    while True:
+        cursors.append(json.dumps(stream.cursor()))
+        try:
+            texts.append(next(stream).text)
+        except StopIteration:
+            break
+    cuts = sorted({0, len(texts), *random.Random(5).sample(range(len(texts)), 5)})
+    wrong = [c for c in cuts if [d.text for d in source(dataset).stream(json.loads(cursors[c]))] != texts[c:]]
+    out.append([texts, wrong])
+print(json.dumps(out))
+""",
+        tmp_path,
+        dataset,
+    )
+    expected = [row["text"] for k, n in enumerate([20, 33, 7, 15]) for row in rows(k, n)]
+    for texts, wrong in result:
+        assert wrong == [] and sorted(texts) == sorted(expected)
+    assert result[0][0] != result[1][0]
+
+
+@pytest.mark.slow
+def test_resume_reads_no_row_group_behind_it(tmp_path: Path) -> None:
+    """A resume deep in a long file fetches its end, not its beginning."""
+    rng = random.Random(1)
+    long = [{"text": f"{i} " + "".join(rng.choices("abcdefgh ", k=20_000))} for i in range(2000)]
+    data = parquet(long, row_group_size=50, compression="none")
+    with Hub() as hub:
+        hub.add_dataset("me/long", {"train.parquet": data})
+        key = hub.run(
+            PROLOGUE + 'print(json.dumps(next(source("me/long").stream({"epoch": 0, "shard": 0, "row": 1700})).key))', tmp_path
+        )
+        fetched = [request.split()[-1].split("-") for request in hub.requests if "train.parquet " in request]
+    assert key == "train.parquet#1700"
+    assert sum(min(int(end), len(data) - 1) - int(begin) + 1 for begin, end in fetched) < 0.6 * len(data)
+    assert not [begin for begin, _ in fetched if 1_000_000 < int(begin) < 0.8 * len(data)]
+
+
+@pytest.mark.slow
+def test_refusals_say_what_to_do(hub: Hub, tmp_path: Path) -> None:
+    good, failed, seconds, qa = hub.run(
+        PROLOGUE
+        + """
+qa = {"fields": ["question", "answer"], "format": "Q: {question}\\nA: {answer}"}
+good, failed, seconds = opened(
+    source("me/gated", name="gated"), source("me/absent", name="absent"), source("me/script", name="script"),
+    source("me/configs", name="no_config"), source("me/configs", config="huge", name="wrong_config"),
+    source("me/configs", config="small", name="right_config"), source("me/parquet", split="test", name="split"),
+    source("me/qa", name="column"), source("me/qa", name="qa", **qa),
+)
+stream = source("me/qa", **qa).stream({})
+print(json.dumps([good, failed, seconds, [d.text for d in stream]]))
+""",
+        tmp_path,
+    )
+    assert good == ["right_config", "qa"]
+    assert qa == [f"Q: q{i}\nA: a{i}" for i in range(4)]
+    assert failed == {
+        "gated": "me/gated is gated: ask for access at https://huggingface.co/datasets/me/gated, and set HF_TOKEN",
+        "absent": "me/absent is not on the Hub, or is private; check the spelling, or set HF_TOKEN",
+        "script": "me/script is a loading script, which no version of datasets runs any more; choose a copy of it in Parquet",
+        "no_config": 'me/configs needs another "config": big, small',
+        "wrong_config": 'me/configs needs another "config": big, small',
+        "split": 'me/parquet has no such "split"; it has train',
+        "column": 'me/qa has no column "text"; its columns are question, answer: '
+        'set "text_field" to one of them, or "fields" and "format"',
+    }
+    assert seconds < 12
+
+
+@pytest.mark.slow
+def test_a_token_without_access_is_told_like_none(hub: Hub, tmp_path: Path) -> None:
+    code = PROLOGUE + 'print(json.dumps(opened(source("me/gated", name="gated"))[1]))'
+    failed = hub.run(code, tmp_path, HF_TOKEN="hf_secret")
+    assert "ask for access" in failed["gated"] and "secret" not in failed["gated"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dataset, file", [("me/parquet", "train-1.parquet"), ("me/gzip", "train.1.json.gz")])
+@pytest.mark.parametrize("how", [{"drop_after": 30, "times": 2}, {"status": 520, "times": 3}])
+def test_a_broken_line_is_tried_again(hub: Hub, tmp_path: Path, dataset: str, file: str, how: dict) -> None:
+    """Dropped connections and server errors in mid-run: the same documents as without them."""
+    code = (
+        PROLOGUE
+        + """
+HfSource.first_wait_seconds = 0.01
+s = source(sys.argv[1])
+s.open()
+print("opened", flush=True)
+input()
+print(json.dumps([d.text for d in s.stream({})]))
+"""
+    )
+    expected = sorted(row["text"] for k, n in enumerate([20, 33, 7, 15]) for row in rows(k, n))
+    assert sorted(_run_with_fault(hub, tmp_path, code, dataset, file, **how)) == expected
+
+
+@pytest.mark.slow
+def test_a_line_that_stays_broken_ends_the_source(hub: Hub, tmp_path: Path) -> None:
+    code = (
+        PROLOGUE
+        + """
+HfSource.first_wait_seconds = 0.01
+s = source(sys.argv[1])
+s.open()
+print("opened", flush=True)
+input()
+count = 0
+try:
+    for document in s.stream({}):
+        count += 1
+except Exception as error:
+    print(json.dumps([type(error).__name__, str(error)]))
+"""
+    )
+    kind, message = _run_with_fault(hub, tmp_path, code, "me/parquet", "train-2.parquet", status=520)
+    assert kind == "SourceUnavailable" and message.startswith("reading failed 5 times in a row; ") and "520" in message
+    kind, message = _run_with_fault(hub, tmp_path, code, "me/parquet", "train-2.parquet", status=403)
+    assert kind == "SourceUnavailable" and "refused access to me/parquet (HTTP 403)" in message
+
+
+def _run_with_fault(hub: Hub, folder: Path, code: str, dataset: str, match: str, **how: object) -> list:
+    """Runs a script that opens, says so and waits; the fault begins only then."""
+    import subprocess
+    import sys
+
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, dataset],
+        env=hub.env(folder),
+        cwd=Path(__file__).resolve().parents[2],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stdout.readline() == "opened\n", process.communicate()[1]
+    hub.fail(match, **how)
+    out, err = process.communicate("\n", timeout=90)
+    hub.faults.clear()
+    assert process.returncode == 0 and not err, err
+    return json.loads(out.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "https://no-such-host.invalid"])
+def test_offline_is_learnt_within_seconds(tmp_path: Path, endpoint: str) -> None:
+    begin = time.monotonic()
+    good, failed, seconds = run_python(
+        PROLOGUE
+        + """
+names = ["wikimedia/wikipedia", "Skylion007/openwebtext", "allenai/c4"]
+local = build_source(SOURCES["python_stdlib"][0](), Path("."), 7)
+print(json.dumps(opened(local, *(source(name) for name in names))))
+""",
+        hub_env(endpoint, tmp_path),
+    )
+    assert good == ["python_stdlib"] and len(failed) == 3
+    assert all(reason.startswith("cannot reach") and "check the network" in reason for reason in failed.values())
+    assert seconds < 5 and time.monotonic() - begin < 10
+
+
+@pytest.mark.slow
+def test_a_silent_hub_does_not_outlast_the_deadline(hub: Hub, tmp_path: Path) -> None:
+    hub.fail("me/parquet", delay_seconds=20)
+    code = (
+        PROLOGUE
+        + 'b=time.monotonic(); f=open_sources([source("me/parquet")], 3.0)[1]; print(json.dumps([f, time.monotonic()-b]))'
+    )
+    failed, seconds = hub.run(code, tmp_path)
+    hub.faults.clear()
+    assert failed["me_parquet"].startswith("no answer within 3 s") and seconds < 4

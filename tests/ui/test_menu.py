@@ -1,0 +1,191 @@
+"""The menu, in a real pseudo-terminal, and its stand-in for pipes."""
+
+import io
+import os
+import subprocess
+import sys
+
+import pexpect
+import pytest
+
+from core.errors import UserError
+from core.ui.menu import PresetCard, choose
+
+CARDS = [
+    PresetCard("00_best_general", "Baseline", "Best general", "the default", "PREVIEW-A\nsecond line of A"),
+    PresetCard("10_harmonic", "Harmonic", "Harmonic", "another", "PREVIEW-B"),
+    PresetCard("01_best_qa", "Baseline", "Best QA", "questions", "PREVIEW-C"),
+    PresetCard("20_broken", "Harmonic", "Broken", "", "", problem="20_broken.json has 1 problem\n  model.num_layer  unknown"),
+    PresetCard("90_quick", "Tests", "Quick", "the last", "PREVIEW-E"),
+]  # fmt: skip
+SCRIPT = """
+import sys
+from core.errors import UserError
+from core.ui.menu import choose
+from tests.ui.test_menu import CARDS
+try:
+    print("CHOSEN", choose(CARDS, sys.argv[1]))
+except UserError as error:
+    print("ERROR", error)
+    sys.exit(2)
+except KeyboardInterrupt:
+    print("LEFT")
+    sys.exit(130)
+"""
+UP, DOWN, END = "\x1b[A", "\x1b[B", "\x1b[F"
+
+
+@pytest.fixture
+def menu(tmp_path):
+    """Opens the menu in a terminal of 24 x 80 (or another size) and closes it afterwards."""
+    script = tmp_path / "menu.py"
+    script.write_text(SCRIPT)
+    children = []
+
+    def open_menu(default="00_best_general", rows=24, term="xterm-256color"):
+        env = {**os.environ, "TERM": term, "PYTHONPATH": os.getcwd(), "PYTHONIOENCODING": "utf-8"}
+        env.pop("COLUMNS", None), env.pop("LINES", None)
+        child = pexpect.spawn(
+            sys.executable, [str(script), default], dimensions=(rows, 80), encoding="utf-8", env=env, timeout=20
+        )
+        children.append(child)
+        return child
+
+    yield open_menu
+    for child in children:
+        child.close(force=True)
+
+
+def ends_with(child, output, status):
+    child.expect_exact(output)
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == status
+
+
+def test_enter_alone_takes_the_default(menu):
+    child = menu()
+    child.expect_exact("PREVIEW-A")
+    child.send("\r")
+    ends_with(child, "CHOSEN 00_best_general", 0)
+
+
+def test_a_default_in_the_middle_is_where_the_menu_opens(menu):
+    child = menu("10_harmonic")
+    child.expect_exact("PREVIEW-B")
+    child.send("\r")
+    ends_with(child, "CHOSEN 10_harmonic", 0)
+
+
+def test_moving_changes_the_preview_and_enter_takes_it(menu):
+    child = menu()
+    child.expect_exact("second line of A")
+    child.send(DOWN)  # the next of its group, though another group's card was given before it
+    child.expect("(PREVIEW-)?C")  # only cells that change are drawn again
+    child.send("\r")
+    ends_with(child, "CHOSEN 01_best_qa", 0)
+
+
+def test_up_from_the_first_goes_to_the_last_and_end_too(menu):
+    for key in (UP, END):
+        child = menu()
+        child.expect_exact("PREVIEW-A")
+        child.send(key)
+        child.send("\r")
+        ends_with(child, "CHOSEN 90_quick", 0)
+
+
+@pytest.mark.parametrize("key", ["\x03", "\x1b", "\x04"])
+def test_leaving(menu, key):
+    child = menu()
+    child.expect_exact("PREVIEW-A")
+    child.send(key)
+    ends_with(child, "LEFT", 130)
+
+
+def test_letters_do_nothing(menu):
+    child = menu()
+    child.expect_exact("PREVIEW-A")
+    child.send("jjkq5")
+    child.send("\r")
+    ends_with(child, "CHOSEN 00_best_general", 0)
+
+
+def test_a_broken_preset_shows_its_problem_and_cannot_be_run(menu):
+    child = menu()
+    child.expect_exact("20_broken.json has 1 problem")
+    child.send(DOWN * 3)
+    child.expect_exact("model.num_layer")
+    child.send("\r")
+    child.expect_exact("ERROR 20_broken.json has 1 problem")
+    ends_with(child, "model.num_layer", 2)
+
+
+@pytest.mark.parametrize("rows", [4, 8])
+def test_a_very_small_terminal_can_still_choose(menu, rows):
+    child = menu(rows=rows)
+    child.expect_exact("Best general")
+    child.send(DOWN)
+    child.send("\r")
+    ends_with(child, "CHOSEN 01_best_qa", 0)
+
+
+def test_a_terminal_that_cannot_be_drawn_on_asks_for_a_line(menu):
+    child = menu(term="dumb")
+    child.expect_exact("Enter takes 00_best_general")
+    child.send("best qa\r")
+    ends_with(child, "CHOSEN 01_best_qa", 0)
+
+
+def piped(given: bytes):
+    env = {**os.environ, "PYTHONPATH": os.getcwd()}
+    done = subprocess.run([sys.executable, "-c", SCRIPT, "10_harmonic"], input=given, capture_output=True, env=env)
+    return done.returncode, done.stdout.decode().strip()
+
+
+@pytest.mark.parametrize(
+    ("given", "stem"),
+    [
+        (b"", "10_harmonic"),
+        (b"\n", "10_harmonic"),
+        (b"  \n01_best_qa\n", "10_harmonic"),
+        (b"01_best_qa\nignored\n", "01_best_qa"),
+        (b"01_BEST_qa", "01_best_qa"),
+        (b"best GENERAL\r\n", "00_best_general"),
+        (b"configs/90_quick.json\n", "90_quick"),
+        (b"\xef\xbb\xbf90_quick\n", "90_quick"),
+    ],
+)
+def test_the_first_line_of_a_pipe_names_the_preset(given, stem):
+    assert piped(given) == (0, f"CHOSEN {stem}")
+
+
+@pytest.mark.parametrize("given", [b"01_best_qq\n", b"\xff\xff\n"])
+def test_an_unknown_name_is_refused_with_all_that_are_known(given):
+    status, output = piped(given)
+    assert status == 2 and output.startswith("ERROR no preset is called")
+    assert all(card.stem in output for card in CARDS)
+    assert ('did you mean "01_best_qa"?' in output) == (given == b"01_best_qq\n")
+
+
+def test_a_broken_preset_named_by_a_pipe_tells_everything():
+    assert piped(b"20_broken") == (2, "ERROR 20_broken.json has 1 problem\n  model.num_layer  unknown")
+
+
+def test_two_presets_of_one_name_must_be_told_apart(monkeypatch):
+    cards = [PresetCard(stem, "g", "Same", "", "") for stem in ("a", "b")]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("same\n"))
+    with pytest.raises(UserError, match="say which: a, b"):
+        choose(cards, "a")
+
+
+def test_without_standard_input_the_default_is_taken(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert choose(CARDS, "10_harmonic") == "10_harmonic"
+
+
+def test_a_missing_default_gives_way_to_the_first_card_and_no_cards_are_an_error(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert choose(CARDS, "removed") == "00_best_general"
+    with pytest.raises(UserError, match="no presets"):
+        choose([], "00_best_general")
