@@ -406,6 +406,8 @@ def begin_next_run(progress: Progress, runs: int) -> None:
     progress.finished = False
     if progress.horizon_runs >= runs or runs == 1:
         progress.horizon_step = progress.horizon_tokens = progress.horizon_runs = 0
+    # each run ends a little beyond its budget; added up, the last updates of a long chain would find no learning rate left
+    progress.horizon_tokens = min(progress.horizon_tokens, progress.horizon_runs * RUN_TOKENS)
 
 
 def _horizon(preset: Any, sources: list[Source], hold_out: HoldOut, tokenizer: Tokenizer) -> Horizon:

@@ -13,6 +13,7 @@ State: the files
 import os
 import threading
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,9 @@ class CheckpointStore:
             if not path.exists():
                 continue
             try:
+                with zipfile.ZipFile(path) as file:
+                    if file.testzip() is not None:  # torch itself reads on over flipped bits
+                        raise ValueError("a checksum does not match")
                 state = torch.load(path, map_location="cpu", weights_only=True)
                 if not isinstance(state, dict) or "model" not in state:
                     raise ValueError("it holds no model")

@@ -199,8 +199,10 @@ class DataSettingsBase(Settings):
         return self
 
 
-def _union(table: dict[str, tuple[type[Settings], Any]], what: str, default: str | None, text_is: Any = None) -> Any:
-    """A field type that picks its section class from a table by `type`; a string is expanded by `text_is` first."""
+def _union(
+    table: dict[str, tuple[type[Settings], Any]], what: str, default: str | None, text_is: Any = None, names: tuple[str, ...] = ()
+) -> Any:
+    """A field type that picks its section class from a table by `type`; a string, one of `names`, is expanded by `text_is`."""
 
     def expand(value: Any) -> Any:
         return text_is(value) if text_is is not None and isinstance(value, str) else value
@@ -215,7 +217,10 @@ def _union(table: dict[str, tuple[type[Settings], Any]], what: str, default: str
     for member in members[1:]:
         union = union | member
     picked = Discriminator(kind, custom_error_type="kind", custom_error_message=f"unknown type of {what}; known are {known}")
-    return Annotated[union, picked, BeforeValidator(expand)]
+    section = Annotated[union, picked]
+    if not names:
+        return Annotated[section, BeforeValidator(expand)]
+    return Annotated[section, BeforeValidator(expand, json_schema_input_type=section | Literal[names])]
 
 
 def preset_class(models: dict, losses: dict, sources: dict, source_names: dict[str, dict], jobs: list[str]) -> type[BaseModel]:
@@ -241,7 +246,7 @@ def preset_class(models: dict, losses: dict, sources: dict, source_names: dict[s
         ),
     ]
     model = _union(models, "model", default="simple_lm")
-    source = _union(sources, "source", default=None, text_is=named_source)
+    source = _union(sources, "source", default=None, text_is=named_source, names=tuple(source_names))
     data = create_model(
         "DataSettings",
         __base__=DataSettingsBase,
@@ -292,6 +297,8 @@ def read_preset(path: Path, cls: type[BaseModel]) -> Any:
             raise PresetError(str(path), [f'extends  "{parent}" is no preset in {path.parent}{hint}'])
         seen.append(parent_path.stem)
         base = _read_json(parent_path)
+        if not isinstance(base, dict):
+            raise PresetError(str(parent_path), ["a preset is a JSON object: { ... }"])
         own = {key: value for key, value in data.items() if key != "extends"}
         data = _merge({key: value for key, value in base.items() if key not in ("name", "description", "lineage")}, own)
     return decode_preset(data, cls, str(path), path.stem)
@@ -315,13 +322,21 @@ def preset_json(preset: BaseModel) -> dict:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=lambda pairs: _object(pairs, path))
     except json.JSONDecodeError as error:
         raise PresetError(
             str(path), [f"line {error.lineno} column {error.colno}: {error.msg}; the file is not valid JSON"]
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
         raise PresetError(str(path), [f"cannot be read: {error}"]) from None
+
+
+def _object(pairs: list[tuple[str, Any]], path: Path) -> dict:
+    """A JSON object. Of a key given twice, JSON readers drop the first value without a word."""
+    keys = [key for key, _ in pairs]
+    if twice := sorted({key for key in keys if keys.count(key) > 1}):
+        raise PresetError(str(path), [f'"{key}" stands twice in one object; keep one of them' for key in twice])
+    return dict(pairs)
 
 
 def _merge(base: Any, own: Any) -> Any:

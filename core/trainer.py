@@ -69,7 +69,8 @@ class Horizon:
 
     def middle(self, done: Progress, step_tokens: int) -> float:
         """The middle of this update, for the learning rate: neither the first nor the last update is wasted on a zero."""
-        by_tokens = (done.horizon_tokens + step_tokens / 2) / self.horizon_tokens
+        left = min(step_tokens, self.horizon_tokens - done.horizon_tokens)  # the last update may reach beyond the end
+        by_tokens = (done.horizon_tokens + left / 2) / self.horizon_tokens
         by_steps = (done.horizon_step + 0.5) / self.horizon_steps if self.horizon_steps else 0.0
         return min(max(by_tokens, by_steps), 1.0)
 

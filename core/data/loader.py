@@ -116,7 +116,8 @@ class Loader:
     def state(self) -> dict[str, Any]:
         """The position over all ranks, as JSON. Every rank must call it."""
         own = {
-            "lanes": {str(lane): list(after) for lane, after in self.position.lanes.items()},
+            # of its own lanes only: after a resume it knows the others' as they were then
+            "lanes": {str(lane): list(self.position.lanes[lane]) for lane in self._lanes if lane in self.position.lanes},
             "snapshot": self.position.snapshot,
         }
         parts = self._parallel.gather(own)

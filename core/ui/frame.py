@@ -196,7 +196,7 @@ class RunState:
     def _sample(self, width: int) -> Section:
         lines: list[Text] = []
         for event in self.samples:
-            prompt, continuation = text.clean(event.get("prompt")), text.clean(event.get("text"))[:SAMPLE_CHARACTERS]
+            prompt, continuation = text.clean(event.get("prompt")), text.clean(str(event.get("text"))[:SAMPLE_CHARACTERS])
             # Some write the prompt again at the beginning of the text; once is enough here.
             both = Text.assemble((prompt[:200], "bold"), continuation.removeprefix(prompt))
             lines += [Text("  ") + line for line in _folded(both, width - 4)]

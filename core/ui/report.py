@@ -6,6 +6,7 @@ State: none
 """
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,9 @@ def plot_losses(metrics_path: Path, out: Path) -> None:
     aside = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        figure.savefig(aside, format="png")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # a letter that the font lacks is drawn as a box
+            figure.savefig(aside, format="png")
         os.replace(aside, out)
     finally:
         aside.unlink(missing_ok=True)

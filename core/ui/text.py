@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 # Colour and cursor sequences (CSI), window titles (OSC, up to bell or ST), and two-character escapes.
-ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[\]PX^_].*?(?:\x07|\x1b\\|$)|\x1b[@-Z\\-_]?", re.DOTALL)
+ESCAPES = re.compile(r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b[\]PX^_].*?(?:\x07|\x1b\\|$)|\x1b[@-Z\\-_]?", re.DOTALL)
 
 
 def count(value: float | None) -> str:
@@ -67,7 +67,10 @@ def memory(megabytes: float | None) -> str:
 
 def clean(text: object) -> str:
     """Text that cannot move the cursor, colour or reorder the screen: one line, without control characters."""
-    without = ESCAPES.sub("", str(text).replace("\r\n", "\n"))
+    text = str(text)
+    if text.isprintable():  # the usual case, and this is called for every name in every picture
+        return text
+    without = ESCAPES.sub("", text.replace("\r\n", "\n"))
     kept = []
     for character in without:
         if character in "\n\t\r\v\f\x85\u2028\u2029":

@@ -13,7 +13,8 @@ def run(steps: int = 200, seconds_per_step: float = 0.5, budget: int = 100_000_0
         "event": "run_start", "step": 0, "tokens": 0, "time": time, "preset": "Best general", "lineage": "lm", "run": 2,
         "resumed_from": "checkpoints/lm_current.pth", "parameters": 12_345_678, "world_size": 8, "device": "NVIDIA H200",
         "precision": "bf16", "budget_tokens": budget, "run_tokens": 0, "max_steps": None, "run_step": 0,
-        "tokens_per_step": budget // steps, "compile": "not compiled: too short", "sources": ["wikipedia", "pdfs"], "notes": ["a note"],
+        "tokens_per_step": budget // steps, "compile": "not compiled: too short", "sources": ["wikipedia", "pdfs"],
+        "notes": ["a note"],
         "log": "logs/lm/metrics.jsonl", **start,
     }  # fmt: skip
     for step in range(1, steps + 1):

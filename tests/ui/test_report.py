@@ -58,7 +58,8 @@ def test_nothing_to_draw_leaves_what_is_there(tmp_path, content):
     assert (tmp_path / "loss.png").read_text() == "the picture before"
 
 
-def test_a_name_may_hold_dollars(tmp_path):
+@pytest.mark.filterwarnings("error")
+def test_a_name_may_hold_dollars_and_letters_the_font_lacks(tmp_path):
     written(tmp_path / "m.jsonl", stream.run(steps=10, preset=r"costs $5 \and $x_{ 狐"))
     plot_losses(tmp_path / "m.jsonl", tmp_path / "loss.png")
     assert (tmp_path / "loss.png").exists()

@@ -1,0 +1,168 @@
+"""A runnable copy of the project in a folder of its own: what end-to-end tests start, stop, kill and look into.
+
+    project = Project.make(tmp_path, {"t": tiny_preset(train={"max_steps": 5})})
+    result = project.run("t")
+    assert result.code == 0 and project.steps() == [1, 2, 3, 4, 5]
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+NO_HUB = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "NO_PROXY": "*"}
+"""An endpoint where nothing listens: what a machine without a network sees, at once and on every machine."""
+
+
+def merged(base: dict, changes: dict) -> dict:
+    """`changes` over `base`, sections merged key by key."""
+    both = {key: merged(base[key], value) for key, value in changes.items() if isinstance(value, dict) and key in base}
+    return {**base, **changes, **both}
+
+
+def tiny_preset(**changes: Any) -> dict:
+    """A preset that trains in about a second on the text files of a Project."""
+    preset = {
+        "model": {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "seq_length": 32},
+        "tokenizer": {"type": "byte"},
+        "train": {"per_gpu_batch_size": 4, "learning_rate": 0.003, "max_steps": 5, "eval_tokens": 200},
+        "data": {"sources": [{"type": "text", "path": "texts"}], "lanes": 4},
+        "generate": {"prompts": ["The "], "max_tokens": 4},
+    }
+    return merged(preset, changes)
+
+
+def story(number: int, sentences: int = 12) -> str:
+    """Text that differs from every other story's and is the same on every machine."""
+    words = "river stone winter garden letter engine window market silver thunder captain meadow lantern harbour".split()
+    lines = []
+    for i in range(sentences):
+        a, b, c = (words[(number * k + i * j) % len(words)] for k, j in ((3, 5), (5, 7), (7, 3)))
+        lines.append(f"In year {number * 31 + i} the {a} of the {b} met a {c}, and nobody wrote it down.")
+    return "\n".join(lines) + "\n"
+
+
+@dataclass
+class Result:
+    """How a run ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def text(self) -> str:
+        return self.out + self.err
+
+
+@dataclass
+class Project:
+    """A copy of main.py, core/ and some presets; `texts/` holds 40 short stories."""
+
+    folder: Path
+
+    @classmethod
+    def make(cls, folder: Path, presets: dict[str, dict | str]) -> "Project":
+        """`presets`: {file stem: the preset, or the file's text}."""
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(ROOT / "core", folder / "core")
+        shutil.copy2(ROOT / "main.py", folder / "main.py")
+        for name in ("configs", "pdfs", "texts"):
+            (folder / name).mkdir()
+        for number in range(40):
+            (folder / "texts" / f"story{number:02}.txt").write_text(story(number))
+        project = cls(folder)
+        for stem, preset in presets.items():
+            project.write_preset(stem, preset)
+        return project
+
+    def write_preset(self, stem: str, preset: dict | str) -> None:
+        text = preset if isinstance(preset, str) else json.dumps(preset, indent=2)
+        (self.folder / "configs" / f"{stem}.json").write_text(text)
+
+    def start(self, line: str | None, *arguments: str, command: list[str] | None = None, **env: str) -> subprocess.Popen:
+        """Start main.py with one line of standard input; None: with standard input closed."""
+        environment = {**os.environ, **NO_HUB, "OMP_NUM_THREADS": "1", **env}
+        process = subprocess.Popen(
+            [*(command or [sys.executable]), "main.py", *arguments],
+            cwd=self.folder,
+            env=environment,
+            stdin=subprocess.DEVNULL if line is None else subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            preexec_fn=(lambda: os.close(0)) if line is None else None,
+        )
+        if process.stdin is not None:
+            process.stdin.write(f"{line}\n")
+            process.stdin.close()
+            process.stdin = None  # communicate() would write to it again
+        return process
+
+    def run(self, line: str | None, *arguments: str, timeout: float = 240.0, **how: Any) -> Result:
+        """Run main.py to its end."""
+        process = self.start(line, *arguments, **how)
+        try:
+            out, err = process.communicate(timeout=timeout)
+        finally:
+            kill_group(process)
+        return Result(process.returncode, out, err)
+
+    def run_until(self, line: str, ready: Callable[[], bool], then: signal.Signals, **how: Any) -> Result:
+        """Run until `ready()` and send a signal to the whole group; or to the end, where that comes first."""
+        process = self.start(line, **how)
+        try:
+            end = time.monotonic() + 120
+            while process.poll() is None and not ready():
+                assert time.monotonic() < end, "the run never got ready to be stopped"
+                time.sleep(0.002)
+            if process.poll() is None:
+                os.killpg(process.pid, then)
+            out, err = process.communicate(timeout=120)
+        finally:
+            kill_group(process)
+        return Result(process.returncode, out, err)
+
+    def events(self, kind: str | None = None, lineage: str = "t") -> list[dict]:
+        """The lines of metrics.jsonl; a half-written last one, as a kill leaves it, is passed over."""
+        path = self.folder / "logs" / lineage / "metrics.jsonl"
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []
+        return [event for event in map(json.loads, lines) if kind in (None, event["event"])]
+
+    def steps(self, lineage: str = "t") -> list[int]:
+        return [event["step"] for event in self.events("step", lineage)]
+
+    def checkpoint(self, slot: str = "current", lineage: str = "t") -> dict[str, Any]:
+        return torch.load(self.folder / "checkpoints" / f"{lineage}_{slot}.pth", weights_only=True)
+
+
+def kill_group(process: subprocess.Popen) -> None:
+    """Leave no process of a run behind."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
+    for stream in (process.stdout, process.stderr):
+        if stream is not None:
+            stream.close()
+
+
+def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    """What is not bit for bit the same in two checkpoints: weights, optimizer, progress and place in the data."""
+    found = [f"model {name}" for name in a["model"] if not torch.equal(a["model"][name], b["model"][name])]
+    for name, state in a["optimizer"].items():
+        found += [f"optimizer {name} {key}" for key in state if not torch.equal(state[key], b["optimizer"][name][key])]
+    return found + [key for key in ("progress", "data") if a[key] != b[key]]
