@@ -31,6 +31,7 @@ from core.schedules import learning_rate_schedule, value_at
 BAD_STEPS = 5
 """Non-finite steps in a row that mean the weights, not one batch, are at fault."""
 ROLL_BACKS = 2
+OUT_OF_MEMORY = "out of memory"
 FIRST_SAVE_SECONDS = 30.0
 """A run is first saved after this, then after twice as long each time, up to the preset's interval."""
 
@@ -130,7 +131,6 @@ class Trainer:
         self._last_progress = 0.0
         self._bad_in_a_row = self._rolled_back = 0
         self._fitted = runtime.device.type != "cuda"  # memory of a CPU is not refused politely: nothing to catch
-        self._compiled = False
         self._last_save, self._save_after = time.monotonic(), FIRST_SAVE_SECONDS
         self._step_started = time.monotonic()
         self.first_step_at: float | None = None
@@ -164,9 +164,8 @@ class Trainer:
     def _train_step(self, rows: StepRows) -> None:
         done, progress = self.progress, self.horizon.progress(self.progress, rows.num_tokens)
         call_if_defined(self.model, "set_progress", progress)
-        self._compile_when_due()
+        self._rehearse(rows, progress)
         torch.manual_seed(derive_seed(self.settings.seed, "dropout", done.step, self.parallel.rank))
-        self._fit_micro_batch(rows, progress)
         terms = [self._forward_backward(batch, last, rows, progress) for batch, last in self._micro_batches(rows.batch)]
         grad_norm = torch.nn.utils.clip_grad_norm_(self.objective.parameters(), self.settings.max_grad_norm)
         report = self._report(terms, grad_norm, rows, progress)
@@ -366,28 +365,42 @@ class Trainer:
         self.optimizer.load(state["optimizer"])
         self._warn(f"{BAD_STEPS} bad steps in a row: weights are back at {path.name}, step {state['progress']['step']}")
 
-    def _fit_micro_batch(self, rows: StepRows, progress: float) -> None:
-        """Before the first step on a GPU: halve the micro-batch (and so double accumulation) until one fits."""
+    def _rehearse(self, rows: StepRows, progress: float) -> None:
+        """One micro-batch without an update, where something may fail: before a GPU's first step, and when compiling is due.
+
+        Out of memory halves the micro-batch (and so doubles accumulation) on all ranks; a compiler that fails is left out.
+        Compiling waits for a fixed step, so that a resumed run computes each step as the uninterrupted one did.
+        """
+        if self.compile_from_step is not None and self.progress.step >= self.compile_from_step:
+            self.model.compile()
+            self.compile_from_step, self._fitted = None, False
         while not self._fitted:
-            try:
-                batch = rows.batch.rows(0, self.micro_batch_rows).to(self.runtime.device)
-                self._forward_backward(batch, False, rows, progress)
-                fits = True
-            except torch.OutOfMemoryError:
-                fits = False
+            failure = self._try(rows.batch.rows(0, self.micro_batch_rows), rows, progress)
             self.optimizer.zero_grad()
-            self._fitted = all(self.parallel.gather(fits))
-            if not self._fitted:
+            failures = [f for f in self.parallel.gather(failure) if f is not None]
+            self._fitted = not failures
+            if any(f != OUT_OF_MEMORY for f in failures):
+                self._warn(f"torch.compile failed, the run goes on without it: {next(f for f in failures if f != OUT_OF_MEMORY)}")
+                self.model._compiled_call_impl = None  # how nn.Module.compile() is undone
+            elif failures:
                 if self.micro_batch_rows == 1:
                     raise Diverged("not even one row fits the device's memory; make the model or model.seq_length smaller")
                 self.micro_batch_rows = (self.micro_batch_rows + 1) // 2
                 self._warn(f"out of memory: micro-batches have {self.micro_batch_rows} rows now, and there are more of them")
 
-    def _compile_when_due(self) -> None:
-        """From a fixed step on, so that a resumed run computes each step as the uninterrupted one did."""
-        if not self._compiled and self.compile_from_step is not None and self.progress.step >= self.compile_from_step:
-            self.model.compile()
-            self._compiled = True
+    def _try(self, batch: Batch, rows: StepRows, progress: float) -> str | None:
+        """Why forward and backward of a micro-batch fail; None when they do not."""
+        try:
+            self._forward_backward(batch.to(self.runtime.device), False, rows, progress)
+        except torch.OutOfMemoryError:
+            return OUT_OF_MEMORY
+        except Exception as error:
+            from torch._dynamo.exc import TorchDynamoException  # a second of imports that most runs never need
+
+            if not isinstance(error, TorchDynamoException):
+                raise
+            return str(error).strip().splitlines()[0]
+        return None
 
     def _warn(self, message: str) -> None:
         self._emit("warning", message=message)

@@ -24,6 +24,9 @@ ROOT = Path(__file__).resolve().parent.parent
 NO_HUB = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "NO_PROXY": "*"}
 """An endpoint where nothing listens: what a machine without a network sees, at once and on every machine."""
 
+TINY_SIZES = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16, "intermediate_size": 64}
+"""What makes a model of any kind small, for those of its settings that it has."""
+
 
 def merged(base: dict, changes: dict) -> dict:
     """`changes` over `base`, sections merged key by key."""

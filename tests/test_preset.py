@@ -13,7 +13,7 @@ from core.jobs.train import train
 from core.parallel import Single
 from core.preset import RUN_TOKENS, decode_preset, preset_json, read_preset
 from core.runtime import detect_runtime
-from tests.project import ROOT, story
+from tests.project import ROOT, TINY_SIZES, story
 
 CONFIGS = [path for path in sorted((ROOT / "configs").glob("*.json")) if path.name != "preset.schema.json"]
 DATA = {"sources": ["python_stdlib"]}
@@ -287,13 +287,10 @@ def test_every_shipped_preset_decodes(path: Path) -> None:
     assert preset.description and "\n" not in preset.description
 
 
-TINY = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16, "intermediate_size": 64}
-
-
 def shrunk(preset: Any) -> dict:
     """The preset at a size that takes two steps in a second, on local text, everything else as it is."""
     small = preset_json(preset)
-    small["model"] |= {key: value for key, value in TINY.items() if key in small["model"]} | {"seq_length": 32}
+    small["model"] |= {key: value for key, value in TINY_SIZES.items() if key in small["model"]} | {"seq_length": 32}
     small["tokenizer"] = {"type": "byte"}
     small["train"] |= {"per_gpu_batch_size": 2, "accumulation_steps": 2, "max_steps": 2, "runs": 1, "eval_tokens": 100}
     small["train"] |= {"compile": "never"}

@@ -1,0 +1,146 @@
+"""`python docs/make_schema.py`: writes configs/preset.schema.json, and the key reference in docs/guide.md, from the code.
+
+In:    core.assembly.Preset: its fields, defaults and docstrings
+Out:   configs/preset.schema.json (JSON Schema, draft 2020-12); the text between the two `preset reference` marks of the guide
+State: none; the same code gives the same bytes. tests/test_docs.py fails when either file is not current.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+SCHEMA_PATH, GUIDE_PATH = ROOT / "configs" / "preset.schema.json", ROOT / "docs" / "guide.md"
+BEGIN, END = "<!-- preset reference: begin (python docs/make_schema.py) -->", "<!-- preset reference: end -->"
+
+Json = dict[str, Any]
+
+
+def preset_schema() -> Json:
+    """The JSON Schema of a preset *file*: unlike the class, which is a whole preset, it may leave things to what it extends."""
+    from core.assembly import Preset
+    from core.data.sources import SOURCES
+    from core.losses import LOSSES
+
+    schema = _tidied(Preset.model_json_schema(by_alias=True))
+    definitions = schema["$defs"]
+    for settings, _ in [*SOURCES.values(), *LOSSES.values()]:  # in lists nothing is merged: each entry says what it is
+        definition = definitions[settings.__name__]
+        definition["required"] = ["type", *definition.get("required", [])]
+    del schema["required"], definitions["DataSettings"]["required"]
+    whole = {"required": ["data"], "properties": {"data": {"required": ["sources"]}}}
+    about = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "zeroarg preset"}
+    return about | schema | {"title": about["title"], "if": {"not": {"required": ["extends"]}}, "then": whole}
+
+
+def _tidied(node: Any, names: bool = False) -> Any:
+    """Without generated titles and nested defaults; `anyOf` for `oneOf`, as a section that extends another may omit its `type`.
+
+    `names`: the keys of this object are names of fields, not words of JSON Schema.
+    """
+    if isinstance(node, list):
+        return [_tidied(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    out = {}
+    for key, value in node.items():
+        if not names and (key == "title" or (key == "default" and (value is None or isinstance(value, dict)))):
+            continue
+        word = "anyOf" if key == "oneOf" and not names else key
+        out[word] = _tidied(value, names=not names and key in ("properties", "$defs"))
+    return out
+
+
+def reference() -> str:
+    """The key reference of docs/guide.md: a table for each section, in the order of a preset."""
+    from core.assembly import Preset
+    from core.data.sources import SOURCES
+    from core.losses import LOSSES
+    from core.models import MODELS
+
+    schema = Preset.model_json_schema(by_alias=True)
+    titles: dict[str, str] = {}
+    for kind, sections in (
+        ("model", MODELS),
+        ("TokenizerSettings", "tokenizer"),
+        ("TrainSettings", "train"),
+        ("ScheduleSettings", "train.schedule"),
+        ("losses", LOSSES),
+        ("AuxiliarySettings", "auxiliary"),
+        ("DataSettings", "data"),
+        ("data.sources", SOURCES),
+        ("GenerateSettings", "generate"),
+        ("LoggingSettings", "logging"),
+        ("Piece", "a piece of a schedule"),
+    ):
+        if isinstance(sections, str):
+            titles[kind] = sections
+        else:
+            titles |= {settings.__name__: f'{kind}, "type": "{name}"' for name, (settings, _) in sections.items()}
+    titles |= {name: name for name in schema["$defs"] if name not in titles}
+    listed = {settings.__name__ for settings, _ in [*LOSSES.values(), *SOURCES.values()]}
+    tables = [_table(f"`{title}`", schema["$defs"][name], name in listed) for name, title in titles.items()]
+    return "\n\n".join([_table("The file itself", schema, False), *tables])
+
+
+def _table(title: str, node: Json, listed: bool) -> str:
+    """One section. `listed`: it is an entry of a list, and so must state its `type`."""
+    rows = ["| Key | Value | Default | Meaning |", "|---|---|---|---|"]
+    for key, field in node["properties"].items():
+        needed = key in node.get("required", []) or (listed and key == "type")
+        meaning = field.get("description") or ("Names this kind." if key == "type" else "")
+        cells = [f"`{key}`", _value(field), "needed" if needed else _default(field), meaning]
+        rows.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
+    about = node.get("description", "").strip()
+    return "\n\n".join(part for part in (f"#### {title}", about, "\n".join(rows)) if part)
+
+
+def _default(field: Json) -> str:
+    value = field.get("default")
+    if value is None or isinstance(value, dict):
+        return ""
+    return f"`{json.dumps(value)}`"
+
+
+def _value(field: Json) -> str:
+    """What may stand there, in words."""
+    if options := field.get("anyOf") or field.get("oneOf"):
+        if any(option.get("$ref", "").endswith("/Piece") for option in options):
+            return "number or schedule"
+        return " or ".join(dict.fromkeys(_value(option) for option in options if option.get("type") != "null"))
+    if "$ref" in field:
+        return "section"
+    if "const" in field or "enum" in field:
+        return ", ".join(f"`{json.dumps(value)}`" for value in field.get("enum", [field.get("const")]))
+    if "prefixItems" in field:
+        return f"list of {len(field['prefixItems'])} numbers"
+    if field["type"] == "array":
+        of = _value(field["items"])
+        return "list of " + {"string": "strings", "number": "numbers", "section": "sections"}.get(of, of)
+    word = {"integer": "whole number", "number": "number", "boolean": "`true` or `false`", "string": "string"}[field["type"]]
+    signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    limits = [f"{sign} {field[key]:g}" for key, sign in signs.items() if key in field]
+    return f"{word} {', '.join(limits)}" if limits else word
+
+
+def schema_text() -> str:
+    return json.dumps(preset_schema(), indent=2, ensure_ascii=False) + "\n"
+
+
+def guide_text(guide: str) -> str:
+    """The guide with its reference made anew."""
+    before, rest = guide.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n\n{reference()}\n\n{END}{after}"
+
+
+def main() -> None:
+    SCHEMA_PATH.write_text(schema_text(), encoding="utf-8")
+    GUIDE_PATH.write_text(guide_text(GUIDE_PATH.read_text(encoding="utf-8")), encoding="utf-8")
+    print(f"written: {SCHEMA_PATH.relative_to(ROOT)}, the reference in {GUIDE_PATH.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    main()
