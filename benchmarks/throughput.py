@@ -33,17 +33,14 @@ def token_rows(vocab_size: int) -> Any:
     import numpy as np
 
     sys.path.insert(0, str(ROOT))
-    from core.assembly import sample_texts
-    from core.data.mixing import MixSettings
-    from core.data.sources import build_source
-    from core.data.sources.text import PythonStdlibSettings
+    from core.assembly import Preset
+    from core.data.corpus import open_corpus
     from core.data.tokenizer import build_tokenizer
-    from core.data.validation import HoldOut
-    from core.preset import TokenizerSettings
+    from core.parallel import Single
+    from core.preset import TokenizerSettings, decode_preset
 
-    source = build_source(PythonStdlibSettings(), ROOT, 0)
-    source.open()
-    texts = sample_texts([source], MixSettings("sequential", (1.0,), 0), HoldOut(0.01), 3_000_000)
+    preset = decode_preset({"data": {"sources": ["python_stdlib"]}}, Preset, "benchmark", "benchmark")
+    texts = open_corpus(preset, ROOT, Single()).sample_texts(3_000_000)
     tokenizer = build_tokenizer(TokenizerSettings(type="bpe", vocab_size=8192), texts)
     ids = np.concatenate(tokenizer.encode_batch(texts)).astype(np.int64)
     needed = STEPS * ROWS * (SEQ_LENGTH + 1)
@@ -70,7 +67,13 @@ def ours(vocab_size: int, folder: Path) -> list[float]:
     preset = decode_preset(
         {
             "model": {**SHAPE, "seq_length": SEQ_LENGTH, "activation": "gelu_tanh"},
-            "train": {"per_gpu_batch_size": ROWS, "learning_rate": 5e-5, "eval_tokens": 0, "max_steps": STEPS, "compile": "always"},
+            "train": {
+                "per_gpu_batch_size": ROWS,
+                "learning_rate": 5e-5,
+                "eval_tokens": 0,
+                "max_steps": STEPS,
+                "compile": "always",
+            },
             "data": {"sources": ["python_stdlib"]},
         },
         Preset,
@@ -183,7 +186,8 @@ def main() -> None:
             for side in SIDES:
                 result = measure(side, vocab_size)
                 rates[side].append(result["tokens_per_second"])
-                print(f"  {repetition + 1} {side:18s} {result['tokens_per_second']:9,.0f} tokens/s  warm after {result['warm']:.0f} s")
+                numbers = f"{result['tokens_per_second']:9,.0f} tokens/s  warm after {result['warm']:.0f} s"
+                print(f"  {repetition + 1} {side:18s} {numbers}", flush=True)
         for side in SIDES[1:]:
             ratios = [a / b for a, b in zip(rates["ours"], rates[side])]
             print(f"  ours / {side:18s} {statistics.median(ratios):.2f}  ({min(ratios):.2f} to {max(ratios):.2f})")

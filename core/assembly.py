@@ -5,8 +5,6 @@ Out:   TrainingSession: the trainer with its log, and what a person should know 
 State: none; everything lives in the objects it builds
 """
 
-import hashlib
-import json
 import shutil
 import uuid
 from dataclasses import dataclass, field
@@ -18,14 +16,11 @@ from torch import nn
 
 from core.checkpoint import FORMAT, CheckpointStore, load_model
 from core.contracts import Batch, call_if_defined
-from core.data.documents import Source
+from core.data.corpus import Corpus, data_position, open_corpus
 from core.data.loader import Loader
-from core.data.mixing import Mixer, MixSettings, SourceFailed
-from core.data.pipeline import Pipeline, PipelineSettings, Position
-from core.data.sources import NAMED_SOURCES, SOURCES, build_source, open_sources
+from core.data.sources import NAMED_SOURCES, SOURCES
 from core.data.tokenizer import SAMPLE_CHARACTERS, Tokenizer, build_tokenizer
-from core.data.validation import HoldOut, plan_hold_out, validation_rows
-from core.errors import NoData, SourceUnavailable, UserError
+from core.errors import UserError
 from core.evaluation import Evaluator
 from core.generation import generate
 from core.losses import LOSSES
@@ -87,118 +82,6 @@ def memory_estimate(preset: Any, parameters: int, vocab_size: int, bf16: bool) -
     return 16 * parameters + activations + readout
 
 
-# data ----------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class PipelineFactory:
-    """Makes a Pipeline, here or in a worker process; opened sources and the tokenizer do not travel, they are made again."""
-
-    sections: list[Any]
-    root: Path
-    seed: int
-    tokenizer_state: dict[str, Any]
-    hold_out: HoldOut
-    settings: PipelineSettings
-    sources: list[Source] | None = None
-    tokenizer: Tokenizer | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "sources": None, "tokenizer": None}
-
-    def __call__(self, position: Position, lanes: list[int]) -> Pipeline:
-        if self.sources is None or self.tokenizer is None:
-            self.sources = [build_source(section, self.root, self.seed) for section in self.sections]
-            for source in self.sources:
-                try:
-                    source.open()
-                except SourceUnavailable as error:
-                    raise SourceFailed(source.name, str(error)) from None
-            self.tokenizer = Tokenizer.from_state(self.tokenizer_state)
-        return Pipeline(self.sources, self.tokenizer, self.hold_out, self.settings, position, lanes)
-
-
-def open_data(preset: Any, root: Path, parallel: Any) -> tuple[list[Any], list[Source], dict[str, str]]:
-    """(sections, sources) that every rank could open, and why the others could not. Raises NoData when none is left."""
-    sections = list(preset.data.sources)
-    opened, failed = open_sources([build_source(section, root, preset.train.seed) for section in sections])
-    for other in parallel.gather(failed):
-        failed = {**other, **failed}
-    kept = [source for source in opened if source.name not in failed]
-    if not kept:
-        reasons = "\n".join(f"  {name}: {reason}" for name, reason in failed.items())
-        raise NoData(f"no source of preset {preset.name} could be opened:\n{reasons}")
-    return [section for section in sections if section.name not in failed], kept, failed
-
-
-def mix_settings(preset: Any, sections: list[Any]) -> MixSettings:
-    weights = preset.data.source_weights or [1.0] * len(preset.data.sources)
-    by_name = {section.name: weight for section, weight in zip(preset.data.sources, weights)}
-    return MixSettings(
-        preset.data.mix_strategy, tuple(by_name[s.name] for s in sections), preset.train.seed, preset.train.max_epochs
-    )
-
-
-def sample_texts(sources: list[Source], mix: MixSettings, hold_out: HoldOut, characters: int) -> list[str]:
-    """Training text in the run's own order and mix: what a tokenizer is trained on."""
-    drops: dict[str, int] = {}
-    while True:
-        texts, length = [], 0
-        try:
-            for draw in Mixer(sources, mix, drops):
-                if draw.document and not hold_out.holds(sources[draw.source].name, draw.document):
-                    texts.append(draw.document.text)
-                    length += len(draw.document.text)
-                if length >= characters or draw.index >= characters // 100:
-                    break
-            return texts
-        except SourceFailed as failure:  # training will drop it too, loudly
-            drops[failure.name] = 0
-
-
-def epoch_tokens(sources: list[Source], hold_out: HoldOut, tokenizer: Tokenizer, min_text_length: int, limit: int) -> int:
-    """Training tokens of one pass over all sources, counted; stops at `limit`. What schedules span under max_epochs."""
-    total = 0
-    for source in sources:
-        if not source.finite:
-            return limit
-        try:
-            for document in source.stream({}):
-                if len(document.text) >= min_text_length and not hold_out.holds(source.name, document):
-                    total += len(tokenizer.encode_batch([document.text])[0]) + 1
-                if total >= limit:
-                    return limit
-        except SourceUnavailable:
-            continue
-    return total
-
-
-def fingerprint(settings: PipelineSettings, sections: list[Any], hold_out_fraction: float, tokenizer_state: dict) -> str:
-    """Equal exactly when the order and content of rows are."""
-    described = [
-        repr(settings),
-        [section.model_dump(mode="json") for section in sections],
-        hold_out_fraction,
-        hashlib.sha256(tokenizer_state["json"].encode()).hexdigest(),
-    ]
-    return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
-
-
-def data_position(saved: dict[str, Any] | None, print_now: str, sources: list[Source]) -> tuple[Position, list[str]]:
-    """Where to go on reading. After a change of the data section each source goes on where it was, the mix begins anew."""
-    if saved is None:
-        return Position(0, {}, None, {}), []
-    lanes = {int(lane): tuple(after) for lane, after in saved["lanes"].items()}
-    if saved["fingerprint"] == print_now:
-        return Position(saved["rows"], lanes, saved["snapshot"], dict(saved["drops"])), []
-    cursors = (saved["snapshot"] or {}).get("cursors", {})
-    kept = [source.name for source in sources if cursors.get(source.name)]
-    note = "the data section, the tokenizer or the reachable sources have changed since the checkpoint: the mix begins anew"
-    return Position(0, {}, {"index": 0, "cursors": cursors}, {}), [
-        note + (f"; {', '.join(kept)} go on where they were" if kept else "")
-    ]
-
-
 # the session ---------------------------------------------------------------------------------------------------------
 
 
@@ -214,14 +97,10 @@ def build_training(
         )
     store = CheckpointStore(root / "checkpoints", preset.lineage, MIRRORS.get(preset.lineage))
     saved, notes = _load_slot(store, parallel)
-    sections, sources, failed = open_data(preset, root, parallel)
-    warnings = [f"source {name} dropped, the others go on: {reason}" for name, reason in failed.items()]
-    for source in sources:
-        notes += [note if source.name in note else f"{source.name}: {note}" for note in source.notes]
-    hold_out = plan_hold_out(sources, preset.data.validation_fraction, preset.data.min_text_length)
-    notes += hold_out.notes
-    mix = mix_settings(preset, sections)
-    tokenizer, told = _tokenizer(preset, saved, parallel, sources, mix, hold_out)
+    corpus = open_corpus(preset, root, parallel)
+    warnings = [f"source {name} dropped, the others go on: {reason}" for name, reason in corpus.failed.items()]
+    notes += corpus.notes
+    tokenizer, told = _tokenizer(preset, saved, parallel, corpus)
     notes += told
 
     model = build_model(preset, tokenizer.vocab_size)
@@ -236,41 +115,34 @@ def build_training(
     if saved is not None and (fresh := optimizer.load(saved["optimizer"])):
         notes.append(f"optimizer state starts afresh for {len(fresh)} parameters: {', '.join(fresh[:4])}")
 
-    settings = PipelineSettings(mix, preset.data.lanes, preset.model.seq_length, preset.data.packing, preset.data.min_text_length)
-    print_now = fingerprint(settings, sections, preset.data.validation_fraction, tokenizer.state())
     progress, told = _progress(preset, saved)
     notes += told
+    factory = corpus.pipeline_factory(tokenizer, preset.model.seq_length)
+    fingerprint = factory.fingerprint()
     saved_data = saved["data"] if saved is not None else None
     if saved_data is not None and saved_data["drops"] and progress.run_step == 0:
         saved_data = {**saved_data, "fingerprint": ""}  # a new run gives sources that failed another chance
-    position, told = data_position(saved_data, print_now, sources)
+    position, told = data_position(saved_data, fingerprint, corpus.names)
     notes += told
-    factory = PipelineFactory(
-        sections, root, preset.train.seed, tokenizer.state(), hold_out, settings, sources=sources, tokenizer=tokenizer
-    )
     rows_per_step = preset.train.per_gpu_batch_size * preset.train.accumulation_steps * parallel.world_size
     workers = preset.data.workers if preset.data.workers is not None else int(runtime.device.type == "cuda")
-    names = [source.name for source in sources]
     loader = Loader(
         factory,
         position,
         parallel,
         rows_per_step,
-        names,
+        corpus.names,
         preset.data.lanes,
         packed=preset.data.packing == "documents",
         workers=workers,
         pin_memory=runtime.device.type == "cuda",
-        fingerprint=print_now,
+        fingerprint=fingerprint,
     )
-    horizon = _horizon(preset, sources, hold_out, tokenizer)
+    horizon = _horizon(preset, corpus, tokenizer)
     compile_from_step, compile_told = _compile_plan(preset, runtime, saved, model, horizon)
-    notes.append(compile_told)
     dtype = runtime.compute_dtype(preset.train.precision)
     evaluator = Evaluator(
-        lambda: validation_rows(
-            sources, hold_out, tokenizer, preset.model.seq_length, preset.train.eval_tokens, preset.data.min_text_length
-        ),
+        lambda: corpus.validation_rows(tokenizer, preset.model.seq_length, preset.train.eval_tokens),
         stack,
         tokenizer.token_bytes(),
         preset.train.per_gpu_batch_size,
@@ -306,7 +178,7 @@ def build_training(
         "run_step": progress.run_step,
         "tokens_per_step": rows_per_step * preset.model.seq_length,
         "compile": compile_told,
-        "sources": names,
+        "sources": corpus.names,
     }
     rank_zero = parallel.rank == 0
     folder = root / "logs" / preset.lineage
@@ -314,7 +186,7 @@ def build_training(
     log = MetricsLog(folder / "metrics.jsonl" if rank_zero else None, views)
     log.rewind(progress.step)
     trainer = Trainer(
-        Objective(model, stack, len(names)),
+        Objective(model, stack, len(corpus.names)),
         optimizer,
         loader,
         parallel,
@@ -334,7 +206,7 @@ def build_training(
             "compile_from_step": compile_from_step,
         },
         should_stop=should_stop,
-        source_weights={section.name: w / sum(mix.weights) for section, w in zip(sections, mix.weights)},
+        source_weights={name: w / sum(corpus.mix.weights) for name, w in zip(corpus.names, corpus.mix.weights)},
         compile_from_step=compile_from_step,
     )
     return TrainingSession(trainer, log, start_event, notes, warnings)
@@ -355,9 +227,7 @@ def _load_slot(store: CheckpointStore, parallel: Any) -> tuple[dict[str, Any] | 
     return state, notes
 
 
-def _tokenizer(
-    preset: Any, saved: dict | None, parallel: Any, sources: list[Source], mix: MixSettings, hold_out: HoldOut
-) -> tuple[Tokenizer, list[str]]:
+def _tokenizer(preset: Any, saved: dict | None, parallel: Any, corpus: Corpus) -> tuple[Tokenizer, list[str]]:
     """The checkpoint's tokenizer when there is one; else a new one, made on rank 0 and sent to the others."""
     if saved is not None:
         tokenizer, wanted = Tokenizer.from_state(saved["tokenizer"]), preset.tokenizer
@@ -367,7 +237,7 @@ def _tokenizer(
     if parallel.rank == 0:
         try:
             needs_text = preset.tokenizer.type == "bpe"
-            texts = sample_texts(sources, mix, hold_out, SAMPLE_CHARACTERS) if needs_text else []
+            texts = corpus.sample_texts(SAMPLE_CHARACTERS) if needs_text else []
             state = build_tokenizer(preset.tokenizer, texts).state()
         except UserError as error:
             state = error
@@ -410,11 +280,11 @@ def begin_next_run(progress: Progress, runs: int) -> None:
     progress.horizon_tokens = min(progress.horizon_tokens, progress.horizon_runs * RUN_TOKENS)
 
 
-def _horizon(preset: Any, sources: list[Source], hold_out: HoldOut, tokenizer: Tokenizer) -> Horizon:
+def _horizon(preset: Any, corpus: Corpus, tokenizer: Tokenizer) -> Horizon:
     train = preset.train
     tokens = RUN_TOKENS
     if train.max_epochs is not None:
-        once = epoch_tokens(sources, hold_out, tokenizer, preset.data.min_text_length, RUN_TOKENS)
+        once = corpus.epoch_tokens(tokenizer, RUN_TOKENS)
         tokens = max(1, min(RUN_TOKENS, once * train.max_epochs))
     steps = train.max_steps
     return Horizon(RUN_TOKENS, tokens * train.runs, steps, steps * train.runs if steps else None)

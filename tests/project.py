@@ -1,8 +1,8 @@
 """A runnable copy of the project in a folder of its own: what end-to-end tests start, stop, kill and look into.
 
-    project = Project.make(tmp_path, {"t": tiny_preset(train={"max_steps": 5})})
-    result = project.run("t")
-    assert result.code == 0 and project.steps() == [1, 2, 3, 4, 5]
+project = Project.make(tmp_path, {"t": tiny_preset(train={"max_steps": 5})})
+result = project.run("t")
+assert result.code == 0 and project.steps() == [1, 2, 3, 4, 5]
 """
 
 import json

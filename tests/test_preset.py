@@ -109,7 +109,11 @@ def test_every_problem_is_reported_at_once() -> None:
         ({"losses": [{"type": "cross_entropy", "weight": {"from": 1, "to": 2, "begn": 0}}]}, "losses[0].weight.begn", "begin"),
         ({"auxiliary": {"enable_polcy": True}}, "auxiliary.enable_polcy", "enable_policy"),
         ({"data": {"sources": ["pdf"], "mix_strateggy": "weighted"}}, "data.mix_strateggy", "mix_strategy"),
-        ({"data": {"sources": ["pdf", {"type": "text", "path": "x", "text_feild": "t"}]}}, "data.sources[1].text_feild", "text_field"),
+        (
+            {"data": {"sources": ["pdf", {"type": "text", "path": "x", "text_feild": "t"}]}},
+            "data.sources[1].text_feild",
+            "text_field",
+        ),
         ({"generate": {"topp": 1}}, "generate.topp", "top_p"),
         ({"logging": {"wandbb": True}}, "logging.wandbb", "wandb"),
     ],

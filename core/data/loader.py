@@ -86,6 +86,7 @@ class Loader:
         self._workers = min(workers, len(self._lanes))
         self._snapshots: list[dict[str, Any]] = [position.snapshot] if position.snapshot else []
         self._reader: _Reader | None = None
+        self._empty_rows = 0  # global rows in a row without a document: a whole round of lanes of them is the end
         self.dropped: list[tuple[str, str]] = []  # (source, reason) since last asked: for the log
 
     def next_step(self) -> StepRows | None:
@@ -109,7 +110,12 @@ class Loader:
                 self._drop([name for name, count in zip(self.source_names, failures) if count], failed)
                 continue
             if tokens == 0:
-                return None
+                self._empty_rows += self._rows_per_step
+                if self._empty_rows >= self._num_lanes:
+                    return None
+                self._advance(rows)  # these lanes are empty, others may not be
+                continue
+            self._empty_rows = 0
             self._advance(rows)
             return StepRows(batch, int(targets), int(tokens))
 

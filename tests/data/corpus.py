@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from core.assembly import PipelineFactory, data_position
+from core.data.corpus import PipelineFactory, data_position
 from core.data.documents import Document
 from core.data.loader import Loader
 from core.data.mixing import MixSettings
@@ -19,6 +19,7 @@ from core.data.sources import build_source
 from core.data.sources.text import TextSettings
 from core.data.tokenizer import Tokenizer, build_tokenizer
 from core.data.validation import HoldOut
+from core.errors import SourceUnavailable
 from core.parallel import Single
 from core.preset import TokenizerSettings
 
@@ -71,26 +72,36 @@ def start() -> Position:
 
 def resumed(state: dict, factory: PipelineFactory) -> Position:
     """The position of a saved state, by way of JSON as a checkpoint keeps it."""
-    position, notes = data_position(json.loads(json.dumps(state)), FINGERPRINT, factory.sources or [])
+    position, notes = data_position(json.loads(json.dumps(state)), FINGERPRINT, [source.name for source in factory.sources or []])
     assert notes == []
     return position
 
 
-def make_loader(factory: PipelineFactory, position: Position, rows: int = LANES, parallel: Any = None, workers: int = 0) -> Loader:
+def make_loader(
+    factory: PipelineFactory, position: Position, rows: int = LANES, parallel: Any = None, workers: int = 0
+) -> Loader:
     names = [section.name for section in factory.sections]
     packed = factory.settings.packing == "documents"
     lanes = factory.settings.lanes
-    return Loader(
-        factory, position, parallel or Single(), rows, names, lanes, packed, workers=workers, fingerprint=FINGERPRINT
-    )
+    ranks = parallel or Single()
+    return Loader(factory, position, ranks, rows, names, lanes, packed, workers=workers, fingerprint=FINGERPRINT)
 
 
 def steps(loader: Loader, count: int | None = None) -> list[np.ndarray]:
-    """The next steps of one rank, each as (rows, 5, T): all there is in a batch; None reads to the end of the data."""
+    """The next steps of one rank, each as (rows, 5, T): all there is in a batch; None reads to the end of the data.
+
+    Steps of nothing but padding, which the loader passes over, are put back, so that a row's place tells its lane.
+    """
     found: list[np.ndarray] = []
+    at = loader.position.rows
     while (count is None or len(found) < count) and (step := loader.next_step()) is not None:
         b = step.batch
-        found.append(np.stack([b.input_ids, b.labels, b.position_ids, b.document_ids, b.source_ids], axis=1))
+        fields = np.stack([b.input_ids, b.labels, b.position_ids, b.document_ids, b.source_ids], axis=1)
+        at += loader._rows_per_step
+        while at < loader.position.rows:
+            found.append(np.full_like(fields, -1))
+            at += loader._rows_per_step
+        found.append(fields)
     return found
 
 
@@ -102,20 +113,26 @@ def same(a: list[np.ndarray], b: list[np.ndarray]) -> bool:
     return len(a) == len(b) and all(np.array_equal(x, y) for x, y in zip(a, b))
 
 
-def texts_of(arrays: list[np.ndarray], tokenizer: Tokenizer) -> list[str]:
-    """The documents in steps of one reader, in order of their rows; those that end beyond the steps are left out."""
-    pieces: dict[str, str] = {}
-    rows = [row for step in arrays for row in step]
-    labels = np.concatenate([row[1][row[4] >= 0] for row in rows]) if rows else np.zeros(0)
-    out, current = [], []
-    for token in labels:
-        if token == tokenizer.eos_id:
-            out.append(tokenizer.decode(current))
-            current = []
-        else:
-            current.append(int(token))
-    assert not pieces
-    return out
+def merged(ranks: list[list[np.ndarray]]) -> list[np.ndarray]:
+    """The steps of all ranks as one rank would have had them: rows in global order."""
+    return [np.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:]) for parts in zip(*ranks)]
+
+
+def texts_of(found: list[np.ndarray], lanes: int = LANES) -> list[str]:
+    """The whole documents in steps that begin at row 0. One that goes on beyond the last step is left out."""
+    tokenizer = byte_tokenizer()
+    rows = np.concatenate(found)
+    texts = []
+    for lane in range(lanes):
+        current: list[int] = []
+        for row in rows[lane::lanes]:
+            for token in row[1][row[4] >= 0].tolist():
+                if token == tokenizer.eos_id:
+                    texts.append(tokenizer.decode(current))
+                    current = []
+                else:
+                    current.append(token)
+    return texts
 
 
 class Ranks:
@@ -170,29 +187,32 @@ class _Rank:
 
 
 class Fails:
-    """A source that can be read only so far: after `documents` of them in this process it fails for good."""
+    """A source of one file that is broken at one place: document `at` of it can never be read, nor a second epoch."""
 
-    def __init__(self, source: Any, documents: int):
-        self._source, self._left = source, documents
+    def __init__(self, source: Any, at: int):
+        self._source, self._at = source, at
         self.name, self.finite, self.notes = source.name, source.finite, source.notes
 
     def open(self) -> None:
         self._source.open()
 
-    def stream(self, cursor: dict) -> "Fails":
-        self._stream = self._source.stream(cursor)
-        return self
+    def stream(self, cursor: dict) -> "_FailingStream":
+        return _FailingStream(self._source.stream(cursor), self._at)
 
-    def __iter__(self) -> "Fails":
+
+class _FailingStream:
+    def __init__(self, stream: Any, at: int):
+        self._stream, self._at = stream, at
+
+    def __iter__(self) -> "_FailingStream":
         return self
 
     def __next__(self) -> Document:
-        from core.errors import SourceUnavailable
-
-        if self._left == 0:
-            raise SourceUnavailable("the disk is gone")
-        self._left -= 1
-        return next(self._stream)
+        document = next(self._stream)
+        cursor = self._stream.cursor()
+        if cursor["epoch"] > 0 or cursor["piece"] > self._at:
+            raise SourceUnavailable("the disk is broken here")
+        return document
 
     def cursor(self) -> dict:
         return self._stream.cursor()

@@ -1,0 +1,409 @@
+"""The order of the data is a function of seed and position alone: any number of ranks and workers, any interruption.
+
+Everything here reads real files through the real sources; ranks are threads, workers are processes.
+"""
+
+import random
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from core.data import pipeline
+from core.data.documents import held_out_by_hash
+from core.data.loader import Loader
+from core.data.mixing import Mixer, MixSettings
+from core.data.pipeline import share_of_lanes
+from core.data.validation import SMALL_CORPUS, HoldOut, plan_hold_out, validation_rows
+from core.errors import NoData
+from tests.data.corpus import (
+    LANES,
+    SEQ_LENGTH,
+    Fails,
+    Ranks,
+    as_array,
+    byte_tokenizer,
+    make_factory,
+    make_loader,
+    merged,
+    resumed,
+    same,
+    start,
+    steps,
+    texts_of,
+    write_corpus,
+)
+
+STRATEGIES = ["round_robin", "sequential", "weighted"]
+PACKINGS = ["documents", "padding"]
+SIZES = {"a": 31, "b": 17, "c": 8}
+
+
+def read_all(loader: Loader, count: int | None) -> list[np.ndarray]:
+    try:
+        return steps(loader, count)
+    finally:
+        loader.close()
+
+
+def text_lines(folder: Path, name: str) -> list[str]:
+    """The documents of a corpus, as written."""
+    import json
+
+    return [json.loads(line)["text"] for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+# ranks and workers ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_rows_are_the_same_for_any_number_of_ranks(strategy: str, packing: str, tmp_path: Path) -> None:
+    """One rank, two, three: the same batches once put together, over more than two epochs of the smallest source."""
+    sections = write_corpus(tmp_path, SIZES)
+    one = read_all(make_loader(make_factory(tmp_path, sections, strategy, packing), start()), 40)
+    for world_size in (2, 3):
+
+        def job(parallel: object) -> list[np.ndarray]:
+            factory = make_factory(tmp_path, sections, strategy, packing)
+            return read_all(make_loader(factory, start(), parallel=parallel), 40)
+
+        assert same(merged(Ranks(world_size).run(job)), one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 3])
+def test_rows_are_the_same_for_any_number_of_workers(workers: int, tmp_path: Path) -> None:
+    """Worker processes share the lanes out and change nothing; neither does going on with another number of them."""
+    sections = write_corpus(tmp_path, SIZES)
+    factory = make_factory(tmp_path, sections, "weighted")
+    threaded = read_all(make_loader(factory, start()), 60)
+    loader = make_loader(factory, start(), workers=workers)
+    found = steps(loader, 25)
+    state = loader.state()
+    loader.close()
+    assert same(found, threaded[:25])
+    other = make_loader(factory, resumed(state, factory), workers=1 if workers == 3 else 0)
+    assert same(read_all(other, 35), threaded[25:])
+
+
+def test_no_document_is_on_two_ranks(tmp_path: Path) -> None:
+    """The lanes of the ranks are disjoint, and so are their documents."""
+    sections = write_corpus(tmp_path, {"a": 300, "b": 200})
+    for world_size in (2, 3):
+        seen = []
+        for rank in range(world_size):
+            lanes = share_of_lanes(LANES, world_size, rank)
+            rows = iter(make_factory(tmp_path, sections)(start(), lanes))
+            seen.append({index for _ in range(60) for index in next(rows).documents})
+        assert all(len(documents) > 12 for documents in seen)
+        assert not set.intersection(*seen) and len(set.union(*seen)) == sum(map(len, seen))
+
+
+def test_rows_of_all_lanes_come_in_turn(tmp_path: Path) -> None:
+    """Row n is of lane n mod L, whatever the lengths of the documents; a reader of some lanes has exactly those rows."""
+    sections = write_corpus(tmp_path, SIZES)
+    factory = make_factory(tmp_path, sections)
+    everything = iter(factory(start(), list(range(LANES))))
+    rows = [next(everything) for _ in range(60)]
+    assert [row.lane for row in rows] == [n % LANES for n in range(60)]
+    some = iter(factory(start(), [1, 4]))
+    for row in [row for row in rows if row.lane in (1, 4)]:
+        assert np.array_equal(as_array(next(some)), as_array(row))
+
+
+# interruptions -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_resuming_anywhere_equals_not_stopping(
+    strategy: str, packing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped at random steps, by way of JSON, over several epochs: the batches are the uninterrupted run's."""
+    sections = write_corpus(tmp_path, SIZES)
+    straight = read_all(make_loader(make_factory(tmp_path, sections, strategy, packing), start()), 120)
+    points = random.Random(f"{strategy} {packing}")
+    for snapshot_every in (3, 20, 256):
+        monkeypatch.setattr(pipeline, "SNAPSHOT_EVERY", snapshot_every)
+        position, done = start(), 0
+        while done < len(straight):
+            factory = make_factory(tmp_path, sections, strategy, packing)
+            loader = make_loader(factory, position)
+            count = min(points.choice([0, 1, 2, points.randint(3, 40)]), len(straight) - done)
+            assert same(steps(loader, count), straight[done : done + count]), f"after {done} steps"
+            done += count
+            position = resumed(loader.state(), factory)
+            loader.close()
+
+
+def test_a_step_may_be_smaller_or_larger_than_the_lanes(tmp_path: Path) -> None:
+    """Rows of a step need not be a multiple of the lanes; stopping in the middle of a round of lanes loses nothing."""
+    sections = write_corpus(tmp_path, SIZES)
+    whole = np.concatenate(read_all(make_loader(make_factory(tmp_path, sections), start(), rows=LANES), 40))
+    for rows in (1, 4, 7, 16):
+        position, found = start(), []
+        for count in (3, 1, 5):
+            factory = make_factory(tmp_path, sections)
+            loader = make_loader(factory, position, rows=rows)
+            found += steps(loader, count)
+            position = resumed(loader.state(), factory)
+            loader.close()
+        assert np.array_equal(np.concatenate(found), whole[: 9 * rows])
+
+
+def test_a_long_run_reads_little_again(tmp_path: Path) -> None:
+    """The saved snapshot follows behind: a resume reads at most some hundreds of documents twice, not the whole epoch."""
+    sections = write_corpus(tmp_path, {"a": 3000}, low=5, high=20)
+    loader = make_loader(make_factory(tmp_path, sections), start())
+    steps(loader, 300)
+    state = loader.state()
+    loader.close()
+    reached = min(after[0] for after in state["lanes"].values())
+    assert reached > 1000 and 0 <= reached - state["snapshot"]["index"] <= 2 * pipeline.SNAPSHOT_EVERY
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_the_number_of_ranks_may_change_at_every_resume(packing: str, tmp_path: Path) -> None:
+    """1, 2, 3, 2, 2, 1 ranks in turn, each going on from the state merged over all ranks: one uninterrupted order."""
+    sections = write_corpus(tmp_path, SIZES)
+    straight = read_all(make_loader(make_factory(tmp_path, sections, "weighted", packing), start()), 70)
+    state, done = None, 0
+    for world_size, count in ((1, 9), (2, 11), (3, 7), (2, 13), (2, 17), (1, 13)):
+
+        def job(parallel: object, count: int = count, state: dict | None = state) -> tuple[list[np.ndarray], dict]:
+            factory = make_factory(tmp_path, sections, "weighted", packing)
+            position = resumed(state, factory) if state is not None else start()
+            loader = make_loader(factory, position, parallel=parallel)
+            found = steps(loader, count)
+            saved = loader.state()
+            loader.close()
+            return found, saved
+
+        ranks = Ranks(world_size).run(job)
+        assert same(merged([found for found, _ in ranks]), straight[done : done + count]), f"{world_size} ranks, {done} steps"
+        assert all(saved == ranks[0][1] for _, saved in ranks), "every rank must see the same merged state"
+        state, done = ranks[0][1], done + count
+
+
+# sources that fail ---------------------------------------------------------------------------------------------------
+
+
+def without(found: list[np.ndarray], source: int) -> bool:
+    return all((step[:, 4] != source).all() for step in found)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_a_source_that_fails_is_dropped_at_one_draw_on_all_ranks(strategy: str, world_size: int, tmp_path: Path) -> None:
+    """No rank reads it beyond that draw, the others go on, a second run does the same, and so does a resumed one."""
+    sections = write_corpus(tmp_path, {"a": 100, "b": 200, "c": 200}, low=5, high=40)
+
+    def factory_now() -> object:
+        return make_factory(tmp_path, sections, strategy, wrap=lambda s: Fails(s, 60) if s.name == "b" else s)
+
+    def job(parallel: object) -> tuple[list[np.ndarray], list, dict, dict]:
+        loader = make_loader(factory_now(), start(), parallel=parallel)
+        found = steps(loader, 60)
+        middle = loader.state()
+        found += steps(loader, 40)
+        loader.close()
+        return found, loader.dropped, loader.position.drops, middle
+
+    ranks = Ranks(world_size).run(job)
+    drops = ranks[0][2]
+    assert set(drops) == {"b"} and all(rank[2] == drops for rank in ranks)
+    assert all(rank[1] == [("b", "the disk is broken here")] for rank in ranks)
+    straight = merged([rank[0] for rank in ranks])
+    assert same(merged([rank[0] for rank in Ranks(world_size).run(job)]), straight)
+    assert not without(straight[:60], 1) and without(straight[60:], 1)
+    assert not without(straight[60:], 0) or not without(straight[60:], 2)
+
+    def go_on(parallel: object) -> list[np.ndarray]:
+        factory = factory_now()
+        return read_all(make_loader(factory, resumed(ranks[0][3], factory), parallel=parallel), 40)
+
+    assert same(merged(Ranks(world_size).run(go_on)), straight[60:])
+
+
+def test_no_document_of_the_other_sources_is_lost_when_one_fails(tmp_path: Path) -> None:
+    """All that the others hold is read, once, whatever was read ahead when the failure came."""
+    sections = write_corpus(tmp_path, {"a": 60, "b": 60, "c": 60})
+    factory = make_factory(
+        tmp_path, sections, max_epochs=1, hold_out=HoldOut(0.0), wrap=lambda s: Fails(s, 25) if s.name == "b" else s
+    )
+    loader = make_loader(factory, start())
+    found = texts_of(read_all(loader, None))
+    others = Counter(text for text in found if not text.startswith("b "))
+    assert others == Counter(text_lines(tmp_path, "a") + text_lines(tmp_path, "c"))
+    assert {text for text in found if text.startswith("b ")} <= set(text_lines(tmp_path, "b")[:26])
+
+
+def test_when_the_last_source_fails_there_is_no_data(tmp_path: Path) -> None:
+    """NoData on every rank, after all that could be read was read."""
+    sections = write_corpus(tmp_path, {"a": 50, "b": 50})
+
+    def job(parallel: object) -> str:
+        factory = make_factory(tmp_path, sections, wrap=lambda s: Fails(s, 20))
+        loader = make_loader(factory, start(), parallel=parallel)
+        with pytest.raises(NoData, match="no source is left to read from"):
+            steps(loader, 1000)
+        loader.close()
+        return "seen"
+
+    assert Ranks(2).run(job) == ["seen", "seen"]
+
+
+@pytest.mark.slow
+def test_files_that_vanish_are_dropped_with_workers_too(tmp_path: Path) -> None:
+    """Worker processes open the sources anew after a drop: the lost one must not stop them again and again."""
+    sections = write_corpus(tmp_path, {"a": 30, "b": 30})
+    loader = make_loader(make_factory(tmp_path, sections), start(), workers=1)
+    assert len(steps(loader, 2)) == 2
+    state = loader.state()
+    loader.close()
+    (tmp_path / "b.jsonl").unlink()
+    factory = make_factory(tmp_path, sections[:1])
+    factory.sections = sections
+    loader = make_loader(factory, resumed(state, factory), workers=1)
+    found = read_all(loader, 60)
+    assert len(found) == 60 and without(found[-20:], 1)
+    assert [name for name, _ in loader.dropped] == ["b"]
+
+
+# held-out documents --------------------------------------------------------------------------------------------------
+
+
+def test_held_out_documents_never_appear_in_training_rows(tmp_path: Path) -> None:
+    """By hash: no document is in both, none is in neither."""
+    sections = write_corpus(tmp_path, {"a": 400, "b": 350})
+    factory = make_factory(tmp_path, sections, max_epochs=2, hold_out=HoldOut(0.1))
+    trained = texts_of(read_all(make_loader(factory, start()), None))
+    rows = validation_rows(factory.sources, factory.hold_out, factory.tokenizer, SEQ_LENGTH, 10**9, 1)
+    held = texts_of([np.stack([as_array(row)]) for row in rows], lanes=1)
+    everything = text_lines(tmp_path, "a") + text_lines(tmp_path, "b")
+    assert set(held) == {text for text in everything if held_out_by_hash(text, 0.1)} and len(held) > 40
+    assert Counter(trained) == Counter(2 * [text for text in everything if text not in set(held)])
+
+
+def test_small_corpora_hold_out_their_last_pieces(tmp_path: Path) -> None:
+    """Too few for a hash: the last twentieth in the order of the file, never in training, and the run is told so."""
+    sections = write_corpus(tmp_path, {"a": 60, "b": SMALL_CORPUS + 50})
+    factory = make_factory(tmp_path, sections)
+    plan = plan_hold_out(factory.sources, 0.01, 1)
+    assert plan.keys == {"a": {f"a.jsonl#{i}" for i in range(57, 60)}}
+    assert plan.notes == ["a has only 60 documents; validation holds out its last 3"]
+    factory = make_factory(tmp_path, sections, max_epochs=1, hold_out=plan)
+    trained = [text for text in texts_of(read_all(make_loader(factory, start()), None)) if text.startswith("a ")]
+    assert sorted(trained) == sorted(text_lines(tmp_path, "a")[:57])
+    rows = validation_rows(factory.sources[:1], plan, factory.tokenizer, SEQ_LENGTH, 10**9, 1)
+    assert texts_of([np.stack([as_array(row)]) for row in rows], lanes=1) == text_lines(tmp_path, "a")[57:]
+
+
+def test_a_single_document_is_trained_on(tmp_path: Path) -> None:
+    """Holding it out would leave nothing to learn from."""
+    factory = make_factory(tmp_path, write_corpus(tmp_path, {"a": 1}))
+    plan = plan_hold_out(factory.sources, 0.01, 1)
+    assert plan.keys == {"a": set()} and plan.notes == ["a has only 1 documents; validation is too small to hold anything out"]
+
+
+def test_the_hash_never_changes() -> None:
+    """A changed hash would put trained documents into validation: these stay as they are for ever."""
+    texts = [f"document number {i}" for i in range(2000)]
+    held = [i for i, text in enumerate(texts) if held_out_by_hash(text, 0.01)]
+    assert held == HELD_AT_ONE_PERCENT
+    assert set(held) < {i for i, text in enumerate(texts) if held_out_by_hash(text, 0.05)}
+    assert not any(held_out_by_hash(text, 0.0) for text in texts) and held_out_by_hash("\ud800 lone surrogate", 1.0)
+
+
+HELD_AT_ONE_PERCENT = [
+    144,
+    163,
+    219,
+    314,
+    376,
+    446,
+    482,
+    563,
+    588,
+    652,
+    801,
+    979,
+    1006,
+    1124,
+    1173,
+    1176,
+    1401,
+    1413,
+    1427,
+    1483,
+    1652,
+]
+
+
+# epochs --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("rows", [1, 4, LANES, 16])
+def test_max_epochs_reads_everything_so_many_times(strategy: str, packing: str, rows: int, tmp_path: Path) -> None:
+    """The data ends by itself, on every rank at once, and not before the longest lane is empty: nothing is left unread."""
+    sections = write_corpus(tmp_path, SIZES)
+    (tmp_path / "a.jsonl").open("a").write('{"text": "a the last one is long ' + "y" * 3000 + '"}\n')
+    factory = make_factory(tmp_path, sections, strategy, packing, max_epochs=2, hold_out=HoldOut(0.0))
+    found = texts_of(read_all(make_loader(factory, start(), rows=rows), None))
+    assert Counter(found) == Counter(2 * [text for name in SIZES for text in text_lines(tmp_path, name)])
+
+
+def test_epochs_come_in_another_order() -> None:
+    """Seeded, so that it is the same order on every machine."""
+    from core.data.sources.text import PythonStdlibSettings, PythonStdlibSource
+
+    source = PythonStdlibSource(PythonStdlibSettings(), Path("."), 1)
+    orders = [[unit.label for unit in source.order(epoch)] for epoch in (0, 1, 0)]
+    assert orders[0] == orders[2] != orders[1] and sorted(orders[0]) == sorted(orders[1])
+
+
+# mixing --------------------------------------------------------------------------------------------------------------
+
+
+def draws(folder: Path, sizes: dict[str, int], settings: MixSettings, count: int, drops: dict | None = None) -> list[int]:
+    sources = make_factory(folder, write_corpus(folder, sizes)).sources
+    mixer = Mixer(sources, settings, drops or {})
+    return [draw.source for draw, _ in zip(mixer, range(count))]
+
+
+def test_round_robin_takes_one_from_each_in_turn(tmp_path: Path) -> None:
+    assert draws(tmp_path, {"a": 5, "b": 5, "c": 5}, MixSettings("round_robin", (1, 1, 1), 1), 9) == [0, 1, 2] * 3
+
+
+def test_sequential_reads_each_to_its_end_and_starts_again(tmp_path: Path) -> None:
+    found = draws(tmp_path, {"a": 3, "b": 2}, MixSettings("sequential", (1, 1), 1), 12)
+    assert found == [0, 0, 0, 1, 1, 0, 0, 0, 1, 1, 0, 0]
+
+
+def test_weighted_draws_come_in_the_given_shares(tmp_path: Path) -> None:
+    """Shares of the documents drawn; a weight of 0 is never drawn; they are renormalised when a source is gone."""
+    settings = MixSettings("weighted", (3.0, 1.0, 0.0), 7)
+    found = draws(tmp_path, {"a": 50, "b": 50, "c": 50}, settings, 4000)
+    counts = Counter(found)
+    assert counts[2] == 0 and counts[0] / 4000 == pytest.approx(0.75, abs=0.03)
+    assert found == draws(tmp_path / "again", {"a": 50, "b": 50, "c": 50}, settings, 4000)
+    assert found != draws(tmp_path / "other", {"a": 50, "b": 50, "c": 50}, MixSettings("weighted", (3.0, 1.0, 0.0), 8), 4000)
+    dropped = draws(tmp_path / "dropped", {"a": 50, "b": 50, "c": 50}, settings, 300, {"a": 100})
+    assert dropped[:100] == found[:100] and set(dropped[100:]) == {1}
+
+
+def test_an_ended_source_leaves_its_turns_to_the_others(tmp_path: Path) -> None:
+    """Under max_epochs: nobody waits for it, nothing is drawn twice."""
+    found = draws(tmp_path, {"a": 2, "b": 6}, MixSettings("round_robin", (1, 1), 1, max_epochs=1), 100)
+    assert Counter(found) == {0: 2, 1: 6}
+
+
+def test_the_byte_tokenizer_of_these_tests_keeps_text_as_it_is() -> None:
+    """texts_of reads rows back; it could not tell a lost character otherwise."""
+    tokenizer = byte_tokenizer()
+    text = "a 1: xé<|endoftext|>."
+    assert tokenizer.decode(tokenizer.encode_batch([text])[0].tolist()) == text
