@@ -118,8 +118,8 @@ def _card(stem: str, preset: Any, runtime: Runtime) -> PresetCard:
         _resume_line(preset) + _time_line(preset, runtime),
     ]
     short = train.max_steps is not None or train.max_epochs is not None
-    title = preset.name + (" (short)" if short else "")
-    return PresetCard(stem, GROUPS.get(stem[0], "Your own"), title, preset.description, "\n".join(lines), None)
+    description = ("short · " if short else "") + preset.description
+    return PresetCard(stem, GROUPS.get(stem[0], "Your own"), preset.name, description, "\n".join(lines), None)
 
 
 def _resume_line(preset: Any) -> str:

@@ -109,7 +109,8 @@ class PipelineFactory:
                 try:
                     source.open()
                 except SourceUnavailable as error:
-                    raise SourceFailed(source.name, str(error)) from None
+                    if source.name not in position.drops:  # a dropped one is only asked for turns it can no longer take
+                        raise SourceFailed(source.name, str(error)) from None
             self.tokenizer = Tokenizer.from_state(self.tokenizer_state)
         return Pipeline(self.sources, self.tokenizer, self.hold_out, self.settings, position, lanes)
 

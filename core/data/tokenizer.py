@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from core.errors import UserError
+from core.data.sources.hub import check_reachable
+from core.errors import MissingPackage, SourceUnavailable, UserError
 from core.preset import TokenizerSettings
 
 END = "<|endoftext|>"
@@ -88,12 +89,19 @@ def _byte_level(sample: Iterable[str], vocab_size: int) -> Tokenizer:
 
 def _from_hub(name: str) -> Tokenizer:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    from transformers import AutoTokenizer
-
     try:
-        loaded = AutoTokenizer.from_pretrained(name, use_fast=True)
+        from transformers import AutoTokenizer
+    except ImportError:
+        raise MissingPackage(f'tokenizer "{name}" needs the package transformers: pip install transformers') from None
+    unreachable = ""
+    try:
+        check_reachable()
+    except SourceUnavailable as error:  # it may be in the cache; asking the Hub would take a minute of retries
+        unreachable = str(error)
+    try:
+        loaded = AutoTokenizer.from_pretrained(name, use_fast=True, local_files_only=bool(unreachable))
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = unreachable or str(error).strip().splitlines()[0]
         raise UserError(
             f'tokenizer "{name}" could not be loaded from the Hugging Face Hub: {reason}\n'
             'Check the name and the network, or write "tokenizer": {"type": "bpe", "vocab_size": 8192} to train one here.'

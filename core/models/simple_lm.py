@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from core.contracts import Batch, ModelOutput
+from core.models.layers import attend, attention_bias, compute_dtype
 from core.models.readout import LinearReadout
 from core.preset import Settings
 
@@ -54,17 +55,17 @@ ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tan
 
 
 class SelfAttention(nn.MultiheadAttention):
-    """nn.MultiheadAttention's parameters and arithmetic, on the shortest way to scaled_dot_product_attention.
+    """nn.MultiheadAttention's parameters and arithmetic, on the shortest way to the attention kernel.
 
     The stock forward cannot be told that a mask is plainly causal, and has a path in evaluation mode whose rows turn NaN
     where a mask hides every key.
     """
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
         B, T, D = x.shape
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, T, 3D)
         q, k, v = qkv.view(B, T, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)  # each (B, H, T, Dh)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)  # (B, H, T, Dh)
+        mixed = attend(q, k, v, bias)  # (B, H, T, Dh)
         return self.out_proj(mixed.transpose(1, 2).reshape(B, T, D))
 
 
@@ -81,11 +82,11 @@ class Block(nn.Module):
         self.activation = ACTIVATIONS[settings.activation]
         self.pre_norm = settings.norm == "pre"
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:  # (B, T, D) -> (B, T, D)
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:  # (B, T, D) -> (B, T, D)
         if self.pre_norm:
-            x = x + self.dropout(self.self_attn(self.norm1(x), mask))
+            x = x + self.dropout(self.self_attn(self.norm1(x), bias))
             return x + self.dropout(self._feed_forward(self.norm2(x)))
-        x = self.norm1(x + self.dropout(self.self_attn(x, mask)))
+        x = self.norm1(x + self.dropout(self.self_attn(x, bias)))
         return self.norm2(x + self.dropout(self._feed_forward(x)))
 
     def _feed_forward(self, x: Tensor) -> Tensor:
@@ -119,14 +120,14 @@ class SimpleLM(nn.Module):
     def forward(self, batch: Batch) -> ModelOutput:
         """Hidden states of every position; attention stays inside each document."""
         T = batch.input_ids.shape[1]
-        mask = None  # rows of one document, padded on the right: causal attention alone never sees the padding
-        if batch.packed:
-            same = batch.document_ids[:, :, None] == batch.document_ids[:, None, :]  # (B, T, T)
-            mask = (same & self.causal_mask[:T, :T])[:, None]  # (B, 1, T, T), True = may attend
         x = self.embedding(batch.input_ids) + self.pos_embedding(batch.position_ids)  # (B, T, D)
         x = self.dropout(x)
+        bias = None  # rows of one document, padded on the right: causal attention alone never sees the padding
+        if batch.packed:
+            same = batch.document_ids[:, :, None] == batch.document_ids[:, None, :]  # (B, T, T)
+            bias = attention_bias(same & self.causal_mask[:T, :T], compute_dtype(x))[:, None]  # (B, 1, T, T)
         for layer in self.layers:
-            x = layer(x, mask)
+            x = layer(x, bias)
         return ModelOutput(self.norm(x), LinearReadout(self.lm_head.weight, self.lm_head.bias, self.embedding.weight))
 
     @torch.no_grad()

@@ -11,10 +11,21 @@ import sys
 import textwrap
 from dataclasses import dataclass
 
-from rich.cells import cell_len, set_cell_size
+from rich.cells import cell_len
+from rich.text import Text
 
 from core.errors import UserError
 from core.ui import text
+
+STYLE = {
+    "qmark": "bold ansicyan",
+    "instruction": "ansibrightblack",
+    "pointer": "bold ansicyan",
+    "cursor-line": "bold nounderline",
+    "separator": "bold",
+    "beside": "ansibrightblack",
+    "broken": "ansired",
+}
 
 
 @dataclass
@@ -85,138 +96,81 @@ def _named(cards: list[PresetCard], default: str, line: str) -> str:
 
 
 def _pick(cards: list[PresetCard], default: str) -> str:
-    """The menu. It has the whole screen while it is open and leaves what was there before untouched.
+    """questionary's menu with a preview below it. It has the whole screen while open and leaves what was there untouched.
 
-    questionary draws its description inside the list's own window, below the last choice, where a list longer than the
-    screen scrolls it out of sight; so the two windows are made here, with the toolkit that questionary stands on.
+    questionary's own place for more about a choice is inside its list, where a list longer than the screen scrolls it out
+    of sight; so its list, keys and style are taken and a pane of ours is put under them.
     """
-    from prompt_toolkit.application import Application, get_app
-    from prompt_toolkit.formatted_text import StyleAndTextTuples
-    from prompt_toolkit.key_binding import KeyBindings
-    from prompt_toolkit.layout import Dimension, FormattedTextControl, HSplit, Layout, ScrollOffsets, Window
-    from prompt_toolkit.styles import Style
+    import questionary
+    from prompt_toolkit.application import Application, get_app_session
+    from prompt_toolkit.filters import Always
+    from prompt_toolkit.key_binding import KeyBindings, merge_key_bindings
+    from prompt_toolkit.layout import Dimension, FormattedTextControl, HSplit, Layout, ScrollOffsets, VerticalAlign, Window
+    from questionary.prompts.common import InquirerControl
 
-    cards = _grouped(cards)
-    at = next(i for i, card in enumerate(cards) if card.stem == default)
+    by_stem = {card.stem: card for card in cards}
+    screen = get_app_session().output.get_size
+    columns = screen().columns
+    name_width = min(max(cell_len(text.clean(card.title)) for card in cards), columns // 2)
 
-    def columns() -> int:
-        return get_app().output.get_size().columns
+    def choice(card: PresetCard) -> questionary.Choice:
+        name, says = text.clean(card.title), text.clean((card.problem or card.description).split("\n")[0])
+        styles = ("class:broken", "class:broken") if card.problem else ("", "class:beside")
+        widths = (name_width, columns - name_width - 8)
+        return questionary.Choice([(s, "  " + _fitted(part, w)) for s, part, w in zip(styles, (name, says), widths)], card.stem)
 
-    def name_width() -> int:
-        return min(max(cell_len(card.title) for card in cards) + 2, max(12, columns() // 2))
+    choices = {card.stem: choice(card) for card in cards}
+    listed: list[questionary.Choice] = []
+    for group in dict.fromkeys(card.group for card in cards):
+        listed.append(questionary.Separator(text.clean(group)))
+        listed += [choices[card.stem] for card in cards if card.group == group]
+    asked = questionary.select(
+        "choose a preset",
+        listed,
+        default=choices[default],
+        qmark="zeroarg",
+        pointer="❯",
+        instruction="  ↑ ↓ move   Enter starts it   Esc leaves",
+        use_jk_keys=False,
+        style=questionary.Style.from_dict(STYLE),
+    ).application
+    window = next(w for w in asked.layout.find_all_windows() if isinstance(w.content, InquirerControl))
+    window.cursorline, window.dont_extend_height, window.scroll_offsets = Always(), Always(), ScrollOffsets(top=2, bottom=2)
 
-    def previewed(card: PresetCard) -> list[str]:
-        """The preview, headed by the description where the list has no room for all of it."""
-        lines = [text.clean(line) for line in (card.problem or card.preview).splitlines()]
-        described = text.clean(card.description)
-        if not card.problem and cell_len(described) > columns() - name_width() - 6:
-            lines.insert(0, described)
-        return [piece for line in lines for piece in textwrap.wrap(line, max(10, columns() - 4), subsequent_indent="  ") or [""]]
+    def here() -> PresetCard:
+        return by_stem[window.content.get_pointed_at().value]
 
-    def preview_rows() -> int:
-        """The same for every preset, so that the list does not move; at most two fifths of the screen, none of a tiny one."""
-        rows = get_app().output.get_size().rows
-        most = max(rows * 2 // 5, rows - len(cards) * 2 - 4) if rows >= 10 else rows - 7
-        return max(0, min(max(len(previewed(card)) for card in cards), most))
+    def lines(card: PresetCard) -> list[str]:
+        whole = card.problem or f"{card.description}\n{card.preview}"
+        width = max(10, screen().columns - 4)
+        return [piece for line in whole.splitlines() for piece in textwrap.wrap(text.clean(line), width, subsequent_indent="  ")]
 
-    def listing() -> StyleAndTextTuples:
-        out: StyleAndTextTuples = []
-        width = name_width()
-        for i, card in enumerate(cards):
-            if i == 0 or card.group != cards[i - 1].group:
-                out.append(("class:group", f"  {text.clean(card.group)}\n"))
-            here = i == at
-            out.append(("class:pointer", "  ❯ " if here else "    "))
-            if here:
-                out.append(("[SetCursorPosition]", ""))
-            name = set_cell_size(_cut(text.clean(card.title), width - 2), width)
-            says = _cut(text.clean((card.problem or card.description).split("\n")[0]), columns() - width - 6)
-            out.append(("class:here" if here else "class:broken" if card.problem else "", name))
-            out.append(
-                (
-                    "class:broken" if card.problem else "class:here" if here else "class:beside",
-                    says + "\n" * (card is not cards[-1]),
-                )
-            )
-        return out
+    def preview() -> list[tuple[str, str]]:
+        return [("class:broken" if here().problem else "", "\n".join(f"  {line}" for line in lines(here())))]
 
-    def rule() -> StyleAndTextTuples:
-        stem = f" {cards[at].stem} "
-        return [("class:rule", "──"), ("class:stem", stem), ("class:rule", "─" * max(0, columns() - len(stem) - 2))]
+    def height() -> Dimension:
+        """The same for every preset, so that nothing moves; at most two fifths of the screen."""
+        return Dimension.exact(min(max(0, screen().rows - 2) * 2 // 5, max(len(lines(card)) for card in cards)))
 
-    def preview() -> StyleAndTextTuples:
-        style = "class:problem" if cards[at].problem else ""
-        return [(style, "\n".join(f"  {line}" for line in previewed(cards[at])))]
+    def leave(event) -> None:
+        event.app.exit(exception=KeyboardInterrupt)
 
     keys = KeyBindings()
-
-    def move(by: int, around: bool = False):
-        def handler(_: object) -> None:
-            nonlocal at
-            at = (at + by) % len(cards) if around else min(len(cards) - 1, max(0, at + by))
-
-        return handler
-
-    for names, handler in {
-        ("up", "c-p"): move(-1, around=True),
-        ("down", "c-n", "tab"): move(1, around=True),
-        ("pageup",): move(-10),
-        ("pagedown",): move(10),
-        ("home",): move(-len(cards)),
-        ("end",): move(len(cards)),
-        ("enter",): lambda event: event.app.exit(result=cards[at].stem),
-        ("c-c", "escape", "c-d", "c-q"): lambda event: event.app.exit(exception=KeyboardInterrupt),
-    }.items():
-        for name in names:
-            keys.add(name)(handler)
-
-    def heading() -> StyleAndTextTuples:
-        return [("class:title", "  zeroarg"), ("class:help", f"   choose a preset   {at + 1} of {len(cards)}")]
-
-    def spoken() -> StyleAndTextTuples:
-        enter = "says what is wrong with it" if cards[at].problem else f"starts {cards[at].stem}"
-        return [("class:help", _cut(f"  ↑ ↓ choose   Enter {enter}   Esc leaves", columns() - 1))]
-
-    list_window = Window(
-        FormattedTextControl(listing, focusable=True, show_cursor=False),
-        scroll_offsets=ScrollOffsets(top=2, bottom=2),
-        dont_extend_height=True,
-    )
-    layout = HSplit(
-        [
-            Window(FormattedTextControl(heading), height=1),
-            list_window,
-            Window(FormattedTextControl(rule), height=1),
-            Window(FormattedTextControl(preview), height=lambda: Dimension.exact(preview_rows())),
-            Window(FormattedTextControl(spoken), height=1),
-            Window(height=Dimension(min=0, preferred=0, weight=1)),
-        ]
-    )
-    style = Style.from_dict(
-        {
-            "title": "bold ansicyan",
-            "group": "bold",
-            "pointer": "bold ansicyan",
-            "here": "bold ansicyan",
-            "beside": "ansibrightblack",
-            "broken": "ansired",
-            "rule": "ansibrightblack",
-            "stem": "ansicyan",
-            "problem": "ansired",
-            "help": "ansibrightblack",
-        }
-    )
-    application: Application[str] = Application(
-        Layout(layout, focused_element=list_window), key_bindings=keys, style=style, full_screen=True
-    )
-    return application.run()
+    keys.add("escape", eager=True)(leave)
+    keys.add("c-d")(leave)
+    rule = FormattedTextControl(lambda: [("", "── "), ("class:pointer", text.clean(here().stem)), ("", " ")])
+    pane = Window(FormattedTextControl(preview, focusable=True, show_cursor=False), height=height, wrap_lines=True)
+    ruler = Window(rule, height=1, char="─", style="class:beside")
+    everything = HSplit([asked.layout.container, ruler, pane], align=VerticalAlign.TOP)
+    return Application(
+        Layout(everything, focused_element=pane),  # not questionary's hidden input line, which has keys of its own
+        key_bindings=merge_key_bindings([asked.key_bindings, keys]),
+        style=asked.style,
+        full_screen=True,
+    ).run()
 
 
-def _grouped(cards: list[PresetCard]) -> list[PresetCard]:
-    """Cards of one group next to each other, everything else in the order given."""
-    groups = list(dict.fromkeys(card.group for card in cards))
-    return sorted(cards, key=lambda card: groups.index(card.group))
-
-
-def _cut(line: str, width: int) -> str:
-    return line if cell_len(line) <= width else set_cell_size(line, max(0, width - 1)) + "…"
+def _fitted(line: str, width: int) -> str:
+    fitted = Text(line)
+    fitted.truncate(max(1, width), overflow="ellipsis", pad=True)
+    return fitted.plain

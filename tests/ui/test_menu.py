@@ -18,13 +18,14 @@ CARDS = [
     PresetCard("20_broken", "Harmonic", "Broken", "", "", problem="20_broken.json has 1 problem\n  model.num_layer  unknown"),
     PresetCard("90_quick", "Tests", "Quick", "the last", "PREVIEW-E"),
 ]  # fmt: skip
+MANY = [PresetCard(f"{i:02}_preset", f"Group {i // 6}", f"Preset {i:02}", f"SAYS-{i:02}", f"PREVIEW-{i:02}") for i in range(30)]
 SCRIPT = """
 import sys
 from core.errors import UserError
 from core.ui.menu import choose
-from tests.ui.test_menu import CARDS
+from tests.ui.test_menu import CARDS, MANY
 try:
-    print("CHOSEN", choose(CARDS, sys.argv[1]))
+    print("CHOSEN", choose(MANY if sys.argv[1][3:] == "preset" else CARDS, sys.argv[1]))
 except UserError as error:
     print("ERROR", error)
     sys.exit(2)
@@ -32,7 +33,7 @@ except KeyboardInterrupt:
     print("LEFT")
     sys.exit(130)
 """
-UP, DOWN, END = "\x1b[A", "\x1b[B", "\x1b[F"
+UP, DOWN = "\x1b[A", "\x1b[B"
 
 
 @pytest.fixture
@@ -86,13 +87,13 @@ def test_moving_changes_the_preview_and_enter_takes_it(menu):
     ends_with(child, "CHOSEN 01_best_qa", 0)
 
 
-def test_up_from_the_first_goes_to_the_last_and_end_too(menu):
-    for key in (UP, END):
-        child = menu()
-        child.expect_exact("PREVIEW-A")
+def test_the_list_goes_round(menu):
+    for start, key, end in (("00_best_general", UP, "90_quick"), ("90_quick", DOWN, "00_best_general")):
+        child = menu(start)
+        child.expect_exact("PREVIEW-")
         child.send(key)
         child.send("\r")
-        ends_with(child, "CHOSEN 90_quick", 0)
+        ends_with(child, f"CHOSEN {end}", 0)
 
 
 @pytest.mark.parametrize("key", ["\x03", "\x1b", "\x04"])
@@ -119,6 +120,18 @@ def test_a_broken_preset_shows_its_problem_and_cannot_be_run(menu):
     child.send("\r")
     child.expect_exact("ERROR 20_broken.json has 1 problem")
     ends_with(child, "model.num_layer", 2)
+
+
+@pytest.mark.parametrize(("start", "hidden"), [("00", "25"), ("29", "03"), ("15", "25")])
+def test_a_list_longer_than_the_screen_scrolls_above_its_preview(menu, start, hidden):
+    child = menu(f"{start}_preset")
+    child.expect_exact(f"Preset {start}")
+    seen = child.before
+    child.expect_exact(f"PREVIEW-{start}")  # what is off the screen is never written
+    assert f"Preset {hidden}" not in seen + child.before
+    child.send(DOWN * 16)
+    child.send("\r")
+    ends_with(child, f"CHOSEN {(int(start) + 16) % 30:02}_preset", 0)
 
 
 @pytest.mark.parametrize("rows", [4, 8])

@@ -1,0 +1,130 @@
+"""Generation: exact nucleus, no repeated n-gram, the same seed the same text, never more context than the model knows."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from core.contracts import Batch, ModelOutput
+from core.data.tokenizer import Tokenizer, build_tokenizer
+from core.generation import generate, sample_top_p
+from core.models.readout import LinearReadout
+from core.models.simple_lm import SimpleLM, SimpleLMSettings
+from core.preset import GenerateSettings, TokenizerSettings
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return build_tokenizer(TokenizerSettings(type="byte"), [])
+
+
+class Scripted(nn.Module):
+    """A real model in all but its arithmetic: scores are a function of the tokens it is given."""
+
+    def __init__(self, scores_of: Any, vocab_size: int = 257):
+        super().__init__()
+        self.table = nn.Parameter(torch.eye(vocab_size))
+        self.scores_of, self.seen = scores_of, []
+
+    def forward(self, batch: Batch) -> ModelOutput:
+        ids = batch.input_ids[0].tolist()
+        self.seen.append((ids, batch.position_ids[0].tolist()))
+        hidden = torch.zeros(1, len(ids), len(self.table))
+        hidden[0, -1] = self.scores_of(ids)  # the table is the identity: hidden states are scores
+        return ModelOutput(hidden, LinearReadout(self.table))
+
+
+def scores(**letters: float) -> Tensor:
+    """Scores over the byte vocabulary, high for these letters, hopeless for all else."""
+    ids = build_tokenizer(TokenizerSettings(type="byte"), []).encode_batch(list(letters))
+    out = torch.full((257,), -1e4)
+    for (token,), score in zip(ids, letters.values()):
+        out[token] = score
+    return out
+
+
+PROBABILITIES = [0.5, 0.3, 0.12, 0.05, 0.03]
+
+
+@pytest.mark.parametrize(("top_p", "kept"), [(0.4, 1), (0.5, 1), (0.51, 2), (0.8, 2), (0.9, 3), (0.95, 4), (1.0, 5)])
+def test_the_nucleus_keeps_the_token_that_crosses(top_p: float, kept: int) -> None:
+    """The smallest set that reaches top_p (Holtzman et al. 2020), drawn from in exactly its renormalised shares."""
+    logits = torch.tensor(PROBABILITIES, dtype=torch.float64).log()[[3, 0, 4, 2, 1]]  # in no order
+    order = [1, 4, 3, 0, 2]  # places of the probabilities above, best first
+    random, n = torch.Generator().manual_seed(0), 4000
+    drawn = Counter(sample_top_p(logits, top_p, random) for _ in range(n))
+    exact = [p / sum(PROBABILITIES[:kept]) for p in PROBABILITIES[:kept]]
+    assert set(drawn) <= set(order[:kept])
+    chi2 = sum((drawn[token] - n * p) ** 2 / (n * p) for token, p in zip(order, exact))
+    assert chi2 < 25.0  # 4 degrees of freedom: chance passes this once in twenty thousand, and the seed is fixed
+
+
+def test_the_best_token_is_always_kept() -> None:
+    random = torch.Generator().manual_seed(0)
+    assert {sample_top_p(torch.tensor([0.0, 5.0, 1.0]), 1e-6, random) for _ in range(50)} == {1}
+
+
+def test_temperature_divides_the_scores(tokenizer: Tokenizer) -> None:
+    """Two tokens whose scores differ by 2: at temperature 2 they come in shares of e to 1."""
+    model = Scripted(lambda ids: scores(a=2.0, b=0.0))
+    settings = GenerateSettings(max_tokens=3000, temperature=2.0, top_p=1.0, no_repeat_ngram=0)
+    text = generate(model, tokenizer, "", settings, 4, seed=3)
+    assert text.count("a") + text.count("b") == 3000
+    assert text.count("a") / 3000 == pytest.approx(0.7311, abs=0.03)
+
+
+def test_no_ngram_appears_twice(tokenizer: Tokenizer) -> None:
+    """Not even against the prompt, and not even when the model would say nothing else."""
+    model = Scripted(lambda ids: scores(a=5.0, b=4.0, c=3.0, d=2.0))
+    for n in (1, 2, 3):
+        settings = GenerateSettings(max_tokens=40, top_p=1.0, no_repeat_ngram=n)
+        text = "ab" + generate(model, tokenizer, "ab", settings, 64, seed=1)
+        ngrams = [text[i : i + n] for i in range(len(text) - n + 1)]
+        assert len(ngrams) == len(set(ngrams)) and len(text) >= 4
+
+
+def test_without_the_block_it_repeats_itself(tokenizer: Tokenizer) -> None:
+    model = Scripted(lambda ids: scores(a=100.0))
+    settings = GenerateSettings(max_tokens=10, no_repeat_ngram=0)
+    assert generate(model, tokenizer, "x", settings, 64, seed=1) == "a" * 10
+
+
+def test_the_end_of_the_document_ends_the_text(tokenizer: Tokenizer) -> None:
+    """It is not part of the text; the prompt is not either; max_tokens is the limit otherwise."""
+
+    def say(ids: list[int]) -> Tensor:
+        out = scores(a=10.0)
+        out[tokenizer.eos_id] = 20.0 if len(ids) >= 6 else -1e4
+        return out
+
+    settings = GenerateSettings(max_tokens=50, no_repeat_ngram=0)
+    assert generate(Scripted(say), tokenizer, "xyz", settings, 64, seed=1) == "aa"
+
+
+def test_the_context_is_cropped_to_what_the_model_knows(tokenizer: Tokenizer) -> None:
+    """It starts from the end-of-document token; beyond the context the oldest tokens fall away and positions start at 0."""
+    model = Scripted(lambda ids: scores(a=1.0, b=1.0, c=1.0))
+    generate(model, tokenizer, "xy", GenerateSettings(max_tokens=20, no_repeat_ngram=0), 8, seed=1)
+    assert model.seen[0][0] == [tokenizer.eos_id, *tokenizer.encode_batch(["xy"])[0].tolist()]
+    assert [len(ids) for ids, _ in model.seen] == [min(3 + i, 8) for i in range(20)]
+    assert all(positions == list(range(len(ids))) for ids, positions in model.seen)
+    long = [ids for ids, _ in model.seen if len(ids) == 8]
+    assert all(later[:-1] == earlier[1:] for earlier, later in zip(long, long[1:]))
+
+
+def test_the_same_seed_gives_the_same_text(tokenizer: Tokenizer) -> None:
+    """With a real model, longer than its context; whatever state the global generator is in."""
+    torch.manual_seed(1)
+    model = SimpleLM(SimpleLMSettings(hidden_size=16, num_layers=1, num_heads=1, seq_length=8), 257).eval()
+    settings = GenerateSettings(max_tokens=30, top_p=0.99)
+    texts = []
+    for seed in (5, 5, 6):
+        torch.manual_seed(len(texts))
+        before = torch.get_rng_state()
+        texts.append(generate(model, tokenizer, "an", settings, 8, seed=seed))
+        assert torch.equal(torch.get_rng_state(), before), "the run's own randomness must not be touched"
+    assert texts[0] == texts[1] != texts[2]
