@@ -122,6 +122,8 @@ def build_training(
     saved_data = saved["data"] if saved is not None else None
     if saved_data is not None and saved_data["drops"] and progress.run_step == 0:
         saved_data = {**saved_data, "fingerprint": ""}  # a new run gives sources that failed another chance
+    if preset.train.max_epochs is not None and progress.run_step == 0:
+        saved_data = None  # a new run counts its epochs from the first
     position, told = data_position(saved_data, fingerprint, corpus.names)
     notes += told
     rows_per_step = preset.train.per_gpu_batch_size * preset.train.accumulation_steps * parallel.world_size

@@ -10,6 +10,7 @@ Out:   the newest slot that can be read
 State: the files
 """
 
+import contextlib
 import os
 import threading
 import time
@@ -115,10 +116,12 @@ class CheckpointStore:
                 file.flush()
                 os.fsync(file.fileno())
             self._rotate()
-        except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
-            self._aside.unlink(missing_ok=True)
-            cause = error.__context__ if isinstance(error.__context__, OSError) else error
-            self._outcome = (None, time.monotonic() - started, str(cause).strip().splitlines()[0])
+        except Exception as error:  # whatever it is, a save that failed must be told: nobody sees this thread die
+            cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch wraps a failed write
+            reason = str(cause).strip() or type(cause).__name__
+            self._outcome = (None, time.monotonic() - started, reason.splitlines()[0])
+            with contextlib.suppress(OSError):
+                self._aside.unlink(missing_ok=True)
             return
         self._outcome = (self.slots[0], time.monotonic() - started, "")
 

@@ -268,7 +268,8 @@ class Trainer:
         stop, due = self.parallel.sum([float(self.should_stop()), float(due)])
         if stop:
             return True
-        if due or (every_steps is not None and self.progress.run_step % every_steps == 0):
+        due = due or (every_steps is not None and self.progress.run_step % every_steps == 0)
+        if due and not self._bad_in_a_row:  # what a roll-back looks for must not be pushed out by weights that are at fault
             self._save_after *= 2
             self.save()
         self._tell_saved()

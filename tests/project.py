@@ -5,6 +5,7 @@ result = project.run("t")
 assert result.code == 0 and project.steps() == [1, 2, 3, 4, 5]
 """
 
+import io
 import json
 import os
 import shutil
@@ -149,6 +150,22 @@ class Project:
 
     def checkpoint(self, slot: str = "current", lineage: str = "t") -> dict[str, Any]:
         return torch.load(self.folder / "checkpoints" / f"{lineage}_{slot}.pth", weights_only=True)
+
+
+def train_here(preset: dict, root: Path, stem: str = "t") -> list[dict]:
+    """Run a preset's training in this process, in a folder that gets the stories to read; every event so far."""
+    from core.assembly import Preset
+    from core.jobs.train import train
+    from core.parallel import Single
+    from core.preset import decode_preset
+    from core.runtime import detect_runtime
+
+    (root / "texts").mkdir(parents=True, exist_ok=True)
+    for number in range(40):
+        (root / "texts" / f"story{number:02}.txt").write_text(story(number))
+    decoded = decode_preset(preset, Preset, stem, stem)
+    train(decoded, detect_runtime(), Single(), root, 0.0, io.StringIO())
+    return Project(root).events(lineage=decoded.lineage)
 
 
 def kill_group(process: subprocess.Popen) -> None:

@@ -1,6 +1,5 @@
 """Presets decode strictly: every problem at once, with path, value and what would be right."""
 
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -9,11 +8,8 @@ import pytest
 
 from core.assembly import Preset
 from core.errors import PresetError
-from core.jobs.train import train
-from core.parallel import Single
 from core.preset import RUN_TOKENS, decode_preset, preset_json, read_preset
-from core.runtime import detect_runtime
-from tests.project import ROOT, TINY_SIZES, story
+from tests.project import ROOT, TINY_SIZES, train_here
 
 CONFIGS = [path for path in sorted((ROOT / "configs").glob("*.json")) if path.name != "preset.schema.json"]
 DATA = {"sources": ["python_stdlib"]}
@@ -314,13 +310,8 @@ def test_every_shipped_preset_takes_two_steps(path: Path, tmp_path: Path) -> Non
     preset = read_preset(path, Preset)
     if preset.job != "train":
         pytest.skip(f"job {preset.job} does not train")
-    (tmp_path / "texts").mkdir()
-    for number in range(30):
-        (tmp_path / "texts" / f"{number}.txt").write_text(story(number))
-    small = decode_preset(shrunk(preset), Preset, path.stem, path.stem)
-    train(small, detect_runtime(), Single(), tmp_path, 0.0, io.StringIO())
-    events = [json.loads(line) for line in (tmp_path / "logs" / small.lineage / "metrics.jsonl").read_text().splitlines()]
+    events = train_here(shrunk(preset), tmp_path, path.stem)
     assert [event["step"] for event in events if event["event"] == "step"] == [1, 2]
     assert events[-1]["event"] == "run_end" and events[-1]["reason"] == "max_steps"
     assert [event for event in events if event["event"] == "eval"]
-    assert (tmp_path / "checkpoints" / f"{small.lineage}_current.pth").exists()
+    assert (tmp_path / "checkpoints" / f"{preset.lineage}_current.pth").exists()

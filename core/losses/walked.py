@@ -67,7 +67,7 @@ def _forward(work: Work, losses: list[Scaled], inputs: Any, wanted: list[bool]) 
         with torch.autocast(hidden.device.type, enabled=False):  # losses are exact: scores come in fp32 and stay so
             share = _answer(block, losses, wants_scores, wants_table)
         if share is not None:
-            table_gradient = share if table_gradient is None else table_gradient.add_(share)
+            table_gradient = share.contiguous() if table_gradient is None else table_gradient.add_(share)
     total = torch.stack([scaled.values.sum() * scaled.scale for scaled in losses]).sum()
     gradients = [hidden_gradient, *scores.gradients(), table_gradient]
     for i, wants in enumerate(wanted[:-1]):

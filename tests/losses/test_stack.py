@@ -125,7 +125,7 @@ def gradients(total: Tensor, leaves: list[Tensor], factor: float = 1.0) -> list[
 def assert_close(found: list[Tensor], expected: list[Tensor], tolerance: float = 1e-10) -> None:
     for a, b in zip(found, expected, strict=True):
         assert a.shape == b.shape
-        assert float((a - b).abs().max()) <= tolerance
+        assert float((a - b).detach().abs().max()) <= tolerance
 
 
 MIXES = {
@@ -354,7 +354,7 @@ def test_the_readout_must_give_what_a_loss_needs() -> None:
     readout = setup.output.readout
     LossStack(PLAIN).check(readout)
     readout.provides = "distances"
-    with pytest.raises(UserError, match='the loss "cross_entropy" needs logits, but .* gives distances'):
+    with pytest.raises(UserError, match=r'the loss "cross_entropy" needs logits, but .* gives distances'):
         LossStack(PLAIN).check(readout)
     with pytest.raises(UserError, match="cross_entropy more than once"):
         LossStack([*PLAIN, *PLAIN])

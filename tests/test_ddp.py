@@ -1,0 +1,153 @@
+"""Two processes under torchrun (gloo): the same training, no document twice, killed and resumed bit for bit, one menu."""
+
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pexpect
+import pytest
+
+from tests.project import Project, Result, differences, kill_group, merged, tiny_preset
+
+pytestmark = pytest.mark.slow
+
+KILLS = 2
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+PRESET = tiny_preset(
+    model={"dropout": 0.0},
+    train={"max_steps": 160, "precision": "fp32", "checkpoint_every_steps": 6, "eval_every_tokens": 10_000},
+    data={
+        "sources": [{"type": "text", "path": "texts"}, {"type": "text", "path": "core/data/**/*.py", "name": "code"}],
+        "mix_strategy": "weighted",
+        "source_weights": [0.5, 0.5],
+    },
+)
+
+
+def assert_ended(result: Result, code: int = 0) -> None:
+    assert result.code == code, result.text
+    assert "Traceback" not in result.text, result.text
+
+
+def on_two(project: Project, line: str = "t", **how: Any) -> Result:
+    return project.run(line, command=TORCHRUN, **how)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """PRESET on two ranks, in one go."""
+    project = Project.make(tmp_path_factory.mktemp("two") / "project", {"t": PRESET})
+    assert_ended(on_two(project))
+    return project
+
+
+def test_two_ranks_train_as_one_with_twice_the_accumulation(two_ranks: Project, make_project: Callable[..., Project]) -> None:
+    """The same loss curve, evaluations, token counts and place in the data: the ranks share the steps' rows and no more.
+
+    Each rank's share of a step differs, so a document read by both ranks, or by none, would show in every loss.
+    """
+    one = make_project({"t": merged(PRESET, {"train": {"accumulation_steps": 2}})})
+    assert_ended(one.run("t"))
+    ours, theirs = one.events("step"), two_ranks.events("step")
+    assert [e["step"] for e in ours] == [e["step"] for e in theirs] == list(range(1, 161))
+    assert [e["tokens"] for e in ours] == [e["tokens"] for e in theirs]
+    assert [e["loss"] for e in ours] == pytest.approx([e["loss"] for e in theirs], abs=1e-4)
+    assert [e["loss"] for e in ours][:20] == pytest.approx([e["loss"] for e in theirs][:20], abs=1e-5)
+    assert [e["grad_norm"] for e in ours][:20] == pytest.approx([e["grad_norm"] for e in theirs][:20], rel=1e-4)
+    for a, b in zip(ours, theirs):
+        assert {name: s["tokens"] for name, s in a["sources"].items()} == {name: s["tokens"] for name, s in b["sources"].items()}
+    measured = [[e["cross_entropy"] for e in project.events("eval")] for project in (one, two_ranks)]
+    assert len(measured[0]) > 2 and measured[0] == pytest.approx(measured[1], abs=1e-4)
+    a, b = one.checkpoint()["data"], two_ranks.checkpoint()["data"]
+    assert (a["rows"], a["lanes"]) == (b["rows"], b["lanes"])
+    assert two_ranks.events("run_start")[0]["world_size"] == 2
+
+
+def test_killed_groups_end_in_the_same_weights(two_ranks: Project, make_project: Callable[..., Project]) -> None:
+    """kill -9 of launcher and ranks, more than once: the resumed two-rank run is bit for bit the uninterrupted one."""
+    project, moments = make_project({"t": PRESET}), random.Random(4)
+    for _ in range(KILLS):
+        goal = len(project.steps()) + moments.randint(5, 60)
+        result = project.run_until("t", lambda goal=goal: len(project.steps()) >= goal, signal.SIGKILL, command=TORCHRUN)
+        assert result.code == -9, result.text
+        wait_for_the_ranks_to_end(project)
+    assert_ended(on_two(project))
+    assert project.steps() == list(range(1, 161))
+    assert differences(two_ranks.checkpoint(), project.checkpoint()) == []
+    assert [e["loss"] for e in two_ranks.events("step")] == [e["loss"] for e in project.events("step")]
+
+
+def wait_for_the_ranks_to_end(project: Project) -> None:
+    """torchrun starts its ranks in sessions of their own: end those whose folder is this project's."""
+    import os
+
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if Path(os.readlink(entry / "cwd")) == project.folder:
+                    os.kill(int(entry.name), signal.SIGKILL)
+            except OSError:
+                continue
+    time.sleep(0.2)
+
+
+def test_one_rank_goes_on_where_two_stopped(two_ranks: Project, make_project: Callable[..., Project]) -> None:
+    """SIGTERM to the launcher saves on all ranks; another number of ranks takes over and the losses go on as they were."""
+    project = make_project({"t": PRESET})
+    process = project.start("t", command=TORCHRUN)
+    try:
+        end = time.monotonic() + 120
+        while len(project.steps()) < 30 and time.monotonic() < end:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=120)
+    finally:
+        kill_group(process)
+        wait_for_the_ranks_to_end(project)
+    last = project.events()[-1]
+    assert last["event"] == "run_end" and last["reason"] == "interrupted" and 30 <= last["step"] < 160
+    assert project.checkpoint()["progress"]["step"] == last["step"]
+    project.write_preset("t", merged(PRESET, {"train": {"accumulation_steps": 2}}))
+    assert_ended(project.run("t"))
+    assert project.steps() == list(range(1, 161))
+    ours, theirs = project.events("step"), two_ranks.events("step")
+    assert [e["loss"] for e in ours] == pytest.approx([e["loss"] for e in theirs], abs=1e-4)
+    assert [e["tokens"] for e in ours] == [e["tokens"] for e in theirs]
+
+
+def test_mistakes_end_every_rank(make_project: Callable[..., Project]) -> None:
+    """A preset that is none, and a number of ranks that does not divide the lanes: told once, nobody waits for ever."""
+    project = make_project({"t": tiny_preset(data={"lanes": 3})})
+    for line, told in (("nonsense", 'no preset is called "nonsense"'), ("t", "2 processes do not divide data.lanes = 3")):
+        result = on_two(project, line, timeout=120)
+        assert result.code != 0 and told in result.err
+        assert "Traceback" not in result.err.split("torch.distributed.elastic")[0]
+    assert not (project.folder / "checkpoints").exists()
+
+
+def test_the_menu_under_torchrun(make_project: Callable[..., Project]) -> None:
+    """On a terminal rank 0 alone asks; arrow down and Enter start the second preset on both ranks."""
+    project = make_project({"00_best_general": tiny_preset(), "90_second": tiny_preset(train={"max_steps": 3})})
+    terminal = pexpect.spawn(
+        TORCHRUN[0], [*TORCHRUN[1:], "main.py"], cwd=str(project.folder), timeout=90, dimensions=(40, 120), encoding="utf-8"
+    )
+    try:
+        terminal.expect("90_second")
+        time.sleep(1.0)
+        terminal.send("\x1b[B")
+        time.sleep(0.5)
+        terminal.send("\r")
+        terminal.expect(pexpect.EOF)
+        terminal.close()
+        assert terminal.exitstatus == 0, terminal.before
+    finally:
+        terminal.close(force=True)
+        wait_for_the_ranks_to_end(project)
+    assert project.steps("90_second") == [1, 2, 3]
+    assert project.events("run_start", "90_second")[0]["world_size"] == 2
+    assert not (project.folder / "logs" / "00_best_general").exists()

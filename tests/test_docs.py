@@ -1,0 +1,389 @@
+"""What the documents promise: commands, links, keys and examples are true, and what is generated is current.
+
+When a test here says that a file is not current, run `python docs/make_schema.py && python docs/make_pdf.py`.
+"""
+
+import ast
+import json
+import re
+import runpy
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from core.assembly import Preset
+from core.data.sources import NAMED_SOURCES
+from core.preset import decode_preset, read_preset
+from tests.project import ROOT, Project
+
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PLAYBOOKS = sorted((ROOT / "docs" / "playbooks").glob("*.md"))
+README, GUIDE = (ROOT / "README.md").read_text(), (ROOT / "docs" / "guide.md").read_text()
+SCHEMA = json.loads((ROOT / "configs" / "preset.schema.json").read_text())
+MAKE = "run: python docs/make_schema.py && python docs/make_pdf.py"
+
+make_schema = runpy.run_path(str(ROOT / "docs" / "make_schema.py"))
+make_pdf = runpy.run_path(str(ROOT / "docs" / "make_pdf.py"))
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def blocks(text: str, language: str) -> list[tuple[str, str]]:
+    """(what stands behind the language, the code) of every fenced block, also of one inside a list."""
+    found = re.findall(rf"^( *)```{language}\b *(.*)\n((?:.*\n)*?)\1```$", text, re.MULTILINE)
+    return [(info, "".join(line.removeprefix(indent) for line in code.splitlines(True))) for indent, info, code in found]
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"^ *```.*?^ *```$", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(text: str) -> set[str]:
+    """The link targets GitHub gives headings."""
+    headings = re.findall(r"^#+ (.*)$", without_code(text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+# commands and links --------------------------------------------------------------------------------------------------
+
+
+def test_the_readme_sets_everything_up_in_two_commands() -> None:
+    """And .ci/run, which a fresh machine runs, has the test command word for word."""
+    commands = [line for _, code in blocks(README, "bash") for line in code.splitlines()]
+    install = "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && "
+    assert f"{install}.venv/bin/python main.py" in commands and f"{install}.venv/bin/python -m pytest" in commands
+    ci = (ROOT / ".ci" / "run").read_text()
+    assert f"{install}.venv/bin/python -m pytest\n" in ci
+    assert "echo 90_quick_test | .venv/bin/python main.py" in commands
+    assert "echo 90_quick_test | .venv/bin/python main.py\n" in ci
+
+
+def test_the_ci_script_is_a_script_that_runs_anywhere() -> None:
+    script = ROOT / ".ci" / "run"
+    assert script.stat().st_mode & 0o111, "chmod +x .ci/run"
+    assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
+    for file in (script, ROOT / "requirements.txt"):
+        assert not re.search(r"/(work|home|root|opt|Users)/|https?://|--index|--find-links", file.read_text()), file
+
+
+def test_requirements_are_exact() -> None:
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    wrong = [line for line in lines if line and not line.startswith("#") and not re.fullmatch(r"[\w-]+==[\d.]+", line)]
+    assert not wrong
+
+
+def test_requirements_are_complete() -> None:
+    """Every package that is imported is asked for; in pyproject.toml too, apart from what only tests need."""
+    imported = set()
+    for path in [ROOT / "main.py", *(ROOT / "core").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                imported.add(node.module.split(".")[0])
+    ours = {path.name for path in ROOT.iterdir() if path.is_dir()}
+    needed = imported - set(sys.stdlib_module_names) - ours - {"wandb"}  # optional
+    pinned = {line.split("==")[0] for line in (ROOT / "requirements.txt").read_text().splitlines()}
+    assert needed <= pinned, needed - pinned
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    ranges = [*project["dependencies"], *project["optional-dependencies"]["test"]]
+    assert needed <= {re.split(r"[<>=]", line)[0] for line in ranges}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_links_lead_somewhere(path: Path) -> None:
+    text = path.read_text()
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_code(text)):
+        if target.startswith(("http://", "https://")):
+            continue
+        file, _, anchor = target.partition("#")
+        there = (path.parent / file).resolve() if file else path
+        assert there.exists(), f"{target} does not exist"
+        assert not anchor or anchor in anchors(there.read_text()), f"{target}: no such heading"
+
+
+def test_the_readme_names_every_file() -> None:
+    """The tree under "What is where": nothing that is gone, nothing of core/ missing."""
+    tree = re.search(r"## What is where\n\n```text\n(.*?)```", README, re.DOTALL)
+    assert tree is not None
+    named = [line.split()[0] for line in tree[1].splitlines()]
+    assert not [name for name in named if not (ROOT / name).exists()]
+    parts = [path for path in (ROOT / "core").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()]
+    there = {f"core/{path.name}{'/' if path.is_dir() else ''}" for path in parts if path.name != "__init__.py"}
+    assert there <= set(named), f"not in the README's tree: {sorted(there - set(named))}"
+
+
+# keys and examples ---------------------------------------------------------------------------------------------------
+
+
+def schema_keys() -> set[str]:
+    definitions = [SCHEMA, *SCHEMA["$defs"].values()]
+    return {key for definition in definitions for key in definition["properties"]}
+
+
+def test_every_key_is_in_the_guide() -> None:
+    missing = [key for key in sorted(schema_keys()) if f"`{key}`" not in GUIDE]
+    assert not missing, f"{missing} not in docs/guide.md; {MAKE}"
+    assert not [name for name in NAMED_SOURCES if f"| `{name}` |" not in GUIDE]
+
+
+def test_every_event_and_exit_code_is_in_the_guide() -> None:
+    emitted = re.findall(r'emit\(\s*"(\w+)"', "".join(path.read_text() for path in (ROOT / "core").rglob("*.py")))
+    assert emitted and not [event for event in set(emitted) if f"| `{event}` |" not in GUIDE]
+    codes = set(re.findall(r"exit_code = (\d+)", (ROOT / "core" / "errors.py").read_text())) | {"0"}
+    for text in (README, GUIDE):
+        assert not [code for code in codes if f"\n| {code} |" not in text]
+
+
+def json_examples() -> list[Any]:
+    examples = []
+    for path in DOCUMENTS:
+        codes = [code for _, code in blocks(path.read_text(), "json")]
+        examples += [pytest.param(code, id=f"{name_of(path)}-{number}") for number, code in enumerate(codes)]
+    return examples
+
+
+@pytest.mark.parametrize("code", json_examples())
+def test_examples_are_presets(code: str, tmp_path: Path) -> None:
+    """Every JSON block is a preset that decodes, apart from kinds that its playbook adds; those are run below."""
+    example = json.loads(code)
+    if {"ngram", "z_loss", "docstrings"} & set(re.findall(r'"type": "(\w+)"', code)):
+        return
+    assert not problems(example, SCHEMA), problems(example, SCHEMA)
+    for preset in (ROOT / "configs").glob("*.json"):
+        (tmp_path / preset.name).write_text(preset.read_text())
+    (tmp_path / "example.json").write_text(code)
+    read_preset(tmp_path / "example.json", Preset)
+
+
+def test_the_seed_preset_decodes() -> None:
+    """Specification 003's own example, auxiliary section included, as it stands there."""
+    preset = {
+        "name": "qa_plus_wiki",
+        "model": {"hidden_size": 256, "num_layers": 3, "num_heads": 4, "seq_length": 256},
+        "train": {"per_gpu_batch_size": 128, "accumulation_steps": 4, "eval_tokens": 2000000},
+        "data": {
+            "sources": [
+                {
+                    "type": "hf",
+                    "dataset": "sentence-transformers/natural-questions",
+                    "split": "train",
+                    "fields": ["question", "answer"],
+                    "format": "Q: {question}\nA: {answer}",
+                },
+                "wikipedia",
+            ],
+            "mix_strategy": "round_robin",
+            "min_text_length": 50,
+        },
+        "auxiliary": {"enable_policy": True, "policy_kl_weight": 0.05, "span_l2_normalize": True, "adaptive_smoothing": 0.9},
+    }
+    assert decode_preset(preset, Preset, "003", "003").model.type == "simple_lm"
+    assert not problems(preset, SCHEMA)
+
+
+# the schema ----------------------------------------------------------------------------------------------------------
+
+
+def problems(value: Any, schema: Any, where: str = "$") -> list[str]:
+    """What a JSON Schema validator would say: the words of draft 2020-12 that our schema uses, and no others."""
+    known = {"$schema", "$defs", "title", "description", "default", "type", "const", "enum", "properties", "required", "items"}
+    known |= {"additionalProperties", "anyOf", "$ref", "if", "then", "not", "pattern", "prefixItems"}
+    known |= {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "minItems", "maxItems", "minLength"}
+    assert set(schema) <= known, set(schema) - known
+    if "$ref" in schema:
+        return problems(value, SCHEMA["$defs"][schema["$ref"].rsplit("/", 1)[1]], where)
+    found = []
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    kinds = {
+        "object": isinstance(value, dict),
+        "array": isinstance(value, list),
+        "string": isinstance(value, str),
+        "boolean": isinstance(value, bool),
+        "null": value is None,
+        "number": is_number,
+        "integer": is_number and float(value).is_integer(),
+    }
+    if "type" in schema and not kinds[schema["type"]]:
+        return [f"{where} is no {schema['type']}"]
+    if "anyOf" in schema and all(problems(value, option, where) for option in schema["anyOf"]):
+        found.append(f"{where} fits none of the kinds")
+    found += [f"{where} is not {schema['const']}"] if schema.get("const", value) != value else []
+    found += [f"{where} is none of {schema['enum']}"] if value not in schema.get("enum", [value]) else []
+    if is_number:
+        low, high = schema.get("minimum", value), schema.get("maximum", value)
+        within = low <= value <= high
+        within &= "exclusiveMinimum" not in schema or value > schema["exclusiveMinimum"]
+        within &= "exclusiveMaximum" not in schema or value < schema["exclusiveMaximum"]
+        found += [] if within else [f"{where} is out of range"]
+    if isinstance(value, str):
+        fits = len(value) >= schema.get("minLength", 0) and re.search(schema.get("pattern", ""), value)
+        found += [] if fits else [f"{where} does not fit"]
+    if isinstance(value, list):
+        fits = schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", len(value))
+        found += [] if fits else [f"{where} has {len(value)} items"]
+        items = [*schema.get("prefixItems", []), *[schema.get("items", {})] * len(value)]
+        found += [p for i, (item, each) in enumerate(zip(value, items)) for p in problems(item, each, f"{where}[{i}]")]
+    if isinstance(value, dict):
+        found += [f"{where}.{key} is missing" for key in schema.get("required", []) if key not in value]
+        own = schema.get("properties", {})
+        closed = schema.get("additionalProperties", True) is False
+        found += [f"{where}.{key} is unknown" for key in value if closed and key not in own]
+        found += [p for key in value if key in own for p in problems(value[key], own[key], f"{where}.{key}")]
+    if "not" in schema and not problems(value, schema["not"], where):
+        found.append(f"{where} is what it must not be")
+    if "if" in schema and not problems(value, schema["if"], where):
+        found += problems(value, schema["then"], where)
+    return found
+
+
+def test_the_schema_is_current() -> None:
+    assert (ROOT / "configs" / "preset.schema.json").read_text() == make_schema["schema_text"](), MAKE
+
+
+def test_the_reference_is_current() -> None:
+    assert make_schema["guide_text"](GUIDE) == GUIDE, MAKE
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("[!p]*.json")), ids=lambda path: path.stem)
+def test_the_schema_accepts_every_preset(path: Path) -> None:
+    preset = json.loads(path.read_text())
+    assert not problems(preset, SCHEMA)
+    assert preset.get("$schema") == "./preset.schema.json", "an editor finds the schema by this line"
+
+
+MINIMAL: dict[str, Any] = {"data": {"sources": ["python_stdlib"]}}
+
+
+@pytest.mark.parametrize(
+    "preset",
+    [
+        MINIMAL,
+        MINIMAL | {"$schema": "./preset.schema.json", "tokenizer": "gpt2", "train": {"learning_rate": 1, "betas": [0.9, 0.99]}},
+        MINIMAL | {"losses": [{"type": "cross_entropy", "weight": [{"from": 1, "to": 0, "shape": "cosine"}]}]},
+        {"extends": "00_best_general", "model": {"hidden_size": 128}},
+        {"extends": "00_best_general", "data": {"packing": "padding"}},
+    ],
+)
+def test_the_schema_accepts_what_the_program_accepts(preset: dict) -> None:
+    assert not problems(preset, SCHEMA)
+
+
+@pytest.mark.parametrize(
+    "preset",
+    [
+        {},
+        {"data": {}},
+        {"data": {"sources": []}},
+        {"data": {"sources": ["wikipeda"]}},
+        {"data": {"sources": [{"path": "./texts"}]}},
+        {"data": {"sources": [{"type": "hf"}]}},
+        MINIMAL | {"modle": {}},
+        MINIMAL | {"model": {"num_layer": 3}},
+        MINIMAL | {"train": {"max_steps": 0}},
+        MINIMAL | {"train": {"learning_rate": "fast"}},
+        MINIMAL | {"losses": [{"weight": 1.0}]},
+        MINIMAL | {"lineage": "a/b"},
+    ],
+)
+def test_the_schema_refuses_what_the_program_refuses(preset: dict) -> None:
+    assert problems(preset, SCHEMA)
+
+
+# the PDF -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_pdf_is_the_guide() -> None:
+    """Letter by letter: everything that the guide says can be read in the PDF, in its order."""
+    pytest.importorskip("pymupdf")
+    data = (ROOT / "pdfs" / "zeroarg_guide.pdf").read_bytes()
+    assert make_pdf["pdf_letters"](data) == make_pdf["guide_letters"](GUIDE), MAKE
+    assert len(data) < 300_000
+
+
+def test_nothing_sticks_out_of_a_page() -> None:
+    pymupdf = pytest.importorskip("pymupdf")
+    with pymupdf.open(ROOT / "pdfs" / "zeroarg_guide.pdf") as document:
+        assert document.page_count > 5 and len(document.get_toc()) > 10
+        for page in document:
+            right = max(word[2] for word in page.get_text("words"))
+            assert right < page.rect.width - make_pdf["MARGIN"] + 5, f"page {page.number + 1}: a line of code is too long"
+
+
+# the playbooks -------------------------------------------------------------------------------------------------------
+
+
+def follow(playbook: Path, project: Project) -> list[Path]:
+    """Do what a playbook says in a copy of the project; returns the files it made."""
+    text, made = playbook.read_text(), []
+    for language in ("python", "json"):
+        for info, code in blocks(text, language):
+            if info.startswith("file="):
+                path = project.folder / info.removeprefix("file=")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(code)
+                made.append(path)
+    for info, code in blocks(text, "diff"):
+        add_to_table(project.folder / info.removeprefix("file="), [line[1:] for line in code.splitlines()])
+    return made
+
+
+def add_to_table(path: Path, lines: list[str]) -> None:
+    """An import at the top, and an entry at the end of the one table that stands in capitals in the file's first dict."""
+    imported, entry = lines
+    source = path.read_text()
+    table = next(node for node in ast.parse(source).body if isinstance(getattr(node, "value", None), ast.Dict)).value  # type: ignore[attr-defined]
+    rows = source.splitlines(True)
+    end = sum(len(row) for row in rows[: table.end_lineno - 1]) + table.end_col_offset - 1
+    before = source[:end].rstrip().removesuffix(",")
+    changed = f"{before}, {entry.strip()}{source[end:]}"
+    path.write_text(changed.replace("from core", f"{imported}\nfrom core", 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("playbook", PLAYBOOKS, ids=lambda path: path.stem)
+def test_playbooks_work(playbook: Path, make_project: Callable[..., Project]) -> None:
+    """The file, the line and the preset of a playbook: two steps, and its own tests."""
+    project = make_project({"90_quick_test": (ROOT / "configs" / "90_quick_test.json").read_text()})
+    made = follow(playbook, project)
+    (preset,) = [path for path in made if path.suffix == ".json"]
+    result = project.run(preset.stem)
+    assert result.code == 0, result.text
+    assert project.steps(preset.stem) == [1, 2]
+    kind = made[0].stem  # the file of the model, loss or source
+    settled = json.dumps(json.loads((project.folder / "logs" / preset.stem / "preset.json").read_text()))
+    assert f'"type": "{kind}"' in settled
+    for name in ("conftest.py", "project.py", "__init__.py", "models", "golden"):
+        source, target = ROOT / "tests" / name, project.folder / "tests" / name
+        target.parent.mkdir(exist_ok=True)
+        if not target.exists():
+            target.symlink_to(source)
+    own = [str(path) for path in made if path.name.startswith("test_")] or ["tests/models", "-k", kind]
+    pytest_run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *own]
+    checked = subprocess.run(pytest_run, cwd=project.folder, capture_output=True, text=True, timeout=300)
+    assert checked.returncode == 0 and " passed" in checked.stdout, checked.stdout + checked.stderr
+
+
+@pytest.mark.slow
+def test_the_quick_test_and_the_code_of_the_guide(make_project: Callable[..., Project]) -> None:
+    """The preset of the README's command runs without a network, and its checkpoint is used as the guide shows."""
+    project = make_project({"90_quick_test": (ROOT / "configs" / "90_quick_test.json").read_text()})
+    (project.folder / "pdfs" / "guide.pdf").write_bytes((ROOT / "pdfs" / "zeroarg_guide.pdf").read_bytes())
+    result = project.run("90_quick_test")
+    assert result.code == 0, result.text
+    assert project.steps("90_quick_test") == list(range(1, 21))
+    assert set(project.events("step", "90_quick_test")[-1]["sources"]) == {"python_stdlib", "pdf"}
+    (code,) = [code for info, code in blocks(GUIDE, "python") if info == "run=after-quick-test"]
+    shown = subprocess.run([sys.executable, "-c", code], cwd=project.folder, capture_output=True, text=True, timeout=120)
+    assert shown.returncode == 0 and shown.stdout.strip(), shown.stderr
+    fields = {event["event"]: set(event) for event in project.events(lineage="90_quick_test")}
+    for name, keys in fields.items():
+        (row,) = [line for line in GUIDE.splitlines() if line.startswith(f"| `{name}` |")]
+        assert not [key for key in keys - {"event", "step", "tokens", "time"} if f"`{key}`" not in row], f"{name}: {row}"

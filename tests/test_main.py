@@ -1,0 +1,294 @@
+"""From the outside: `python main.py` in a copy of the project, one line of standard input, files and exit codes."""
+
+import json
+import random
+import resource
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.project import Project, Result, differences, merged, tiny_preset
+
+KILLS = 5
+"""kill -9 so many times in test_killed_at_any_moment; raise it to 30 for a long night."""
+
+LONG = tiny_preset(
+    model={"dropout": 0.1},
+    tokenizer={"type": "bpe", "vocab_size": 300},
+    train={"max_steps": 300, "checkpoint_every_steps": 7, "eval_every_tokens": 8000, "accumulation_steps": 2},
+    data={
+        "sources": [{"type": "text", "path": "texts"}, {"type": "text", "path": "core/data/**/*.py", "name": "code"}],
+        "mix_strategy": "weighted",
+        "source_weights": [0.6, 0.4],
+    },
+)
+"""Some seconds of training with everything that has a state: dropout, a trained tokenizer, a weighted mix, evaluations."""
+
+
+def assert_ended(result: Result, code: int) -> None:
+    """The exit code, and never a traceback."""
+    assert result.code == code, result.text
+    assert "Traceback" not in result.text, result.text
+
+
+def assert_refused(result: Result, *told: str) -> None:
+    """The user's mistake: exit code 2, and each of these in the message."""
+    assert_ended(result, 2)
+    for part in told:
+        assert part in result.err, result.err
+
+
+# a run and what it leaves --------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_what_the_interface_says_and_the_next_goes_on(make_project: Callable[..., Project]) -> None:
+    """Files, event fields, checkpoint; a second start is the next run of the same lineage; the log never repeats a step."""
+    project = make_project({"t": tiny_preset(name="Tiny one", lineage="lm", train={"checkpoint_every_steps": 2})})
+    assert_ended(project.run("t"), 0)
+    logs = project.folder / "logs" / "lm"
+    assert {path.name for path in logs.iterdir()} == {"metrics.jsonl", "preset.json", "run.json", "loss.png"}
+    assert (logs / "loss.png").read_bytes().startswith(b"\x89PNG")
+    saved = {path.name for path in (project.folder / "checkpoints").iterdir()}
+    assert saved == {"lm_current.pth", "lm_prev.pth", "lm_prev2.pth", "simple_lm_trained.pth"}
+    fields = {
+        "run_start": {"preset", "lineage", "run", "resumed_from", "parameters", "world_size"},
+        "step": {"loss", "losses", "learning_rate", "grad_norm", "tokens_per_second", "sources", "skipped"},
+        "eval": {"cross_entropy", "perplexity", "bits_per_byte", "token_accuracy", "losses"},
+        "sample": {"prompt", "text"},
+        "checkpoint": {"path", "seconds"},
+        "run_end": {"reason"},
+    }
+    found = project.events(lineage="lm")
+    assert {event["event"] for event in found} >= set(fields)
+    for event in found:
+        assert {"event", "step", "tokens", "time"} | fields.get(event["event"], set()) <= set(event)
+    assert [event["path"] for event in found if event["event"] == "checkpoint"] == ["checkpoints/lm_current.pth"] * 3
+    step = project.events("step", "lm")[-1]
+    assert set(step["sources"]) == {"texts"} and set(step["sources"]["texts"]) == {"loss", "weight", "tokens"}
+    assert step["tokens"] == 5 * 4 * 32 and found[-1]["reason"] == "max_steps"
+    card, preset = json.loads((logs / "run.json").read_text()), json.loads((logs / "preset.json").read_text())
+    assert {"parameters", "tokens_per_step", "device", "versions", "sources", "git_commit", "seconds_to_first_step"} <= set(card)
+    assert preset["model"]["hidden_size"] == 32 and preset["train"]["seed"] == 42
+    first = project.checkpoint(lineage="lm")
+    assert first["progress"]["step"] == 5 and first["progress"]["tokens"] == step["tokens"]
+
+    result = project.run("Tiny one")
+    assert_ended(result, 0)
+    assert "run 2 begins from the weights of step 5" in result.out
+    assert project.steps("lm") == list(range(1, 11))
+    starts = project.events("run_start", "lm")
+    assert [(e["run"], e["resumed_from"]) for e in starts] == [(1, None), (2, "step 5")]
+    # the data went on, too: nothing of the first run's place in it was lost
+    assert project.checkpoint(lineage="lm")["data"]["rows"] == 2 * first["data"]["rows"]
+
+
+def test_closed_standard_input_takes_the_default(make_project: Callable[..., Project]) -> None:
+    """A cluster job or a service: no terminal, no line, not even an open descriptor."""
+    project = make_project({"00_best_general": tiny_preset(lineage="lm"), "10_other": tiny_preset()})
+    assert_ended(project.run(None), 0)
+    assert project.steps("lm") == [1, 2, 3, 4, 5] and not (project.folder / "logs" / "10_other").exists()
+
+
+def test_an_empty_line_takes_the_default_from_any_folder(make_project: Callable[..., Project], tmp_path: Path) -> None:
+    """All paths are relative to the folder of main.py, wherever it is started from."""
+    project = make_project({"00_best_general": tiny_preset()})
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    import sys
+
+    run = [sys.executable, str(project.folder / "main.py")]
+    done = subprocess.run(run, cwd=elsewhere, input="\n", capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert project.steps("00_best_general") == [1, 2, 3, 4, 5] and list(elsewhere.iterdir()) == []
+
+
+# mistakes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("--max-steps", "5"), ("configs/t.json",)])
+def test_arguments_are_refused_in_one_line(arguments: tuple[str, ...], make_project: Callable[..., Project]) -> None:
+    project = make_project({"t": tiny_preset()})
+    result = project.run("t", *arguments)
+    assert_refused(result, "takes no arguments", " ".join(arguments), "configs/*.json")
+    assert len(result.text.strip().splitlines()) == 1 and not (project.folder / "logs").exists()
+
+
+def test_mistakes_in_a_preset_are_told_when_it_is_chosen(make_project: Callable[..., Project]) -> None:
+    """Misspelt key, broken JSON, a name that is no preset: one clear message each; the other presets go on working."""
+    project = make_project(
+        {
+            "bad_key": tiny_preset(model={"num_layer": 2}, train={"lerning_rate": 1.0}),
+            "bad_json": '{\n  "name": "x",\n  "train": {"seed": 1,}\n}',
+            "good": tiny_preset(train={"max_steps": 1, "eval_tokens": 0}),
+        }
+    )
+    assert_refused(
+        project.run("bad_key"),
+        "bad_key.json has 2 problems",
+        'model.num_layer  unknown key; did you mean "num_layers"?',
+        'train.lerning_rate  unknown key; did you mean "learning_rate"?',
+    )
+    assert_refused(project.run("bad_json"), "bad_json.json has 1 problem", "line 3 column 23")
+    assert_refused(project.run("goood"), 'no preset is called "goood"', 'did you mean "good"?')
+    assert not (project.folder / "logs").exists() and not (project.folder / "checkpoints").exists()
+    assert_ended(project.run("good"), 0)
+
+
+def test_sources_that_cannot_be_had_are_dropped_with_a_warning(make_project: Callable[..., Project]) -> None:
+    """A corrupt PDF, an empty folder of PDFs, no network: each is named, and the run goes on with what is left."""
+    sources = ["pdf", {"type": "pdf", "path": "broken", "name": "broken"}, "wikipedia", {"type": "text", "path": "texts"}]
+    weights = [0.2, 0.2, 0.2, 0.4]
+    data = {"sources": sources, "mix_strategy": "weighted", "source_weights": weights}
+    project = make_project({"t": tiny_preset(data=data)})
+    (project.folder / "broken").mkdir()
+    (project.folder / "broken" / "torn.pdf").write_bytes(b"%PDF-1.7\n" + bytes(range(256)) * 20)
+    result = project.run("t")
+    assert_ended(result, 0)
+    told = {e["message"].split()[1]: e["message"] for e in project.events("warning") if e["message"].startswith("source ")}
+    assert set(told) == {"pdf", "broken", "wikipedia"}
+    assert "holds no PDF" in told["pdf"] and "torn.pdf" in told["broken"] and "cannot reach" in told["wikipedia"]
+    assert all(f"source {name} dropped" in result.out for name in told)
+    last = project.events("step")[-1]
+    assert last["sources"].keys() == {"texts"} and last["sources"]["texts"]["weight"] == 1.0
+
+
+def test_without_any_source_training_halts(make_project: Callable[..., Project]) -> None:
+    """Exit code 3, every reason told, and no synthetic data in their place. It takes seconds, not minutes."""
+    data = {"sources": ["wikipedia", "pdf", {"type": "text", "path": "nowhere"}]}
+    project = make_project({"t": tiny_preset(data=data)})
+    began = time.monotonic()
+    result = project.run("t")
+    assert time.monotonic() - began < 60
+    assert_ended(result, 3)
+    for name in ("wikipedia: ", "pdf: ", "nowhere: "):
+        assert name in result.err
+    assert not (project.folder / "checkpoints").exists()
+
+
+# interruptions -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """LONG, run in one go."""
+    project = Project.make(tmp_path_factory.mktemp("uninterrupted") / "project", {"t": LONG})
+    assert_ended(project.run("t"), 0)
+    assert project.steps() == list(range(1, 301))
+    return project
+
+
+def training_seconds(project: Project) -> float:
+    times = [event["time"] for event in project.events() if event["event"] in ("run_start", "run_end")]
+    return times[-1] - times[0]
+
+
+def new_step(project: Project, count: int) -> Callable[[], bool]:
+    """Whether so many steps were logged since now."""
+    before = len(project.steps())
+    return lambda: len(project.steps()) >= before + count
+
+
+def assert_same_outcome(project: Project, uninterrupted: Project) -> None:
+    """Weights, optimizer, progress and data bit for bit; every step and evaluation once, with the same numbers."""
+    assert differences(uninterrupted.checkpoint(), project.checkpoint()) == []
+    for kind, keys in (("step", ["loss", "grad_norm", "learning_rate"]), ("eval", ["cross_entropy"]), ("sample", ["text"])):
+        one, other = uninterrupted.events(kind), project.events(kind)
+        assert [e["step"] for e in one] == [e["step"] for e in other], kind
+        assert [[e[key] for key in keys] for e in one] == [[e[key] for key in keys] for e in other], kind
+
+
+@pytest.mark.slow
+def test_ctrl_c_and_sigterm_save_and_the_next_start_goes_on(make_project: Callable[..., Project], uninterrupted: Project) -> None:
+    """Exit code 130, the step finished and saved, how to go on is told; in the end it is as if nothing had happened."""
+    project = make_project({"t": LONG})
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+        result = project.run_until("t", new_step(project, 40), number)
+        assert_ended(result, 130)
+        assert "everything is saved" in result.err
+        last = project.events()[-1]
+        assert last["event"] == "run_end" and last["reason"] == "interrupted"
+        assert project.checkpoint()["progress"]["step"] == last["step"] == project.steps()[-1]
+    assert_ended(project.run("t"), 0)
+    assert_same_outcome(project, uninterrupted)
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment(make_project: Callable[..., Project], uninterrupted: Project) -> None:
+    """kill -9, again and again, while starting, training, evaluating and saving: the end is bit for bit the same."""
+    project = make_project({"t": LONG})
+    moments, seconds = random.Random(2), training_seconds(uninterrupted)
+    for kill in range(KILLS):
+        starts, delay, seen = len(project.events("run_start")), moments.uniform(0.0, 0.7 * seconds), []
+
+        def ready(starts: int = starts, delay: float = delay, seen: list[float] = seen, kill: int = kill) -> bool:
+            if not seen and (kill == 0 or len(project.events("run_start")) > starts):
+                seen.append(time.monotonic())
+            return bool(seen) and time.monotonic() - seen[0] >= delay
+
+        result = project.run_until("t", ready, signal.SIGKILL)
+        assert result.code in (-9, 0), result.text
+        if result.code == 0:
+            break
+    else:
+        assert_ended(project.run("t"), 0)
+    assert_same_outcome(project, uninterrupted)
+    assert list((project.folder / "checkpoints").glob("*.damaged*")) == []
+
+
+@pytest.mark.slow
+def test_workers_change_nothing_and_stop_with_their_run(make_project: Callable[..., Project], uninterrupted: Project) -> None:
+    """Data read by worker processes gives the same run; Ctrl-C reaches them too, and leaves none behind."""
+    project = make_project({"t": merged(LONG, {"data": {"workers": 2}})})
+    result = project.run_until("t", new_step(project, 30), signal.SIGINT)
+    assert_ended(result, 130)
+    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    assert str(project.folder) not in listed
+    assert_ended(project.run("t"), 0)
+    one, other = uninterrupted.checkpoint(), project.checkpoint()
+    one["data"]["fingerprint"] = other["data"]["fingerprint"]
+    assert [d for d in differences(one, other) if d != "data"] == []
+    assert [e["loss"] for e in uninterrupted.events("step")] == [e["loss"] for e in project.events("step")]
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_told_and_costs_only_the_newest_work(make_project: Callable[..., Project]) -> None:
+    """No room for a checkpoint: warnings while it trains, exit code 2 at the end, the older checkpoint untouched."""
+    project = make_project({"t": tiny_preset(train={"checkpoint_every_steps": 2})})
+    assert_ended(project.run("t"), 0)
+    before = {path: path.read_bytes() for path in (project.folder / "checkpoints").iterdir()}
+    (project.folder / "limited.py").write_text(
+        "import resource, runpy\nresource.setrlimit(resource.RLIMIT_FSIZE, (150_000, resource.RLIM_INFINITY))\n"
+        "runpy.run_path('main.py', run_name='__main__')\n"
+    )
+    assert min(map(len, before.values())) > 150_000 and resource.RLIMIT_FSIZE is not None
+    import sys
+
+    run = [sys.executable, "limited.py"]
+    done = subprocess.run(run, cwd=project.folder, input="t\n", capture_output=True, text=True, timeout=120)
+    assert_refused(Result(done.returncode, done.stdout, done.stderr), "could not be saved", "Free some space")
+    assert "checkpoint not saved" in done.stdout
+    assert {path: path.read_bytes() for path in (project.folder / "checkpoints").iterdir()} == before
+    assert_ended(project.run("t"), 0)
+    assert project.checkpoint()["progress"]["step"] == 10 and project.steps() == list(range(1, 11))
+
+
+@pytest.mark.slow
+def test_presets_of_one_lineage_improve_one_model(make_project: Callable[..., Project]) -> None:
+    """Another preset of the lineage goes on from the same weights, with its own data and the stored tokenizer, and says so."""
+    first = tiny_preset(name="First", lineage="shared")
+    second = tiny_preset(name="Second", lineage="shared", data={"sources": [{"type": "text", "path": "core/**/*.py"}]})
+    project = make_project({"first": first, "second": merged(second, {"train": {"learning_rate": 1e-12}})})
+    assert_ended(project.run("first"), 0)
+    before = project.checkpoint(lineage="shared")
+    result = project.run("second")
+    assert_ended(result, 0)
+    assert "the mix begins anew" in result.out and "run 2 begins from the weights of step 5" in result.out
+    after = project.checkpoint(lineage="shared")
+    for name, weight in before["model"].items():
+        torch.testing.assert_close(after["model"][name], weight, atol=1e-6, rtol=0)
+    assert project.steps("shared") == list(range(1, 11)) and after["progress"]["run"] == 2
