@@ -122,21 +122,37 @@ class AuxiliarySettings(Settings):
     """Auxiliary heads of the baseline LM (specification 003, tier 1). All off by default."""
 
     enable_policy: bool = False
+    """Predict the next token at a sampled position from a head of its own, towards the language model's distribution."""
     enable_value: bool = False
+    """Predict the average loss of the coming span."""
     enable_dynamics: bool = False
+    """Predict coming hidden states from the present one and the coming tokens."""
     enable_span_contrastive: bool = False
+    """Tell a masked span from the batch's other spans (InfoNCE)."""
     policy_kl_weight: Schedule = 0.05
+    """Weight of the policy head's divergence."""
     value_weight: Schedule = 0.05
+    """Weight of the value head's error."""
     dynamics_weight: Schedule = 0.05
+    """Weight of the dynamics head's error."""
     span_contrastive_weight: Schedule = 0.05
+    """Weight of the contrastive loss."""
     span_mask_fraction: float = Field(0.15, gt=0.0, lt=1.0)
+    """Share of a row that is masked."""
     span_contrastive_temperature: float = Field(0.07, gt=0.0)
+    """Temperature of the contrastive loss."""
     span_l2_normalize: bool = True
+    """Compare directions only."""
     enable_adaptive_sources: bool = False
+    """Draw more from sources with a higher loss."""
     adaptive_interval_tokens: int = Field(5_000_000, ge=1)
+    """Tokens between changes of the weights."""
     adaptive_min_weight: float = Field(0.5, gt=0.0)
+    """Lowest factor on a source's weight."""
     adaptive_max_weight: float = Field(3.0, gt=0.0)
+    """Highest factor on a source's weight."""
     adaptive_smoothing: float = Field(0.9, ge=0.0, lt=1.0)
+    """Share of the old factor kept at a change."""
 
     @property
     def enabled(self) -> list[str]:

@@ -19,7 +19,6 @@ FLOORS = {
     "core.parallel": 3,
     "core.models": 2,
     "core.losses": 2,
-    "core.heads": 2,
     "core.data": 2,
     "core.optim": 2,
     "core.checkpoint": 2,

@@ -145,9 +145,7 @@ class Trap:
 
 
 @pytest.mark.parametrize("damage", [cut_short, empty, overwrite, flip_a_bit, no_model, foreign_code])
-def test_a_damaged_slot_is_set_aside_and_an_older_one_taken(
-    damage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_damaged_slot_is_set_aside_and_an_older_one_taken(damage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Never deleted, and the run says so. torch reads on over flipped bits; and code inside a checkpoint never runs."""
     monkeypatch.chdir(tmp_path)
     store = CheckpointStore(tmp_path, "t")
@@ -233,9 +231,7 @@ print(written)
 
 
 def run_script(code: str, *arguments: str) -> subprocess.CompletedProcess:
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -289,8 +285,8 @@ def test_a_full_disk_leaves_the_older_slots(tmp_path: Path) -> None:
     """The same on a file system that is really full."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = shutil.which("mount")
-    if mount is None or subprocess.run([mount, "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True).returncode:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a small file system is not permitted here")
     try:
         store = CheckpointStore(disk, "t")

@@ -5,7 +5,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pexpect
@@ -16,11 +15,19 @@ from tests.project import Project, Result, differences, kill_group, merged, tiny
 pytestmark = pytest.mark.slow
 
 KILLS = 2
+STEPS = 200
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 PRESET = tiny_preset(
     model={"dropout": 0.0},
-    train={"max_steps": 160, "precision": "fp32", "checkpoint_every_steps": 6, "eval_every_tokens": 10_000},
+    # a small learning rate: with a large one, the order in which ranks add up floats grows into another run
+    train={
+        "max_steps": STEPS,
+        "learning_rate": 1e-4,
+        "precision": "fp32",
+        "checkpoint_every_steps": 6,
+        "eval_every_tokens": 10_000,
+    },
     data={
         "sources": [{"type": "text", "path": "texts"}, {"type": "text", "path": "core/data/**/*.py", "name": "code"}],
         "mix_strategy": "weighted",
@@ -54,15 +61,14 @@ def test_two_ranks_train_as_one_with_twice_the_accumulation(two_ranks: Project, 
     one = make_project({"t": merged(PRESET, {"train": {"accumulation_steps": 2}})})
     assert_ended(one.run("t"))
     ours, theirs = one.events("step"), two_ranks.events("step")
-    assert [e["step"] for e in ours] == [e["step"] for e in theirs] == list(range(1, 161))
+    assert [e["step"] for e in ours] == [e["step"] for e in theirs] == list(range(1, STEPS + 1))
     assert [e["tokens"] for e in ours] == [e["tokens"] for e in theirs]
-    assert [e["loss"] for e in ours] == pytest.approx([e["loss"] for e in theirs], abs=1e-4)
-    assert [e["loss"] for e in ours][:20] == pytest.approx([e["loss"] for e in theirs][:20], abs=1e-5)
-    assert [e["grad_norm"] for e in ours][:20] == pytest.approx([e["grad_norm"] for e in theirs][:20], rel=1e-4)
+    assert [e["loss"] for e in ours] == pytest.approx([e["loss"] for e in theirs], abs=1e-5)
+    assert [e["grad_norm"] for e in ours] == pytest.approx([e["grad_norm"] for e in theirs], rel=1e-3)
     for a, b in zip(ours, theirs):
         assert {name: s["tokens"] for name, s in a["sources"].items()} == {name: s["tokens"] for name, s in b["sources"].items()}
     measured = [[e["cross_entropy"] for e in project.events("eval")] for project in (one, two_ranks)]
-    assert len(measured[0]) > 2 and measured[0] == pytest.approx(measured[1], abs=1e-4)
+    assert len(measured[0]) > 2 and measured[0] == pytest.approx(measured[1], abs=1e-5)
     a, b = one.checkpoint()["data"], two_ranks.checkpoint()["data"]
     assert (a["rows"], a["lanes"]) == (b["rows"], b["lanes"])
     assert two_ranks.events("run_start")[0]["world_size"] == 2
@@ -72,28 +78,14 @@ def test_killed_groups_end_in_the_same_weights(two_ranks: Project, make_project:
     """kill -9 of launcher and ranks, more than once: the resumed two-rank run is bit for bit the uninterrupted one."""
     project, moments = make_project({"t": PRESET}), random.Random(4)
     for _ in range(KILLS):
-        goal = len(project.steps()) + moments.randint(5, 60)
-        result = project.run_until("t", lambda goal=goal: len(project.steps()) >= goal, signal.SIGKILL, command=TORCHRUN)
+        goal = project.num_steps() + moments.randint(5, 50)
+        result = project.run_until("t", lambda goal=goal: project.num_steps() >= goal, signal.SIGKILL, command=TORCHRUN)
         assert result.code == -9, result.text
-        wait_for_the_ranks_to_end(project)
+        assert not project.finished(), "killed too late to tell anything"
     assert_ended(on_two(project))
-    assert project.steps() == list(range(1, 161))
+    assert project.steps() == list(range(1, STEPS + 1))
     assert differences(two_ranks.checkpoint(), project.checkpoint()) == []
     assert [e["loss"] for e in two_ranks.events("step")] == [e["loss"] for e in project.events("step")]
-
-
-def wait_for_the_ranks_to_end(project: Project) -> None:
-    """torchrun starts its ranks in sessions of their own: end those whose folder is this project's."""
-    import os
-
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                if Path(os.readlink(entry / "cwd")) == project.folder:
-                    os.kill(int(entry.name), signal.SIGKILL)
-            except OSError:
-                continue
-    time.sleep(0.2)
 
 
 def test_one_rank_goes_on_where_two_stopped(two_ranks: Project, make_project: Callable[..., Project]) -> None:
@@ -102,21 +94,21 @@ def test_one_rank_goes_on_where_two_stopped(two_ranks: Project, make_project: Ca
     process = project.start("t", command=TORCHRUN)
     try:
         end = time.monotonic() + 120
-        while len(project.steps()) < 30 and time.monotonic() < end:
+        while project.num_steps() < 30 and time.monotonic() < end:
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=120)
     finally:
         kill_group(process)
-        wait_for_the_ranks_to_end(project)
+        project.kill_what_is_left()
     last = project.events()[-1]
-    assert last["event"] == "run_end" and last["reason"] == "interrupted" and 30 <= last["step"] < 160
+    assert last["event"] == "run_end" and last["reason"] == "interrupted" and 30 <= last["step"] < STEPS
     assert project.checkpoint()["progress"]["step"] == last["step"]
     project.write_preset("t", merged(PRESET, {"train": {"accumulation_steps": 2}}))
     assert_ended(project.run("t"))
-    assert project.steps() == list(range(1, 161))
+    assert project.steps() == list(range(1, STEPS + 1))
     ours, theirs = project.events("step"), two_ranks.events("step")
-    assert [e["loss"] for e in ours] == pytest.approx([e["loss"] for e in theirs], abs=1e-4)
+    assert [e["loss"] for e in ours] == pytest.approx([e["loss"] for e in theirs], abs=1e-5)
     assert [e["tokens"] for e in ours] == [e["tokens"] for e in theirs]
 
 
@@ -126,7 +118,7 @@ def test_mistakes_end_every_rank(make_project: Callable[..., Project]) -> None:
     for line, told in (("nonsense", 'no preset is called "nonsense"'), ("t", "2 processes do not divide data.lanes = 3")):
         result = on_two(project, line, timeout=120)
         assert result.code != 0 and told in result.err
-        assert "Traceback" not in result.err.split("torch.distributed.elastic")[0]
+        assert "Traceback" not in result.err.split("torch.distributed.run")[0].split("failed (exitcode")[0]
     assert not (project.folder / "checkpoints").exists()
 
 
@@ -147,7 +139,7 @@ def test_the_menu_under_torchrun(make_project: Callable[..., Project]) -> None:
         assert terminal.exitstatus == 0, terminal.before
     finally:
         terminal.close(force=True)
-        wait_for_the_ranks_to_end(project)
+        project.kill_what_is_left()
     assert project.steps("90_second") == [1, 2, 3]
     assert project.events("run_start", "90_second")[0]["world_size"] == 2
     assert not (project.folder / "logs" / "00_best_general").exists()

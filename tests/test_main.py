@@ -2,9 +2,9 @@
 
 import json
 import random
-import resource
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -99,8 +99,6 @@ def test_an_empty_line_takes_the_default_from_any_folder(make_project: Callable[
     project = make_project({"00_best_general": tiny_preset()})
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    import sys
-
     run = [sys.executable, str(project.folder / "main.py")]
     done = subprocess.run(run, cwd=elsewhere, input="\n", capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -189,8 +187,8 @@ def training_seconds(project: Project) -> float:
 
 def new_step(project: Project, count: int) -> Callable[[], bool]:
     """Whether so many steps were logged since now."""
-    before = len(project.steps())
-    return lambda: len(project.steps()) >= before + count
+    before = project.num_steps()
+    return lambda: project.num_steps() >= before + count
 
 
 def assert_same_outcome(project: Project, uninterrupted: Project) -> None:
@@ -223,7 +221,7 @@ def test_killed_at_any_moment(make_project: Callable[..., Project], uninterrupte
     project = make_project({"t": LONG})
     moments, seconds = random.Random(2), training_seconds(uninterrupted)
     for kill in range(KILLS):
-        starts, delay, seen = len(project.events("run_start")), moments.uniform(0.0, 0.7 * seconds), []
+        starts, delay, seen = len(project.events("run_start")), moments.uniform(0.0, 0.4 * seconds), []
 
         def ready(starts: int = starts, delay: float = delay, seen: list[float] = seen, kill: int = kill) -> bool:
             if not seen and (kill == 0 or len(project.events("run_start")) > starts):
@@ -232,7 +230,7 @@ def test_killed_at_any_moment(make_project: Callable[..., Project], uninterrupte
 
         result = project.run_until("t", ready, signal.SIGKILL)
         assert result.code in (-9, 0), result.text
-        if result.code == 0:
+        if project.finished():  # a kill after the end is none
             break
     else:
         assert_ended(project.run("t"), 0)
@@ -265,9 +263,7 @@ def test_a_full_disk_is_told_and_costs_only_the_newest_work(make_project: Callab
         "import resource, runpy\nresource.setrlimit(resource.RLIMIT_FSIZE, (150_000, resource.RLIM_INFINITY))\n"
         "runpy.run_path('main.py', run_name='__main__')\n"
     )
-    assert min(map(len, before.values())) > 150_000 and resource.RLIMIT_FSIZE is not None
-    import sys
-
+    assert min(map(len, before.values())) > 150_000
     run = [sys.executable, "limited.py"]
     done = subprocess.run(run, cwd=project.folder, input="t\n", capture_output=True, text=True, timeout=120)
     assert_refused(Result(done.returncode, done.stdout, done.stderr), "could not be saved", "Free some space")

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core.data.documents import Source
+from core.data.documents import Document, Source
 from core.data.mixing import Mixer, MixSettings, SourceFailed
 from core.data.packing import Row
 from core.data.pipeline import Pipeline, PipelineSettings, Position
 from core.data.sources import build_source, open_sources
 from core.data.tokenizer import Tokenizer
-from core.data.validation import HoldOut, plan_hold_out, validation_rows
+from core.data.validation import HoldOut, may_train, plan_hold_out, validation_rows
 from core.errors import NoData, SourceUnavailable
 
 
@@ -44,14 +44,17 @@ class Corpus:
         told = [note if s.name in note else f"{s.name}: {note}" for s in self.sources for note in s.notes]
         return told + self.hold_out.notes
 
+    def may_train(self, source: str, document: Document) -> bool:
+        return may_train(self.hold_out, self.settings.min_text_length, source, document)
+
     def sample_texts(self, characters: int) -> list[str]:
         """Training text in the run's own order and mix: what a tokenizer is trained on."""
         drops: dict[str, int] = {}
         while True:
             texts, length = [], 0
             try:
-                for draw in Mixer(self.sources, self.mix, drops):
-                    if draw.document and not self.hold_out.holds(self.names[draw.source], draw.document):
+                for draw in Mixer(self.sources, self.mix, self.may_train, drops):
+                    if draw.document:
                         texts.append(draw.document.text)
                         length += len(draw.document.text)
                     if length >= characters or draw.index >= characters // 100:
@@ -68,7 +71,7 @@ class Corpus:
                 return limit
             try:
                 for document in source.stream({}):
-                    if len(document.text) >= self.settings.min_text_length and not self.hold_out.holds(source.name, document):
+                    if self.may_train(source.name, document):
                         total += len(tokenizer.encode_batch([document.text])[0]) + 1
                     if total >= limit:
                         return limit

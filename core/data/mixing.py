@@ -5,6 +5,7 @@ Out:   Draw(index, source, document), index 0, 1, 2 ... : the same on every rank
 State: `snapshot()`: the next index and each source's cursor, as JSON; draws themselves are counter-based and keep none
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,15 +49,21 @@ class MixSettings:
 class Mixer:
     """Iterates over the global order from a snapshot on.
 
+    wanted  (source name, document) -> whether it may be drawn; what is not wanted is passed over and takes no draw
     drops   {source name: index} sources that failed: they take no draw from that index on, and turns of theirs before it
             that can no longer be read are lost
     """
 
     def __init__(
-        self, sources: list[Source], settings: MixSettings, drops: dict[str, int], snapshot: dict[str, Any] | None = None
+        self,
+        sources: list[Source],
+        settings: MixSettings,
+        wanted: Callable[[str, Document], bool],
+        drops: dict[str, int],
+        snapshot: dict[str, Any] | None = None,
     ):
         snapshot = snapshot or {}
-        self.sources, self.settings = sources, settings
+        self.sources, self.settings, self._wanted = sources, settings, wanted
         self.index: int = snapshot.get("index", 0)
         self._cursors: dict[str, dict] = {s.name: snapshot.get("cursors", {}).get(s.name, {}) for s in sources}
         self._parked = {k: v for k, v in snapshot.get("cursors", {}).items() if k not in self._cursors}  # sources not in this mix
@@ -127,11 +134,11 @@ class Mixer:
                 fresh = set(cursor) <= {"epoch"}
                 self._streams[choice] = self.sources[choice].stream(cursor)
             self._current = choice
-            document = next(self._streams[choice], None)
-            if document is not None:
-                return document
+            for document in self._streams[choice]:
+                if self._wanted(name, document):
+                    return document
             if fresh:
-                raise SourceUnavailable(f"{name} holds no document at all")
+                raise SourceUnavailable("it holds no document to train on: all are too short or held out")
             epoch = self._cursors[name].get("epoch", 0) + 1
             self._cursors[name] = {"epoch": epoch}
             del self._streams[choice]

@@ -1,6 +1,6 @@
 """From sources to rows, in an order that is a pure function of seed and position.
 
-                       draw i goes to lane i mod L               row n comes from lane n mod L
+               every L draws are dealt out, one to each lane     row n comes from lane n mod L
     sources ──► Mixer ──────────┬──► lane 0: objective ──► Packer ──┐
                 (global order)  ├──► lane 1: ...                    ├──► rows, global order ──► Loader
                                 └──► lane L-1                       ┘
@@ -13,8 +13,10 @@ Out:   rows of this reader's lanes, in global order
 State: carried by the rows: each says where its lane stands after it, and brings the mixer's snapshots
 """
 
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from core.data.documents import Source
@@ -22,7 +24,8 @@ from core.data.mixing import Draw, Mixer, MixSettings
 from core.data.objectives import next_token
 from core.data.packing import Packer, Row
 from core.data.tokenizer import Tokenizer
-from core.data.validation import HoldOut
+from core.data.validation import HoldOut, may_train
+from core.randomness import derive_seed
 
 SNAPSHOT_EVERY = 256  # draws; a resume re-reads at most so many documents (and tokenizes none of them twice)
 READ_AHEAD = 32  # documents tokenized together: enough for the tokenizer's own threads, few enough to stay near
@@ -49,6 +52,25 @@ class Position:
     drops: dict[str, int]  # failed sources, and from which draw on they are gone
 
 
+class Dealer:
+    """Which lane each draw goes to: every L draws in a row go to the L lanes, in an order of chance that follows from the seed.
+
+    Not simply in turn: sources take turns as well, and a lane that met only the source with the longest documents would pile
+    them up without end.
+    """
+
+    def __init__(self, lanes: int, seed: int):
+        self._lanes, self._seed = lanes, derive_seed(seed, "lanes")
+        self._block, self._order = -1, list(range(lanes))
+
+    def lane(self, index: int) -> int:
+        block, place = divmod(index, self._lanes)
+        if block != self._block:
+            self._block, self._order = block, list(range(self._lanes))
+            random.Random(derive_seed(self._seed, block)).shuffle(self._order)
+        return self._order[place]
+
+
 def share_of_lanes(lanes: int, readers: int, reader: int) -> list[int]:
     """The lanes of one rank (or of one worker among a rank's lanes)."""
     return [lane for lane in range(lanes) if lane % readers == reader]
@@ -66,11 +88,12 @@ class Pipeline:
         position: Position,
         lanes: list[int],
     ):
-        self.settings, self.tokenizer, self.hold_out = settings, tokenizer, hold_out
+        self.settings, self.tokenizer = settings, tokenizer
         self.lanes = lanes
         self._next_row = position.rows
-        self._mixer = Mixer(sources, settings.mix, position.drops, position.snapshot)
-        self._names = [source.name for source in sources]
+        wanted = partial(may_train, hold_out, settings.min_text_length)
+        self._mixer = Mixer(sources, settings.mix, wanted, position.drops, position.snapshot)
+        self._dealer = Dealer(settings.lanes, settings.mix.seed)
         self._packers = {
             lane: Packer(lane, settings.seq_length, tokenizer.eos_id, settings.packing, position.lanes.get(lane, (0, 0)))
             for lane in lanes
@@ -94,25 +117,17 @@ class Pipeline:
 
     def _read_ahead(self) -> None:
         """Read, tokenize and hand out the next documents of own lanes."""
-        draws: list[Draw] = []
-        while len(draws) < READ_AHEAD:
+        found: list[tuple[Packer, Draw]] = []
+        while len(found) < READ_AHEAD:
             draw = next(self._mixer, None)
             if draw is None:
                 self._ended = True
                 break
             if self._mixer.index % SNAPSHOT_EVERY == 0:
                 self._snapshots.append(self._mixer.snapshot())
-            if self._wanted(draw):
-                draws.append(draw)
-        texts = [draw.document.text for draw in draws if draw.document]
-        for draw, ids in zip(draws, self.tokenizer.encode_batch(texts)):
-            inputs, labels = next_token(ids, self.tokenizer.eos_id)
-            self._packers[draw.index % self.settings.lanes].add(draw.index, draw.source, inputs, labels)
-
-    def _wanted(self, draw: Draw) -> bool:
-        packer = self._packers.get(draw.index % self.settings.lanes)
-        if packer is None or draw.document is None or not packer.wants(draw.index):
-            return False
-        if len(draw.document.text) < self.settings.min_text_length:
-            return False
-        return not self.hold_out.holds(self._names[draw.source], draw.document)
+            packer = self._packers.get(self._dealer.lane(draw.index))
+            if packer is not None and draw.document is not None and packer.wants(draw.index):
+                found.append((packer, draw))
+        texts = [draw.document.text for _, draw in found if draw.document]
+        for (packer, draw), ids in zip(found, self.tokenizer.encode_batch(texts)):
+            packer.add(draw.index, draw.source, *next_token(ids, self.tokenizer.eos_id))

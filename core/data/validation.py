@@ -34,6 +34,11 @@ class HoldOut:
         return held_out_by_hash(document.text, self.fraction)
 
 
+def may_train(hold_out: HoldOut, min_text_length: int, source: str, document: Document) -> bool:
+    """Whether a document is long enough, and not held out."""
+    return len(document.text) >= min_text_length and not hold_out.holds(source, document)
+
+
 def plan_hold_out(sources: list[Source], fraction: float, min_text_length: int) -> HoldOut:
     """Decide how each source is split. Finite sources are counted, but no further than SMALL_CORPUS documents."""
     plan = HoldOut(fraction)

@@ -371,7 +371,7 @@ def test_epochs_come_in_another_order() -> None:
 
 def draws(folder: Path, sizes: dict[str, int], settings: MixSettings, count: int, drops: dict | None = None) -> list[int]:
     sources = make_factory(folder, write_corpus(folder, sizes)).sources
-    mixer = Mixer(sources, settings, drops or {})
+    mixer = Mixer(sources, settings, lambda source, document: True, drops or {})
     return [draw.source for draw, _ in zip(mixer, range(count))]
 
 

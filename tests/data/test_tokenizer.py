@@ -41,7 +41,7 @@ def test_every_text_comes_back(tokenizer: Tokenizer) -> None:
 
 
 def test_a_text_cannot_write_the_special_token(tokenizer: Tokenizer) -> None:
-    """"<|endoftext|>" inside a text is text, never the end of a document."""
+    """An end-of-document mark inside a text is text, never the end of a document."""
     for ids in tokenizer.encode_batch([*HARD_TEXTS, END]):
         assert tokenizer.eos_id not in ids
 
