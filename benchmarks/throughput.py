@@ -21,7 +21,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 REPETITIONS = 3
-STEPS, WARM_UP = 30, 10
+STEPS, WARM_UP = 18, 6
 ROWS, SEQ_LENGTH = 16, 256
 SHAPE = {"hidden_size": 256, "num_layers": 4, "num_heads": 4}
 VOCABULARIES = (8192, 50_257)

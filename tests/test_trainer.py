@@ -33,6 +33,10 @@ from tests.project import Project, differences, merged, story, tiny_preset, trai
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+SAME = 1e-5
+"""Weights this close are the same but for the order in which floats were added: a hundredth of one update (AdamW makes every
+update about as large as the learning rate, however small the gradient)."""
+
 EXACT = {"train": {"precision": "fp32", "eval_tokens": 0}}
 
 
@@ -83,8 +87,8 @@ def test_accumulation_does_not_change_the_update(packing: str, tmp_path: Path) -
         trained.append(weights(built))
         losses.append([event["loss"] for event in events(root, "step")])
         norms.append([event["grad_norm"] for event in events(root, "step")])
-    assert_close(trained[0], trained[1], 2e-6)
-    assert_close(trained[0], trained[2], 2e-6)
+    assert_close(trained[0], trained[1], SAME)
+    assert_close(trained[0], trained[2], SAME)
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0] == pytest.approx(losses[2], rel=1e-5)
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
@@ -257,7 +261,9 @@ def test_too_large_micro_batches_are_halved_and_the_update_stays(most: int, fits
     limit_rows(small, most)
     finish(small)
     assert small.trainer.micro_batch_rows == fits
-    assert_close(weights(plain), weights(small), 2e-6)
+    assert_close(weights(plain), weights(small), SAME)
+    norms = [[event["grad_norm"] for event in events(tmp_path / name, "step")] for name in ("plain", "small")]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
     told = [event["message"] for event in events(tmp_path / "small", "warning")]
     assert len(told) == int(math.log2(8 / fits)) and all("out of memory" in message for message in told)
 
