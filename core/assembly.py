@@ -38,8 +38,8 @@ Preset = preset_class(MODELS, LOSSES, SOURCES, NAMED_SOURCES, JOBS)
 MIRRORS = {"lm": "simple_lm_trained.pth"}
 """Lineages whose newest checkpoint has another name as well (specification 003)."""
 
-COMPILE_PAYS_AFTER_SECONDS = 600.0
-"""Compiling takes about a minute on two cores and makes steps shorter by some tenths (docs/LOG.md)."""
+COMPILE_PAYS_AFTER_SECONDS = 3600.0
+"""Compiling takes up to a minute on two cores; what it saves of a step on a CPU is a few hundredths at most (docs/LOG.md)."""
 
 
 @dataclass
@@ -78,7 +78,7 @@ def memory_estimate(preset: Any, parameters: int, vocab_size: int, bf16: bool) -
     positions = train.per_gpu_batch_size * model.seq_length
     width = model.hidden_size * 14 + 2 * (model.intermediate_size or 4 * model.hidden_size)
     activations = positions * model.num_layers * width * (2 if bf16 else 4)
-    readout = 2 * vocab_size * (model.hidden_size * 4 + 512 * 4)
+    readout = (200 << 20) + 6 * vocab_size * model.hidden_size  # the walk's buffers, and its weight and gradient
     return 16 * parameters + activations + readout
 
 
@@ -109,8 +109,10 @@ def build_training(
         notes += load_model(model, saved["model"], f"{preset.lineage}_*.pth")
     model.to(runtime.device)
     stack = build_stack(preset)
-    stack.check(_readout_of(model, runtime.device))
-    embeddings = {name for name, p in model.named_parameters() if p.shape[0] == tokenizer.vocab_size}
+    readout = _readout_of(model, runtime.device)
+    stack.check(readout)
+    tables = {id(tensor) for tensor in (*readout.parameters(), readout.table)}
+    embeddings = {name for name, p in model.named_parameters() if id(p) in tables}
     optimizer = Optimizer(list(model.named_parameters()), embeddings, preset.train)
     if saved is not None and (fresh := optimizer.load(saved["optimizer"])):
         notes.append(f"optimizer state starts afresh for {len(fresh)} parameters: {', '.join(fresh[:4])}")

@@ -11,6 +11,7 @@ State: the files
 """
 
 import contextlib
+import errno
 import os
 import threading
 import time
@@ -41,14 +42,16 @@ class CheckpointStore:
 
     # reading ---------------------------------------------------------------------------------------------------------
 
-    def load(self) -> tuple[dict[str, Any] | None, Path | None, list[str]]:
+    def load(self, skip: int = 0) -> tuple[dict[str, Any] | None, Path | None, list[str]]:
         """(state, its file, remarks) of the newest readable slot; (None, None, remarks) when there is none.
+
+        skip   how many of the newest slots to leave out
 
         A damaged slot is renamed to `*.damaged`, never deleted. Raises CheckpointError when a slot exists but this program
         may not or cannot read it: starting afresh would overwrite somebody's work.
         """
         notes = []
-        for path in self.slots:
+        for path in self.slots[skip:]:
             if not path.exists():
                 continue
             try:
@@ -58,9 +61,9 @@ class CheckpointStore:
                 state = torch.load(path, map_location="cpu", weights_only=True)
                 if not isinstance(state, dict) or "model" not in state:
                     raise ValueError("it holds no model")
-            except PermissionError as error:
-                raise CheckpointError(f"{path} cannot be read: {error}. Mend its permissions, or move it away.") from None
             except Exception as error:  # whatever reading a damaged file may raise
+                if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)):
+                    raise CheckpointError(f"{path} cannot be read: {error}. Mend that, or move the file away.") from None
                 aside = _free_name(path.with_name(path.name + ".damaged"))
                 os.replace(path, aside)
                 reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -113,9 +113,13 @@ class TrainSettings(Settings):
     train_tokens: int | None = None
     """Accepted for old presets and overridden: one run is always 100,000,000 tokens."""
 
-    @property
-    def run_tokens(self) -> int:
-        return RUN_TOKENS
+    @model_validator(mode="after")
+    def _one_limit(self) -> "TrainSettings":
+        if self.runs > 1 and self.max_epochs is not None:
+            raise ValueError(
+                f"runs {self.runs} with max_epochs {self.max_epochs}: once all is read there is no next run; drop one"
+            )
+        return self
 
 
 class AuxiliarySettings(Settings):

@@ -355,7 +355,8 @@ class Trainer:
         self._bad_in_a_row = 0
         self.store.wait()
         self.parallel.gather(None)  # no rank reads before rank 0 has finished writing
-        state, path, _ = self.store.load() if self._rolled_back < ROLL_BACKS else (None, None, [])
+        # a slot saved right after the update that ruined the weights is of no use: the second time an older one is taken
+        state, path, _ = self.store.load(skip=self._rolled_back) if self._rolled_back < ROLL_BACKS else (None, None, [])
         if state is None or path is None:
             raise Diverged(
                 f"loss or gradient were not finite {BAD_STEPS} times in a row at step {self.progress.step + 1}. Lower "

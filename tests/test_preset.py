@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from core.assembly import Preset
+from core.assembly import Preset, _horizon
 from core.errors import PresetError
 from core.preset import RUN_TOKENS, decode_preset, preset_json, read_preset
 from tests.project import ROOT, TINY_SIZES, train_here
@@ -176,6 +176,11 @@ def test_learning_rate_schedules_longer_than_the_run_are_refused() -> None:
     assert "warmup 0.7 and decay 0.4 are more than the whole run" in found
 
 
+def test_chained_runs_and_epochs_exclude_each_other() -> None:
+    (found,) = problems(train={"runs": 3, "max_epochs": 2})
+    assert "runs 3 with max_epochs 2" in found
+
+
 def test_a_tokenizer_may_be_a_hub_name() -> None:
     assert decoded(tokenizer="gpt2").tokenizer.model_dump() == {"type": "hub", "vocab_size": 8192, "name": "gpt2"}
     assert len(problems(tokenizer={"type": "hub"})) == len(problems(tokenizer={"type": "bpe", "name": "gpt2"})) == 1
@@ -184,7 +189,8 @@ def test_a_tokenizer_may_be_a_hub_name() -> None:
 def test_a_run_is_always_the_same_number_of_tokens() -> None:
     """train_tokens of old presets is accepted, in both sections, and overridden."""
     preset = decoded(train={"train_tokens": 5}, data={**DATA, "train_tokens": 7})
-    assert preset.train.run_tokens == RUN_TOKENS == 100_000_000
+    horizon = _horizon(preset, None, None)  # the corpus is asked only under max_epochs
+    assert horizon.run_tokens == horizon.horizon_tokens == RUN_TOKENS == 100_000_000
 
 
 def test_a_preset_survives_being_broadcast() -> None:

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 EXPLICIT_UP_TO = 512
-"""Rows up to which a CPU computes bf16 attention faster as two matrix products than by its flash kernel, whose backward pass
-is slow; beyond it the T x T scores cost more than they save (docs/LOG.md)."""
+"""Rows up to which a CPU computes bf16 attention as two matrix products: its flash kernel's backward pass is slow on short
+rows. On longer ones the T x T scores cost more than they save (docs/LOG.md)."""
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
