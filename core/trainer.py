@@ -133,7 +133,6 @@ class Trainer:
         self._fitted = runtime.device.type != "cuda"  # memory of a CPU is not refused politely: nothing to catch
         self._last_save, self._save_after = time.monotonic(), FIRST_SAVE_SECONDS
         self._step_started = time.monotonic()
-        self.first_step_at: float | None = None
 
     def train(self) -> str:
         """Train until the run's end, an interruption or the end of the data; returns the reason. The end is saved."""
@@ -251,8 +250,6 @@ class Trainer:
             memory_mb=self.runtime.memory_mb(),
         )
         self._step_started = now
-        if self.first_step_at is None:
-            self.first_step_at = time.time()
 
     # between steps ---------------------------------------------------------------------------------------------------
 
