@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from core.contracts import Batch, ModelOutput
-from core.models.layers import attend, attention_bias, compute_dtype
+from core.models.attention import Attention, DocumentMask, attend, choose_backend, compute_dtype
 from core.models.readout import LinearReadout
 from core.preset import Settings
 
@@ -43,6 +43,9 @@ class SimpleLMSettings(Settings):
     """Non-linearity of the feed-forward layers; the original's is relu."""
     tie_embeddings: bool = True
     """Readout and embedding share one table. Untied, the readout has its own and a bias, as the original's."""
+    attention: Attention = "auto"
+    """What computes attention; the result is the same. auto is sdpa, which runs everywhere. flex, varlen and flash (the package
+    flash-attn) skip what lies outside a document, on GPUs; where one cannot run, the program says so and uses sdpa."""
 
     @model_validator(mode="after")
     def _heads_fit(self) -> "SimpleLMSettings":
@@ -61,11 +64,11 @@ class SelfAttention(nn.MultiheadAttention):
     where a mask hides every key.
     """
 
-    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, mask: DocumentMask) -> Tensor:  # type: ignore[override]
         B, T, D = x.shape
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, T, 3D)
         q, k, v = qkv.view(B, T, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)  # each (B, H, T, Dh)
-        mixed = attend(q, k, v, bias)  # (B, H, T, Dh)
+        mixed = attend(q, k, v, mask)  # (B, H, T, Dh)
         return self.out_proj(mixed.transpose(1, 2).reshape(B, T, D))
 
 
@@ -82,11 +85,11 @@ class Block(nn.Module):
         self.activation = ACTIVATIONS[settings.activation]
         self.pre_norm = settings.norm == "pre"
 
-    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:  # (B, T, D) -> (B, T, D)
+    def forward(self, x: Tensor, mask: DocumentMask) -> Tensor:  # (B, T, D) -> (B, T, D)
         if self.pre_norm:
-            x = x + self.dropout(self.self_attn(self.norm1(x), bias))
+            x = x + self.dropout(self.self_attn(self.norm1(x), mask))
             return x + self.dropout(self._feed_forward(self.norm2(x)))
-        x = self.norm1(x + self.dropout(self.self_attn(x, bias)))
+        x = self.norm1(x + self.dropout(self.self_attn(x, mask)))
         return self.norm2(x + self.dropout(self._feed_forward(x)))
 
     def _feed_forward(self, x: Tensor) -> Tensor:
@@ -111,23 +114,26 @@ class SimpleLM(nn.Module):
         self._initialise()
         if settings.tie_embeddings:
             self.lm_head.weight = self.embedding.weight
-        self._cache_positions(settings.seq_length)
 
     @property
     def max_seq_len(self) -> int:
         return self.pos_embedding.num_embeddings
 
+    @property
+    def _head_dim(self) -> int:
+        return self.settings.hidden_size // self.settings.num_heads
+
+    def attention_note(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """What to tell the user if `settings.attention` cannot be had on a device; `dtype` is that of matrix products."""
+        return choose_backend(self.settings.attention, device, dtype, self._head_dim)[1]
+
     def forward(self, batch: Batch) -> ModelOutput:
         """Hidden states of every position; attention stays inside each document."""
-        T = batch.input_ids.shape[1]
         x = self.embedding(batch.input_ids) + self.pos_embedding(batch.position_ids)  # (B, T, D)
         x = self.dropout(x)
-        bias = None  # rows of one document, padded on the right: causal attention alone never sees the padding
-        if batch.packed:
-            same = batch.document_ids[:, :, None] == batch.document_ids[:, None, :]  # (B, T, T)
-            bias = attention_bias(same & self.causal_mask[:T, :T], compute_dtype(x))[:, None]  # (B, 1, T, T)
+        mask = DocumentMask.of(batch, compute_dtype(x), self._head_dim, self.settings.attention)
         for layer in self.layers:
-            x = layer(x, bias)
+            x = layer(x, mask)
         return ModelOutput(self.norm(x), LinearReadout(self.lm_head.weight, self.lm_head.bias, self.embedding.weight))
 
     @torch.no_grad()
@@ -139,7 +145,6 @@ class SimpleLM(nn.Module):
         self.pos_embedding = nn.Embedding(new_length, old.shape[1], device=old.device, dtype=old.dtype)
         nn.init.normal_(self.pos_embedding.weight, std=0.02)
         self.pos_embedding.weight[: len(old)] = old
-        self._cache_positions(new_length)
 
     def prepare_load(self, saved: dict[str, Tensor], notes: list[str]) -> None:
         """Make saved weights of another row length fit: the longer position table wins."""
@@ -151,10 +156,6 @@ class SimpleLM(nn.Module):
             saved["pos_embedding.weight"] = torch.cat([table, self.pos_embedding.weight.detach()[len(table) :].to(table)])
         else:
             self.extend_max_seq_len(len(table))
-
-    def _cache_positions(self, length: int) -> None:
-        causal = torch.ones(length, length, dtype=torch.bool, device=self.pos_embedding.weight.device).tril()
-        self.register_buffer("causal_mask", causal, persistent=False)  # (T, T), True = may attend
 
     def _initialise(self) -> None:
         """N(0, 0.02), biases 0; pre-norm layers that add to the residual stream are scaled down (GPT-2, section 2.3)."""
