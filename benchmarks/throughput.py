@@ -87,7 +87,7 @@ def ours(vocab_size: int, folder: Path) -> list[float]:
     class Rows:
         """The loader's interface over rows in memory, as the Trainer's data set is."""
 
-        source_names, dropped, position = ("text",), (), Position(0, {}, None, {})
+        source_names, dropped, position = ("text",), (), Position()
 
         def __init__(self) -> None:
             self.step = 0
@@ -97,7 +97,7 @@ def ours(vocab_size: int, folder: Path) -> list[float]:
             self.step += 1
             zeros = torch.zeros(ROWS, SEQ_LENGTH, dtype=torch.int32)
             positions = torch.arange(SEQ_LENGTH).expand(ROWS, SEQ_LENGTH)
-            return StepRows(Batch(ids[:, :-1], ids[:, 1:], positions, zeros, zeros, True), ROWS * SEQ_LENGTH, ROWS * SEQ_LENGTH)
+            return StepRows(Batch(ids[:, :-1], ids[:, 1:], positions, zeros, zeros, True), ROWS * SEQ_LENGTH, ROWS * SEQ_LENGTH, [0], [0])
 
         def state(self) -> dict:
             return {}

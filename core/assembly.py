@@ -7,7 +7,7 @@ State: none; everything lives in the objects it builds
 
 import shutil
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ from torch import nn
 
 from core.checkpoint import FORMAT, CheckpointStore, load_model
 from core.contracts import Batch, call_if_defined
-from core.data.corpus import Corpus, data_position, open_corpus
+from core.data.corpus import Corpus, PipelineFactory, data_position, open_corpus
+from core.data.encoding import shown
 from core.data.loader import Loader
+from core.data.pipeline import Position
 from core.data.sources import NAMED_SOURCES, SOURCES
 from core.data.tokenizer import SAMPLE_CHARACTERS, Tokenizer, build_tokenizer
 from core.errors import UserError
@@ -33,7 +35,7 @@ from core.randomness import derive_seed
 from core.runtime import Runtime
 from core.trainer import Horizon, Objective, Progress, Trainer
 
-JOBS = ["train"]
+JOBS = ["train", "tokenize"]
 Preset = preset_class(MODELS, LOSSES, SOURCES, NAMED_SOURCES, JOBS)
 MIRRORS = {"lm": "simple_lm_trained.pth"}
 """Lineages whose newest checkpoint has another name as well (specification 003)."""
@@ -101,13 +103,17 @@ def build_training(
     warnings = [f"source {name} dropped, the others go on: {reason}" for name, reason in corpus.failed.items()]
     notes += corpus.notes
     tokenizer, told = _tokenizer(preset, saved, parallel, corpus)
-    notes += told
+    notes += told + corpus.told_of(tokenizer)
+    for source in corpus.sources:
+        call_if_defined(source, "check_tokenizer", tokenizer)
 
     model = build_model(preset, tokenizer.vocab_size)
     if saved is not None:
         call_if_defined(model, "prepare_load", saved["model"], notes)
         notes += load_model(model, saved["model"], f"{preset.lineage}_*.pth")
     model.to(runtime.device)
+    if (note := model.attention_note(runtime.device, runtime.compute_dtype(preset.train.precision))) is not None:
+        notes.append(note)
     stack = build_stack(preset)
     readout = _readout_of(model, runtime.device)
     stack.check(readout)
@@ -119,16 +125,10 @@ def build_training(
 
     progress, told = _progress(preset, saved)
     notes += told
-    factory = corpus.pipeline_factory(tokenizer, preset.model.seq_length)
-    fingerprint = factory.fingerprint()
-    saved_data = saved["data"] if saved is not None else None
-    if saved_data is not None and saved_data["drops"] and progress.run_step == 0:
-        saved_data = {**saved_data, "fingerprint": ""}  # a new run gives sources that failed another chance
-    if preset.train.max_epochs is not None and progress.run_step == 0:
-        saved_data = None  # a new run counts its epochs from the first
-    position, told = data_position(saved_data, fingerprint, corpus.names)
-    notes += told
+    horizon = _horizon(preset, corpus, tokenizer)
     rows_per_step = preset.train.per_gpu_batch_size * preset.train.accumulation_steps * parallel.world_size
+    factory, position, facts, told = _data(preset, saved, progress, corpus, tokenizer, horizon, rows_per_step)
+    notes += told
     workers = preset.data.workers if preset.data.workers is not None else int(runtime.device.type == "cuda")
     loader = Loader(
         factory,
@@ -137,12 +137,12 @@ def build_training(
         rows_per_step,
         corpus.names,
         preset.data.lanes,
-        packed=preset.data.packing == "documents",
+        packed=preset.data.packing != "padding",
         workers=workers,
         pin_memory=runtime.device.type == "cuda",
-        fingerprint=fingerprint,
+        facts=facts,
+        describe=lambda row: shown(tokenizer, row.input_ids, row.labels),
     )
-    horizon = _horizon(preset, corpus, tokenizer)
     compile_from_step, compile_told = _compile_plan(preset, runtime, saved, model, horizon)
     dtype = runtime.compute_dtype(preset.train.precision)
     evaluator = Evaluator(
@@ -210,7 +210,7 @@ def build_training(
             "compile_from_step": compile_from_step,
         },
         should_stop=should_stop,
-        source_weights={name: w / sum(corpus.mix.weights) for name, w in zip(corpus.names, corpus.mix.weights)},
+        source_weights=dict(zip(corpus.names, corpus.mix.weights)),
         compile_from_step=compile_from_step,
     )
     return TrainingSession(trainer, log, start_event, notes, warnings)
@@ -241,8 +241,14 @@ def _tokenizer(preset: Any, saved: dict | None, parallel: Any, corpus: Corpus) -
     if parallel.rank == 0:
         try:
             needs_text = preset.tokenizer.type == "bpe"
+            if needs_text and all(section.type == "tokens" for section in corpus.sections):
+                beside = Path(corpus.sections[0].path).parent / "tokenizer.json"
+                raise UserError(
+                    'no source has text to train a "bpe" on, all are tokens already. Name the tokenizer that made them: '
+                    f'"tokenizer": {{"type": "file", "path": "{beside}"}}'
+                )
             texts = corpus.sample_texts(SAMPLE_CHARACTERS) if needs_text else []
-            state = build_tokenizer(preset.tokenizer, texts).state()
+            state = build_tokenizer(preset.tokenizer, texts, corpus.markers, root=corpus.root).state()
         except UserError as error:
             state = error
     state = parallel.broadcast(state)
@@ -261,7 +267,7 @@ def _progress(preset: Any, saved: dict[str, Any] | None) -> tuple[Progress, list
     """Go on with an interrupted run, or begin the next one."""
     if saved is None:
         return Progress(), []
-    progress = Progress(**saved["progress"])
+    progress = Progress.of(saved["progress"])
     same = saved["preset"]["name"] == preset.name
     if not progress.finished and same:
         return progress, [f"run {progress.run} goes on from step {progress.step}, {progress.run_tokens:,} tokens into it"]
@@ -292,6 +298,36 @@ def _horizon(preset: Any, corpus: Corpus, tokenizer: Tokenizer) -> Horizon:
         tokens = max(1, min(RUN_TOKENS, once * train.max_epochs))
     steps = train.max_steps
     return Horizon(RUN_TOKENS, tokens * train.runs, steps, steps * train.runs if steps else None)
+
+
+def _data(
+    preset: Any,
+    saved: dict[str, Any] | None,
+    progress: Progress,
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    horizon: Horizon,
+    rows_per_step: int,
+) -> tuple[PipelineFactory, Position, dict[str, Any], list[str]]:
+    """What rows are made from, where to go on, what the checkpoint keeps of it, and what is told."""
+    state = saved["data"] if saved is not None else None
+    if state is not None and state["drops"] and progress.run_step == 0:
+        state = {**state, "fingerprint": ""}  # a new run gives sources that failed another chance
+    if preset.train.max_epochs is not None and progress.run_step == 0:
+        state = None  # a new run counts its epochs from the first
+    fingerprint, contents = corpus.pipeline_factory(tokenizer, preset.model.seq_length).fingerprint(), corpus.contents()
+    position, notes = data_position(state, fingerprint, contents)
+    if state is not None and not notes and progress.run_step > 0:
+        rates, tokens = tuple(state["rates"]), state["horizon_tokens"]  # as measured and meant when the horizon began
+    else:
+        rates, tokens = corpus.rates(tokenizer) if corpus.needs_rates else (), horizon.horizon_tokens
+        if horizon.horizon_steps is not None:
+            tokens = min(tokens, horizon.horizon_steps * rows_per_step * preset.model.seq_length)
+    if progress.horizon_tokens == 0 and (first := position.first_unused()) > 0:
+        position.renewals.append(first)
+    mix = replace(corpus.mix, rates=rates, horizon_tokens=tokens)
+    facts = {"fingerprint": fingerprint, "contents": contents, "rates": list(rates), "horizon_tokens": tokens}
+    return corpus.pipeline_factory(tokenizer, preset.model.seq_length, mix), position, facts, notes
 
 
 def _compile_plan(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 IGNORE_INDEX = -100
 """The label of a position without a target."""
@@ -95,7 +95,7 @@ class TokenLoss(Protocol):
     def per_token(self, chunk: Chunk) -> Tensor: ...  # (n,)
 
 
-def call_if_defined(module: nn.Module, method: str, *args: Any) -> None:
-    """Call an optional hook of a model (`after_optimizer_step`, `set_progress`)."""
+def call_if_defined(module: Any, method: str, *args: Any) -> None:
+    """Call an optional hook of a model (`after_optimizer_step`, `set_progress`) or a source (`check_tokenizer`)."""
     if (hook := getattr(module, method, None)) is not None:
         hook(*args)

@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from core.errors import PresetError
-from core.schedules import Schedule
+from core.schedules import Schedule, turns, value_at
 
 RUN_TOKENS = 100_000_000
 """Training tokens of one run, over all ranks, padding not counted."""
@@ -36,12 +36,16 @@ class Settings(BaseModel):
 
 
 class TokenizerSettings(Settings):
-    type: Literal["bpe", "byte", "hub"] = "bpe"
-    """bpe: byte-level BPE trained on a sample of the preset's own sources. byte: 256 bytes. hub: a Hugging Face tokenizer."""
+    type: Literal["bpe", "byte", "hub", "file"] = "bpe"
+    """bpe: byte-level BPE trained on a sample of the preset's own sources. byte: 256 bytes. hub: a Hugging Face tokenizer.
+    file: a tokenizer.json on this machine."""
     vocab_size: int = Field(8192, ge=260)
     """Vocabulary of a trained BPE."""
     name: str | None = None
     """Hub repository of a `hub` tokenizer, such as "gpt2"."""
+    path: str | None = None
+    """The tokenizer.json of a `file` tokenizer, relative to the project, such as "./data/tokens/tokenizer.json". What ends a
+    document is read from the tokenizer_config.json beside it."""
 
     @model_validator(mode="after")
     def _hub_is_named(self) -> "TokenizerSettings":
@@ -49,6 +53,8 @@ class TokenizerSettings(Settings):
             raise ValueError(
                 '"type": "hub" goes with a "name", and only with it; to name a Hub tokenizer write "tokenizer": "gpt2"'
             )
+        if (self.type == "file") != (self.path is not None):
+            raise ValueError('"type": "file" goes with a "path" to a tokenizer.json, and only with it')
         return self
 
 
@@ -176,6 +182,19 @@ class GenerateSettings(Settings):
     """No sequence of so many tokens appears twice; 0: no block."""
 
 
+class TokenizeSettings(Settings):
+    """The tokenize job: every source of `data` to a folder of chunks, which a source of type `tokens` reads."""
+
+    output: str = "./data/tokens"
+    """Folder that gets the tokenizer, and a folder of chunks for each source."""
+    chunk_tokens: int = Field(100_000_000, ge=1)
+    """Tokens of a chunk: 4 bytes each."""
+    max_tokens: int | None = Field(None, ge=1)
+    """Tokens after which a source is left, at the end of a document; left out, it is read once to its end."""
+    workers: int | None = Field(None, ge=0, le=256)
+    """Processes that tokenize; 0: the threads of this one. Left out: one per core. The files are the same for any number."""
+
+
 class LoggingSettings(Settings):
     wandb: bool = False
     """Mirror the metrics log to Weights & Biases; offline when there is no key."""
@@ -188,16 +207,20 @@ class DataSettingsBase(Settings):
 
     mix_strategy: Literal["round_robin", "sequential", "weighted"] = "round_robin"
     """round_robin: one document from each in turn. sequential: each to its end. weighted: shares of `source_weights`."""
-    source_weights: list[float] | None = None
-    """One number per source (weighted): its share of the documents drawn."""
+    source_weights: list[Schedule] | None = None
+    """One number or schedule per source (weighted): its share of what is drawn."""
+    weights_of: Literal["documents", "tokens"] = "documents"
+    """What source_weights are shares of: documents drawn, or their tokens (a source of long documents is drawn less often)."""
     min_text_length: int = Field(50, ge=1)
     """Documents of fewer characters are passed over."""
-    packing: Literal["documents", "padding"] = "documents"
-    """documents: end to end, attention kept inside each. padding: one piece of a document a row, padded."""
+    packing: Literal["documents", "best_fit", "padding"] = "documents"
+    """documents: end to end, attention kept inside each. best_fit: kept whole wherever they fit. padding: one piece a row."""
     validation_fraction: float = Field(0.01, gt=0.0, lt=0.5)
     """Share of the documents held out for evaluation, chosen by a hash of their text."""
     workers: int | None = Field(None, ge=0, le=64)
     """Processes that read and tokenize, per rank; 0: a thread. Left out: a thread on CPU, one process on a GPU."""
+    cache_gigabytes: float = Field(20.0, ge=0.0)
+    """Disk space for tokens of streams and compressed files, in .cache/ (safe to delete); 0: no cache."""
     lanes: int = Field(24, ge=1, le=4096)
     """Parallel lanes the order of documents is laid over. The number of ranks must divide it."""
     train_tokens: int | None = None
@@ -214,8 +237,10 @@ class DataSettingsBase(Settings):
         if self.source_weights is not None:
             if len(self.source_weights) != len(sources):
                 raise ValueError(f"{len(self.source_weights)} source_weights for {len(sources)} sources; give one each")
-            if min(self.source_weights) < 0 or sum(self.source_weights) <= 0:
-                raise ValueError("source_weights must not be negative, and not all zero")
+            for moment in sorted({0.0, 1.0, *(end for weight in self.source_weights for end in turns(weight))}):
+                shares = [value_at(weight, moment) for weight in self.source_weights]
+                if min(shares) < 0 or sum(shares) <= 0:
+                    raise ValueError(f"source_weights must not be negative, and not all zero; at {moment:g} they are {shares}")
         return self
 
 
@@ -295,6 +320,7 @@ def preset_class(models: dict, losses: dict, sources: dict, source_names: dict[s
         auxiliary=(AuxiliarySettings, Field(AuxiliarySettings(), description="Auxiliary heads.")),
         data=(data, Field(description="What to read, and how.")),
         generate=(GenerateSettings, Field(GenerateSettings(), description="Sampling.")),
+        tokenize=(TokenizeSettings, Field(TokenizeSettings(), description="What the tokenize job writes.")),
         logging=(LoggingSettings, Field(LoggingSettings(), description="Where metrics go besides logs/.")),
     )
 

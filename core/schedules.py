@@ -80,6 +80,17 @@ def value_at(schedule: Schedule, progress: float) -> float:
     return float(schedule)
 
 
+def turns(schedule: Schedule) -> list[float]:
+    """The moments between which a schedule only rises or only falls."""
+    pieces = schedule if isinstance(schedule, list) else [schedule]
+    return [moment for p in pieces if isinstance(p, Piece) for moment in (p.begin, p.end)]
+
+
+def peak(schedule: Schedule) -> float:
+    """The highest value a schedule takes."""
+    return max(value_at(schedule, moment) for moment in (0.0, 1.0, *turns(schedule)))
+
+
 def learning_rate_schedule(kind: str, warmup: float, decay: float, floor: float) -> list[Piece]:
     """The three usual shapes, as factors of the peak learning rate.
 

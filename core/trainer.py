@@ -26,7 +26,7 @@ from core.optim import Optimizer
 from core.preset import TrainSettings
 from core.randomness import derive_seed
 from core.runtime import Runtime
-from core.schedules import learning_rate_schedule, value_at
+from core.schedules import Schedule, learning_rate_schedule, value_at
 
 BAD_STEPS = 5
 """Non-finite steps in a row that mean the weights, not one batch, are at fault."""
@@ -50,7 +50,21 @@ class Progress:
     horizon_runs: int = 0  # finished runs of the horizon
     finished: bool = False  # the run `run` came to its end
     skipped: int = 0
-    source_tokens: dict[str, int] = field(default_factory=dict)
+    ledger: dict[str, dict[str, Any]] = field(default_factory=dict)  # source -> tokens, documents, epochs begun, last loss
+
+    @classmethod
+    def of(cls, saved: dict[str, Any]) -> "Progress":
+        """From a checkpoint. Older ones counted the sources' tokens only."""
+        counted = {name: {"tokens": count} for name, count in saved.get("source_tokens", {}).items()}
+        return cls(**{"ledger": counted, **{key: value for key, value in saved.items() if key != "source_tokens"}})
+
+    def expose(self, source: str, tokens: int, documents: int, epochs: int, loss: float | None) -> dict[str, Any]:
+        """Enter in the ledger what a step has read of a source; returns the source's account."""
+        account = self.ledger.setdefault(source, {})
+        for key, count in (("tokens", tokens), ("documents", documents), ("epochs", epochs)):
+            account[key] = account.get(key, 0) + count
+        account["loss"] = loss if loss is not None else account.get("loss")
+        return account
 
 
 @dataclass(frozen=True)
@@ -112,7 +126,7 @@ class Trainer:
         sample: Callable[[nn.Module, int], list[tuple[str, str]]],
         extra_state: dict[str, Any],
         should_stop: Callable[[], bool],
-        source_weights: dict[str, float],
+        source_weights: dict[str, Schedule],
         compile_from_step: int | None = None,
     ):
         """`extra_state`: what else a checkpoint must hold. `compile_from_step`: the first step of the lineage to compile."""
@@ -228,14 +242,11 @@ class Trainer:
         done.tokens += rows.num_tokens
         done.run_tokens += rows.num_tokens
         done.horizon_tokens += rows.num_tokens
+        shares = self._source_weights(progress)
         sources = {}
-        for name, loss, count in report["by_source"]:
-            done.source_tokens[name] = done.source_tokens.get(name, 0) + int(count)
-            sources[name] = {
-                "loss": loss / count if count else None,
-                "weight": 0.0 if name in self.loader.position.drops else self.source_weights[name],
-                "tokens": done.source_tokens[name],
-            }
+        for (name, loss, count), documents, epochs in zip(report["by_source"], rows.documents, rows.epochs):
+            account = done.expose(name, int(count), documents, epochs, loss / count if count else None)
+            sources[name] = {**account, "loss": loss / count if count else None, "weight": shares[name]}
         self._emit(
             "step",
             loss=report["loss"],
@@ -250,6 +261,13 @@ class Trainer:
             memory_mb=self.runtime.memory_mb(),
         )
         self._step_started = now
+
+    def _source_weights(self, progress: float) -> dict[str, float]:
+        """The shares of the sources now: of those that are left."""
+        dropped = self.loader.position.drops
+        shares = {n: 0.0 if n in dropped else value_at(weight, progress) for n, weight in self.source_weights.items()}
+        total = sum(shares.values()) or 1.0
+        return {name: share / total for name, share in shares.items()}
 
     # between steps ---------------------------------------------------------------------------------------------------
 
@@ -287,15 +305,18 @@ class Trainer:
         self._step_started += time.monotonic() - started  # tokens per second are of training
         return numbers
 
-    def save(self) -> None:
-        """Write a checkpoint in the background. Every rank must call it."""
+    def save(self) -> dict[str, Any]:
+        """Write a checkpoint in the background; returns it. Every rank must call it."""
         started = time.monotonic()
+        self.store.wait()
+        self._tell_saved()  # of the save before: its outcome is kept no longer than this
         state = self.state()
         if self.parallel.rank == 0:
             self.log.sync()
             self.store.save(state)
         self._last_save = time.monotonic()
         self._step_started += self._last_save - started
+        return state
 
     def state(self) -> dict[str, Any]:
         """Everything a resumed run needs; see interface in docs/guide.md. Every rank must call it."""
@@ -318,12 +339,10 @@ class Trainer:
             if done.finished:
                 done.horizon_runs += 1
             self.evaluate_and_sample()
-        self.store.wait()
-        self._tell_saved()
-        self.save()
+        receipt = self.save()["data"]["receipt"]
         self.store.wait()
         failed = self._tell_saved()
-        self._emit("run_end", reason=reason)
+        self._emit("run_end", reason=reason, receipt=receipt)
         if failed:
             raise CheckpointError(
                 f"the end of the run could not be saved: {failed}\n"

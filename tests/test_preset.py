@@ -182,7 +182,7 @@ def test_chained_runs_and_epochs_exclude_each_other() -> None:
 
 
 def test_a_tokenizer_may_be_a_hub_name() -> None:
-    assert decoded(tokenizer="gpt2").tokenizer.model_dump() == {"type": "hub", "vocab_size": 8192, "name": "gpt2"}
+    assert decoded(tokenizer="gpt2").tokenizer.model_dump() == {"type": "hub", "vocab_size": 8192, "name": "gpt2", "path": None}
     assert len(problems(tokenizer={"type": "hub"})) == len(problems(tokenizer={"type": "bpe", "name": "gpt2"})) == 1
 
 
@@ -257,7 +257,7 @@ def test_extends_with_another_type_starts_afresh(tmp_path: Path) -> None:
     base = {"tokenizer": {"type": "bpe", "vocab_size": 500}, "data": DATA}
     child = {"extends": "base", "tokenizer": {"type": "byte"}}
     preset = read(tmp_path, "child", base=json.dumps(base), child=json.dumps(child))
-    assert preset.tokenizer.model_dump() == {"type": "byte", "vocab_size": 8192, "name": None}
+    assert preset.tokenizer.model_dump() == {"type": "byte", "vocab_size": 8192, "name": None, "path": None}
 
 
 def test_extends_in_a_circle_is_refused(tmp_path: Path) -> None:

@@ -369,7 +369,7 @@ def small_model() -> SimpleLM:
 def held_rows(folder: Path) -> tuple[list[Row], np.ndarray]:
     """The packed rows of a small corpus, and how many bytes each token stands for."""
     factory = make_factory(folder, write_corpus(folder, {"a": 9, "b": 6}, low=3, high=90), max_epochs=1)
-    rows = [row for row, _ in zip(factory(start(), [0, 1, 2]), range(40)) if row.documents]
+    rows = [row for row, _ in zip(factory(start(), [0, 1, 2]), range(40)) if row.pieces]
     return rows, factory.tokenizer.token_bytes()
 
 

@@ -7,18 +7,24 @@ State: none; where a run stands is a Position
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from core.data.cache import Cached, TokenCache
+from core.data.chat import MARKERS, chat_note
 from core.data.documents import Document, Source
-from core.data.mixing import Mixer, MixSettings, SourceFailed
-from core.data.packing import Row
+from core.data.encoding import encode
+from core.data.mixing import USUAL_RATE, Mixer, MixSettings, SourceFailed
+from core.data.packing import Place, Row
 from core.data.pipeline import Pipeline, PipelineSettings, Position
 from core.data.sources import build_source, open_sources
 from core.data.tokenizer import Tokenizer
 from core.data.validation import HoldOut, may_train, plan_hold_out, validation_rows
 from core.errors import NoData, SourceUnavailable
+
+RATE_DOCUMENTS = 64
 
 
 @dataclass
@@ -54,7 +60,7 @@ class Corpus:
             texts, length = [], 0
             try:
                 for draw in Mixer(self.sources, self.mix, self.may_train, drops):
-                    if draw.document:
+                    if draw.document and draw.document.text:
                         texts.append(draw.document.text)
                         length += len(draw.document.text)
                     if length >= characters or draw.index >= characters // 100:
@@ -62,6 +68,34 @@ class Corpus:
                 return texts
             except SourceFailed as failure:  # training will drop it too, loudly
                 drops[failure.name] = 0
+
+    @property
+    def markers(self) -> tuple[str, ...]:
+        """Special tokens its documents need."""
+        return MARKERS if any(section.type == "chat" for section in self.sections) else ()
+
+    def told_of(self, tokenizer: Tokenizer) -> list[str]:
+        """What a person should know of its documents under this tokenizer."""
+        note = chat_note(tokenizer) if self.markers else None
+        return [note] if note else []
+
+    @property
+    def needs_rates(self) -> bool:
+        """Whether the mix asks how many tokens have been drawn."""
+        scheduled = any(not isinstance(weight, int | float) for weight in self.mix.weights)
+        return self.mix.strategy == "weighted" and (scheduled or self.mix.unit == "tokens")
+
+    def rates(self, tokenizer: Tokenizer) -> tuple[float, ...]:
+        """Tokens per character of each source, measured on its first documents; 0.25 where it has no text."""
+        found = []
+        for source in self.sources:
+            try:
+                documents = [d for d in islice(source.stream({}), RATE_DOCUMENTS) if d.text]
+            except SourceUnavailable:
+                documents = []  # training will drop it
+            tokens = sum(len(encoded.ids) for encoded in encode(tokenizer, documents))
+            found.append(tokens / sum(len(d.text) for d in documents) if documents and tokens else USUAL_RATE)
+        return tuple(found)
 
     def epoch_tokens(self, tokenizer: Tokenizer, limit: int) -> int:
         """Training tokens of one pass over all sources, counted; stops at `limit`. What schedules span under max_epochs."""
@@ -72,7 +106,7 @@ class Corpus:
             try:
                 for document in source.stream({}):
                     if self.may_train(source.name, document):
-                        total += len(tokenizer.encode_batch([document.text])[0]) + 1
+                        total += len(encode(tokenizer, [document])[0].ids) + 1
                     if total >= limit:
                         return limit
             except SourceUnavailable:
@@ -80,13 +114,27 @@ class Corpus:
         return total
 
     def validation_rows(self, tokenizer: Tokenizer, seq_length: int, tokens: int) -> list[Row]:
-        return validation_rows(self.sources, self.hold_out, tokenizer, seq_length, tokens, self.settings.min_text_length)
+        sources = cached(self.sources, self.root, self.settings.cache_gigabytes, tokenizer)
+        return validation_rows(sources, self.hold_out, tokenizer, seq_length, tokens, self.settings.min_text_length)
 
-    def pipeline_factory(self, tokenizer: Tokenizer, seq_length: int) -> "PipelineFactory":
+    def pipeline_factory(self, tokenizer: Tokenizer, seq_length: int, mix: MixSettings | None = None) -> "PipelineFactory":
         data = self.settings
-        settings = PipelineSettings(self.mix, data.lanes, seq_length, data.packing, data.min_text_length)
-        state = tokenizer.state()
-        return PipelineFactory(self.sections, self.root, self.seed, state, self.hold_out, settings, self.sources, tokenizer)
+        settings = PipelineSettings(mix or self.mix, data.lanes, seq_length, data.packing, data.min_text_length)
+        return PipelineFactory(
+            self.sections,
+            self.root,
+            self.seed,
+            tokenizer.state(),
+            self.hold_out,
+            settings,
+            data.cache_gigabytes,
+            self.sources,
+            tokenizer,
+        )
+
+    def contents(self) -> dict[str, str]:
+        """For each source, what changes when its files do."""
+        return {source.name: source.contents() for source in self.sources}
 
 
 @dataclass
@@ -99,6 +147,7 @@ class PipelineFactory:
     tokenizer_state: dict[str, Any]
     hold_out: HoldOut
     settings: PipelineSettings
+    cache_gigabytes: float = 0.0
     sources: list[Source] | None = None
     tokenizer: Tokenizer | None = None
 
@@ -109,23 +158,34 @@ class PipelineFactory:
         if self.sources is None or self.tokenizer is None:
             self.sources = [build_source(section, self.root, self.seed) for section in self.sections]
             for source in self.sources:
+                source.patient = True  # a Hub that is away for a moment costs no source in mid-run
                 try:
                     source.open()
                 except SourceUnavailable as error:
                     if source.name not in position.drops:  # a dropped one is only asked for turns it can no longer take
                         raise SourceFailed(source.name, str(error)) from None
             self.tokenizer = Tokenizer.from_state(self.tokenizer_state)
-        return Pipeline(self.sources, self.tokenizer, self.hold_out, self.settings, position, lanes)
+        sources = cached(self.sources, self.root, self.cache_gigabytes, self.tokenizer)
+        return Pipeline(sources, self.tokenizer, self.hold_out, self.settings, position, lanes)
 
     def fingerprint(self) -> str:
-        """Equal exactly when the order and content of rows are."""
+        """Equal exactly when the order and content of rows are, as long as the sources' contents are."""
+        mix = replace(self.settings.mix, rates=(), horizon_tokens=0)  # kept in the checkpoint
         described = [
-            repr(self.settings),
+            repr(replace(self.settings, mix=mix)),
             [section.model_dump(mode="json") for section in self.sections],
             self.hold_out.fraction,
             hashlib.sha256(self.tokenizer_state["json"].encode()).hexdigest(),
         ]
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
+
+
+def cached(sources: list[Source], root: Path, gigabytes: float, tokenizer: Tokenizer) -> list[Source]:
+    """The sources seen through the token cache."""
+    if gigabytes <= 0:
+        return sources
+    cache = TokenCache(root, int(gigabytes * 1e9))
+    return [Cached(source, cache, tokenizer) for source in sources]
 
 
 def open_corpus(preset: Any, root: Path, parallel: Any) -> Corpus:
@@ -140,20 +200,35 @@ def open_corpus(preset: Any, root: Path, parallel: Any) -> Corpus:
         raise NoData(f"no source of preset {preset.name} could be opened:\n{reasons}")
     sections = [section for section in data.sources if section.name not in failed]
     weights = dict(zip((section.name for section in data.sources), data.source_weights or [1.0] * len(data.sources)))
-    mix = MixSettings(data.mix_strategy, tuple(weights[s.name] for s in sections), seed, preset.train.max_epochs)
+    shares = tuple(weights[s.name] for s in sections)
+    mix = MixSettings(data.mix_strategy, shares, seed, preset.train.max_epochs, data.weights_of)
     hold_out = plan_hold_out(sources, data.validation_fraction, data.min_text_length)
     return Corpus(data, root, seed, sections, sources, failed, mix, hold_out)
 
 
-def data_position(saved: dict[str, Any] | None, fingerprint: str, names: list[str]) -> tuple[Position, list[str]]:
-    """Where to go on reading. After a change of the data section each source goes on where it was, the mix begins anew."""
+def data_position(saved: dict[str, Any] | None, fingerprint: str, contents: dict[str, str]) -> tuple[Position, list[str]]:
+    """Where to go on reading. After a change of the data section each source goes on where it was, the mix begins anew.
+
+    contents  of each source, see Corpus.contents: one whose files have changed begins its next epoch, over all of them
+    """
     if saved is None:
-        return Position(0, {}, None, {}), []
-    lanes = {int(lane): tuple(after) for lane, after in saved["lanes"].items()}
-    if saved["fingerprint"] == fingerprint:
-        return Position(saved["rows"], lanes, saved["snapshot"], dict(saved["drops"])), []
-    cursors = (saved["snapshot"] or {}).get("cursors", {})
-    kept = [name for name in names if cursors.get(name)]
-    note = "the data section, the tokenizer or the reachable sources have changed since the checkpoint: the mix begins anew"
+        return Position(), []
+    before = saved.get("contents", {})
+    changed = [name for name in contents if name in before and before[name] != contents[name]]
+    if saved["fingerprint"] == fingerprint and not changed:
+        lanes = {int(lane): Place.of(place) for lane, place in saved["lanes"].items()}
+        receipts = {int(lane): link for lane, link in saved["receipts"].items()}
+        return Position(saved["rows"], lanes, saved["snapshot"], dict(saved["drops"]), list(saved["renewals"]), receipts), []
+    cursors = dict((saved["snapshot"] or {}).get("cursors", {}))
+    for name in changed:
+        cursors[name] = {"epoch": cursors.get(name, {}).get("epoch", 0) + 1}
+    kept = [name for name in contents if cursors.get(name) and name not in changed]
+    note = (
+        f"files of {', '.join(changed)} have changed"
+        if changed
+        else "the data section, the tokenizer or the reachable sources have changed"
+    )
+    note += " since the checkpoint: the mix begins anew"
     note += f"; {', '.join(kept)} go on where they were" if kept else ""
-    return Position(0, {}, {"index": 0, "cursors": cursors}, {}), [note]
+    note += f"; {', '.join(changed)} begin with all their files" if changed else ""
+    return Position(snapshot={"index": 0, "cursors": cursors}), [note]

@@ -8,16 +8,49 @@ import re
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+
 Cursor = dict[str, Any]
 """A place in a source, as JSON. `{}` is the beginning of the first epoch."""
 
 
+Messages = tuple[tuple[str, str], ...]
+"""A conversation: (role, content) in order."""
+
+ASSISTANT = "assistant"
+ROLES = ("system", "user", ASSISTANT)
+"""Whose messages count; those of any other role are left out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A document as tokens: all that training needs of it."""
+
+    ids: np.ndarray  # (n,) int32, without an end-of-document token
+    learned: np.ndarray | None  # (n,) bool: tokens that are predicted, not only read; None: all, and the document's end
+    digest: int  # of the document it was made from
+    size: int  # characters of that document; 0 where there never were any
+
+
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One piece of real text."""
+    """One piece of real data: a text, a conversation, or tokens."""
 
-    text: str
+    text: str  # of a conversation: what is said in it; of tokens: empty
     key: str  # stable identity inside the source, for logs and hold-out: "pathlib.py#3", "guide.pdf#12"
+    messages: Messages | None = None  # of a conversation
+    encoded: Encoded | None = None  # already tokenized: nothing else is looked at then
+
+    @property
+    def digest(self) -> int:
+        """64 bits that stand for its content, the same on every machine."""
+        return self.encoded.digest if self.encoded is not None else digest_of(self.text.encode("utf-8", "surrogatepass"))
+
+    def is_shorter_than(self, characters: int) -> bool:
+        """Whether its text is; tokens that never had a text are not."""
+        if self.encoded is None:
+            return len(self.text) < characters
+        return 0 < self.encoded.size < characters
 
 
 class DocumentStream(Protocol):
@@ -44,16 +77,24 @@ class Source(Protocol):
         Raises SourceUnavailable saying what, where and what to do. May leave remarks in `notes`.
         """
 
-    notes: list[str]  # what a person should be told after opening ("skipped 1 encrypted file: a.pdf")
+    @property
+    def notes(self) -> list[str]: ...  # what a person should be told after opening ("skipped 1 encrypted file: a.pdf")
+
+    def contents(self) -> str:
+        """Changes when its files do: the order of an epoch may be another then."""
 
     def stream(self, cursor: Cursor) -> DocumentStream:
         """The documents of epoch `cursor.get("epoch", 0)` from the cursor on, in an order fixed by seed and epoch."""
 
 
-def held_out_by_hash(text: str, fraction: float) -> bool:
-    """Whether a document belongs to validation: a stable hash of its text, so the same on every machine and rank."""
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < fraction * 2**64
+def digest_of(content: bytes) -> int:
+    """A stable 64-bit hash."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
+
+
+def held_out_by_hash(document: Document, fraction: float) -> bool:
+    """Whether a document belongs to validation: by a stable hash of its text, so the same on every machine and rank."""
+    return document.digest < fraction * 2**64
 
 
 _BREAKS = [re.compile(p) for p in (r"\n\s*\n", r"[.!?][\"')\]]*\s", r"\n", r"\s")]

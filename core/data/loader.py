@@ -8,7 +8,8 @@ Out:   StepRows: this rank's rows of one optimizer step, and the counts of the w
 State: Position: what the *consumed* steps used; whatever was read ahead is read again after a resume
 """
 
-import multiprocessing
+import copy
+import hashlib
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -20,11 +21,11 @@ import torch
 
 from core.contracts import Batch
 from core.data.mixing import SourceFailed
-from core.data.packing import Row
-from core.data.pipeline import Pipeline, Position, share_of_lanes
-from core.errors import NoData
+from core.data.packing import Piece, Place, Row
+from core.data.pipeline import Position, share_of_lanes
+from core.data.worker import MakePipeline, Worker
+from core.errors import NoData, UserError
 
-ROWS_PER_MESSAGE = 16  # sent by a worker at once: fewer, larger messages cost less than the rows in them
 STEPS_AHEAD = 3
 
 
@@ -35,6 +36,8 @@ class StepRows:
     batch: Batch  # (rows of this rank, T), on the CPU
     num_targets: int
     num_tokens: int  # padding not counted
+    documents: list[int]  # begun in this step, of each source
+    epochs: list[int]  # begun in this step, of each source
 
 
 def collate(rows: list[Row], packed: bool) -> Batch:
@@ -57,15 +60,16 @@ class Loader:
     """Iterates over optimizer steps.
 
     make_pipeline    (position, lanes) -> Pipeline; picklable when there are worker processes
+    describe         a row as text, for the error that says that nothing in it is learned
     parallel         world_size, rank, `sum(numbers)` and `gather(object)` over the ranks
     rows_per_step    global rows of one optimizer step; divisible by the number of ranks
     workers          processes per rank; 0 reads in a thread of this process
-    fingerprint      of everything that fixes the rows; kept in the state
+    facts            what else the state keeps: what the rows follow from besides the position
     """
 
     def __init__(
         self,
-        make_pipeline: Callable[[Position, list[int]], Pipeline],
+        make_pipeline: MakePipeline,
         position: Position,
         parallel: Any,
         rows_per_step: int,
@@ -74,10 +78,11 @@ class Loader:
         packed: bool,
         workers: int = 0,
         pin_memory: bool = False,
-        fingerprint: str = "",
+        facts: dict[str, Any] | None = None,
+        describe: Callable[[Row], str] = repr,
     ):
         self.position = position
-        self._fingerprint = fingerprint
+        self._facts, self._describe = facts or {}, describe
         self.source_names = source_names
         self._make_pipeline, self._parallel = make_pipeline, parallel
         self._rows_per_step, self._packed, self._pin_memory = rows_per_step, packed, pin_memory
@@ -105,7 +110,9 @@ class Loader:
             failures = [float(failed is not None and failed.name == name) for name in self.source_names]
             targets = 0 if batch is None else int((batch.labels >= 0).sum())
             tokens = 0 if batch is None else int((batch.source_ids >= 0).sum())
-            targets, tokens, *failures = self._parallel.sum([targets, tokens, *failures])
+            documents, epochs = self._begun(rows)
+            targets, tokens, *numbers = self._parallel.sum([targets, tokens, *failures, *documents, *epochs])
+            failures, documents, epochs = np.array(numbers, dtype=np.int64).reshape(3, -1).tolist()
             if any(failures):
                 self._drop([name for name, count in zip(self.source_names, failures) if count], failed)
                 continue
@@ -115,25 +122,38 @@ class Loader:
                     return None
                 self._advance(rows)  # these lanes are empty, others may not be
                 continue
+            if targets == 0:
+                raise UserError(
+                    "no token of this step is learned: in its conversations the assistant says nothing, or only beyond the rows' "
+                    f"length. One row, learned tokens in [[ ]]:\n{self._describe(rows[0])}\n"
+                    "Check the conversations, or raise model.seq_length or train.per_gpu_batch_size."
+                )
             self._empty_rows = 0
             self._advance(rows)
-            return StepRows(batch, int(targets), int(tokens))
+            return StepRows(batch, int(targets), int(tokens), documents, epochs)
 
     def state(self) -> dict[str, Any]:
         """The position over all ranks, as JSON. Every rank must call it."""
+        position = self.position
         own = {
             # of its own lanes only: after a resume it knows the others' as they were then
-            "lanes": {str(lane): list(self.position.lanes[lane]) for lane in self._lanes if lane in self.position.lanes},
-            "snapshot": self.position.snapshot,
+            "lanes": {str(lane): position.lanes[lane] for lane in self._lanes if lane in position.lanes},
+            "receipts": {str(lane): position.receipts[lane] for lane in self._lanes if lane in position.receipts},
+            "snapshot": position.snapshot,
         }
         parts = self._parallel.gather(own)
         snapshots = [part["snapshot"] for part in parts if part["snapshot"]]
+        lanes = {lane: place for part in parts for lane, place in part["lanes"].items()}
+        receipts = {lane: link for part in parts for lane, link in part["receipts"].items()}
         return {
-            "rows": self.position.rows,
-            "lanes": {lane: after for part in parts for lane, after in part["lanes"].items()},
+            "rows": position.rows,
+            "lanes": {lane: [place.next, [list(waiting) for waiting in place.waiting]] for lane, place in lanes.items()},
             "snapshot": min(snapshots, key=lambda s: s["index"]) if snapshots else None,
-            "drops": dict(self.position.drops),
-            "fingerprint": self._fingerprint,
+            "drops": dict(position.drops),
+            "renewals": list(position.renewals),
+            "receipts": receipts,
+            "receipt": hashlib.blake2b(repr(sorted(receipts.items())).encode(), digest_size=8).hexdigest(),
+            **self._facts,
         }
 
     def close(self) -> None:
@@ -141,22 +161,34 @@ class Loader:
             self._reader.close()
             self._reader = None
 
+    def _begun(self, rows: list[Row]) -> tuple[list[int], list[int]]:
+        """Documents and epochs of each source that begin in these rows."""
+        documents, epochs = [0] * len(self.source_names), [0] * len(self.source_names)
+        for row in rows:
+            for piece in row.pieces:
+                documents[piece.source] += piece.start == 0
+                epochs[piece.source] += piece.opens_epoch
+        return documents, epochs
+
     def _advance(self, rows: list[Row]) -> None:
         """Move the position past consumed rows."""
-        self.position.rows += self._rows_per_step
+        position = self.position
+        position.rows += self._rows_per_step
         for row in rows:
-            self.position.lanes[row.lane] = row.after
+            position.lanes[row.lane] = row.after
+            position.receipts[row.lane] = linked(position.receipts.get(row.lane, ""), row.pieces)
             self._snapshots += row.snapshots
-        reached = min(self.position.lanes.get(lane, (0, 0))[0] for lane in self._lanes)
+        reached = min(position.lanes.get(lane, Place()).oldest for lane in self._lanes)
         while len(self._snapshots) > 1 and self._snapshots[1]["index"] <= reached:
             self._snapshots.pop(0)
-        self.position.snapshot = self._snapshots[0] if self._snapshots else None
+        position.snapshot = self._snapshots[0] if self._snapshots else None
+        first = position.snapshot["index"] if position.snapshot else 0
+        position.renewals = [draw for draw in position.renewals if draw >= first]
 
     def _drop(self, names: list[str], failed: SourceFailed | None) -> None:
         """Leave sources out from the first draw that no rank has used yet, and read on from the consumed position."""
         self.close()
-        ahead = max((after[0] for after in self.position.lanes.values()), default=0) + 1
-        first_unused = int(max(self._parallel.gather(ahead)))
+        first_unused = max(self._parallel.gather(self.position.first_unused()))
         reasons = {f.name: f.reason for f in self._parallel.gather(failed) if f is not None}
         for name in names:
             self.position.drops[name] = first_unused
@@ -168,11 +200,11 @@ class Loader:
 
     def _read(self, stopping: threading.Event) -> Iterator[Row]:
         """This rank's rows in global order, from here or from worker processes."""
-        start = Position(self.position.rows, dict(self.position.lanes), self.position.snapshot, dict(self.position.drops))
+        start = copy.deepcopy(self.position)
         if self._workers == 0:
             yield from self._make_pipeline(start, self._lanes)
             return
-        workers = [_Worker(self._make_pipeline, start, self._lanes[w :: self._workers]) for w in range(self._workers)]
+        workers = [Worker(self._make_pipeline, start, self._lanes[w :: self._workers]) for w in range(self._workers)]
         owner = {lane: workers[i % self._workers] for i, lane in enumerate(self._lanes)}
         try:
             n = start.rows
@@ -183,6 +215,14 @@ class Loader:
         finally:
             for worker in workers:
                 worker.close()
+
+
+def linked(chain: str, pieces: list[Piece]) -> str:
+    """A lane's hash chain with one more link: equal exactly when the same text was consumed in the same order."""
+    if not pieces:
+        return chain
+    content = repr([(p.index, p.digest, p.start, p.length) for p in pieces])
+    return hashlib.blake2b((chain + content).encode(), digest_size=8).hexdigest()
 
 
 class _Reader:
@@ -228,59 +268,3 @@ class _Reader:
     def close(self) -> None:
         self._stopping.set()
         self._thread.join()
-
-
-class _Worker:
-    """A process that runs a Pipeline over some lanes."""
-
-    def __init__(self, make_pipeline: Callable, position: Position, lanes: list[int]):
-        context = multiprocessing.get_context("spawn")  # a fork would copy a process with threads and a device in it
-        self._queue: Any = context.Queue(maxsize=64)
-        self._process = context.Process(target=_work, args=(make_pipeline, position, lanes, self._queue), daemon=True)
-        self._process.start()
-        self._rows: list[Row] = []
-
-    def next_row(self, stopping: threading.Event) -> Row:
-        while not self._rows:
-            try:
-                item = self._queue.get(timeout=0.5)
-            except queue.Empty:
-                if stopping.is_set():
-                    raise _Stopped from None
-                if not self._process.is_alive():
-                    raise RuntimeError(f"a data worker died (exit code {self._process.exitcode}); out of memory?") from None
-                continue
-            if isinstance(item, BaseException):
-                raise item
-            self._rows = item[::-1]
-        return self._rows.pop()
-
-    def close(self) -> None:
-        self._process.terminate()
-        self._process.join()
-        self._queue.cancel_join_thread()
-
-
-class _Stopped(Exception):
-    """The reader was closed while it waited for a worker."""
-
-
-def _work(make_pipeline: Callable, position: Position, lanes: list[int], out: Any) -> None:
-    """The worker process: rows in messages of a few."""
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's business; it ends its workers itself
-    rows: list[Row] = []
-    try:
-        for row in make_pipeline(position, lanes):
-            rows.append(row)
-            if len(rows) >= ROWS_PER_MESSAGE:
-                out.put(rows)
-                rows = []
-    except SourceFailed as error:
-        out.put(rows) if rows else None
-        out.put(error)
-    except BaseException as error:
-        out.put(RuntimeError(f"a data worker failed: {type(error).__name__}: {error}"))
-    out.close()
-    out.join_thread()

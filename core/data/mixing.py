@@ -2,18 +2,23 @@
 
 In:    opened sources
 Out:   Draw(index, source, document), index 0, 1, 2 ... : the same on every rank and worker
-State: `snapshot()`: the next index and each source's cursor, as JSON; draws themselves are counter-based and keep none
+State: `snapshot()`: the next index, each source's cursor and what was drawn of it, as JSON; draws are counter-based: they
+       keep no state of their own
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
 from core.data.documents import Document, DocumentStream, Source
 from core.errors import SourceUnavailable
+from core.preset import RUN_TOKENS
 from core.randomness import derive_seed, uniform
+from core.schedules import Schedule, peak, value_at
 
 NEVER = 1 << 62
+USUAL_RATE = 0.25
+"""Tokens per character, where nobody has measured them."""
 
 
 class SourceFailed(Exception):
@@ -34,6 +39,7 @@ class Draw:
     index: int
     source: int
     document: Document | None
+    opens_epoch: bool = False  # whether an epoch of its source begins with it
 
 
 @dataclass(frozen=True)
@@ -41,17 +47,24 @@ class MixSettings:
     """How draws are shared out among the sources."""
 
     strategy: str  # "round_robin", "sequential" or "weighted"
-    weights: tuple[float, ...]  # one per source (weighted)
+    weights: tuple[Schedule, ...]  # one per source (weighted), over the fraction of the horizon that has been drawn
     seed: int
     max_epochs: int | None = None
+    unit: str = "documents"  # what weights are shares of: "documents" or "tokens"
+    horizon_tokens: int = RUN_TOKENS
+    rates: tuple[float, ...] = ()  # tokens per character of each source: what counts how far the horizon has been drawn
 
 
 class Mixer:
     """Iterates over the global order from a snapshot on.
 
-    wanted  (source name, document) -> whether it may be drawn; what is not wanted is passed over and takes no draw
-    drops   {source name: index} sources that failed: they take no draw from that index on, and turns of theirs before it
-            that can no longer be read are lost
+    wanted    (source name, document) -> whether it may be drawn; what is not wanted is passed over and takes no draw
+    drops     {source name: index} sources that failed: they take no draw from that index on, and turns of theirs before it
+              that can no longer be read are lost
+    renewals  draws at which a new horizon begins
+
+    A reader tokenizes its own lanes' documents only, so how many tokens have been drawn is estimated from their characters,
+    which every reader sees alike.
     """
 
     def __init__(
@@ -61,6 +74,7 @@ class Mixer:
         wanted: Callable[[str, Document], bool],
         drops: dict[str, int],
         snapshot: dict[str, Any] | None = None,
+        renewals: Collection[int] = (),
     ):
         snapshot = snapshot or {}
         self.sources, self.settings, self._wanted = sources, settings, wanted
@@ -69,10 +83,18 @@ class Mixer:
         self._parked = {k: v for k, v in snapshot.get("cursors", {}).items() if k not in self._cursors}  # sources not in this mix
         self._ended: set[str] = set(snapshot.get("ended", []))
         self._current: int = snapshot.get("current", 0)  # the source being read through (sequential)
+        self._drawn: list[list[int]] = [list(snapshot.get("drawn", {}).get(s.name, (0, 0))) for s in sources]  # documents, tokens
+        self._origin: int = snapshot.get("origin", 0)  # tokens drawn before this horizon
+        self._renewals = frozenset(renewals)
         self._drop_at = [drops.get(s.name, NEVER) for s in sources]
         self._streams: dict[int, DocumentStream] = {}
+        self._fresh: set[int] = set()  # sources of which this epoch has not given a document yet
         self._dead: set[int] = set()  # dropped sources found unreadable: not tried (with all their retries) at every turn
         self._seed = derive_seed(settings.seed, "mix")
+        self._rates = settings.rates or (USUAL_RATE,) * len(sources)
+        self._levels = list(settings.weights) if settings.strategy == "weighted" else []
+        self._fixed = all(isinstance(weight, int | float) for weight in self._levels)
+        self._shares = [float(peak(weight)) for weight in self._levels]  # now; a schedule's are set at every draw
 
     def snapshot(self) -> dict[str, Any]:
         """Everything needed to go on from the next draw."""
@@ -84,13 +106,18 @@ class Mixer:
             "cursors": {**self._parked, **cursors},
             "current": self._current,
             "ended": sorted(self._ended),
+            "drawn": {s.name: list(drawn) for s, drawn in zip(self.sources, self._drawn)},
+            "origin": self._origin,
         }
 
     def __iter__(self) -> "Mixer":
         return self
 
     def __next__(self) -> Draw:
+        if self.index in self._renewals:
+            self._origin = sum(tokens for _, tokens in self._drawn)
         while (choice := self._choose()) is not None:
+            opens = False
             try:
                 document = self._read(choice) if choice not in self._dead else None
             except SourceUnavailable as error:
@@ -101,28 +128,57 @@ class Mixer:
             else:
                 if document is None and choice not in self._dead:  # the source has just ended: this draw is another source's
                     continue
+                opens = choice in self._fresh
+                self._fresh.discard(choice)
             self.index += 1
-            return Draw(self.index - 1, choice, document)
+            if document is not None:
+                self._count(choice, document)
+            return Draw(self.index - 1, choice, document, opens and document is not None)
         raise StopIteration
+
+    def _count(self, choice: int, document: Document) -> None:
+        encoded = document.encoded
+        characters = len(document.text) if encoded is None else encoded.size
+        content = len(encoded.ids) if encoded is not None and not characters else round(characters * self._rates[choice])
+        self._drawn[choice][0] += 1
+        self._drawn[choice][1] += content + 1
 
     def _choose(self) -> int | None:
         """Which source the draw `self.index` belongs to; None when nothing is left."""
         active = [i for i, s in enumerate(self.sources) if self.index < self._drop_at[i] and s.name not in self._ended]
         if self.settings.strategy == "weighted":
-            active = [i for i in active if self.settings.weights[i] > 0]
+            active = [i for i in active if peak(self._levels[i]) > 0]
         if not active:
             return None
         if self.settings.strategy == "sequential":
             return next((i for i in active if i >= self._current), active[0])
         if self.settings.strategy == "round_robin":
             return active[self.index % len(active)]
-        total = sum(self.settings.weights[i] for i in active)
-        point = uniform(self._seed, self.index) * total
-        for i in active:
-            point -= self.settings.weights[i]
+        shares = self._shares_now(active)
+        point = uniform(self._seed, self.index) * sum(shares)
+        for i, share in zip(active, shares):
+            point -= share
             if point < 0:
                 return i
         return active[-1]
+
+    def _shares_now(self, active: list[int]) -> list[float]:
+        """Of this draw, for each active source: not all zero."""
+        if not self._fixed:
+            drawn = sum(tokens for _, tokens in self._drawn) - self._origin
+            progress = min(drawn / max(self.settings.horizon_tokens, 1), 1.0)
+            self._shares = [value_at(level, progress) for level in self._levels]
+        shares = [self._shares[i] for i in active]
+        if self.settings.unit == "tokens":  # a source of long documents is drawn less often
+            shares = [share / self._mean_tokens(i) for i, share in zip(active, shares)]
+        return shares if sum(shares) > 0 else [1.0] * len(active)  # those with a share just now may all have been dropped
+
+    def _mean_tokens(self, choice: int) -> float:
+        documents, tokens = self._drawn[choice]
+        if documents:
+            return tokens / documents
+        everything = [sum(column) for column in zip(*self._drawn)]
+        return everything[1] / everything[0] if everything[0] else 1.0
 
     def _read(self, choice: int) -> Document | None:
         """The next document of a source, going on into its next epoch; None when it has ended for good."""
@@ -133,6 +189,8 @@ class Mixer:
                 cursor = self._cursors[name]
                 fresh = set(cursor) <= {"epoch"}
                 self._streams[choice] = self.sources[choice].stream(cursor)
+                if is_beginning(cursor):
+                    self._fresh.add(choice)
             self._current = choice
             for document in self._streams[choice]:
                 if self._wanted(name, document):
@@ -148,3 +206,8 @@ class Mixer:
             if self.settings.strategy == "sequential":  # its turn is over: the next source, or around again
                 self._current = choice + 1
                 return None
+
+
+def is_beginning(cursor: dict[str, Any]) -> bool:
+    """Whether a cursor stands before the first document of its epoch."""
+    return not any(value for key, value in cursor.items() if key != "epoch")

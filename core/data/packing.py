@@ -2,19 +2,56 @@
 
 In:    documents as (inputs, labels), in their lane's order
 Out:   Row: arrays of T positions; attention and positions stay inside each document
-State: (document index, positions of it already used): a resumed lane goes on in mid-document
+State: Place: which documents are still to be used, and from which position on
 
-    documents  end to end; one that reaches the row's end goes on in the next row:   |aaaab|bbbcc|cccdd|
-    padding    one piece of one document a row, the rest padded:                     |aaaa.|bbbb.|ccccc|
+    documents  end to end; one that reaches the row's end goes on in the next row:     |aaaab|bbbcc|cccdd|
+    best_fit   whole, unless longer than a row; those are cut where they fill one:     |aaaaa|abbbb|ccdd.|
+    padding    one piece of one document a row, the rest padded:                       |aaaa.|bbbb.|ccccc|
 """
 
+from bisect import bisect_right, insort
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-IGNORE_INDEX = -100  # the same number as core.contracts.IGNORE_INDEX; this floor of data workers must not import torch
+from core.data.objectives import IGNORE_INDEX
+
+POOL_ROWS = 8
+"""Rows' worth of documents that best_fit chooses from: beyond this the rows get hardly fuller (docs/LOG.md)."""
+
+
+SHORTEST_PIECE = 32
+"""What may be cut anyway fills a row's rest where that is at least a 32nd of the row: shorter pieces teach little."""
+
+
+class Place(NamedTuple):
+    """Where a lane stands: all documents before `next` are used up but those waiting, which go on at a position."""
+
+    next: int = 0
+    waiting: tuple[tuple[int, int], ...] = ()  # (document index, first unused position)
+
+    @property
+    def oldest(self) -> int:
+        """The first document that is still needed."""
+        return self.waiting[0][0] if self.waiting else self.next
+
+    @classmethod
+    def of(cls, saved: Any) -> "Place":
+        """From JSON."""
+        return cls(saved[0], tuple((index, start) for index, start in saved[1]))
+
+
+class Piece(NamedTuple):
+    """What a row holds of a document."""
+
+    index: int  # of the draw
+    source: int
+    digest: int
+    start: int  # positions of the document before this piece
+    length: int
+    opens_epoch: bool  # whether an epoch of its source begins with this document
 
 
 @dataclass(slots=True)
@@ -27,39 +64,55 @@ class Row:
     position_ids: np.ndarray  # (T,) int32
     document_ids: np.ndarray  # (T,) int32: 0, 1, ... inside the row; padding is a document of its own
     source_ids: np.ndarray  # (T,) int32: -1 on padding
-    after: tuple[int, int]  # the lane's next (document index, position in it)
-    documents: list[int]  # indices of the documents in it
+    after: Place
+    pieces: list[Piece]
     snapshots: list[dict[str, Any]] = field(default_factory=list)  # of the mixer, taken since the row before
 
 
-class Packer:
-    """One lane's documents on their way into rows."""
+@dataclass(slots=True)
+class _Item:
+    """A document on its way into rows."""
 
-    def __init__(self, lane: int, seq_length: int, pad_id: int, packing: str, after: tuple[int, int] = (0, 0)):
+    index: int
+    source: int
+    digest: int
+    opens_epoch: bool
+    inputs: np.ndarray
+    labels: np.ndarray
+    start: int = 0
+
+    @property
+    def left(self) -> int:
+        return len(self.inputs) - self.start
+
+
+class Packer:
+    """One lane's documents on their way into rows, end to end."""
+
+    def __init__(self, lane: int, seq_length: int, pad_id: int, place: Place):
         self.lane, self.seq_length, self.pad_id = lane, seq_length, pad_id
-        self.one_piece = packing == "padding"
-        self.after = after
-        self._waiting: deque[tuple[int, int, np.ndarray, np.ndarray]] = deque()  # index, source, inputs, labels
-        self._positions = 0  # in `_waiting`, not yet used
+        self._next = place.next
+        self._resumed = dict(place.waiting)  # documents in use, not yet read again
+        self._items: deque[_Item] = deque()
+        self._positions = 0  # unused ones in `_items`
 
     def wants(self, index: int) -> bool:
         """Whether a document lies ahead of this lane's place."""
-        return index >= self.after[0]
+        return index >= self._next or index in self._resumed
 
-    def add(self, index: int, source: int, inputs: np.ndarray, labels: np.ndarray) -> None:
-        self._waiting.append((index, source, inputs, labels))
-        used = self.after[1] if index == self.after[0] else 0
-        self._positions += len(inputs) - used
-        if not self._waiting_starts_here():
-            self.after = (self._waiting[0][0], 0)
+    def add(self, index: int, source: int, digest: int, opens_epoch: bool, inputs: np.ndarray, labels: np.ndarray) -> None:
+        item = _Item(index, source, digest, opens_epoch, inputs, labels, self._resumed.pop(index, 0))
+        self._items.append(item)
+        self._positions += item.left
 
-    def _waiting_starts_here(self) -> bool:
-        return self._waiting[0][0] == self.after[0]
+    def lose(self, index: int) -> None:
+        """A document in use can no longer be read: nothing of it comes."""
+        self._resumed.pop(index, None)
 
     @property
     def ready(self) -> bool:
-        """Whether a full row can be made."""
-        return bool(self._waiting) if self.one_piece else self._positions >= self.seq_length
+        """Whether the next row can be made."""
+        return self._positions >= self.seq_length
 
     def row(self) -> Row:
         """The next row; short of documents, the rest of it is padding (the end of the data)."""
@@ -69,31 +122,109 @@ class Packer:
         position_ids = np.zeros(T, dtype=np.int32)
         document_ids = np.zeros(T, dtype=np.int32)
         source_ids = np.full(T, -1, dtype=np.int32)
-        filled, documents = 0, []
-        while filled < T and self._waiting:
-            index, source, inputs, targets = self._waiting[0]
-            start = self.after[1]
-            stop = min(start + T - filled, len(inputs))
+        filled = 0
+        pieces: list[Piece] = []
+        while filled < T and (item := self._take(T - filled)) is not None:
+            start, stop = item.start, min(item.start + T - filled, len(item.inputs))
             end = filled + stop - start
-            input_ids[filled:end] = inputs[start:stop]
-            labels[filled:end] = targets[start:stop]
+            input_ids[filled:end] = item.inputs[start:stop]
+            labels[filled:end] = item.labels[start:stop]
             position_ids[filled:end] = np.arange(stop - start)
-            document_ids[filled:end] = len(documents)
-            source_ids[filled:end] = source
-            self._positions -= stop - start
-            documents.append(index)
+            document_ids[filled:end] = len(pieces)
+            source_ids[filled:end] = item.source
+            pieces.append(Piece(item.index, item.source, item.digest, start, stop - start, item.opens_epoch and start == 0))
+            self._used(item, stop)
             filled = end
-            self._advance(index, stop, len(inputs))
-            if self.one_piece:
-                break
         if filled < T:
             position_ids[filled:] = np.arange(T - filled)
-            document_ids[filled:] = len(documents)
-        return Row(self.lane, input_ids, labels, position_ids, document_ids, source_ids, self.after, documents)
+            document_ids[filled:] = len(pieces)
+        return Row(self.lane, input_ids, labels, position_ids, document_ids, source_ids, self._place(), pieces)
 
-    def _advance(self, index: int, stop: int, length: int) -> None:
-        if stop < length:
-            self.after = (index, stop)
-            return
-        self._waiting.popleft()
-        self.after = (self._waiting[0][0], 0) if self._waiting else (index + 1, 0)
+    def _take(self, room: int) -> _Item | None:
+        """The document that the next `room` positions of the row begin with; None leaves them empty."""
+        return self._items[0] if self._items else None
+
+    def _used(self, item: _Item, stop: int) -> None:
+        """`item` is used up to position `stop`."""
+        self._positions -= stop - item.start
+        item.start = stop
+        self._next = item.index + 1
+        if item.left == 0:
+            self._items.popleft()
+
+    def _place(self) -> Place:
+        begun = self._items[0] if self._items and self._items[0].start > 0 else None
+        return Place(self._next, ((begun.index, begun.start),) if begun is not None else ())
+
+
+class OnePiece(Packer):
+    """One piece of one document a row."""
+
+    @property
+    def ready(self) -> bool:
+        return bool(self._items)
+
+    def _take(self, room: int) -> _Item | None:
+        return self._items[0] if self._items and room == self.seq_length else None
+
+
+class BestFit(Packer):
+    """Every row begins with the oldest document in a pool and is filled with the longest ones that still fit whole.
+
+    Where none does, a document that has to be cut anyway, being longer than a row, is cut there. Nothing waits for ever, as each
+    row takes the oldest. After best-fit packing (arXiv 2404.10830), on a stream.
+    """
+
+    def __init__(self, lane: int, seq_length: int, pad_id: int, place: Place):
+        super().__init__(lane, seq_length, pad_id, place)
+        self._pool: dict[int, _Item] = {}  # by index, oldest first
+        self._sizes: list[tuple[int, int]] = []  # (positions it would take whole, -index) of the pool, sorted
+        self._pooled = 0  # unused positions in the pool
+
+    @property
+    def ready(self) -> bool:
+        self._admit()
+        return not self._resumed and self._pooled >= POOL_ROWS * self.seq_length
+
+    def row(self) -> Row:
+        self._admit()
+        return super().row()
+
+    def _admit(self) -> None:
+        """Fill the pool, no further than it needs: what it holds must follow from the lane's place alone."""
+        while self._items and (self._items[0].index < self._next or self._pooled < POOL_ROWS * self.seq_length):
+            item = self._items.popleft()
+            self._next = max(self._next, item.index + 1)
+            self._pool[item.index] = item
+            self._pooled += item.left
+            insort(self._sizes, (self._size(item), -item.index))
+
+    def _size(self, item: _Item) -> int:
+        return min(item.left, self.seq_length + 1)  # one more than a row: it has to be cut
+
+    def _take(self, room: int) -> _Item | None:
+        if not self._pool:
+            return None
+        if room == self.seq_length:
+            return next(iter(self._pool.values()))
+        fitting = bisect_right(self._sizes, (room, 0))  # -index is never above 0
+        if fitting:
+            return self._pool[-self._sizes[fitting - 1][1]]
+        longest = self._pool[-self._sizes[-1][1]]  # the oldest of those longer than a row, if there are any
+        return longest if longest.left > self.seq_length and room * SHORTEST_PIECE >= self.seq_length else None
+
+    def _used(self, item: _Item, stop: int) -> None:
+        del self._sizes[bisect_right(self._sizes, (self._size(item), -item.index)) - 1]
+        self._pooled -= stop - item.start
+        self._positions -= stop - item.start
+        item.start = stop
+        if item.left == 0:
+            del self._pool[item.index]
+        else:
+            insort(self._sizes, (self._size(item), -item.index))
+
+    def _place(self) -> Place:
+        return Place(self._next, tuple((item.index, item.start) for item in self._pool.values()))
+
+
+PACKERS = {"documents": Packer, "best_fit": BestFit, "padding": OnePiece}

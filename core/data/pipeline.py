@@ -15,16 +15,17 @@ State: carried by the rows: each says where its lane stands after it, and brings
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any
 
-from core.data.documents import Source
+from core.data.documents import Document, Source
+from core.data.encoding import encode
 from core.data.mixing import Draw, Mixer, MixSettings
 from core.data.objectives import next_token
-from core.data.packing import Packer, Row
+from core.data.packing import PACKERS, Packer, Place, Row
 from core.data.tokenizer import Tokenizer
 from core.data.validation import HoldOut, may_train
+from core.errors import SourceUnavailable
 from core.randomness import derive_seed
 
 SNAPSHOT_EVERY = 256  # draws; a resume re-reads at most so many documents (and tokenizes none of them twice)
@@ -38,7 +39,7 @@ class PipelineSettings:
     mix: MixSettings
     lanes: int
     seq_length: int
-    packing: str  # "documents" or "padding"
+    packing: str  # a key of PACKERS
     min_text_length: int
 
 
@@ -46,10 +47,16 @@ class PipelineSettings:
 class Position:
     """Where a run stands in its data: JSON, the same on any number of ranks once merged."""
 
-    rows: int  # global rows consumed
-    lanes: dict[int, tuple[int, int]]  # lane -> (document index, position in it)
-    snapshot: dict[str, Any] | None  # the mixer, at an index no lane has yet to read before
-    drops: dict[str, int]  # failed sources, and from which draw on they are gone
+    rows: int = 0  # global rows consumed
+    lanes: dict[int, Place] = field(default_factory=dict)
+    snapshot: dict[str, Any] | None = None  # the mixer, at an index no lane has yet to read before
+    drops: dict[str, int] = field(default_factory=dict)  # failed sources, and from which draw on they are gone
+    renewals: list[int] = field(default_factory=list)  # draws at which the schedules of the weights begin anew
+    receipts: dict[int, str] = field(default_factory=dict)  # lane -> hash chain of all the pieces it has consumed
+
+    def first_unused(self) -> int:
+        """The first draw of which no lane known here has used anything."""
+        return max((place.next for place in self.lanes.values()), default=0)
 
 
 class Dealer:
@@ -91,12 +98,12 @@ class Pipeline:
         self.settings, self.tokenizer = settings, tokenizer
         self.lanes = lanes
         self._next_row = position.rows
-        wanted = partial(may_train, hold_out, settings.min_text_length)
-        self._mixer = Mixer(sources, settings.mix, wanted, position.drops, position.snapshot)
+        self._hold_out = hold_out
+        self._mixer = Mixer(sources, settings.mix, self._wanted, position.drops, position.snapshot, position.renewals)
         self._dealer = Dealer(settings.lanes, settings.mix.seed)
-        self._packers = {
-            lane: Packer(lane, settings.seq_length, tokenizer.eos_id, settings.packing, position.lanes.get(lane, (0, 0)))
-            for lane in lanes
+        pack = PACKERS[settings.packing]
+        self._packers: dict[int, Packer] = {
+            lane: pack(lane, settings.seq_length, tokenizer.eos_id, position.lanes.get(lane, Place())) for lane in lanes
         }
         self._snapshots: list[dict[str, Any]] = [self._mixer.snapshot()]
         self._ended = False
@@ -115,9 +122,18 @@ class Pipeline:
                 yield row
             n += 1
 
+    def _wanted(self, source: str, document: Document) -> bool:
+        ready = document.encoded
+        if ready is not None and len(ready.ids) and (largest := int(ready.ids.max())) >= self.tokenizer.vocab_size:
+            raise SourceUnavailable(
+                f"{document.key} holds token {largest}, beyond this preset's vocabulary of {self.tokenizer.vocab_size}: it was "
+                'made with another tokenizer; name that one in "tokenizer"'
+            )
+        return may_train(self._hold_out, self.settings.min_text_length, source, document)
+
     def _read_ahead(self) -> None:
         """Read, tokenize and hand out the next documents of own lanes."""
-        found: list[tuple[Packer, Draw]] = []
+        found: list[tuple[Packer, Draw, Document]] = []
         while len(found) < READ_AHEAD:
             draw = next(self._mixer, None)
             if draw is None:
@@ -126,8 +142,12 @@ class Pipeline:
             if self._mixer.index % SNAPSHOT_EVERY == 0:
                 self._snapshots.append(self._mixer.snapshot())
             packer = self._packers.get(self._dealer.lane(draw.index))
-            if packer is not None and draw.document is not None and packer.wants(draw.index):
-                found.append((packer, draw))
-        texts = [draw.document.text for _, draw in found if draw.document]
-        for (packer, draw), ids in zip(found, self.tokenizer.encode_batch(texts)):
-            packer.add(draw.index, draw.source, *next_token(ids, self.tokenizer.eos_id))
+            if packer is not None and packer.wants(draw.index):
+                if draw.document is None:
+                    packer.lose(draw.index)
+                else:
+                    found.append((packer, draw, draw.document))
+        encoded = encode(self.tokenizer, [document for _, _, document in found])
+        for (packer, draw, _), document in zip(found, encoded):
+            inputs, labels = next_token(document, self.tokenizer.eos_id)
+            packer.add(draw.index, draw.source, document.digest, draw.opens_epoch, inputs, labels)

@@ -8,8 +8,9 @@ State: none; both are functions of the sources' content and the preset
 from dataclasses import dataclass, field
 
 from core.data.documents import Document, Source, held_out_by_hash
+from core.data.encoding import encode
 from core.data.objectives import next_token
-from core.data.packing import Packer, Row
+from core.data.packing import Packer, Place, Row
 from core.data.tokenizer import Tokenizer
 from core.errors import SourceUnavailable
 
@@ -31,12 +32,12 @@ class HoldOut:
     def holds(self, source: str, document: Document) -> bool:
         if source in self.keys:
             return document.key in self.keys[source]
-        return held_out_by_hash(document.text, self.fraction)
+        return held_out_by_hash(document, self.fraction)
 
 
 def may_train(hold_out: HoldOut, min_text_length: int, source: str, document: Document) -> bool:
     """Whether a document is long enough, and not held out."""
-    return len(document.text) >= min_text_length and not hold_out.holds(source, document)
+    return not document.is_shorter_than(min_text_length) and not hold_out.holds(source, document)
 
 
 def plan_hold_out(sources: list[Source], fraction: float, min_text_length: int) -> HoldOut:
@@ -48,7 +49,7 @@ def plan_hold_out(sources: list[Source], fraction: float, min_text_length: int) 
         keys = []
         try:
             for document in source.stream({}):
-                if len(document.text) >= min_text_length:
+                if not document.is_shorter_than(min_text_length):
                     keys.append(document.key)
                 if len(keys) >= SMALL_CORPUS:
                     break
@@ -79,16 +80,17 @@ def validation_rows(
     rows: list[Row] = []
     for number, source in enumerate(sources):
         wanted = tokens // len(sources)
-        packer = Packer(number, seq_length, tokenizer.eos_id, "documents")
+        packer = Packer(number, seq_length, tokenizer.eos_id, Place())
         collected = 0
         try:
             for scanned, document in enumerate(source.stream({})):
                 if collected >= wanted or scanned >= SCAN_DOCUMENTS:
                     break
-                if len(document.text) < min_text_length or not hold_out.holds(source.name, document):
+                if document.is_shorter_than(min_text_length) or not hold_out.holds(source.name, document):
                     continue
-                inputs, labels = next_token(tokenizer.encode_batch([document.text])[0], tokenizer.eos_id)
-                packer.add(scanned, number, inputs, labels)
+                encoded = encode(tokenizer, [document])[0]
+                inputs, labels = next_token(encoded, tokenizer.eos_id)
+                packer.add(scanned, number, encoded.digest, False, inputs, labels)
                 collected += len(inputs)
         except SourceUnavailable:
             pass  # what was collected still measures; training reports the failure

@@ -67,12 +67,13 @@ def make_factory(
 
 
 def start() -> Position:
-    return Position(0, {}, None, {})
+    return Position()
 
 
 def resumed(state: dict, factory: PipelineFactory) -> Position:
     """The position of a saved state, by way of JSON as a checkpoint keeps it."""
-    position, notes = data_position(json.loads(json.dumps(state)), FINGERPRINT, [source.name for source in factory.sources or []])
+    contents = {source.name: "" for source in factory.sources or []}
+    position, notes = data_position(json.loads(json.dumps(state)), FINGERPRINT, contents)
     assert notes == []
     return position
 
@@ -81,10 +82,10 @@ def make_loader(
     factory: PipelineFactory, position: Position, rows: int = LANES, parallel: Any = None, workers: int = 0
 ) -> Loader:
     names = [section.name for section in factory.sections]
-    packed = factory.settings.packing == "documents"
+    packed = factory.settings.packing != "padding"
     lanes = factory.settings.lanes
     ranks = parallel or Single()
-    return Loader(factory, position, ranks, rows, names, lanes, packed, workers=workers, fingerprint=FINGERPRINT)
+    return Loader(factory, position, ranks, rows, names, lanes, packed, workers=workers, facts={"fingerprint": FINGERPRINT})
 
 
 def steps(loader: Loader, count: int | None = None) -> list[np.ndarray]:

@@ -1,12 +1,14 @@
 """Packing: no token is lost, every position has the right target, attention and positions stay inside each document."""
 
+import json
 import random
 
 import numpy as np
 import pytest
 
-from core.data.objectives import next_token
-from core.data.packing import IGNORE_INDEX, Packer, Row
+from core.data.documents import Encoded
+from core.data.objectives import IGNORE_INDEX, next_token
+from core.data.packing import PACKERS, Place, Row
 
 EOS, T = 99, 16
 
@@ -18,18 +20,30 @@ def random_documents(seed: int, count: int = 40) -> list[tuple[int, int, np.ndar
     return [(6 * i + 2, draw.randrange(3), np.array([draw.randrange(90) for _ in range(draw.randint(0, 50))])) for i in kept]
 
 
-def pack(documents: list[tuple[int, int, np.ndarray]], packing: str, after: tuple[int, int] = (0, 0)) -> list[Row]:
-    """All rows of some documents, from a place on, the last one padded."""
-    packer = Packer(2, T, EOS, packing, after)
+def framed(ids: list[int] | np.ndarray, learned: list[bool] | None = None) -> tuple[np.ndarray, np.ndarray]:
+    mask = None if learned is None else np.array(learned)
+    return next_token(Encoded(np.array(ids, dtype=np.int32), mask, 0, 1), EOS)
+
+
+def pack(documents: list[tuple[int, int, np.ndarray]], packing: str, place: Place = Place(), ahead: int = 1) -> list[Row]:
+    """All rows of some documents, from a place on, the last ones padded. `ahead`: documents that arrive at once."""
+    packer = PACKERS[packing](2, T, EOS, place)
     rows = []
-    for index, source, ids in documents:
-        if packer.wants(index):
-            packer.add(index, source, *next_token(ids, EOS))
+    wanted = [document for document in documents if packer.wants(document[0])]
+    for begin in range(0, len(wanted), ahead):
+        for index, source, ids in wanted[begin : begin + ahead]:
+            packer.add(index, source, 1000 + index, index % 7 == 0, *framed(ids))
         while packer.ready:
             rows.append(packer.row())
-    while (row := packer.row()).documents:
+    while (row := packer.row()).pieces:
         rows.append(row)
     return rows
+
+
+def inside(row: Row) -> list[tuple[int, int]]:
+    """Where each document of a row begins and ends in it, padding last."""
+    edges = [0, *(np.flatnonzero(np.diff(row.document_ids)) + 1).tolist(), T]
+    return list(zip(edges, edges[1:]))
 
 
 def fields(row: Row) -> list[np.ndarray]:
@@ -38,40 +52,55 @@ def fields(row: Row) -> list[np.ndarray]:
 
 def test_next_token_frames_a_document() -> None:
     """The first token is predicted from the end-of-document token, which also closes the document."""
-    inputs, labels = next_token(np.array([5, 6, 7]), EOS)
+    inputs, labels = framed([5, 6, 7])
     assert inputs.tolist() == [EOS, 5, 6, 7] and labels.tolist() == [5, 6, 7, EOS]
-    inputs, labels = next_token(np.array([], dtype=np.int32), EOS)
+    inputs, labels = framed([])
     assert inputs.tolist() == [EOS] and labels.tolist() == [EOS]
 
 
-@pytest.mark.parametrize("packing", ["documents", "padding"])
+def test_only_what_is_learned_is_a_target() -> None:
+    """What a document says is not learned is read all the same; its end is no target either."""
+    inputs, labels = framed([5, 6, 7], [False, True, False])
+    assert inputs.tolist() == [EOS, 5, 6, 7] and labels.tolist() == [IGNORE_INDEX, 6, IGNORE_INDEX, IGNORE_INDEX]
+
+
+@pytest.mark.parametrize("packing", PACKERS)
 @pytest.mark.parametrize("seed", range(8))
 def test_no_token_is_lost_and_every_target_is_right(packing: str, seed: int) -> None:
-    """All rows read one after the other are all documents, framed, in order: each position with the token that follows."""
+    """The pieces of a document put together are the document, framed: each position with the token that follows."""
     documents = random_documents(seed)
     rows = pack(documents, packing)
-    real = [row.source_ids >= 0 for row in rows]
-    inputs = np.concatenate([row.input_ids[r] for row, r in zip(rows, real)])
-    labels = np.concatenate([row.labels[r] for row, r in zip(rows, real)])
-    sources = np.concatenate([row.source_ids[r] for row, r in zip(rows, real)])
-    framed = [np.concatenate([[EOS], ids, [EOS]]) for _, _, ids in documents]
-    assert inputs.tolist() == np.concatenate([f[:-1] for f in framed]).tolist()
-    assert labels.tolist() == np.concatenate([f[1:] for f in framed]).tolist()
-    assert sources.tolist() == [source for _, source, ids in documents for _ in range(len(ids) + 1)]
-    assert [i for row in rows for i in row.documents if i not in {d[0] for d in documents}] == []
+    found: dict[int, list[tuple[int, list, list, set]]] = {}
+    for row in rows:
+        for piece, (a, b) in zip(row.pieces, inside(row)):
+            assert piece.length == b - a and piece.digest == 1000 + piece.index
+            assert piece.opens_epoch == (piece.index % 7 == 0 and piece.start == 0)
+            sources = set(row.source_ids[a:b].tolist())
+            found.setdefault(piece.index, []).append(
+                (piece.start, row.input_ids[a:b].tolist(), row.labels[a:b].tolist(), sources)
+            )
+    assert set(found) == {index for index, _, _ in documents}
+    for index, source, ids in documents:
+        pieces = sorted(found[index], key=lambda piece: piece[0])
+        assert [piece[0] for piece in pieces] == [0, *np.cumsum([len(piece[1]) for piece in pieces])[:-1]]
+        assert [token for piece in pieces for token in piece[1]] == [EOS, *ids.tolist()]
+        assert [token for piece in pieces for token in piece[2]] == [*ids.tolist(), EOS]
+        assert all(piece[3] == {source} for piece in pieces)
     if packing == "documents":
-        assert all(r.all() for r in real[:-1]), "only the very last row may have padding"
+        assert [piece.index for row in rows for piece in row.pieces] == sorted(
+            piece.index for row in rows for piece in row.pieces
+        )
+        assert all((row.source_ids >= 0).all() for row in rows[:-1]), "only the very last row may have padding"
 
 
-@pytest.mark.parametrize("packing", ["documents", "padding"])
+@pytest.mark.parametrize("packing", PACKERS)
 @pytest.mark.parametrize("seed", range(8))
 def test_attention_and_positions_stay_inside_each_document(packing: str, seed: int) -> None:
     """document_ids change exactly where a document does, positions count from 0 there, padding is a document of its own."""
     for row in pack(random_documents(seed), packing):
-        edges = [0, *(np.flatnonzero(np.diff(row.document_ids)) + 1).tolist(), T]
-        stretches = list(zip(edges, edges[1:]))
+        stretches = inside(row)
         padded = bool((row.source_ids < 0).any())
-        assert len(stretches) == len(row.documents) + padded
+        assert len(stretches) == len(row.pieces) + padded
         assert row.document_ids[[a for a, _ in stretches]].tolist() == list(range(len(stretches)))
         for number, (a, b) in enumerate(stretches):
             assert row.position_ids[a:b].tolist() == list(range(b - a))
@@ -81,28 +110,64 @@ def test_attention_and_positions_stay_inside_each_document(packing: str, seed: i
             # inside a document the target of one position is the input of the next
             assert is_padding or row.labels[a : b - 1].tolist() == row.input_ids[a + 1 : b].tolist()
         if packing == "padding":
-            assert len(row.documents) == 1
+            assert len(row.pieces) == 1
 
 
-@pytest.mark.parametrize("packing", ["documents", "padding"])
+@pytest.mark.parametrize("packing", PACKERS)
 @pytest.mark.parametrize("seed", range(4))
 def test_a_lane_goes_on_from_any_row(packing: str, seed: int) -> None:
     """`after` is all that is needed: the documents read again from any earlier place give the same rows."""
     documents = random_documents(seed)
     rows = pack(documents, packing)
     for done, row in enumerate(rows):
-        again = pack(documents, packing, row.after)
+        again = pack(documents, packing, Place.of(json.loads(json.dumps(row.after))), ahead=1 + done % 5)
         assert len(again) == len(rows) - done - 1
         for one, other in zip(rows[done + 1 :], again):
             assert all(np.array_equal(a, b) for a, b in zip(fields(one), fields(other)))
-            assert (one.after, one.documents) == (other.after, other.documents)
+            assert (one.after, one.pieces) == (other.after, other.pieces)
 
 
-def test_a_document_that_cannot_be_read_again_costs_only_itself() -> None:
+@pytest.mark.parametrize("packing", PACKERS)
+def test_how_many_documents_arrive_at_once_changes_nothing(packing: str) -> None:
+    documents = random_documents(3)
+    one, other = pack(documents, packing), pack(documents, packing, ahead=11)
+    assert [row.pieces for row in one] == [row.pieces for row in other] and [r.after for r in one] == [r.after for r in other]
+
+
+def test_best_fit_cuts_only_what_is_longer_than_a_row() -> None:
+    """Every other document is in one row, whole."""
+    documents = random_documents(5, 400)
+    lengths = {index: len(ids) + 1 for index, _, ids in documents}
+    rows = pack(documents, "best_fit")
+    for piece in (piece for row in rows for piece in row.pieces):
+        assert lengths[piece.index] > T or (piece.start, piece.length) == (0, lengths[piece.index])
+
+
+@pytest.mark.parametrize("row_length", [256, 1024, 2048])
+def test_best_fit_leaves_little_padding(row_length: int) -> None:
+    """Mixed lengths, some much shorter and some longer than a row; the end of the data is not counted."""
+    draw = random.Random(row_length)
+    packer = PACKERS["best_fit"](0, row_length, EOS, Place())
+    real = []
+    for index in range(3000):
+        packer.add(index, 0, 0, False, *framed(np.full(int(min(40 * 512, draw.lognormvariate(5.5, 1.0))), 5)))
+        while packer.ready:
+            real.append((packer.row().source_ids >= 0).mean())
+    assert len(real) > 200 and np.mean(real) > 0.99
+
+
+@pytest.mark.parametrize("packing", PACKERS)
+def test_a_document_that_cannot_be_read_again_costs_only_itself(packing: str) -> None:
     """A lane in mid-document, whose source was then dropped, goes on with the next document from its beginning."""
     documents = [(2, 0, np.arange(40)), (8, 1, np.arange(10)), (14, 1, np.arange(30))]
-    rows = pack(documents, "documents")
-    assert rows[0].after == (2, 16)
-    again = pack(documents[1:], "documents", rows[0].after)
-    labels = np.concatenate([row.labels[row.source_ids >= 0] for row in again])
-    assert labels.tolist() == [*range(10), EOS, *range(30), EOS]
+    rows = pack(documents, packing)
+    assert rows[0].after.oldest == 2 and rows[0].after.waiting[0] == (2, 16)
+    packer = PACKERS[packing](2, T, EOS, rows[0].after)
+    packer.lose(2)
+    again = []
+    for index, source, ids in documents[1:]:
+        packer.add(index, source, 0, False, *framed(ids))
+    while packer.ready or (again and again[-1].pieces) or not again:
+        again.append(packer.row())
+    learned = sorted(token for row in again for token in row.labels[row.source_ids >= 0].tolist())
+    assert learned == sorted([*range(10), EOS, *range(30), EOS])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from core.data import pipeline
-from core.data.documents import held_out_by_hash
+from core.data.documents import Document, held_out_by_hash
 from core.data.loader import Loader
 from core.data.mixing import Mixer, MixSettings
 from core.data.pipeline import share_of_lanes
@@ -96,7 +96,7 @@ def test_no_document_is_on_two_ranks(tmp_path: Path) -> None:
         for rank in range(world_size):
             lanes = share_of_lanes(LANES, world_size, rank)
             rows = iter(make_factory(tmp_path, sections)(start(), lanes))
-            seen.append({index for _ in range(60) for index in next(rows).documents})
+            seen.append({piece.index for _ in range(60) for piece in next(rows).pieces})
         assert all(len(documents) > 12 for documents in seen)
         assert not set.intersection(*seen) and len(set.union(*seen)) == sum(map(len, seen))
 
@@ -283,7 +283,7 @@ def test_held_out_documents_never_appear_in_training_rows(tmp_path: Path) -> Non
     rows = validation_rows(factory.sources, factory.hold_out, factory.tokenizer, SEQ_LENGTH, 10**9, 1)
     held = texts_of([np.stack([as_array(row)]) for row in rows], lanes=1)
     everything = text_lines(tmp_path, "a") + text_lines(tmp_path, "b")
-    assert set(held) == {text for text in everything if held_out_by_hash(text, 0.1)} and len(held) > 40
+    assert set(held) == {text for text in everything if held_out_by_hash(Document(text, ""), 0.1)} and len(held) > 40
     assert Counter(trained) == Counter(2 * [text for text in everything if text not in set(held)])
 
 
@@ -311,10 +311,10 @@ def test_a_single_document_is_trained_on(tmp_path: Path) -> None:
 def test_the_hash_never_changes() -> None:
     """A changed hash would put trained documents into validation: these stay as they are for ever."""
     texts = [f"document number {i}" for i in range(2000)]
-    held = [i for i, text in enumerate(texts) if held_out_by_hash(text, 0.01)]
+    held = [i for i, text in enumerate(texts) if held_out_by_hash(Document(text, ""), 0.01)]
     assert held == HELD_AT_ONE_PERCENT
-    assert set(held) < {i for i, text in enumerate(texts) if held_out_by_hash(text, 0.05)}
-    assert not any(held_out_by_hash(text, 0.0) for text in texts) and held_out_by_hash("\ud800 lone surrogate", 1.0)
+    assert set(held) < {i for i, text in enumerate(texts) if held_out_by_hash(Document(text, ""), 0.05)}
+    assert not any(held_out_by_hash(Document(text, ""), 0.0) for text in texts) and held_out_by_hash(Document("\ud800 lone surrogate", ""), 1.0)
 
 
 HELD_AT_ONE_PERCENT = [

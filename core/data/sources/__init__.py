@@ -7,21 +7,26 @@ State: none
 
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from core.data.documents import Source
+from core.data.sources.chat import ChatSettings, chat_source
 from core.data.sources.hf import HfSettings, HfSource
 from core.data.sources.pdf import PdfSettings, PdfSource
 from core.data.sources.text import PythonStdlibSettings, PythonStdlibSource, TextSettings, TextSource
+from core.data.sources.tokens import TokensSettings, TokensSource
 from core.errors import SourceUnavailable
 from core.preset import Settings
 
-SOURCES: dict[str, tuple[type[Settings], type]] = {
+SOURCES: dict[str, tuple[type[Settings], Callable[..., Source]]] = {
     "python_stdlib": (PythonStdlibSettings, PythonStdlibSource),
     "text": (TextSettings, TextSource),
     "pdf": (PdfSettings, PdfSource),
     "hf": (HfSettings, HfSource),
+    "chat": (ChatSettings, chat_source),
+    "tokens": (TokensSettings, TokensSource),
 }
 
 NAMED_SOURCES: dict[str, dict[str, Any]] = {

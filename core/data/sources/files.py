@@ -1,20 +1,20 @@
-"""What all local sources share: an ordered list of units (files, or stretches of long ones), an exact cursor, and notes.
+"""What all local sources share: shards that are files or stretches of long ones, and notes of what was passed over.
 
 In:    a subclass that lists its units and reads one of them from any position on
-Out:   a FileStream of documents: units in an order permuted by seed and epoch, documents in natural order inside a unit
-State: `{"epoch", "unit", "piece"}`: unit counts along the permuted order, piece is the reader's position inside the unit
+Out:   the shards of a ShardSource
+State: its cursor (shards.py); the list of files, looked up once
 """
 
+import hashlib
 import importlib
-import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core.data.documents import Cursor, Document
+from core.data.documents import Document
+from core.data.sources.shards import ShardSource
 from core.errors import SourceUnavailable
-from core.randomness import derive_seed
 
 SEGMENT_BYTES = 16 * 1024 * 1024
 """Long plain files are read in stretches of this size: bounds the memory, makes resuming quick and the order less uniform."""
@@ -71,13 +71,11 @@ def need(module: str, package: str) -> Any:
         raise SourceUnavailable(f"the package {package} is missing: pip install {package}") from None
 
 
-class FileSource:
+class FileSource(ShardSource):
     """Base of the local sources. A subclass gives `list_units` and `read`."""
 
-    finite = True
-
     def __init__(self, name: str, seed: int):
-        self.name, self.seed = name, seed
+        super().__init__(name, seed)
         self._units: list[Unit] | None = None
         self._skipped: dict[str, dict[str, None]] = {}  # kind -> labels, in the order found
         self._bad_rows: dict[str, int] = {}
@@ -95,16 +93,28 @@ class FileSource:
         self._units = None  # a second open looks again
         next(self.stream({}))
 
-    def stream(self, cursor: Cursor) -> "FileStream":
-        return FileStream(self, cursor)
-
-    def order(self, epoch: int) -> list[Unit]:
-        """The units in the order of one epoch: a pure function of seed, name and epoch."""
+    def shards(self) -> list[Unit]:
         if self._units is None:
             self._units = self.list_units()
-        units = list(self._units)
-        random.Random(derive_seed(self.seed, "order", self.name, epoch)).shuffle(units)
-        return units
+        return self._units
+
+    def contents(self) -> str:
+        return hashlib.blake2b("\n".join(unit.key for unit in self.shards()).encode(), digest_size=8).hexdigest()
+
+    def recover(self, unit: Unit, error: Exception, failures: int) -> bool:
+        """A file that cannot be read is left out and named, the others go on."""
+        if isinstance(error, OSError):
+            self.skip(unit, "missing" if isinstance(error, FileNotFoundError) else "unreadable")
+        elif isinstance(error, Damaged):
+            self.skip(unit, error.kind)
+        else:
+            raise error
+        return False
+
+    def nothing(self, order: list[Unit]) -> str:
+        told = "".join(f"; {note}" for note in self.notes)
+        count = "its only file" if len(order) == 1 else f"any of its {len(order)} files"
+        return f"no text in {count} ({order[0].label} ...){told}"
 
     @property
     def notes(self) -> list[str]:
@@ -125,45 +135,3 @@ class FileSource:
         """Later passes over the same file do not count twice; a resumed one may see only the rest of it."""
         if count > self._bad_rows.get(unit.key, 0):
             self._bad_rows[unit.key] = count
-
-
-class FileStream:
-    """One epoch of a FileSource from a cursor on. A cursor beyond a list of files that has shrunk ends the epoch."""
-
-    def __init__(self, source: FileSource, cursor: Cursor):
-        self._source = source
-        self._epoch: int = cursor.get("epoch", 0)
-        self._unit: int = cursor.get("unit", 0)
-        self._piece: int = cursor.get("piece", 0)
-        self._from_start = self._unit == 0 and self._piece == 0
-        self._order = source.order(self._epoch)
-        self._documents: Iterator[tuple[int, Document]] | None = None
-
-    def __iter__(self) -> "FileStream":
-        return self
-
-    def __next__(self) -> Document:
-        while self._unit < len(self._order):
-            unit = self._order[self._unit]
-            try:
-                if self._documents is None:
-                    self._documents = self._source.read(unit, self._piece)
-                self._piece, document = next(self._documents)
-            except StopIteration:
-                pass
-            except OSError as error:
-                self._source.skip(unit, "missing" if isinstance(error, FileNotFoundError) else "unreadable")
-            except Damaged as error:
-                self._source.skip(unit, error.kind)
-            else:
-                self._from_start = False
-                return document
-            self._unit, self._piece, self._documents = self._unit + 1, 0, None
-        if self._from_start:  # a whole epoch without a document: the next would be as empty, and the mix would spin
-            told = "".join(f"; {note}" for note in self._source.notes)
-            count = "its only file" if len(self._order) == 1 else f"any of its {len(self._order)} files"
-            raise SourceUnavailable(f"no text in {count} ({self._order[0].label} ...){told}")
-        raise StopIteration
-
-    def cursor(self) -> Cursor:
-        return {"epoch": self._epoch, "unit": self._unit, "piece": self._piece}

@@ -2,14 +2,13 @@
 
 In:    a repository (data files only: `datasets` runs no scripts), its config and split, and the columns that make the text
 Out:   one document per row: shards in an order permuted by seed and epoch, rows in order inside a shard
-State: `{"epoch", "shard", "row"}`: shard counts along the permuted order, row is how many rows of it are behind
+State: its cursor (shards.py); a position in a shard is how many rows of it are behind
 
 `datasets` finds the files and reads them, except Parquet: PyArrow reads that here, only the columns asked for and from any
 row group on. `datasets` would resume in a shard by downloading it again up to the row.
 """
 
 import os
-import random
 import string
 import time
 from collections.abc import Iterator
@@ -18,15 +17,17 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from core.data.documents import Cursor, Document
+from core.data.documents import Document
 from core.data.sources import hub
 from core.data.sources.files import need
+from core.data.sources.shards import ShardSource
 from core.data.sources.text import named_by
 from core.errors import SourceUnavailable
 from core.preset import Settings
-from core.randomness import derive_seed
 
 LOCAL_BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text", ".arrow": "arrow"}
+START_SECONDS = 8.0
+"""How long a Hub that answers, but with an error of its own, is asked again at the start of a run."""
 
 
 class HfSettings(Settings):
@@ -74,92 +75,134 @@ class HfSettings(Settings):
         return self.fields or [self.text_field or "text"]
 
 
-class HfSource:
+class HfSource(ShardSource):
     """One split of a dataset. Opening asks the Hub for its files; rows are fetched as they are read."""
 
+    column_hint = 'set "text_field" to one of them, or "fields" and "format"'
     tries = 5  # in a row without a document between them
     first_wait_seconds = 1.0  # doubles from try to try
+    patient = False  # whether opening waits for a Hub that is away; at the start of a run, a person waits for it to begin
 
-    def __init__(self, settings: HfSettings, root: Path, seed: int):
-        self.name, self.seed, self.notes = settings.name, seed, []
+    def __init__(self, settings: Any, root: Path, seed: int):
+        super().__init__(settings.name, seed)
         self.dataset, self.columns = settings.dataset, settings.columns
-        self._config, self._split, self._format = settings.config, settings.split, settings.format
+        self._settings = settings
         path = root / Path(settings.dataset).expanduser()
         local = path.exists() or settings.dataset.startswith(("./", "../", "/", "~"))
         self._path = path if local else None
         self.finite = local
         self._rows: Any = None  # the streaming dataset
-        self._files: list[str] | None = None  # of the shards, in their order, when all are Parquet
+        self._files: list[str] = []  # the data files; hf://... names the commit too
+        self._parquet = False  # whether they are all Parquet, one a shard
 
     def open(self) -> None:
         """Finds the files, checks the columns, and fetches a few bytes of data. Raises SourceUnavailable."""
-        self._rows, self._files = None, None
+        self._rows = None
         self._load()
 
-    def stream(self, cursor: Cursor) -> "HfStream":
+    def shards(self) -> list[int]:
         self._load()
-        return HfStream(self, cursor)
+        return list(range(self._rows.num_shards))
 
-    def order(self, epoch: int) -> list[int]:
-        """The shards in the order of one epoch."""
-        shards = list(range(self._rows.num_shards))
-        random.Random(derive_seed(self.seed, "order", self.name, epoch)).shuffle(shards)
-        return shards
+    def read(self, shard: int, start: int) -> Iterator[tuple[int, Document]]:
+        """Rows without text are passed over."""
+        rows = self._read_parquet(self._files[shard], start) if self._parquet else self._read_any(shard, start)
+        label = self._files[shard].rsplit("/", 1)[-1] if self._parquet else f"shard{shard}"
+        for row, values in enumerate(rows, start):
+            if (document := self.document(values, f"{label}#{row}")) is not None:
+                yield row + 1, document
 
-    def label(self, shard: int) -> str:
-        return self._files[shard].rsplit("/", 1)[-1] if self._files else f"shard{shard}"
+    def document(self, values: tuple, key: str) -> Document | None:
+        """One row, its values in the order of `columns`; None when it holds no text."""
+        if not all(isinstance(v, (str, int, float)) and str(v).strip() for v in values):
+            return None
+        form = self._settings.format
+        return Document(form.format(**dict(zip(self.columns, values))) if form else str(values[0]), key)
 
-    def read(self, shard: int, row: int) -> Iterator[str | None]:
-        """The texts of a shard's rows from `row` on; None for a row that has none."""
-        rows = self._read_parquet(self._files[shard], row) if self._files else self._read_any(shard, row)
-        for values in rows:
-            if not all(isinstance(v, (str, int, float)) and str(v).strip() for v in values):
-                yield None
-            else:
-                yield self._format.format(**dict(zip(self.columns, values))) if self._format else str(values[0])
+    def recover(self, shard: int, error: Exception, failures: int) -> bool:
+        """Wait, longer each time, and try again. HTTP, gzip and Arrow all have their own ways to say that the line broke."""
+        reason = hub.explain(error, self.dataset)
+        if hub.is_permanent(error):
+            raise SourceUnavailable(reason) from None
+        if failures >= self.tries:
+            raise SourceUnavailable(f"reading failed {failures} times in a row; {reason}") from None
+        time.sleep(max(hub.asked_to_wait(error), self._usual_wait(failures)))
+        return True
+
+    def _usual_wait(self, failures: int) -> float:
+        return self.first_wait_seconds * 2 ** (failures - 1)
+
+    def contents(self) -> str:
+        self._load()
+        return f"{len(self._files)} files, {self._rows.num_shards} shards"
+
+    def address(self, shard: int) -> str | None:
+        """Data files are named with their commit: their names stand for their content."""
+        if self._path is not None:
+            return None
+        files = [self._files[shard]] if self._parquet else [*self._files, str(shard)]
+        return "\n".join([type(self).__name__, self._settings.model_dump_json(exclude={"name"}), *files])
+
+    def seeks(self, shard: int) -> bool:
+        return self._parquet
+
+    def nothing(self, order: list[int]) -> str:
+        return f"no row of it holds text in {', '.join(self.columns)}"
 
     def _load(self) -> None:
         """The dataset, found once. Raises SourceUnavailable."""
-        if self._rows is not None:
-            return
+        failures, begun = 0, time.monotonic()
+        while self._rows is None:
+            try:
+                self._find()
+            except hub.HubTrouble as trouble:
+                failures += 1
+                wait = max(trouble.wait_seconds, self._usual_wait(failures))
+                soon = trouble.reachable and time.monotonic() - begun + wait < START_SECONDS
+                if failures >= self.tries or not (self.patient or soon):
+                    raise
+                time.sleep(wait)
+
+    def _find(self) -> None:
+        """Ask for the files, check the columns, fetch a few bytes."""
         if self._path is None:
             hub.check_reachable()
         datasets = hub.quiet_datasets()
         try:
             builder = datasets.load_dataset_builder(**self._where())
-            dataset = builder.as_streaming_dataset(split=self._split)
+            split = self._settings.split
+            dataset = builder.as_streaming_dataset(split=split)
             columns = dataset.column_names or list(next(dataset.iter(batch_size=1), {}))
-            files = list((builder.config.data_files or {}).get(self._split, []))
+            self._files = list((builder.config.data_files or {}).get(split, []))
             self._check_columns(columns)
-            if len(files) == dataset.num_shards and all(file.endswith(".parquet") for file in files):
-                self._files = files
-                self._touch(files[0])
+            self._parquet = len(self._files) == dataset.num_shards and all(f.endswith(".parquet") for f in self._files)
+            if self._parquet:
+                self._touch(self._files[0])
         except SourceUnavailable:
             raise
         except Exception as error:  # the library lets through whatever its HTTP, YAML and Arrow layers raise
-            raise SourceUnavailable(hub.explain(error, self.dataset)) from None
+            raise hub.trouble(error, self.dataset) from None
         self._rows = dataset.select_columns(self.columns)
 
     def _where(self) -> dict[str, Any]:
         """What `datasets` is asked for. Raises SourceUnavailable for a local path that is not there."""
         path = self._path
         if path is None:
-            return {"path": self.dataset, "name": self._config}
+            return {"path": self.dataset, "name": self._settings.config}
         if path.is_dir():
-            return {"path": str(path), "name": self._config}
+            return {"path": str(path), "name": self._settings.config}
         if not path.is_file():
             raise SourceUnavailable(f'{path} does not exist; correct the "dataset" of this source')
         kind = next((kind for suffix, kind in LOCAL_BUILDERS.items() if suffix in path.suffixes), None)
         if kind is None:
             known = " ".join(LOCAL_BUILDERS)
             raise SourceUnavailable(f"{path} is of no readable kind ({known})")
-        return {"path": kind, "data_files": {self._split: str(path)}}
+        return {"path": kind, "data_files": {self._settings.split: str(path)}}
 
     def _check_columns(self, there: list[str]) -> None:
         if missing := [column for column in self.columns if column not in there]:
             raise SourceUnavailable(
-                f'{self.dataset} has no column "{missing[0]}"; its columns are {", ".join(there)}: '
-                'set "text_field" to one of them, or "fields" and "format"'
+                f'{self.dataset} has no column "{missing[0]}"; its columns are {", ".join(there)}: {self.column_hint}'
             )
 
     def _touch(self, file: str) -> None:
@@ -188,56 +231,3 @@ class HfSource:
             columns = [batch[column] for column in self.columns]
             skipped, row = min(row, len(columns[0])), max(0, row - len(columns[0]))
             yield from zip(*(column[skipped:] for column in columns))
-
-
-class HfStream:
-    """One epoch from a cursor on. A failed read is tried again from the same row, with growing waits between."""
-
-    def __init__(self, source: HfSource, cursor: Cursor):
-        self._source = source
-        self._epoch: int = cursor.get("epoch", 0)
-        self._shard: int = cursor.get("shard", 0)
-        self._row: int = cursor.get("row", 0)
-        self._from_start = self._shard == 0 and self._row == 0
-        self._order = source.order(self._epoch)
-        self._texts: Iterator[str | None] | None = None
-        self._failures = 0
-
-    def __iter__(self) -> "HfStream":
-        return self
-
-    def __next__(self) -> Document:
-        while self._shard < len(self._order):
-            shard = self._order[self._shard]
-            try:
-                if self._texts is None:
-                    self._texts = self._source.read(shard, self._row)
-                for text in self._texts:
-                    self._row += 1
-                    self._failures = 0
-                    if text is not None:
-                        self._from_start = False
-                        return Document(text, f"{self._source.label(shard)}#{self._row - 1}")
-            except SourceUnavailable:
-                raise
-            except Exception as error:  # HTTP, gzip and Arrow all have their own ways to say that the line broke
-                self._texts = None
-                self._wait_after(error)
-                continue
-            self._shard, self._row, self._texts = self._shard + 1, 0, None
-        if self._from_start:  # as in files.py: the next epoch would be as empty
-            raise SourceUnavailable(f"no row of it holds text in {', '.join(self._source.columns)}")
-        raise StopIteration
-
-    def cursor(self) -> Cursor:
-        return {"epoch": self._epoch, "shard": self._shard, "row": self._row}
-
-    def _wait_after(self, error: Exception) -> None:
-        """Waits before the next try. Raises SourceUnavailable when there is none."""
-        self._failures += 1
-        reason = hub.explain(error, self._source.dataset)
-        if hub.is_permanent(error):
-            raise SourceUnavailable(f"{reason}") from None
-        if self._failures >= self._source.tries:
-            raise SourceUnavailable(f"reading failed {self._failures} times in a row; {reason}") from None
-        time.sleep(self._source.first_wait_seconds * 2 ** (self._failures - 1))

@@ -1,25 +1,41 @@
 """The Hugging Face Hub as the sources meet it: is it there, how a file of it is opened, and what an error of it means.
 
 In:    names, URLs and errors of `datasets` and `huggingface_hub`
-Out:   answers within seconds, and one-line reasons that say what to do
-State: `datasets` is made quiet and impatient, once per process
+Out:   answers within seconds, and one-line reasons that say what to do and never show a token
+State: both libraries are made quiet and impatient, once per process
 """
 
 import socket
-import ssl
+import threading
 import urllib.request
+from collections.abc import Iterator
 from typing import IO, Any
 from urllib.parse import urlsplit
 
 from core.data.sources.files import need
+from core.environment import redacted
 from core.errors import SourceUnavailable
 
 PROBE_SECONDS = 5.0
 """How long a connection may take before the Hub counts as out of reach."""
+SILENCE_SECONDS = 30.0
+"""How long the Hub may say nothing where huggingface_hub sets no limit. For data it does: 10 s, or HF_HUB_DOWNLOAD_TIMEOUT."""
+LONGEST_WAIT_SECONDS = 60.0
+"""A wait the Hub asks for is cut down to this; then it is asked again."""
+
+_once, _limited = threading.Lock(), False
+
+
+class HubTrouble(SourceUnavailable):
+    """The Hub cannot be had just now: trying again may help."""
+
+    def __init__(self, reason: str, reachable: bool, wait_seconds: float = 0.0):
+        self.reachable, self.wait_seconds = reachable, wait_seconds
+        super().__init__(reason)
 
 
 def check_reachable() -> None:
-    """Raises SourceUnavailable when no connection to the Hub (or to the proxy on the way) comes about.
+    """Raises HubTrouble when no connection to the Hub (or to the proxy on the way) comes about.
 
     The library itself retries a failed name look-up for half a minute; a machine without network has to learn it at once.
     """
@@ -30,9 +46,9 @@ def check_reachable() -> None:
     try:
         socket.create_connection((host, port), timeout=PROBE_SECONDS).close()
     except OSError as error:
-        raise SourceUnavailable(
-            f"cannot reach {way}: {error.strerror or error}; check the network, or use local sources"
-        ) from None
+        reason = f"cannot reach {way}: {error.strerror or error}; check the network, or use local sources"
+        raise HubTrouble(reason, reachable=False) from None
+    _limit_waiting()
 
 
 def _first_hop(endpoint: str) -> tuple[str, int, str]:
@@ -44,6 +60,39 @@ def _first_hop(endpoint: str) -> tuple[str, int, str]:
         hop = urlsplit(proxy if "//" in proxy else f"//{proxy}")
         return hop.hostname or host, hop.port or 80, f"the proxy {hop.hostname} before {host}"
     return host, url.port or (80 if url.scheme == "http" else 443), host
+
+
+def _limit_waiting() -> None:
+    """Of some questions huggingface_hub waits for an answer without end, and as long as the answer asks it to: it no longer does."""
+    global _limited
+    http = need("huggingface_hub.utils._http", "datasets")
+
+    def end_of_silence(request: Any) -> None:
+        asked = request.extensions.get("timeout") or {}
+        limits = {what: asked.get(what) for what in ("connect", "read", "write", "pool")}
+        request.extensions = {
+            **request.extensions,
+            "timeout": {what: SILENCE_SECONDS if limit is None else limit for what, limit in limits.items()},
+        }
+
+    def end_of_waiting(response: Any) -> None:
+        if _wait_of(response, http) > LONGEST_WAIT_SECONDS:
+            response.headers["Retry-After"] = f"{LONGEST_WAIT_SECONDS:.0f}"
+            response.headers.pop("RateLimit", None)
+
+    def client() -> Any:
+        made = http.default_client_factory()
+        hooks = made.event_hooks
+        made.event_hooks = {
+            "request": [*hooks.get("request", []), end_of_silence],
+            "response": [*hooks.get("response", []), end_of_waiting],
+        }
+        return made
+
+    with _once:  # sources open side by side, and setting it closes the connections of the others
+        if not _limited:
+            http.set_client_factory(client)
+            _limited = True
 
 
 def quiet_datasets() -> Any:
@@ -59,6 +108,7 @@ def quiet_datasets() -> Any:
     for what in ("READ", "OPEN", "READ_SERVER_UNAVAILABLE", "READ_RATE_LIMIT"):
         setattr(datasets.config, f"STREAMING_{what}_RETRY_INTERVAL", 0)
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # a call to a third host, three seconds long behind a firewall
+    _limit_waiting()
     return datasets
 
 
@@ -71,41 +121,131 @@ def open_file(url: str) -> IO[bytes]:
     return HfFileSystem().open(url, "rb")  # type: ignore[return-value]
 
 
+# what an error means -------------------------------------------------------------------------------------------------
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what caused it: `datasets` wraps what the Hub answered, sometimes "from None", in errors of its own."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        seen.append(error)
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _root(error: BaseException) -> BaseException:
+    """What the Hub answered, or how the line broke; the error itself when it tells of neither. The first one found decides:
+    what it happened after, such as a missing README, says nothing."""
+    chain = list(_chain(error))
+    told = (e for e in chain if getattr(e, "response", None) is not None or _is_a(e, "TransportError"))
+    return next(told, next((e for e in chain if _is_broken_line(e)), error))
+
+
+def _is_a(error: BaseException, *names: str) -> bool:
+    """By name: the HTTP library under huggingface_hub changes from version to version, the names of its errors do not."""
+    return any(cls.__name__ in names for cls in type(error).__mro__)
+
+
+def _is_broken_line(error: BaseException) -> bool:
+    return isinstance(error, ConnectionError | TimeoutError) or _is_a(error, "TransportError", "SSLError", "gaierror")
+
+
+def _status(error: BaseException) -> int:
+    """The HTTP status of the Hub's answer; 0 when there was none."""
+    return getattr(getattr(error, "response", None), "status_code", 0)
+
+
+def _is_refusal(root: BaseException) -> bool:
+    """Whether the Hub said no, and would say it again."""
+    missing = ("RepositoryNotFoundError", "RevisionNotFoundError", "RemoteEntryNotFoundError", "DatasetNotFoundError")
+    return _is_a(root, "GatedRepoError", "DisabledRepoError", *missing)
+
+
+def is_passing(error: Exception) -> bool:
+    """Whether trying again may help: a broken line, too many requests, trouble on the Hub's side."""
+    root = _root(error)
+    return not _is_refusal(root) and (_is_broken_line(root) or _status(root) in (408, 429) or _status(root) >= 500)
+
+
 def is_permanent(error: Exception) -> bool:
     """Whether trying again is useless. A bare 401 or 403 is not: storage behind the Hub answers so in passing, too."""
-    refusals = (
-        "GatedRepoError",
-        "RepositoryNotFoundError",
-        "RevisionNotFoundError",
-        "RemoteEntryNotFoundError",
-        "DisabledRepoError",
-    )
-    return type(error).__name__ in refusals or isinstance(error, (FileNotFoundError, PermissionError))
+    lost = isinstance(error, FileNotFoundError | PermissionError) and not is_passing(error)
+    return lost or _is_refusal(_root(error)) or "invalid credentials" in str(_root(error)).lower()
+
+
+def asked_to_wait(error: Exception) -> float:
+    """Seconds the Hub wants to be left alone for (HTTP 429 and 503 may say so), at most a minute; 0 when it says nothing."""
+    response = getattr(_root(error), "response", None)
+    wait = 0.0 if response is None else _wait_of(response, need("huggingface_hub.utils._http", "datasets"))
+    return min(wait, LONGEST_WAIT_SECONDS)
+
+
+def _wait_of(response: Any, http: Any) -> float:
+    """By one of two headers; `ratelimit` is the Hub's own, and tells how long until its window of minutes is over."""
+    if response.status_code not in (429, 503):
+        return 0.0
+    try:
+        seconds = float(response.headers.get("Retry-After") or 0.0)
+    except ValueError:  # a date
+        seconds = 0.0
+    window = getattr(http, "parse_ratelimit_headers", lambda headers: None)(response.headers)
+    return max(seconds, 0.0, float(window.reset_in_seconds) if window is not None and window.remaining == 0 else 0.0)
+
+
+def trouble(error: Exception, dataset: str) -> SourceUnavailable:
+    """The error as a source raises it."""
+    reason = explain(error, dataset)
+    return HubTrouble(reason, True, asked_to_wait(error)) if is_passing(error) else SourceUnavailable(reason)
 
 
 def explain(error: Exception, dataset: str) -> str:
     """One line: what went wrong with a dataset, and what to do."""
-    text = " ".join(str(error).split())
-    low = text.lower()
-    page = "the file" if dataset.startswith((".", "/", "~")) else f"https://huggingface.co/datasets/{dataset}"
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if "gated" in low:
-        return f"{dataset} is gated: ask for access at {page}, and set HF_TOKEN"
-    if "invalid credentials" in low:
-        return "the Hub refused HF_TOKEN; correct it or unset it"
-    if "doesn't exist on the hub" in low or type(error).__name__ == "RepositoryNotFoundError":
-        return f"{dataset} is not on the Hub, or is private; check the spelling, or set HF_TOKEN"
+    return redacted(_explain(error, dataset))
+
+
+def _explain(error: Exception, dataset: str) -> str:
+    root, text = _root(error), " ".join(str(error).split())
+    low, status = f"{text} {root}".lower(), _status(root)
+    local = dataset.startswith((".", "/", "~"))
+    endpoint = need("huggingface_hub.constants", "datasets").ENDPOINT.rstrip("/")
+    page = "the file" if local else f"{endpoint}/datasets/{dataset}"
+    token = need("huggingface_hub", "datasets").get_token() is not None
+    put = f"create a token with read access at {endpoint}/settings/tokens, {_where_to_put_it()}"
+    if "invalid credentials" in low or "invalid username or password" in low:
+        return (
+            f"the Hub refused your token (HTTP 401): it is mistyped, expired or revoked. Either {put}; or take HF_TOKEN away: "
+            "public datasets need none"
+        )
+    if _is_a(root, "GatedRepoError") or "gated dataset" in low:
+        if token:
+            return (
+                f"{dataset} is gated, and the account of your token has no access: open {page} in a browser, logged in as that "
+                "account, agree to the terms or ask for access, and start again once it is granted (a fine-grained token also "
+                'needs the permission "read access to gated repositories")'
+            )
+        return f"{dataset} is gated: open {page} in a browser, log in, agree to the terms or ask for access; then {put}"
+    if "doesn't exist on the hub" in low or _is_a(root, "RepositoryNotFoundError"):
+        private = "your token must have read access to it" if token else f"{put} (the token of an account that may read it)"
+        return f"{dataset} is not on the Hub, or is private; check the spelling at {page}; if it is private, {private}"
     if status in (401, 403):
-        return f"the Hub refused access to {dataset} (HTTP {status}): ask for it at {page}, and set HF_TOKEN"
+        return f"the Hub refused access to {dataset} (HTTP {status}): ask for it at {page}" + ("" if token else f"; then {put}")
     if ("builderconfig" in low and "not found" in low) or "config name is missing" in low:
         return f'{dataset} needs another "config": {_from_bracket(text)}'
     if "bad split" in low:
         return f'{dataset} has no such "split"; it has {_from_bracket(text)}'
     if "scripts are no longer supported" in low:
         return f"{dataset} is a loading script, which no version of datasets runs any more; choose a copy of it in Parquet"
-    if isinstance(error, (ConnectionError, TimeoutError, ssl.SSLError, socket.gaierror)):
+    if status == 429:
+        return f"the Hub is asked too often (HTTP 429) and wants a pause; {'try later' if token else f'or {put}: it raises the limit'}"
+    if status >= 500:
+        return f"the Hub or its storage is in trouble (HTTP {status}: {_short(text, 100)}); try later, see https://status.huggingface.co"
+    if _is_broken_line(root):
         return f"the connection to the Hub failed ({_short(text) or type(error).__name__}); check the network"
     return f"{dataset} cannot be read ({type(error).__name__}: {_short(text)}); look at {page}"
+
+
+def _where_to_put_it() -> str:
+    return "put it as HF_TOKEN=... into the file .env in the project's folder (or into the environment), and start again"
 
 
 def _from_bracket(text: str) -> str:

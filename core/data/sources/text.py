@@ -28,6 +28,7 @@ PLAIN = (".txt", ".md", ".py")
 JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 PARQUET = (".parquet",)
 SEEKABLE = (*PLAIN, ".jsonl")  # can be read from any line on
+COMPRESSED = (".jsonl.gz", ".jsonl.zst")  # to get to a line, all before it have to be read
 READABLE = (*PLAIN, *JSON_LINES, *PARQUET)
 
 LOW, HIGH = 8000, 16000
@@ -50,7 +51,11 @@ class TextSettings(Settings):
     @model_validator(mode="before")
     @classmethod
     def _named(cls, data: Any) -> Any:
-        return named_by(data, lambda d: _path_name(d.get("path")))
+        return named_by(data, lambda d: path_name(d.get("path")))
+
+    @property
+    def columns(self) -> list[str]:
+        return [self.text_field]
 
 
 class PythonStdlibSettings(Settings):
@@ -73,10 +78,13 @@ class PlainSource(FileSource):
 class TextSource(PlainSource):
     """Files of any readable kind. A position is a piece, a line or a row."""
 
-    def __init__(self, settings: TextSettings, root: Path, seed: int):
+    readable: tuple[str, ...] = READABLE
+    column_hint = 'set "text_field" to one of them'
+
+    def __init__(self, settings: Any, root: Path, seed: int):
         super().__init__(settings.name, seed)
         self._patterns = [settings.path] if isinstance(settings.path, str) else settings.path
-        self._field, self._root = settings.text_field, root
+        self.columns, self._root = settings.columns, root
 
     def list_units(self) -> list[Unit]:
         found: dict[Path, str] = {}
@@ -112,17 +120,34 @@ class TextSource(PlainSource):
             return super().read(unit, start)
         return self._read_parquet(unit, start) if suffix in PARQUET else self._read_lines(unit, start)
 
+    def document(self, values: tuple, key: str) -> Document | None:
+        """One row, its values in the order of `columns`; None when it is not readable."""
+        return Document(values[0], key) if isinstance(values[0], str) else None
+
+    def address(self, unit: Unit) -> str | None:
+        if _suffix(unit.path) not in COMPRESSED:
+            return None
+        try:
+            stat = unit.path.stat()
+        except OSError:
+            return None
+        return "\n".join([type(self).__name__, *self.columns, str(unit.path), str(stat.st_size), str(stat.st_mtime_ns)])
+
     def _matches(self, pattern: str) -> list[Path]:
         """The files a path, folder or glob stands for. Raises SourceUnavailable."""
         path = self._root / Path(pattern).expanduser()
-        known = " ".join(READABLE)
+        known = " ".join(self.readable)
+
+        def fits(path: Path) -> bool:
+            return _suffix(path) in self.readable and path.is_file()
+
         if path.is_dir():
-            files = [p for p in path.rglob("*") if _suffix(p) and p.is_file() and not _hidden(p.relative_to(path))]
+            files = [p for p in path.rglob("*") if fits(p) and not _hidden(p.relative_to(path))]
             problem = f"the folder {path} holds no readable file ({known})"
         elif path.is_file():
-            files, problem = [path] if _suffix(path) else [], f"{path} is of no readable kind ({known})"
+            files, problem = [path] if fits(path) else [], f"{path} is of no readable kind ({known})"
         elif glob.has_magic(pattern):
-            files = [p for p in map(Path, glob.glob(str(path), recursive=True)) if _suffix(p) and p.is_file()]
+            files = [p for p in map(Path, glob.glob(str(path), recursive=True)) if fits(p)]
             problem = f"no readable file matches {path} ({known})"
         else:
             files, problem = [], f"{path} does not exist"
@@ -135,35 +160,37 @@ class TextSource(PlainSource):
         for index, line in enumerate(_lines(unit)):
             if index < start or not line.strip():
                 continue
-            text = self._row(unit, index, line)
-            bad += text is None
-            if text and text.strip():
-                yield index + 1, Document(text, f"{unit.key}#{index}")
+            values = self._row(unit, index, line)
+            document = None if values is None else self.document(values, f"{unit.key}#{index}")
+            bad += document is None
+            if document is not None and document.text.strip():
+                yield index + 1, document
         self.skip_rows(unit, bad)
 
-    def _row(self, unit: Unit, index: int, line: bytes) -> str | None:
-        """The text of a line of JSON; None where it has none. A first line that lacks the column is the preset's mistake."""
+    def _row(self, unit: Unit, index: int, line: bytes) -> tuple | None:
+        """The columns of a line of JSON; None where it has none. A first line that lacks one is the preset's mistake."""
         try:
             row = json.loads(line.decode("utf-8-sig"))
-        except (UnicodeDecodeError, json.JSONDecodeError):
+        except (ValueError, RecursionError):  # no UTF-8, no JSON, a number or a nesting beyond what Python reads
             return None
         if not isinstance(row, dict):
             return None
-        if self._field not in row and index == 0 and unit.begin == 0:
-            raise self._no_field(unit, list(row))
-        text = row.get(self._field)
-        return text if isinstance(text, str) else None
+        if index == 0 and unit.begin == 0:
+            self._check_columns(unit, list(row))
+        return tuple(row.get(column) for column in self.columns)
 
     def _parquet(self, unit: Unit) -> Any:
-        """The open Parquet file, its column checked."""
+        """The open Parquet file, its columns checked."""
         pyarrow, parquet = need("pyarrow", "pyarrow"), need("pyarrow.parquet", "pyarrow")
         try:
             file = parquet.ParquetFile(unit.path)
         except pyarrow.ArrowInvalid:
             raise Damaged("damaged") from None
-        if self._field not in file.schema_arrow.names:
+        try:
+            self._check_columns(unit, file.schema_arrow.names)
+        except SourceUnavailable:
             file.close()
-            raise self._no_field(unit, file.schema_arrow.names)
+            raise
         return file
 
     def _read_parquet(self, unit: Unit, start: int) -> Iterator[tuple[int, Document]]:
@@ -174,27 +201,27 @@ class TextSource(PlainSource):
                 if index + rows <= start:  # a resume reads no row group that it has behind it
                     index += rows
                     continue
-                for text in self._column(file, group):
+                for values in self._rows(file, group):
                     index += 1
                     if index > start:
-                        bad += not isinstance(text, str)
-                        if isinstance(text, str) and text.strip():
-                            yield index, Document(text, f"{unit.key}#{index - 1}")
+                        document = self.document(values, f"{unit.key}#{index - 1}")
+                        bad += document is None
+                        if document is not None and document.text.strip():
+                            yield index, document
         self.skip_rows(unit, bad)
 
-    def _column(self, file: Any, group: int) -> Iterator[Any]:
+    def _rows(self, file: Any, group: int) -> Iterator[tuple]:
         pyarrow = need("pyarrow", "pyarrow")
         try:
-            for batch in file.iter_batches(batch_size=256, row_groups=[group], columns=[self._field]):
-                yield from batch.column(0).to_pylist()
+            for batch in file.iter_batches(batch_size=256, row_groups=[group], columns=self.columns):
+                yield from zip(*(batch.column(column).to_pylist() for column in self.columns))
         except pyarrow.ArrowInvalid:
             raise Damaged("damaged") from None
 
-    def _no_field(self, unit: Unit, columns: list[str]) -> SourceUnavailable:
-        there = ", ".join(columns) or "none"
-        return SourceUnavailable(
-            f'{unit.label} has no column "{self._field}"; its columns are {there}: set "text_field" to one of them'
-        )
+    def _check_columns(self, unit: Unit, there: list[str]) -> None:
+        if missing := [column for column in self.columns if column not in there]:
+            known = ", ".join(there) or "none"
+            raise SourceUnavailable(f'{unit.label} has no column "{missing[0]}"; its columns are {known}: {self.column_hint}')
 
 
 class PythonStdlibSource(PlainSource):
@@ -229,7 +256,7 @@ def named_by(data: Any, name: Callable[[dict], str]) -> Any:
     return data
 
 
-def _path_name(path: Any) -> str:
+def path_name(path: Any) -> str:
     first = path[0] if isinstance(path, list) and path else path
     if not isinstance(first, str):
         return "text"

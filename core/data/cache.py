@@ -1,0 +1,239 @@
+"""A local cache of tokenized documents: makes streams seekable, and reads and tokenizes each document once per machine.
+
+    shard ──► blocks of 256 positions ──► .cache/tokens/<address>/<block>.npz      address: a hash of shard and tokenizer
+
+In:    a source whose shards have an address (shards.py), and a tokenizer
+Out:   the same source; its documents come as tokens, from the cache where it has them
+State: the files. Any of them may vanish or be damaged at any time: it is made again, and nothing but time is lost
+"""
+
+import hashlib
+import io
+import os
+import shutil
+import time
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from core.data.documents import Cursor, Document, Encoded
+from core.data.encoding import encode
+from core.data.sources.shards import ShardStream
+from core.data.tokenizer import Tokenizer
+
+CACHE = ".cache/tokens"
+BLOCK = 256  # positions of a shard (rows, lines) in one file
+GRACE_SECONDS = 0.5
+"""How long the others leave the next block to whoever made the one before, as only they need not seek."""
+POLL_SECONDS = 0.01
+FREE_BYTES = 4 << 30
+"""Room on the disk that is left to others: checkpoints come first."""
+TIDY_EVERY = 64  # blocks written between looks at the total size
+
+Block = list[tuple[int, Document]]  # (position after it, document)
+
+
+class TokenCache:
+    """The files of one project. Raises nothing: what cannot be kept is made again."""
+
+    def __init__(self, root: Path, limit_bytes: int):
+        self.folder, self.limit_bytes = root / CACHE, limit_bytes
+        self._written = 0
+
+    def get(self, address: str, number: int) -> tuple[Block, bool] | None:
+        """A block and whether it is the shard's last; None when it is not there or not whole."""
+        path = self._path(address, number)
+        try:
+            data = path.read_bytes()
+            found = unpacked(data)
+            os.utime(path)  # what was used last is deleted last
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            path.unlink(missing_ok=True)
+            return None
+        return found
+
+    def put(self, address: str, number: int, block: Block, last: bool) -> None:
+        path = self._path(address, number)
+        aside = path.with_suffix(f".{os.getpid()}-{id(block)}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if shutil.disk_usage(path.parent).free < FREE_BYTES:
+                return
+            aside.write_bytes(packed(block, last))
+            os.replace(aside, path)
+        except OSError:
+            return
+        self._written += 1
+        if self._written % TIDY_EVERY == 1:
+            self._tidy()
+
+    @contextmanager
+    def only_one(self, address: str) -> Iterator[bool]:
+        """Whether nobody else is making a block of this shard; held until left, and freed when the process dies."""
+        path = self.folder / f"{address[:32]}.lock"
+        try:
+            import fcntl
+
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("w")
+        except (ImportError, OSError):  # no locks here: at worst the work is done twice
+            yield True
+            return
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            except OSError:
+                pass
+            yield True
+
+    def _path(self, address: str, number: int) -> Path:
+        return self.folder / address / f"{number:08d}.npz"
+
+    def _tidy(self) -> None:
+        """Delete the blocks used longest ago until nine tenths of the limit are left."""
+        files = []
+        for path in self.folder.glob("*/*"):
+            try:
+                stat = path.stat()
+            except OSError:
+                continue
+            files.append((stat.st_mtime, stat.st_size, path))
+        total = sum(size for _, size, _ in files)
+        if total <= self.limit_bytes:
+            return
+        for _, size, path in sorted(files):
+            if total <= 0.9 * self.limit_bytes:
+                break
+            path.unlink(missing_ok=True)
+            total -= size
+
+
+class Cached:
+    """A source seen through the cache. Its order, its cursors and its documents are the source's own."""
+
+    def __init__(self, source: Any, cache: TokenCache, tokenizer: Tokenizer):
+        self._source, self._cache, self._tokenizer = source, cache, tokenizer
+        self._fingerprint = tokenizer.fingerprint()
+        self.name, self.finite = source.name, source.finite
+        self.order, self.recover, self.nothing, self.open = source.order, source.recover, source.nothing, source.open
+
+    @property
+    def notes(self) -> list[str]:
+        return self._source.notes
+
+    def stream(self, cursor: Cursor) -> ShardStream:
+        return ShardStream(self, cursor)
+
+    def read(self, shard: Any, start: int) -> Iterator[tuple[int, Document]]:
+        """As the source would: (position after it, document)."""
+        content = self._source.address(shard)
+        if content is None:
+            yield from self._source.read(shard, start)
+            return
+        address = hashlib.blake2b(f"{content}\n{self._fingerprint}".encode(), digest_size=20).hexdigest()
+        maker = _Maker(self._source, shard, self._tokenizer)
+        number, last, first = start // BLOCK, False, True
+        while not last:
+            patient = not first and not maker.stands_at(number)
+            block, last, failure = self._block(address, number, maker, GRACE_SECONDS if patient else 0.0)
+            for position, document in block:
+                if position > start:
+                    yield position, document
+            if failure is not None:
+                raise failure
+            number, first = number + 1, False
+
+    def _block(self, address: str, number: int, maker: "_Maker", patience: float) -> tuple[Block, bool, Exception | None]:
+        """A block, from the cache, from another process that is making it, or made here; and what broke it off."""
+        end = time.monotonic() + patience
+        while True:
+            if (found := self._cache.get(address, number)) is not None:
+                return *found, None
+            if time.monotonic() >= end:
+                with self._cache.only_one(address) as alone:
+                    if alone and (found := self._cache.get(address, number)) is not None:
+                        return *found, None
+                    if alone:
+                        block, last, failure = maker.make(number)
+                        if failure is None:
+                            self._cache.put(address, number, block, last)
+                        return block, last, failure
+            time.sleep(POLL_SECONDS)
+
+
+class _Maker:
+    """Reads one shard and tokenizes it block by block; goes on from the block before where it can."""
+
+    def __init__(self, source: Any, shard: Any, tokenizer: Tokenizer):
+        self._source, self._shard, self._tokenizer = source, shard, tokenizer
+        self._documents: Iterator[tuple[int, Document]] | None = None
+        self._next = -1  # the block that `_documents` goes on with
+        self._held: tuple[int, Document] | None = None  # read, but of a later block
+
+    def stands_at(self, number: int) -> bool:
+        return self._documents is not None and self._next == number
+
+    def make(self, number: int) -> tuple[Block, bool, Exception | None]:
+        """The block, whether it is the last, and the error that ended it too soon."""
+        begin, end = number * BLOCK, (number + 1) * BLOCK
+        found: Block = []
+        item = failure = None
+        try:
+            if self._documents is None or self._next > number or (self._next < number and self._source.seeks(self._shard)):
+                self._documents, self._held = self._source.read(self._shard, begin), None
+            while (item := self._held or next(self._documents, None)) is not None and item[0] <= end:
+                self._held = None
+                if item[0] > begin:
+                    found.append(item)
+            self._held, self._next = item, number + 1
+        except Exception as error:  # the source knows what to do about it, once the documents before it are read
+            failure, self._documents = error, None
+        encoded = encode(self._tokenizer, [document for _, document in found])
+        block = [(at, Document("", d.key, encoded=tokens)) for (at, d), tokens in zip(found, encoded)]
+        return block, item is None and failure is None, failure
+
+
+def packed(block: Block, last: bool) -> bytes:
+    """A block as the content of a file; ids as narrow as they are."""
+    tokens = [document.encoded for _, document in block if document.encoded is not None]
+    ids = np.concatenate([t.ids for t in tokens]) if tokens else np.zeros(0, dtype=np.int32)
+    masked = any(t.learned is not None for t in tokens)
+    learned = [t.learned if t.learned is not None else np.ones(len(t.ids), dtype=bool) for t in tokens] if masked else []
+    out = io.BytesIO()
+    np.savez(
+        out,
+        ids=ids.astype(np.uint16 if not len(ids) or ids.max() < 1 << 16 else np.uint32),
+        ends=np.cumsum([len(t.ids) for t in tokens], dtype=np.int64),
+        positions=np.array([position for position, _ in block], dtype=np.int64),
+        digests=np.array([t.digest for t in tokens], dtype=np.uint64),
+        sizes=np.array([t.size for t in tokens], dtype=np.int64),
+        learned=np.concatenate(learned) if learned else np.zeros(0, dtype=bool),
+        keys=np.frombuffer("\n".join(document.key for _, document in block).encode(), dtype=np.uint8),
+        last=np.array(last),
+    )
+    return out.getvalue()
+
+
+def unpacked(data: bytes) -> tuple[Block, bool]:
+    """What `packed` packed. Raises ValueError, KeyError or BadZipFile; the format's checksums see every flipped bit."""
+    with np.load(io.BytesIO(data), allow_pickle=False) as file:
+        fields = {name: file[name] for name in file.files}
+    ids, learned, ends = fields["ids"].astype(np.int32), fields["learned"], fields["ends"].tolist()
+    keys = fields["keys"].tobytes().decode().split("\n")
+    block: Block = []
+    begin = 0
+    for i, end in enumerate(ends):
+        mask = learned[begin:end] if len(learned) else None
+        tokens = Encoded(ids[begin:end], mask, int(fields["digests"][i]), int(fields["sizes"][i]))
+        block.append((int(fields["positions"][i]), Document("", keys[i], encoded=tokens)))
+        begin = end
+    return block, bool(fields["last"])

@@ -1,0 +1,117 @@
+"""What all sources share: an ordered list of shards, read one after the other from an exact cursor.
+
+In:    a subclass that lists its shards and reads one of them from any position on
+Out:   a ShardStream of documents: shards in an order permuted by seed and epoch, documents in their own order inside a shard
+State: `{"epoch", "unit", "piece"}`: unit counts along the permuted order, piece is the reader's position inside the shard
+"""
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+from core.data.documents import Cursor, Document
+from core.errors import SourceUnavailable
+from core.randomness import derive_seed
+
+
+class ShardSource:
+    """Base of the sources. A subclass gives `shards`, `read` and `recover`, and says what of it is worth caching."""
+
+    finite = True
+
+    def __init__(self, name: str, seed: int):
+        self.name, self.seed = name, seed
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know of what was read so far."""
+        return []
+
+    def open(self) -> None:
+        """Make sure that documents can be read, within seconds. Raises SourceUnavailable."""
+        raise NotImplementedError
+
+    def shards(self) -> list[Any]:
+        """All shards in one stable order. Raises SourceUnavailable when there is none."""
+        raise NotImplementedError
+
+    def read(self, shard: Any, start: int) -> Iterator[tuple[int, Document]]:
+        """(position after it, document) from position `start` on; positions grow."""
+        raise NotImplementedError
+
+    def recover(self, shard: Any, error: Exception, failures: int) -> bool:
+        """After a failed read: True to try again from the same position, False to leave the rest of the shard out.
+
+        failures  so many in a row, without a document between them
+        Raises SourceUnavailable when the source has failed for good, and any error that is our own mistake.
+        """
+        raise error
+
+    def contents(self) -> str:
+        """Changes when the list of its shards does: the order of an epoch is another then."""
+        return ""
+
+    def address(self, shard: Any) -> str | None:
+        """What stands for the content of a shard that is slow to reach or to seek in; None: reading it again costs little."""
+        return None
+
+    def seeks(self, shard: Any) -> bool:
+        """Whether `read` gets to a position faster than by reading everything before it."""
+        return False
+
+    def nothing(self, order: list[Any]) -> str:
+        """What to say of an epoch without a document."""
+        return "it holds no text"
+
+    def stream(self, cursor: Cursor) -> "ShardStream":
+        return ShardStream(self, cursor)
+
+    def order(self, epoch: int) -> list[Any]:
+        """The shards in the order of one epoch: a pure function of seed, name and epoch."""
+        shards = list(self.shards())
+        random.Random(derive_seed(self.seed, "order", self.name, epoch)).shuffle(shards)
+        return shards
+
+
+class ShardStream:
+    """One epoch from a cursor on. A cursor beyond a list of shards that has shrunk ends the epoch."""
+
+    def __init__(self, source: Any, cursor: Cursor):
+        self._source = source
+        self._epoch: int = cursor.get("epoch", 0)
+        self._unit: int = cursor.get("unit", cursor.get("shard", 0))  # "shard", "row": Hub cursors of older checkpoints
+        self._piece: int = cursor.get("piece", cursor.get("row", 0))
+        self._from_start = self._unit == 0 and self._piece == 0
+        self._order = source.order(self._epoch)
+        self._documents: Iterator[tuple[int, Document]] | None = None
+        self._failures = 0
+
+    def __iter__(self) -> "ShardStream":
+        return self
+
+    def __next__(self) -> Document:
+        while self._unit < len(self._order):
+            shard = self._order[self._unit]
+            try:
+                if self._documents is None:
+                    self._documents = self._source.read(shard, self._piece)
+                self._piece, document = next(self._documents)
+            except StopIteration:
+                pass
+            except SourceUnavailable:
+                raise
+            except Exception as error:  # what a broken file or line raises is known to the source alone
+                self._documents = None
+                self._failures += 1
+                if self._source.recover(shard, error, self._failures):
+                    continue
+            else:
+                self._from_start, self._failures = False, 0
+                return document
+            self._unit, self._piece, self._documents, self._failures = self._unit + 1, 0, None, 0
+        if self._from_start:  # a whole epoch without a document: the next would be as empty, and the mix would spin
+            raise SourceUnavailable(self._source.nothing(self._order))
+        raise StopIteration
+
+    def cursor(self) -> Cursor:
+        return {"epoch": self._epoch, "unit": self._unit, "piece": self._piece}

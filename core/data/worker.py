@@ -1,0 +1,77 @@
+"""A process that runs a Pipeline over some of a rank's lanes. Importing this needs no torch: workers start quickly.
+
+In:    what a Pipeline is made of, a position, and lanes
+Out:   rows, in messages of a few
+State: none; where the run stands is known to the loader alone
+"""
+
+import multiprocessing
+import queue
+import signal
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from core.data.mixing import SourceFailed
+from core.data.packing import Row
+from core.data.pipeline import Pipeline, Position
+
+ROWS_PER_MESSAGE = 16  # sent at once: fewer, larger messages cost less than the rows in them
+MESSAGES_AHEAD = 64
+
+MakePipeline = Callable[[Position, list[int]], Pipeline]
+
+
+class Worker:
+    """The process, seen from the rank's reading thread."""
+
+    def __init__(self, make_pipeline: MakePipeline, position: Position, lanes: list[int]):
+        context = multiprocessing.get_context("spawn")  # a fork would copy a process with threads and a device in it
+        self._queue: Any = context.Queue(maxsize=MESSAGES_AHEAD)
+        self._process = context.Process(target=_work, args=(make_pipeline, position, lanes, self._queue), daemon=True)
+        self._process.start()
+        self._rows: list[Row] = []
+
+    def next_row(self, stopping: threading.Event) -> Row:
+        """Raises SourceFailed as the pipeline does, Stopped once `stopping` is set."""
+        while not self._rows:
+            try:
+                item = self._queue.get(timeout=0.5)
+            except queue.Empty:
+                if stopping.is_set():
+                    raise Stopped from None
+                if not self._process.is_alive():
+                    raise RuntimeError(f"a data worker died (exit code {self._process.exitcode}); out of memory?") from None
+                continue
+            if isinstance(item, BaseException):
+                raise item
+            self._rows = item[::-1]
+        return self._rows.pop()
+
+    def close(self) -> None:
+        self._process.terminate()
+        self._process.join()
+        self._queue.cancel_join_thread()
+
+
+class Stopped(Exception):
+    """The reader was closed while it waited for a worker."""
+
+
+def _work(make_pipeline: MakePipeline, position: Position, lanes: list[int], out: Any) -> None:
+    """The worker process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's business; it ends its workers itself
+    rows: list[Row] = []
+    try:
+        for row in make_pipeline(position, lanes):
+            rows.append(row)
+            if len(rows) >= ROWS_PER_MESSAGE:
+                out.put(rows)
+                rows = []
+    except SourceFailed as error:
+        out.put(rows) if rows else None
+        out.put(error)
+    except BaseException as error:
+        out.put(RuntimeError(f"a data worker failed: {type(error).__name__}: {error}"))
+    out.close()
+    out.join_thread()
