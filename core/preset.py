@@ -215,6 +215,8 @@ class DataSettingsBase(Settings):
     """Documents of fewer characters are passed over."""
     packing: Literal["documents", "best_fit", "padding"] = "documents"
     """documents: end to end, attention kept inside each. best_fit: kept whole wherever they fit. padding: one piece a row."""
+    shuffle: Literal["documents", "shards"] = "documents"
+    """What each epoch puts in another order: shards (files) only, or also the documents in stretches of 1,024 inside them."""
     validation_fraction: float = Field(0.01, gt=0.0, lt=0.5)
     """Share of the documents held out for evaluation, chosen by a hash of their text."""
     workers: int | None = Field(None, ge=0, le=64)

@@ -254,6 +254,7 @@ class Trainer:
             learning_rate=self.settings.learning_rate * factor,
             grad_norm=report["grad_norm"],
             tokens_per_second=rows.num_tokens / max(now - self._step_started, 1e-9),
+            data_seconds=rows.waited_seconds,
             sources=sources,
             skipped=done.skipped,
             run_tokens=done.run_tokens,

@@ -123,8 +123,14 @@ class Cached:
     def __init__(self, source: Any, cache: TokenCache, tokenizer: Tokenizer):
         self._source, self._cache, self._tokenizer = source, cache, tokenizer
         self._fingerprint = tokenizer.fingerprint()
-        self.name, self.finite = source.name, source.finite
-        self.order, self.recover, self.nothing, self.open = source.order, source.recover, source.nothing, source.open
+        self.name, self.finite, self.window = source.name, source.finite, source.window
+        self.contents, self.order, self.recover, self.nothing, self.open = (
+            source.contents,
+            source.order,
+            source.recover,
+            source.nothing,
+            source.open,
+        )
 
     @property
     def notes(self) -> list[str]:

@@ -19,7 +19,9 @@ from core.data.encoding import encode
 from core.data.mixing import USUAL_RATE, Mixer, MixSettings, SourceFailed
 from core.data.packing import Place, Row
 from core.data.pipeline import Pipeline, PipelineSettings, Position
+from core.data.shuffle import Shuffled
 from core.data.sources import build_source, open_sources
+from core.data.sources.shards import ShardSource
 from core.data.tokenizer import Tokenizer
 from core.data.validation import HoldOut, may_train, plan_hold_out, validation_rows
 from core.errors import NoData, SourceUnavailable
@@ -127,6 +129,7 @@ class Corpus:
             tokenizer.state(),
             self.hold_out,
             settings,
+            data.shuffle,
             data.cache_gigabytes,
             self.sources,
             tokenizer,
@@ -147,6 +150,7 @@ class PipelineFactory:
     tokenizer_state: dict[str, Any]
     hold_out: HoldOut
     settings: PipelineSettings
+    shuffle: str = "shards"  # or "documents"
     cache_gigabytes: float = 0.0
     sources: list[Source] | None = None
     tokenizer: Tokenizer | None = None
@@ -166,6 +170,8 @@ class PipelineFactory:
                         raise SourceFailed(source.name, str(error)) from None
             self.tokenizer = Tokenizer.from_state(self.tokenizer_state)
         sources = cached(self.sources, self.root, self.cache_gigabytes, self.tokenizer)
+        if self.shuffle == "documents":
+            sources = [Shuffled(s, self.seed) if isinstance(s, ShardSource | Cached) else s for s in sources]
         return Pipeline(sources, self.tokenizer, self.hold_out, self.settings, position, lanes)
 
     def fingerprint(self) -> str:
@@ -175,6 +181,7 @@ class PipelineFactory:
             repr(replace(self.settings, mix=mix)),
             [section.model_dump(mode="json") for section in self.sections],
             self.hold_out.fraction,
+            self.shuffle,
             hashlib.sha256(self.tokenizer_state["json"].encode()).hexdigest(),
         ]
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
@@ -185,7 +192,7 @@ def cached(sources: list[Source], root: Path, gigabytes: float, tokenizer: Token
     if gigabytes <= 0:
         return sources
     cache = TokenCache(root, int(gigabytes * 1e9))
-    return [Cached(source, cache, tokenizer) for source in sources]
+    return [Cached(source, cache, tokenizer) if isinstance(source, ShardSource) else source for source in sources]
 
 
 def open_corpus(preset: Any, root: Path, parallel: Any) -> Corpus:

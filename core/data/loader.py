@@ -12,6 +12,7 @@ import copy
 import hashlib
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,7 @@ class StepRows:
     num_tokens: int  # padding not counted
     documents: list[int]  # begun in this step, of each source
     epochs: list[int]  # begun in this step, of each source
+    waited_seconds: float = 0.0  # for this rank's rows: 0 where they lay ready
 
 
 def collate(rows: list[Row], packed: bool) -> Batch:
@@ -99,12 +101,15 @@ class Loader:
 
         A source that fails on any rank is dropped on all of them, from the same draw on.
         """
+        waited = 0.0
         while True:
             if self._reader is None:
                 self._reader = _Reader(
                     self._read, self._packed, self._rows_per_step // self._parallel.world_size, self._pin_memory
                 )
+            begun = time.monotonic()
             item = self._reader.get()
+            waited += time.monotonic() - begun
             failed = item if isinstance(item, SourceFailed) else None
             batch, rows = (None, []) if failed else item
             failures = [float(failed is not None and failed.name == name) for name in self.source_names]
@@ -130,7 +135,7 @@ class Loader:
                 )
             self._empty_rows = 0
             self._advance(rows)
-            return StepRows(batch, int(targets), int(tokens), documents, epochs)
+            return StepRows(batch, int(targets), int(tokens), documents, epochs, waited)
 
     def state(self) -> dict[str, Any]:
         """The position over all ranks, as JSON. Every rank must call it."""

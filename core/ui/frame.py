@@ -28,6 +28,10 @@ SAMPLE_CHARACTERS = 2000
 ENDINGS = {"budget": "finished", "max_steps": "finished", "max_epochs": "finished", "interrupted": "interrupted"}
 
 
+WIDE_SOURCES = 92
+"""Columns from which on the sources' documents and epochs are shown too."""
+
+
 @dataclass
 class Section:
     least: int  # rows below which it is not worth showing
@@ -167,14 +171,18 @@ class RunState:
         if not sources:
             return Section(0, [])
         total = sum((each.get("tokens") or 0) for each in sources.values()) or 1
-        bar_width = max(6, min(30, width - 62))
-        name_width = max(10, min(30, width - bar_width - 34))
-        lines = [_rule("sources", width, f"{'share':>{bar_width + 9}}{'weight':>9}{'loss':>9}  ")]
+        wide = width >= WIDE_SOURCES
+        bar_width = max(6, min(30, width - (82 if wide else 62)))
+        name_width = max(10, min(30, width - bar_width - (54 if wide else 34)))
+        heads = f"{'share':>{bar_width + 9}}{'weight':>9}{'loss':>9}" + (f"{'documents':>11}{'epoch':>7}" if wide else "")
+        lines = [_rule("sources", width, heads + "  ")]
         for name, each in sorted(sources.items(), key=lambda item: -(item[1].get("tokens") or 0)):
             share = (each.get("tokens") or 0) / total
             label = Text("  " + text.clean(name))
             label.truncate(name_width, overflow="ellipsis", pad=True)
             numbers = f"{share * 100:>7.1f} %{text.number(each.get('weight')):>9}{text.number(each.get('loss')):>9}"
+            if wide:
+                numbers += f"{text.count(each.get('documents')):>11}{text.count(each.get('epochs')):>7}"
             filled = round(share * bar_width)
             lines.append(label + Text(" " * (width - name_width - bar_width - len(numbers) - 2)) + Text("█" * filled, "blue"))
             lines[-1].append("·" * (bar_width - filled), "dim").append(numbers)

@@ -18,6 +18,8 @@ class ShardSource:
     """Base of the sources. A subclass gives `shards`, `read` and `recover`, and says what of it is worth caching."""
 
     finite = True
+    window = 1024
+    """Positions inside which the documents of a shard are shuffled: a few megabytes of text."""
 
     def __init__(self, name: str, seed: int):
         self.name, self.seed = name, seed
