@@ -317,16 +317,15 @@ def _data(
         state = None  # a new run counts its epochs from the first
     fingerprint, contents = corpus.pipeline_factory(tokenizer, preset.model.seq_length).fingerprint(), corpus.contents()
     position, notes = data_position(state, fingerprint, contents)
-    if state is not None and not notes and progress.run_step > 0:
-        rates, tokens = tuple(state["rates"]), state["horizon_tokens"]  # as measured and meant when the horizon began
-    else:
-        rates, tokens = corpus.rates(tokenizer) if corpus.needs_rates else (), horizon.horizon_tokens
-        if horizon.horizon_steps is not None:
-            tokens = min(tokens, horizon.horizon_steps * rows_per_step * preset.model.seq_length)
     if progress.horizon_tokens == 0 and (first := position.first_unused()) > 0:
         position.renewals.append(first)
+    begins = position.snapshot is None or "rates" not in position.snapshot or position.renewals
+    rates = corpus.rates(tokenizer) if begins and corpus.needs_rates else ()
+    tokens = horizon.horizon_tokens
+    if horizon.horizon_steps is not None:
+        tokens = min(tokens, horizon.horizon_steps * rows_per_step * preset.model.seq_length)
     mix = replace(corpus.mix, rates=rates, horizon_tokens=tokens)
-    facts = {"fingerprint": fingerprint, "contents": contents, "rates": list(rates), "horizon_tokens": tokens}
+    facts = {"fingerprint": fingerprint, "contents": contents}
     return corpus.pipeline_factory(tokenizer, preset.model.seq_length, mix), position, facts, notes
 
 

@@ -91,7 +91,9 @@ class Mixer:
         self._fresh: set[int] = set()  # sources of which this epoch has not given a document yet
         self._dead: set[int] = set()  # dropped sources found unreadable: not tried (with all their retries) at every turn
         self._seed = derive_seed(settings.seed, "mix")
-        self._rates = settings.rates or (USUAL_RATE,) * len(sources)
+        self._given_rates = settings.rates or (USUAL_RATE,) * len(sources)
+        self._rates = tuple(snapshot.get("rates", self._given_rates))  # as they were when this horizon began
+        self._horizon_tokens: int = snapshot.get("horizon_tokens", settings.horizon_tokens)
         self._levels = list(settings.weights) if settings.strategy == "weighted" else []
         self._fixed = all(isinstance(weight, int | float) for weight in self._levels)
         self._shares = [float(peak(weight)) for weight in self._levels]  # now; a schedule's are set at every draw
@@ -108,6 +110,8 @@ class Mixer:
             "ended": sorted(self._ended),
             "drawn": {s.name: list(drawn) for s, drawn in zip(self.sources, self._drawn)},
             "origin": self._origin,
+            "rates": list(self._rates),
+            "horizon_tokens": self._horizon_tokens,
         }
 
     def __iter__(self) -> "Mixer":
@@ -116,6 +120,7 @@ class Mixer:
     def __next__(self) -> Draw:
         if self.index in self._renewals:
             self._origin = sum(tokens for _, tokens in self._drawn)
+            self._rates, self._horizon_tokens = self._given_rates, self.settings.horizon_tokens
         while (choice := self._choose()) is not None:
             opens = False
             try:
@@ -166,7 +171,7 @@ class Mixer:
         """Of this draw, for each active source: not all zero."""
         if not self._fixed:
             drawn = sum(tokens for _, tokens in self._drawn) - self._origin
-            progress = min(drawn / max(self.settings.horizon_tokens, 1), 1.0)
+            progress = min(drawn / max(self._horizon_tokens, 1), 1.0)
             self._shares = [value_at(level, progress) for level in self._levels]
         shares = [self._shares[i] for i in active]
         if self.settings.unit == "tokens":  # a source of long documents is drawn less often
