@@ -112,6 +112,28 @@ def test_one_rank_goes_on_where_two_stopped(two_ranks: Project, make_project: Ca
     assert [e["tokens"] for e in ours] == [e["tokens"] for e in theirs]
 
 
+def test_one_two_one_ranks_read_the_same_documents(two_ranks: Project, make_project: Callable[..., Project]) -> None:
+    """Killed on one rank, then on two, ended on one: the same chain of consumed documents, the same ledger, the same losses."""
+    project = make_project({"t": merged(PRESET, {"train": {"accumulation_steps": 2}})})
+    one, two = [sys.executable], TORCHRUN
+    for command, preset, goal in ((one, {"train": {"accumulation_steps": 2}}, 40), (two, {}, 110)):
+        project.write_preset("t", merged(PRESET, preset))
+        result = project.run_until("t", lambda goal=goal: project.num_steps() >= goal, signal.SIGKILL, command=command)
+        assert result.code == -9 and not project.finished(), result.text
+    project.write_preset("t", merged(PRESET, {"train": {"accumulation_steps": 2}}))
+    assert_ended(project.run("t"))
+    assert project.steps() == list(range(1, STEPS + 1))
+    ours, theirs = project.checkpoint(), two_ranks.checkpoint()
+    assert ours["data"]["receipt"] == theirs["data"]["receipt"] and ours["data"]["receipts"] == theirs["data"]["receipts"]
+    for name, account in theirs["progress"]["ledger"].items():
+        mine = ours["progress"]["ledger"][name]
+        assert {key: mine[key] for key in ("tokens", "documents", "epochs")} == {
+            key: account[key] for key in ("tokens", "documents", "epochs")
+        }
+        assert account["documents"] > 3 and account["epochs"] >= 1
+    assert [e["loss"] for e in project.events("step")] == pytest.approx([e["loss"] for e in two_ranks.events("step")], abs=1e-5)
+
+
 def test_mistakes_end_every_rank(make_project: Callable[..., Project]) -> None:
     """A preset that is none, and a number of ranks that does not divide the lanes: told once, nobody waits for ever."""
     project = make_project({"t": tiny_preset(data={"lanes": 3})})
