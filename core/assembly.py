@@ -99,7 +99,7 @@ def build_training(
         )
     store = CheckpointStore(root / "checkpoints", preset.lineage, MIRRORS.get(preset.lineage))
     saved, notes = _load_slot(store, parallel)
-    corpus = open_corpus(preset, root, parallel)
+    corpus = open_corpus(preset, root, parallel, (saved or {"data": {}})["data"].get("held_out"))
     warnings = [f"source {name} dropped, the others go on: {reason}" for name, reason in corpus.failed.items()]
     notes += corpus.notes
     tokenizer, told = _tokenizer(preset, saved, parallel, corpus)
@@ -325,7 +325,7 @@ def _data(
     if horizon.horizon_steps is not None:
         tokens = min(tokens, horizon.horizon_steps * rows_per_step * preset.model.seq_length)
     mix = replace(corpus.mix, rates=rates, horizon_tokens=tokens)
-    facts = {"fingerprint": fingerprint, "contents": contents}
+    facts = {"fingerprint": fingerprint, "contents": contents, "held_out": corpus.hold_out.state()}
     return corpus.pipeline_factory(tokenizer, preset.model.seq_length, mix), position, facts, notes
 
 

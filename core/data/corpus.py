@@ -52,8 +52,8 @@ class Corpus:
         told = [note if s.name in note else f"{s.name}: {note}" for s in self.sources for note in s.notes]
         return told + self.hold_out.notes
 
-    def may_train(self, source: str, document: Document) -> bool:
-        return may_train(self.hold_out, self.settings.min_text_length, source, document)
+    def may_train(self, document: Document) -> bool:
+        return may_train(self.hold_out, self.settings.min_text_length, document)
 
     def sample_texts(self, characters: int) -> list[str]:
         """Training text in the run's own order and mix: what a tokenizer is trained on."""
@@ -107,7 +107,7 @@ class Corpus:
                 return limit
             try:
                 for document in source.stream({}):
-                    if self.may_train(source.name, document):
+                    if self.may_train(document):
                         total += len(encode(tokenizer, [document])[0].ids) + 1
                     if total >= limit:
                         return limit
@@ -195,8 +195,11 @@ def cached(sources: list[Source], root: Path, gigabytes: float, tokenizer: Token
     return [Cached(source, cache, tokenizer) if isinstance(source, ShardSource) else source for source in sources]
 
 
-def open_corpus(preset: Any, root: Path, parallel: Any) -> Corpus:
-    """Open a preset's sources side by side, on every rank. Raises NoData, with every reason, when none is left."""
+def open_corpus(preset: Any, root: Path, parallel: Any, held_out: dict[str, Any] | None = None) -> Corpus:
+    """Open a preset's sources side by side, on every rank. Raises NoData, with every reason, when none is left.
+
+    held_out  what an earlier start of the lineage held out, see HoldOut.state
+    """
     data, seed = preset.data, preset.train.seed
     opened, failed = open_sources([build_source(section, root, seed) for section in data.sources])
     for other in parallel.gather(failed):
@@ -209,7 +212,7 @@ def open_corpus(preset: Any, root: Path, parallel: Any) -> Corpus:
     weights = dict(zip((section.name for section in data.sources), data.source_weights or [1.0] * len(data.sources)))
     shares = tuple(weights[s.name] for s in sections)
     mix = MixSettings(data.mix_strategy, shares, seed, preset.train.max_epochs, data.weights_of)
-    hold_out = plan_hold_out(sources, data.validation_fraction, data.min_text_length)
+    hold_out = plan_hold_out(sources, data.validation_fraction, data.min_text_length, held_out)
     return Corpus(data, root, seed, sections, sources, failed, mix, hold_out)
 
 

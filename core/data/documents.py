@@ -92,9 +92,9 @@ def digest_of(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
 
 
-def held_out_by_hash(document: Document, fraction: float) -> bool:
-    """Whether a document belongs to validation: by a stable hash of its text, so the same on every machine and rank."""
-    return document.digest < fraction * 2**64
+def held_out_by_hash(digest: int, fraction: float) -> bool:
+    """Whether the document with this digest belongs to validation: the same on every machine and rank."""
+    return digest < fraction * 2**64
 
 
 _BREAKS = [re.compile(p) for p in (r"\n\s*\n", r"[.!?][\"')\]]*\s", r"\n", r"\s")]

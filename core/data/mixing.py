@@ -58,7 +58,7 @@ class MixSettings:
 class Mixer:
     """Iterates over the global order from a snapshot on.
 
-    wanted    (source name, document) -> whether it may be drawn; what is not wanted is passed over and takes no draw
+    wanted    whether a document may be drawn; what is not wanted is passed over and takes no draw
     drops     {source name: index} sources that failed: they take no draw from that index on, and turns of theirs before it
               that can no longer be read are lost
     renewals  draws at which a new horizon begins
@@ -71,7 +71,7 @@ class Mixer:
         self,
         sources: list[Source],
         settings: MixSettings,
-        wanted: Callable[[str, Document], bool],
+        wanted: Callable[[Document], bool],
         drops: dict[str, int],
         snapshot: dict[str, Any] | None = None,
         renewals: Collection[int] = (),
@@ -198,7 +198,7 @@ class Mixer:
                     self._fresh.add(choice)
             self._current = choice
             for document in self._streams[choice]:
-                if self._wanted(name, document):
+                if self._wanted(document):
                     return document
             if fresh:
                 raise SourceUnavailable("it holds no document to train on: all are too short or held out")

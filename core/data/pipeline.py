@@ -122,14 +122,14 @@ class Pipeline:
                 yield row
             n += 1
 
-    def _wanted(self, source: str, document: Document) -> bool:
+    def _wanted(self, document: Document) -> bool:
         ready = document.encoded
         if ready is not None and len(ready.ids) and (largest := int(ready.ids.max())) >= self.tokenizer.vocab_size:
             raise SourceUnavailable(
                 f"{document.key} holds token {largest}, beyond this preset's vocabulary of {self.tokenizer.vocab_size}: it was "
                 'made with another tokenizer; name that one in "tokenizer"'
             )
-        return may_train(self._hold_out, self.settings.min_text_length, source, document)
+        return may_train(self._hold_out, self.settings.min_text_length, document)
 
     def _read_ahead(self) -> None:
         """Read, tokenize and hand out the next documents of own lanes."""

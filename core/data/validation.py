@@ -6,6 +6,7 @@ State: none; both are functions of the sources' content and the preset
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from core.data.documents import Document, Source, held_out_by_hash
 from core.data.encoding import encode
@@ -23,45 +24,75 @@ SCAN_DOCUMENTS = 20_000
 
 @dataclass
 class HoldOut:
-    """Validation by a stable hash of the text, or, for small sources, by name of the last documents."""
+    """Validation by a stable hash of the text, or, for small sources, the last documents, by the digests of their texts.
+
+    A text is held out of every source or of none, wherever else it occurs.
+    """
 
     fraction: float
-    keys: dict[str, set[str]] = field(default_factory=dict)  # small sources: the keys of their held-out documents
+    held: dict[str, list[int]] = field(default_factory=dict)  # small sources: digests of what they hold out
+    released: list[int] = field(default_factory=list)  # digests that the hash would hold out, and a small source needs
     notes: list[str] = field(default_factory=list)
 
-    def holds(self, source: str, document: Document) -> bool:
-        if source in self.keys:
-            return document.key in self.keys[source]
-        return held_out_by_hash(document, self.fraction)
+    def __post_init__(self) -> None:
+        self._held = {digest for digests in self.held.values() for digest in digests}
+        self._released = set(self.released)
+
+    def holds(self, document: Document) -> bool:
+        digest = document.digest
+        return digest in self._held or (held_out_by_hash(digest, self.fraction) and digest not in self._released)
+
+    def state(self) -> dict[str, Any]:
+        """For the checkpoint: what was held out stays so when files are added."""
+        return {"held": self.held, "released": self.released}
 
 
-def may_train(hold_out: HoldOut, min_text_length: int, source: str, document: Document) -> bool:
+def may_train(hold_out: HoldOut, min_text_length: int, document: Document) -> bool:
     """Whether a document is long enough, and not held out."""
-    return not document.is_shorter_than(min_text_length) and not hold_out.holds(source, document)
+    return not document.is_shorter_than(min_text_length) and not hold_out.holds(document)
 
 
-def plan_hold_out(sources: list[Source], fraction: float, min_text_length: int) -> HoldOut:
-    """Decide how each source is split. Finite sources are counted, but no further than SMALL_CORPUS documents."""
-    plan = HoldOut(fraction)
+def plan_hold_out(sources: list[Source], fraction: float, min_text_length: int, before: dict[str, Any] | None = None) -> HoldOut:
+    """Decide how each source is split. Finite sources are counted, but no further than SMALL_CORPUS documents.
+
+    before  the state of an earlier plan: its choices stand for sources that still hold what they held out
+    """
+    before = before or {"held": {}, "released": []}
+    held: dict[str, list[int]] = {}
+    released, notes = set(before["released"]), []
     for source in sources:
-        if not source.finite:
+        found = _small(source, min_text_length)
+        if not found:
             continue
-        keys = []
-        try:
-            for document in source.stream({}):
-                if not document.is_shorter_than(min_text_length):
-                    keys.append(document.key)
-                if len(keys) >= SMALL_CORPUS:
-                    break
-        except SourceUnavailable:
-            continue  # training will meet the same error, and drop the source
-        if 0 < len(keys) < SMALL_CORPUS:
+        digests = {digest for _, digest in found}
+        earlier = before["held"].get(source.name)
+        if earlier is not None and (not earlier or digests & set(earlier)):
+            held[source.name] = earlier
+            chosen = [digest for digest in earlier if digest in digests]
+        else:
             # by key, not by place: an epoch's order is shuffled, a key's order is that of the files and pages
-            held = sorted(keys, key=_natural)[len(keys) - _small_share(len(keys)) :]
-            plan.keys[source.name] = set(held)
-            told = f"holds out its last {len(held)}" if held else "is too small to hold anything out"
-            plan.notes.append(f"{source.name} has only {len(keys)} documents; validation {told}")
-    return plan
+            ordered = [digest for _, digest in sorted(found, key=lambda each: _natural(each[0]))]
+            chosen = held[source.name] = ordered[len(ordered) - _small_share(len(ordered)) :]
+        left = digests - set(chosen)
+        if all(held_out_by_hash(digest, fraction) for digest in left):
+            released |= left
+        told = f"holds out its last {len(chosen)}" if chosen else "is too small to hold anything out"
+        notes.append(f"{source.name} has only {len(found)} documents; validation {told}")
+    return HoldOut(fraction, held, sorted(released), notes)
+
+
+def _small(source: Source, min_text_length: int) -> list[tuple[str, int]]:
+    """(key, digest) of each document of a small finite source; none of another."""
+    found: list[tuple[str, int]] = []
+    try:
+        for document in source.stream({}) if source.finite else ():
+            if not document.is_shorter_than(min_text_length):
+                found.append((document.key, document.digest))
+            if len(found) >= SMALL_CORPUS:
+                return []
+    except SourceUnavailable:  # training will meet the same error, and drop the source
+        return []
+    return found
 
 
 def _small_share(count: int) -> int:
@@ -86,7 +117,7 @@ def validation_rows(
             for scanned, document in enumerate(source.stream({})):
                 if collected >= wanted or scanned >= SCAN_DOCUMENTS:
                     break
-                if document.is_shorter_than(min_text_length) or not hold_out.holds(source.name, document):
+                if document.is_shorter_than(min_text_length) or not hold_out.holds(document):
                     continue
                 encoded = encode(tokenizer, [document])[0]
                 inputs, labels = next_token(encoded, tokenizer.eos_id)

@@ -23,10 +23,9 @@ def test_every_lane_gets_one_document_of_each_round() -> None:
 def test_a_corpus_as_long_as_the_lanes_starves_none(tmp_path: Path, documents: int) -> None:
     """One held-out document at the same place of every epoch must not be the same lane's every time."""
     (section,) = write_corpus(tmp_path, {"a": documents})
-    hold_out = HoldOut(0.0, keys={"a": {"a.jsonl#0"}})
-    factory = make_factory(tmp_path, [section], hold_out=hold_out)
-    held = next(iter(factory.sources[0].stream({}))).key
-    factory.hold_out.keys["a"] = {held}
+    factory = make_factory(tmp_path, [section])
+    held = next(iter(factory.sources[0].stream({}))).digest
+    factory.hold_out = HoldOut(0.0, {"a": [held]})
     rows = list(islice(iter(factory(start(), list(range(LANES)))), LANES * 50))
     assert {row.lane for row in rows if (row.source_ids >= 0).all()} == set(range(LANES))
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from core.data.documents import Document
 from core.data.mixing import Draw, Mixer, MixSettings, is_beginning
 from core.data.sources import build_source
 from core.schedules import Piece
@@ -20,10 +19,7 @@ def mixer(folder: Path, settings: MixSettings, snapshot: dict | None = None, ren
     sections = write_corpus(folder, {"a": 400, "b": 400})
     sources = [build_source(section, folder, 1) for section in sections]
 
-    def cut(source: str, document: Document) -> bool:
-        return True
-
-    return Mixer(sources, settings, cut, {}, snapshot, renewals)
+    return Mixer(sources, settings, lambda _: True, {}, snapshot, renewals)
 
 
 def share_of_first(draws: list[Draw]) -> float:
@@ -88,7 +84,7 @@ def test_shares_of_tokens(tmp_path: Path) -> None:
     for unit in ("documents", "tokens"):
         sources = [build_source(section, tmp_path, 1) for section in sections]
         settings = MixSettings("weighted", (0.5, 0.5), 3, unit=unit, rates=(1.0, 1.0))
-        draws = taken(Mixer(sources, settings, lambda *_: True, {}), 4000)
+        draws = taken(Mixer(sources, settings, lambda _: True, {}), 4000)
         mine = [draw for draw in draws if draw.source == 0]
         share = tokens_of(mine) / tokens_of(draws)
         assert share == pytest.approx(0.5, abs=0.04) if unit == "tokens" else share < 0.2

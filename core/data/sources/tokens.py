@@ -39,6 +39,8 @@ class TokensSettings(Settings):
 class TokensSource(FileSource):
     """A folder of chunks. Its units are chunks."""
 
+    window = 1 << 20  # tokens
+
     def __init__(self, settings: TokensSettings, root: Path, seed: int):
         super().__init__(settings.name, seed if settings.seed is None else settings.seed)
         self._folder = root / Path(settings.path).expanduser()
@@ -71,6 +73,11 @@ class TokensSource(FileSource):
                 yield after, Document("", f"{unit.label}#{begin}", encoded=encoded)
         except DamagedChunk:
             raise Damaged("damaged") from None
+
+    def contents(self) -> str:
+        self.shards()
+        assert self._chunks is not None
+        return digest_of(repr(self._chunks.manifest.chunks).encode()).to_bytes(8, "big").hex()
 
     def nothing(self, order: list[Unit]) -> str:
         return f"no document in {self._folder}" + "".join(f"; {note}" for note in self.notes)
