@@ -161,7 +161,8 @@ def waits(folder: Path) -> list[float]:
             "data": {"sources": [{"type": "text", "path": str(folder / "corpus.jsonl"), "name": "corpus"}]},
         }
         (project / "configs" / "waits.json").write_text(json.dumps(preset))
-        subprocess.run([sys.executable, "main.py"], input="waits\n", text=True, cwd=project, check=True, stdout=subprocess.DEVNULL)
+        command = [sys.executable, "main.py"]
+        subprocess.run(command, input="waits\n", text=True, cwd=project, check=True, stdout=subprocess.DEVNULL)
         events = [json.loads(line) for line in (project / "logs/waits/metrics.jsonl").read_text().splitlines()]
     return [event["data_seconds"] for event in events if event["event"] == "step"]
 
@@ -190,7 +191,7 @@ def main() -> int:
         waited = waits(folder)
         late = [seconds for seconds in waited[1:] if seconds > 0.001]
         failed |= bool(late)
-        print(f"training: {len(late)} of {len(waited) - 1} steps after the first waited for data, at most {max(waited[1:]):.4f} s")
+        print(f"training: {len(late)} of {len(waited) - 1} steps after the first waited for data; most {max(waited[1:]):.4f} s")
     return int(failed)
 
 

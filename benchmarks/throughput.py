@@ -97,7 +97,8 @@ def ours(vocab_size: int, folder: Path) -> list[float]:
             self.step += 1
             zeros = torch.zeros(ROWS, SEQ_LENGTH, dtype=torch.int32)
             positions = torch.arange(SEQ_LENGTH).expand(ROWS, SEQ_LENGTH)
-            return StepRows(Batch(ids[:, :-1], ids[:, 1:], positions, zeros, zeros, True), ROWS * SEQ_LENGTH, ROWS * SEQ_LENGTH, [0], [0])
+            batch = Batch(ids[:, :-1], ids[:, 1:], positions, zeros, zeros, True)
+            return StepRows(batch, ROWS * SEQ_LENGTH, ROWS * SEQ_LENGTH, [0], [0])
 
         def state(self) -> dict:
             return {}

@@ -69,7 +69,8 @@ def test_a_run_leaves_what_the_interface_says_and_the_next_goes_on(make_project:
         assert {"event", "step", "tokens", "time"} | fields.get(event["event"], set()) <= set(event)
     assert [event["path"] for event in found if event["event"] == "checkpoint"] == ["checkpoints/lm_current.pth"] * 3
     step = project.events("step", "lm")[-1]
-    assert set(step["sources"]) == {"texts"} and set(step["sources"]["texts"]) == {"loss", "weight", "tokens", "documents", "epochs"}
+    account = {"loss", "weight", "tokens", "documents", "epochs"}
+    assert set(step["sources"]) == {"texts"} and set(step["sources"]["texts"]) == account
     assert step["tokens"] == 5 * 4 * 32 and found[-1]["reason"] == "max_steps"
     card, preset = json.loads((logs / "run.json").read_text()), json.loads((logs / "preset.json").read_text())
     assert {"parameters", "tokens_per_step", "device", "versions", "sources", "git_commit", "seconds_to_first_step"} <= set(card)

@@ -11,10 +11,12 @@ import hashlib
 import io
 import os
 import shutil
+import struct
 import time
 import zipfile
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,11 @@ POLL_SECONDS = 0.01
 FREE_BYTES = 4 << 30
 """Room on the disk that is left to others: checkpoints come first."""
 TIDY_EVERY = 64  # blocks written between looks at the total size
+CHECKSUM_BYTES = 16
+NAMES = ("utf-8", "surrogatepass")  # of files: any bytes but a zero
+
+UNREADABLE = (OSError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error, struct.error)
+"""What reading a damaged block may raise."""
 
 Block = list[tuple[int, Document]]  # (position after it, document)
 
@@ -53,8 +60,9 @@ class TokenCache:
             os.utime(path)  # what was used last is deleted last
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-            path.unlink(missing_ok=True)
+        except UNREADABLE:
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
             return None
         return found
 
@@ -70,7 +78,7 @@ class TokenCache:
         except OSError:
             return
         self._written += 1
-        if self._written % TIDY_EVERY == 1:
+        if (self._written - 1) % TIDY_EVERY == 0:
             self._tidy()
 
     @contextmanager
@@ -113,7 +121,8 @@ class TokenCache:
         for _, size, path in sorted(files):
             if total <= 0.9 * self.limit_bytes:
                 break
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
             total -= size
 
 
@@ -145,7 +154,7 @@ class Cached:
         if content is None:
             yield from self._source.read(shard, start)
             return
-        address = hashlib.blake2b(f"{content}\n{self._fingerprint}".encode(), digest_size=20).hexdigest()
+        address = hashlib.blake2b(f"{content}\n{self._fingerprint}".encode(*NAMES), digest_size=20).hexdigest()
         maker = _Maker(self._source, shard, self._tokenizer)
         number, last, first = start // BLOCK, False, True
         while not last:
@@ -223,18 +232,22 @@ def packed(block: Block, last: bool) -> bytes:
         digests=np.array([t.digest for t in tokens], dtype=np.uint64),
         sizes=np.array([t.size for t in tokens], dtype=np.int64),
         learned=np.concatenate(learned) if learned else np.zeros(0, dtype=bool),
-        keys=np.frombuffer("\n".join(document.key for _, document in block).encode(), dtype=np.uint8),
+        keys=np.frombuffer("\0".join(document.key for _, document in block).encode(*NAMES), dtype=np.uint8),
         last=np.array(last),
     )
-    return out.getvalue()
+    content = out.getvalue()
+    return checksum(content) + content
 
 
 def unpacked(data: bytes) -> tuple[Block, bool]:
-    """What `packed` packed. Raises ValueError, KeyError or BadZipFile; the format's checksums see every flipped bit."""
-    with np.load(io.BytesIO(data), allow_pickle=False) as file:
+    """What `packed` packed. Raises ValueError where a bit of it is another: what numpy says then may be anything, or nothing."""
+    begun, content = data[:CHECKSUM_BYTES], data[CHECKSUM_BYTES:]
+    if begun != checksum(content):
+        raise ValueError("damaged")
+    with np.load(io.BytesIO(content), allow_pickle=False) as file:
         fields = {name: file[name] for name in file.files}
     ids, learned, ends = fields["ids"].astype(np.int32), fields["learned"], fields["ends"].tolist()
-    keys = fields["keys"].tobytes().decode().split("\n")
+    keys = fields["keys"].tobytes().decode(*NAMES).split("\0")
     block: Block = []
     begin = 0
     for i, end in enumerate(ends):
@@ -243,3 +256,7 @@ def unpacked(data: bytes) -> tuple[Block, bool]:
         block.append((int(fields["positions"][i]), Document("", keys[i], encoded=tokens)))
         begin = end
     return block, bool(fields["last"])
+
+
+def checksum(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=CHECKSUM_BYTES).digest()

@@ -11,6 +11,7 @@ from core.data.objectives import IGNORE_INDEX, next_token
 from core.data.packing import PACKERS, Place, Row
 
 EOS, T = 99, 16
+BEGINNING = Place()
 
 
 def random_documents(seed: int, count: int = 40) -> list[tuple[int, int, np.ndarray]]:
@@ -25,7 +26,7 @@ def framed(ids: list[int] | np.ndarray, learned: list[bool] | None = None) -> tu
     return next_token(Encoded(np.array(ids, dtype=np.int32), mask, 0, 1), EOS)
 
 
-def pack(documents: list[tuple[int, int, np.ndarray]], packing: str, place: Place = Place(), ahead: int = 1) -> list[Row]:
+def pack(documents: list[tuple[int, int, np.ndarray]], packing: str, place: Place = BEGINNING, ahead: int = 1) -> list[Row]:
     """All rows of some documents, from a place on, the last ones padded. `ahead`: documents that arrive at once."""
     packer = PACKERS[packing](2, T, EOS, place)
     rows = []

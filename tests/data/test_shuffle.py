@@ -69,7 +69,8 @@ def test_the_cache_changes_nothing(tmp_path: Path) -> None:
     plain = shuffled(tmp_path).stream({})
     found = [(d.key, d.digest, plain.cursor()) for d in plain]
     for _ in range(2):  # made, then read
-        source = Cached(Slow(TextSettings(path="*.jsonl", name="s"), tmp_path, 1), TokenCache(tmp_path, 1 << 30), byte_tokenizer())
+        slow = Slow(TextSettings(path="*.jsonl", name="s"), tmp_path, 1)
+        source = Cached(slow, TokenCache(tmp_path, 1 << 30), byte_tokenizer())
         cached = Shuffled(source, 1).stream({})
         assert [(d.key, d.digest, cached.cursor()) for d in cached] == found
 
