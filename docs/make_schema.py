@@ -71,6 +71,7 @@ def reference() -> str:
         ("DataSettings", "data"),
         ("data.sources", SOURCES),
         ("GenerateSettings", "generate"),
+        ("TokenizeSettings", "tokenize"),
         ("LoggingSettings", "logging"),
         ("Piece", "a piece of a schedule"),
     ):

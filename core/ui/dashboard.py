@@ -83,6 +83,10 @@ class Dashboard:
 
 def view_for(stream: TextIO) -> Dashboard | PlainLines:
     """The dashboard on a terminal that can show it, plain lines elsewhere."""
+    return Dashboard(stream) if can_draw(stream) else PlainLines(stream)
+
+
+def can_draw(stream: TextIO) -> bool:
+    """Whether it is a terminal that shows what moves, and characters beyond ASCII."""
     utf8 = (getattr(stream, "encoding", None) or "").lower().replace("-", "") == "utf8"
-    drawable = stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb", "unknown")
-    return Dashboard(stream) if drawable and utf8 else PlainLines(stream)
+    return utf8 and stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb", "unknown")

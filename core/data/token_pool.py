@@ -1,0 +1,142 @@
+"""Texts to tokens by all cores, in the order they came: the same for any number of processes.
+
+In:    batches of texts
+Out:   their tokens, each text's followed by the end-of-document token
+State: none; two batches per process are under way at most, and one more
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from core.data.documents import Cursor
+from core.data.tokenizer import Tokenizer
+from core.errors import UserError
+
+
+@dataclass
+class Batch:
+    """Some texts in a row."""
+
+    texts: list[str]
+    cursors: list[Cursor]  # where the source stands after each
+
+
+@dataclass
+class Tokens:
+    """A batch, tokenized."""
+
+    tokens: np.ndarray  # (n,) uint32
+    ends: np.ndarray  # (texts,) int64: where in `tokens` the text's end is; a text without tokens adds none
+    cursors: list[Cursor]
+
+
+def usable_cores() -> int:
+    """Of this process, which may have been given fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class TokenPool:
+    """Tokenizes in `workers` processes; 0: in a thread of this one, which leaves the threads to the tokenizers library."""
+
+    def __init__(self, tokenizer: Tokenizer, workers: int):
+        self._tokenizer = tokenizer
+        self._ahead = 2 * max(1, workers)
+        self._executor: Executor
+        if workers:
+            context = multiprocessing.get_context("spawn")  # a fork would copy a process that has threads
+            self._executor = ProcessPoolExecutor(workers, context, _begin, (tokenizer.state(),))
+        else:
+            self._executor = ThreadPoolExecutor(1)
+
+    def __enter__(self) -> "TokenPool":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._executor.shutdown(wait=True, cancel_futures=True)
+
+    def run(self, batches: Iterable[Batch]) -> Iterator[Tokens]:
+        """Each batch tokenized. What `batches` raises is raised here, after everything that came before it.
+
+        Raises UserError when a process died.
+        """
+        waiting: deque[tuple[Future, list[Cursor]]] = deque()
+        failure: Exception | None = None
+        reading = iter(batches)
+        try:
+            while True:
+                try:
+                    batch = next(reading, None) if failure is None else None
+                except Exception as error:
+                    batch, failure = None, error
+                if batch is not None:
+                    waiting.append((self._submit(batch.texts), batch.cursors))
+                if waiting and (batch is None or len(waiting) > self._ahead):
+                    future, cursors = waiting.popleft()
+                    yield Tokens(*future.result(), cursors)
+                elif batch is None:
+                    break
+        except BrokenProcessPool:
+            raise UserError(
+                "a tokenizing process died, probably for want of memory; everything saved so far is kept. Set tokenize.workers "
+                "to a smaller number (0: no processes) and start again to go on."
+            ) from None
+        finally:  # whoever has enough does not want the rest
+            for future, _ in waiting:
+                future.cancel()
+        if failure is not None:
+            raise failure
+
+    def _submit(self, texts: list[str]) -> Future:
+        if isinstance(self._executor, ThreadPoolExecutor):
+            return self._executor.submit(_encode, self._tokenizer, texts)
+        return self._executor.submit(_encode_there, texts)
+
+
+def _encode(tokenizer: Tokenizer, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, ends) of some texts."""
+    pieces, ends, total, end = [], [], 0, np.array([tokenizer.eos_id], np.int32)
+    for ids in tokenizer.encode_batch(texts):
+        if len(ids):
+            pieces += [ids, end]
+            total += len(ids) + 1
+        ends.append(total)
+    return np.concatenate(pieces or [end[:0]]).astype(np.uint32), np.array(ends, np.int64)
+
+
+# in the processes ----------------------------------------------------------------------------------------------------
+
+_own: Tokenizer | None = None
+"""The tokenizer of a worker process: made once, used for every batch."""
+
+
+def _begin(state: dict[str, Any]) -> None:
+    """Runs first in each process."""
+    global _own
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core is enough
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # meant for the job, which ends its processes itself
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _own = Tokenizer.from_state(state)
+
+
+def _end_with_parent() -> None:
+    """A killed job ends no process of its pool: each would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _encode_there(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    assert _own is not None, "the process was not prepared"
+    return _encode(_own, texts)
