@@ -1,0 +1,92 @@
+"""Whole runs on each kind of data: what a person who only writes presets gets."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from core.errors import UserError
+from tests.project import story, tiny_preset, train_here
+
+
+def write_chats(folder: Path, count: int = 60, assistant: str = "assistant") -> None:
+    chats = []
+    for number in range(count):
+        said = [("user", f"What happened in {number}?"), (assistant, story(number, 2)), ("user", "And then?"), (assistant, "Snow.")]
+        chats.append({"messages": [{"role": role, "content": content} for role, content in said]})
+    (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+
+
+def saved(root: Path) -> dict[str, Any]:
+    return torch.load(root / "checkpoints" / "t_current.pth", weights_only=True)
+
+
+def test_chats_teach_what_the_assistant_says(tmp_path: Path) -> None:
+    """A BPE of the preset's own gets the markers as special tokens; fewer tokens are targets than are read."""
+    write_chats(tmp_path)
+    preset = tiny_preset(
+        tokenizer={"type": "bpe", "vocab_size": 400},
+        data={"sources": [{"type": "chat", "path": "chats.jsonl"}], "packing": "best_fit"},
+    )
+    events = train_here(preset, tmp_path)
+    assert events[-1]["reason"] == "max_steps" and len([e for e in events if e["event"] == "step"]) == 5
+    assert next(e for e in events if e["event"] == "eval")["cross_entropy"] > 0
+    vocabulary = json.loads(saved(tmp_path)["tokenizer"]["json"])["added_tokens"]
+    assert {"<|im_start|>", "<|im_end|>"} <= {token["content"] for token in vocabulary}
+
+
+def test_a_step_that_teaches_nothing_is_an_error_with_an_example(tmp_path: Path) -> None:
+    """A conversation that begins with more than a row of the user's words, read in rows of one piece each."""
+    chats = [[("user", f"{number} " + "Listen to me. " * 40), ("assistant", "Yes.")] for number in range(40)]
+    rows = [{"messages": [{"role": role, "content": content} for role, content in chat]} for chat in chats]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    preset = tiny_preset(data={"sources": [{"type": "chat", "path": "chats.jsonl"}], "packing": "padding"})
+    with pytest.raises(UserError, match="no token of this step is learned") as told:
+        train_here(preset, tmp_path)
+    assert "Listen to m" in str(told.value) and "[[Yes" not in str(told.value)
+
+
+def test_weights_move_along_their_schedules(tmp_path: Path) -> None:
+    """What the log calls the weight is the schedule's value; what is drawn follows it; the next run begins it anew."""
+    (tmp_path / "texts").mkdir()
+    for name in ("a", "b"):
+        lines = [json.dumps({"text": f"{name} {story(number, 2)}"}) + "\n" for number in range(400)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    falling, rising = ({"from": x, "to": y, "begin": 0.5, "end": 0.5} for x, y in ((0.95, 0.05), (0.05, 0.95)))
+    preset = tiny_preset(
+        train={"max_steps": 80, "eval_tokens": 0},
+        data={
+            "sources": [{"type": "text", "path": "a.jsonl"}, {"type": "text", "path": "b.jsonl"}],
+            "mix_strategy": "weighted",
+            "source_weights": [falling, rising],
+        },
+    )
+    for _ in range(2):
+        steps = [event["sources"] for event in train_here(preset, tmp_path) if event["event"] == "step"]
+    assert len(steps) == 160
+    assert [round(step["a"]["weight"], 2) for step in (steps[0], steps[79], steps[80], steps[159])] == [0.95, 0.05, 0.95, 0.05]
+    read = [step["a"]["documents"] for step in steps]
+    other = [step["b"]["documents"] for step in steps]
+    for begin, end, of_a in ((0, 35, 0.95), (45, 79, 0.05), (80, 115, 0.95), (125, 159, 0.05)):
+        a, b = read[end] - read[begin], other[end] - other[begin]
+        assert a / (a + b) == pytest.approx(of_a, abs=0.17), (begin, end, a, b)
+    ledger = saved(tmp_path)["progress"]["ledger"]
+    assert ledger["a"]["documents"] == read[-1] and ledger["a"]["tokens"] == steps[-1]["a"]["tokens"]
+    assert ledger["a"]["epochs"] == steps[-1]["a"]["epochs"] == 1 and ledger["a"]["loss"] > 0
+
+
+def test_new_files_are_read_and_what_was_held_out_stays_out(tmp_path: Path) -> None:
+    """A person drops a file into the folder between two runs."""
+    preset = tiny_preset(train={"max_steps": 40})
+    train_here(preset, tmp_path)
+    before = saved(tmp_path)
+    (tmp_path / "texts" / "new.txt").write_text(story(99, 60))
+    events = train_here(preset, tmp_path)
+    after = saved(tmp_path)
+    notes = [event for event in events if event["event"] == "run_start"][-1]["notes"]
+    assert any("files of texts have changed" in note and "begin with all their files" in note for note in notes), notes
+    assert after["data"]["held_out"] == before["data"]["held_out"] and before["data"]["held_out"]["held"]["texts"]
+    cursors = [state["data"]["snapshot"]["cursors"]["texts"] for state in (before, after)]
+    assert cursors[1]["epoch"] > cursors[0].get("epoch", 0)
