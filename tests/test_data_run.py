@@ -14,7 +14,8 @@ from tests.project import story, tiny_preset, train_here
 def write_chats(folder: Path, count: int = 60, assistant: str = "assistant") -> None:
     chats = []
     for number in range(count):
-        said = [("user", f"What happened in {number}?"), (assistant, story(number, 2)), ("user", "And then?"), (assistant, "Snow.")]
+        said = [("user", f"What happened in {number}?"), (assistant, story(number, 2))]
+        said += [("user", "And then?"), (assistant, "Snow.")]
         chats.append({"messages": [{"role": role, "content": content} for role, content in said]})
     (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
 

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from core.data.documents import Document
 from core.data.sources import NAMED_SOURCES, SOURCES, build_source, files, open_sources
 from core.data.sources.hf import HfSettings
-from core.data.sources.pdf import PdfSettings, clean_block
+from core.data.sources.pdf.source import PdfSettings
 from core.data.sources.text import PythonStdlibSettings, TextSettings
 from core.errors import SourceUnavailable
 
@@ -264,43 +264,6 @@ def test_python_stdlib_is_the_library_only() -> None:
     assert {"pathlib.py", "json/decoder.py", "asyncio/tasks.py"} <= set(labels) and len(labels) > 300
     outside = {"site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
     assert not [label for label in labels if outside & set(label.split("/"))]
-
-
-def test_bad_pdfs_are_skipped_and_named(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
-    folder = tmp_path / "pdfs"
-    folder.mkdir()
-    write_pdf(folder / "good.pdf", prose(1, 9_000))
-    write_pdf(folder / "locked.pdf", "secret", password="x")
-    write_pdf(folder / "scan.pdf", None)
-    (folder / "junk.pdf").write_bytes(b"%PDF-1.7 but no more")
-    (folder / "zero.pdf").write_bytes(b"")
-    source = build_source(PdfSettings(), tmp_path, 1)
-    source.open()
-    opened = sorted(source.notes)
-    assert opened[:2] == ["skipped 1 encrypted file: locked.pdf", "skipped 1 textless (scanned?) file: scan.pdf"]
-    assert opened[2] in [f"skipped 2 damaged files: {names}" for names in ("junk.pdf, zero.pdf", "zero.pdf, junk.pdf")]
-    texts = [d.text for d in source.stream({})]
-    assert len(texts) >= 2 and all(len(text) <= 5750 for text in texts) and all(text.rstrip().endswith(".") for text in texts)
-    assert sorted(source.notes) == opened  # said once, however often they are met
-    assert capfd.readouterr() == ("", "")
-
-
-@pytest.mark.parametrize("make", [True, False])
-def test_no_pdfs_says_where_to_put_them(tmp_path: Path, make: bool) -> None:
-    if make:
-        (tmp_path / "pdfs").mkdir()
-    _, failed = open_sources([build_source(PdfSettings(), tmp_path, 1)])
-    assert str(tmp_path / "pdfs") in failed["pdf"] and "put PDF files there" in failed["pdf"]
-
-
-def test_pdf_lines_become_paragraphs() -> None:
-    assert clean_block("An exam-\nple of a long line that was bro-\nken by the page and goes on here\n") == (
-        "An example of a long line that was broken by the page and goes on here"
-    )
-    assert clean_block("A heading\nfollowed by a much longer line of ordinary text here\nand its end.") == (
-        "A heading\nfollowed by a much longer line of ordinary text here and its end."
-    )
-    assert clean_block("state of the art in the year Mid-\nNovember") == "state of the art in the year Mid- November"
 
 
 def test_open_sources_keeps_order_and_deadline(root: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from core.data.documents import Source
 from core.data.sources.chat import ChatSettings, chat_source
 from core.data.sources.hf import HfSettings, HfSource
-from core.data.sources.pdf import PdfSettings, PdfSource
+from core.data.sources.pdf.source import PdfSettings, PdfSource
 from core.data.sources.text import PythonStdlibSettings, PythonStdlibSource, TextSettings, TextSource
 from core.data.sources.tokens import TokensSettings, TokensSource
 from core.errors import SourceUnavailable

@@ -1,0 +1,133 @@
+"""What was read out of PDFs, kept by the content of the file: a second run, epoch, rank or name of it reads no PDF again.
+
+In:    the digest of a file's bytes
+Out:   its Outcome, or None; a lock, so that two processes do not read the same file at the same time
+State: <root>/.cache/pdf/<digest>-<version>.json.gz; may be deleted at any time, and an unwritable folder costs only time
+"""
+
+import gzip
+import hashlib
+import json
+import os
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from core.data.sources.pdf.messages import GOOD, LASTING
+
+try:
+    import fcntl
+except ImportError:  # not a Unix: two processes may then do the same work
+    fcntl = None
+
+CACHE = ".cache/pdf"
+"""The folder, relative to the project."""
+
+EXTRACTOR_VERSION = 1
+"""To be raised with every change of what is made of a PDF."""
+
+_POLL = 0.05
+
+
+class Outcome(NamedTuple):
+    """What came of reading a file."""
+
+    kind: str  # GOOD, or why there is no text
+    text: str
+
+
+def digest_of_file(path: Path) -> str:
+    """A stable hash of a file's bytes. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=20)).hexdigest()
+
+
+class Lock:
+    """The right to read one file, and a word to those who wait for it: what came of it, where that is not to last.
+
+    The word stands in the lock's file, whose name goes with the lock: only who has waited can still read it.
+    """
+
+    def __init__(self, file: int | None):
+        self._file = file
+
+    def word(self) -> str:
+        """What a holder before left; empty if there was none."""
+        if self._file is None:
+            return ""
+        os.lseek(self._file, 0, os.SEEK_SET)
+        return os.read(self._file, 100).decode(errors="replace")
+
+    def leave(self, word: str) -> None:
+        if self._file is not None:
+            with suppress(OSError):
+                os.write(self._file, word.encode())
+
+
+class PdfCache:
+    """The folder of one project."""
+
+    def __init__(self, root: Path):
+        self._folder = root / CACHE
+
+    def get(self, digest: str) -> Outcome | None:
+        try:
+            found = json.loads(gzip.decompress(self._path(digest).read_bytes()))
+            outcome = Outcome(found["kind"], found["text"])
+        except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError):  # absent, or cut off, or not ours
+            return None
+        fits = outcome.kind in LASTING and isinstance(outcome.text, str) and bool(outcome.text) == (outcome.kind == GOOD)
+        return outcome if fits else None
+
+    def put(self, digest: str, outcome: Outcome) -> None:
+        if outcome.kind not in LASTING:
+            return
+        path = self._path(digest)
+        aside = path.with_name(f"{path.name}.{os.getpid()}-{time.monotonic_ns()}")
+        data = gzip.compress(json.dumps(outcome._asdict()).encode(), compresslevel=3, mtime=0)
+        with suppress(OSError):
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                aside.write_bytes(data)
+                os.replace(aside, path)
+            except OSError:
+                aside.unlink(missing_ok=True)
+
+    @contextmanager
+    def lock(self, digest: str, seconds: float) -> Iterator["Lock"]:
+        """Held while the file of that digest is read; after so many seconds had without, for a lock only saves work."""
+        file = self._lock_file(digest)
+        end = time.monotonic() + seconds
+        locked = False
+        try:
+            while file is not None and fcntl is not None and not locked and time.monotonic() < end:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    locked = True
+                except BlockingIOError:
+                    time.sleep(_POLL)
+                except OSError:  # a file system without locks
+                    break
+            yield Lock(file if locked else None)
+        finally:
+            if locked:  # who waits for it finds the outcome in the cache, whoever comes later makes a new one
+                with suppress(OSError):
+                    self._lock_path(digest).unlink()
+            if file is not None:
+                os.close(file)
+
+    def _lock_file(self, digest: str) -> int | None:
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            return os.open(self._lock_path(digest), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError:
+            return None
+
+    def _lock_path(self, digest: str) -> Path:
+        return self._folder / f"{digest}.lock"
+
+    def _path(self, digest: str) -> Path:
+        return self._folder / f"{digest}-{EXTRACTOR_VERSION}.json.gz"

@@ -1,0 +1,214 @@
+"""The process that reads PDFs: `python -m core.data.sources.pdf.worker`. Whatever a file does to it, training goes on.
+
+In:    requests on stdin (messages.py), one at a time: {"path", "seconds", "memory", "peek"}
+Out:   on stdout {"ready"} or {"missing"} at the start, then {"kind", "text"} for each request
+State: none; PyMuPDF is loaded once, and each file is read by a fork of this process that lives no longer than that
+
+The fork may take `seconds` of time and `memory` bytes more than it has at its start; then it is killed. It also goes when this
+process does, and this process goes when stdin ends. Where there is no fork, files are read in this process; the parent kills it.
+"""
+
+import ctypes
+import gc
+import importlib
+import json
+import os
+import re
+import select
+import signal
+import sys
+import time
+from typing import Any
+
+from core.data.sources.pdf.boxes import Box, Page
+from core.data.sources.pdf.layout import document_text
+from core.data.sources.pdf.messages import (
+    CRASH,
+    DAMAGED,
+    EMPTY,
+    ENCRYPTED,
+    GOOD,
+    LARGE,
+    PAGELESS,
+    SCANNED,
+    SLOW,
+    receive,
+    send,
+)
+
+_FLAGS = 2 | 64  # TEXT_PRESERVE_WHITESPACE | TEXT_CLIP: no images, ligatures as letters, nothing from outside the page
+_TEXT = 0  # the kind of a block; 1 is an image
+_NO_MEMORY = re.compile(r"alloc.*failed|out of memory|bad_alloc")
+_GRACE = 5  # seconds after which a fork that nobody ended ends itself
+
+
+class Refused(Exception):
+    """A file that gives no text."""
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's business
+    requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever MuPDF prints must not get among the replies
+    sys.modules["pymupdf.layout"] = None  # type: ignore[assignment]  # would load onnxruntime, which takes a second and has threads
+    try:
+        pymupdf = importlib.import_module("pymupdf")
+        _warm_up(pymupdf)
+    except Exception as error:  # a broken installation fails in many ways; the parent tells the user
+        send(replies, {"missing": f"{type(error).__name__}: {error}", "absent": isinstance(error, ModuleNotFoundError)})
+        return
+    pymupdf.TOOLS.mupdf_display_errors(False)
+    pymupdf.TOOLS.mupdf_display_warnings(False)
+    send(replies, {"ready": True})
+    while (request := receive(requests)) is not None:
+        send(replies, in_fork(request) if hasattr(os, "fork") else extract(request["path"], request["peek"]))
+
+
+def _warm_up(pymupdf: Any) -> None:
+    """Reads a page made up here: what is set up at the first reading is then there in every fork."""
+    document = pymupdf.open()
+    document.new_page().insert_text((72, 72), "some text")
+    with pymupdf.open(stream=document.tobytes(), filetype="pdf") as written:
+        document_text(list(_pages(written)))
+    gc.collect()
+    gc.freeze()  # a collection in a fork would copy all that it looks at
+
+
+def in_fork(request: dict[str, Any]) -> dict[str, Any]:
+    """The reply to one request, from a process of its own. Ends this process when the parent is gone."""
+    out, into = os.pipe()
+    parent = os.getpid()
+    child = os.fork()
+    if child == 0:
+        try:
+            for low, high in ((0, 1), (3, into), (into + 1, 256)):  # who waits for the parent's end must not wait for this one
+                os.closerange(low, high)
+            _limit_self(request["seconds"], request["memory"], parent)
+            with os.fdopen(into, "wb") as stream:
+                send(stream, extract(request["path"], request["peek"]))
+        finally:
+            os._exit(0)
+    os.close(into)
+    end, chunks = time.monotonic() + request["seconds"], []
+    try:
+        while True:
+            ready, _, _ = select.select([out, 0], [], [], max(0.0, end - time.monotonic()))
+            if 0 in ready:  # nobody sends a second request before the first is answered: the parent is gone
+                os.kill(child, signal.SIGKILL)
+                os._exit(0)
+            if not ready:
+                return {"kind": SLOW, "text": ""}
+            if not (data := os.read(out, 1 << 20)):
+                break
+            chunks.append(data)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(out)
+    data = b"".join(chunks)
+    try:
+        return json.loads(data[4:])
+    except ValueError:  # it died before it could answer
+        return {"kind": CRASH, "text": ""}
+
+
+def _limit_self(seconds: float, memory: int, parent: int) -> None:
+    import resource
+
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, seconds + _GRACE)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            os._exit(0)
+        with open("/proc/self/statm") as file:
+            own = int(file.read().split()[0]) * resource.getpagesize()
+        limit, hard = own + memory, resource.getrlimit(resource.RLIMIT_AS)[1]
+        if hard != resource.RLIM_INFINITY:
+            limit = min(limit, hard)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def extract(path: str, peek: bool) -> dict[str, Any]:
+    """What a file holds. With `peek` only whether it holds text at all, which takes no longer for a long file."""
+    try:
+        return {"kind": GOOD, "text": _has_text(path) if peek else _text(path)}
+    except Refused as refused:
+        return {"kind": str(refused), "text": ""}
+    except MemoryError:
+        return {"kind": LARGE, "text": ""}
+    except OSError as error:
+        return {"kind": "unreadable", "text": "", "errno": error.errno}
+    except RecursionError:
+        return {"kind": DAMAGED, "text": ""}
+
+
+def _text(path: str) -> str:
+    with _open(path) as document:
+        text = document_text(list(_pages(document)))
+    if not text.strip():
+        raise Refused(SCANNED)
+    return text
+
+
+def _has_text(path: str) -> str:
+    with _open(path) as document:
+        for page in _pages(document):
+            if any(box.text.strip() for group in page.groups for box in group):
+                return "yes"
+    raise Refused(SCANNED)
+
+
+def _open(path: str) -> Any:
+    """The open PDF. Raises Refused; OSError where the file cannot be read."""
+    pymupdf = importlib.import_module("pymupdf")
+    with open(path, "rb") as file:  # tells a file that may not be read from one that is broken
+        if not file.read(1):
+            raise Refused(EMPTY)
+    try:
+        if path.isprintable():
+            document = pymupdf.open(path, filetype="pdf")
+        else:  # a name that is no text is none to MuPDF
+            with open(path, "rb") as file:
+                document = pymupdf.open(stream=file.read(), filetype="pdf")
+        locked, pages, repaired = document.needs_pass, document.page_count, document.is_repaired
+    except Exception as error:  # FileDataError, MuPDF's own errors, and what PyMuPDF makes of answers it does not expect
+        _raise_memory(error)
+        raise Refused(DAMAGED) from None
+    if locked:
+        raise Refused(ENCRYPTED)
+    if pages == 0:
+        raise Refused(DAMAGED if repaired else PAGELESS)
+    return document
+
+
+def _pages(document: Any) -> Any:
+    """The boxes of every page that can be read: a broken one does not cost the rest. Raises Refused when none can."""
+    failed = 0
+    for number in range(document.page_count):
+        try:
+            page = document[number]
+            blocks = page.get_text("dict", flags=_FLAGS)["blocks"]
+            height = page.rect.height
+        except Exception as error:  # as above
+            _raise_memory(error)
+            failed += 1
+            continue
+        groups = [[_box(line) for line in block["lines"]] for block in blocks if block["type"] == _TEXT]
+        yield Page(height, groups)
+    if failed == document.page_count:
+        raise Refused(DAMAGED)
+
+
+def _box(line: dict[str, Any]) -> Box:
+    return Box(*line["bbox"], "".join(span["text"] for span in line["spans"]))
+
+
+def _raise_memory(error: Exception) -> None:
+    if isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)):
+        raise MemoryError from None
+
+
+if __name__ == "__main__":
+    main()
