@@ -37,7 +37,8 @@ def token_rows(vocab_size: int) -> Any:
     from core.data.corpus import open_corpus
     from core.data.tokenizer import build_tokenizer
     from core.parallel import Single
-    from core.preset import TokenizerSettings, decode_preset
+    from core.preset import decode_preset
+    from core.settings import TokenizerSettings
 
     preset = decode_preset({"data": {"sources": ["python_stdlib"]}}, Preset, "benchmark", "benchmark")
     texts = open_corpus(preset, ROOT, Single()).sample_texts(3_000_000)

@@ -30,9 +30,10 @@ from core.losses.stack import LossStack
 from core.metrics import MetricsLog
 from core.models import MODELS
 from core.optim import Optimizer
-from core.preset import RUN_TOKENS, preset_class, preset_json
+from core.preset import preset_class, preset_json
 from core.randomness import derive_seed
 from core.runtime import Runtime
+from core.settings import RUN_TOKENS
 from core.trainer import Horizon, Objective, Progress, Trainer
 
 JOBS = ["train", "tokenize"]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from core.contracts import Batch, LanguageModel
 from core.data.tokenizer import Tokenizer
-from core.preset import GenerateSettings
+from core.settings import GenerateSettings
 
 
 @torch.no_grad()

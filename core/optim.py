@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from core.preset import TrainSettings
+from core.settings import TrainSettings
 
 NO_DECAY_NAMES = ("pos_embedding",)
 """Tables of positions: rows that are rarely visited would only shrink."""

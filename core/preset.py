@@ -13,237 +13,24 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Discriminator,
     Field,
     Tag,
     ValidationError,
     create_model,
-    model_validator,
 )
 
 from core.errors import PresetError
-from core.schedules import Schedule, turns, value_at
-
-RUN_TOKENS = 100_000_000
-"""Training tokens of one run, over all ranks, padding not counted."""
-
-
-class Settings(BaseModel):
-    """The base of every section: unknown keys are errors, values are not coerced, nothing changes after decoding."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True, use_attribute_docstrings=True)
-
-
-class TokenizerSettings(Settings):
-    type: Literal["bpe", "byte", "hub", "file"] = "bpe"
-    """bpe: byte-level BPE trained on a sample of the preset's own sources. byte: 256 bytes. hub: a Hugging Face tokenizer.
-    file: a tokenizer.json on this machine."""
-    vocab_size: int = Field(8192, ge=260)
-    """Vocabulary of a trained BPE."""
-    name: str | None = None
-    """Hub repository of a `hub` tokenizer, such as "gpt2"."""
-    path: str | None = None
-    """The tokenizer.json of a `file` tokenizer, relative to the project, such as "./data/tokens/tokenizer.json". What ends a
-    document is read from the tokenizer_config.json beside it."""
-
-    @model_validator(mode="after")
-    def _hub_is_named(self) -> "TokenizerSettings":
-        if (self.type == "hub") != (self.name is not None):
-            raise ValueError(
-                '"type": "hub" goes with a "name", and only with it; to name a Hub tokenizer write "tokenizer": "gpt2"'
-            )
-        if (self.type == "file") != (self.path is not None):
-            raise ValueError('"type": "file" goes with a "path" to a tokenizer.json, and only with it')
-        return self
-
-
-class ScheduleSettings(Settings):
-    type: Literal["wsd", "cosine", "constant"] = "wsd"
-    """wsd: warm-up, stable, linear decay. cosine: warm-up, cosine decay. constant: warm-up, then level."""
-    warmup: float = Field(0.02, ge=0.0, le=1.0)
-    """Fraction of the run that warms up."""
-    decay: float = Field(0.2, ge=0.0, le=1.0)
-    """Fraction of the run that decays at its end (wsd)."""
-    floor: float = Field(0.0, ge=0.0, le=1.0)
-    """Fraction of the peak learning rate left at the end (wsd, cosine)."""
-
-    @model_validator(mode="after")
-    def _fits(self) -> "ScheduleSettings":
-        if self.type == "wsd" and self.warmup + self.decay > 1.0:
-            raise ValueError(f"warmup {self.warmup:g} and decay {self.decay:g} are more than the whole run; together at most 1")
-        return self
-
-
-class TrainSettings(Settings):
-    per_gpu_batch_size: int = Field(32, ge=1)
-    """Rows of one forward pass on each device."""
-    accumulation_steps: int = Field(1, ge=1)
-    """Forward passes of one optimizer step."""
-    learning_rate: float = Field(6e-4, gt=0.0)
-    """Peak learning rate."""
-    schedule: ScheduleSettings = ScheduleSettings()
-    """Shape of the learning rate over the run."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon: Muon for the matrices of the trunk, AdamW for everything else."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's averaging factors."""
-    eps: float = Field(1e-8, gt=0.0)
-    """AdamW's epsilon."""
-    weight_decay: float = Field(0.1, ge=0.0)
-    """Decoupled weight decay, on matrices only (biases, norms and the position table are exempt)."""
-    muon_learning_rate: float = Field(0.02, gt=0.0)
-    """Peak learning rate of the matrices under Muon."""
-    max_grad_norm: float = Field(1.0, gt=0.0)
-    """Global norm the gradient is clipped to."""
-    seed: int = 42
-    """Seed of everything random."""
-    runs: int = Field(1, ge=1)
-    """Runs of 100,000,000 tokens chained into one horizon."""
-    max_steps: int | None = Field(None, ge=1)
-    """Shortens a run to so many optimizer steps."""
-    max_epochs: int | None = Field(None, ge=1)
-    """Reads each source at most so many times, and ends when nothing is left."""
-    eval_tokens: int = Field(500_000, ge=0)
-    """Held-out tokens of one evaluation; 0: never evaluate."""
-    eval_every_tokens: int = Field(10_000_000, ge=1)
-    """Training tokens between evaluations."""
-    checkpoint_every_minutes: float = Field(10.0, gt=0.0)
-    """Minutes between checkpoints. One is always written after the first steps, at the end and on Ctrl-C."""
-    checkpoint_every_steps: int | None = Field(None, ge=1)
-    """Also write a checkpoint every so many steps."""
-    compile: Literal["auto", "always", "never"] = "auto"
-    """torch.compile: auto compiles when the run is long enough to pay for it."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """auto: bf16 compute over fp32 weights where the device computes bf16 natively, fp32 elsewhere."""
-    train_tokens: int | None = None
-    """Accepted for old presets and overridden: one run is always 100,000,000 tokens."""
-
-    @model_validator(mode="after")
-    def _one_limit(self) -> "TrainSettings":
-        if self.runs > 1 and self.max_epochs is not None:
-            raise ValueError(
-                f"runs {self.runs} with max_epochs {self.max_epochs}: once all is read there is no next run; drop one"
-            )
-        return self
-
-
-class AuxiliarySettings(Settings):
-    """Auxiliary heads of the baseline LM (specification 003, tier 1). All off by default."""
-
-    enable_policy: bool = False
-    """Predict the next token at a sampled position from a head of its own, towards the language model's distribution."""
-    enable_value: bool = False
-    """Predict the average loss of the coming span."""
-    enable_dynamics: bool = False
-    """Predict coming hidden states from the present one and the coming tokens."""
-    enable_span_contrastive: bool = False
-    """Tell a masked span from the batch's other spans (InfoNCE)."""
-    policy_kl_weight: Schedule = 0.05
-    """Weight of the policy head's divergence."""
-    value_weight: Schedule = 0.05
-    """Weight of the value head's error."""
-    dynamics_weight: Schedule = 0.05
-    """Weight of the dynamics head's error."""
-    span_contrastive_weight: Schedule = 0.05
-    """Weight of the contrastive loss."""
-    span_mask_fraction: float = Field(0.15, gt=0.0, lt=1.0)
-    """Share of a row that is masked."""
-    span_contrastive_temperature: float = Field(0.07, gt=0.0)
-    """Temperature of the contrastive loss."""
-    span_l2_normalize: bool = True
-    """Compare directions only."""
-    enable_adaptive_sources: bool = False
-    """Draw more from sources with a higher loss."""
-    adaptive_interval_tokens: int = Field(5_000_000, ge=1)
-    """Tokens between changes of the weights."""
-    adaptive_min_weight: float = Field(0.5, gt=0.0)
-    """Lowest factor on a source's weight."""
-    adaptive_max_weight: float = Field(3.0, gt=0.0)
-    """Highest factor on a source's weight."""
-    adaptive_smoothing: float = Field(0.9, ge=0.0, lt=1.0)
-    """Share of the old factor kept at a change."""
-
-    @property
-    def enabled(self) -> list[str]:
-        return [key for key, value in self if key.startswith("enable_") and value]
-
-
-class GenerateSettings(Settings):
-    prompts: list[str] = ["Once upon a time", "The most important", "def main("]
-    """Beginnings continued at each evaluation."""
-    max_tokens: int = Field(60, ge=1)
-    """New tokens of a sample."""
-    temperature: float = Field(0.9, gt=0.0)
-    """Divides the scores before sampling."""
-    top_p: float = Field(0.95, gt=0.0, le=1.0)
-    """Nucleus sampling: the smallest set of tokens that reaches this probability."""
-    no_repeat_ngram: int = Field(3, ge=0)
-    """No sequence of so many tokens appears twice; 0: no block."""
-
-
-class TokenizeSettings(Settings):
-    """The tokenize job: every source of `data` to a folder of chunks, which a source of type `tokens` reads."""
-
-    output: str = "./data/tokens"
-    """Folder that gets the tokenizer, and a folder of chunks for each source."""
-    chunk_tokens: int = Field(100_000_000, ge=1)
-    """Tokens of a chunk: 4 bytes each."""
-    max_tokens: int | None = Field(None, ge=1)
-    """Tokens after which a source is left, at the end of a document; left out, it is read once to its end."""
-    workers: int | None = Field(None, ge=0, le=256)
-    """Processes that tokenize; 0: the threads of this one. Left out: one per core. The files are the same for any number."""
-
-
-class LoggingSettings(Settings):
-    wandb: bool = False
-    """Mirror the metrics log to Weights & Biases; offline when there is no key."""
-    wandb_project: str = "zeroarg"
-    """Project name there."""
-
-
-class DataSettingsBase(Settings):
-    """Everything of `data` but the sources, whose kinds come from a table."""
-
-    mix_strategy: Literal["round_robin", "sequential", "weighted"] = "round_robin"
-    """round_robin: one document from each in turn. sequential: each to its end. weighted: shares of `source_weights`."""
-    source_weights: list[Schedule] | None = None
-    """One number or schedule per source (weighted): its share of what is drawn."""
-    weights_of: Literal["documents", "tokens"] = "documents"
-    """What source_weights are shares of: documents drawn, or their tokens (a source of long documents is drawn less often)."""
-    min_text_length: int = Field(50, ge=1)
-    """Documents of fewer characters are passed over."""
-    packing: Literal["documents", "best_fit", "padding"] = "documents"
-    """documents: end to end, attention kept inside each. best_fit: kept whole wherever they fit. padding: one piece a row."""
-    shuffle: Literal["documents", "shards"] = "documents"
-    """What each epoch puts in another order: shards (files) only, or also the documents in stretches of 1,024 inside them."""
-    validation_fraction: float = Field(0.01, gt=0.0, lt=0.5)
-    """Share of the documents held out for evaluation, chosen by a hash of their text."""
-    workers: int | None = Field(None, ge=0, le=64)
-    """Processes that read and tokenize, per rank; 0: a thread. Left out: a thread on CPU, one process on a GPU."""
-    cache_gigabytes: float = Field(20.0, ge=0.0)
-    """Disk space for tokens of streams and compressed files, in .cache/ (safe to delete); 0: no cache."""
-    lanes: int = Field(24, ge=1, le=4096)
-    """Parallel lanes the order of documents is laid over. The number of ranks must divide it."""
-    train_tokens: int | None = None
-    """Accepted for old presets and overridden: one run is always 100,000,000 tokens."""
-
-    @model_validator(mode="after")
-    def _weights_fit(self) -> "DataSettingsBase":
-        sources = self.sources  # type: ignore[attr-defined]  # every real Data section has it
-        names = [source.name for source in sources]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f'two sources are called {", ".join(twice)}; give one another "name"')
-        if self.mix_strategy == "weighted" and self.source_weights is None:
-            raise ValueError('mix_strategy "weighted" needs "source_weights", one number per source')
-        if self.source_weights is not None:
-            if len(self.source_weights) != len(sources):
-                raise ValueError(f"{len(self.source_weights)} source_weights for {len(sources)} sources; give one each")
-            for moment in sorted({0.0, 1.0, *(end for weight in self.source_weights for end in turns(weight))}):
-                shares = [value_at(weight, moment) for weight in self.source_weights]
-                if min(shares) < 0 or sum(shares) <= 0:
-                    raise ValueError(f"source_weights must not be negative, and not all zero; at {moment:g} they are {shares}")
-        return self
+from core.settings import (
+    AuxiliarySettings,
+    DataSettingsBase,
+    GenerateSettings,
+    LoggingSettings,
+    Settings,
+    TokenizerSettings,
+    TokenizeSettings,
+    TrainSettings,
+)
 
 
 def _union(

@@ -23,10 +23,10 @@ from core.errors import CheckpointError, Diverged, NoData
 from core.losses.stack import LossStack, LossTerms
 from core.metrics import MetricsLog
 from core.optim import Optimizer
-from core.preset import TrainSettings
 from core.randomness import derive_seed
 from core.runtime import Runtime
 from core.schedules import Schedule, learning_rate_schedule, value_at
+from core.settings import TrainSettings
 
 BAD_STEPS = 5
 """Non-finite steps in a row that mean the weights, not one batch, are at fault."""

@@ -27,9 +27,11 @@ FLOORS = {
     "core.ui": 2,
     "core.contracts": 1,
     "core.preset": 1,
+    "core.settings": 1,
     "core.schedules": 1,
     "core.randomness": 1,
     "core.runtime": 1,
+    "core.environment": 1,
     "core.metrics": 1,
     "core.errors": 0,
 }
@@ -126,7 +128,7 @@ def in_fresh_python(code: str, folder: Path) -> dict:
 def test_what_data_workers_run_needs_no_torch(tmp_path: Path) -> None:
     """Reading, mixing, tokenizing and packing stay free of torch, and slow libraries wait until they are used."""
     light = [m for m in MODULES if part_of(m) == "core.data" and m != "core.data.loader"]
-    light += ["core.preset", "core.schedules", "core.errors", "core.randomness"]
+    light += ["core.preset", "core.settings", "core.schedules", "core.errors", "core.randomness"]
     code = f"""
 import importlib, json
 loaded = {{}}

@@ -12,7 +12,7 @@ from core.data.tokenizer import Tokenizer, build_tokenizer
 from core.generation import generate, sample_top_p
 from core.models.readout import LinearReadout
 from core.models.simple_lm import SimpleLM, SimpleLMSettings
-from core.preset import GenerateSettings, TokenizerSettings
+from core.settings import GenerateSettings, TokenizerSettings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

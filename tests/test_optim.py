@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from core.models import MODELS
 from core.models.simple_lm import SimpleLM, SimpleLMSettings
 from core.optim import Optimizer
-from core.preset import TrainSettings
+from core.settings import TrainSettings
 from tests.project import TINY_SIZES
 
 V = 40

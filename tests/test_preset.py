@@ -8,7 +8,8 @@ import pytest
 
 from core.assembly import Preset, _horizon
 from core.errors import PresetError
-from core.preset import RUN_TOKENS, decode_preset, preset_json, read_preset
+from core.preset import decode_preset, preset_json, read_preset
+from core.settings import RUN_TOKENS
 from tests.project import ROOT, TINY_SIZES, train_here
 
 CONFIGS = [path for path in sorted((ROOT / "configs").glob("*.json")) if path.name != "preset.schema.json"]

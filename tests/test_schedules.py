@@ -7,8 +7,8 @@ import pytest
 from pydantic import TypeAdapter
 
 from core.assembly import begin_next_run
-from core.preset import RUN_TOKENS
 from core.schedules import Schedule, learning_rate_schedule, value_at
+from core.settings import RUN_TOKENS
 from core.trainer import Horizon, Progress
 
 

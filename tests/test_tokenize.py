@@ -26,8 +26,9 @@ from core.errors import Interrupted, NoData, SourceUnavailable, UserError
 from core.jobs import PREVIEWS
 from core.launch import _card
 from core.parallel import Single
-from core.preset import TokenizerSettings, decode_preset
+from core.preset import decode_preset
 from core.runtime import detect_runtime
+from core.settings import TokenizerSettings
 from core.ui.tokenizing import TokenizeView
 from tests.project import ROOT, Project, merged, story, train_here
 

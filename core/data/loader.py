@@ -145,6 +145,7 @@ class Loader:
             "lanes": {str(lane): position.lanes[lane] for lane in self._lanes if lane in position.lanes},
             "receipts": {str(lane): position.receipts[lane] for lane in self._lanes if lane in position.receipts},
             "snapshot": position.snapshot,
+            "renewals": position.renewals,
         }
         parts = self._parallel.gather(own)
         snapshots = [part["snapshot"] for part in parts if part["snapshot"]]
@@ -155,7 +156,8 @@ class Loader:
             "lanes": {lane: [place.next, [list(waiting) for waiting in place.waiting]] for lane, place in lanes.items()},
             "snapshot": min(snapshots, key=lambda s: s["index"]) if snapshots else None,
             "drops": dict(position.drops),
-            "renewals": list(position.renewals),
+            # a rank forgets those behind its own snapshot; the oldest one may still need them
+            "renewals": sorted({draw for part in parts for draw in part["renewals"]}),
             "receipts": receipts,
             "receipt": hashlib.blake2b(repr(sorted(receipts.items())).encode(), digest_size=8).hexdigest(),
             **self._facts,

@@ -17,7 +17,7 @@ import numpy as np
 
 from core.data.sources.hub import check_reachable
 from core.errors import MissingPackage, SourceUnavailable, UserError
-from core.preset import TokenizerSettings
+from core.settings import TokenizerSettings
 
 END = "<|endoftext|>"
 CONFIG = "tokenizer_config.json"

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from core.contracts import Chunk
-from core.preset import Settings
 from core.schedules import Schedule
+from core.settings import Settings
 
 
 class CrossEntropySettings(Settings):

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from core.contracts import Batch, ModelOutput
 from core.models.attention import Attention, DocumentMask, attend, choose_backend, compute_dtype
 from core.models.readout import LinearReadout
-from core.preset import Settings
+from core.settings import Settings
 
 
 class SimpleLMSettings(Settings):

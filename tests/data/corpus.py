@@ -1,33 +1,40 @@
 """Small corpora and readers for the pipeline's tests: real sources on disk, and ranks that are threads of this process."""
 
+import contextlib
+import functools
 import json
+import queue
 import random
 import threading
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from core.data.corpus import PipelineFactory, data_position
 from core.data.documents import Document
+from core.data.encoding import encode
 from core.data.loader import Loader
 from core.data.mixing import MixSettings
 from core.data.packing import Row
-from core.data.pipeline import PipelineSettings, Position
+from core.data.pipeline import Dealer, PipelineSettings, Position
 from core.data.sources import build_source
 from core.data.sources.text import TextSettings
 from core.data.tokenizer import Tokenizer, build_tokenizer
 from core.data.validation import HoldOut
 from core.errors import SourceUnavailable
 from core.parallel import Single
-from core.preset import TokenizerSettings
+from core.settings import TokenizerSettings
 
 SEQ_LENGTH = 32
 LANES = 6
 FINGERPRINT = "unchanged"
 
 
+@functools.cache
 def byte_tokenizer() -> Tokenizer:
     return build_tokenizer(TokenizerSettings(type="byte"), [])
 
@@ -54,16 +61,21 @@ def make_factory(
     hold_out: HoldOut | None = None,
     lanes: int = LANES,
     wrap: Callable[[Any], Any] = lambda source: source,
+    mix: MixSettings | None = None,
+    shuffle: str = "shards",
+    cache_gigabytes: float = 0.0,
 ) -> PipelineFactory:
-    """A factory over opened sources. `wrap` may put something around each source."""
+    """A factory over opened sources. `wrap` may put something around each source; `mix` stands for strategy and max_epochs."""
     sources = [wrap(build_source(section, folder, 1)) for section in sections]
     for source in sources:
         source.open()
     tokenizer = byte_tokenizer()
     weights = tuple(float(1 + i) for i in range(len(sections)))
-    settings = PipelineSettings(MixSettings(strategy, weights, 1, max_epochs), lanes, SEQ_LENGTH, packing, 1)
+    settings = PipelineSettings(mix or MixSettings(strategy, weights, 1, max_epochs), lanes, SEQ_LENGTH, packing, 1)
     hold_out = hold_out or HoldOut(0.05)
-    return PipelineFactory(sections, folder, 1, tokenizer.state(), hold_out, settings, sources=sources, tokenizer=tokenizer)
+    return PipelineFactory(
+        sections, folder, 1, tokenizer.state(), hold_out, settings, shuffle, cache_gigabytes, sources=sources, tokenizer=tokenizer
+    )
 
 
 def start() -> Position:
@@ -79,13 +91,18 @@ def resumed(state: dict, factory: PipelineFactory) -> Position:
 
 
 def make_loader(
-    factory: PipelineFactory, position: Position, rows: int = LANES, parallel: Any = None, workers: int = 0
-) -> Loader:
+    factory: PipelineFactory,
+    position: Position,
+    rows: int = LANES,
+    parallel: Any = None,
+    workers: int = 0,
+    kind: type[Loader] = Loader,
+) -> Any:
     names = [section.name for section in factory.sections]
     packed = factory.settings.packing != "padding"
     lanes = factory.settings.lanes
     ranks = parallel or Single()
-    return Loader(factory, position, ranks, rows, names, lanes, packed, workers=workers, facts={"fingerprint": FINGERPRINT})
+    return kind(factory, position, ranks, rows, names, lanes, packed, workers=workers, facts={"fingerprint": FINGERPRINT})
 
 
 def steps(loader: Loader, count: int | None = None) -> list[np.ndarray]:
@@ -134,6 +151,148 @@ def texts_of(found: list[np.ndarray], lanes: int = LANES) -> list[str]:
                 else:
                     current.append(token)
     return texts
+
+
+class Segment(NamedTuple):
+    """A stretch of a run without an interruption."""
+
+    steps: int | None  # None: to the end of the data
+    ranks: int = 1
+    workers: int = 0
+    rows: int = LANES  # global rows of a step
+
+
+@dataclass
+class History:
+    """What a run consumed, over all its segments and ranks."""
+
+    rows: dict[int, Row]  # by global number; rows of nothing but padding are left out
+    documents: list[int]  # the ledger: documents and epochs of each source that the steps say begin in them
+    epochs: list[int]
+    states: list[dict]  # saved after each segment
+    dropped: set[tuple[str, str]]
+
+    @property
+    def state(self) -> dict:
+        return self.states[-1]
+
+    def __eq__(self, other: object) -> bool:
+        """Whether the same was consumed in the same order: the receipt, and, which it stands for, everything in every row."""
+        assert isinstance(other, History)
+        equal = (
+            self.rows.keys() == other.rows.keys()
+            and all(np.array_equal(as_array(row), as_array(other.rows[n])) for n, row in self.rows.items())
+            and all((row.pieces, row.after) == (other.rows[n].pieces, other.rows[n].after) for n, row in self.rows.items())
+        )
+        receipts = [(history.state["receipt"], history.state["receipts"]) for history in (self, other)]
+        assert equal == (receipts[0] == receipts[1]), f"the receipt does not tell: rows equal {equal}, {receipts}"
+        return equal and (self.documents, self.epochs) == (other.documents, other.epochs)
+
+    @property
+    def digests(self) -> set[int]:
+        """Of every document of which anything was consumed."""
+        return {piece.digest for row in self.rows.values() for piece in row.pieces}
+
+
+class Recorder(Loader):
+    """A loader that keeps the rows it counts as consumed, under their global numbers."""
+
+    consumed: dict[int, Row]
+
+    def _advance(self, rows: list[Row]) -> None:
+        first = self.position.rows
+        numbers = [n for n in range(first, first + self._rows_per_step) if n % self._num_lanes in self._lanes]
+        assert [n % self._num_lanes for n in numbers] == [row.lane for row in rows], "rows of other lanes than their turn's"
+        self.consumed |= zip(numbers, rows)
+        super()._advance(rows)
+
+    def close(self) -> None:
+        """At once: a reader with a full queue sees only a tenth of a second later that it is to stop."""
+        if self._reader is not None:
+            self._reader._stopping.set()
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    self._reader._queue.get_nowait()
+        super().close()
+
+
+def history(
+    make: Callable[[int], PipelineFactory],
+    plan: Sequence[Segment],
+    state: dict | None = None,
+    recorder: type[Recorder] = Recorder,
+) -> History:
+    """Runs a plan from a saved state on. Between segments everything but the state, as JSON, is forgotten.
+
+    make  number of the segment -> a factory with sources of its own
+    """
+    found = History({}, [], [], [], set())
+    for number, segment in enumerate(plan):
+
+        def job(parallel: Any, number: int = number, segment: Segment = segment, state: dict | None = state) -> tuple:
+            factory = make(number)
+            loader = make_loader(
+                factory, start() if state is None else resumed(state, factory), segment.rows, parallel, segment.workers, recorder
+            )
+            loader.consumed, ledger, done = {}, [], 0
+            try:
+                while (segment.steps is None or done < segment.steps) and (step := loader.next_step()) is not None:
+                    ledger.append((step.documents, step.epochs))
+                    done += 1
+                return loader.consumed, ledger, loader.state(), loader.dropped
+            finally:
+                loader.close()
+
+        ranks = Ranks(segment.ranks).run(job)
+        consumed = {n: row for rank in ranks for n, row in rank[0].items()}
+        assert len(consumed) == sum(len(rank[0]) for rank in ranks) and not consumed.keys() & found.rows.keys()
+        assert all(rank[1:3] == ranks[0][1:3] for rank in ranks), "every rank must see the same ledger and the same merged state"
+        found.rows |= {n: row for n, row in sorted(consumed.items()) if row.pieces}
+        ledger, state, _ = ranks[0][1:]
+        for column, counts in enumerate((found.documents, found.epochs)):
+            counts[:] = [sum(numbers) for numbers in zip(*(step[column] for step in ledger), *([counts] if counts else []))]
+        found.states.append(json.loads(json.dumps(state)))
+        found.dropped |= {name for rank in ranks for name in rank[3]}
+    return found
+
+
+def check_accounts(found: History, factory: PipelineFactory, lost: Collection[int] = (), renewals: Sequence[int] = ()) -> None:
+    """A history since the beginning is what one reader of the whole mix, reading on its own, says it must be.
+
+    Each draw is the document that it has to be, on the lane that it has to be on; each is used from its start on without a gap,
+    wholly, but for those that the state says are waiting; and the ledger counts them.
+
+    lost      draws that may be missing, or break off
+    renewals  draws at which a new horizon began
+    """
+    settings = factory.settings
+    drops = found.state["drops"]
+    mixed = factory(Position(drops=drops, renewals=list(renewals)), [])._mixer
+    dealer = Dealer(settings.lanes, settings.mix.seed)
+    used: Counter[int] = Counter()
+    who: dict[int, tuple[int, int, int]] = {}
+    for row in found.rows.values():
+        for piece in row.pieces:
+            assert piece.start == used[piece.index], f"draw {piece.index} goes on at {piece.start}, {used[piece.index]} were used"
+            used[piece.index] += piece.length
+            told = (piece.source, piece.digest, row.lane)
+            assert who.setdefault(piece.index, told) == told, f"draw {piece.index} is two documents"
+    places = {int(lane): (place[0], {i: at for i, at in place[1]}) for lane, place in found.state["lanes"].items()}
+    documents, epochs = [0] * len(factory.sections), [0] * len(factory.sections)
+    for index in range(max(used) + 1 if used else 0):
+        draw = next(mixed)
+        assert draw.index == index and draw.document is not None
+        next_index, waiting = places.get(dealer.lane(index), (0, {}))
+        total = len(encode(factory.tokenizer, [draw.document])[0].ids) + 1
+        expected = waiting.get(index, total) if index < next_index else 0
+        assert used[index] == expected or (index in lost and used[index] < expected), (
+            f"{used[index]} of draw {index} were used, {expected} must have been"
+        )
+        if used[index]:
+            assert who[index] == (draw.source, draw.document.digest, dealer.lane(index)), f"draw {index} is another document"
+            documents[draw.source] += 1
+            epochs[draw.source] += draw.opens_epoch
+    assert (documents, epochs) == (found.documents, found.epochs), "the ledger does not tell what was consumed"
 
 
 class Ranks:

@@ -12,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from core.data.tokenizer import END, Tokenizer, build_tokenizer
-from core.preset import TokenizerSettings
+from core.settings import TokenizerSettings
 from tests.project import NO_HUB, ROOT, story
 
 HARD_TEXTS = [
@@ -94,7 +94,7 @@ def test_a_hub_tokenizer_without_a_network_says_so_at_once(tmp_path: Path) -> No
     code = """
 from core.data.tokenizer import build_tokenizer
 from core.errors import UserError
-from core.preset import TokenizerSettings
+from core.settings import TokenizerSettings
 try:
     build_tokenizer(TokenizerSettings(type="hub", name="nobody/has-this"), [])
 except UserError as error:
@@ -117,7 +117,7 @@ def test_a_tokenizer_folder_needs_no_network(tmp_path: Path) -> None:
     code = """
 import json, sys
 from core.data.tokenizer import build_tokenizer
-from core.preset import TokenizerSettings
+from core.settings import TokenizerSettings
 tokenizer = build_tokenizer(TokenizerSettings(type="hub", name=sys.argv[1]), [])
 print(json.dumps([tokenizer.eos_id, tokenizer.encode_batch([sys.argv[2]])[0].tolist()]))
 """

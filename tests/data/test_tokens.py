@@ -16,8 +16,8 @@ from core.data.sources import SOURCES, build_source, open_sources
 from core.data.sources.tokens import TokensSettings, TokensSource
 from core.data.tokenizer import Tokenizer, build_tokenizer
 from core.errors import SourceUnavailable, UserError
-from core.preset import TokenizerSettings
 from core.schedules import Piece, value_at
+from core.settings import TokenizerSettings
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "polyglu" / "chunks"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())

@@ -18,7 +18,7 @@ from core.data.sources.pdf.source import PdfSettings, PdfSource
 from core.data.sources.text import PythonStdlibSettings, PythonStdlibSource, TextSettings, TextSource
 from core.data.sources.tokens import TokensSettings, TokensSource
 from core.errors import SourceUnavailable
-from core.preset import Settings
+from core.settings import Settings
 
 SOURCES: dict[str, tuple[type[Settings], Callable[..., Source]]] = {
     "python_stdlib": (PythonStdlibSettings, PythonStdlibSource),

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from core.data.documents import ASSISTANT, ROLES, Document
 from core.data.sources.hf import HfSource
 from core.data.sources.text import JSON_LINES, PARQUET, TextSource, named_by, path_name
-from core.preset import Settings
+from core.settings import Settings
 
 SHAREGPT = {"human": "user", "gpt": ASSISTANT}
 """Other names for roles."""

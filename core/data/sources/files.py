@@ -99,7 +99,9 @@ class FileSource(ShardSource):
         return self._units
 
     def contents(self) -> str:
-        return hashlib.blake2b("\n".join(unit.key for unit in self.shards()).encode(), digest_size=8).hexdigest()
+        return hashlib.blake2b(
+            "\n".join(unit.key for unit in self.shards()).encode("utf-8", "surrogatepass"), digest_size=8
+        ).hexdigest()
 
     def recover(self, unit: Unit, error: Exception, failures: int) -> bool:
         """A file that cannot be read is left out and named, the others go on."""

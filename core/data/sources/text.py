@@ -22,7 +22,7 @@ from pydantic import Field, model_validator
 from core.data.documents import Document, split_text
 from core.data.sources.files import Damaged, FileSource, Unit, need, split_into_units
 from core.errors import SourceUnavailable
-from core.preset import Settings
+from core.settings import Settings
 
 PLAIN = (".txt", ".md", ".py")
 JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")

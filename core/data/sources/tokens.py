@@ -17,7 +17,7 @@ from core.data.documents import Document, Encoded, digest_of
 from core.data.sources.files import Damaged, FileSource, Unit
 from core.data.sources.text import named_by, path_name
 from core.errors import SourceUnavailable, UserError
-from core.preset import Settings
+from core.settings import Settings
 
 
 class TokensSettings(Settings):

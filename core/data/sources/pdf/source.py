@@ -23,7 +23,7 @@ from core.data.sources.pdf.cache import Outcome, PdfCache
 from core.data.sources.pdf.messages import CRASH, GOOD, LARGE, PASSING, SLOW
 from core.data.sources.pdf.pool import Limits, Pool
 from core.errors import SourceUnavailable
-from core.preset import Settings
+from core.settings import Settings
 
 LOW, HIGH = 3000, 5000
 """Characters of a document."""
