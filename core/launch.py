@@ -1,6 +1,6 @@
 """From a bare process to a running job: who asks, who listens, and what the menu shows.
 
-In:    standard input (a terminal, or one line naming a preset), torchrun's variables, configs/*.json
+In:    standard input (a terminal, or one line naming a preset), torchrun's variables, .env, configs/*.json
 Out:   the chosen preset's job, run on every rank
 State: none
 """
@@ -17,11 +17,14 @@ import torch.distributed as dist
 
 from core.assembly import MIRRORS, Preset, count_parameters, memory_estimate
 from core.checkpoint import CheckpointStore
+from core.data.tokenizer import tokenizer_facts
+from core.environment import read_dotenv
 from core.errors import PresetError, UserError
-from core.jobs import JOBS
+from core.jobs import JOBS, PREVIEWS
 from core.parallel import DDP, Single
-from core.preset import RUN_TOKENS, decode_preset, preset_json, read_preset
+from core.preset import decode_preset, preset_json, read_preset
 from core.runtime import Runtime, detect_runtime, prepare
+from core.settings import RUN_TOKENS
 from core.ui.menu import PresetCard, choose
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,6 +46,9 @@ def launch(started: float) -> None:
     """Run what is chosen. Raises UserError, Interrupted or KeyboardInterrupt; every rank ends with the same outcome."""
     runtime = detect_runtime()
     prepare(runtime)
+    for note in read_dotenv(ROOT / ".env"):  # on every rank, and before any library looks for a token
+        if runtime.rank == 0:
+            print(note, file=sys.stderr)
     store = _store() if runtime.world_size > 1 else None
     preset = _agree_on_preset(runtime, store)
     if preset is None:  # rank 0 has said why
@@ -100,7 +106,16 @@ def _ask(runtime: Runtime) -> Any:
 
 def _card(stem: str, preset: Any, runtime: Runtime) -> PresetCard:
     """What the menu tells about a preset before it is chosen."""
-    vocab_size = {"bpe": preset.tokenizer.vocab_size, "byte": 257}.get(preset.tokenizer.type, 50_257)
+    trains = preset.job not in PREVIEWS
+    lines = _training_lines(preset, runtime) if trains else PREVIEWS[preset.job](preset, ROOT)
+    short = trains and (preset.train.max_steps is not None or preset.train.max_epochs is not None)
+    description = ("short · " if short else "") + preset.description
+    return PresetCard(stem, GROUPS.get(stem[0], "Your own"), preset.name, description, "\n".join(lines), None)
+
+
+def _training_lines(preset: Any, runtime: Runtime) -> list[str]:
+    """What a run would be: size, data, machine, and where it begins."""
+    vocab_size = _vocab_size(preset.tokenizer)
     parameters = count_parameters(preset, vocab_size)
     train = preset.train
     bf16 = runtime.compute_dtype(train.precision) == torch.bfloat16
@@ -111,15 +126,19 @@ def _card(stem: str, preset: Any, runtime: Runtime) -> PresetCard:
         limits += f", at most {train.max_epochs} epochs"
     if train.runs > 1:
         limits += f", {train.runs} runs"
-    lines = [
+    return [
         f"{parameters / 1e6:.1f}M parameters, {limits} in steps of {rows * preset.model.seq_length:,}",
         f"reads {', '.join(source.name for source in preset.data.sources)}",
         f"on {runtime.device_name}, {'bf16' if bf16 else 'fp32'}, about {memory:.1f} GB of memory",
         _resume_line(preset) + _time_line(preset, runtime),
     ]
-    short = train.max_steps is not None or train.max_epochs is not None
-    description = ("short · " if short else "") + preset.description
-    return PresetCard(stem, GROUPS.get(stem[0], "Your own"), preset.name, description, "\n".join(lines), None)
+
+
+def _vocab_size(tokenizer: Any) -> int:
+    """Of a preset's tokenizer, as far as it is known before it is made or loaded."""
+    if tokenizer.type == "file":
+        return tokenizer_facts(ROOT / Path(tokenizer.path).expanduser()).get("vocab_size", 50_257)
+    return {"bpe": tokenizer.vocab_size, "byte": 257}.get(tokenizer.type, 50_257)
 
 
 def _resume_line(preset: Any) -> str:

@@ -1,14 +1,16 @@
 """A small Hugging Face hub on loopback: what `datasets`, `huggingface_hub` and tokenizers ask for, and faults on demand.
 
     with Hub() as hub:
-        hub.add_dataset("me/stories", {"data/train-0.parquet": data}, gated=False)
-        hub.fail("train-0.parquet", status=500, times=2)
+        hub.add_dataset("me/stories", {"data/train-0.parquet": data}, gated=True)
+        hub.tokens["hf_mine"] = {"me/stories"}
+        hub.fail("train-0.parquet", status=429, headers={"Retry-After": "1"}, skip=3, times=2)
         result = hub.run("...python source...", tmp_path, "argument")
 
 `huggingface_hub` reads HF_ENDPOINT when it is imported, so whatever talks to the hub runs in a process of its own: `hub.run`,
 or `subprocess` with `env=hub.env(folder)`.
 """
 
+import contextlib
 import hashlib
 import http.server
 import json
@@ -34,24 +36,34 @@ class Repo:
 
 @dataclass
 class Fault:
-    """What happens to the next `times` requests (None: all) whose path contains `match`."""
+    """What happens to `times` requests (None: all), after `skip` of them, whose path contains `match`."""
 
     match: str
     status: int | None = None  # answer with this status
+    headers: dict[str, str] = field(default_factory=dict)  # and these headers
     drop_after: int | None = None  # send so many bytes of the body, then cut the connection
+    stall_after: int | None = None  # send so many bytes of the body, then nothing any more, until the hub closes
+    bytes_per_second: float | None = None  # send the body slowly
     delay_seconds: float = 0.0  # answer late
+    skip: int = 0
     times: int | None = None
     method: str | None = None
+    seen: int = 0  # requests it was applied to
 
 
 @dataclass
 class Hub:
-    """The server. A context manager; `requests` lists what was asked, such as "GET /datasets/me/x/resolve/... 0-99"."""
+    """The server. A context manager; `requests` lists what was asked, such as "GET /datasets/me/x/resolve/... 0-99".
+
+    tokens  {token: the gated repositories its account may read}; any other token is refused, whatever it asks for
+    """
 
     requests: list[str] = field(default_factory=list)
     repos: dict[tuple[str, str], Repo] = field(default_factory=dict)
+    tokens: dict[str, set[str]] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
     lock: Any = field(default_factory=threading.Lock)
+    closing: threading.Event = field(default_factory=threading.Event)
 
     def __enter__(self) -> "Hub":
         hub = self
@@ -67,6 +79,7 @@ class Hub:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.closing.set()
         self._server.shutdown()
         self._server.server_close()
 
@@ -76,17 +89,31 @@ class Hub:
     def add_model(self, repo: str, files: dict[str, bytes], gated: bool = False) -> None:
         self.repos["models", repo] = Repo(dict(files), gated)
 
-    def fail(self, match: str, **how: Any) -> None:
-        """A Fault for coming requests: `status`, `drop_after` (bytes), `delay_seconds`, `times`, `method`."""
+    def fail(self, match: str, **how: Any) -> Fault:
+        """A Fault for coming requests."""
+        fault = Fault(match, **how)
         with self.lock:
-            self.faults.append(Fault(match, **how))
+            self.faults.append(fault)
+        return fault
+
+    def heal(self) -> None:
+        with self.lock:
+            self.faults.clear()
+
+    def asked_for_data(self) -> int:
+        """How many requests for the content of data files there were: not for listings, cards and columns."""
+        return sum(r.startswith("GET ") and "/resolve/" in r and not r.split()[1].endswith((".md", ".py")) for r in self.requests)
 
     def fault_for(self, method: str, path: str) -> Fault | None:
         with self.lock:
             for fault in self.faults:
                 if fault.match in path and fault.times != 0 and fault.method in (None, method):
+                    if fault.skip > 0:
+                        fault.skip -= 1
+                        continue
                     if fault.times is not None:
                         fault.times -= 1
+                    fault.seen += 1
                     return fault
         return None
 
@@ -116,7 +143,12 @@ def run_python(code: str, env: dict[str, str], *arguments: str, timeout: float =
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or every answer, header and body, waits 40 ms for an acknowledgement
     hub: Hub
+
+    def handle(self) -> None:
+        with contextlib.suppress(ConnectionError, ValueError):  # the client has hung up
+            super().handle()
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -140,7 +172,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if self._fault is not None:
             time.sleep(self._fault.delay_seconds)
             if self._fault.status is not None:
-                return self._send(self._fault.status, b"fault on demand")
+                return self._send(self._fault.status, b"fault on demand", self._fault.headers)
         parts = path.strip("/").split("/")
         if parts[0] == "api" and len(parts) > 2 and parts[1] in ("datasets", "models"):
             return self._api(parts[1], parts[2:], urllib.parse.parse_qs(url.query), body)
@@ -154,14 +186,18 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _repo(self, kind: str, name: str) -> Repo | None:
         """The repository, or None with the refusal already sent (as the real hub words it)."""
         repo = self.hub.repos.get((kind, name))
-        if repo is None:  # the real one does not tell strangers whether a repository exists
-            self._send(401, b"", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
-        elif repo.gated:
-            status = 403 if self.headers.get("Authorization") else 401
+        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        if token and token not in self.hub.tokens:
+            self._send(401, b"", {"X-Error-Message": "Invalid credentials in Authorization header"})
+        elif repo is None:  # the real one does not tell strangers whether a repository exists
+            status = 404 if token else 401
+            self._send(status, b"", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
+        elif repo.gated and name not in self.hub.tokens.get(token, set()):
             message = f"Access to {kind[:-1]} {name} is restricted. You must have access to it and be authenticated."
-            self._send(status, b"", {"X-Error-Code": "GatedRepo", "X-Error-Message": message})
-            return None
-        return repo
+            self._send(403 if token else 401, b"", {"X-Error-Code": "GatedRepo", "X-Error-Message": message})
+        else:
+            return repo
+        return None
 
     def _file(self, kind: str, name: str, file: str, asked: str) -> None:
         if (repo := self._repo(kind, name)) is None:
@@ -208,9 +244,17 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        if self._fault is not None and self._fault.drop_after is not None:
-            self.wfile.write(body[: self._fault.drop_after])
+        fault = self._fault or Fault("")
+        if fault.bytes_per_second is not None:
+            step = max(1, int(fault.bytes_per_second / 20))
+            for begin in range(0, len(body), step):
+                self.wfile.write(body[begin : begin + step])
+                self.hub.closing.wait(1 / 20)
+        elif fault.drop_after is not None or fault.stall_after is not None:
+            self.wfile.write(body[: fault.stall_after if fault.drop_after is None else fault.drop_after])
             self.wfile.flush()
+            if fault.drop_after is None:
+                self.hub.closing.wait()
             self.connection.close()
             self.close_connection = True
         else:

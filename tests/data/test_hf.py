@@ -59,6 +59,7 @@ def hub():
         hub.add_dataset("me/configs", {"README.md": card, "big/0.jsonl": lines(rows(0, 3)), "small/0.jsonl": lines(rows(1, 3))})
         hub.add_dataset("me/script", {"script.py": b"import datasets", "data/train.parquet": parquet(rows(0, 3))})
         hub.add_dataset("me/gated", {"data/train.parquet": parquet(rows(0, 3))}, gated=True)
+        hub.tokens |= {"hf_withoutAccess1234": set(), "hf_withAccess12345678": {"me/gated"}}
         hub.add_dataset("me/qa", {"train.jsonl": lines([{"question": f"q{i}", "answer": f"a{i}"} for i in range(4)])})
         yield hub
 
@@ -130,9 +131,13 @@ print(json.dumps([good, failed, seconds, [d.text for d in stream]]))
     )
     assert good == ["right_config", "qa"]
     assert qa == [f"Q: q{i}\nA: a{i}" for i in range(4)]
+    token = f"create a token with read access at {hub.url}/settings/tokens, put it as HF_TOKEN=... into the file .env in the "
+    token += "project's folder (or into the environment), and start again"
     assert failed == {
-        "gated": "me/gated is gated: ask for access at https://huggingface.co/datasets/me/gated, and set HF_TOKEN",
-        "absent": "me/absent is not on the Hub, or is private; check the spelling, or set HF_TOKEN",
+        "gated": f"me/gated is gated: open {hub.url}/datasets/me/gated in a browser, log in, agree to the terms or ask for "
+        f"access; then {token}",
+        "absent": f"me/absent is not on the Hub, or is private; check the spelling at {hub.url}/datasets/me/absent; if it is "
+        f"private, {token} (the token of an account that may read it)",
         "script": "me/script is a loading script, which no version of datasets runs any more; choose a copy of it in Parquet",
         "no_config": 'me/configs needs another "config": big, small',
         "wrong_config": 'me/configs needs another "config": big, small',
@@ -144,15 +149,43 @@ print(json.dumps([good, failed, seconds, [d.text for d in stream]]))
 
 
 @pytest.mark.slow
-def test_a_token_without_access_is_told_like_none(hub: Hub, tmp_path: Path) -> None:
-    code = PROLOGUE + 'print(json.dumps(opened(source("me/gated", name="gated"))[1]))'
-    failed = hub.run(code, tmp_path, HF_TOKEN="hf_secret")
-    assert "ask for access" in failed["gated"] and "secret" not in failed["gated"]
+def test_tokens_are_used_and_never_shown(hub: Hub, tmp_path: Path) -> None:
+    """None, one without access, a wrong one, the right one: each is told what to do, and no text holds the token."""
+    code = (
+        PROLOGUE
+        + """
+qa = source("me/qa", name="qa", text_field="answer")
+print(json.dumps(opened(source("me/gated", name="gated"), source("me/absent", name="absent"), qa)[:2]))
+"""
+    )
+    good, failed = hub.run(code, tmp_path, HF_TOKEN="hf_withoutAccess1234")
+    assert good == ["qa"] and "the account of your token has no access" in failed["gated"]
+    assert f"{hub.url}/datasets/me/gated" in failed["gated"] and "your token must have read access" in failed["absent"]
+    good, wrong = hub.run(code, tmp_path, HF_TOKEN="hf_mistypedMistyped")
+    assert good == [] and set(wrong) == {"gated", "absent", "qa"}
+    assert all("the Hub refused your token" in reason and "/settings/tokens" in reason for reason in wrong.values())
+    strange, odd = hub.run(code, tmp_path, HF_TOKEN="hf_no\u00ef such header\t1")
+    assert strange == []
+    good, granted = hub.run(code, tmp_path, HF_TOKEN="hf_withAccess12345678")
+    assert good == ["gated", "qa"] and set(granted) == {"absent"}
+    texts = " ".join([*failed.values(), *wrong.values(), *granted.values(), *odd.values()])
+    assert not [part for part in ("hf_with", "mistypedM", "such header") if part in texts]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dataset, file", [("me/parquet", "train-1.parquet"), ("me/gzip", "train.1.json.gz")])
-@pytest.mark.parametrize("how", [{"drop_after": 30, "times": 2}, {"status": 520, "times": 3}])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"drop_after": 30, "times": 2},
+        {"status": 520, "times": 3},
+        {"status": 429, "headers": {"Retry-After": "1"}, "times": 1},
+        {"status": 503, "times": 1},
+        {"stall_after": 30, "times": 2},
+        {"bytes_per_second": 2000},
+    ],
+    ids=["cut", "520", "429", "503", "stalled", "slow"],
+)
 def test_a_broken_line_is_tried_again(hub: Hub, tmp_path: Path, dataset: str, file: str, how: dict) -> None:
     """Dropped connections and server errors in mid-run: the same documents as without them."""
     code = (
@@ -166,8 +199,10 @@ input()
 print(json.dumps([d.text for d in s.stream({})]))
 """
     )
-    expected = sorted(row["text"] for k, n in enumerate([20, 33, 7, 15]) for row in rows(k, n))
-    assert sorted(_run_with_fault(hub, tmp_path, code, dataset, file, **how)) == expected
+    texts = _run_with_fault(hub, tmp_path, code, dataset, file, **how)
+    shards = [[row["text"] for row in rows(k, n)] for k, n in enumerate([20, 33, 7, 15])]
+    order = [int(text.split()[1]) for text in texts if text.endswith(" row 0")]
+    assert texts == [text for k in order for text in shards[k]] and len(order) == 4
 
 
 @pytest.mark.slow
@@ -189,9 +224,106 @@ except Exception as error:
 """
     )
     kind, message = _run_with_fault(hub, tmp_path, code, "me/parquet", "train-2.parquet", status=520)
-    assert kind == "SourceUnavailable" and message.startswith("reading failed 5 times in a row; ") and "520" in message
+    assert kind == "SourceUnavailable" and message.startswith("reading failed 5 times in a row; ") and "HTTP 520" in message
     kind, message = _run_with_fault(hub, tmp_path, code, "me/parquet", "train-2.parquet", status=403)
     assert kind == "SourceUnavailable" and "refused access to me/parquet (HTTP 403)" in message
+
+
+@pytest.mark.slow
+def test_a_hub_that_is_away_for_a_moment_costs_no_source_in_mid_run(hub: Hub, tmp_path: Path) -> None:
+    """A data worker opens again later. At the start of a run, no connection is told at once, and an answer is asked for twice."""
+    code = (
+        PROLOGUE
+        + """
+import threading
+from huggingface_hub import constants
+there = constants.ENDPOINT
+HfSource.first_wait_seconds = 0.2
+def away(patient, seconds):
+    constants.ENDPOINT = "http://127.0.0.1:9"  # nobody listens there
+    if seconds:
+        threading.Timer(seconds, lambda: setattr(constants, "ENDPOINT", there)).start()
+    s = source("me/parquet", name="p")
+    s.patient = patient
+    result = opened(s)
+    constants.ENDPOINT = there
+    return result
+print(json.dumps([away(False, 0), away(True, 1.0), away(True, 0)]))
+"""
+    )
+    impatient, patient, given_up = hub.run(code, tmp_path)
+    assert "cannot reach 127.0.0.1" in impatient[1]["p"] and impatient[2] < 0.2
+    assert patient[0] == ["p"] and patient[2] > 1.0
+    assert "cannot reach 127.0.0.1" in given_up[1]["p"] and 2.5 < given_up[2] < 6
+
+    fault = hub.fail("me/parquet", status=503, headers={"Retry-After": "0"}, times=1, method="GET")
+    good, failed, _ = hub.run(PROLOGUE + 'print(json.dumps(opened(source("me/parquet", name="p"))))', tmp_path / "fresh")
+    hub.heal()
+    assert (good, failed) == (["p"], {}) and fault.seen
+
+
+@pytest.mark.slow
+def test_the_wait_a_hub_asks_for_is_found_and_cut(hub: Hub, tmp_path: Path) -> None:
+    """In the errors of huggingface_hub itself and under those of `datasets`; by either header; never beyond a minute."""
+    hub.fail("me/first", status=429, headers={"Retry-After": "7"})
+    hub.fail("me/second", status=503, headers={"Retry-After": "3600"})
+    hub.fail(
+        "me/third", status=429, headers={"RateLimit": '"api";r=0;t=55', "RateLimit-Policy": '"fixed window";"api";q=500;w=300'}
+    )
+    hub.fail("me/fourth", status=403, headers={"Retry-After": "7"})
+    waits, texts, slept = hub.run(
+        PROLOGUE
+        + """
+from huggingface_hub import HfApi
+from huggingface_hub.utils import _http
+from core.data.sources import hub
+hub.quiet_datasets()
+waits, texts, slept = [], [], []
+for name in ("first", "second", "third", "fourth"):
+    try:
+        HfApi().dataset_info(f"me/{name}")
+    except Exception as error:
+        try:
+            raise ConnectionError("Server Disconnected") from error
+        except ConnectionError as outer:
+            waits.append([hub.asked_to_wait(error), hub.asked_to_wait(outer), hub.is_passing(outer)])
+            texts.append(hub.explain(outer, f"me/{name}"))
+_http.time.sleep = slept.append
+try:
+    _http.http_backoff("GET", f"{hub.need('huggingface_hub.constants', '').ENDPOINT}/me/second/resolve/main/x")
+except Exception:
+    pass
+print(json.dumps([waits, texts, slept]))
+""",
+        tmp_path,
+    )
+    hub.heal()
+    assert waits == [[7, 7, True], [60, 60, True], [55, 55, True], [0, 0, False]]
+    assert "HTTP 429" in texts[0] and "/settings/tokens" in texts[0] and "HTTP 503" in texts[1] and "HTTP 403" in texts[3]
+    assert slept == [61.0] * 5  # the library adds a second
+
+
+@pytest.mark.slow
+def test_no_silence_is_waited_for_without_end(hub: Hub, tmp_path: Path) -> None:
+    """huggingface_hub sets no limit for some questions; here they have one."""
+    hub.fail("/api/datasets/me/parquet", delay_seconds=20)
+    code = (
+        PROLOGUE
+        + """
+from huggingface_hub import HfApi
+from core.data.sources import hub
+hub.SILENCE_SECONDS = 0.5
+hub.check_reachable()
+begin = time.monotonic()
+try:
+    HfApi().dataset_info("me/parquet")
+except Exception as error:
+    print(json.dumps([hub.is_passing(error), hub.explain(error, "me/parquet"), time.monotonic() - begin]))
+"""
+    )
+    passing, reason, seconds = hub.run(code, tmp_path)
+    hub.heal()
+    assert passing and reason.startswith("the connection to the Hub failed") and seconds < 5
 
 
 def _run_with_fault(hub: Hub, folder: Path, code: str, dataset: str, match: str, **how: object) -> list:
@@ -201,7 +333,7 @@ def _run_with_fault(hub: Hub, folder: Path, code: str, dataset: str, match: str,
 
     process = subprocess.Popen(
         [sys.executable, "-c", code, dataset],
-        env=hub.env(folder),
+        env=hub.env(folder, HF_HUB_DOWNLOAD_TIMEOUT="1"),
         cwd=Path(__file__).resolve().parents[2],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -209,10 +341,11 @@ def _run_with_fault(hub: Hub, folder: Path, code: str, dataset: str, match: str,
         text=True,
     )
     assert process.stdout is not None and process.stdout.readline() == "opened\n", process.communicate()[1]
-    hub.fail(match, **how)
+    fault = hub.fail(match, **how)
     out, err = process.communicate("\n", timeout=90)
-    hub.faults.clear()
+    hub.heal()
     assert process.returncode == 0 and not err, err
+    assert fault.seen, "the fault never came about"
     return json.loads(out.splitlines()[-1])
 
 
@@ -242,5 +375,5 @@ def test_a_silent_hub_does_not_outlast_the_deadline(hub: Hub, tmp_path: Path) ->
         + 'b=time.monotonic(); f=open_sources([source("me/parquet")], 3.0)[1]; print(json.dumps([f, time.monotonic()-b]))'
     )
     failed, seconds = hub.run(code, tmp_path)
-    hub.faults.clear()
+    hub.heal()
     assert failed["me_parquet"].startswith("no answer within 3 s") and seconds < 4

@@ -23,7 +23,7 @@ from core.data.sources.files import need
 from core.data.sources.shards import ShardSource
 from core.data.sources.text import named_by
 from core.errors import SourceUnavailable
-from core.preset import Settings
+from core.settings import Settings
 
 LOCAL_BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text", ".arrow": "arrow"}
 START_SECONDS = 8.0

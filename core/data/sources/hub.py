@@ -63,7 +63,7 @@ def _first_hop(endpoint: str) -> tuple[str, int, str]:
 
 
 def _limit_waiting() -> None:
-    """Of some questions huggingface_hub waits for an answer without end, and as long as the answer asks it to: it no longer does."""
+    """huggingface_hub waits without end for the answers to some questions, and as long as an answer asks it to: no longer."""
     global _limited
     http = need("huggingface_hub.utils._http", "datasets")
 
@@ -198,23 +198,23 @@ def trouble(error: Exception, dataset: str) -> SourceUnavailable:
     return HubTrouble(reason, True, asked_to_wait(error)) if is_passing(error) else SourceUnavailable(reason)
 
 
-def explain(error: Exception, dataset: str) -> str:
-    """One line: what went wrong with a dataset, and what to do."""
-    return redacted(_explain(error, dataset))
+def explain(error: Exception, dataset: str, kind: str = "datasets/") -> str:
+    """One line: what went wrong with a dataset, and what to do. With `kind` "" it is a model or a tokenizer."""
+    return redacted(_explain(error, dataset, kind))
 
 
-def _explain(error: Exception, dataset: str) -> str:
+def _explain(error: Exception, dataset: str, kind: str) -> str:
     root, text = _root(error), " ".join(str(error).split())
     low, status = f"{text} {root}".lower(), _status(root)
     local = dataset.startswith((".", "/", "~"))
     endpoint = need("huggingface_hub.constants", "datasets").ENDPOINT.rstrip("/")
-    page = "the file" if local else f"{endpoint}/datasets/{dataset}"
+    page = "the file" if local else f"{endpoint}/{kind}{dataset}"
     token = need("huggingface_hub", "datasets").get_token() is not None
     put = f"create a token with read access at {endpoint}/settings/tokens, {_where_to_put_it()}"
     if "invalid credentials" in low or "invalid username or password" in low:
         return (
             f"the Hub refused your token (HTTP 401): it is mistyped, expired or revoked. Either {put}; or take HF_TOKEN away: "
-            "public datasets need none"
+            "what is public needs none"
         )
     if _is_a(root, "GatedRepoError") or "gated dataset" in low:
         if token:
@@ -236,7 +236,7 @@ def _explain(error: Exception, dataset: str) -> str:
     if "scripts are no longer supported" in low:
         return f"{dataset} is a loading script, which no version of datasets runs any more; choose a copy of it in Parquet"
     if status == 429:
-        return f"the Hub is asked too often (HTTP 429) and wants a pause; {'try later' if token else f'or {put}: it raises the limit'}"
+        return "the Hub is asked too often (HTTP 429); try later" + ("" if token else f", or raise the limit: {put}")
     if status >= 500:
         return f"the Hub or its storage is in trouble (HTTP {status}: {_short(text, 100)}); try later, see https://status.huggingface.co"
     if _is_broken_line(root):
