@@ -88,12 +88,12 @@ def ours(vocab_size: int, folder: Path) -> list[float]:
     class Rows:
         """The loader's interface over rows in memory, as the Trainer's data set is."""
 
-        source_names, dropped, position = ("text",), (), Position()
+        source_names, dropped, skipped, position = ("text",), (), {}, Position()
 
         def __init__(self) -> None:
             self.step = 0
 
-        def next_step(self) -> StepRows:
+        def next_step(self, should_stop: Any) -> StepRows:
             ids = rows[self.step * ROWS : (self.step + 1) * ROWS]
             self.step += 1
             zeros = torch.zeros(ROWS, SEQ_LENGTH, dtype=torch.int32)

@@ -113,7 +113,7 @@ def build_training(
         call_if_defined(model, "prepare_load", saved["model"], notes)
         notes += load_model(model, saved["model"], f"{preset.lineage}_*.pth")
     model.to(runtime.device)
-    if (note := model.attention_note(runtime.device, runtime.compute_dtype(preset.train.precision))) is not None:
+    if note := call_if_defined(model, "attention_note", runtime.device, runtime.compute_dtype(preset.train.precision)):
         notes.append(note)
     stack = build_stack(preset)
     readout = _readout_of(model, runtime.device)

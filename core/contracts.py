@@ -95,7 +95,8 @@ class TokenLoss(Protocol):
     def per_token(self, chunk: Chunk) -> Tensor: ...  # (n,)
 
 
-def call_if_defined(module: Any, method: str, *args: Any) -> None:
-    """Call an optional hook of a model (`after_optimizer_step`, `set_progress`) or a source (`check_tokenizer`)."""
-    if (hook := getattr(module, method, None)) is not None:
-        hook(*args)
+def call_if_defined(module: Any, method: str, *args: Any) -> Any:
+    """Call an optional hook of a model (`after_optimizer_step`, `set_progress`, `attention_note`) or a source
+    (`check_tokenizer`); returns what it returns."""
+    hook = getattr(module, method, None)
+    return hook(*args) if hook is not None else None

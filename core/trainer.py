@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from core.checkpoint import CheckpointStore
 from core.contracts import Batch, call_if_defined
 from core.data.loader import Loader, StepRows
+from core.data.worker import Stopped
 from core.errors import CheckpointError, Diverged, NoData
 from core.losses.stack import LossStack, LossTerms
 from core.metrics import MetricsLog
@@ -154,8 +155,8 @@ class Trainer:
         self._step_started = time.monotonic()
         try:
             while (reason := self.horizon.end(self.progress)) is None:
-                rows = self.loader.next_step()
-                self._tell_dropped()
+                rows = self.loader.next_step(self.should_stop)
+                self._tell_left_out()
                 if rows is None:
                     reason = "max_epochs"
                     break
@@ -163,7 +164,10 @@ class Trainer:
                 if self._look_after(rows.num_tokens):
                     reason = "interrupted"
                     break
+        except Stopped:
+            reason = "interrupted"
         except NoData:
+            self._tell_left_out()
             self._end("no_data")
             raise
         except Diverged:
@@ -362,10 +366,15 @@ class Trainer:
         self._emit("checkpoint", path=f"{path.parent.name}/{path.name}", seconds=seconds)
         return None
 
-    def _tell_dropped(self) -> None:
+    def _tell_left_out(self) -> None:
+        """Sources that failed, and files that could not be read."""
         while self.loader.dropped:
             name, reason = self.loader.dropped.pop(0)
             self._warn(f"source {name} dropped, the others go on: {reason}")
+        for each, told in self.loader.skipped.items():
+            if not told:
+                self._emit("skipped", **dict(zip(("source", "file", "reason"), each)))
+                self.loader.skipped[each] = True
 
     def _roll_back(self) -> None:
         """Put weights and optimizer back to the newest checkpoint, and go on with the data after the bad stretch."""

@@ -1,12 +1,15 @@
 """Whole runs on each kind of data: what a person who only writes presets gets."""
 
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from core.data.validation import HoldOut
 from core.errors import UserError
 from tests.project import story, tiny_preset, train_here
 
@@ -91,3 +94,52 @@ def test_new_files_are_read_and_what_was_held_out_stays_out(tmp_path: Path) -> N
     assert after["data"]["held_out"] == before["data"]["held_out"] and before["data"]["held_out"]["held"]["texts"]
     cursors = [state["data"]["snapshot"]["cursors"]["texts"] for state in (before, after)]
     assert cursors[1]["epoch"] > cursors[0].get("epoch", 0)
+
+
+def test_every_file_left_out_is_named_with_its_reason(tmp_path: Path) -> None:
+    """Also those found while training: the note at the start shows five names, the log has them all, each once."""
+    from tests.data import pdfs
+
+    folder = tmp_path / "pdfs"
+    folder.mkdir()
+    for number in range(8):
+        (folder / f"bad{number}.pdf").write_bytes(b"not a pdf")
+    (folder / "empty.pdf").write_bytes(b"")
+    (folder / "good.pdf").write_bytes(pdfs.pdf_of_lines([pdfs.column("A good page of words. " * 60, 50, 60, 90)]))
+    preset = tiny_preset(data={"sources": [{"type": "text", "path": "texts"}, {"type": "pdf"}]}, train={"max_steps": 30})
+    events = train_here(preset, tmp_path)
+    skipped = sorted((e["source"], e["file"], e["reason"]) for e in events if e["event"] == "skipped")
+    assert skipped == [("pdf", f"bad{number}.pdf", "damaged") for number in range(8)] + [("pdf", "empty.pdf", "empty")]
+
+
+def test_a_stop_does_not_wait_for_a_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A source that no longer answers: Ctrl-C saves what is consumed, at once, and the next start goes on from there."""
+    from core.data.sources.text import TextSource
+    from core.errors import Interrupted
+    from core.runtime import StopRequest
+
+    answers, asked = threading.Event(), threading.Event()
+    read = TextSource.read
+
+    def stalls(self: Any, unit: Any, start: int) -> Any:
+        for number, each in enumerate(read(self, unit, start)):
+            if self.name == "slow" and number >= 40:
+                asked.set()
+                answers.wait(60)
+            yield each
+
+    monkeypatch.setattr(TextSource, "read", stalls)
+    (tmp_path / "slow.jsonl").write_text("".join(json.dumps({"text": story(n, 3)}) + "\n" for n in range(400)))
+    preset = tiny_preset(
+        train={"max_steps": 1000, "eval_tokens": 0},
+        data={"sources": [{"type": "text", "path": "slow.jsonl"}], "validation_fraction": 1e-6, "shuffle": "shards"},
+    )
+    monkeypatch.setattr(StopRequest, "__call__", lambda self: asked.is_set())
+    monkeypatch.setattr("core.data.corpus.plan_hold_out", lambda *_: HoldOut(0.0))  # it reads a few hundred documents
+    begun = time.monotonic()
+    with pytest.raises(Interrupted):
+        train_here(preset, tmp_path)
+    assert time.monotonic() - begun < 30
+    state = saved(tmp_path)
+    assert 0 < state["progress"]["step"] < 1000 and state["data"]["rows"] == 4 * state["progress"]["step"]
+    answers.set()

@@ -111,8 +111,8 @@ def test_the_gradient_is_that_of_the_mean_over_the_whole_step(tmp_path: Path) ->
     step = trainer.optimizer.step
     rows = trainer.loader.next_step
 
-    def keep_rows() -> Any:
-        seen["rows"] = rows()
+    def keep_rows(should_stop: Any) -> Any:
+        seen["rows"] = rows(should_stop)
         return seen["rows"]
 
     def keep_gradients(factor: float) -> None:

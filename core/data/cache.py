@@ -133,13 +133,8 @@ class Cached:
         self._source, self._cache, self._tokenizer = source, cache, tokenizer
         self._fingerprint = tokenizer.fingerprint()
         self.name, self.finite, self.window = source.name, source.finite, source.window
-        self.contents, self.order, self.recover, self.nothing, self.open = (
-            source.contents,
-            source.order,
-            source.recover,
-            source.nothing,
-            source.open,
-        )
+        self.open, self.contents, self.skipped = source.open, source.contents, source.skipped
+        self.order, self.recover, self.nothing = source.order, source.recover, source.nothing
 
     @property
     def notes(self) -> list[str]:

@@ -165,11 +165,11 @@ class Chunks:
         """(position after it, position of its first token, ids (n,) int32) of each document that *begins* in a chunk.
 
         One that runs over the chunk's end is read on in the next, by name; there, the piece up to the first end is passed over:
-        each document is read once and whole, in any order of chunks. Positions are tokens from the chunk's start; `start` is 0
-        or a position after a document. Documents without tokens are left out. Raises OSError or DamagedChunk.
+        each document is read once and whole, in any order of chunks. Positions are tokens from the chunk's start; those that end
+        at `start` or before, and those without tokens, are left out. Raises OSError or DamagedChunk.
         """
         size, end = self.manifest.chunks[index].tokens, self.manifest.eos_token_id
-        begin = start or self._first_begin(index)
+        begin = self._begin(index, start)
         if begin >= size:
             return
         at, pieces = begin, []
@@ -179,7 +179,7 @@ class Chunks:
             low = 0
             for high in np.flatnonzero(block == end).tolist():
                 pieces.append(block[low:high])
-                if ids := _joined(pieces):
+                if (ids := _joined(pieces)) and at + high + 1 > start:
                     yield at + high + 1, begin, ids[0]
                 low, pieces = high + 1, []
                 begin = at + low
@@ -187,7 +187,7 @@ class Chunks:
                     return
             pieces.append(block[low:])
             at += len(block)
-        if ids := _joined(pieces):  # the chunks were cut off, or end without a last end
+        if (ids := _joined(pieces)) and at > start:  # the chunks were cut off, or end without a last end
             yield at, begin, ids[0]
 
     def _on_from(self, index: int, start: int) -> Iterator[np.ndarray]:
@@ -199,6 +199,15 @@ class Chunks:
             except (OSError, DamagedChunk):
                 return  # told when its own turn comes; a document ends here
             yield from self.consecutive([following])
+
+    def _begin(self, index: int, start: int) -> int:
+        """Where the document begins that `start` lies in, or the first of the chunk."""
+        tokens = self._map(index)
+        for high in range(min(start, len(tokens)), 0, -BLOCK):
+            low = max(0, high - BLOCK)
+            if len(ends := np.flatnonzero(tokens[low:high] == self.manifest.eos_token_id)):
+                return low + int(ends[-1]) + 1
+        return self._first_begin(index)
 
     def _first_begin(self, index: int) -> int:
         """Where the first document of a chunk begins: behind the rest of the one before, if that runs into it."""

@@ -61,7 +61,7 @@ class Corpus:
         while True:
             texts, length = [], 0
             try:
-                for draw in Mixer(self.sources, self.mix, self.may_train, drops):
+                for draw in Mixer(self.sources, replace(self.mix, max_epochs=1), self.may_train, drops):
                     if draw.document and draw.document.text:
                         texts.append(draw.document.text)
                         length += len(draw.document.text)

@@ -44,7 +44,10 @@ class Document:
     @property
     def digest(self) -> int:
         """64 bits that stand for its content, the same on every machine."""
-        return self.encoded.digest if self.encoded is not None else digest_of(self.text.encode("utf-8", "surrogatepass"))
+        if self.encoded is not None:
+            return self.encoded.digest
+        content = self.text if self.messages is None else repr(self.messages)
+        return digest_of(content.encode("utf-8", "surrogatepass"))
 
     def is_shorter_than(self, characters: int) -> bool:
         """Whether its text is; tokens that never had a text are not."""

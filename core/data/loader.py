@@ -24,10 +24,12 @@ from core.contracts import Batch
 from core.data.mixing import SourceFailed
 from core.data.packing import Piece, Place, Row
 from core.data.pipeline import Position, share_of_lanes
-from core.data.worker import MakePipeline, Worker
+from core.data.worker import MakePipeline, Stopped, Worker
 from core.errors import NoData, UserError
 
 STEPS_AHEAD = 3
+STOP_POLL_SECONDS = 0.2
+CLOSE_SECONDS = 2.0
 
 
 @dataclass
@@ -95,11 +97,13 @@ class Loader:
         self._reader: _Reader | None = None
         self._empty_rows = 0  # global rows in a row without a document: a whole round of lanes of them is the end
         self.dropped: list[tuple[str, str]] = []  # (source, reason) since last asked: for the log
+        self.skipped: dict[tuple[str, str, str], bool] = {}  # (source, file, why): whether it was logged
 
-    def next_step(self) -> StepRows | None:
+    def next_step(self, should_stop: Callable[[], bool] = lambda: False) -> StepRows | None:
         """The next step's rows; None when the data has ended. Raises NoData when every source has failed.
 
-        A source that fails on any rank is dropped on all of them, from the same draw on.
+        A source that fails on any rank is dropped on all of them, from the same draw on. Once any rank is to stop while it
+        waits for rows, all of them raise Stopped, with the position as it was.
         """
         waited = 0.0
         while True:
@@ -108,15 +112,18 @@ class Loader:
                     self._read, self._packed, self._rows_per_step // self._parallel.world_size, self._pin_memory
                 )
             begun = time.monotonic()
-            item = self._reader.get()
+            item = self._reader.get(should_stop)
             waited += time.monotonic() - begun
             failed = item if isinstance(item, SourceFailed) else None
-            batch, rows = (None, []) if failed else item
+            batch, rows = (None, []) if failed or item is None else item
             failures = [float(failed is not None and failed.name == name) for name in self.source_names]
             targets = 0 if batch is None else int((batch.labels >= 0).sum())
             tokens = 0 if batch is None else int((batch.source_ids >= 0).sum())
             documents, epochs = self._begun(rows)
-            targets, tokens, *numbers = self._parallel.sum([targets, tokens, *failures, *documents, *epochs])
+            own = [float(item is None), targets, tokens, *failures, *documents, *epochs]
+            stops, targets, tokens, *numbers = self._parallel.sum(own)
+            if stops:
+                raise Stopped
             failures, documents, epochs = np.array(numbers, dtype=np.int64).reshape(3, -1).tolist()
             if any(failures):
                 self._drop([name for name, count in zip(self.source_names, failures) if count], failed)
@@ -163,9 +170,10 @@ class Loader:
             **self._facts,
         }
 
-    def close(self) -> None:
+    def close(self, patience: float | None = CLOSE_SECONDS) -> None:
+        """Stop reading ahead."""
         if self._reader is not None:
-            self._reader.close()
+            self._reader.close(patience)
             self._reader = None
 
     def _begun(self, rows: list[Row]) -> tuple[list[int], list[int]]:
@@ -185,6 +193,8 @@ class Loader:
             position.lanes[row.lane] = row.after
             position.receipts[row.lane] = linked(position.receipts.get(row.lane, ""), row.pieces)
             self._snapshots += row.snapshots
+            for each in row.skipped:
+                self.skipped.setdefault(each, False)
         reached = min(position.lanes.get(lane, Place()).oldest for lane in self._lanes)
         while len(self._snapshots) > 1 and self._snapshots[1]["index"] <= reached:
             self._snapshots.pop(0)
@@ -194,7 +204,7 @@ class Loader:
 
     def _drop(self, names: list[str], failed: SourceFailed | None) -> None:
         """Leave sources out from the first draw that no rank has used yet, and read on from the consumed position."""
-        self.close()
+        self.close(None)  # the next reader uses the same sources
         first_unused = max(self._parallel.gather(self.position.first_unused()))
         reasons = {f.name: f.reason for f in self._parallel.gather(failed) if f is not None}
         for name in names:
@@ -265,13 +275,23 @@ class _Reader:
             except queue.Full:
                 continue
 
-    def get(self) -> Any:
-        """The next (Batch, rows), or the SourceFailed that ended the reading. Any other error is raised here."""
-        item = self._queue.get()
+    def get(self, should_stop: Callable[[], bool]) -> Any:
+        """The next (Batch, rows), or the SourceFailed that ended the reading. Any other error is raised here.
+
+        None when it is time to stop before there is one: a source may be waiting for minutes.
+        """
+        while True:
+            try:
+                item = self._queue.get(timeout=STOP_POLL_SECONDS)
+                break
+            except queue.Empty:
+                if should_stop():
+                    return None
         if isinstance(item, BaseException) and not isinstance(item, SourceFailed):
             raise item
         return item
 
-    def close(self) -> None:
+    def close(self, patience: float | None = None) -> None:
+        """Ends the reading; waits for it so long at most. What then still waits for a source ends with the process."""
         self._stopping.set()
-        self._thread.join()
+        self._thread.join(patience)

@@ -106,6 +106,7 @@ class Pipeline:
             lane: pack(lane, settings.seq_length, tokenizer.eos_id, position.lanes.get(lane, Place())) for lane in lanes
         }
         self._snapshots: list[dict[str, Any]] = [self._mixer.snapshot()]
+        self._skipped: dict[tuple[str, str, str], bool] = {}  # (source, file, why): whether a row has told it
         self._ended = False
 
     def __iter__(self) -> Iterator[Row]:
@@ -119,6 +120,7 @@ class Pipeline:
                     self._read_ahead()
                 row = packer.row()
                 row.snapshots, self._snapshots = self._snapshots, []
+                row.skipped = self._newly_skipped()
                 yield row
             n += 1
 
@@ -130,6 +132,11 @@ class Pipeline:
                 'made with another tokenizer; name that one in "tokenizer"'
             )
         return may_train(self._hold_out, self.settings.min_text_length, document)
+
+    def _newly_skipped(self) -> list[tuple[str, str, str]]:
+        new = [each for each, told in self._skipped.items() if not told]
+        self._skipped.update(dict.fromkeys(new, True))
+        return new
 
     def _read_ahead(self) -> None:
         """Read, tokenize and hand out the next documents of own lanes."""
@@ -147,6 +154,9 @@ class Pipeline:
                     packer.lose(draw.index)
                 else:
                     found.append((packer, draw, draw.document))
+        for source in self._mixer.sources:
+            for file, why in getattr(source, "skipped", list)():
+                self._skipped.setdefault((source.name, file, why), False)
         encoded = encode(self.tokenizer, [document for _, _, document in found])
         for (packer, draw, _), document in zip(found, encoded):
             inputs, labels = next_token(document, self.tokenizer.eos_id)

@@ -23,7 +23,7 @@ class Shuffled:
     def __init__(self, source: Any, seed: int):
         self._source, self._seed = source, seed
         self.name, self.finite = source.name, source.finite
-        self.open, self.contents = source.open, source.contents
+        self.open, self.contents, self.skipped = source.open, source.contents, source.skipped
 
     @property
     def notes(self) -> list[str]:

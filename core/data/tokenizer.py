@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from core.data.sources.hub import check_reachable
+from core.data.sources.hub import check_reachable, explain
 from core.errors import MissingPackage, SourceUnavailable, UserError
 from core.settings import TokenizerSettings
 
@@ -194,7 +194,7 @@ def _from_hub(name: str) -> Tokenizer:
     try:
         loaded = AutoTokenizer.from_pretrained(name, use_fast=True, local_files_only=bool(unreachable))
     except (OSError, ValueError) as error:
-        reason = unreachable or str(error).strip().splitlines()[0]
+        reason = unreachable or explain(error, name, kind="")
         raise UserError(
             f'tokenizer "{name}" could not be loaded from the Hugging Face Hub: {reason}\n'
             'Check the name and the network, or write "tokenizer": {"type": "bpe", "vocab_size": 8192} to train one here.'

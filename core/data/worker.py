@@ -15,6 +15,7 @@ from typing import Any
 from core.data.mixing import SourceFailed
 from core.data.packing import Row
 from core.data.pipeline import Pipeline, Position
+from core.environment import redacted
 
 ROWS_PER_MESSAGE = 16  # sent at once: fewer, larger messages cost less than the rows in them
 MESSAGES_AHEAD = 64
@@ -72,6 +73,6 @@ def _work(make_pipeline: MakePipeline, position: Position, lanes: list[int], out
         out.put(rows) if rows else None
         out.put(error)
     except BaseException as error:
-        out.put(RuntimeError(f"a data worker failed: {type(error).__name__}: {error}"))
+        out.put(RuntimeError(redacted(f"a data worker failed: {type(error).__name__}: {error}")))
     out.close()
     out.join_thread()

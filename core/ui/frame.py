@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from core.ui import text
-from core.ui.plain import machine, scores
+from core.ui.plain import left_out, machine, scores
 from core.ui.progress import Progress
 
 QUIET_SECONDS = 10.0
@@ -72,6 +72,8 @@ class RunState:
             self.checkpoint = event
         elif kind == "warning":
             self.warnings.append(event)
+        elif kind == "skipped":
+            self.warnings.append({**event, "message": f"skipped {left_out(event)}"})
         elif kind == "run_end":
             self.end = event
 

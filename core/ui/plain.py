@@ -99,9 +99,16 @@ def describe(event: dict, previous_eval: dict) -> list[str]:
         return [f"checkpoint  {text.clean(event.get('path'))}  ({text.number(event.get('seconds'), 1)}s)"]
     if kind == "warning":
         return [f"warning  {text.clean(event.get('message'))}"]
+    if kind == "skipped":
+        return [f"skipped  {left_out(event)}"]
     if kind == "run_end":
         return [summary(event)]
     return []
+
+
+def left_out(event: dict) -> str:
+    """ "pdf: thesis.pdf (encrypted)" """
+    return f"{text.clean(event.get('source'))}: {text.clean(event.get('file'))} ({text.clean(event.get('reason'))})"
 
 
 REASONS = {

@@ -206,14 +206,14 @@ class Recorder(Loader):
         self.consumed |= zip(numbers, rows)
         super()._advance(rows)
 
-    def close(self) -> None:
+    def close(self, *patience: Any) -> None:
         """At once: a reader with a full queue sees only a tenth of a second later that it is to stop."""
         if self._reader is not None:
             self._reader._stopping.set()
             with contextlib.suppress(queue.Empty):
                 while True:
                     self._reader._queue.get_nowait()
-        super().close()
+        super().close(*patience)
 
 
 def history(

@@ -17,6 +17,7 @@ from core.data.sources.hf import HfSettings, HfSource
 from core.data.sources.pdf.source import PdfSettings, PdfSource
 from core.data.sources.text import PythonStdlibSettings, PythonStdlibSource, TextSettings, TextSource
 from core.data.sources.tokens import TokensSettings, TokensSource
+from core.environment import redacted
 from core.errors import SourceUnavailable
 from core.settings import Settings
 
@@ -62,7 +63,7 @@ def open_sources(sources: list[Source], deadline_seconds: float = 12.0) -> tuple
         except SourceUnavailable as error:
             outcome[index] = str(error)
         except Exception as error:  # a fault in one source must not take the others with it; it is told, not hidden
-            outcome[index] = f"{type(error).__name__}: {error}"
+            outcome[index] = redacted(f"{type(error).__name__}: {error}")
         else:
             outcome[index] = None
 

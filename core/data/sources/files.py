@@ -71,6 +71,13 @@ def need(module: str, package: str) -> Any:
         raise SourceUnavailable(f"the package {package} is missing: pip install {package}") from None
 
 
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
 class FileSource(ShardSource):
     """Base of the local sources. A subclass gives `list_units` and `read`."""
 
@@ -99,9 +106,8 @@ class FileSource(ShardSource):
         return self._units
 
     def contents(self) -> str:
-        return hashlib.blake2b(
-            "\n".join(unit.key for unit in self.shards()).encode("utf-8", "surrogatepass"), digest_size=8
-        ).hexdigest()
+        facts = [(unit.key, _size(unit.path) if unit.begin == 0 else 0) for unit in self.shards()]
+        return hashlib.blake2b(repr(facts).encode("utf-8", "backslashreplace"), digest_size=8).hexdigest()
 
     def recover(self, unit: Unit, error: Exception, failures: int) -> bool:
         """A file that cannot be read is left out and named, the others go on."""
@@ -129,6 +135,9 @@ class FileSource(ShardSource):
         for key, count in self._bad_rows.items():
             notes.append(f"skipped {count} {'row' if count == 1 else 'rows'} without readable text in {key}")
         return notes
+
+    def skipped(self) -> list[tuple[str, str]]:
+        return [(label, kind) for kind, labels in self._skipped.items() for label in labels]
 
     def skip(self, unit: Unit, kind: str) -> None:
         self._skipped.setdefault(kind, {})[unit.label] = None

@@ -29,6 +29,10 @@ class ShardSource:
         """What a person should know of what was read so far."""
         return []
 
+    def skipped(self) -> list[tuple[str, str]]:
+        """(file, why) of everything that was left out so far."""
+        return []
+
     def open(self) -> None:
         """Make sure that documents can be read, within seconds. Raises SourceUnavailable."""
         raise NotImplementedError
@@ -50,7 +54,7 @@ class ShardSource:
         raise error
 
     def contents(self) -> str:
-        """Changes when the list of its shards does: the order of an epoch is another then."""
+        """Changes when its files do: the order of an epoch may be another then."""
         return ""
 
     def address(self, shard: Any) -> str | None:
