@@ -312,8 +312,8 @@ def _data(
 ) -> tuple[PipelineFactory, Position, dict[str, Any], list[str]]:
     """What rows are made from, where to go on, what the checkpoint keeps of it, and what is told."""
     state = saved["data"] if saved is not None else None
-    if state is not None and state["drops"] and progress.run_step == 0:
-        state = {**state, "fingerprint": ""}  # a new run gives sources that failed another chance
+    if state is not None and state["drops"] and (progress.run_step == 0 or set(corpus.names) <= set(state["drops"])):
+        state = {**state, "fingerprint": ""}  # a new run, or one that had none left, gives failed sources another chance
     if preset.train.max_epochs is not None and progress.run_step == 0:
         state = None  # a new run counts its epochs from the first
     fingerprint, contents = corpus.pipeline_factory(tokenizer, preset.model.seq_length).fingerprint(), corpus.contents()
