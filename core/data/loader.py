@@ -153,6 +153,7 @@ class Loader:
             "receipts": {str(lane): position.receipts[lane] for lane in self._lanes if lane in position.receipts},
             "snapshot": position.snapshot,
             "renewals": position.renewals,
+            "draws": position.draws,
         }
         parts = self._parallel.gather(own)
         snapshots = [part["snapshot"] for part in parts if part["snapshot"]]
@@ -165,6 +166,7 @@ class Loader:
             "drops": dict(position.drops),
             # a rank forgets those behind its own snapshot; the oldest one may still need them
             "renewals": sorted({draw for part in parts for draw in part["renewals"]}),
+            "draws": sorted({(index, *draw) for part in parts for index, draw in part["draws"].items()}),
             "receipts": receipts,
             "receipt": hashlib.blake2b(repr(sorted(receipts.items())).encode(), digest_size=8).hexdigest(),
             **self._facts,
@@ -193,6 +195,7 @@ class Loader:
             position.lanes[row.lane] = row.after
             position.receipts[row.lane] = linked(position.receipts.get(row.lane, ""), row.pieces)
             self._snapshots += row.snapshots
+            position.draws |= row.draws
             for each in row.skipped:
                 self.skipped.setdefault(each, False)
         reached = min(position.lanes.get(lane, Place()).oldest for lane in self._lanes)
@@ -201,11 +204,14 @@ class Loader:
         position.snapshot = self._snapshots[0] if self._snapshots else None
         first = position.snapshot["index"] if position.snapshot else 0
         position.renewals = [draw for draw in position.renewals if draw >= first]
+        position.draws = {index: draw for index, draw in position.draws.items() if index >= first}
 
     def _drop(self, names: list[str], failed: SourceFailed | None) -> None:
         """Leave sources out from the first draw that no rank has used yet, and read on from the consumed position."""
         self.close(None)  # the next reader uses the same sources
         first_unused = max(self._parallel.gather(self.position.first_unused()))
+        for draws in self._parallel.gather(self.position.draws):  # a rank that is ahead knows more of them
+            self.position.draws = {**draws, **self.position.draws}
         reasons = {f.name: f.reason for f in self._parallel.gather(failed) if f is not None}
         for name in names:
             self.position.drops[name] = first_unused

@@ -6,7 +6,7 @@ State: `snapshot()`: the next index, each source's cursor and what was drawn of 
        keep no state of their own
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +62,7 @@ class Mixer:
     drops     {source name: index} sources that failed: they take no draw from that index on, and turns of theirs before it
               that can no longer be read are lost
     renewals  draws at which a new horizon begins
+    known     {index: (source, tokens)} of draws made before: those of a dropped source count as they did then
 
     A reader tokenizes its own lanes' documents only, so how many tokens have been drawn is estimated from their characters,
     which every reader sees alike.
@@ -75,6 +76,7 @@ class Mixer:
         drops: dict[str, int],
         snapshot: dict[str, Any] | None = None,
         renewals: Collection[int] = (),
+        known: Mapping[int, tuple[int, int]] | None = None,
     ):
         snapshot = snapshot or {}
         self.sources, self.settings, self._wanted = sources, settings, wanted
@@ -90,6 +92,8 @@ class Mixer:
         self._streams: dict[int, DocumentStream] = {}
         self._fresh: set[int] = set()  # sources of which this epoch has not given a document yet
         self._dead: set[int] = set()  # dropped sources found unreadable: not tried (with all their retries) at every turn
+        self._known = known or {}
+        self.made: dict[int, tuple[int, int]] = {}  # as `known`: draws made since whoever reads it last emptied it
         self._seed = derive_seed(settings.seed, "mix")
         self._given_rates = settings.rates or (USUAL_RATE,) * len(sources)
         self._rates = tuple(snapshot.get("rates", self._given_rates))  # as they were when this horizon began
@@ -122,31 +126,42 @@ class Mixer:
             self._origin = sum(tokens for _, tokens in self._drawn)
             self._rates, self._horizon_tokens = self._given_rates, self.settings.horizon_tokens
         while (choice := self._choose()) is not None:
-            opens = False
+            if choice in self._dead:
+                drawn, tokens = self._known.get(self.index, (choice, 0))
+                if drawn == choice:
+                    return self._draw(choice, None, tokens)
+                self._ended_before(choice)
+                continue
             try:
-                document = self._read(choice) if choice not in self._dead else None
+                document = self._read(choice)
             except SourceUnavailable as error:
                 if self._drop_at[choice] == NEVER:
                     raise SourceFailed(self.sources[choice].name, str(error)) from None
                 self._dead.add(choice)
-                document = None
-            else:
-                if document is None and choice not in self._dead:  # the source has just ended: this draw is another source's
-                    continue
-                opens = choice in self._fresh
-                self._fresh.discard(choice)
-            self.index += 1
-            if document is not None:
-                self._count(choice, document)
-            return Draw(self.index - 1, choice, document, opens and document is not None)
+                continue
+            if document is not None:  # else the source has just ended: this draw is another source's
+                return self._draw(choice, document, self._tokens_of(choice, document))
         raise StopIteration
 
-    def _count(self, choice: int, document: Document) -> None:
+    def _draw(self, choice: int, document: Document | None, tokens: int) -> Draw:
+        self._drawn[choice][0] += 1
+        self._drawn[choice][1] += tokens
+        self.made[self.index] = choice, tokens
+        opens = document is not None and choice in self._fresh
+        self._fresh.discard(choice)
+        self.index += 1
+        return Draw(self.index - 1, choice, document, opens)
+
+    def _ended_before(self, choice: int) -> None:
+        """A source that can no longer be read had come to an end here: its turn was another's."""
+        self._current = choice + 1
+        if self.settings.strategy != "sequential":
+            self._ended.add(self.sources[choice].name)
+
+    def _tokens_of(self, choice: int, document: Document) -> int:
         encoded = document.encoded
         characters = len(document.text) if encoded is None else encoded.size
-        content = len(encoded.ids) if encoded is not None and not characters else round(characters * self._rates[choice])
-        self._drawn[choice][0] += 1
-        self._drawn[choice][1] += content + 1
+        return 1 + (len(encoded.ids) if encoded is not None and not characters else round(characters * self._rates[choice]))
 
     def _choose(self) -> int | None:
         """Which source the draw `self.index` belongs to; None when nothing is left."""

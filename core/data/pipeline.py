@@ -52,6 +52,7 @@ class Position:
     snapshot: dict[str, Any] | None = None  # the mixer, at an index no lane has yet to read before
     drops: dict[str, int] = field(default_factory=dict)  # failed sources, and from which draw on they are gone
     renewals: list[int] = field(default_factory=list)  # draws at which the schedules of the weights begin anew
+    draws: dict[int, tuple[int, int]] = field(default_factory=dict)  # index: (source, tokens) of those since the snapshot
     receipts: dict[int, str] = field(default_factory=dict)  # lane -> hash chain of all the pieces it has consumed
 
     def first_unused(self) -> int:
@@ -99,7 +100,8 @@ class Pipeline:
         self.lanes = lanes
         self._next_row = position.rows
         self._hold_out = hold_out
-        self._mixer = Mixer(sources, settings.mix, self._wanted, position.drops, position.snapshot, position.renewals)
+        past = position.drops, position.snapshot, position.renewals, position.draws
+        self._mixer = Mixer(sources, settings.mix, self._wanted, *past)
         self._dealer = Dealer(settings.lanes, settings.mix.seed)
         pack = PACKERS[settings.packing]
         self._packers: dict[int, Packer] = {
@@ -120,6 +122,7 @@ class Pipeline:
                     self._read_ahead()
                 row = packer.row()
                 row.snapshots, self._snapshots = self._snapshots, []
+                row.draws, self._mixer.made = self._mixer.made, {}
                 row.skipped = self._newly_skipped()
                 yield row
             n += 1
