@@ -149,7 +149,7 @@ class Cached:
         if content is None:
             yield from self._source.read(shard, start)
             return
-        address = hashlib.blake2b(f"{content}\n{self._fingerprint}".encode(*NAMES), digest_size=20).hexdigest()
+        address = hashlib.blake2b(f"{content}\n{self._fingerprint}\n{BLOCK}".encode(*NAMES), digest_size=20).hexdigest()
         maker = _Maker(self._source, shard, self._tokenizer)
         number, last, first = start // BLOCK, False, True
         while not last:

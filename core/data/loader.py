@@ -159,6 +159,7 @@ class Loader:
         snapshots = [part["snapshot"] for part in parts if part["snapshot"]]
         lanes = {lane: place for part in parts for lane, place in part["lanes"].items()}
         receipts = {lane: link for part in parts for lane, link in part["receipts"].items()}
+        used = max((place.next for place in lanes.values()), default=0)  # how far beyond it was read is chance
         return {
             "rows": position.rows,
             "lanes": {lane: [place.next, [list(waiting) for waiting in place.waiting]] for lane, place in lanes.items()},
@@ -166,7 +167,7 @@ class Loader:
             "drops": dict(position.drops),
             # a rank forgets those behind its own snapshot; the oldest one may still need them
             "renewals": sorted({draw for part in parts for draw in part["renewals"]}),
-            "draws": sorted({(index, *draw) for part in parts for index, draw in part["draws"].items()}),
+            "draws": sorted({(index, *draw) for part in parts for index, draw in part["draws"].items() if index < used}),
             "receipts": receipts,
             "receipt": hashlib.blake2b(repr(sorted(receipts.items())).encode(), digest_size=8).hexdigest(),
             **self._facts,
