@@ -11,10 +11,7 @@ import hashlib
 import io
 import os
 import shutil
-import struct
 import time
-import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -38,9 +35,6 @@ TIDY_EVERY = 64  # blocks written between looks at the total size
 CHECKSUM_BYTES = 16
 NAMES = ("utf-8", "surrogatepass")  # of files: any bytes but a zero
 
-UNREADABLE = (OSError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error, struct.error)
-"""What reading a damaged block may raise."""
-
 Block = list[tuple[int, Document]]  # (position after it, document)
 
 
@@ -60,7 +54,7 @@ class TokenCache:
             os.utime(path)  # what was used last is deleted last
         except FileNotFoundError:
             return None
-        except UNREADABLE:
+        except (OSError, ValueError):
             with suppress(OSError):
                 path.unlink(missing_ok=True)
             return None

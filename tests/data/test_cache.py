@@ -86,7 +86,7 @@ def test_no_flipped_bit_changes_a_token(corpus: Path) -> None:
         broken[at] ^= 1 << (at % 8)
         try:
             found = unpacked(bytes(broken))
-        except cache.UNREADABLE:
+        except ValueError:
             continue
         assert [(p, d.key, d.digest, d.encoded.ids.tolist()) for p, d in found[0]] == [
             (p, d.key, d.digest, d.encoded.ids.tolist()) for p, d in whole[0]
