@@ -108,8 +108,18 @@ def quiet_datasets() -> Any:
     for what in ("READ", "OPEN", "READ_SERVER_UNAVAILABLE", "READ_RATE_LIMIT"):
         setattr(datasets.config, f"STREAMING_{what}_RETRY_INTERVAL", 0)
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # a call to a third host, three seconds long behind a firewall
+    _keep_the_bars_lock()
     _limit_waiting()
     return datasets
+
+
+def _keep_the_bars_lock() -> None:
+    """Bars that nobody sees share a lock, which `datasets` makes and takes away again, in several threads at once: the one who
+    comes second finds none. One that is there before stays; a plain one leaves no semaphore behind in a data worker either."""
+    bar = need("tqdm", "datasets").tqdm
+    with _once:
+        if not hasattr(bar, "_lock"):
+            bar.set_lock(threading.RLock())
 
 
 def open_file(url: str) -> IO[bytes]:
