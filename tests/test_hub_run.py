@@ -102,6 +102,7 @@ def warnings(project: Project) -> list[str]:
 # a source that goes, and comes back ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_default_preset_outlives_a_source_and_takes_it_up_again(make_project: Callable[..., Project], hub: Hub) -> None:
     """00_best_general as it is shipped, on a smaller model: one repository vanishes in mid-run, and is there in the next run."""
     project = make_project({"t": merged(LARGER, {"extends": "00_best_general"})})
@@ -135,6 +136,7 @@ def test_the_default_preset_outlives_a_source_and_takes_it_up_again(make_project
     assert second["drops"] == {} and cursors[1] > cursors[0]
 
 
+@pytest.mark.slow
 def test_when_every_source_fails_the_run_is_saved_and_ends_with_3(make_project: Callable[..., Project], hub: Hub) -> None:
     """No text in their place: the weights are kept, both reasons are told, and another start goes on."""
     project = make_project({"t": streamed("me/stories", OPENWEBTEXT[0], train={"max_steps": 2000})})

@@ -218,6 +218,7 @@ HOSTILE = {  # what MuPDF 1.28 makes of each
 }
 
 
+@pytest.mark.slow
 def test_the_folder_of_two_hundred(
     make_source: Callable[..., PdfSource], capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -188,10 +188,13 @@ def random_plan(draw: random.Random, rows: int, segments: int, workers: tuple[in
     return plan
 
 
+MOSTLY_SLOW = [pytest.param(packing, marks=[pytest.mark.slow] * (packing != "best_fit")) for packing in PACKINGS]
+"""The packing that can go wrong in most ways, and, when there is time, all of them."""
+
 # every kind, strategy and packing ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("packing", MOSTLY_SLOW)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_resume_is_no_resume(kind: str, strategy: str, packing: str, root: Path, small: None) -> None:
@@ -406,7 +409,7 @@ def test_a_file_may_have_any_name(root: Path, tmp_path: Path, small: None) -> No
 # the end of the data -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("packing", MOSTLY_SLOW)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_two_epochs_hold_everything_twice(strategy: str, packing: str, root: Path, small: None) -> None:
     """Whatever interrupts them: each position of each document once an epoch, and the ledger says so."""
@@ -498,7 +501,7 @@ def test_a_failure_leaves_all_ranks_one_order(strategy: str, packing: str, tmp_p
     check_accounts(found, whole)
 
 
-@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("packing", MOSTLY_SLOW)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_failure_on_one_rank_leaves_all_one_order(strategy: str, packing: str, tmp_path: Path, small: None) -> None:
     """What the others have read and used of it meanwhile is lost to that rank, and nothing else is lost or read twice."""
@@ -545,7 +548,7 @@ class _Vanishing:
         return self._stream.cursor()
 
 
-@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("packing", MOSTLY_SLOW)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_source_that_vanishes_leaves_all_ranks_one_order(
     strategy: str, packing: str, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
