@@ -123,7 +123,7 @@ def test_a_stop_does_not_wait_for_a_source(tmp_path: Path, monkeypatch: pytest.M
 
     def stalls(self: Any, unit: Any, start: int) -> Any:
         for number, each in enumerate(read(self, unit, start)):
-            if self.name == "slow" and number >= 40:
+            if self.name == "slow" and number >= 150:
                 asked.set()
                 answers.wait(60)
             yield each

@@ -20,7 +20,7 @@ from typing import Any
 
 from core.data.documents import Document, Source
 from core.data.encoding import encode
-from core.data.mixing import Draw, Mixer, MixSettings
+from core.data.mixing import Draw, Mixer, MixSettings, SourceFailed
 from core.data.objectives import next_token
 from core.data.packing import PACKERS, Packer, Place, Row
 from core.data.tokenizer import Tokenizer
@@ -29,7 +29,7 @@ from core.errors import SourceUnavailable
 from core.randomness import derive_seed
 
 SNAPSHOT_EVERY = 256  # draws; a resume re-reads at most so many documents (and tokenizes none of them twice)
-READ_AHEAD = 32  # documents tokenized together: enough for the tokenizer's own threads, few enough to stay near
+READ_AHEAD = 128  # documents tokenized together: enough for the tokenizer's own threads (docs/LOG.md), few enough to stay near
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,7 @@ class Pipeline:
         self._snapshots: list[dict[str, Any]] = [self._mixer.snapshot()]
         self._skipped: dict[tuple[str, str, str], bool] = {}  # (source, file, why): whether a row has told it
         self._ended = False
+        self._failure: SourceFailed | None = None
 
     def __iter__(self) -> Iterator[Row]:
         own = set(self.lanes)
@@ -144,8 +145,14 @@ class Pipeline:
     def _read_ahead(self) -> None:
         """Read, tokenize and hand out the next documents of own lanes."""
         found: list[tuple[Packer, Draw, Document]] = []
+        if self._failure is not None:
+            raise self._failure
         while len(found) < READ_AHEAD:
-            draw = next(self._mixer, None)
+            try:
+                draw = next(self._mixer, None)
+            except SourceFailed as failure:
+                self._failure = failure  # told once what was read before it is used
+                break
             if draw is None:
                 self._ended = True
                 break
