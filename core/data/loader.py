@@ -95,6 +95,7 @@ class Loader:
         self._workers = min(workers, len(self._lanes))
         self._snapshots: list[dict[str, Any]] = [position.snapshot] if position.snapshot else []
         self._reader: _Reader | None = None
+        self._behind = 0  # the draw that the snapshots of all ranks have reached
         self._empty_rows = 0  # global rows in a row without a document: a whole round of lanes of them is the end
         self.dropped: list[tuple[str, str]] = []  # (source, reason) since last asked: for the log
         self.skipped: dict[tuple[str, str, str], bool] = {}  # (source, file, why): whether it was logged
@@ -120,8 +121,11 @@ class Loader:
             targets = 0 if batch is None else int((batch.labels >= 0).sum())
             tokens = 0 if batch is None else int((batch.source_ids >= 0).sum())
             documents, epochs = self._begun(rows)
-            own = [float(item is None), targets, tokens, *failures, *documents, *epochs]
+            places = [0] * self._parallel.world_size  # where each rank's snapshot stands: a sum fills in the others'
+            places[self._parallel.rank] = self._snapshot_index
+            own = [float(item is None), targets, tokens, *places, *failures, *documents, *epochs]
             stops, targets, tokens, *numbers = self._parallel.sum(own)
+            self._behind, numbers = int(min(numbers[: len(places)])), numbers[len(places) :]
             if stops:
                 raise Stopped
             failures, documents, epochs = np.array(numbers, dtype=np.int64).reshape(3, -1).tolist()
@@ -203,9 +207,13 @@ class Loader:
         while len(self._snapshots) > 1 and self._snapshots[1]["index"] <= reached:
             self._snapshots.pop(0)
         position.snapshot = self._snapshots[0] if self._snapshots else None
-        first = position.snapshot["index"] if position.snapshot else 0
-        position.renewals = [draw for draw in position.renewals if draw >= first]
-        position.draws = {index: draw for index, draw in position.draws.items() if index >= first}
+        position.renewals = [draw for draw in position.renewals if draw >= self._snapshot_index]
+        # another rank that loses a source in mid-run asks what this one has drawn of it, as far back as it stands
+        position.draws = {index: draw for index, draw in position.draws.items() if index >= self._behind}
+
+    @property
+    def _snapshot_index(self) -> int:
+        return self.position.snapshot["index"] if self.position.snapshot else 0
 
     def _drop(self, names: list[str], failed: SourceFailed | None) -> None:
         """Leave sources out from the first draw that no rank has used yet, and read on from the consumed position."""

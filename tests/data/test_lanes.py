@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from core.data import pipeline
 from core.data.pipeline import Dealer
 from core.data.validation import HoldOut
 from tests.data.corpus import LANES, make_factory, start, write_corpus
@@ -30,15 +31,16 @@ def test_a_corpus_as_long_as_the_lanes_starves_none(tmp_path: Path, documents: i
     assert {row.lane for row in rows if (row.source_ids >= 0).all()} == set(range(LANES))
 
 
-def test_sources_of_unlike_lengths_leave_no_pile(tmp_path: Path) -> None:
+def test_sources_of_unlike_lengths_leave_no_pile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With as many sources as divide the lanes, each lane still sees all of them, so no lane lags ever further behind."""
+    monkeypatch.setattr(pipeline, "READ_AHEAD", 32)  # what is read ahead waits too, and is not what is asked
     sections = write_corpus(tmp_path / "long", {"long": 40}, low=1500, high=2500)
     sections += write_corpus(tmp_path / "long", {"short": 40}, low=20, high=40)
     factory = make_factory(tmp_path / "long", sections)
-    pipeline = factory(start(), list(range(LANES)))
-    rows = list(islice(iter(pipeline), LANES * 2000))
+    reader = factory(start(), list(range(LANES)))
+    rows = list(islice(iter(reader), LANES * 2000))
     for lane in range(LANES):
         assert {source for row in rows if row.lane == lane for source in row.source_ids.tolist()} == {0, 1}
     used = sum(int((row.source_ids >= 0).sum()) for row in rows)
-    waiting = sum(packer._positions for packer in pipeline._packers.values())
+    waiting = sum(packer._positions for packer in reader._packers.values())
     assert waiting < 0.25 * used, f"{waiting} positions wait, {used} were used"
