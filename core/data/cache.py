@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from core.data.documents import Cursor, Document, Encoded
+from core.data.documents import Document, Encoded
 from core.data.encoding import encode
-from core.data.sources.shards import ShardStream
+from core.data.sources.shards import ShardView
 from core.data.tokenizer import Tokenizer
 
 CACHE = ".cache/tokens"
@@ -120,22 +120,13 @@ class TokenCache:
             total -= size
 
 
-class Cached:
-    """A source seen through the cache. Its order, its cursors and its documents are the source's own."""
+class Cached(ShardView):
+    """A source seen through the cache."""
 
     def __init__(self, source: Any, cache: TokenCache, tokenizer: Tokenizer):
-        self._source, self._cache, self._tokenizer = source, cache, tokenizer
+        super().__init__(source)
+        self._cache, self._tokenizer = cache, tokenizer
         self._fingerprint = tokenizer.fingerprint()
-        self.name, self.finite, self.window = source.name, source.finite, source.window
-        self.open, self.contents, self.skipped = source.open, source.contents, source.skipped
-        self.order, self.recover, self.nothing = source.order, source.recover, source.nothing
-
-    @property
-    def notes(self) -> list[str]:
-        return self._source.notes
-
-    def stream(self, cursor: Cursor) -> ShardStream:
-        return ShardStream(self, cursor)
 
     def read(self, shard: Any, start: int) -> Iterator[tuple[int, Document]]:
         """As the source would: (position after it, document)."""

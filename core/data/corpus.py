@@ -21,7 +21,7 @@ from core.data.packing import Place, Row
 from core.data.pipeline import Pipeline, PipelineSettings, Position
 from core.data.shuffle import Shuffled
 from core.data.sources import build_source, open_sources
-from core.data.sources.shards import ShardSource
+from core.data.sources.shards import ShardSource, ShardView
 from core.data.tokenizer import Tokenizer
 from core.data.validation import HoldOut, may_train, plan_hold_out, validation_rows
 from core.errors import NoData, SourceUnavailable
@@ -170,7 +170,7 @@ class PipelineFactory:
             self.tokenizer = Tokenizer.from_state(self.tokenizer_state)
         sources = cached(self.sources, self.root, self.cache_gigabytes, self.tokenizer)
         if self.shuffle == "documents":
-            sources = [Shuffled(s, self.seed) if isinstance(s, ShardSource | Cached) else s for s in sources]
+            sources = [Shuffled(s, self.seed) if isinstance(s, ShardSource | ShardView) else s for s in sources]
         return Pipeline(sources, self.tokenizer, self.hold_out, self.settings, position, lanes)
 
     def fingerprint(self) -> str:

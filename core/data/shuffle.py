@@ -11,29 +11,21 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-from core.data.documents import Cursor, Document
-from core.data.sources.shards import ShardStream
+from core.data.documents import Document
+from core.data.sources.shards import ShardView
 from core.errors import SourceUnavailable
 from core.randomness import derive_seed
 
 
-class Shuffled:
-    """A source with its documents shuffled. A resume reads one window again, at most."""
+class Shuffled(ShardView):
+    """A source with its documents shuffled. A resume reads one window again, at most. Its shards are (epoch, place in the
+    epoch's order, the source's shard)."""
 
     def __init__(self, source: Any, seed: int):
-        self._source, self._seed = source, seed
-        self.name, self.finite = source.name, source.finite
-        self.open, self.contents, self.skipped = source.open, source.contents, source.skipped
-
-    @property
-    def notes(self) -> list[str]:
-        return self._source.notes
-
-    def stream(self, cursor: Cursor) -> ShardStream:
-        return ShardStream(self, cursor)
+        super().__init__(source)
+        self._seed = seed
 
     def order(self, epoch: int) -> list[tuple[int, int, Any]]:
-        """(epoch, place in its order, shard)"""
         return [(epoch, place, shard) for place, shard in enumerate(self._source.order(epoch))]
 
     def nothing(self, order: list[tuple[int, int, Any]]) -> str:

@@ -79,6 +79,31 @@ class ShardSource:
         return shards
 
 
+class ShardView:
+    """A source seen through something that gives its documents in another way: shards, cursors and troubles are its own."""
+
+    def __init__(self, source: Any):
+        self._source = source
+        self.name, self.finite, self.window = source.name, source.finite, source.window
+        self.open, self.contents, self.skipped = source.open, source.contents, source.skipped
+
+    @property
+    def notes(self) -> list[str]:
+        return self._source.notes
+
+    def order(self, epoch: int) -> list[Any]:
+        return self._source.order(epoch)
+
+    def recover(self, shard: Any, error: Exception, failures: int) -> bool:
+        return self._source.recover(shard, error, failures)
+
+    def nothing(self, order: list[Any]) -> str:
+        return self._source.nothing(order)
+
+    def stream(self, cursor: Cursor) -> "ShardStream":
+        return ShardStream(self, cursor)
+
+
 class ShardStream:
     """One epoch from a cursor on. A cursor beyond a list of shards that has shrunk ends the epoch."""
 
