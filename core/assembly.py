@@ -128,7 +128,7 @@ def build_training(
     notes += told
     horizon = _horizon(preset, corpus, tokenizer)
     rows_per_step = preset.train.per_gpu_batch_size * preset.train.accumulation_steps * parallel.world_size
-    factory, position, facts, told = _data(preset, saved, progress, corpus, tokenizer, horizon, rows_per_step)
+    factory, position, facts, told = _data(preset, saved, progress, corpus, tokenizer, horizon, rows_per_step, parallel)
     notes += told
     workers = preset.data.workers if preset.data.workers is not None else int(runtime.device.type == "cuda")
     loader = Loader(
@@ -309,6 +309,7 @@ def _data(
     tokenizer: Tokenizer,
     horizon: Horizon,
     rows_per_step: int,
+    parallel: Any,
 ) -> tuple[PipelineFactory, Position, dict[str, Any], list[str]]:
     """What rows are made from, where to go on, what the checkpoint keeps of it, and what is told."""
     state = saved["data"] if saved is not None else None
@@ -316,12 +317,14 @@ def _data(
         state = {**state, "fingerprint": ""}  # a new run, or one that had none left, gives failed sources another chance
     if preset.train.max_epochs is not None and progress.run_step == 0:
         state = None  # a new run counts its epochs from the first
-    fingerprint, contents = corpus.pipeline_factory(tokenizer, preset.model.seq_length).fingerprint(), corpus.contents()
+    fingerprint = corpus.pipeline_factory(tokenizer, preset.model.seq_length).fingerprint()
+    contents = parallel.broadcast(corpus.contents())  # as for the rates below, rank 0 speaks for all
     position, notes = data_position(state, fingerprint, contents)
     if progress.horizon_tokens == 0 and (first := position.first_unused()) > 0:
         position.renewals.append(first)
     begins = position.snapshot is None or "rates" not in position.snapshot or position.renewals
-    rates = corpus.rates(tokenizer) if begins and corpus.needs_rates else ()
+    measured = begins and corpus.needs_rates
+    rates = parallel.broadcast(corpus.rates(tokenizer) if parallel.rank == 0 else None) if measured else ()
     tokens = horizon.horizon_tokens
     if horizon.horizon_steps is not None:
         tokens = min(tokens, horizon.horizon_steps * rows_per_step * preset.model.seq_length)

@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pexpect
@@ -165,3 +166,24 @@ def test_the_menu_under_torchrun(make_project: Callable[..., Project]) -> None:
     assert project.steps("90_second") == [1, 2, 3]
     assert project.events("run_start", "90_second")[0]["world_size"] == 2
     assert not (project.folder / "logs" / "00_best_general").exists()
+
+
+def test_rank_0_alone_measures_what_fixes_the_order(tmp_path: Path) -> None:
+    """A shard that fails the other rank while the mix is measured, or while validation is planned, changes nothing."""
+    falling, rising = ({"from": x, "to": y, "begin": 0.5, "end": 0.6} for x, y in ((0.9, 0.1), (0.1, 0.9)))
+    preset = merged(PRESET, {"train": {"max_steps": 40}, "data": {"source_weights": [falling, rising], "weights_of": "tokens"}})
+    trap = """
+import os
+if os.environ.get("RANK") == "1":
+    def _spread(source): return []
+    def plan_hold_out(*_): return HoldOut(0.5)
+"""
+    receipts = []
+    for name in ("whole", "broken"):
+        project = Project.make(tmp_path / name, {"t": preset})
+        if name == "broken":
+            with (project.folder / "core" / "data" / "corpus.py").open("a") as corpus:
+                corpus.write(trap)
+        assert_ended(on_two(project))
+        receipts.append(project.checkpoint()["data"]["receipt"])
+    assert receipts[0] == receipts[1]

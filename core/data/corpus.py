@@ -226,7 +226,9 @@ def open_corpus(preset: Any, root: Path, parallel: Any, held_out: dict[str, Any]
     weights = dict(zip((section.name for section in data.sources), data.source_weights or [1.0] * len(data.sources)))
     shares = tuple(weights[s.name] for s in sections)
     mix = MixSettings(data.mix_strategy, shares, seed, preset.train.max_epochs, data.weights_of)
-    hold_out = plan_hold_out(sources, data.validation_fraction, data.min_text_length, held_out)
+    # what fixes the order is found out once: a file or a line that fails one rank alone must not give it another order
+    plan = plan_hold_out(sources, data.validation_fraction, data.min_text_length, held_out) if parallel.rank == 0 else None
+    hold_out = parallel.broadcast(plan)
     return Corpus(data, root, seed, sections, sources, failed, mix, hold_out)
 
 
