@@ -1,10 +1,12 @@
-"""The chunked readout and loss against the plain computation: time, memory and gradients, side by side.
+"""The chunked readout and losses against the plain computation: time, memory and gradients, side by side.
 
     python benchmarks/readout.py
 
-Plain is hidden @ weight.T, cast to fp32, F.cross_entropy, backward. Times come from one process that runs both by turns, so
-that a busy machine slows both; a ratio below 1 means the stack is faster. Memory is the peak a side adds to what it starts
-with, gradients included, each side in a process of its own.
+Plain is what one writes first: the readout's scores for all tokens at once, cast to fp32, each loss by its definition, backward.
+Times come from one process that runs both by turns, so that a busy machine slows both; a ratio below 1 means the stack is
+faster. Memory is the peak a side adds to what it starts with, gradients included, each side in a process of its own. Where the
+plain side is too large for the machine it runs on pieces of the tokens, one after the other, which flatters it; its memory is
+then extrapolated from two smaller sizes and marked "~".
 """
 
 import multiprocessing
@@ -13,8 +15,9 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,23 +26,39 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from core.contracts import Batch, ModelOutput
-from core.losses.cross_entropy import CrossEntropy, CrossEntropySettings
+from core.losses import LOSSES
 from core.losses.stack import LossStack
-from core.models.readout import LinearReadout
+from core.models.readout import DistanceReadout, LinearReadout
+from core.runtime import keep_freed_memory
 
-TOKENS, VOCAB_SIZE = 4096, 50257
-HIDDEN_SIZES = (256, 768)
-PRECISIONS = ("fp32", "bf16")
-REPETITIONS = 7
-MAX_TIME_RATIO, MAX_MEMORY_RATIO = 1.0, 0.2
+PENALTIES = ("non_max_sum", "neg_entropy", "neg_max_prob", "top_k_mass")
+CE: dict[str, Any] = {"type": "cross_entropy"}
+MIXES: dict[str, list[dict[str, Any]]] = {
+    "CE": [CE],
+    "CE + cosine": [CE, {"type": "cosine"}],
+    "CE + cosine, top 256": [CE, {"type": "cosine", "topk": 256}],
+    "CE + 4 penalties": [CE, *({"type": "sharpness", "name": p, "penalty": p} for p in PENALTIES)],
+    "harmonic": [{"type": "harmonic", "h_exp": -8.0}],
+}
+ALONE = {"z-loss": {"type": "z_loss"}, **{p: {"type": "sharpness", "penalty": p} for p in PENALTIES}}
+"""Losses whose cost on top of cross-entropy is compared with a softmax pass."""
+MAX_TIME_RATIO, MAX_MEMORY_RATIO = 1.0, 0.125
 
 
-@dataclass
+@dataclass(frozen=True)
 class Case:
-    tokens: int
-    vocab_size: int
-    hidden_size: int
-    precision: str  # fp32, or bf16 for autocast over fp32 weights
+    tokens: int = 8192
+    vocab_size: int = 50257
+    hidden_size: int = 256
+    precision: str = "fp32"  # or bf16 for autocast over fp32 weights
+    mix: str = "CE"
+    plain_pieces: int = 1
+
+
+CASES = [Case(mix=mix) for mix in MIXES]
+CASES += [Case(vocab_size=151936, mix=mix, plain_pieces=4) for mix in MIXES]
+CASES += [Case(hidden_size=768), Case(precision="bf16"), Case(hidden_size=768, precision="bf16")]
+REPETITIONS = 3
 
 
 @dataclass
@@ -62,9 +81,13 @@ class Result:
 
 def measure(case: Case, repetitions: int) -> Result:
     """Both sides of one case."""
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1, maxtasksperchild=1) as pool:  # one process for each, so that neither sees the other's heap
-        plain_bytes, chunked_bytes = (pool.apply(_peak_bytes, (case, side)) for side in ("plain", "chunked"))
+    chunked_bytes = _in_a_process(_peak_bytes, case, "chunked")
+    if case.plain_pieces == 1:
+        plain_bytes = _in_a_process(_peak_bytes, case, "plain")
+    else:
+        half, whole = (replace(case, tokens=case.tokens // (case.plain_pieces * k), plain_pieces=1) for k in (2, 1))
+        small, large = _in_a_process(_peak_bytes, half, "plain"), _in_a_process(_peak_bytes, whole, "plain")
+        plain_bytes = large + (large - small) * (case.tokens - whole.tokens) // (whole.tokens - half.tokens)
     hidden, weight, labels = _tensors(case)
     runs: dict[str, Callable] = {"plain": plain, "chunked": chunked}
     seconds: dict[str, list[float]] = {"plain": [], "chunked": []}
@@ -73,7 +96,7 @@ def measure(case: Case, repetitions: int) -> Result:
         for side in ("plain", "chunked") if repetition % 2 else ("chunked", "plain"):
             hidden.grad = weight.grad = None
             began = _now(hidden)
-            loss = runs[side](hidden, weight, labels, case.precision)
+            loss = runs[side](hidden, weight, labels, case)
             if repetition:  # the first warms up, and is compared
                 seconds[side].append(_now(hidden) - began)
             else:
@@ -85,23 +108,92 @@ def measure(case: Case, repetitions: int) -> Result:
     return Result(seconds["plain"], seconds["chunked"], plain_bytes, chunked_bytes, difference, loss_difference)
 
 
-def plain(hidden: Tensor, weight: Tensor, labels: Tensor, precision: str) -> Tensor:
-    with torch.autocast(hidden.device.type, torch.bfloat16, enabled=precision == "bf16"):
+def plain(hidden: Tensor, weight: Tensor, labels: Tensor, case: Case) -> Tensor:
+    """The sum of the mix's losses over the mean of the tokens, backward included."""
+    total = torch.zeros((), device=hidden.device)
+    for rows, targets in zip(hidden.chunk(case.plain_pieces), labels.chunk(case.plain_pieces)):
+        loss = _plain_losses(rows, weight, targets, case) / len(labels)
+        loss.backward()
+        total += loss.detach()
+    return total
+
+
+def _plain_losses(hidden: Tensor, weight: Tensor, labels: Tensor, case: Case) -> Tensor:
+    if case.mix == "harmonic":  # its authors' recipe is fp32 throughout
+        distances = 2.0 - 2.0 * (F.normalize(hidden, dim=1) @ F.normalize(weight, dim=1).T).clamp(-1.0, 1.0)
+        return F.cross_entropy(-8.0 * torch.log(distances + 1e-8), labels, reduction="sum")
+    with torch.autocast(hidden.device.type, torch.bfloat16, enabled=case.precision == "bf16"):
         logits = F.linear(hidden, weight)  # (P, V)
-    loss = F.cross_entropy(logits.float(), labels)
-    del logits
+    logits = logits.float()
+    total = F.cross_entropy(logits, labels, reduction="sum")
+    if case.mix == "CE":
+        return total
+    p = logits.softmax(dim=1)
+    for loss in MIXES[case.mix][1:]:
+        if loss["type"] == "cosine":
+            mean = p @ weight
+            if "topk" in loss:
+                kept = p.topk(loss["topk"], dim=1)
+                mean = torch.zeros_like(p).scatter(1, kept.indices, kept.values) @ weight
+            total = total + (1.0 - F.cosine_similarity(mean, weight[labels], dim=1)).sum()
+        else:
+            total = total + 0.01 * _plain_penalty(loss["penalty"], p)
+    return total
+
+
+def _plain_penalty(penalty: str, p: Tensor) -> Tensor:
+    if penalty == "neg_entropy":
+        return -(p * torch.log(p + 1e-10)).sum()
+    if penalty == "top_k_mass":
+        return (1.0 - p.topk(5, dim=1).values.sum(dim=1)).sum()
+    best = p.max(dim=1).values
+    return (1.0 - best).sum() if penalty == "non_max_sum" else -best.sum()
+
+
+def chunked(hidden: Tensor, weight: Tensor, labels: Tensor, case: Case) -> Tensor:
+    """The same by the stack."""
+    loss = _stack_loss(MIXES[case.mix], hidden, weight, labels, case.precision)
     loss.backward()
     return loss
 
 
-def chunked(hidden: Tensor, weight: Tensor, labels: Tensor, precision: str) -> Tensor:
+def _stack_loss(losses: list[dict], hidden: Tensor, weight: Tensor, labels: Tensor, precision: str) -> Tensor:
     zeros = torch.zeros_like(labels)[None]
     batch = Batch(labels[None], labels[None], zeros, zeros, zeros, packed=False)
-    stack = LossStack([CrossEntropy(CrossEntropySettings())])
+    stack = LossStack([LOSSES[each["type"]][1](LOSSES[each["type"]][0].model_validate(each)) for each in losses])
+    readout = (DistanceReadout if losses[0]["type"] == "harmonic" else LinearReadout)(weight)
     with torch.autocast(hidden.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        loss, _ = stack(ModelOutput(hidden[None], LinearReadout(weight)), batch, stack.count(batch), 0.0, 1)
-    loss.backward()
-    return loss
+        return stack(ModelOutput(hidden[None], readout), batch, stack.count(batch), 0.0, 1)[0]
+
+
+def cost_of_one_more(case: Case, repetitions: int) -> dict[str, float]:
+    """Seconds each loss of ALONE adds to cross-entropy, and those of a softmax pass over the same scores, medians of pairs."""
+    hidden, weight, labels = _tensors(case)
+
+    def seconds(losses: list[dict]) -> float:
+        began = _now(hidden)
+        _stack_loss(losses, hidden, weight, labels, case.precision)
+        return _now(hidden) - began
+
+    rows = torch.randn(256, case.vocab_size, device=hidden.device)
+    out = torch.empty_like(rows)
+
+    def softmax_pass() -> float:
+        began = _now(hidden)
+        for _ in range(case.tokens // len(rows)):
+            torch.softmax(rows, dim=1, out=out)
+        return _now(hidden) - began
+
+    found: dict[str, list[float]] = {name: [] for name in (*ALONE, "a softmax pass", "CE")}
+    for repetition in range(repetitions + 1):
+        for name, loss in ALONE.items():
+            alone = seconds([CE])
+            both = seconds([CE, loss])
+            if repetition:
+                found[name].append(both - alone)
+                found["CE"].append(alone)
+        found["a softmax pass"].append(softmax_pass())
+    return {name: statistics.median(values) for name, values in found.items()}
 
 
 def _tensors(case: Case) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,24 +211,31 @@ def _now(hidden: Tensor) -> float:
     return time.perf_counter()
 
 
+def _in_a_process(function: Callable, *arguments: Any) -> Any:
+    """So that neither side sees the other's heap."""
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        return pool.apply(function, arguments)
+
+
 def _peak_bytes(case: Case, side: str) -> int:
     run = {"plain": plain, "chunked": chunked}[side]
-    run(*_tensors(Case(8, 64, case.hidden_size, case.precision)), case.precision)  # threads and libraries are not the loss's
+    small = replace(case, tokens=8, vocab_size=512, plain_pieces=1)
+    run(*_tensors(small), small)  # threads and libraries are not the loss's
     tensors = _tensors(case)
     if torch.cuda.is_available():
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        run(*tensors, case.precision)
+        run(*tensors, case)
         return torch.cuda.max_memory_allocated() - before
     clear, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
     if not clear.exists():  # not Linux: the highest so far, which the tensors themselves hardly raised
         unit = 1 if sys.platform == "darwin" else 1024
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        run(*tensors, case.precision)
+        run(*tensors, case)
         return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
     clear.write_text("5")  # forget the peak so far
     before = _status_bytes(status, "VmRSS")
-    run(*tensors, case.precision)
+    run(*tensors, case)
     return _status_bytes(status, "VmHWM") - before
 
 
@@ -147,22 +246,40 @@ def _status_bytes(status: Path, field: str) -> int:
 
 def main() -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{TOKENS:,} tokens x {VOCAB_SIZE:,} vocabulary on {device}, torch {torch.__version__}, {REPETITIONS} repetitions")
-    print("  D    prec   plain s  chunked s   time ratio (min-max)     plain MB  chunked MB  ratio   gradient diff   loss diff")
+    keep_freed_memory()  # as main.py does, and for both sides
+    print(f"{device}, torch {torch.__version__}, {REPETITIONS} repetitions")
+    heads = [
+        "losses",
+        "tokens",
+        "vocab",
+        "D",
+        "prec",
+        "plain s",
+        "chunked s",
+        "ratio (min-max)",
+        "plain MB",
+        "chunked MB",
+        "ratio",
+    ]
+    print("{:<21} {:>7} {:>7} {:>4}  {}   {} {:>10}  {:<21}  {:>10} {:>11}  {}".format(*heads), " gradient diff  loss diff")
     worst_time = worst_memory = 0.0
-    for hidden_size in HIDDEN_SIZES:
-        for precision in PRECISIONS:
-            result = measure(Case(TOKENS, VOCAB_SIZE, hidden_size, precision), REPETITIONS)
-            ratios = result.time_ratios
-            ratio = statistics.median(ratios)
-            worst_time, worst_memory = max(worst_time, ratio), max(worst_memory, result.memory_ratio)
-            print(
-                f"  {hidden_size:<4} {precision}  {statistics.median(result.plain_seconds):8.3f}  "
-                f"{statistics.median(result.chunked_seconds):9.3f}   {ratio:10.3f} ({min(ratios):.3f}-{max(ratios):.3f})  "
-                f"{result.plain_bytes / 1e6:11.0f}  {result.chunked_bytes / 1e6:10.0f}  {result.memory_ratio:.3f}"
-                f"   {result.gradient_difference:13.1e}   {result.loss_difference:9.1e}",
-                flush=True,
-            )
+    for case in CASES:
+        result = measure(case, REPETITIONS)
+        ratios = result.time_ratios
+        ratio = statistics.median(ratios)
+        worst_time, worst_memory = max(worst_time, ratio), max(worst_memory, result.memory_ratio)
+        mark = "~" if case.plain_pieces > 1 else " "
+        print(
+            f"{case.mix:<21} {case.tokens:>7,} {case.vocab_size:>7,} {case.hidden_size:>4}  {case.precision}"
+            f"  {statistics.median(result.plain_seconds):8.2f} {statistics.median(result.chunked_seconds):10.2f}"
+            f"  {ratio:.3f} ({min(ratios):.3f}-{max(ratios):.3f})"
+            f"  {mark}{result.plain_bytes / 1e6:9.0f} {result.chunked_bytes / 1e6:11.0f}  {result.memory_ratio:.3f}"
+            f"  {result.gradient_difference:13.1e}  {result.loss_difference:9.1e}",
+            flush=True,
+        )
+    print("what one more loss adds to cross-entropy, seconds at 8,192 x 50,257:")
+    costs = cost_of_one_more(Case(), REPETITIONS + 2)
+    print("  " + ", ".join(f"{name} {value:.3f}" for name, value in costs.items()))
     met = worst_time <= MAX_TIME_RATIO and worst_memory <= MAX_MEMORY_RATIO
     wanted = f"time at most {MAX_TIME_RATIO:g} and memory at most {MAX_MEMORY_RATIO:g} of plain"
     print(f"wanted: {wanted}; {'met' if met else 'NOT MET'}, with {worst_time:.3f} and {worst_memory:.3f} at worst")

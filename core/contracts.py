@@ -1,6 +1,6 @@
 """What the parts of the program promise each other: the batch, the model's output, and the protocols.
 
-B batch rows, T seq_length, D hidden_size, V vocab_size, N scored positions, n positions of one readout chunk.
+B batch rows, T seq_length, D hidden_size, V vocab_size, n some positions. What a loss sees and answers: core/losses/chunk.py.
 """
 
 from dataclasses import dataclass
@@ -41,9 +41,11 @@ class Readout(Protocol):
     nothing and adds nothing to the state dict.
     """
 
-    provides: str  # what a score is: "logits" or "distances"
+    provides: str  # what a score is: "logits", or "distances": squared, between unit vectors
     table: Tensor  # (V, D) the input embedding table, for losses that compare with embeddings
-    linear: tuple[Tensor, Tensor | None] | None  # (weight (V, D), bias (V,)) if scores are hidden @ weight.T + bias, else None
+    linear: tuple[Tensor, Tensor | None] | None
+    """(weight (V, D), bias (V,)), where logits are hidden @ weight.T + bias, or distances are those of hidden to the rows of
+    weight. None for any other readout, which is differentiated by autograd."""
 
     def __call__(self, hidden: Tensor) -> Tensor: ...  # (n, D) -> (n, V)
 
@@ -70,33 +72,8 @@ class LanguageModel(Protocol):
     def __call__(self, batch: Batch) -> ModelOutput: ...
 
 
-@dataclass
-class Chunk:
-    """What a token loss sees: some scored positions, with their scores in fp32."""
-
-    scores: Tensor  # (n, V)
-    labels: Tensor  # (n,) int64, every one a real target
-    table: Tensor  # (V, D) input embedding table
-    progress: float  # fraction of the run's horizon, 0 at the first update and 1 at the last
-
-
-class TokenLoss(Protocol):
-    """A loss on the vocabulary. Returns one value per position; the stack sums and divides by the whole step's count.
-
-    May define `gradient(chunk, scale, out) -> (n,)`: the values, with scale * d(sum of values)/d(scores) written over `out`
-    (n, V), which may be `chunk.scores` itself. Without autograd and its temporaries this is much faster; a loss that reads
-    `chunk.table` leaves it out, as it has a gradient for the table too.
-    """
-
-    name: str
-    weight: Any  # a Schedule
-    needs: str  # "logits" or "distances": must equal the readout's `provides`
-
-    def per_token(self, chunk: Chunk) -> Tensor: ...  # (n,)
-
-
 def call_if_defined(module: Any, method: str, *args: Any) -> Any:
-    """Call an optional hook of a model (`after_optimizer_step`, `set_progress`, `attention_note`) or a source
+    """Call an optional hook of a model (`after_optimizer_step`, `load_published`, ...), of its settings or of a source
     (`check_tokenizer`); returns what it returns."""
     hook = getattr(module, method, None)
     return hook(*args) if hook is not None else None

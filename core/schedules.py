@@ -86,9 +86,10 @@ def turns(schedule: Schedule) -> list[float]:
     return [moment for p in pieces if isinstance(p, Piece) for moment in (p.begin, p.end)]
 
 
-def peak(schedule: Schedule) -> float:
-    """The highest value a schedule takes."""
-    return max(value_at(schedule, moment) for moment in (0.0, 1.0, *turns(schedule)))
+def limits(schedule: Schedule) -> tuple[float, float]:
+    """The lowest and the highest value a schedule takes."""
+    values = [value_at(schedule, moment) for moment in (0.0, 1.0, *turns(schedule))]
+    return min(values), max(values)
 
 
 def learning_rate_schedule(kind: str, warmup: float, decay: float, floor: float) -> list[Piece]:

@@ -13,7 +13,7 @@ from typing import Any
 from core.data.documents import Document, DocumentStream, Source
 from core.errors import SourceUnavailable
 from core.randomness import derive_seed, uniform
-from core.schedules import Schedule, peak, value_at
+from core.schedules import Schedule, limits, value_at
 from core.settings import RUN_TOKENS
 
 NEVER = 1 << 62
@@ -100,7 +100,7 @@ class Mixer:
         self._horizon_tokens: int = snapshot.get("horizon_tokens", settings.horizon_tokens)
         self._levels = list(settings.weights) if settings.strategy == "weighted" else []
         self._fixed = all(isinstance(weight, int | float) for weight in self._levels)
-        self._shares = [float(peak(weight)) for weight in self._levels]  # now; a schedule's are set at every draw
+        self._shares = [float(limits(weight)[1]) for weight in self._levels]  # now; a schedule's are set at every draw
 
     def snapshot(self) -> dict[str, Any]:
         """Everything needed to go on from the next draw."""
@@ -167,7 +167,7 @@ class Mixer:
         """Which source the draw `self.index` belongs to; None when nothing is left."""
         active = [i for i, s in enumerate(self.sources) if self.index < self._drop_at[i] and s.name not in self._ended]
         if self.settings.strategy == "weighted":
-            active = [i for i in active if peak(self._levels[i]) > 0]
+            active = [i for i in active if limits(self._levels[i])[1] > 0]
         if not active:
             return None
         if self.settings.strategy == "sequential":

@@ -5,24 +5,18 @@ Out:   a scalar to call backward on, and the terms to report; `measure` gives ev
 State: none
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from core.contracts import IGNORE_INDEX, Batch, ModelOutput, Readout, TokenLoss
+from core.contracts import IGNORE_INDEX, Batch, ModelOutput, Readout
 from core.errors import UserError
-from core.losses.cross_entropy import cross_entropy_values
-from core.losses.walk import (
-    AUTOGRAD_BLOCK_BYTES,
-    BLOCK_BYTES,
-    CHUNK_BYTES,
-    Work,
-    compute_dtype,
-    even_rows,
-    scores_of,
-    walk,
-)
+from core.losses.chunk import Chunk, TokenLoss
+from core.losses.cosine import mean_embedding
+from core.losses.scores import compute_dtype, scores_of
+from core.losses.walk import BLOCK_BYTES, TABLE_BLOCK_BYTES, Work, chunk_bytes, even_rows, walk
 from core.losses.walked import Scaled, walked_total
 from core.schedules import value_at
 
@@ -45,8 +39,18 @@ class Measures:
     """Evaluation's numbers: sums to add up over batches and ranks, and then to divide by `terms.count`."""
 
     terms: LossTerms
-    cross_entropy: Tensor | None  # () in nats, whatever the losses and weights are; None for a readout without logits
     correct: Tensor  # () int64, targets that have the best score
+    of_logits: dict[str, Tensor]  # () each, of the predictions whatever the losses are; empty for a readout without logits
+
+
+OF_LOGITS: dict[str, Callable[[Chunk], Tensor]] = {
+    "cross_entropy": lambda chunk: chunk.softmax().surprise(chunk.labels),
+    "entropy": lambda chunk: chunk.softmax().entropy,
+    "max_probability": lambda chunk: chunk.softmax().at(chunk.softmax().best),
+    "embedding_cosine": lambda chunk: mean_embedding(chunk).cosine,
+}
+"""What evaluation tells of every prediction: in nats; in nats; a probability; the cosine between the mean embedding and the
+target's."""
 
 
 class LossStack:
@@ -55,7 +59,7 @@ class LossStack:
     def __init__(self, losses: list[TokenLoss], chunk_rows: int | None = None, block_rows: int | None = None):
         names = [loss.name for loss in losses]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise UserError(f"the losses name {', '.join(twice)} more than once; give it once, with the weights added")
+            raise UserError(f'two losses are called {", ".join(twice)}; give one of them another "name"')
         self.losses, self.chunk_rows, self.block_rows = losses, chunk_rows, block_rows
 
     def check(self, readout: Readout) -> None:
@@ -79,7 +83,8 @@ class LossStack:
         `count` is that of the whole optimizer step over all ranks, so accumulation and padding never change the gradient.
         Without a target the total is 0 and every gradient 0. Under no_grad only values are computed.
         """
-        hidden, work = self._work(output, batch, progress)
+        reads_table = any(getattr(loss, "reads_table", False) or not hasattr(loss, "add_gradient") for loss in self.losses)
+        hidden, work = self._work(output, batch, progress, reads_table)
         # a count of 0 only comes with an empty sum, and 0 / 1 is what that should be
         count = count.to(_wide(hidden)).clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
         weights = [value_at(loss.weight, progress) for loss in self.losses]
@@ -89,25 +94,26 @@ class LossStack:
 
     @torch.no_grad()
     def measure(self, output: ModelOutput, batch: Batch, progress: float, num_sources: int) -> Measures:
-        """The losses as they are at `progress`, with cross-entropy and accuracy. No gradient."""
-        hidden, work = self._work(output, batch, progress)
+        """The losses as they are at `progress`, with what OF_LOGITS tells and accuracy. No gradient."""
+        hidden, work = self._work(output, batch, progress, reads_table=True)
         readout = output.readout
         scores = scores_of(hidden, readout, [False] * (1 + len(readout.parameters())))
         values = [_zeros(hidden, work) for _ in self.losses]
+        right = torch.zeros_like(work.labels)
         has_logits = readout.provides == "logits"
-        nats, right = _zeros(hidden, work), torch.zeros_like(work.labels)
+        facts = {name: _zeros(hidden, work) for name in OF_LOGITS} if has_logits else {}
         for block in walk(work, hidden, scores):
-            seen, labels, at = block.chunk.scores, block.chunk.labels, block.positions
-            right[at] = (labels == (seen.argmax(dim=1) if has_logits else seen.argmin(dim=1))).long()
+            chunk, at = block.chunk, block.positions
+            right[at] = (chunk.labels == (chunk.softmax().best if has_logits else chunk.scores.argmin(dim=1))).long()
             with torch.autocast(hidden.device.type, enabled=False):
-                if has_logits:
-                    nats[at] = cross_entropy_values(seen, labels)
+                for name, into in facts.items():
+                    into[at] = OF_LOGITS[name](chunk)
                 for loss, into in zip(self.losses, values):
-                    into[at] = nats[at] if loss.name == "cross_entropy" else loss.per_token(block.chunk)
+                    into[at] = loss.per_token(chunk)
         terms = self._terms(values, batch, work, num_sources)
-        return Measures(terms, nats.sum() if has_logits else None, right.sum())
+        return Measures(terms, right.sum(), {name: each.sum() for name, each in facts.items()})
 
-    def _work(self, output: ModelOutput, batch: Batch, progress: float) -> tuple[Tensor, Work]:
+    def _work(self, output: ModelOutput, batch: Batch, progress: float, reads_table: bool) -> tuple[Tensor, Work]:
         """hidden (P, D), and what to walk over."""
         hidden = output.hidden.reshape(-1, output.hidden.shape[-1])
         labels = batch.labels.reshape(-1)
@@ -116,12 +122,11 @@ class LossStack:
             positions = None  # nothing to leave out, nothing to gather
         else:
             labels = labels[positions]
-        vocab_size, device = len(output.readout.table), hidden.device.type
+        vocab_size, device = len(output.readout.table), hidden.device
         itemsize = compute_dtype(hidden, output.readout.table).itemsize
-        block_bytes = BLOCK_BYTES if all(hasattr(loss, "gradient") for loss in self.losses) else AUTOGRAD_BLOCK_BYTES
-        of = device if device in CHUNK_BYTES else "cuda"
-        chunk_rows = self.chunk_rows or even_rows(len(labels), CHUNK_BYTES[of], vocab_size * itemsize)
-        block_rows = self.block_rows or even_rows(chunk_rows, block_bytes[of], vocab_size * 4)
+        block_bytes = (TABLE_BLOCK_BYTES if reads_table else BLOCK_BYTES)["cpu" if device.type == "cpu" else "cuda"]
+        chunk_rows = self.chunk_rows or even_rows(len(labels), chunk_bytes(device), vocab_size * itemsize)
+        block_rows = self.block_rows or even_rows(chunk_rows, block_bytes, vocab_size * 4)
         return hidden, Work(output.readout, positions, labels, progress, chunk_rows, block_rows)
 
     def _terms(self, values: list[Tensor], batch: Batch, work: Work, num_sources: int) -> LossTerms:

@@ -8,14 +8,16 @@ Values and gradients both come from the forward pass, and backward only multipli
 nothing is computed twice (as in Liger Kernel's fused linear cross-entropy, arXiv 2410.10989, here for any list of losses).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from core.contracts import Chunk, TokenLoss
-from core.losses.walk import Block, Work, scores_of, walk
+from core.losses.chunk import Chunk, Gradient, TokenLoss
+from core.losses.scores import scores_of
+from core.losses.walk import Block, Work, walk
 
 # P positions of the batch, N those with a target, n of them in one block, D hidden_size, V vocab_size
 
@@ -58,52 +60,64 @@ class _Walked(torch.autograd.Function):
 
 def _forward(work: Work, losses: list[Scaled], inputs: Any, wanted: list[bool]) -> tuple[Tensor, list[Tensor | None]]:
     """The total, and its gradients by the inputs that want one."""
-    hidden = inputs[0].detach()
+    hidden, table = inputs[0].detach(), work.readout.table
     wants_scores, wants_table = any(wanted[:-1]), wanted[-1]
     scores = scores_of(hidden, work.readout, wanted[:-1])
+    tables = _Table(table) if wants_table and not scores.shared_with(table) else None
+    into = None if not wants_table else scores.table_gradient if tables is None else tables.gradient
     hidden_gradient = torch.zeros_like(hidden) if wanted[0] else None  # positions without a target keep the 0
-    table_gradient = None
     for block in walk(work, hidden, scores, hidden_gradient):
         with torch.autocast(hidden.device.type, enabled=False):  # losses are exact: scores come in fp32 and stay so
-            share = _answer(block, losses, wants_scores, wants_table)
-        if share is not None:
-            table_gradient = share.contiguous() if table_gradient is None else table_gradient.add_(share)
+            _answer(block, losses, wants_scores, into)
     total = torch.stack([scaled.values.sum() * scaled.scale for scaled in losses]).sum()
-    gradients = [hidden_gradient, *scores.gradients(), table_gradient]
+    gradients = [hidden_gradient, *scores.gradients(), tables.found if tables is not None else None]
     for i, wants in enumerate(wanted[:-1]):
         if wants and gradients[i] is None:  # no target in the batch: DDP still waits for a gradient of every parameter
             gradients[i] = torch.zeros_like(inputs[i])
     return total, gradients
 
 
-def _answer(block: Block, losses: list[Scaled], wants_scores: bool, wants_table: bool) -> Tensor | None:
-    """Fills every loss's values, sets the block's gradient, and returns the table's (V, D) if a loss used it."""
+class _Table:
+    """The gradient of a table that is not the readout's weight: none until a loss asks for it."""
+
+    def __init__(self, table: Tensor):
+        self._table = table
+        self.found: Tensor | None = None  # (V, D)
+
+    def gradient(self) -> Tensor:
+        if self.found is None:
+            self.found = torch.zeros_like(self._table)
+        return self.found
+
+
+def _answer(block: Block, losses: list[Scaled], wants_scores: bool, table: Callable[[], Tensor] | None) -> None:
+    """Fills every loss's values, and gives the block its gradient; `table` gives the buffer for the table's."""
     chunk = block.chunk
-    wants = wants_scores or wants_table
-    passive = [scaled for scaled in losses if not (wants and scaled.active)]
-    analytic = [scaled for scaled in losses if wants and scaled.active and hasattr(scaled.loss, "gradient")]
-    others = [scaled for scaled in losses if wants and scaled.active and not hasattr(scaled.loss, "gradient")]
-    for scaled in passive:
-        scaled.values[block.positions] = scaled.loss.per_token(chunk)
-    table_gradient = None
-    if others:
-        block.gradient, table_gradient = _by_autograd(block, others, wants_scores, wants_table)
-    for scaled in analytic:  # after all that still read the scores: the last of these overwrites them
-        out = chunk.scores if scaled is analytic[-1] else torch.empty_like(chunk.scores)
-        scaled.values[block.positions] = scaled.loss.gradient(chunk, scaled.scale, out)
-        block.gradient = out if block.gradient is None else out.add_(block.gradient)
-    if not wants_scores:
-        block.gradient = None
-    return table_gradient
+    gradient = Gradient(chunk, table)
+    wants = wants_scores or table is not None
+    for scaled in losses:
+        if not (wants and scaled.active):
+            scaled.values[block.positions] = _values(scaled.loss, chunk)
+        elif hasattr(scaled.loss, "add_gradient"):
+            scaled.values[block.positions] = _values(scaled.loss, chunk)
+            scaled.loss.add_gradient(chunk, scaled.scale, gradient)
+    by_autograd = [s for s in losses if wants and s.active and not hasattr(s.loss, "add_gradient")]
+    if by_autograd:
+        _differentiate(block, by_autograd, wants_scores, gradient)
+    if wants_scores:
+        block.answer(gradient)
 
 
-def _by_autograd(
-    block: Block, losses: list[Scaled], wants_scores: bool, wants_table: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """Fills the values of these losses; the gradients by scores (n, V) and table (V, D)."""
+@torch.no_grad()
+def _values(loss: TokenLoss, chunk: Chunk) -> Tensor:
+    return loss.per_token(chunk)
+
+
+def _differentiate(block: Block, losses: list[Scaled], wants_scores: bool, gradient: Gradient) -> None:
+    """Values and gradients of losses that have none of their own."""
     chunk = block.chunk
     scores = chunk.scores.detach().requires_grad_(wants_scores)
-    table = chunk.table.detach().requires_grad_(wants_table)
+    table = chunk.table.detach().requires_grad_(gradient.wants_table)
     leaves = [leaf for leaf in (scores, table) if leaf.requires_grad]
     with torch.enable_grad():
         parts = []
@@ -113,7 +127,11 @@ def _by_autograd(
             if values.requires_grad:
                 parts.append(values.sum() * scaled.scale)
         if not parts:
-            return None, None
+            return
         found = list(torch.autograd.grad(torch.stack(parts).sum(), leaves, allow_unused=True))
     by_scores = found.pop(0) if wants_scores else None
-    return by_scores, found.pop(0) if wants_table else None
+    by_table = found.pop(0) if table.requires_grad else None
+    if by_scores is not None:
+        gradient.add_dense(by_scores.contiguous())
+    if by_table is not None:
+        gradient.table.add_(by_table)

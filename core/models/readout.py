@@ -1,4 +1,4 @@
-"""The linear readout: hidden states to logits, with a weight of its own or the embedding's.
+"""The readouts: hidden states to logits by a matrix, or to squared distances from prototypes on the unit sphere.
 
 In:    tensors the model owns: `lm_head.weight`, `lm_head.bias`, `embedding.weight`
 Out:   a Readout (core/contracts.py) for ModelOutput
@@ -35,3 +35,28 @@ class LinearReadout:
 
     def parameters(self) -> list[Tensor]:
         return [self.weight] if self.bias is None else [self.weight, self.bias]
+
+
+class DistanceReadout:
+    """scores = |h - w|**2 of h = hidden / |hidden| and w = the rows of weight / |weight|: 2 - 2 cos, from 0 to 4.
+
+    As specification 000's DistLayer computes it: the cosine is clamped to [-1, 1], so that beyond it there is no gradient, and a
+    row of zeros is at distance 2 from everything.
+    """
+
+    provides = "distances"
+
+    def __init__(self, weight: Tensor, table: Tensor | None = None):
+        self.weight = weight  # (V, D)
+        self.table = weight if table is None else table  # (V, D)
+
+    @property
+    def linear(self) -> tuple[Tensor, None]:
+        return self.weight, None
+
+    def __call__(self, hidden: Tensor) -> Tensor:  # (n, D) -> (n, V)
+        cosine = F.normalize(hidden, dim=-1) @ F.normalize(self.weight, dim=-1).T
+        return 2.0 - 2.0 * cosine.clamp(-1.0, 1.0)
+
+    def parameters(self) -> list[Tensor]:
+        return [self.weight]

@@ -1,7 +1,6 @@
 """The chunked readout and loss give what the plain computation gives, in a fraction of its memory."""
 
 import sys
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -9,15 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.readout import Case, measure
-from core.contracts import IGNORE_INDEX, Batch, Chunk, ModelOutput
+from core.contracts import IGNORE_INDEX, ModelOutput
 from core.errors import UserError
-from core.losses import LOSSES
+from core.losses.chunk import Chunk, Gradient
 from core.losses.cross_entropy import CrossEntropy, CrossEntropySettings
 from core.losses.stack import LossStack
 from core.models.readout import LinearReadout
+from tests.losses.setup import B, CurvedReadout, D, Setup, T, V, assert_close, gradients, make, plain_total
 
-# B batch rows, T seq_length, D hidden_size, V vocab_size
-B, T, D, V = 3, 11, 8, 37
 PLAIN = [CrossEntropy(CrossEntropySettings())]
 
 
@@ -39,93 +37,13 @@ class Squares:
     def per_token(self, chunk: Chunk) -> Tensor:
         return chunk.scores.square().sum(dim=1)
 
-    def gradient(self, chunk: Chunk, scale: Tensor | float, out: Tensor) -> Tensor:
-        values = self.per_token(chunk)
-        torch.mul(chunk.scores, 2 * scale, out=out)
-        return values
+    def add_gradient(self, chunk: Chunk, scale: Tensor | float, gradient: Gradient) -> None:
+        gradient.add_dense(2 * scale * chunk.scores)
 
 
 class SquaresByAutograd:
     name, needs, weight = "squares", "logits", 0.01
     per_token = Squares.per_token
-
-
-class CurvedReadout:
-    """A readout that is no matrix product, whose backward needs its own output (exp)."""
-
-    provides, linear = "logits", None
-
-    def __init__(self, weight: Tensor, table: Tensor):
-        self.weight, self.table = weight, table
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        return (F.normalize(hidden, dim=-1) @ F.normalize(self.weight, dim=-1).T).exp()
-
-    def parameters(self) -> list[Tensor]:
-        return [self.weight]
-
-
-@dataclass
-class Setup:
-    hidden: Tensor  # (B, T, D)
-    weight: Tensor  # (V, D)
-    bias: Tensor | None  # (V,)
-    table: Tensor  # (V, D) the weight itself when tied
-    batch: Batch
-
-    @property
-    def output(self) -> ModelOutput:
-        return ModelOutput(self.hidden, LinearReadout(self.weight, self.bias, self.table))
-
-    @property
-    def leaves(self) -> list[Tensor]:
-        found = {id(t): t for t in (self.hidden, self.weight, self.bias, self.table) if t is not None and t.requires_grad}
-        return list(found.values())
-
-
-def make_batch(labels: Tensor) -> Batch:
-    sources = torch.arange(labels.shape[0], dtype=torch.int32)[:, None].expand(labels.shape) % 2
-    sources = torch.where(labels == IGNORE_INDEX, -1, sources).int()
-    zeros = torch.zeros_like(labels)
-    return Batch(zeros, labels, zeros, zeros.int(), sources, packed=False)
-
-
-def make(masked: float = 0.3, tied: bool = False, bias: bool = True, rows: int = B, dtype: torch.dtype = torch.float64) -> Setup:
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-
-    hidden, weight, offsets, table = normal(rows, T, D), normal(V, D), normal(V), normal(V, D)
-    labels = torch.randint(V, (rows, T), generator=generator)
-    labels[torch.rand(rows, T, generator=generator) < masked] = IGNORE_INDEX
-    return Setup(hidden, weight, offsets if bias else None, weight if tied else table, make_batch(labels))
-
-
-def plain_total(setup: Setup, losses: list, count: float | Tensor, output: ModelOutput | None = None) -> Tensor:
-    output = output or setup.output
-    keep = setup.batch.labels != IGNORE_INDEX
-    scores = output.readout(output.hidden[keep])
-    labels = setup.batch.labels[keep]
-    total = torch.zeros((), dtype=scores.dtype)
-    for loss in losses:
-        if loss.name == "cross_entropy":
-            values = F.cross_entropy(scores, labels, reduction="none")
-        else:
-            values = loss.per_token(Chunk(scores, labels, output.readout.table, 0.0))
-        total = total + loss.weight * values.sum() / count
-    return total
-
-
-def gradients(total: Tensor, leaves: list[Tensor], factor: float = 1.0) -> list[Tensor]:
-    found = torch.autograd.grad(total * factor, leaves, allow_unused=True)
-    return [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, leaves)]
-
-
-def assert_close(found: list[Tensor], expected: list[Tensor], tolerance: float = 1e-10) -> None:
-    for a, b in zip(found, expected, strict=True):
-        assert a.shape == b.shape
-        assert float((a - b).detach().abs().max()) <= tolerance
 
 
 MIXES = {
@@ -196,26 +114,6 @@ def test_extreme_logits(magnitude: float, dtype: torch.dtype) -> None:
         assert float((a - b).abs().max()) <= exact * max(1.0, float(b.abs().max()))
 
 
-def test_scores_of_plus_and_minus_ten_thousand() -> None:
-    scores = torch.tensor([[1e4, -1e4, 0.0], [-1e4, 1e4, 1e4]])
-    labels = torch.tensor([1, 2])
-    buffer = scores.clone()
-    values = PLAIN[0].gradient(Chunk(buffer, labels, buffer, 0.0), 1.0, buffer)
-    assert torch.allclose(values, F.cross_entropy(scores, labels, reduction="none"))
-    assert torch.allclose(buffer, scores.softmax(dim=1) - F.one_hot(labels, 3))
-
-
-def test_cross_entropy_leaves_shared_scores_alone() -> None:
-    scores = torch.randn(5, V, dtype=torch.float64, requires_grad=True)
-    labels = torch.arange(5)
-    before = scores.detach().clone()
-    values = PLAIN[0].per_token(Chunk(scores, labels, scores, 0.0))
-    assert torch.equal(scores, before)
-    upstream = torch.randn(5, dtype=torch.float64)
-    expected = torch.autograd.grad(F.cross_entropy(scores, labels, reduction="none"), scores, upstream)
-    assert_close(list(torch.autograd.grad(values, scores, upstream)), list(expected))
-
-
 def test_one_token() -> None:
     setup = make()
     setup.batch.labels.fill_(IGNORE_INDEX)
@@ -242,7 +140,7 @@ def test_no_target_gives_zero_gradients(readout: str, dtype: torch.dtype) -> Non
     for tensor in [setup.hidden, *output.readout.parameters()]:
         assert tensor.grad is not None and not tensor.grad.any()
     measured = stack.measure(output, setup.batch, 0.0, 2)
-    assert float(measured.cross_entropy) == 0.0 and int(measured.correct) == 0
+    assert float(measured.of_logits["cross_entropy"]) == 0.0 and int(measured.correct) == 0
 
 
 @pytest.mark.parametrize("frozen", [("weight", "bias", "table"), ("hidden",), ("bias",), ("hidden", "weight", "bias")])
@@ -336,7 +234,15 @@ def test_measure(mix: str, masked: float) -> None:
     measured = stack.measure(setup.output, setup.batch, 0.0, 2)
     keep = setup.batch.labels != IGNORE_INDEX
     scores, labels = setup.output.readout(setup.hidden[keep]), setup.batch.labels[keep]
-    assert abs(float(measured.cross_entropy - F.cross_entropy(scores, labels, reduction="sum").detach())) <= 1e-9
+    p = scores.detach().softmax(dim=1)
+    expected = {
+        "cross_entropy": F.cross_entropy(scores, labels, reduction="sum").detach(),
+        "entropy": torch.special.entr(p).sum(),
+        "max_probability": p.amax(dim=1).sum(),
+        "embedding_cosine": F.cosine_similarity(p @ setup.table, setup.table[labels], dim=1).detach().sum(),
+    }
+    assert set(measured.of_logits) == set(expected)
+    assert_close([measured.of_logits[name] for name in expected], list(expected.values()), 1e-9)
     assert int(measured.correct) == int((scores.argmax(dim=1) == labels).sum())
     _, terms = stack(setup.output, setup.batch, 1, 0.0, 2)
     for name, value in measured.terms.sums.items():
@@ -356,14 +262,8 @@ def test_the_readout_must_give_what_a_loss_needs() -> None:
     readout.provides = "distances"
     with pytest.raises(UserError, match=r'the loss "cross_entropy" needs logits, but .* gives distances'):
         LossStack(PLAIN).check(readout)
-    with pytest.raises(UserError, match="cross_entropy more than once"):
+    with pytest.raises(UserError, match='two losses are called cross_entropy; give one of them another "name"'):
         LossStack([*PLAIN, *PLAIN])
-
-
-def test_table_of_losses() -> None:
-    for name, (settings, loss) in LOSSES.items():
-        made = loss(settings(type=name))
-        assert made.name == name and made.needs in ("logits", "distances")
 
 
 @pytest.mark.slow
