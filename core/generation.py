@@ -25,6 +25,7 @@ def generate(model: LanguageModel, tokenizer: Tokenizer, prompt: str, settings: 
     start = len(ids)
     for _ in range(settings.max_tokens):
         scores = _next_scores(model, ids[-context:], device).float().cpu()  # (V,)
+        scores[tokenizer.vocab_size :] = float("-inf")  # rows of a published table that no token has
         blocked = _completes_ngram(ids[1:], settings.no_repeat_ngram)
         scores[blocked] = float("-inf")
         token = sample_top_p(scores / settings.temperature, settings.top_p, random)

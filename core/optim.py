@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from core.settings import TrainSettings
 
-NO_DECAY_NAMES = ("pos_embedding",)
+NO_DECAY_NAMES = ("pos_embedding", "wpe")
 """Tables of positions: rows that are rarely visited would only shrink."""
 
 

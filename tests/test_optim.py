@@ -10,7 +10,7 @@ from core.models import MODELS
 from core.models.simple_lm import SimpleLM, SimpleLMSettings
 from core.optim import Optimizer
 from core.settings import TrainSettings
-from tests.project import TINY_SIZES
+from tests.models.test_models import tiny_settings
 
 V = 40
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -41,8 +41,7 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", MODELS)
 def test_every_trainable_parameter_is_in_exactly_one_group(name: str, kind: str) -> None:
     """Of every model: none forgotten, none twice; frozen ones in none."""
-    settings, cls = MODELS[name]
-    model = cls(settings(**{k: v for k, v in TINY_SIZES.items() if k in settings.model_fields}), V)
+    model = MODELS[name][1](tiny_settings(name), V)
     frozen = next(model.parameters()).requires_grad_(False)
     embeddings = {n for n, p in model.named_parameters() if p.shape[:1] == (V,)}
     optimizer = Optimizer(list(model.named_parameters()), embeddings, TrainSettings(optimizer=kind))

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from core.data.sources.hub import check_reachable, explain
 from core.errors import MissingPackage, SourceUnavailable, UserError
+from core.hub import check_reachable, explain
 from core.settings import TokenizerSettings
 
 END = "<|endoftext|>"

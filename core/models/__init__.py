@@ -1,5 +1,11 @@
 """The table of models. Adding one: its file, its line here, a preset."""
 
+from core.models.gpt2 import GPT2, GPT2Settings
+from core.models.hub import Hub, HubSettings
 from core.models.simple_lm import SimpleLM, SimpleLMSettings
 
-MODELS = {"simple_lm": (SimpleLMSettings, SimpleLM)}
+MODELS = {
+    "simple_lm": (SimpleLMSettings, SimpleLM),
+    "gpt2": (GPT2Settings, GPT2),
+    "hub": (HubSettings, Hub),
+}

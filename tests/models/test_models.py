@@ -3,9 +3,14 @@
 B batch, T time, D hidden_size, V vocab_size
 """
 
+import atexit
+import copy
 import io
 import json
 import random
+import shutil
+import tempfile
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +32,31 @@ CAUSAL = [name for name, (_, cls) in MODELS.items() if cls.is_causal]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@lru_cache
+def hub_folder() -> str:
+    """A tiny GPT-2 as the Hub has them; a folder, as the library reads the Hub's address once in a process."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    folder = tempfile.mkdtemp(prefix="zeroarg-test-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    torch.manual_seed(4)
+    config = GPT2Config(vocab_size=V, n_positions=512, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+def tiny_settings(name: str, **changes: Any) -> Any:
+    """Small sizes, for those settings that a kind of model has."""
+    settings = MODELS[name][0]
+    sizes = {key: value for key, value in TINY_SIZES.items() if key in settings.model_fields}
+    where = {"name": hub_folder()} if name == "hub" else {}
+    return settings(**sizes | where | changes)
+
+
 def build(name: str, **changes: Any) -> nn.Module:
     """A tiny model of a kind, in evaluation mode."""
-    settings, cls = MODELS[name]
-    sizes = {key: value for key, value in TINY_SIZES.items() if key in settings.model_fields}
     torch.manual_seed(1)
-    return cls(settings(**sizes, seq_length=T, **changes), V).eval()
+    return MODELS[name][1](tiny_settings(name, seq_length=T, **changes), V).eval()
 
 
 def make_batch(input_ids: Tensor, lengths: list[list[int]] | None = None) -> Batch:
@@ -175,7 +199,7 @@ def test_save_and_load_gives_the_same_bits(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_dropout_is_off_by_default(name: str) -> None:
     """Hugging Face's GPT-2 silently brings 0.1."""
-    model = MODELS[name][1](MODELS[name][0](**{k: v for k, v in TINY_SIZES.items() if k in MODELS[name][0].model_fields}), V)
+    model = MODELS[name][1](tiny_settings(name), V)
     assert all(module.p == 0.0 for module in model.modules() if isinstance(module, nn.Dropout))
     assert all(module.dropout == 0.0 for module in model.modules() if isinstance(module, nn.MultiheadAttention))
 
@@ -186,6 +210,43 @@ def test_the_seed_fixes_the_weights(name: str) -> None:
     one, two = build(name).state_dict(), build(name).state_dict()
     assert all(torch.equal(one[key], two[key]) for key in one)
     assert all(value.isfinite().all() for value in one.values() if value.is_floating_point())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_copy_is_a_model_of_its_own(name: str) -> None:
+    """It computes the same bits, and shares nothing."""
+    model, batch = build(name), make_batch(random_ids(2), [[16], [7, 9]])
+    before = scores_of(model, batch)
+    other = copy.deepcopy(model)
+    assert torch.equal(scores_of(other, batch), before)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.zero_()
+    assert torch.equal(scores_of(model, batch), before) and not torch.equal(scores_of(other, batch), before)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_tied_tables_are_one_parameter(name: str) -> None:
+    """What the readout reads is in the model, and where it is the embedding table it is the very same parameter, listed once."""
+    model = build(name)
+    readout = model(make_batch(random_ids(1))).readout
+    listed = {id(p): key for key, p in model.named_parameters()}
+    assert all(id(p) in listed for p in (*readout.parameters(), readout.table))
+    if name in ("gpt2", "hub"):
+        assert readout.linear[0] is readout.table and readout.linear[1] is None
+        assert listed[id(readout.table)] == "transformer.wte.weight"
+
+
+@pytest.mark.parametrize("name", [name for name, (settings, _) in MODELS.items() if hasattr(settings, "num_parameters")])
+def test_counting_without_building_counts_right(name: str) -> None:
+    """What the menu says, for several sizes; None is an answer too."""
+    for changes in (
+        {},
+        {"num_layers": 3, "intermediate_size": None, "seq_length": 24},
+        {"hidden_size": 48, "intermediate_size": 7},
+    ):
+        settings = tiny_settings(name, **{k: v for k, v in changes.items() if k in MODELS[name][0].model_fields})
+        assert settings.num_parameters(V) in (None, sum(p.numel() for p in MODELS[name][1](settings, V).parameters()))
 
 
 # the baseline --------------------------------------------------------------------------------------------------------

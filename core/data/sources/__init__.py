@@ -13,7 +13,7 @@ from typing import Any
 
 from core.data.documents import Source
 from core.data.sources.chat import ChatSettings, chat_source
-from core.data.sources.hf import HfSettings, HfSource
+from core.data.sources.hf import HfSettings, hf_source
 from core.data.sources.pdf.source import PdfSettings, PdfSource
 from core.data.sources.text import PythonStdlibSettings, PythonStdlibSource, TextSettings, TextSource
 from core.data.sources.tokens import TokensSettings, TokensSource
@@ -25,7 +25,7 @@ SOURCES: dict[str, tuple[type[Settings], Callable[..., Source]]] = {
     "python_stdlib": (PythonStdlibSettings, PythonStdlibSource),
     "text": (TextSettings, TextSource),
     "pdf": (PdfSettings, PdfSource),
-    "hf": (HfSettings, HfSource),
+    "hf": (HfSettings, hf_source),
     "chat": (ChatSettings, chat_source),
     "tokens": (TokensSettings, TokensSource),
 }
@@ -38,6 +38,14 @@ NAMED_SOURCES: dict[str, dict[str, Any]] = {
     "c4": {"type": "hf", "dataset": "allenai/c4", "config": "en"},
     "bookcorpus": {"type": "hf", "dataset": "lucadiliello/bookcorpusopen"},
     "pile_subset": {"type": "hf", "dataset": "monology/pile-uncopyrighted"},
+    "finepdfs": {"type": "hf", "dataset": "HuggingFaceFW/finepdfs", "config": "eng_Latn"},
+    "arxiv": {"type": "hf", "dataset": "ccdv/arxiv-summarization", "config": "document", "text_field": "article"},
+    "tinyshakespeare": {
+        "type": "hf",
+        "dataset": "Trelis/tiny-shakespeare",
+        "text_field": "Text",
+        "local": "./data/tinyshakespeare.txt",
+    },
     "common_crawl": {"type": "hf", "dataset": "HuggingFaceFW/fineweb", "config": "sample-10BT"},
 }
 """Short names for `data.sources`. Every repository holds data files only: `datasets` runs no scripts any more."""

@@ -6,15 +6,12 @@ State: its cursor (shards.py); the list of files, looked up once
 """
 
 import hashlib
-import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from core.data.documents import Document
 from core.data.sources.shards import ShardSource
-from core.errors import SourceUnavailable
 
 SEGMENT_BYTES = 16 * 1024 * 1024
 """Long plain files are read in stretches of this size: bounds the memory, makes resuming quick and the order less uniform."""
@@ -61,14 +58,6 @@ def split_into_units(path: Path, label: str) -> list[Unit]:
         return [Unit(path, label)]
     begins = list(range(0, size, SEGMENT_BYTES))
     return [Unit(path, label, begin, end) for begin, end in zip(begins, [*begins[1:], None])]
-
-
-def need(module: str, package: str) -> Any:
-    """An optional module. Raises SourceUnavailable saying what to install: the other sources can go on without it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise SourceUnavailable(f"the package {package} is missing: pip install {package}") from None
 
 
 def _size(path: Path) -> int:

@@ -17,12 +17,12 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from core import hub
 from core.data.documents import Document
-from core.data.sources import hub
-from core.data.sources.files import need
 from core.data.sources.shards import ShardSource
-from core.data.sources.text import named_by
+from core.data.sources.text import TextSettings, TextSource, named_by
 from core.errors import SourceUnavailable
+from core.packages import need
 from core.settings import Settings
 
 LOCAL_BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text", ".arrow": "arrow"}
@@ -45,6 +45,8 @@ class HfSettings(Settings):
     """Columns put together by `format`, instead of one text column."""
     format: str | None = None
     """How `fields` become a document: "Q: {question}\\nA: {answer}"."""
+    local: str | None = None
+    """Text on this machine, as of a source of type `text`, that is read instead where it exists: "./data/book.txt"."""
     name: str = ""
     """Name in logs and weights; left out, the dataset's and its config's."""
 
@@ -73,6 +75,13 @@ class HfSettings(Settings):
     @property
     def columns(self) -> list[str]:
         return self.fields or [self.text_field or "text"]
+
+
+def hf_source(settings: HfSettings, root: Path, seed: int) -> ShardSource:
+    """The dataset; or, where it is there, the local text that stands for it."""
+    if settings.local is not None and (root / Path(settings.local).expanduser()).exists():
+        return TextSource(TextSettings(path=settings.local, name=settings.name), root, seed)
+    return HfSource(settings, root, seed)
 
 
 class HfSource(ShardSource):

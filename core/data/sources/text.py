@@ -20,8 +20,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from core.data.documents import Document, split_text
-from core.data.sources.files import Damaged, FileSource, Unit, need, split_into_units
+from core.data.sources.files import Damaged, FileSource, Unit, split_into_units
 from core.errors import SourceUnavailable
+from core.packages import need
 from core.settings import Settings
 
 PLAIN = (".txt", ".md", ".py")

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub as the sources meet it: is it there, how a file of it is opened, and what an error of it means.
+"""The Hugging Face Hub as the program meets it: is it there, how a file of it is opened, and what an error of it means.
 
 In:    names, URLs and errors of `datasets` and `huggingface_hub`
 Out:   answers within seconds, and one-line reasons that say what to do and never show a token
@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from typing import IO, Any
 from urllib.parse import urlsplit
 
-from core.data.sources.files import need
 from core.environment import redacted
 from core.errors import SourceUnavailable
+from core.packages import need
 
 PROBE_SECONDS = 5.0
 """How long a connection may take before the Hub counts as out of reach."""

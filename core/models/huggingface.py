@@ -1,0 +1,192 @@
+"""A causal language model of the transformers library as trunk and readout.
+
+In:    a transformers model, from a config or a class; a Batch
+Out:   ModelOutput(hidden (B, T, D), LinearReadout)
+State: the transformers model's parameters and buffers, under their published names
+
+B batch, T time, D hidden_size, V rows of the readout's table, n documents of a batch
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from core.contracts import Batch, ModelOutput
+from core.errors import MissingPackage
+from core.models.attention import document_starts
+from core.models.readout import LinearReadout
+
+PROBE_TOKENS = 12
+"""Length of the row on which an unknown architecture is tried out."""
+
+
+def transformers() -> Any:
+    """The library, quiet. Imported where it is used: it takes seconds."""
+    try:
+        import transformers
+    except ImportError:
+        raise MissingPackage("models of type gpt2 and hub need the package transformers: pip install transformers") from None
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+def configure(config: Any, dropout: float) -> Any:
+    """The config with every dropout set (GPT-2's silently brings 0.1), but no layers dropped; and without a cache of keys and
+    values, which has no place in training and keeps the library from looking for packed documents."""
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        part.use_cache = False
+        for key, value in list(vars(part).items()):
+            if "drop" in key and isinstance(value, int | float) and not isinstance(value, bool):
+                setattr(part, key, 0.0 if key.endswith("layerdrop") else dropout)
+    return config
+
+
+class HuggingFaceLM(nn.Module):
+    """The trunk of a transformers causal LM, and a readout that shows its head. Labels never reach the library's code.
+
+    The library's module itself is not kept: its children are registered here, under their own names.
+    """
+
+    is_causal = True
+
+    def __init__(self, model: nn.Module):
+        """`model`: one whose `obstacle` is None."""
+        super().__init__()
+        for name, child in model.named_children():
+            self.add_module(name, child)
+        for name, p in model.named_parameters(recurse=False):
+            self.register_parameter(name, p)
+        for name, buffer in model.named_buffers(recurse=False):
+            self.register_buffer(name, buffer, persistent=name not in model._non_persistent_buffers_set)
+        self._trunk, self._head, self._embedding = (_name_of(part, model) for part in parts_of(model))
+        self.vocab_size = min(len(self._readout().weight), len(self._readout().table))
+        self.packs = True  # whether the trunk itself keeps packed documents apart; see `tell_how_to_pack`
+
+    def forward(self, batch: Batch) -> ModelOutput:
+        """Hidden states of every position; nothing passes from one document to another."""
+        trunk = self.get_submodule(self._trunk)
+        if not batch.packed:
+            hidden = run_trunk(trunk, batch.input_ids)
+        elif self.packs:  # positions that start again are where the library begins another document, in every kind of mask
+            hidden = run_trunk(trunk, batch.input_ids, batch.position_ids)
+        else:
+            hidden = _one_by_one(trunk, batch)
+        return ModelOutput(hidden, self._readout())
+
+    def attention_note(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """What to tell the user about how packed rows are computed."""
+        if self.packs:
+            return None
+        return "this architecture cannot keep packed documents apart, so each is computed as a row of its own, which is slower"
+
+    @torch.no_grad()
+    def tell_how_to_pack(self) -> None:
+        """Try out whether the library's code for this architecture keeps documents apart; `packs` is False if it does not."""
+        ids = probe_ids(self.vocab_size)
+        cut = PROBE_TOKENS // 2 - 1
+        documents = (torch.arange(PROBE_TOKENS) >= cut).int()[None]
+        positions = torch.cat([torch.arange(cut), torch.arange(PROBE_TOKENS - cut)])[None]
+        batch = Batch(ids, ids, positions, documents, torch.zeros_like(documents), packed=True)
+        trunk, training = self.get_submodule(self._trunk), self.training
+        self.eval()
+        try:
+            self.packs = _close(run_trunk(trunk, ids, positions), _one_by_one(trunk, batch))
+        except Exception:  # it takes no positions, or none like these
+            self.packs = False
+        self.train(training)
+
+    def _readout(self) -> LinearReadout:
+        head, table = self.get_submodule(self._head), self.get_submodule(self._embedding).weight
+        return LinearReadout(head.weight, head.bias, table)
+
+
+def parts_of(model: Any) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """Trunk, head and embedding table of a transformers causal LM."""
+    return model.base_model, model.get_output_embeddings(), model.get_input_embeddings()
+
+
+def run_trunk(trunk: nn.Module, ids: Tensor, positions: Tensor | None = None) -> Tensor:  # (B, T) -> (B, T, D)
+    more = {} if positions is None else {"position_ids": positions}  # without, masks are plainly causal
+    return trunk(input_ids=ids, use_cache=False, **more)[0]
+
+
+def _one_by_one(trunk: nn.Module, batch: Batch) -> Tensor:
+    """(B, T, D), each document in a row of its own: right for whatever is causal, also where the future is reached by
+    recurrence, convolution or distance alone. Documents of similar length go together, so that at most half is padding."""
+    ids = batch.input_ids.flatten()  # (B * T,)
+    starts = document_starts(batch.document_ids).flatten()  # (B * T,)
+    number = starts.cumsum(0) - 1  # (B * T,): which document
+    place = torch.arange(len(ids), device=ids.device) - starts.nonzero().flatten()[number]  # (B * T,): where in it
+    lengths = torch.bincount(number)  # (n,)
+    hidden, longest = None, int(lengths.max())
+    while longest > 0:
+        chosen = (lengths <= longest) & (lengths > longest // 2)  # (n,)
+        if chosen.any():
+            at = chosen[number].nonzero().flatten()
+            row = (chosen.cumsum(0) - 1)[number[at]]
+            rows = ids.new_zeros(int(chosen.sum()), longest)
+            rows[row, place[at]] = ids[at]
+            found = run_trunk(trunk, rows)[row, place[at]]  # (positions of these documents, D)
+            hidden = found.new_zeros(len(ids), found.shape[-1]) if hidden is None else hidden
+            hidden = hidden.index_copy(0, at, found)
+        longest //= 2
+    assert hidden is not None
+    return hidden.view(*batch.input_ids.shape, -1)
+
+
+# what a model must be like ---------------------------------------------------------------------------------------------
+
+
+def probe_ids(vocab_size: int) -> Tensor:
+    return (torch.arange(1, PROBE_TOKENS + 1) * 7 % vocab_size)[None]  # (1, PROBE_TOKENS)
+
+
+@torch.no_grad()
+def obstacle(model: Any) -> str | None:
+    """Why a transformers model cannot be trunk and linear readout here; None if it can. Tried out on a few tokens."""
+    training = model.training
+    model.eval()
+    try:
+        return next(_obstacles(model), None)
+    finally:
+        model.train(training)
+
+
+def _obstacles(model: Any) -> Iterator[str]:
+    trunk, head, embedding = parts_of(model)
+    if trunk is model or not isinstance(head, nn.Linear) or not isinstance(embedding, nn.Embedding):
+        yield "it is not built as a trunk, an embedding table and a linear readout"
+        return
+    ids = probe_ids(min(len(head.weight), len(embedding.weight)))
+    hidden = run_trunk(trunk, ids)  # (1, T, D)
+    other = ids.clone()
+    other[:, -1] = ids[:, 0]
+    if not _close(run_trunk(trunk, other)[:, :-1], hidden[:, :-1]):
+        yield "a position sees the ones after it: it is an encoder, not a causal language model"
+    seen: dict[str, Tensor] = {}
+
+    def enlarge(_: nn.Module, inputs: tuple[Tensor, ...], scores: Tensor) -> Tensor:
+        # random weights give scores so small that a soft cap would not show
+        seen["hidden"], seen["scores"] = inputs[0], scores * (50.0 / scores.abs().max().clamp_min(1e-9))
+        return seen["scores"]
+
+    handle = head.register_forward_hook(enlarge)
+    try:
+        logits = model(input_ids=ids, use_cache=False).logits
+    finally:
+        handle.remove()
+    if "hidden" not in seen or not _close(seen["hidden"], hidden):
+        yield "it changes the hidden states between its trunk and its readout"
+    elif not _close(logits, seen["scores"]):
+        yield "it changes its scores after the readout (a soft cap or a scale, such as Gemma 2, Cohere and Granite have)"
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=1e-4, atol=1e-4)
+
+
+def _name_of(part: nn.Module, model: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is part)

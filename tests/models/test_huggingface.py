@@ -1,0 +1,527 @@
+"""Models of the transformers library and of the Hub: published names and weights, documents kept apart, what is refused, and why.
+
+B batch, T time, D hidden_size, V vocab_size
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from core.assembly import Preset, count_parameters
+from core.errors import UserError
+from core.models.gpt2 import GPT2, GPT2Settings
+from core.models.hub import Hub, HubSettings
+from core.models.huggingface import HuggingFaceLM, configure, obstacle, transformers
+from core.preset import decode_preset
+from tests.hub import Hub as LoopbackHub
+from tests.hub import hub_env, run_python
+from tests.models.test_models import T, V, golden, make_batch, random_ids, scores_of
+from tests.project import NO_HUB, ROOT, Project, Result
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SIZES = {
+    "vocab_size": V,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 64,
+    "max_position_embeddings": 64,
+}
+GPT2_SIZES = {"vocab_size": V, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "bos_token_id": 0, "eos_token_id": 0}
+HEADS = {"num_attention_heads": 2, "num_hidden_layers": 2, "max_position_embeddings": 64}
+CONFIGS: dict[str, tuple[str, dict]] = {
+    "gpt2": ("GPT2Config", GPT2_SIZES),
+    "llama": ("LlamaConfig", SIZES),
+    "mistral": ("MistralConfig", SIZES | {"sliding_window": 3}),
+    "qwen2": ("Qwen2Config", SIZES),
+    "qwen3": ("Qwen3Config", SIZES | {"head_dim": 16}),
+    "pythia": ("GPTNeoXConfig", {k: v for k, v in SIZES.items() if k != "num_key_value_heads"}),
+    "gpt_neo": (
+        "GPTNeoConfig",
+        {"vocab_size": V, "hidden_size": 32, "num_layers": 2, "num_heads": 2, "max_position_embeddings": 64, "window_size": 3}
+        | {"attention_types": [[["global", "local"], 1]]},
+    ),
+    "smollm3": ("SmolLM3Config", SIZES | {"pad_token_id": 0}),
+    "opt": ("OPTConfig", HEADS | {"vocab_size": V, "hidden_size": 32, "ffn_dim": 64, "word_embed_proj_dim": 32}),
+    "bloom": ("BloomConfig", {"vocab_size": V, "hidden_size": 32, "n_layer": 2, "n_head": 2}),
+    "mamba": ("MambaConfig", {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}),
+}
+ONE_BY_ONE = {"opt", "bloom", "mamba"}
+"""Architectures whose code does not see that positions begin again."""
+
+
+def build(name: str, dropout: float = 0.0, **changes: Any) -> HuggingFaceLM:
+    """A tiny model of an architecture, in evaluation mode."""
+    kind, sizes = CONFIGS[name]
+    library = transformers()
+    torch.manual_seed(1)
+    config = configure(getattr(library, kind)(**sizes | changes), dropout)
+    model = HuggingFaceLM(library.AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+    model.tell_how_to_pack()
+    return model.eval()
+
+
+# documents -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_documents_of_a_row_are_as_if_alone(name: str) -> None:
+    """In every architecture, whatever its masks are; and where its own code keeps them apart, that is what is used."""
+    model = build(name).double()
+    assert model.packs == (name not in ONE_BY_ONE)
+    assert (model.attention_note(torch.device("cpu"), torch.float32) is None) == model.packs
+    ids = random_ids(2)
+    lengths = [[5, 1, 10], [1, 1, 8, 2, 4]]
+    packed = model(make_batch(ids, lengths)).hidden
+    for row, sizes in enumerate(lengths):
+        start = 0
+        for size in sizes:
+            alone = model(make_batch(ids[row : row + 1, start : start + size])).hidden
+            torch.testing.assert_close(packed[row : row + 1, start : start + size], alone, atol=1e-6, rtol=0)
+            start += size
+
+
+@pytest.mark.parametrize("lengths", [None, [[5, 11]]])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_nothing_leaks(name: str, lengths: list[list[int]] | None) -> None:
+    """Another token changes neither the positions before it nor the other document: not one bit."""
+    model = build(name).double()
+    ids = random_ids(1)
+    before = model(make_batch(ids, lengths)).hidden
+    for t in range(T):
+        other = ids.clone()
+        other[:, t] = (other[:, t] + 1) % V
+        changed = (model(make_batch(other, lengths)).hidden != before).any(-1)[0]
+        end = T if lengths is None or t >= 5 else 5
+        assert changed[t] and not changed[:t].any() and not changed[end:].any(), f"token {t}"
+
+
+@pytest.mark.parametrize("lengths", [None, [[5, 11]]])
+def test_a_sliding_window_stays_one(lengths: list[list[int]] | None) -> None:
+    """One layer of Mistral with a window of 3 sees the token and two before it, packed or not."""
+    model = build("mistral", num_hidden_layers=1).double()
+    ids = random_ids(1)
+    before = model(make_batch(ids, lengths)).hidden
+    for t in range(T):
+        other = ids.clone()
+        other[:, t] = (other[:, t] + 1) % V
+        changed = (model(make_batch(other, lengths)).hidden != before).any(-1)[0]
+        end = min(t + 3, 5 if lengths and t < 5 else T)
+        assert changed.nonzero().flatten().tolist() == list(range(t, end))
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_gradients_of_packed_rows_are_those_of_the_documents(name: str) -> None:
+    """Every parameter's, also where each document is computed in a row of its own."""
+    model = build(name).double()
+    ids = random_ids(2)
+    weights = torch.randn(2, T, 32, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    trunk = [p for n, p in model.named_parameters() if not n.startswith("lm_head")]
+    packed = torch.autograd.grad((model(make_batch(ids, [[5, 11], [9, 7]])).hidden * weights).sum(), trunk)
+    parts = [(0, 0, 5), (0, 5, 16), (1, 0, 9), (1, 9, 16)]
+    alone = sum((model(make_batch(ids[r : r + 1, a:b])).hidden * weights[r : r + 1, a:b]).sum() for r, a, b in parts)
+    for one, other in zip(packed, torch.autograd.grad(alone, trunk), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_compiled_it_computes_the_same(name: str) -> None:
+    """Dynamo traces it, packed and not."""
+    plain, compiled = build(name), build(name)
+    compiled.compile(backend="eager", dynamic=False)
+    for lengths in (None, [[5, 11], [16]], [[7, 9], [3, 13]]):
+        batch = make_batch(random_ids(2), lengths)
+        torch.testing.assert_close(scores_of(compiled, batch), scores_of(plain, batch), atol=1e-5, rtol=0)
+
+
+# names, scores and loss ------------------------------------------------------------------------------------------------
+
+
+def test_gpt2_by_its_published_names() -> None:
+    """Loaded strictly: the library's logits; and labels shifted once, which gives 4.21855, not twice, which gives 4.634."""
+    seen, weights, expected = golden("gpt2_tiny")
+    config = expected["config"]
+    settings = GPT2Settings(
+        hidden_size=config["n_embd"], num_layers=config["n_layer"], num_heads=config["n_head"], seq_length=config["n_positions"]
+    )
+    model = GPT2(settings, config["vocab_size"]).eval()
+    model.load_state_dict({"lm_head.weight": weights["transformer.wte.weight"], **weights}, strict=True)
+    logits = scores_of(model, make_batch(seen["input_ids"]))
+    torch.testing.assert_close(logits, seen["logits"], atol=1e-4, rtol=0)
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), seen["labels"][:, 1:].flatten())
+    assert loss.item() == pytest.approx(4.21855, abs=1e-5) and loss.item() == pytest.approx(expected["ce_numpy_f64"], abs=1e-5)
+    assert abs(loss.item() - expected["ce_DOUBLE_SHIFT_bug"]) > 0.4
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_names_and_logits_are_the_librarys(name: str) -> None:
+    """Every tensor of the state dict under its published name, shared ones once; and the same logits."""
+    kind, sizes = CONFIGS[name]
+    library = transformers()
+    model = build(name)
+    theirs = library.AutoModelForCausalLM.from_config(configure(getattr(library, kind)(**sizes), 0.0)).eval()
+    assert list(dict(model.named_parameters())) == list(dict(theirs.named_parameters()))
+    model.load_state_dict(theirs.state_dict(), strict=True)
+    ids = random_ids(2)
+    torch.testing.assert_close(scores_of(model, make_batch(ids)), theirs(input_ids=ids).logits, atol=1e-5, rtol=0)
+    assert all("lm_head" not in name for name, _ in model.named_parameters()) == theirs.config.tie_word_embeddings
+
+
+def test_every_dropout_is_the_presets() -> None:
+    """The library's own defaults are 0.1 in GPT-2 and OPT; leaving out whole layers is another thing."""
+    model = build("gpt2")
+    assert {m.p for m in model.modules() if isinstance(m, nn.Dropout)} == {0.0}
+    model = build("gpt2", dropout=0.25)
+    assert {m.p for m in model.modules() if isinstance(m, nn.Dropout)} == {0.25}
+    config = configure(transformers().OPTConfig(layerdrop=0.5), 0.25)
+    assert (config.dropout, config.attention_dropout, config.layerdrop, config.use_cache) == (0.25, 0.0 + 0.25, 0.0, False)
+    model = GPT2(GPT2Settings(hidden_size=32, num_layers=1, num_heads=2, seq_length=T, dropout=0.5), V)
+    batch = make_batch(random_ids(1))
+    assert not torch.equal(model(batch).hidden, model(batch).hidden)
+    model.eval()
+    assert torch.equal(model(batch).hidden, model(batch).hidden)
+
+
+def test_gpt2_begins_as_the_library_begins_it() -> None:
+    """N(0, 0.02), and the projections back into the residual stream scaled down by the square root of their number."""
+    torch.manual_seed(0)
+    model = GPT2(GPT2Settings(hidden_size=128, num_layers=8, num_heads=4, seq_length=T), 512)
+    layer = model.transformer.h[3]
+    assert layer.mlp.c_fc.weight.std().item() == pytest.approx(0.02, rel=0.03)
+    assert layer.mlp.c_proj.weight.std().item() == pytest.approx(0.02 / 4, rel=0.03)
+    assert layer.attn.c_proj.weight.std().item() == pytest.approx(0.02 / 4, rel=0.03)
+
+
+def test_gpt2_has_the_published_number_of_parameters() -> None:
+    assert GPT2Settings().num_parameters(50257) == 124_439_808
+
+
+def test_position_tables_do_not_decay() -> None:
+    from core.optim import Optimizer
+    from core.settings import TrainSettings
+
+    model = build("gpt2")
+    optimizer = Optimizer(list(model.named_parameters()), set(), TrainSettings())
+    plain = {id(p) for o in optimizer._optimizers for g in o.param_groups if g["weight_decay"] == 0.0 for p in g["params"]}
+    names = {name for name, p in model.named_parameters() if id(p) in plain}
+    assert "transformer.wpe.weight" in names and "transformer.wte.weight" not in names
+
+
+# what is refused -------------------------------------------------------------------------------------------------------
+
+
+REFUSED = {
+    "gemma2": ("Gemma2Config", SIZES | {"head_dim": 16}, "changes its scores after the readout"),
+    "cohere": ("CohereConfig", SIZES, "changes its scores after the readout"),
+    "granite": ("GraniteConfig", SIZES | {"logits_scaling": 4.0}, "changes its scores after the readout"),
+    "bert": ("BertConfig", {k: v for k, v in SIZES.items() if k != "num_key_value_heads"}, "sees the ones after it"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_trunk_and_linear_readout_is_refused(name: str, tmp_path: Path) -> None:
+    """Also with random weights, whose scores are so small that a soft cap changes them by next to nothing."""
+    kind, sizes, reason = REFUSED[name]
+    library = transformers()
+    config = getattr(library, kind)(**sizes)
+    assert reason in (obstacle(library.AutoModelForCausalLM.from_config(config)) or "")
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"(?s){reason}.*GPT-2.*Llama"):
+        Hub(HubSettings(name=str(tmp_path), seq_length=T), V)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_works_is_not_refused(name: str) -> None:
+    kind, sizes = CONFIGS[name]
+    library = transformers()
+    assert obstacle(library.AutoModelForCausalLM.from_config(getattr(library, kind)(**sizes))) is None
+
+
+def test_a_folder_is_as_good_as_the_hub(tmp_path: Path) -> None:
+    """Its weights arrive; what does not fit or is not there is said."""
+    folder = tmp_path / "mine"
+    theirs = saved_gpt2(folder)
+    settings = HubSettings(name=str(folder), seq_length=T)
+    assert settings.summary() == str(folder) and f"{folder}/tokenizer.json" in settings.tokenizer_hint
+    model, notes, ids = Hub(settings, V - 3), [], random_ids(2)
+    assert model.vocab_size == V
+    before = scores_of(model.eval(), make_batch(ids))
+    random = torch.get_rng_state()
+    model.load_published(notes)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.equal(scores_of(model, make_batch(ids)), theirs(ids).logits) and not torch.equal(before, theirs(ids).logits)
+    assert notes == [f"starts from the published weights of {folder}, from {folder}"]
+    fresh = Hub(HubSettings(name=str(folder), seq_length=T, pretrained=False), V).eval()
+    fresh.load_published(notes)
+    assert len(notes) == 1 and not torch.equal(scores_of(fresh, make_batch(ids)), theirs(ids).logits)
+    for changes, vocab_size, told in (
+        ({"seq_length": 65}, V, "knows 64 positions, and model.seq_length is 65"),
+        ({}, V + 1, "the tokenizer has 41 tokens, and model .* knows 40.*tokenizer.json"),
+        ({"name": str(tmp_path / "absent")}, V, "there is no .*absent/config.json. Correct model.name"),
+    ):
+        with pytest.raises(UserError, match=f"(?s){told}"):
+            Hub(HubSettings(**{"name": str(folder), "seq_length": T, **changes}), vocab_size)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"the weights of model .* could not be loaded"):
+        model.load_published(notes)
+
+
+def test_weights_that_lack_something_are_refused(tmp_path: Path) -> None:
+    """The library would fill the gap with random numbers and go on."""
+    from safetensors.torch import load_file, save_file
+
+    saved_gpt2(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["transformer.h.1.mlp.c_fc.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lack 1 parts.*transformer.h.1.mlp.c_fc.weight"):
+        Hub(HubSettings(name=str(tmp_path), seq_length=T), V).load_published([])
+
+
+def saved_gpt2(folder: Path, **changes: Any) -> Any:
+    """A tiny GPT-2 of the library, written as the Hub has them."""
+    library = transformers()
+    torch.manual_seed(8)
+    model = library.GPT2LMHeadModel(library.GPT2Config(**GPT2_SIZES | changes)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    model.save_pretrained(folder)
+    return model
+
+
+def preset_of(model: dict, **more: Any) -> Any:
+    return decode_preset({"model": model, "data": {"sources": ["python_stdlib"]}, **more}, Preset, "t", "t")
+
+
+@pytest.mark.slow
+def test_the_menu_counts_without_the_library(tmp_path: Path) -> None:
+    """Neither kind imports transformers or touches the Hub to be shown."""
+    assert count_parameters(preset_of({"type": "hub", "name": "distilgpt2"}), 50257) is None
+    code = """
+import json, sys
+from core.assembly import Preset
+from core.launch import _training_lines
+from core.preset import decode_preset
+from core.runtime import detect_runtime
+lines = []
+for model in ({"type": "gpt2"}, {"type": "hub", "name": "distilgpt2"}, {"type": "hub", "name": "gpt2", "pretrained": False}):
+    preset = {"model": model, "tokenizer": "gpt2", "data": {"sources": ["python_stdlib"]}}
+    lines.append(_training_lines(decode_preset(preset, Preset, "t", "t"), detect_runtime())[::2])
+print(json.dumps([lines, "transformers" in sys.modules]))
+"""
+    lines, slow = run_python(code, hub_env(NO_HUB["HF_ENDPOINT"], tmp_path))
+    assert not slow and not list(tmp_path.iterdir())
+    assert lines[0][0].startswith("124.4M parameters, 100,000,000 tokens") and lines[0][1].endswith("GB of memory")
+    assert lines[1][0].startswith("distilgpt2 from the Hub, 100,000,000 tokens") and "memory" not in lines[1][1]
+    assert lines[2][0].startswith("gpt2's architecture from the Hub")
+
+
+def test_published_weights_want_their_own_tokenizer() -> None:
+    settings = HubSettings(name="distilgpt2")
+    for preset in (preset_of({"type": "hub", "name": "distilgpt2"}), preset_of({"type": "gpt2"}, tokenizer={"type": "byte"})):
+        with pytest.raises(UserError, match='"tokenizer": "distilgpt2"'):
+            settings.check_tokenizer_section(preset.tokenizer)
+        HubSettings(name="distilgpt2", pretrained=False).check_tokenizer_section(preset.tokenizer)
+    settings.check_tokenizer_section(preset_of({}, tokenizer="distilgpt2").tokenizer)
+
+
+# the Hub ---------------------------------------------------------------------------------------------------------------
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+TRY = """
+import json, sys, time
+import torch
+from core.errors import UserError
+from core.models.hub import Hub, HubSettings
+begin, told = time.monotonic(), {}
+for name, how in json.loads(sys.argv[1]):
+    notes = []
+    try:
+        model = Hub(HubSettings(name=name, **how), 40).eval()
+        if sys.argv[2] == "weights":
+            model.load_published(notes)
+        told[name] = [notes, float(sum(p.detach().double().sum() for p in model.parameters()))]
+    except UserError as error:
+        told[name] = str(error)
+print(json.dumps([told, time.monotonic() - begin]))
+"""
+
+
+@pytest.mark.slow
+def test_weights_come_from_the_hub_once_and_a_resume_needs_none(tmp_path: Path) -> None:
+    """Fetched, they are what was saved. With nothing but the cached config, and no network, the architecture is still there."""
+    theirs = saved_gpt2(tmp_path / "saved")
+    total = float(sum(p.detach().double().sum() for p in theirs.parameters()))
+    tries = json.dumps([("me/tiny", {"seq_length": T})])
+    with LoopbackHub() as hub:
+        hub.add_model("me/tiny", files_of(tmp_path / "saved"))
+        told, _ = hub.run(TRY, tmp_path / "config_only", tries, "config")
+        assert told["me/tiny"][0] == [] and not any("safetensors" in request for request in hub.requests)
+        told, _ = hub.run(TRY, tmp_path / "all", tries, "weights")
+        assert told["me/tiny"] == [
+            ["starts from the published weights of me/tiny, from the Hugging Face Hub"],
+            pytest.approx(total, abs=1e-9),
+        ]
+        assert sum(request.startswith("GET") and "safetensors" in request for request in hub.requests) == 1
+        endpoint = hub.url
+    for folder, kind in (("config_only", "config"), ("all", "weights")):
+        told, seconds = run_python(TRY, hub_env(endpoint, tmp_path / folder), tries, kind)
+        assert isinstance(told["me/tiny"], list) and seconds < 20
+    told, seconds = run_python(TRY, hub_env(endpoint, tmp_path / "config_only"), tries, "weights")
+    assert "cannot reach 127.0.0.1" in told["me/tiny"] and "the weights of" in told["me/tiny"] and seconds < 20
+    told, seconds = run_python(TRY, hub_env(endpoint, tmp_path / "nothing"), tries, "config")
+    assert "cannot reach 127.0.0.1" in told["me/tiny"] and '"type": "gpt2"' in told["me/tiny"] and seconds < 20
+
+
+@pytest.mark.slow
+def test_what_the_hub_refuses_is_said_in_words(tmp_path: Path) -> None:
+    saved_gpt2(tmp_path / "saved")
+    files = files_of(tmp_path / "saved")
+    gpt2 = json.loads(files["config.json"])
+
+    def config(**keys: Any) -> dict[str, bytes]:
+        return {"config.json": json.dumps(keys).encode()}
+
+    with LoopbackHub() as hub:
+        hub.add_model("me/gated", files, gated=True)
+        hub.add_model("me/t5", config(model_type="t5"))
+        hub.add_model("me/long", files)
+        hub.add_model("me/new", config(model_type="hyperlm", auto_map={"AutoConfig": "a.B", "AutoModelForCausalLM": "a.C"}))
+        hub.add_model("me/unknown", config(model_type="hyperlm"))
+        hub.add_model("me/small", config(**gpt2 | {"vocab_size": 39}))
+        hub.add_model("me/four_bits", config(**gpt2, quantization_config={"quant_method": "gptq", "bits": 4}))
+        hub.add_model("me/no_weights", {"config.json": files["config.json"]})
+        names = ["me/absent", "me/gated", "me/t5", "me/new", "me/unknown", "me/small", "me/four_bits", "me/no_weights"]
+        tries = [(name, {"seq_length": T}) for name in names] + [("me/long", {"seq_length": 65})]
+        told, _ = hub.run(TRY, tmp_path / "home", json.dumps(tries), "weights")
+    assert all(isinstance(text, str) for text in told.values()), told
+    for name, parts in {
+        "me/absent": ["not on the Hub, or is private", "check the spelling"],
+        "me/gated": ["me/gated is gated", "agree to the terms", "HF_TOKEN=", '"type": "gpt2"'],
+        "me/t5": ['of type "t5", which is no causal language model', "distilgpt2"],
+        "me/new": ["code from the Hub is never run"],
+        "me/unknown": ["the installed transformers has not"],
+        "me/small": ["the tokenizer has 40 tokens", "knows 39", '"tokenizer": "me/small"'],
+        "me/four_bits": ["quantized"],
+        "me/no_weights": ["the weights of model", "could not be loaded"],
+        "me/long": ["knows 64 positions", 'Write "seq_length": 64 or less'],
+    }.items():
+        assert all(part in told[name] for part in parts), f"{name}: {told[name]}"
+
+
+DISTILGPT2 = {"vocab_size": 330, "n_positions": 64, "n_ctx": 64, "n_embd": 48, "n_layer": 6, "n_head": 4}
+"""distilgpt2's config.json, but for the sizes; its table has more rows than the tokenizer below has tokens."""
+
+
+def distilgpt2(folder: Path) -> dict[str, bytes]:
+    """What stands in for the repository: six layers, dropout of 0.1, published names, a tokenizer of 310 tokens."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    from tests.project import story
+
+    saved_gpt2(folder, **DISTILGPT2, bos_token_id=309, eos_token_id=309)
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=310,
+        special_tokens=[AddedToken("<|endoftext|>", special=True)],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    made.train_from_iterator([story(1)], trainer)
+    made.save(str(folder / "tokenizer.json"))
+    facts = {"tokenizer_class": "GPT2TokenizerFast", "eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(facts))
+    return files_of(folder)
+
+
+@pytest.mark.slow
+def test_distilgpt2_is_fine_tuned_and_resumed_without_the_hub(tmp_path: Path) -> None:
+    """Through main.py: it begins from the published weights, the loss falls, samples are there, and a resume needs no Hub."""
+    preset = {
+        "lineage": "t",
+        "model": {"type": "hub", "name": "distilgpt2", "seq_length": 32},
+        "tokenizer": "distilgpt2",
+        "train": {"per_gpu_batch_size": 8, "learning_rate": 3e-3, "max_steps": 60, "eval_tokens": 500},
+        "data": {"sources": [{"type": "text", "path": "texts"}], "lanes": 4},
+        "generate": {"prompts": ["In year "], "max_tokens": 8},
+    }
+    wrong = {**preset, "lineage": "w", "tokenizer": {"type": "bpe", "vocab_size": 300}}
+    project = Project.make(tmp_path / "project", {"t": preset, "wrong": wrong})
+    with LoopbackHub() as hub:
+        hub.add_model("distilgpt2", distilgpt2(tmp_path / "saved"))
+        env = {k: v for k, v in hub.env(tmp_path / "home").items() if k.startswith(("HF_", "NO_PROXY"))}
+
+        result = run(project, "wrong", env)
+        assert result.code == 2 and '"tokenizer": "distilgpt2"' in result.err
+        assert not list(project.folder.glob("checkpoints/*")) and not list(project.folder.glob("logs/*"))
+
+        result = run(project, "t", env)
+        assert result.code == 0, result.text
+        assert "distilgpt2" in result.out and "published weights of distilgpt2" in " ".join(result.out.split())
+    losses = [event["loss"] for event in project.events("step")]
+    assert len(losses) == 60 and sum(losses[-5:]) < 0.7 * sum(losses[:5])
+    saved = project.checkpoint()
+    names = set(saved["model"])
+    assert {"transformer.wte.weight", "transformer.h.5.mlp.c_proj.bias", "lm_head.weight"} <= names
+    assert saved["model"]["lm_head.weight"].shape == (330, 48)
+    assert project.events("sample") and all(event["text"] for event in project.events("sample"))
+
+    result = run(project, "t", env)  # nothing listens at the Hub's address any more
+    assert result.code == 0 and len(project.events("step")) == 120, result.text
+    assert "published weights" not in result.out.split("run 2 begins")[-1]
+    assert project.events("step")[60]["loss"] < 0.8 * losses[0]
+
+
+def run(project: Project, preset: str, env: dict[str, str]) -> Result:
+    result = project.run(preset, **env)
+    assert "Traceback" not in result.text, result.text
+    return result
+
+
+@pytest.mark.slow
+def test_importing_the_table_stays_cheap() -> None:
+    code = "import sys, core.models; print('transformers' in sys.modules, 'huggingface_hub' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["False", "False"], done.stderr
+
+
+def test_what_no_token_has_is_never_sampled() -> None:
+    """A published table may have more rows than the tokenizer has tokens: they would decode to nothing."""
+    from core.contracts import Batch, ModelOutput
+    from core.data.tokenizer import build_tokenizer
+    from core.generation import generate
+    from core.models.readout import LinearReadout
+    from core.settings import GenerateSettings, TokenizerSettings
+
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.eye(300))
+
+        def forward(self, batch: Batch) -> ModelOutput:
+            hidden = torch.zeros(*batch.input_ids.shape, 300)
+            hidden[..., 257:] = 100.0
+            return ModelOutput(hidden, LinearReadout(self.table))
+
+    tokenizer = build_tokenizer(TokenizerSettings(type="byte"), [])
+    seen: list[Tensor] = []
+    model = Wide()
+    model.register_forward_pre_hook(lambda _, args: seen.append(args[0].input_ids))
+    generate(model, tokenizer, "a", GenerateSettings(max_tokens=40, no_repeat_ngram=0), 64, seed=1)  # type: ignore[arg-type]
+    assert len(seen) > 2 and int(torch.cat(seen, dim=1).max()) < tokenizer.vocab_size
