@@ -1,0 +1,136 @@
+"""From logs to a comparison."""
+
+import math
+
+import pytest
+
+from core.comparison.measures import measure
+from core.comparison.outcome import CURVE_POINTS, read_outcome
+from core.comparison.trials import Trial
+from core.metrics import MetricsLog
+from tests.comparison.logs import PRESET, compared, preset, trials, write_log
+
+FINALS = {"CE": {1: 3.0, 2: 3.1, 3: 3.2}, "mix": {1: 3.11, 2: 3.2, 3: 3.31}, "fast": {1: 3.0, 2: 3.11, 3: 3.19}}
+
+
+def test_an_outcome_is_what_the_log_says(tmp_path) -> None:
+    extra = {"embedding_cosine": None, "entropy": 2.5, "losses": {"cross_entropy": 3.0, "cosine": 0.4}, "note": "x", "ok": True}
+    write_log(tmp_path, 3.0, steps=40, extra=extra)
+    out = read_outcome(Trial("CE", 1, PRESET, tmp_path, "finished"))
+    assert out.metrics == pytest.approx(
+        {"cross_entropy": 3.0, "perplexity": math.exp(3), "bits_per_byte": 1.0, "token_accuracy": 0.35, "entropy": 2.5,
+         "loss: cross_entropy": 3.0, "loss: cosine": 0.4}
+    )  # fmt: skip
+    assert out.tokens == 4000 and [tokens for tokens, _ in out.curves["cross_entropy"]] == [1000, 2000, 3000, 4000]
+    assert len(out.training) == 40 and out.training[-1] == (4000, pytest.approx(3.0))
+    assert (out.tokens_per_second, out.memory_mb, out.skipped, out.parameters) == (1000.0, 500.0, 1, 1234)
+    assert out.samples == [("Once", "a tree 40")] and out.receipt == "r" and out.seconds >= 0
+
+
+def test_pauses_between_runs_are_not_counted(tmp_path, monkeypatch) -> None:
+    clock = iter([100.0, 110.0, 500.0, 520.0])
+    monkeypatch.setattr("core.metrics.time.time", lambda: next(clock))
+    with MetricsLog(tmp_path / "metrics.jsonl") as log:
+        for step, event in enumerate(("run_start", "step", "run_start", "step")):
+            log.emit(event, step=step, tokens=step, loss=float(step))
+    out = read_outcome(Trial("CE", 1, PRESET, tmp_path, "running"))
+    assert out.seconds == 30.0
+    assert out.training == [(1, 1.0), (3, 3.0)]  # no cross-entropy among the losses: the loss
+
+
+def test_long_curves_are_averaged_and_keep_their_end(tmp_path) -> None:
+    write_log(tmp_path, 3.0, steps=1000)
+    out = read_outcome(Trial("CE", 1, PRESET, tmp_path, "finished"))
+    assert len(out.training) == CURVE_POINTS and out.training[-1][0] == 100_000
+    assert out.training[0][1] == pytest.approx(sum(3 + 2 * math.exp(-i / 200) - 2 * math.exp(-5) for i in range(1, 6)) / 5)
+
+
+def test_variants_are_compared_with_the_first_by_seed(tmp_path) -> None:
+    found = compared(trials(tmp_path, FINALS))
+    assert [variant.name for variant in found.variants] == ["CE", "mix", "fast"] and found.baseline.differences == {}
+    assert found.baseline.metrics["cross_entropy"].mean == pytest.approx(3.1)
+    assert found.baseline.metrics["cross_entropy"].sd == pytest.approx(0.1)
+    mix = found.variants[1].differences["cross_entropy"]
+    assert mix.values == pytest.approx((0.11, 0.1, 0.11)) and mix.p < 0.01
+    assert [verdict.word for verdict in found.verdicts] == ["worse", "not distinguishable"]
+    assert found.verdicts[0].adjusted == pytest.approx(2 * mix.p)
+    assert found.metrics == ("cross_entropy", "perplexity", "bits_per_byte", "token_accuracy") and not found.warnings
+
+
+def test_speed_and_memory_are_ratios_by_seed(tmp_path) -> None:
+    made = trials(tmp_path / "a", {"CE": {1: 3.0, 2: 3.1}}, speed=1000.0, memory=400.0)
+    made += trials(tmp_path / "b", {"mix": {1: 3.0, 2: 3.1}}, speed=900.0, memory=800.0)
+    mix = compared(made).variants[1]
+    assert (mix.speed.n, mix.speed.mean, mix.speed.low, mix.memory.mean) == pytest.approx((2, 0.9, 0.9, 2.0))
+
+
+def test_only_finished_trials_count_and_what_is_lost_is_said(tmp_path) -> None:
+    made = trials(tmp_path, FINALS)
+    made[4] = Trial("mix", 2, preset(2), made[4].folder, "diverged", "loss is NaN")
+    made[6] = Trial("fast", 1, preset(1), tmp_path / "nowhere", "waiting")
+    found = compared(made)
+    mix, fast = found.variants[1:]
+    assert mix.differences["cross_entropy"].seeds == (1, 3) and fast.differences["cross_entropy"].seeds == (2, 3)
+    assert "Not counted: seed 2 (mix: diverged)." in found.verdicts[0].sentence
+    assert "Not counted" not in found.verdicts[1].sentence
+
+
+@pytest.mark.parametrize("status", ["waiting", "running"])
+def test_nothing_finished_is_no_error(tmp_path, status: str) -> None:
+    made = [Trial(variant, 1, preset(1), tmp_path / variant, status) for variant in ("CE", "mix")]
+    found = compared(made)
+    assert [verdict.word for verdict in found.verdicts] == ["no common seed"] and found.metrics == ()
+
+
+# fairness ------------------------------------------------------------------------------------------------------------
+
+
+def with_preset(made: list[Trial], variant: str, **sections) -> list[Trial]:
+    return [
+        Trial(t.variant, t.seed, {**t.preset, **sections}, t.folder, t.status) if t.variant == variant else t for t in made
+    ]  # fmt: skip
+
+
+def test_other_tokenizers_are_compared_by_bytes(tmp_path) -> None:
+    made = with_preset(trials(tmp_path, FINALS), "mix", tokenizer={"type": "hub", "name": "gpt2"})
+    found = compared(made)
+    assert (found.asked, found.metric) == ("cross_entropy", "bits_per_byte")
+    assert "different tokenizers" in found.warnings[0] and "bits per byte is the primary metric" in found.warnings[0]
+    assert "bits per byte" in found.verdicts[0].sentence
+    assert compared(made, metric="table_cosine").metric == "table_cosine"
+    assert compared(trials(tmp_path / "b", FINALS), metric="loss: cross_entropy").metric == "cross_entropy"
+
+
+def test_a_trained_tokenizer_differs_with_its_sources(tmp_path) -> None:
+    bpe, other = {"type": "bpe", "vocab_size": 512}, {"sources": [{"type": "text", "path": "./b"}]}
+    made = trials(tmp_path, FINALS)
+    made = [Trial(t.variant, t.seed, {**t.preset, "tokenizer": bpe}, t.folder, t.status) for t in made]
+    assert compared(made).metric == "cross_entropy"
+    assert compared(with_preset(made, "mix", data=other)).metric == "bits_per_byte"
+
+
+def test_what_makes_comparing_unfair_is_said(tmp_path) -> None:
+    made = with_preset(trials(tmp_path, FINALS), "mix", data={**PRESET["data"], "workers": 3})
+    assert not compared(made).warnings
+    made = with_preset(made, "mix", data={"sources": [], "packing": "padding"})
+    said = " ".join(compared(made).warnings)
+    assert "different data (data.packing, data.sources)" in said and "tokenizers" not in said
+    short = trials(tmp_path / "s", {"CE": {1: 3.0}}) + trials(tmp_path / "t", {"mix": {1: 3.0}}, steps=20, receipt="q")
+    said = " ".join(compared(short).warnings)
+    assert "between 2,000 and 4,000" in said and "consumed different data (seed 1)" in said
+    losses = [{"type": "cosine", "temperature": t, "weight": t} for t in (1.0, 0.5)]
+    two = with_preset(with_preset(short, "CE", losses=losses[:1]), "mix", losses=losses[1:])
+    assert "“cosine” has other settings" in " ".join(compared(two).warnings)
+
+
+def test_what_a_variant_sets(tmp_path) -> None:
+    made = with_preset(trials(tmp_path, FINALS), "mix", model={"type": "simple_lm"}, lineage="other", extra={"a": {"b": 1}})
+    changes = compared(made).variants[1].changes
+    assert changes == {"model.hidden_size": (64, None), "extra.a.b": (None, 1)}
+
+
+def test_directions() -> None:
+    keys = ["cross_entropy", "perplexity", "bits_per_byte", "loss: cosine", "token_accuracy", "embedding_cosine", "entropy"]
+    assert [measure(key).better for key in keys] == [-1, -1, -1, -1, 1, 1, 0]
+    assert [measure(key).better for key in ("max_probability", "table_cosine", "something_new")] == [0, 0, 0]
+    assert measure("something_new").label == "something new"
