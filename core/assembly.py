@@ -7,6 +7,7 @@ State: none; everything lives in the objects it builds
 
 import shutil
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from core.runtime import Runtime
 from core.settings import RUN_TOKENS
 from core.trainer import Horizon, Objective, Progress, Trainer
 
-JOBS = ["train", "tokenize"]
+JOBS = ["train", "tokenize", "compare"]
 Preset = preset_class(MODELS, LOSSES, SOURCES, NAMED_SOURCES, JOBS)
 MIRRORS = {"lm": "simple_lm_trained.pth"}
 """Lineages whose newest checkpoint has another name as well (specification 003)."""
@@ -69,8 +70,11 @@ def build_stack(preset: Any) -> LossStack:
     return LossStack([LOSSES[settings.type][1](settings) for settings in preset.losses])
 
 
-def count_parameters(preset: Any, vocab_size: int) -> int:
-    """Trainable and frozen parameters, shared ones once, without allocating any."""
+def count_parameters(preset: Any, vocab_size: int) -> int | None:
+    """Trainable and frozen parameters, shared ones once, without allocating any; None where nobody knows before the model is
+    there. A model that is slow to build, or to import, counts its own in its settings."""
+    if hasattr(preset.model, "num_parameters"):
+        return preset.model.num_parameters(vocab_size)
     with torch.device("meta"):
         return sum(p.numel() for p in build_model(preset, vocab_size).parameters())
 
@@ -89,10 +93,20 @@ def memory_estimate(preset: Any, parameters: int, vocab_size: int, bf16: bool) -
 
 
 def build_training(
-    preset: Any, runtime: Runtime, parallel: Any, root: Path, make_views: Any, should_stop: Any
+    preset: Any,
+    runtime: Runtime,
+    parallel: Any,
+    root: Path,
+    make_views: Any,
+    should_stop: Any,
+    tokenizer_state: dict[str, Any] | None = None,
 ) -> TrainingSession:
-    """Everything from data to trainer. Raises UserError (or NoData) before anything is written."""
+    """Everything from data to trainer. Raises UserError (or NoData) before anything is written.
+
+    tokenizer_state   of a tokenizer made before; a lineage that has a checkpoint keeps its own
+    """
     _refuse_what_is_not_built(preset)
+    call_if_defined(preset.model, "check_tokenizer_section", preset.tokenizer)
     if preset.data.lanes % parallel.world_size:
         raise UserError(
             f"{parallel.world_size} processes do not divide data.lanes = {preset.data.lanes}; start with another "
@@ -103,13 +117,15 @@ def build_training(
     corpus = open_corpus(preset, root, parallel, (saved or {"data": {}})["data"].get("held_out"))
     warnings = [f"source {name} dropped, the others go on: {reason}" for name, reason in corpus.failed.items()]
     notes += corpus.notes
-    tokenizer, told = _tokenizer(preset, saved, parallel, corpus)
+    tokenizer, told = _tokenizer(preset, saved, parallel, corpus, tokenizer_state)
     notes += told + corpus.told_of(tokenizer)
     for source in corpus.sources:
         call_if_defined(source, "check_tokenizer", tokenizer)
 
-    model = build_model(preset, tokenizer.vocab_size)
-    if saved is not None:
+    model = _rank_zero_first(parallel, lambda: build_model(preset, tokenizer.vocab_size))
+    if saved is None:
+        _rank_zero_first(parallel, lambda: call_if_defined(model, "load_published", notes))
+    else:
         call_if_defined(model, "prepare_load", saved["model"], notes)
         notes += load_model(model, saved["model"], f"{preset.lineage}_*.pth")
     model.to(runtime.device)
@@ -223,6 +239,19 @@ def _refuse_what_is_not_built(preset: Any) -> None:
         raise UserError(f"{keys}: this version has no auxiliary heads yet. Set them to false to train the rest of the preset.")
 
 
+def _rank_zero_first(parallel: Any, action: Callable[[], Any]) -> Any:
+    """What `action` gives, on every rank: rank 0 acts first, so that files are fetched once and one error stands for all."""
+    result = error = None
+    if parallel.rank == 0:
+        try:
+            result = action()
+        except UserError as caught:
+            error = caught
+    if (error := parallel.broadcast(error)) is not None:
+        raise error
+    return result if parallel.rank == 0 else action()
+
+
 def _load_slot(store: CheckpointStore, parallel: Any) -> tuple[dict[str, Any] | None, list[str]]:
     """The newest readable slot, on every rank; rank 0 alone judges and moves damaged ones."""
     state, path, notes = store.load() if parallel.rank == 0 else (None, None, [])
@@ -232,12 +261,16 @@ def _load_slot(store: CheckpointStore, parallel: Any) -> tuple[dict[str, Any] | 
     return state, notes
 
 
-def _tokenizer(preset: Any, saved: dict | None, parallel: Any, corpus: Corpus) -> tuple[Tokenizer, list[str]]:
-    """The checkpoint's tokenizer when there is one; else a new one, made on rank 0 and sent to the others."""
+def _tokenizer(
+    preset: Any, saved: dict | None, parallel: Any, corpus: Corpus, given: dict[str, Any] | None
+) -> tuple[Tokenizer, list[str]]:
+    """The checkpoint's tokenizer when there is one, else the one given; else a new one, made on rank 0 and sent to the others."""
     if saved is not None:
         tokenizer, wanted = Tokenizer.from_state(saved["tokenizer"]), preset.tokenizer
         told = saved["preset"]["tokenizer"] != wanted.model_dump(mode="json")
         return tokenizer, ["the checkpoint's tokenizer is used; the preset's differs"] if told else []
+    if given is not None:
+        return Tokenizer.from_state(given), []
     state: dict[str, Any] | UserError | None = None
     if parallel.rank == 0:
         try:

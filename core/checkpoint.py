@@ -32,7 +32,7 @@ class CheckpointStore:
     """The slots of one lineage. Only rank 0 saves."""
 
     def __init__(self, folder: Path, lineage: str, mirror: str | None = None):
-        """`mirror`: another file name that always holds what `current` holds."""
+        """`lineage`: may be a path below the folder. `mirror`: another file name that always holds what `current` holds."""
         self.folder, self.lineage = folder, lineage
         self.slots = [folder / f"{lineage}_{slot}.pth" for slot in ("current", "prev", "prev2")]
         self._mirror = folder / mirror if mirror else None
@@ -103,6 +103,13 @@ class CheckpointStore:
             self._thread.join()
             self._thread = None
 
+    def keep_newest(self) -> None:
+        """Delete the older slots, where the newest is there: of a run that is over, they are no longer needed."""
+        self.wait()
+        if self.slots[0].exists():
+            for path in self.slots[1:]:
+                path.unlink(missing_ok=True)
+
     def outcome(self) -> tuple[Path | None, float, str] | None:
         """(file, seconds, "") of a finished save, or (None, seconds, reason) of a failed one; None: nothing new. Told once."""
         if self._thread is not None and self._thread.is_alive():
@@ -113,7 +120,7 @@ class CheckpointStore:
     def _write(self, state: dict[str, Any]) -> None:
         started = time.monotonic()
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self._aside.parent.mkdir(parents=True, exist_ok=True)
             with open(self._aside, "wb") as file:
                 torch.save(state, file)
                 file.flush()
@@ -137,7 +144,7 @@ class CheckpointStore:
         os.replace(self._aside, current)
         if self._mirror is not None:
             _link(current, self._mirror)
-        _sync_folder(self.folder)
+        _sync_folder(current.parent)
 
 
 def _link(source: Path, target: Path) -> None:

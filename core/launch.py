@@ -106,20 +106,26 @@ def _ask(runtime: Runtime) -> Any:
 
 def _card(stem: str, preset: Any, runtime: Runtime) -> PresetCard:
     """What the menu tells about a preset before it is chosen."""
-    trains = preset.job not in PREVIEWS
-    lines = _training_lines(preset, runtime) if trains else PREVIEWS[preset.job](preset, ROOT)
+    trains = preset.job in ("train", "compare")
+    lines = PREVIEWS[preset.job](preset, ROOT) if preset.job in PREVIEWS else [_resume_line(preset) + _time_line(preset, runtime)]
+    if trains:
+        lines = [*_training_lines(preset, runtime), *lines]
     short = trains and (preset.train.max_steps is not None or preset.train.max_epochs is not None)
     description = ("short · " if short else "") + preset.description
     return PresetCard(stem, GROUPS.get(stem[0], "Your own"), preset.name, description, "\n".join(lines), None)
 
 
 def _training_lines(preset: Any, runtime: Runtime) -> list[str]:
-    """What a run would be: size, data, machine, and where it begins."""
+    """What a run would be: size, data, machine."""
     vocab_size = _vocab_size(preset.tokenizer)
     parameters = count_parameters(preset, vocab_size)
     train = preset.train
     bf16 = runtime.compute_dtype(train.precision) == torch.bfloat16
-    memory = memory_estimate(preset, parameters, vocab_size, bf16) / 2**30
+    if parameters is None:  # a model of the Hub: the menu downloads nothing
+        size, memory = preset.model.summary(), ""
+    else:
+        size = f"{parameters / 1e6:.1f}M parameters"
+        memory = f", about {memory_estimate(preset, parameters, vocab_size, bf16) / 2**30:.1f} GB of memory"
     rows = train.per_gpu_batch_size * train.accumulation_steps * runtime.world_size
     limits = f"at most {train.max_steps:,} steps" if train.max_steps else f"{RUN_TOKENS:,} tokens"
     if train.max_epochs:
@@ -127,10 +133,9 @@ def _training_lines(preset: Any, runtime: Runtime) -> list[str]:
     if train.runs > 1:
         limits += f", {train.runs} runs"
     return [
-        f"{parameters / 1e6:.1f}M parameters, {limits} in steps of {rows * preset.model.seq_length:,}",
+        f"{size}, {limits} in steps of {rows * preset.model.seq_length:,}",
         f"reads {', '.join(source.name for source in preset.data.sources)}",
-        f"on {runtime.device_name}, {'bf16' if bf16 else 'fp32'}, about {memory:.1f} GB of memory",
-        _resume_line(preset) + _time_line(preset, runtime),
+        f"on {runtime.device_name}, {'bf16' if bf16 else 'fp32'}{memory}",
     ]
 
 

@@ -23,6 +23,7 @@ from pydantic import (
 from core.errors import PresetError
 from core.settings import (
     AuxiliarySettings,
+    CompareSettings,
     DataSettingsBase,
     GenerateSettings,
     LoggingSettings,
@@ -30,7 +31,19 @@ from core.settings import (
     TokenizerSettings,
     TokenizeSettings,
     TrainSettings,
+    VariantSettings,
 )
+
+WORD = "[A-Za-z0-9._-]"
+"""A character of a lineage."""
+
+NOT_IN_VARIANTS = {
+    "train.seed": 'seeds are given by "seeds", the same for all variants',
+    **dict.fromkeys(("job", "variants", "seeds", "compare"), "it is the same for all variants; set it beside them"),
+    **dict.fromkeys(("name", "description", "lineage"), "trials are named after their variant and seed"),
+    **dict.fromkeys(("extends", "$schema"), "it stands at the top of a file only"),
+}
+"""What a variant may not set, and why."""
 
 
 def _union(
@@ -95,7 +108,15 @@ def preset_class(models: dict, losses: dict, sources: dict, source_names: dict[s
         description=(str, Field("", description="One line for the menu.")),
         extends=(str | None, Field(None, description="Another preset; this one states only what differs.")),
         job=(Literal[tuple(jobs)], Field(jobs[0], description="What to do.")),
-        lineage=(str, Field("", pattern=r"^[A-Za-z0-9._-]*$", description="Name of the checkpoints; left out, the file's.")),
+        lineage=(
+            str,
+            Field(
+                "",
+                pattern=f"^({WORD}+(/{WORD}+)*)?$",  # a trial of a comparison has a folder for itself: <lineage>/<variant>/<seed>
+                json_schema_extra={"pattern": f"^{WORD}*$"},
+                description="Name of the checkpoints; left out, the file's.",
+            ),
+        ),
         model=(model, Field(default_factory=default_model, description="The architecture.")),
         tokenizer=(tokenizer, Field(TokenizerSettings(), description="Section, or the name of a Hub tokenizer.")),
         train=(TrainSettings, Field(TrainSettings(), description="The recipe.")),
@@ -110,6 +131,9 @@ def preset_class(models: dict, losses: dict, sources: dict, source_names: dict[s
         data=(data, Field(description="What to read, and how.")),
         generate=(GenerateSettings, Field(GenerateSettings(), description="Sampling.")),
         tokenize=(TokenizeSettings, Field(TokenizeSettings(), description="What the tokenize job writes.")),
+        variants=(list[VariantSettings], Field([], description="What the compare job compares; the first is the baseline.")),
+        seeds=(list[int], Field([42, 43, 44], min_length=1, description="Seeds that each variant is trained with.")),
+        compare=(CompareSettings, Field(CompareSettings(), description="How the compare job decides.")),
         logging=(LoggingSettings, Field(LoggingSettings(), description="Where metrics go besides logs/.")),
     )
 
@@ -135,19 +159,82 @@ def read_preset(path: Path, cls: type[BaseModel]) -> Any:
         if not isinstance(base, dict):
             raise PresetError(str(parent_path), ["a preset is a JSON object: { ... }"])
         own = {key: value for key, value in data.items() if key != "extends"}
-        data = _merge({key: value for key, value in base.items() if key not in ("name", "description", "lineage")}, own)
+        data = merge({key: value for key, value in base.items() if key not in ("name", "description", "lineage")}, own)
+    if isinstance(data, dict) and "/" in str(lineage := data.get("lineage", "")):
+        raise PresetError(str(path), [f"lineage  {json.dumps(lineage)}: letters, digits and . _ - only"])
     return decode_preset(data, cls, str(path), path.stem)
 
 
 def decode_preset(data: Any, cls: type[BaseModel], where: str, stem: str) -> Any:
-    """A preset from decoded JSON; `stem` names it and its lineage where it does not itself. Raises PresetError."""
+    """A preset from decoded JSON; `stem` names it and its lineage where it does not itself. Raises PresetError.
+
+    What a variant sets comes out as the difference it makes to the resolved preset, so that a resolved preset decodes to itself.
+    """
     if not isinstance(data, dict):
         raise PresetError(where, ["a preset is a JSON object: { ... }"])
     filled = {**data, "name": data.get("name") or stem, "lineage": data.get("lineage") or stem}
+    preset, problems = _validated(filled, cls)
+    variants, of_variants = _variants(filled, cls, known=problems)
+    problems += _compare_problems(filled) + of_variants
+    if problems:
+        raise PresetError(where, problems)
+    if not variants:
+        return preset
+    base = preset_json(preset)
+    sets = [
+        {key: value for key, value in difference(base, variant).items() if key not in NOT_IN_VARIANTS} for variant in variants
+    ]
+    return preset.model_copy(
+        update={"variants": [VariantSettings(name=v.name, set=own) for v, own in zip(preset.variants, sets)]}
+    )
+
+
+def _validated(data: dict, cls: type[BaseModel]) -> tuple[Any, list[str]]:
+    """The preset, or every problem."""
     try:
-        return cls.model_validate_json(json.dumps(filled))
+        return cls.model_validate_json(json.dumps(data)), []
     except ValidationError as error:
-        raise PresetError(where, [_explain(e, filled, cls) for e in error.errors()]) from None
+        return None, [_explain(e, data, cls) for e in error.errors()]
+
+
+def _variants(data: dict, cls: type[BaseModel], known: list[str]) -> tuple[list[dict], list[str]]:
+    """Each variant's whole preset as JSON, and the problems that variants have of their own."""
+    found, problems = [], []
+    listed = data.get("variants")
+    for i, variant in enumerate(listed if isinstance(listed, list) else []):
+        own = variant.get("set", {}) if isinstance(variant, dict) else None
+        if not isinstance(own, dict):
+            continue  # said already
+        where = f"variants[{i}].set"
+        for path, why in NOT_IN_VARIANTS.items():
+            section, _, key = path.partition(".")
+            if section in own and (not key or (isinstance(own[section], dict) and key in own[section])):
+                problems.append(f"{where}.{path}  a variant may not set this: {why}")
+        preset, wrong = _validated(merge({k: v for k, v in data.items() if k not in ("variants", "job")}, own), cls)
+        problems += [f"{where}.{line}" for line in wrong if line not in known]
+        if preset is not None and preset.train.eval_tokens == 0:
+            problems.append(f"{where}.train.eval_tokens  0: what is never evaluated cannot be compared; set it above 0")
+        if preset is not None:
+            found.append(preset_json(preset))
+    return found, problems
+
+
+def _compare_problems(data: dict) -> list[str]:
+    """What does not fit together in job, variants and seeds."""
+    found = []
+    listed = data.get("variants")
+    variants = [v for v in listed if isinstance(v, dict)] if isinstance(listed, list) else []
+    if data.get("job") == "compare" and isinstance(listed, list | None) and len(listed or []) < 2:
+        found.append(f"variants  {len(variants)} of them: the compare job needs at least two; the first is the baseline")
+    if variants and data.get("job") != "compare":
+        found.append('variants  only the compare job reads them: set "job": "compare", or "variants": [] to train one model')
+    names = [v.get("name") for v in variants]
+    for name in dict.fromkeys(name for name in names if isinstance(name, str) and names.count(name) > 1):
+        found.append(f"variants  {names.count(name)} of them are called {json.dumps(name)}; give each a name of its own")
+    seeds = data.get("seeds")
+    if isinstance(seeds, list) and (twice := [seed for seed in dict.fromkeys(seeds) if seeds.count(seed) > 1]):
+        found.append(f"seeds  {', '.join(map(str, twice))} stands there twice; every seed is one run of each variant")
+    return found
 
 
 def preset_json(preset: BaseModel) -> dict:
@@ -174,11 +261,24 @@ def _object(pairs: list[tuple[str, Any]], path: Path) -> dict:
     return dict(pairs)
 
 
-def _merge(base: Any, own: Any) -> Any:
+def merge(base: Any, own: Any) -> Any:
     """`own` over `base`: objects are merged key by key (unless their `type` changes), everything else is replaced."""
     if not (isinstance(base, dict) and isinstance(own, dict)) or own.get("type", base.get("type")) != base.get("type"):
         return own
-    return {**base, **{key: _merge(base.get(key), value) for key, value in own.items()}}
+    return {**base, **{key: merge(base.get(key), value) for key, value in own.items()}}
+
+
+def difference(base: dict, other: dict) -> dict:
+    """The least that merged over `base` gives `other`; both are resolved."""
+    found = {}
+    for key, value in other.items():
+        before = base.get(key)
+        if value == before and key in base:
+            continue
+        both = isinstance(before, dict) and isinstance(value, dict)
+        alike = both and before.keys() <= value.keys() and before.get("type") == value.get("type")
+        found[key] = difference(before, value) if alike else value
+    return found
 
 
 def _explain(error: Any, data: Any, cls: type[BaseModel]) -> str:

@@ -6,9 +6,11 @@ State: none of its own; `prepare` changes torch's global switches once, at the s
 """
 
 import ctypes
+import gc
 import os
 import platform
 import signal
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,12 +45,16 @@ class Runtime:
         return torch.bfloat16 if bf16 else torch.float32
 
     def memory_mb(self) -> float:
-        """Peak memory of this process: on the device, or resident on a CPU."""
+        """Peak memory of this process since it began, or since `forget_peak_memory`: on the device, or resident on a CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**20
-        import resource
+        try:
+            with open("/proc/self/status") as status:
+                return next(int(line.split()[1]) for line in status if line.startswith("VmHWM:")) / 2**10
+        except (OSError, StopIteration):  # not Linux
+            import resource
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if platform.system() == "Darwin" else 2**10)
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if platform.system() == "Darwin" else 2**10)
 
 
 def detect_runtime() -> Runtime:
@@ -85,6 +91,27 @@ def keep_freed_memory() -> None:
         libc.mallopt(top_pad, 64 * 2**20)
     except (OSError, AttributeError):  # not glibc: its own allocator decides
         pass
+
+
+def forget_peak_memory(runtime: Runtime) -> bool:
+    """Free what an earlier run of this process no longer needs, and let `memory_mb` count from here.
+
+    False where the system cannot forget a peak (anything but Linux): a run that needs less than one before it shows that one's.
+    """
+    if "torch._dynamo" in sys.modules:  # compiled code of models that are gone; it is also limited in number
+        torch.compiler.reset()
+    gc.collect()
+    if runtime.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(runtime.device)
+        return True
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # `keep_freed_memory` holds on to it
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+    except (OSError, AttributeError):
+        return False
+    return True
 
 
 def versions() -> dict[str, Any]:

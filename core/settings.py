@@ -5,7 +5,7 @@ Out:   frozen pydantic classes, from which preset.py makes the Preset and its JS
 State: none
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -19,6 +19,15 @@ class Settings(BaseModel):
     """The base of every section: unknown keys are errors, values are not coerced, nothing changes after decoding."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True, use_attribute_docstrings=True)
+
+
+class LossSettings(Settings):
+    """What every loss of the stack has; its `type` and its own keys stand beside its code."""
+
+    name: str | None = Field(None, min_length=1)
+    """Name in logs; left out, its type. Two losses of one type need different ones."""
+    weight: Schedule = 1.0
+    """Factor in the sum of losses. 0: only reported."""
 
 
 class TokenizerSettings(Settings):
@@ -179,6 +188,26 @@ class TokenizeSettings(Settings):
     """Tokens after which a source is left, at the end of a document; left out, it is read once to its end."""
     workers: int | None = Field(None, ge=0, le=256)
     """Processes that tokenize; 0: the threads of this one. Left out: one per core. The files are the same for any number."""
+
+
+class VariantSettings(Settings):
+    """One side of a comparison: the preset with some of its keys set otherwise."""
+
+    name: str = Field(min_length=1)
+    """Name in the report and the logs. The first variant is the baseline."""
+    set: dict[str, Any] = {}
+    """What it changes, as a preset that extends this one would say it; nothing for the preset as it stands."""
+
+
+class CompareSettings(Settings):
+    """The compare job: every variant with every seed, on the same data in the same order."""
+
+    metric: str = Field("cross_entropy", min_length=1)
+    """Number of an evaluation that decides, such as "bits_per_byte"; "loss: cosine" is the value of that loss."""
+    confidence: float = Field(0.95, gt=0.5, lt=1.0)
+    """Probability with which the reported intervals hold."""
+    stop_worse_by: float | None = Field(None, gt=0.0)
+    """Stop a variant whose cross-entropy is worse than the baseline's by more than this, from a third of the run on."""
 
 
 class LoggingSettings(Settings):

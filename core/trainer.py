@@ -363,7 +363,7 @@ class Trainer:
         if path is None:
             self._warn(f"checkpoint not saved: {failed}; the older ones are untouched, training goes on")
             return failed
-        self._emit("checkpoint", path=f"{path.parent.name}/{path.name}", seconds=seconds)
+        self._emit("checkpoint", path=path.relative_to(self.store.folder.parent).as_posix(), seconds=seconds)
         return None
 
     def _tell_left_out(self) -> None:

@@ -22,6 +22,7 @@ def preset_schema() -> Json:
     from core.assembly import Preset
     from core.data.sources import SOURCES
     from core.losses import LOSSES
+    from core.preset import NOT_IN_VARIANTS
 
     schema = _tidied(Preset.model_json_schema(by_alias=True))
     definitions = schema["$defs"]
@@ -29,6 +30,9 @@ def preset_schema() -> Json:
         definition = definitions[settings.__name__]
         definition["required"] = ["type", *definition.get("required", [])]
     del schema["required"], definitions["DataSettings"]["required"]
+    variant = definitions["VariantSettings"]["properties"]["set"]
+    variant["properties"] = {key: field for key, field in schema["properties"].items() if key not in NOT_IN_VARIANTS}
+    variant["additionalProperties"] = False
     whole = {"required": ["data"], "properties": {"data": {"required": ["sources"]}}}
     about = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "zeroarg preset"}
     return about | schema | {"title": about["title"], "if": {"not": {"required": ["extends"]}}, "then": whole}
@@ -72,6 +76,8 @@ def reference() -> str:
         ("data.sources", SOURCES),
         ("GenerateSettings", "generate"),
         ("TokenizeSettings", "tokenize"),
+        ("VariantSettings", "variants"),
+        ("CompareSettings", "compare"),
         ("LoggingSettings", "logging"),
         ("Piece", "a piece of a schedule"),
     ):
@@ -118,8 +124,10 @@ def _value(field: Json) -> str:
         return f"list of {len(field['prefixItems'])} numbers"
     if field["type"] == "array":
         of = _value(field["items"])
-        return "list of " + {"string": "strings", "number": "numbers", "section": "sections"}.get(of, of)
-    word = {"integer": "whole number", "number": "number", "boolean": "`true` or `false`", "string": "string"}[field["type"]]
+        plural = {"string": "strings", "number": "numbers", "whole number": "whole numbers", "section": "sections"}
+        return "list of " + plural.get(of, of)
+    words = {"integer": "whole number", "boolean": "`true` or `false`", "object": "section"}
+    word = words.get(field["type"], field["type"])
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
     limits = [f"{sign} {field[key]:g}" for key, sign in signs.items() if key in field]
     return f"{word} {', '.join(limits)}" if limits else word

@@ -32,11 +32,15 @@ FLOORS = {
     "core.randomness": 1,
     "core.runtime": 1,
     "core.environment": 1,
+    "core.hub": 1,
+    "core.packages": 1,
     "core.metrics": 1,
+    "core.comparison": 1,
     "core.errors": 0,
 }
 MAX_LINES = 450
-SLOW_PACKAGES = ["torch", "datasets", "transformers", "tokenizers", "pyarrow", "pymupdf", "matplotlib", "wandb", "prompt_toolkit"]
+SLOW_PACKAGES = ["torch", "datasets", "transformers", "tokenizers", "pyarrow", "pymupdf", "matplotlib", "scipy", "wandb"]
+SLOW_PACKAGES += ["prompt_toolkit"]
 
 
 def module_name(path: Path) -> str:

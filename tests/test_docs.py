@@ -154,7 +154,7 @@ def json_examples() -> list[Any]:
 def test_examples_are_presets(code: str, tmp_path: Path) -> None:
     """Every JSON block is a preset that decodes, apart from kinds that its playbook adds; those are run below."""
     example = json.loads(code)
-    if {"ngram", "z_loss", "docstrings"} & set(re.findall(r'"type": "(\w+)"', code)):
+    if {"ngram", "focal", "docstrings"} & set(re.findall(r'"type": "(\w+)"', code)):
         return
     assert not problems(example, SCHEMA), problems(example, SCHEMA)
     for preset in (ROOT / "configs").glob("*.json"):
@@ -360,12 +360,13 @@ def test_playbooks_work(playbook: Path, make_project: Callable[..., Project]) ->
     kind = made[0].stem  # the file of the model, loss or source
     settled = json.dumps(json.loads((project.folder / "logs" / preset.stem / "preset.json").read_text()))
     assert f'"type": "{kind}"' in settled
-    for name in ("conftest.py", "project.py", "__init__.py", "models", "golden"):
+    for name in ("conftest.py", "project.py", "hub.py", "__init__.py", "models", "losses", "golden"):
         source, target = ROOT / "tests" / name, project.folder / "tests" / name
         target.parent.mkdir(exist_ok=True)
         if not target.exists():
             target.symlink_to(source)
-    own = [str(path) for path in made if path.name.startswith("test_")] or ["tests/models", "-k", kind]
+    table = {"models": "tests/models/test_models.py", "losses": "tests/losses/test_losses.py"}.get(made[0].parent.name, "")
+    own = [str(path) for path in made if path.name.startswith("test_")] or [table, "-k", kind]
     pytest_run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *own]
     checked = subprocess.run(pytest_run, cwd=project.folder, capture_output=True, text=True, timeout=300)
     assert checked.returncode == 0 and " passed" in checked.stdout, checked.stdout + checked.stderr

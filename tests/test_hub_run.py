@@ -214,6 +214,7 @@ def test_texts_are_told_without_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     assert redacted(text) == "Bearer <HF_TOKEN>, '<HF_TOKEN>' and https://x:<HF_TOKEN>@host/hf_internal/x by hf_hub_download"
 
 
+@pytest.mark.slow
 def test_a_gated_dataset_without_a_token_says_what_to_do(make_project: Callable[..., Project], hub: Hub) -> None:
     hub.repos["datasets", "me/stories"].gated = True
     project = make_project({"t": streamed("me/stories")})

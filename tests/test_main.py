@@ -88,6 +88,7 @@ def test_a_run_leaves_what_the_interface_says_and_the_next_goes_on(make_project:
     assert project.checkpoint(lineage="lm")["data"]["rows"] == 2 * first["data"]["rows"]
 
 
+@pytest.mark.slow
 def test_closed_standard_input_takes_the_default(make_project: Callable[..., Project]) -> None:
     """A cluster job or a service: no terminal, no line, not even an open descriptor."""
     project = make_project({"00_best_general": tiny_preset(lineage="lm"), "10_other": tiny_preset()})
@@ -117,6 +118,7 @@ def test_arguments_are_refused_in_one_line(arguments: tuple[str, ...], make_proj
     assert len(result.text.strip().splitlines()) == 1 and not (project.folder / "logs").exists()
 
 
+@pytest.mark.slow
 def test_mistakes_in_a_preset_are_told_when_it_is_chosen(make_project: Callable[..., Project]) -> None:
     """Misspelt key, broken JSON, a name that is no preset: one clear message each; the other presets go on working."""
     project = make_project(

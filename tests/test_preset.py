@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from core.assembly import Preset, _horizon
+from core.comparison.trials import plan
 from core.errors import PresetError
 from core.preset import decode_preset, preset_json, read_preset
 from core.settings import RUN_TOKENS
@@ -294,9 +295,15 @@ def test_every_shipped_preset_decodes(path: Path) -> None:
     assert preset.description and "\n" not in preset.description
 
 
-def shrunk(preset: Any) -> dict:
-    """The preset at a size that takes two steps in a second, on local text, everything else as it is."""
+def shrunk(preset: Any, models: Path) -> dict:
+    """The preset at a size that takes two steps in a second, on local text, everything else as it is. A model of the Hub becomes
+    a tiny one in `models` with random weights."""
     small = preset_json(preset)
+    if small["model"]["type"] == "hub":
+        from transformers import GPT2Config
+
+        GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64).save_pretrained(models)
+        small["model"] |= {"name": str(models), "pretrained": False}
     small["model"] |= {key: value for key, value in TINY_SIZES.items() if key in small["model"]} | {"seq_length": 32}
     small["tokenizer"] = {"type": "byte"}
     small["train"] |= {"per_gpu_batch_size": 2, "accumulation_steps": 2, "max_steps": 2, "runs": 1, "eval_tokens": 100}
@@ -313,12 +320,22 @@ def shrunk(preset: Any) -> dict:
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_preset_takes_two_steps(path: Path, tmp_path: Path) -> None:
-    """Shrunk, on local text: it builds, trains, evaluates and saves."""
+    """Shrunk, on local text: it builds, trains, evaluates and saves. Of a comparison, every variant."""
     preset = read_preset(path, Preset)
-    if preset.job != "train":
-        pytest.skip(f"job {preset.job} does not train")
-    events = train_here(shrunk(preset), tmp_path, path.stem)
-    assert [event["step"] for event in events if event["event"] == "step"] == [1, 2]
-    assert events[-1]["event"] == "run_end" and events[-1]["reason"] == "max_steps"
-    assert [event for event in events if event["event"] == "eval"]
-    assert (tmp_path / "checkpoints" / f"{preset.lineage}_current.pth").exists()
+    if preset.job == "tokenize":
+        pytest.skip("does not train")
+    runs = [preset] if preset.job == "train" else [variant_preset(preset, i) for i in range(len(preset.variants))]
+    for run in runs:
+        events = train_here(shrunk(run, tmp_path / "model"), tmp_path, run.lineage)
+        assert [event["step"] for event in events if event["event"] == "step"] == [1, 2]
+        assert events[-1]["event"] == "run_end" and events[-1]["reason"] == "max_steps"
+        (measured,) = [event for event in events if event["event"] == "eval"]
+        assert {"cross_entropy", "max_probability", "entropy", "embedding_cosine", "table_cosine"} <= set(measured)
+        assert set(measured["losses"]) == {loss.name or loss.type for loss in run.losses}
+        assert (tmp_path / "checkpoints" / f"{run.lineage}_current.pth").exists()
+
+
+def variant_preset(preset: Any, number: int) -> Any:
+    """What the first seed's trial of a variant trains, under a name of its own."""
+    trial = plan(preset, Path())[number]
+    return decode_preset(trial.preset | {"lineage": f"{preset.lineage}-{number}"}, Preset, trial.variant, "v")

@@ -1,9 +1,10 @@
 """What a preset can ask for: one file and one function each."""
 
+from core.jobs.compare import compare, preview_compare
 from core.jobs.tokenize import preview_tokenize, tokenize
 from core.jobs.train import train
 
-JOBS = {"train": train, "tokenize": tokenize}
+JOBS = {"train": train, "tokenize": tokenize, "compare": compare}
 
-PREVIEWS = {"tokenize": preview_tokenize}
-"""What the menu tells of a job that does not train: a function from preset and root folder to lines."""
+PREVIEWS = {"tokenize": preview_tokenize, "compare": preview_compare}
+"""What the menu tells of a job's own before it tells of training: a function from preset and root folder to lines."""

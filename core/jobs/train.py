@@ -5,10 +5,11 @@ Out:   checkpoints/<lineage>_*.pth and logs/<lineage>/
 State: none
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from core.assembly import begin_next_run, build_training
+from core.assembly import TrainingSession, begin_next_run, build_training
 from core.errors import Interrupted
 from core.runtime import Runtime, StopRequest
 from core.ui.dashboard import view_for
@@ -17,6 +18,16 @@ from core.ui.run_card import LossPlot, RunCard
 
 def train(preset: Any, runtime: Runtime, parallel: Any, root: Path, started: float, console: Any) -> None:
     """Train to the end of the preset's runs. Raises Interrupted after Ctrl-C or SIGTERM, with everything saved."""
+    with StopRequest() as stop:
+        views = views_of(preset, root, started, lambda: [view_for(console)])
+        session = build_training(preset, runtime, parallel, root, views, stop)
+        if train_to_the_end(session, preset.train.runs) == "interrupted":
+            step = session.trainer.progress.step
+            raise Interrupted(f"interrupted at step {step}; everything is saved, start again to go on")
+
+
+def views_of(preset: Any, root: Path, started: float, on_screen: Callable[[], list[Any]]) -> Callable[..., list[Any]]:
+    """What `build_training` makes the views of a run with: its files, wandb if the preset asks for it, and those `on_screen`."""
 
     def make_views(folder: Path, start_event: dict, resolved: dict, wandb_id: str, notes: list[str]) -> list[Any]:
         views = [RunCard(folder, resolved, started, root), LossPlot(folder)]
@@ -26,22 +37,23 @@ def train(preset: Any, runtime: Runtime, parallel: Any, root: Path, started: flo
             mirror, told = open_wandb(preset.logging.wandb_project, wandb_id, preset.name, resolved, folder)
             notes.append(told)
             views += [mirror] if mirror is not None else []
-        return [*views, view_for(console)]
+        return [*views, *on_screen()]
 
-    with StopRequest() as stop:
-        session = build_training(preset, runtime, parallel, root, make_views, stop)
-        trainer, log, done = session.trainer, session.log, session.trainer.progress
-        try:
-            for warning in session.warnings:
-                log.emit("warning", step=done.step, tokens=done.tokens, message=warning)
-            log.emit("run_start", step=done.step, tokens=done.tokens, **session.start_event, notes=session.notes)
-            while trainer.train() != "interrupted":
-                if done.horizon_runs >= preset.train.runs:
-                    return
-                begin_next_run(done, preset.train.runs)
-                log.emit("run_start", step=done.step, tokens=done.tokens, **session.start_event | {"run": done.run}, notes=[])
-            raise Interrupted(f"interrupted at step {done.step}; everything is saved, start again to go on")
-        finally:
-            trainer.loader.close()
-            trainer.store.wait()
-            log.close()
+    return make_views
+
+
+def train_to_the_end(session: TrainingSession, runs: int) -> str:
+    """Train run after run and close everything; returns why the last one ended."""
+    trainer, log, done = session.trainer, session.log, session.trainer.progress
+    try:
+        for warning in session.warnings:
+            log.emit("warning", step=done.step, tokens=done.tokens, message=warning)
+        log.emit("run_start", step=done.step, tokens=done.tokens, **session.start_event, notes=session.notes)
+        while (reason := trainer.train()) != "interrupted" and done.horizon_runs < runs:
+            begin_next_run(done, runs)
+            log.emit("run_start", step=done.step, tokens=done.tokens, **session.start_event | {"run": done.run}, notes=[])
+        return reason
+    finally:
+        trainer.loader.close()
+        trainer.store.wait()
+        log.close()

@@ -42,13 +42,7 @@ class Dashboard:
         if kind == "run_start":
             self.close()
             self._state = RunState(event)
-            self._live = Live(
-                get_renderable=self.render,
-                console=self.console,
-                refresh_per_second=REFRESH_PER_SECOND,
-                vertical_overflow="crop",
-            )
-            self._live.start()
+            self.open()
         elif self._live is None or self._state is None:
             self._plain.update(event)
         else:
@@ -58,16 +52,28 @@ class Dashboard:
                 self.close()
                 self.console.print(Text(summary(event), "bold"))
 
+    def open(self) -> None:
+        """Begin to draw."""
+        self._live = Live(
+            get_renderable=self.render,
+            console=self.console,
+            refresh_per_second=REFRESH_PER_SECOND,
+            vertical_overflow="crop",
+        )
+        self._live.start()
+
     def render(self) -> Text:
         """The picture at this moment. Leaves room below for the summary and the shell's prompt once the run is over."""
-        if self._state is None:
-            return Text()
         try:
             with self._lock:
                 width, height = self.console.size
-                return self._state.frame(width, max(1, height - (3 if self._state.end else 1)), self.clock())
+                return self.picture(width, max(1, height - (3 if self._state and self._state.end else 1)))
         except Exception as error:  # an exception here would end the drawing thread with a traceback over the picture
             return Text(f"the dashboard cannot draw: {type(error).__name__}: {text.clean(error)}")
+
+    def picture(self, width: int, height: int) -> Text:
+        """At most `height` lines of at most `width` cells; called with the state held."""
+        return Text() if self._state is None else self._state.frame(width, height, self.clock())
 
     def close(self) -> None:
         if self._live is not None:

@@ -126,7 +126,7 @@ class RunState:
         if start.get("resumed_from"):
             name.append(f"  resumed from {Path(text.clean(start['resumed_from'])).name}", "dim")
         elapsed = Text(f"{text.duration(now - (start.get('time') or now))} elapsed", "dim")
-        out = [_apart(name, elapsed, width), Text(machine(start), "dim")]
+        out = [apart(name, elapsed, width), Text(machine(start), "dim")]
 
         progress = self.progress
         if self.end:
@@ -136,7 +136,7 @@ class RunState:
         else:
             left = f"{text.duration(progress.seconds_left)} left" if progress.seconds_left is not None else ""
         after = Text.assemble((f"  {progress.percent:>7}", "bold"), f"  {progress.counted}", (f"  {left}", "cyan"))
-        out.append(_bar(progress.fraction, max(8, width - after.cell_len)) + after)
+        out.append(bar(progress.fraction, max(8, width - after.cell_len)) + after)
 
         loss = Text.assemble(("loss           ", "dim"), (f"{text.number(step.get('loss'), 4):<10}", "bold"))
         spark = text.chart(list(self.recent), max(8, width - loss.cell_len))[0]
@@ -165,7 +165,7 @@ class RunState:
         if len(losses := event.get("losses") or {}) > 1:
             cells += [(text.clean(key), text.number(value)) for key, value in losses.items()]
         title = f"evaluation at {text.count(event.get('tokens'))} tokens"
-        lines = [_rule(title, width), *_grid(cells, width, columns=2 if width < 110 else 4)]
+        lines = [rule(title, width), *_grid(cells, width, columns=2 if width < 110 else 4)]
         return Section(min(len(lines), 3), lines)
 
     def _sources(self, width: int) -> Section:
@@ -177,7 +177,7 @@ class RunState:
         bar_width = max(6, min(30, width - (82 if wide else 62)))
         name_width = max(10, min(30, width - bar_width - (54 if wide else 34)))
         heads = f"{'share':>{bar_width + 9}}{'weight':>9}{'loss':>9}" + (f"{'documents':>11}{'epoch':>7}" if wide else "")
-        lines = [_rule("sources", width, heads + "  ")]
+        lines = [rule("sources", width, heads + "  ")]
         for name, each in sorted(sources.items(), key=lambda item: -(item[1].get("tokens") or 0)):
             share = (each.get("tokens") or 0) / total
             label = Text("  " + text.clean(name))
@@ -196,12 +196,12 @@ class RunState:
         event = self.checkpoint
         ago = text.duration(now - (event.get("time") or now))
         about = f"{text.clean(event.get('path'))}, {ago} ago"
-        return Section(1, [_rule("checkpoint", width, left=about)])
+        return Section(1, [rule("checkpoint", width, left=about)])
 
     def _warnings(self, width: int) -> Section:
         """The newest first, so that cropping takes the oldest."""
         lines = [Text("  " + text.clean(event.get("message"))[:500], "yellow") for event in reversed(self.warnings)]
-        return Section(2, [_rule("warnings", width), *lines[:5]] if lines else [])
+        return Section(2, [rule("warnings", width), *lines[:5]] if lines else [])
 
     def _sample(self, width: int) -> Section:
         lines: list[Text] = []
@@ -212,7 +212,7 @@ class RunState:
             lines += [Text("  ") + line for line in _folded(both, width - 4)]
         if not lines:
             return Section(0, [])
-        return Section(3, [_rule(f"sample at {text.count(self.samples[-1].get('tokens'))} tokens", width), *lines])
+        return Section(3, [rule(f"sample at {text.count(self.samples[-1].get('tokens'))} tokens", width), *lines])
 
     def _chart(self, width: int, rows: int) -> list[Text]:
         values = self.history.values
@@ -222,24 +222,24 @@ class RunState:
         low, high = text.number(min(values), 2), text.number(max(values), 2)
         labels = [high, *[""] * (len(body) - 2), low]
         return [
-            _rule("loss of this session", width),
+            rule("loss of this session", width),
             *[Text(f"{at:>8}  ", "dim") + Text(row, "green") for at, row in zip(labels, body)],
         ]
 
 
-def _rule(title: str, width: int, right: str = "", left: str = "") -> Text:
+def rule(title: str, width: int, right: str = "", left: str = "") -> Text:
     line = Text.assemble(("── ", "dim"), (title, "cyan"), " ", f"{left} " if left else "")
     dashes = max(0, width - line.cell_len - len(right) - (1 if right else 0))
     return line.append("─" * dashes + (" " if right else ""), "dim").append(right, "dim")
 
 
-def _apart(left: Text, right: Text, width: int) -> Text:
+def apart(left: Text, right: Text, width: int) -> Text:
     """One at each side, or the left one alone where both do not fit."""
     gap = width - left.cell_len - right.cell_len
     return left + Text(" " * gap) + right if gap >= 2 else left
 
 
-def _bar(fraction: float, width: int) -> Text:
+def bar(fraction: float, width: int) -> Text:
     done = int(fraction * width)
     return Text.assemble(("━" * done, "cyan"), ("━" * (width - done), "grey35"))
 

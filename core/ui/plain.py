@@ -19,8 +19,8 @@ STEP_SECONDS = 5.0
 class PlainLines:
     """One compact line for an event; of steps the first, the last, and one about every five seconds."""
 
-    def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic):
-        self.stream, self.clock = stream, clock
+    def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic, step_seconds: float = STEP_SECONDS):
+        self.stream, self.clock, self._step_seconds = stream, clock, step_seconds
         self._progress = Progress({})
         self._shown_at: float | None = None
         self._pending: dict | None = None
@@ -34,7 +34,7 @@ class PlainLines:
             self._progress.update(event)
         if kind == "step":
             self._pending = event
-            if self._shown_at is None or self.clock() - self._shown_at >= STEP_SECONDS:
+            if self._shown_at is None or self.clock() - self._shown_at >= self._step_seconds:
                 self._show_step()
             return
         if kind == "run_end":
@@ -67,9 +67,14 @@ class PlainLines:
         self._write("  ".join(parts))
 
     def _write(self, line: str) -> None:
-        encoding = getattr(self.stream, "encoding", None) or "utf-8"
-        self.stream.write(line.encode(encoding, "replace").decode(encoding) + "\n")
-        self.stream.flush()
+        write_line(self.stream, line)
+
+
+def write_line(stream: TextIO, line: str) -> None:
+    """At once, and with a question mark for what the stream's encoding lacks."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    stream.write(line.encode(encoding, "replace").decode(encoding) + "\n")
+    stream.flush()
 
 
 def describe(event: dict, previous_eval: dict) -> list[str]:
