@@ -100,10 +100,12 @@ def build_training(
     make_views: Any,
     should_stop: Any,
     tokenizer_state: dict[str, Any] | None = None,
+    validation_seed: int | None = None,
 ) -> TrainingSession:
     """Everything from data to trainer. Raises UserError (or NoData) before anything is written.
 
     tokenizer_state   of a tokenizer made before; a lineage that has a checkpoint keeps its own
+    validation_seed   which held-out text is measured, where it shall not follow from the preset's seed
     """
     _refuse_what_is_not_built(preset)
     call_if_defined(preset.model, "check_tokenizer_section", preset.tokenizer)
@@ -163,7 +165,7 @@ def build_training(
     compile_from_step, compile_told = _compile_plan(preset, runtime, saved, model, horizon)
     dtype = runtime.compute_dtype(preset.train.precision)
     evaluator = Evaluator(
-        lambda: corpus.validation_rows(tokenizer, preset.model.seq_length, preset.train.eval_tokens),
+        lambda: corpus.validation_rows(tokenizer, preset.model.seq_length, preset.train.eval_tokens, validation_seed),
         stack,
         tokenizer.token_bytes(),
         preset.train.per_gpu_batch_size,

@@ -17,6 +17,8 @@ import pytest
 import torch
 
 from core.assembly import Preset
+from core.data.corpus import open_corpus
+from core.data.tokenizer import Tokenizer, build_tokenizer
 from core.errors import Interrupted, NoData, UserError
 from core.launch import _card
 from core.parallel import Single
@@ -109,6 +111,25 @@ def test_variants_of_a_seed_differ_in_nothing_but_the_idea(compared: tuple[Path,
     assert len({project.checkpoint(lineage=f"t/{trial}")["tokenizer"]["json"] for trial in TRIALS}) == 1
     for part in ("trial 1 of 4: as it is, seed 1", "trial 4 of 4: higher, seed 2", "higher is", "report.html"):
         assert part in told
+
+
+def test_every_seed_is_measured_on_the_same_text(finished: Path) -> None:
+    """The held-out documents that come first would be others with each seed."""
+
+    def measured(seed: int, validation_seed: int | None) -> list[int]:
+        preset = decode_preset(tiny_preset(train={"seed": seed}), Preset, "t", "t")
+        corpus = open_corpus(preset, finished, Single())
+        rows = corpus.validation_rows(
+            Tokenizer.from_state(build_tokenizer(preset.tokenizer, []).state()), 32, 200, validation_seed
+        )
+        return [token for row in rows for token in row.input_ids.tolist()]
+
+    seeds = range(6)
+    assert len({tuple(measured(seed, None)) for seed in seeds}) > 1
+    assert len({tuple(measured(seed, job.VALIDATION_SEED)) for seed in seeds}) == 1
+    project = Project(finished)
+    evals = [project.events("eval", f"t/{trial}")[-1] for trial in TRIALS]  # their quotient is the text's tokens per byte
+    assert len({round(event["bits_per_byte"] / event["cross_entropy"], 12) for event in evals}) == 1
 
 
 def test_what_a_comparison_leaves(compared: tuple[Path, str]) -> None:

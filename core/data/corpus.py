@@ -5,6 +5,7 @@ Out:   Corpus: text for a tokenizer, a pipeline of rows, held-out rows, and what
 State: none; where a run stands is a Position
 """
 
+import copy
 import hashlib
 import json
 from dataclasses import dataclass, replace
@@ -114,8 +115,10 @@ class Corpus:
                 continue
         return total
 
-    def validation_rows(self, tokenizer: Tokenizer, seq_length: int, tokens: int) -> list[Row]:
-        sources = cached(self.sources, self.root, self.settings.cache_gigabytes, tokenizer)
+    def validation_rows(self, tokenizer: Tokenizer, seq_length: int, tokens: int, seed: int | None = None) -> list[Row]:
+        """Held-out rows, read in the order of `seed`; left out, the run's. Runs of several seeds are measured on one text so."""
+        sources = self.sources if seed in (None, self.seed) else [_reordered(source, seed) for source in self.sources]
+        sources = cached(sources, self.root, self.settings.cache_gigabytes, tokenizer)
         return validation_rows(sources, self.hold_out, tokenizer, seq_length, tokens, self.settings.min_text_length)
 
     def pipeline_factory(self, tokenizer: Tokenizer, seq_length: int, mix: MixSettings | None = None) -> "PipelineFactory":
@@ -184,6 +187,13 @@ class PipelineFactory:
             hashlib.sha256(self.tokenizer_state["json"].encode()).hexdigest(),
         ]
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
+
+
+def _reordered(source: Source, seed: int) -> Source:
+    """The source with the order that another seed gives it."""
+    other = copy.copy(source)
+    other.seed = seed  # type: ignore[attr-defined]  # every source of ours orders its shards by it
+    return other
 
 
 def _spread(source: Any) -> list[Document]:

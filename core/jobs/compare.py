@@ -31,6 +31,9 @@ from core.ui.comparison import write_report
 EARLIEST_STOP = 1 / 3
 """Share of the baseline's tokens before which no variant is called hopeless: learning rates warm up, ideas start slowly."""
 
+VALIDATION_SEED = 0
+"""Every trial is measured on the same text: with each its own, what seeds differ by would be the texts' difference too."""
+
 NO_PEAK = "memory_mb counts earlier trials of this process as well: this system cannot forget a peak"
 
 
@@ -199,7 +202,14 @@ class Runner:
         tokenizer_file = _tokenizer_file(self.root, self.preset.lineage, trial)
         tokenizer = _on_rank_0(self.parallel, lambda: _read_json(tokenizer_file))
         session = build_training(
-            own, self.runtime, self.parallel, self.root, views, lambda: self.stop() or bool(watch.verdict), tokenizer
+            own,
+            self.runtime,
+            self.parallel,
+            self.root,
+            views,
+            lambda: self.stop() or bool(watch.verdict),
+            tokenizer,
+            VALIDATION_SEED,
         )
         if self.desk:
             session.notes += [] if forgotten else [NO_PEAK]

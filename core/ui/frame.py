@@ -25,6 +25,14 @@ QUIET_SECONDS = 10.0
 CHART_ROWS = 12
 SAMPLE_ROWS = 9  # before the chart takes its part
 SAMPLE_CHARACTERS = 2000
+EVALUATION_COLUMN = 30  # cells: a name, a number, and its change in brackets
+PREDICTIONS = {
+    "entropy": "entropy",
+    "max_probability": "max p",
+    "embedding_cosine": "cos to target",
+    "table_cosine": "cos in table",
+}
+"""Numbers of an evaluation that are shown beside its scores."""
 ENDINGS = {"budget": "finished", "max_steps": "finished", "max_epochs": "finished", "interrupted": "interrupted"}
 
 
@@ -162,10 +170,11 @@ class RunState:
             return Section(0, [])
         event, before = self.evals[-1], self.evals[0] if len(self.evals) == 2 else {}
         cells = scores(event, before)
-        if len(losses := event.get("losses") or {}) > 1:
-            cells += [(text.clean(key), text.number(value)) for key, value in losses.items()]
+        cells += [(name, text.number(event[key])) for key, name in PREDICTIONS.items() if event.get(key) is not None]
+        losses = {key: value for key, value in (event.get("losses") or {}).items() if key != "cross_entropy"}
+        cells += [(text.clean(key), text.number(value)) for key, value in losses.items()]
         title = f"evaluation at {text.count(event.get('tokens'))} tokens"
-        lines = [rule(title, width), *_grid(cells, width, columns=2 if width < 110 else 4)]
+        lines = [rule(title, width), *_grid(cells, width, columns=max(2, width // EVALUATION_COLUMN))]
         return Section(min(len(lines), 3), lines)
 
     def _sources(self, width: int) -> Section:
