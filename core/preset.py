@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     Discriminator,
@@ -121,7 +122,7 @@ def preset_class(models: dict, losses: dict, sources: dict, source_names: dict[s
         tokenizer=(tokenizer, Field(TokenizerSettings(), description="Section, or the name of a Hub tokenizer.")),
         train=(TrainSettings, Field(TrainSettings(), description="The recipe.")),
         losses=(
-            Annotated[list[_union(losses, "loss", default=None)], Field(min_length=1)],
+            Annotated[list[_union(losses, "loss", default=None)], Field(min_length=1), AfterValidator(_named_apart)],
             Field(
                 default_factory=lambda: [next(iter(losses.values()))[0]()],
                 description="Weighted sum of losses on the vocabulary.",
@@ -136,6 +137,13 @@ def preset_class(models: dict, losses: dict, sources: dict, source_names: dict[s
         compare=(CompareSettings, Field(CompareSettings(), description="How the compare job decides.")),
         logging=(LoggingSettings, Field(LoggingSettings(), description="Where metrics go besides logs/.")),
     )
+
+
+def _named_apart(losses: list[Any]) -> list[Any]:
+    names = [loss.name or loss.type for loss in losses]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f'two losses are called {", ".join(twice)}; give one of them another "name"')
+    return losses
 
 
 def read_preset(path: Path, cls: type[BaseModel]) -> Any:

@@ -284,6 +284,31 @@ def test_the_examples_of_specification_003_decode() -> None:
     assert len(auxiliary.enabled) == 5 and auxiliary.span_contrastive_temperature == 0.07
 
 
+def test_two_losses_of_one_type_need_names() -> None:
+    penalties = [{"type": "sharpness", "penalty": penalty} for penalty in ("non_max_sum", "neg_entropy")]
+    assert problems(losses=penalties) == [
+        f'losses  {json.dumps(penalties)[:57]}...: two losses are called sharpness; give one of them another "name"'
+    ]
+    named = [penalties[0], {**penalties[1], "name": "entropy"}]
+    assert [loss.name for loss in decoded(losses=named).losses] == [None, "entropy"]
+
+
+@pytest.mark.parametrize(
+    "loss, said",
+    [
+        ({"type": "cosine", "temperature": 0.0}, "temperature must stay above 0"),
+        ({"type": "cosine", "temperature": {"from": 1.0, "to": -1.0}}, "goes down to -1"),
+        ({"type": "cross_entropy", "label_smoothing": 1.0}, "label_smoothing must stay in [0, 1)"),
+        ({"type": "harmonic", "h_exp": {"from": -4.0, "to": 1.0}}, "h_exp must stay below 0"),
+        ({"type": "sharpness", "penalty": "entropy"}, "non_max_sum"),
+        ({"type": "cosine", "topk": 0}, "greater than or equal to 1"),
+    ],
+)
+def test_settings_of_losses_are_checked(loss: dict, said: str) -> None:
+    (problem,) = problems(losses=[loss])
+    assert said in problem and problem.startswith("losses[0]")
+
+
 def test_there_are_presets() -> None:
     assert {"00_best_general", "01_best_qa", "90_quick_test"} <= {path.stem for path in CONFIGS}
 

@@ -61,14 +61,14 @@ def primary(asked: str, presets: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _losses_on_other_scales(presets: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Losses of one type whose settings, beside the weight, are not the same everywhere."""
+    """Losses of one name whose settings, beside the weight, are not the same everywhere."""
     settings: dict[str, set[str]] = {}
     for preset in presets:
         for loss in preset.get("losses") or []:
-            rest = {key: value for key, value in loss.items() if key not in ("type", "weight", "name")}
-            settings.setdefault(str(loss.get("type")), set()).add(repr(sorted(rest.items())))
-    mixed = sorted(kind for kind, ways in settings.items() if len(ways) > 1)
-    return [f"The loss “{kind}” has other settings in some variants: its values are not on one scale." for kind in mixed]
+            rest = {key: value for key, value in loss.items() if key not in ("weight", "name")}
+            settings.setdefault(str(loss.get("name") or loss.get("type")), set()).add(repr(sorted(rest.items())))
+    mixed = sorted(name for name, ways in settings.items() if len(ways) > 1)
+    return [f"The loss “{name}” has other settings in some variants: its values are not on one scale." for name in mixed]
 
 
 def _other_data(outcomes: Sequence[Outcome]) -> list[str]:

@@ -57,9 +57,7 @@ class LossStack:
     """The losses of a run. How many positions a chunk and a block hold follows from the vocabulary, unless a test says it."""
 
     def __init__(self, losses: list[TokenLoss], chunk_rows: int | None = None, block_rows: int | None = None):
-        names = [loss.name for loss in losses]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise UserError(f'two losses are called {", ".join(twice)}; give one of them another "name"')
+        assert len({loss.name for loss in losses}) == len(losses), "losses report by name"
         self.losses, self.chunk_rows, self.block_rows = losses, chunk_rows, block_rows
 
     def check(self, readout: Readout) -> None:

@@ -121,6 +121,9 @@ def test_what_makes_comparing_unfair_is_said(tmp_path) -> None:
     losses = [{"type": "cosine", "temperature": t, "weight": t} for t in (1.0, 0.5)]
     two = with_preset(with_preset(short, "CE", losses=losses[:1]), "mix", losses=losses[1:])
     assert "“cosine” has other settings" in " ".join(compared(two).warnings)
+    named = [{"type": "sharpness", "name": penalty, "penalty": penalty} for penalty in ("non_max_sum", "neg_entropy")]
+    same = with_preset(with_preset(short, "CE", losses=named), "mix", losses=[{**loss, "weight": 0.1} for loss in named])
+    assert "other settings" not in " ".join(compared(same).warnings)
 
 
 def test_what_a_variant_sets(tmp_path) -> None:

@@ -340,3 +340,17 @@ def test_local_hf_folder_and_missing_path(root: Path, tmp_path: Path) -> None:
         build_source(HfSettings(dataset="./nowhere"), tmp_path, 1).open()
     with pytest.raises(SourceUnavailable, match="its columns are id, text"):
         build_source(HfSettings(dataset="./rows/d.parquet", text_field="body"), root, 1).open()
+
+
+def test_local_text_stands_for_a_dataset_of_the_hub(tmp_path: Path) -> None:
+    """`tinyshakespeare` is the file where it is there, under the same name in weights and logs; else the Hub's."""
+    settings = HfSettings.model_validate(NAMED_SOURCES["tinyshakespeare"] | {"name": "tinyshakespeare"})
+    remote = build_source(settings, tmp_path, 7)
+    assert type(remote).__name__ == "HfSource" and remote.columns == ["Text"] and remote.name == "tinyshakespeare"
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "tinyshakespeare.txt").write_text(prose(1, 40_000))
+    local = build_source(settings, tmp_path, 7)
+    opened, failed = open_sources([local])
+    assert opened == [local] and not failed and local.name == "tinyshakespeare"
+    texts = [document.text for document in local.stream({})]
+    assert len(texts) > 1 and sum(map(len, texts)) > 39_000

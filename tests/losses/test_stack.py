@@ -262,8 +262,6 @@ def test_the_readout_must_give_what_a_loss_needs() -> None:
     readout.provides = "distances"
     with pytest.raises(UserError, match=r'the loss "cross_entropy" needs logits, but .* gives distances'):
         LossStack(PLAIN).check(readout)
-    with pytest.raises(UserError, match='two losses are called cross_entropy; give one of them another "name"'):
-        LossStack([*PLAIN, *PLAIN])
 
 
 @pytest.mark.slow
