@@ -173,28 +173,28 @@ class Gradient:
         self._dense.append(values)
 
     def write(self, out: Tensor) -> None:
-        """The sum of it all into `out` (n, V). Overwrites the softmaxes: ask them nothing afterwards."""
-        parts = [part for softmax, *factors in self._softmaxes.values() for part in self._parts(softmax, *factors)]
-        parts += self._dense
-        total = parts[0] if parts else self._chunk.scratch.take(self._chunk.scores).zero_()
-        for part in parts[1:]:
-            total.add_(part)
+        """The sum of it all into `out` (n, V), which may be the scores. Overwrites the softmaxes: ask them nothing afterwards."""
+        terms: list[tuple[Tensor, Any]] = []
+        for softmax, factors, score_factors in self._softmaxes.values():
+            terms += [(softmax.weighted_scores, sum(score_factors))] if score_factors else []
+            terms += [(softmax.probabilities, sum(factors))] if factors else []
+        terms += [(values, None) for values in self._dense]
+        if not terms:
+            terms = [(self._chunk.scratch.take(self._chunk.scores).zero_(), None)]
+        first, factor = terms[0]
+        total = out if out.dtype == first.dtype else first  # what is rounded is rounded once, at the end
+        torch.mul(first, 1.0 if factor is None else _rows(factor), out=total)
+        for values, factor in terms[1:]:
+            total.add_(values if factor is None else values.mul_(_rows(factor)))
         for value in self._constants:
             total.add_(_rows(value))
         for indices, values in self._entries:
             total.scatter_add_(1, indices, values)
-        out.copy_(total)
+        if total is not out:
+            out.copy_(total)
 
     def _of(self, softmax: Softmax) -> tuple[Softmax, list, list]:
         return self._softmaxes.setdefault(softmax.temperature, (softmax, [], []))
-
-    def _parts(self, softmax: Softmax, factors: list, score_factors: list) -> list[Tensor]:
-        parts = []
-        if score_factors:
-            parts.append(softmax.weighted_scores.mul_(_rows(sum(score_factors))))
-        if factors:
-            parts.append(softmax.probabilities.mul_(_rows(sum(factors))))
-        return parts
 
 
 class TokenLoss:

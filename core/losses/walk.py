@@ -26,7 +26,7 @@ CHUNK_BYTES = {"cpu": 96 << 20, "cuda": 128 << 20}
 MEMORY_SHARE = 64
 """A chunk is at most one part in so many of the device's memory: of all of it, not of what is free, as sums over chunks round
 differently and a resumed run must compute the same bits."""
-BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 128 << 20}
+BLOCK_BYTES = {"cpu": 5 << 20, "cuda": 128 << 20}
 """fp32 scores of one block. On a CPU, two or three such buffers stay in the cache (docs/LOG.md)."""
 TABLE_BLOCK_BYTES = {"cpu": 48 << 20, "cuda": 128 << 20}
 """The same, when a loss multiplies with the whole embedding table or autograd adds temporaries: products want long blocks."""
