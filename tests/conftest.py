@@ -1,6 +1,6 @@
 """Fixtures every test may use."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,10 +15,7 @@ def make_project(tmp_path: Path) -> Callable[..., Project]:
     return lambda presets, name="project": Project.make(tmp_path / name, presets)
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Torch with one thread: tiny models run faster so on a busy machine."""
-    before = torch.get_num_threads()
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Torch with one thread: tiny models run faster so, and a busy machine slows them less."""
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

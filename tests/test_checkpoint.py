@@ -330,7 +330,6 @@ def test_names_that_may_differ_are_reported() -> None:
     assert torch.equal(module["trunk"].weight, saved["trunk.weight"])
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_another_model_in_the_same_lineage_is_refused(tmp_path: Path) -> None:
     """Before anything is written: the checkpoint and the log stay as they were, bit for bit."""
     train_here(tiny_preset(lineage="shared"), tmp_path)
@@ -341,7 +340,6 @@ def test_another_model_in_the_same_lineage_is_refused(tmp_path: Path) -> None:
     assert after == before
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_longer_rows_extend_the_position_table(tmp_path: Path) -> None:
     """The run goes on from the weights, its old positions kept, and says what it did; everything loads as weights only."""
     train_here(tiny_preset(lineage="shared"), tmp_path)

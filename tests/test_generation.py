@@ -14,8 +14,6 @@ from core.models.readout import LinearReadout
 from core.models.simple_lm import SimpleLM, SimpleLMSettings
 from core.settings import GenerateSettings, TokenizerSettings
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:

@@ -46,6 +46,7 @@ def assert_refused(result: Result, *told: str) -> None:
 # a run and what it leaves --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_leaves_what_the_interface_says_and_the_next_goes_on(make_project: Callable[..., Project]) -> None:
     """Files, event fields, checkpoint; a second start is the next run of the same lineage; the log never repeats a step."""
     project = make_project({"t": tiny_preset(name="Tiny one", lineage="lm", train={"checkpoint_every_steps": 2})})

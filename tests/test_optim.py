@@ -13,7 +13,6 @@ from core.settings import TrainSettings
 from tests.models.test_models import tiny_settings
 
 V = 40
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def build(kind: str = "adamw", seed: int = 1, **settings: Any) -> tuple[SimpleLM, Optimizer]:

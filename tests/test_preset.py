@@ -342,7 +342,6 @@ def shrunk(preset: Any, models: Path) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_preset_takes_two_steps(path: Path, tmp_path: Path) -> None:
     """Shrunk, on local text: it builds, trains, evaluates and saves. Of a comparison, every variant."""

@@ -362,7 +362,6 @@ def shipped(stem: str, **changes: Any) -> dict:
     return merged(json.loads((ROOT / "configs" / f"{stem}.json").read_text()), changes)
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_the_shipped_presets_tokenize_and_then_train(tmp_path: Path) -> None:
     """91 and 92 as they are, but for their length. 92 first: it says that 91 comes first."""
     base = shipped("90_quick_test", train={"max_steps": 3, "eval_tokens": 200})

@@ -31,8 +31,6 @@ from core.trainer import BAD_STEPS, ROLL_BACKS
 from tests.data.corpus import Ranks, make_factory, start, write_corpus
 from tests.project import Project, differences, merged, story, tiny_preset, train_here
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SAME = 1e-5
 """Weights this close are the same but for the order in which floats were added: a hundredth of one update (AdamW makes every
 update about as large as the learning rate, however small the gradient)."""

@@ -89,6 +89,7 @@ def test_a_bpe_learns_merges_and_keeps_to_its_size() -> None:
         TokenizerSettings(vocab_size=200)  # fewer than there are bytes
 
 
+@pytest.mark.slow
 def test_a_hub_tokenizer_without_a_network_says_so_at_once(tmp_path: Path) -> None:
     """Within seconds and in words: what could not be had, why, and what to write instead."""
     code = """

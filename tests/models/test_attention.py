@@ -21,8 +21,6 @@ from core.models import attention
 from core.models.attention import DocumentMask, attend, choose_backend, document_lengths
 from core.models.simple_lm import SimpleLM, SimpleLMSettings
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
 T, H, DH = 150, 4, 16  # longer than a block of FlexAttention (128), and no multiple of one
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -342,3 +340,9 @@ def test_evaluation_does_not_use_eager_flex_attention(monkeypatch: pytest.Monkey
     assert DocumentMask.of(batch, torch.float32, DH, "flex").backend == "flex"
     with torch.no_grad():
         assert DocumentMask.of(batch, torch.float32, DH, "flex").backend == "sdpa"
+
+
+def test_the_mark_of_a_constant_result_is_torchs() -> None:
+    """It is set by hand, so that importing the models does not import the compiler."""
+    marked = torch.compiler.assume_constant_result(lambda: None)
+    assert vars(marked) == vars(attention._obstacle) == {"_dynamo_marked_constant": True}

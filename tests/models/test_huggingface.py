@@ -25,8 +25,6 @@ from tests.hub import hub_env, run_python
 from tests.models.test_models import T, V, golden, make_batch, random_ids, scores_of
 from tests.project import NO_HUB, ROOT, Project, Result
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SIZES = {
     "vocab_size": V,
     "hidden_size": 32,

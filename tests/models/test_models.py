@@ -29,8 +29,6 @@ GOLDEN = Path(__file__).resolve().parent.parent / "golden"
 V, T = 40, 16
 CAUSAL = [name for name, (_, cls) in MODELS.items() if cls.is_causal]
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @lru_cache
 def hub_folder() -> str:
