@@ -63,10 +63,16 @@ class ModelOutput:
 class LanguageModel(Protocol):
     """A trunk plus readout. No loss, optimizer, print or device choice inside.
 
-    May define `after_optimizer_step()` and `set_progress(p)`; the trainer calls them when they exist.
+    It may define, and whoever needs them calls them where they exist:
+
+        set_progress(p)                before each update, and before a trained model is used: schedules of its own
+        after_optimizer_step()         after each update
+        report() -> {name: scalar}     numbers of the last forward pass, told with the step; tensors, never read here
+        new_cache() -> cache           of one batch of texts that grow at their ends; None where no cache would be exact
+        extend(input_ids (B, t), cache) -> ModelOutput of these t positions, which follow what the cache holds
     """
 
-    is_causal: bool
+    is_causal: bool  # whether no position sees a later one: where it is False, losses and perplexities are not a language model's
     vocab_size: int
 
     def __call__(self, batch: Batch) -> ModelOutput: ...
