@@ -2,10 +2,12 @@
 
 from core.models.gpt2 import GPT2, GPT2Settings
 from core.models.hub import Hub, HubSettings
+from core.models.polychromatic import PolychromaticLM, PolychromaticSettings
 from core.models.simple_lm import SimpleLM, SimpleLMSettings
 
 MODELS = {
     "simple_lm": (SimpleLMSettings, SimpleLM),
     "gpt2": (GPT2Settings, GPT2),
+    "polychromatic": (PolychromaticSettings, PolychromaticLM),
     "hub": (HubSettings, Hub),
 }

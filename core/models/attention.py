@@ -152,6 +152,24 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: DocumentMask) -> Tensor:
     return torch.softmax(scores.add_(mask.bias), dim=-1) @ v
 
 
+def attend_to_past(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
+    """Causal attention of new positions over all so far: q (B, H, t, Dh) of the last t of n, k and v (B, K, n, Dh).
+
+    dtype   in which they are multiplied, as in a DocumentMask; the result (B, H, t, Dh) has it
+    """
+    B, H, t, _ = q.shape
+    K, n = k.shape[1:3]
+    if t == n:
+        return attend(q, k, v, DocumentMask("sdpa", dtype, causal=True))
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    # the heads that share keys and values as one head of more queries: nothing of the past is copied
+    rows = q.reshape(B, K, H // K * t, -1)
+    may_attend = None
+    if t > 1:
+        may_attend = torch.ones(t, n, dtype=torch.bool, device=q.device).tril(n - t).repeat(H // K, 1)  # (H / K * t, n)
+    return F.scaled_dot_product_attention(rows, k, v, attn_mask=may_attend).reshape(q.shape)
+
+
 def _block_mask(number: Tensor, causal: bool) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 

@@ -1,0 +1,369 @@
+"""PolychromaticLM (specification 001, arXiv 2603.13347): grouped-query attention, and feed-forward layers whose neurons choose
+among four activations, by a preference of their own and by what was read; and its SwiGLU baseline.
+
+In:    Batch
+Out:   ModelOutput(hidden (B, T, D), LinearReadout), the readout tied to the embedding table
+State: parameters and buffers named as the published ones (`embeddings`, `model_core.N.gqa.W_q`, `model_core.N.polyglu.alpha`,
+       `rope.cosines`, `output_head`, ...); the temperature tau, which follows from the progress of the run
+
+B batch, T time, D hidden_size, H num_heads, K num_kv_heads, Dh head_dim, F intermediate_size, L num_layers, G gate width
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from core.contracts import Batch, ModelOutput
+from core.models.attention import Attention, DocumentMask, attend, attend_to_past, choose_backend, compute_dtype
+from core.models.cache import KeyValueCache
+from core.models.polyglu import NUM_ACTIVATIONS, mix_activations, neuron_factors, pick_activation, position_factors
+from core.models.readout import LinearReadout
+from core.schedules import Piece, Schedule, limits, value_at
+from core.settings import Settings
+
+GATE_WIDTH = 32
+"""Hidden width of the network that reads what the routing depends on."""
+
+
+class RoutingSettings(Settings):
+    """How the neurons of PolyGLU choose their activation."""
+
+    pool: Literal["causal", "sequence"] = "causal"
+    """What a position's routing depends on. causal: the mean over its document up to it. sequence: the mean over the row,
+    the future, neighbours and padding included: as published, and its loss is not a language model's."""
+    tau: Schedule = Piece(start=1.0, to=0.1)
+    """Temperature of the choice: high mixes the four activations, low takes one."""
+    noise: bool = True
+    """Gumbel noise on the choice in training, one draw per row and neuron."""
+    evaluate: Literal["soft", "argmax", "sample"] = "soft"
+    """Outside training. soft: no noise. argmax: the likeliest activation alone. sample: noise as in training, as published."""
+
+    @model_validator(mode="after")
+    def _tau_is_positive(self) -> "RoutingSettings":
+        if (lowest := limits(self.tau)[0]) <= 0:
+            raise ValueError(f"tau comes down to {lowest:g}; it divides, so keep it above 0")
+        return self
+
+
+class PolychromaticSettings(Settings):
+    """PolychromaticLM. The defaults are those of the published model, 597,153,888 parameters."""
+
+    type: Literal["polychromatic"] = "polychromatic"
+    hidden_size: int = Field(1024, ge=1)
+    """Width of the hidden states."""
+    intermediate_size: int | None = Field(None, ge=1)
+    """Neurons of a feed-forward layer; left out, 4 x hidden_size."""
+    num_layers: int = Field(28, ge=1)
+    """Transformer blocks."""
+    num_heads: int = Field(16, ge=1)
+    """Query heads."""
+    num_kv_heads: int = Field(8, ge=1)
+    """Key-value heads, each shared by num_heads / num_kv_heads query heads."""
+    head_dim: int = Field(64, ge=2, multiple_of=2)
+    """Width of a head."""
+    seq_length: int = Field(4096, ge=2)
+    """Tokens a row of training text has, and positions the model knows."""
+    norm_eps: float = Field(1e-6, gt=0.0)
+    """Added to the mean square in every RMSNorm."""
+    rope_theta: float = Field(10_000.0, gt=0.0)
+    """Base of the rotary positions' wavelengths."""
+    feed_forward: Literal["polyglu", "swiglu"] = "polyglu"
+    """polyglu: four activations, routed. swiglu: SiLU alone, the baseline of the same shape."""
+    routing: RoutingSettings = RoutingSettings()
+    """How PolyGLU's neurons choose."""
+    attention: Attention = "auto"
+    """What computes attention, as for simple_lm."""
+    activation_checkpointing: bool = False
+    """Keep only each block's input for the backward pass and compute the rest again: a third more time, far less memory."""
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> "PolychromaticSettings":
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}")
+        return self
+
+    @property
+    def neurons(self) -> int:
+        return self.intermediate_size or 4 * self.hidden_size
+
+    def num_parameters(self, vocab_size: int) -> int:
+        """Counted without building anything: the menu asks."""
+        D, F, Dh = self.hidden_size, self.neurons, self.head_dim
+        attention = 2 * D * Dh * (self.num_heads + self.num_kv_heads) + 2 * Dh
+        gate_net = D * GATE_WIDTH + GATE_WIDTH + GATE_WIDTH * NUM_ACTIVATIONS + NUM_ACTIVATIONS
+        routing = (F + 1) * NUM_ACTIVATIONS + gate_net if self.feed_forward == "polyglu" else 0
+        return vocab_size * D + self.num_layers * (attention + 3 * D * F + routing + 2 * D) + D
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x**2) + eps) * gama, over the last dimension (Zhang & Sennrich 2019)."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.gama, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.rms_norm(x, self.gama.shape, self.gama, self.eps)
+
+
+class RoPE(nn.Module):
+    """Rotary positions (Su et al. 2021), half-split: coordinate i turns with coordinate i + Dh / 2."""
+
+    def __init__(self, head_dim: int, seq_length: int, theta: float):
+        super().__init__()
+        frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)  # (Dh / 2,)
+        angles = torch.arange(seq_length, dtype=torch.float64)[:, None] * frequencies  # (T, Dh / 2)
+        self.register_buffer("cosines", angles.cos().float())
+        self.register_buffer("sins", angles.sin().float())
+
+    def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:  # (B, T) -> 2 x (B, T, 1, Dh / 2)
+        return self.cosines[position_ids][:, :, None], self.sins[position_ids][:, :, None]
+
+
+def rotate(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:  # (B, T, H, Dh) -> (B, T, H, Dh)
+    (cos, sin), (first, second) = turn, x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+
+
+@dataclass
+class Pass:
+    """What the layers of one forward pass share."""
+
+    mask: DocumentMask
+    position_ids: Tensor  # (B, T), from 0 at the start of each document
+    turn: tuple[Tensor, Tensor]  # RoPE's cosines and sines of these positions
+    tau: Tensor  # ()
+    cache: KeyValueCache | None = None
+
+
+class GQA(nn.Module):
+    """Grouped-query attention; queries and keys are normalised per head, before they are turned."""
+
+    def __init__(self, settings: PolychromaticSettings):
+        super().__init__()
+        D, Dh = settings.hidden_size, settings.head_dim
+        self.head_dim = Dh
+        self.rmsnorm_q, self.rmsnorm_k = RMSNorm(Dh, settings.norm_eps), RMSNorm(Dh, settings.norm_eps)
+        self.W_q = nn.Linear(D, settings.num_heads * Dh, bias=False)
+        self.W_k = nn.Linear(D, settings.num_kv_heads * Dh, bias=False)
+        self.W_v = nn.Linear(D, settings.num_kv_heads * Dh, bias=False)
+        self.W_o = nn.Linear(settings.num_heads * Dh, D, bias=False)
+
+    def forward(self, x: Tensor, shared: Pass, layer: int) -> Tensor:  # (B, T, D) -> (B, T, D)
+        q, k, v = (W(x).unflatten(-1, (-1, self.head_dim)) for W in (self.W_q, self.W_k, self.W_v))  # (B, T, H or K, Dh)
+        q, k = rotate(self.rmsnorm_q(q), shared.turn), rotate(self.rmsnorm_k(k), shared.turn)
+        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))  # (B, H or K, T, Dh)
+        if shared.cache is None:
+            mixed = attend(q, k, v, shared.mask)  # (B, H, T, Dh)
+        else:
+            mixed = attend_to_past(q, *shared.cache.extend(layer, k, v), shared.mask.dtype)
+        return self.W_o(mixed.transpose(1, 2).flatten(2))
+
+
+class SwiGLU(nn.Module):
+    """The baseline: SiLU for every neuron (Shazeer 2020)."""
+
+    def __init__(self, settings: PolychromaticSettings):
+        super().__init__()
+        D, F = settings.hidden_size, settings.neurons
+        self.W_gate, self.W_up = nn.Linear(D, F, bias=False), nn.Linear(D, F, bias=False)
+        self.W_down = nn.Linear(F, D, bias=False)
+
+    def forward(self, x: Tensor, shared: Pass, layer: int) -> tuple[Tensor, None]:  # (B, T, D) -> (B, T, D)
+        return self.W_down(functional.silu(self.W_gate(x)) * self.W_up(x)), None
+
+
+class PolyGLU(SwiGLU):
+    """State-conditional activation routing: each neuron mixes four activations by softmax((alpha + beta f(m) + noise) / tau),
+    where m is a mean over what was read and f a small network. Routing is computed in fp32."""
+
+    def __init__(self, settings: PolychromaticSettings):
+        super().__init__(settings)
+        self.routing = settings.routing
+        self.alpha = nn.Parameter(torch.zeros(settings.neurons, NUM_ACTIVATIONS))
+        self.beta = nn.Parameter(torch.ones(NUM_ACTIVATIONS))
+        self.gate_net = nn.Sequential(
+            nn.Linear(settings.hidden_size, GATE_WIDTH), nn.ReLU(), nn.Linear(GATE_WIDTH, NUM_ACTIVATIONS)
+        )
+
+    def forward(self, x: Tensor, shared: Pass, layer: int) -> tuple[Tensor, Tensor]:
+        """(B, T, D) -> (B, T, D), and f of every position, (B, T, 4), or of the row, (B, 1, 4)."""
+        gate, up = self.W_gate(x), self.W_up(x)  # (B, T, F)
+        with torch.autocast(x.device.type, enabled=False):
+            f = self._gates(x.to(torch.promote_types(x.dtype, torch.float32)), shared, layer)
+            mixed = self._mix(gate, up, f, shared.tau)  # (B, T, F)
+        return self.W_down(mixed), f
+
+    def _gates(self, x: Tensor, shared: Pass, layer: int) -> Tensor:
+        """f of the mean over the row, or over the document so far; there the mean of W x is taken, which is W of the mean."""
+        first, relu, second = self.gate_net
+        if self.routing.pool == "sequence":
+            return second(relu(first(x.mean(1, keepdim=True))))  # (B, 1, 4)
+        sums = running_sum(functional.linear(x, first.weight), shared.position_ids)  # (B, T, G)
+        count = shared.position_ids[..., None] + 1
+        if shared.cache is not None:
+            name = f"pool.{layer}"
+            if name in shared.cache.state:
+                sums = sums + shared.cache.state[name]
+            shared.cache.state[name] = sums[:, -1:]
+        return second(relu(sums / count + first.bias))  # (B, T, 4)
+
+    def _mix(self, gate: Tensor, up: Tensor, f: Tensor, tau: Tensor) -> Tensor:
+        neuron, position = self.alpha[None], self.beta * f  # (1, F, 4), (B, T or 1, 4)
+        how = "sample" if self.training and self.routing.noise else "soft" if self.training else self.routing.evaluate
+        if how == "argmax":
+            return pick_activation(gate, up, neuron, position)
+        if how == "sample":
+            neuron = neuron + gumbel(len(gate), *self.alpha.shape, like=self.alpha)  # (B, F, 4)
+        if self.routing.pool == "sequence":
+            return mix_activations(gate, up, torch.softmax((neuron + position) / tau, dim=-1).transpose(1, 2))
+        factors = neuron_factors(neuron / tau)
+        return mix_activations(gate, up, factors.expand(len(gate), -1, -1), position_factors(position / tau))
+
+
+def gumbel(*shape: int, like: Tensor) -> Tensor:
+    """-log of exponential draws, from torch's generator: the trainer seeds it for each step, as for dropout."""
+    return -torch.empty(shape, dtype=like.dtype, device=like.device).exponential_().log()
+
+
+def running_sum(x: Tensor, position_ids: Tensor) -> Tensor:
+    """The sum of x (B, T, C) over each position's document up to it, in log2 T additions of whole tensors.
+
+    A document's sums never touch another document's numbers, which a difference of cumulative sums would by its rounding.
+    """
+    T, shift = x.shape[1], 1
+    while shift < T:
+        before = functional.pad(x, (0, 0, shift, 0))[:, :T]
+        x = x + torch.where((position_ids >= shift)[..., None], before, 0.0)
+        shift *= 2
+    return x
+
+
+class TransformerBlock(nn.Module):
+    """x + GQA(norm(x)), then the same with the feed-forward layer."""
+
+    def __init__(self, settings: PolychromaticSettings):
+        super().__init__()
+        self.rmsnorm_1 = RMSNorm(settings.hidden_size, settings.norm_eps)
+        self.rmsnorm_2 = RMSNorm(settings.hidden_size, settings.norm_eps)
+        self.add_module(settings.feed_forward, {"polyglu": PolyGLU, "swiglu": SwiGLU}[settings.feed_forward](settings))
+        self.gqa = GQA(settings)
+
+    @property
+    def feed_forward(self) -> nn.Module:
+        return self.polyglu if hasattr(self, "polyglu") else self.swiglu
+
+    def forward(self, x: Tensor, shared: Pass, layer: int) -> tuple[Tensor, Tensor | None]:  # (B, T, D) -> (B, T, D), f
+        x = x + self.gqa(self.rmsnorm_1(x), shared, layer)
+        added, f = self.feed_forward(self.rmsnorm_2(x), shared, layer)
+        return x + added, f
+
+
+class PolychromaticLM(nn.Module):
+    """The language model of specification 001."""
+
+    is_causal = True
+
+    def __init__(self, settings: PolychromaticSettings, vocab_size: int):
+        super().__init__()
+        self.settings, self.vocab_size = settings, vocab_size
+        self.routes = settings.feed_forward == "polyglu"
+        self.is_causal = not self.routes or settings.routing.pool == "causal"
+        self.rope = RoPE(settings.head_dim, settings.seq_length, settings.rope_theta)
+        self.embeddings = nn.Embedding(vocab_size, settings.hidden_size)
+        self.model_core = nn.ModuleList(TransformerBlock(settings) for _ in range(settings.num_layers))
+        self.rmsnorm = RMSNorm(settings.hidden_size, settings.norm_eps)
+        self.output_head = nn.Linear(settings.hidden_size, vocab_size, bias=False)
+        self._initialise()
+        self.output_head.weight = self.embeddings.weight
+        # a tensor, because a number would make a compiled model compile again at every change
+        self.register_buffer("tau", torch.tensor(float(value_at(settings.routing.tau, 0.0))), persistent=False)
+        self.gates: Tensor | None = None
+        """f of the last forward pass, (L, B, T or 1, 4), without gradient: what the routing made of what it read."""
+
+    # the forward pass ------------------------------------------------------------------------------------------------
+
+    def forward(self, batch: Batch) -> ModelOutput:
+        """Hidden states of every position; attention, and the causal pool, stay inside each document."""
+        x = self.embeddings(batch.input_ids)  # (B, T, D)
+        mask = DocumentMask.of(batch, compute_dtype(x), self.settings.head_dim, self.settings.attention)
+        return self._layers(x, Pass(mask, batch.position_ids, self.rope(batch.position_ids), self.tau))
+
+    def _layers(self, x: Tensor, shared: Pass) -> ModelOutput:
+        gates = []
+        again = self.settings.activation_checkpointing and self.training and torch.is_grad_enabled()
+        for layer, block in enumerate(self.model_core):
+            # the second computation draws the same noise: checkpoint() keeps the generator's state
+            x, f = checkpoint(block, x, shared, layer, use_reentrant=False) if again else block(x, shared, layer)
+            gates.append(f)
+        self.gates = torch.stack([f.detach() for f in gates]) if self.routes else None
+        return ModelOutput(self.rmsnorm(x), LinearReadout(self.output_head.weight, table=self.embeddings.weight))
+
+    def new_cache(self) -> KeyValueCache | None:
+        """None where a later token changes what was computed for earlier ones, or noise does."""
+        if self.routes and (not self.is_causal or self.settings.routing.evaluate == "sample"):
+            return None
+        return KeyValueCache(len(self.model_core))
+
+    def extend(self, input_ids: Tensor, cache: KeyValueCache) -> ModelOutput:
+        """The next t tokens (B, t) of texts of which `cache` holds the beginning."""
+        x, begin = self.embeddings(input_ids), cache.length
+        position_ids = torch.arange(begin, begin + input_ids.shape[1], device=x.device).expand(input_ids.shape)
+        mask = DocumentMask("sdpa", compute_dtype(x), causal=True)
+        return self._layers(x, Pass(mask, position_ids, self.rope(position_ids), self.tau, cache))
+
+    # what the trainer calls ------------------------------------------------------------------------------------------
+
+    def set_progress(self, progress: float) -> None:
+        """Put the temperature where its schedule has it."""
+        self.tau.fill_(value_at(self.settings.routing.tau, progress))
+
+    @torch.no_grad()
+    def report(self) -> dict[str, Tensor]:
+        """The temperature, and the routing's entropies in nats (ln 4 at most): `routing_entropy` of alpha alone,
+        `dynamic_routing_entropy` of alpha + beta f at up to 8 places of each row; both without tau and noise."""
+        if not self.routes:
+            return {}
+        layers: list[PolyGLU] = [block.polyglu for block in self.model_core]
+        found = {"tau": self.tau, "routing_entropy/mean": torch.stack([entropy(p.alpha).mean() for p in layers]).mean()}
+        if self.gates is not None:
+            f = self.gates[:, :, :: max(1, self.gates.shape[2] // 8)]  # (L, B, 8, 4)
+            dynamic = torch.stack([entropy(p.alpha + (p.beta * at)[:, :, None]).mean() for p, at in zip(layers, f)])  # (L,)
+            found["dynamic_routing_entropy/mean"] = dynamic.mean()
+            found |= {f"dynamic_routing_entropy/layer_{i}": value for i, value in enumerate(dynamic)}
+        return found
+
+    def attention_note(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """What to tell the user if `settings.attention` cannot be had on a device; `dtype` is that of matrix products."""
+        return choose_backend(self.settings.attention, device, dtype, self.settings.head_dim)[1]
+
+    def prepare_load(self, saved: dict[str, Tensor], notes: list[str]) -> None:
+        """Tables of rotary positions are computed, never loaded: published ones have another length, or bf16's precision."""
+        own = {"rope.cosines": self.rope.cosines, "rope.sins": self.rope.sins}
+        if any(name in saved and saved[name].shape != table.shape for name, table in own.items()):
+            notes.append(f"rotary positions are computed for {self.settings.seq_length} tokens")
+        saved.update(own)
+        saved.setdefault("output_head.weight", saved.get("embeddings.weight", self.output_head.weight))
+
+    def _initialise(self) -> None:
+        """N(0, 0.02), biases 0; what adds to the residual stream is scaled by 1 / sqrt(2 L) (specification 001)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        for block in self.model_core:
+            for projection in (block.gqa.W_o, block.feed_forward.W_down):
+                nn.init.normal_(projection.weight, std=0.02 / math.sqrt(2 * len(self.model_core)))
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """-sum p log(p + 1e-10) of p = softmax(logits), in nats: (..., 4) -> (...)."""
+    p = torch.softmax(logits.float(), dim=-1)
+    return -(p * torch.log(p + 1e-10)).sum(-1)

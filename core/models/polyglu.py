@@ -1,0 +1,232 @@
+"""PolyGLU's mixture of four activations as one pass over the neurons, forward and backward, that stores nothing of size 4.
+
+    out = up * sum_k w_k act_k(gate)          act = ReLU, tanh, SiLU, GELU (erf)
+    w   = neuron                              one set of weights for a whole row (pool "sequence"), or
+    w_k = neuron_k position_k / sum_j ...     a softmax that factorises (pool "causal")
+
+The weights of a neuron n at a position t are softmax_k((alpha_nk + noise_nk + beta_k f_k(t)) / tau), and an exponential of a sum
+is a product: exp((alpha + noise) / tau), one per neuron, times exp(beta f / tau), one per position. So the causal form needs no
+exponential per neuron and position, only their products.
+
+In:    what W_gate and W_up give, (B, T, F); factors per neuron (B, 4, F), per position (B, 4, T)
+Out:   (B, T, F), what W_down takes
+State: none. For the backward pass the inputs are kept, and activations and weights computed again
+
+B batch, T time, F intermediate_size, b rows and n positions of a block
+"""
+
+import math
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+NUM_ACTIVATIONS = 4
+NAMES = ("ReLU", "Tanh", "SiLU", "GELU")
+
+NEURON_CENTRE, POSITION_CENTRE, POSITION_SPREAD = 40.0, 20.0, 90.0
+"""Where the largest logarithm of a factor is put, and how far below it one of a position's may be. Products then neither overflow
+nor all vanish: the largest's logarithm is from -30 to 60. A neuron's factor that fp32 cannot hold any more is 127 below its
+largest, and so without weight at any position. Where beta f differs by more than 90 tau, it counts as 90 tau apart."""
+
+BLOCK = 1 << 16
+"""Neurons x positions worked on at a time on a CPU: what a block needs stays in the cache."""
+
+SQRT_HALF, INV_SQRT_2PI = math.sqrt(0.5), 1.0 / math.sqrt(2.0 * math.pi)
+
+
+def neuron_factors(logits: Tensor) -> Tensor:
+    """exp(logits), up to a factor common to the four: (B, F, 4) -> (B, 4, F)."""
+    logits = logits.transpose(1, 2)
+    return torch.exp(logits - logits.detach().amax(1, keepdim=True) + NEURON_CENTRE).contiguous()
+
+
+def position_factors(logits: Tensor) -> Tensor:
+    """exp(logits), up to a factor common to the four: (B, T, 4) -> (B, 4, T)."""
+    logits = logits.transpose(1, 2)
+    below = (logits - logits.detach().amax(1, keepdim=True)).clamp_min(-POSITION_SPREAD)
+    return torch.exp(below + POSITION_CENTRE).contiguous()
+
+
+def mix_activations(gate: Tensor, up: Tensor, neuron: Tensor, position: Tensor | None = None) -> Tensor:
+    """up * sum_k w_k act_k(gate): (B, T, F), in the dtype of `gate`; computed in fp32, or float64.
+
+    gate, up    (B, T, F)
+    neuron      (B, 4, F) the weights themselves, or with `position` factors of them (`neuron_factors`)
+    position    (B, 4, T) the other factors (`position_factors`)
+    """
+    return _Mixture.apply(gate, up, neuron, position)
+
+
+def pick_activation(gate: Tensor, up: Tensor, neuron: Tensor, position: Tensor) -> Tensor:
+    """up * act_k(gate) with the k whose neuron + position is largest: the limit of tau to 0. Not for training: no gradient
+    reaches the logits, and tensors of (B, T, F) are written out.
+
+    gate, up    (B, T, F)
+    neuron      (B or 1, F, 4) and position (B, T or 1, 4): the logits' two parts
+    """
+    values, _ = _activations(gate.to(neuron.dtype))
+    best = picked = None
+    for k, value in enumerate(values):
+        score = neuron[:, None, :, k] + position[:, :, None, k]  # (B, T or 1, F)
+        better = score > best if best is not None else None
+        picked = value if better is None else torch.where(better, value, picked)
+        best = score if better is None else torch.maximum(score, best)
+    return (picked * up).to(gate.dtype)
+
+
+class _Mixture(torch.autograd.Function):
+    """Chooses who computes: blocks in the cache on a CPU, a compiled kernel on a GPU, the surrounding compiler inside one."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, neuron: Tensor, position: Tensor | None) -> Tensor:
+        ctx.save_for_backward(gate, up, neuron, position)
+        return _by_device(gate, _forward_blocks, _forward)(gate, up, neuron, position)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        gate, up, neuron, position = ctx.saved_tensors
+        return _by_device(gate, _backward_blocks, _backward)(grad, gate, up, neuron, position)
+
+
+def _by_device(x: Tensor, blocks: Any, formula: Any) -> Any:
+    if torch.compiler.is_compiling():
+        return formula
+    return blocks if x.device.type == "cpu" else _compiled(formula)
+
+
+@lru_cache
+def _compiled(function: Any) -> Any:
+    from importlib.util import find_spec
+
+    return torch.compile(function, dynamic=False) if find_spec("triton") else function
+
+
+# the formulas, for a compiler to fuse -------------------------------------------------------------------------------------
+
+
+def _activations(a: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """The four activations and their derivatives."""
+    sigmoid, tanh = torch.sigmoid(a), torch.tanh(a)
+    cdf = 0.5 + 0.5 * torch.erf(a * SQRT_HALF)
+    values = [torch.relu(a), tanh, a * sigmoid, a * cdf]
+    density = torch.exp(-0.5 * a * a) * INV_SQRT_2PI
+    return values, [(a > 0).to(a.dtype), 1 - tanh * tanh, sigmoid * (1 + a * (1 - sigmoid)), cdf + a * density]
+
+
+def _weights(neuron: Tensor, position: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
+    """Unnormalised weights of each activation and their sum, as tensors that broadcast to (B, T, F); None: normalised."""
+    if position is None:
+        return [neuron[:, k, None, :] for k in range(NUM_ACTIVATIONS)], None
+    products = [neuron[:, k, None, :] * position[:, k, :, None] for k in range(NUM_ACTIVATIONS)]
+    return products, products[0] + products[1] + products[2] + products[3]
+
+
+def _forward(gate: Tensor, up: Tensor, neuron: Tensor, position: Tensor | None) -> Tensor:
+    values, _ = _activations(gate.to(neuron.dtype))
+    weights, total = _weights(neuron, position)
+    mixed = sum(w * value for w, value in zip(weights, values))
+    if total is not None:
+        mixed = mixed / total
+    return (mixed * up).to(gate.dtype)
+
+
+def _backward(
+    grad: Tensor, gate: Tensor, up: Tensor, neuron: Tensor, position: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    values, slopes = _activations(gate.to(neuron.dtype))
+    weights, total = _weights(neuron, position)
+    grad = grad.to(neuron.dtype)
+    of_mix = grad * up  # (B, T, F), and so are all below
+    mixed = sum(w * value for w, value in zip(weights, values))
+    slope = sum(w * s for w, s in zip(weights, slopes))
+    if total is not None:
+        mixed, of_mix = mixed / total, of_mix / total
+    of_gate, of_up = (of_mix * slope).to(gate.dtype), (grad * mixed).to(up.dtype)
+    if position is None:
+        return of_gate, of_up, torch.stack([(of_mix * value).sum(1) for value in values], 1), None
+    of_weights = [of_mix * (value - mixed) for value in values]
+    of_neuron = torch.stack([(w * position[:, k, :, None]).sum(1) for k, w in enumerate(of_weights)], 1)
+    of_position = torch.stack([(w * neuron[:, k, None, :]).sum(2) for k, w in enumerate(of_weights)], 1)
+    return of_gate, of_up, of_neuron, of_position
+
+
+# the same in blocks that stay in the cache --------------------------------------------------------------------------------
+
+
+def _blocks(gate: Tensor) -> Iterator[tuple[slice, slice]]:
+    """(batch rows, positions) of each block: some positions of one row, or several whole rows where rows are short."""
+    B, T, F = gate.shape
+    n = max(1, min(T, BLOCK // F))
+    rows = max(1, BLOCK // (T * F)) if n == T else 1
+    return ((slice(b, b + rows), slice(t, t + n)) for b in range(0, B, rows) for t in range(0, T, n))
+
+
+def _tanh(a: Tensor) -> Tensor:
+    """A sigmoid takes a fifth of torch.tanh's time on a CPU."""
+    return torch.sigmoid(a + a).mul_(2.0).sub_(1.0)
+
+
+def _values(a: Tensor) -> list[Tensor]:
+    return [torch.relu(a), _tanh(a), functional.silu(a), functional.gelu(a)]
+
+
+def _weigh(parts: list[Tensor], neuron: Tensor, position: Tensor | None) -> Tensor:
+    """sum_k w_k parts_k before any division: parts 4 x (b, n, F), neuron (b, 4, F), position (b, 4, n) -> (b, n, F)."""
+    total = parts[0] * neuron[:, 0, None]
+    if position is not None:
+        total.mul_(position[:, 0, :, None])
+    for k in range(1, NUM_ACTIVATIONS):
+        if position is None:
+            total.addcmul_(parts[k], neuron[:, k, None])
+        else:
+            total.addcmul_(parts[k] * neuron[:, k, None], position[:, k, :, None])
+    return total
+
+
+def _forward_blocks(gate: Tensor, up: Tensor, neuron: Tensor, position: Tensor | None) -> Tensor:
+    out = torch.empty_like(gate)
+    for b, t in _blocks(gate):
+        w, at = neuron[b], None if position is None else position[b, :, t]
+        mixed = _weigh(_values(gate[b, t].to(w.dtype)), w, at)  # (b, n, F)
+        if at is not None:
+            mixed.div_(at.transpose(1, 2) @ w)
+        out[b, t] = mixed.mul_(up[b, t])
+    return out
+
+
+def _backward_blocks(
+    grad: Tensor, gate: Tensor, up: Tensor, neuron: Tensor, position: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    of_gate, of_up, of_neuron = torch.empty_like(gate), torch.empty_like(up), torch.zeros_like(neuron)
+    of_position = None if position is None else torch.empty_like(position)
+    for b, t in _blocks(gate):
+        w, at = neuron[b], None if position is None else position[b, :, t]
+        a, dy = gate[b, t].to(w.dtype), grad[b, t].to(w.dtype)  # (b, n, F), as all below; `dy` may be the caller's own
+        values = _values(a)
+        mixed, of_mix = _weigh(values, w, at), dy * up[b, t]
+        if at is not None:
+            total = at.transpose(1, 2) @ w
+            mixed.div_(total)
+            of_mix.div_(total)
+        scratch = dy * mixed
+        of_up[b, t] = scratch
+        for k, value in enumerate(values):
+            if at is None:
+                of_neuron[b, k] += torch.mul(value, of_mix, out=scratch).sum(1)
+            else:
+                torch.sub(value, mixed, out=scratch).mul_(of_mix)
+                of_neuron[b, k] += (at[:, k, None] @ scratch)[:, 0]
+                of_position[b, k, t] = (scratch @ w[:, k, :, None])[..., 0]
+        one = torch.ones_like(a)
+        slopes = [
+            torch.gt(a, 0).to(a.dtype),
+            values[1].square_().neg_().add_(1.0),
+            torch.ops.aten.silu_backward(one, a),
+            torch.ops.aten.gelu_backward(one, a),
+        ]
+        of_gate[b, t] = _weigh(slopes, w, at).mul_(of_mix)
+    return of_gate, of_up, of_neuron, of_position
