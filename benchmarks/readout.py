@@ -9,11 +9,8 @@ plain side is too large for the machine it runs on pieces of the tokens, one aft
 then extrapolated from two smaller sizes and marked "~".
 """
 
-import multiprocessing
-import resource
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,6 +23,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.measuring import in_a_process, now, peak_bytes
 from core.contracts import Batch, ModelOutput
 from core.losses import LOSSES
 from core.losses.chunk import Chunk, Gradient, Scratch
@@ -84,12 +82,12 @@ class Result:
 
 def measure(case: Case, repetitions: int) -> Result:
     """Both sides of one case."""
-    chunked_bytes = _in_a_process(_peak_bytes, case, "chunked")
+    chunked_bytes = in_a_process(_peak_bytes, case, "chunked")
     if case.plain_pieces == 1:
-        plain_bytes = _in_a_process(_peak_bytes, case, "plain")
+        plain_bytes = in_a_process(_peak_bytes, case, "plain")
     else:
         half, whole = (replace(case, tokens=case.tokens // (case.plain_pieces * k), plain_pieces=1) for k in (2, 1))
-        small, large = _in_a_process(_peak_bytes, half, "plain"), _in_a_process(_peak_bytes, whole, "plain")
+        small, large = in_a_process(_peak_bytes, half, "plain"), in_a_process(_peak_bytes, whole, "plain")
         plain_bytes = large + (large - small) * (case.tokens - whole.tokens) // (whole.tokens - half.tokens)
     hidden, weight, labels = _tensors(case)
     runs: dict[str, Callable] = {"plain": plain, "chunked": chunked}
@@ -98,10 +96,10 @@ def measure(case: Case, repetitions: int) -> Result:
     for repetition in range(repetitions + 1):
         for side in ("plain", "chunked") if repetition % 2 else ("chunked", "plain"):
             hidden.grad = weight.grad = None
-            began = _now(hidden)
+            began = now()
             loss = runs[side](hidden, weight, labels, case)
             if repetition:  # the first warms up, and is compared
-                seconds[side].append(_now(hidden) - began)
+                seconds[side].append(now() - began)
             else:
                 found[side] = (loss.detach(), hidden.grad, weight.grad)
             del loss
@@ -195,10 +193,10 @@ def cost_of_one_more(vocab_size: int, repetitions: int) -> dict[str, float]:
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     for repetition in range(repetitions + 3):
         for name, job in jobs.items():
-            began = _now(scores)
+            began = now()
             job()
             if repetition >= 3:
-                seconds[name].append(_now(scores) - began)
+                seconds[name].append(now() - began)
     found = {name: 1e6 * statistics.median(values) / rows for name, values in seconds.items()}
     return {name: value - found["CE"] if name in ALONE else value for name, value in found.items()}
 
@@ -216,43 +214,12 @@ def _tensors(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     return hidden.to(device).requires_grad_(), weight.to(device).requires_grad_(), labels.to(device)
 
 
-def _now(hidden: Tensor) -> float:
-    if hidden.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def _in_a_process(function: Callable, *arguments: Any) -> Any:
-    """So that neither side sees the other's heap."""
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        return pool.apply(function, arguments)
-
-
 def _peak_bytes(case: Case, side: str) -> int:
     run = {"plain": plain, "chunked": chunked}[side]
     small = replace(case, tokens=8, vocab_size=512, plain_pieces=1)
     run(*_tensors(small), small)  # threads and libraries are not the loss's
     tensors = _tensors(case)
-    if torch.cuda.is_available():
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        run(*tensors, case)
-        return torch.cuda.max_memory_allocated() - before
-    clear, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-    if not clear.exists():  # not Linux: the highest so far, which the tensors themselves hardly raised
-        unit = 1 if sys.platform == "darwin" else 1024
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        run(*tensors, case)
-        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
-    clear.write_text("5")  # forget the peak so far
-    before = _status_bytes(status, "VmRSS")
-    run(*tensors, case)
-    return _status_bytes(status, "VmHWM") - before
-
-
-def _status_bytes(status: Path, field: str) -> int:
-    (line,) = [line for line in status.read_text().splitlines() if line.startswith(f"{field}:")]
-    return int(line.split()[1]) * 1024
+    return peak_bytes(lambda: run(*tensors, case))
 
 
 def main() -> None:

@@ -28,14 +28,14 @@ def step_seconds(variant: str) -> float:
     from core.contracts import Batch
     from core.losses.cross_entropy import CrossEntropy, CrossEntropySettings
     from core.losses.stack import LossStack
-    from core.models import layers
+    from core.models import attention
     from core.models.simple_lm import SimpleLM, SimpleLMSettings
     from core.runtime import detect_runtime, keep_freed_memory
 
     if variant != "memory returned":
         keep_freed_memory()
     if variant == "SDPA's flash kernel":
-        layers.EXPLICIT_UP_TO = 0
+        attention.EXPLICIT_UP_TO = 0
     torch.manual_seed(0)
     dtype = detect_runtime().compute_dtype("auto")
     model, stack = SimpleLM(SimpleLMSettings(), VOCAB_SIZE), LossStack([CrossEntropy(CrossEntropySettings())])

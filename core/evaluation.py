@@ -43,8 +43,13 @@ class Evaluator:
         self._parallel, self._device, self._dtype = parallel, device, dtype
         self._batches: list[Batch] | None = None
 
-    def run(self, model: LanguageModel, progress: float) -> dict[str, Any] | None:
-        """The numbers of an `eval` event; None when nothing is held out. Every rank must call it."""
+    def run(
+        self, model: LanguageModel, progress: float, told: Callable[[int, int], None] = lambda done, total: None
+    ) -> dict[str, Any] | None:
+        """The numbers of an `eval` event; None when nothing is held out. Every rank must call it.
+
+        told   called with how many of how many batches are done; may raise, to stop
+        """
         if self._batches is None:
             rows = self._make_rows()[self._parallel.rank :: self._parallel.world_size]
             self._batches = [collate(rows[i : i + self._batch_rows], packed=True) for i in range(0, len(rows), self._batch_rows)]
@@ -52,10 +57,11 @@ class Evaluator:
         table_cosine = None
         was_training = model.training  # type: ignore[attr-defined]
         model.eval()  # type: ignore[attr-defined]
-        for batch in self._batches:
+        for done, batch in enumerate(self._batches, 1):
             found, table = self._measure(model, batch, progress)
             sums = {name: sums.get(name, 0.0) + value for name, value in found.items()}
             table_cosine = mean_pairwise_cosine(table) if table_cosine is None else table_cosine
+            told(done, len(self._batches))
         model.train(was_training)  # type: ignore[attr-defined]
         everyones = self._parallel.gather((sums, table_cosine))  # a rank may have had no rows
         totals = {name: sum(sums.get(name, 0.0) for sums, _ in everyones) for sums, _ in everyones for name in sums}
@@ -76,6 +82,7 @@ class Evaluator:
             **means,
             "table_cosine": next(cosine for _, cosine in everyones if cosine is not None),
             "losses": of_losses,
+            "causal": model.is_causal,
             "eval_tokens": int(count),
         }
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from core.settings import TrainSettings
 
 NO_DECAY_NAMES = ("pos_embedding", "wpe", "alpha")
-"""Tables of positions: rows that are rarely visited would only shrink. And PolyGLU's preferences, which are not weights of a sum."""
+"""Tables of positions: rows that are rarely visited would only shrink. And PolyGLU's preferences, as its authors have it."""
 
 
 class Optimizer:

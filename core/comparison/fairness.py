@@ -49,7 +49,8 @@ def unfairness(presets: Mapping[str, Mapping[str, Any]], outcomes: Sequence[Outc
     if "train.eval_tokens" in changed:
         found.append("The variants are evaluated on different numbers of held-out tokens (train.eval_tokens).")
     found += _losses_on_other_scales(all_presets)
-    return found + ([] if parts else _other_data(outcomes)) + _other_ends(outcomes) + _other_devices(outcomes)
+    found += _seers(outcomes) + _other_beginnings(outcomes) + ([] if parts else _other_data(outcomes))
+    return found + _other_ends(outcomes) + _other_devices(outcomes)
 
 
 def primary(asked: str, presets: Sequence[Mapping[str, Any]]) -> str:
@@ -71,6 +72,16 @@ def _losses_on_other_scales(presets: Sequence[Mapping[str, Any]]) -> list[str]:
     return [f"The loss “{name}” has other settings in some variants: its values are not on one scale." for name in mixed]
 
 
+def _seers(outcomes: Sequence[Outcome]) -> list[str]:
+    """Models that read what they are to predict."""
+    names = dict.fromkeys(outcome.trial.variant for outcome in outcomes if not outcome.causal)
+    return [
+        f"{name} is not causal: its positions see later ones, so its cross-entropy, perplexity and accuracy are not a language "
+        "model's, and lower ones are no better."
+        for name in names
+    ]
+
+
 def _other_data(outcomes: Sequence[Outcome]) -> list[str]:
     """Same seed, same settings, and still other data: then the pairing is not what it says."""
     receipts: dict[int, set[str]] = {}
@@ -81,6 +92,19 @@ def _other_data(outcomes: Sequence[Outcome]) -> list[str]:
     if not seeds:
         return []
     return [f"Trials of one seed consumed different data (seed {', '.join(seeds)}): pairing removes less noise there."]
+
+
+def _other_beginnings(outcomes: Sequence[Outcome]) -> list[str]:
+    """One `init_from`, and not the same weights: whoever trained them went on between two trials."""
+    weights: dict[str, set[str]] = {}
+    for outcome in outcomes:
+        if outcome.init_from is not None:
+            weights.setdefault(str(outcome.trial.preset.get("init_from")), set()).add(outcome.init_from)
+    return [
+        f"Trials did not begin with the same weights of {origin} ({'; '.join(sorted(found))}): it was trained further meanwhile."
+        for origin, found in weights.items()
+        if len(found) > 1
+    ]
 
 
 def _other_ends(outcomes: Sequence[Outcome]) -> list[str]:

@@ -35,6 +35,8 @@ class Outcome:
     seconds             between the first and the last event; pauses between runs are not counted
     samples             (prompt, text) of the last evaluation
     receipt             fingerprint of the data the trial consumed, in order
+    init_from           the weights it began with, where a preset names some
+    causal              whether no position sees a later one
     """
 
     trial: Trial
@@ -50,6 +52,8 @@ class Outcome:
     parameters: int | None = None
     device: str | None = None
     receipt: str | None = None
+    init_from: str | None = None
+    causal: bool = True
 
     @property
     def finished(self) -> bool:
@@ -69,7 +73,8 @@ def read_outcome(trial: Trial) -> Outcome:
                 seconds, begun = seconds + last - begun, time
             begun, last = time if begun is None else begun, time
         if kind == "run_start":
-            out.parameters, out.device = event.get("parameters"), event.get("device")
+            out.parameters, out.device, out.init_from = event.get("parameters"), event.get("device"), event.get("init_from")
+            out.causal = event.get("causal", True)
         elif kind == "step":
             loss = _number((event.get("losses") or {}).get("cross_entropy"))
             loss = _number(event.get("loss")) if loss is None else loss

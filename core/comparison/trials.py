@@ -20,7 +20,7 @@ from core.settings import CompareSettings, VariantSettings
 STATE, REPORTS = "state.json", ("report.html", "report.md", "metrics.json")
 SLUG_LENGTH = 60
 
-FREE = ("name", "description", "lineage", "job", "variants", "seeds", "compare", "logging", "tokenize")
+FREE = ("name", "description", "lineage", "job", "variants", "seeds", "compare", "logging", "tokenize", "evaluate", "interpret")
 FREE_KEYS = ("data.workers", "data.cache_gigabytes", "train.checkpoint_every_minutes", "train.checkpoint_every_steps")
 """What may change between two starts of a comparison: it changes nothing in what a trial computes."""
 
@@ -96,9 +96,13 @@ def changed(before: dict[str, Any], now: dict[str, Any], path: str = "") -> list
         if isinstance(now[key], dict) and isinstance(before[key], dict):
             found += changed(before[key], now[key], f"{where}.")
         else:
-            was, is_now = (json.dumps(value)[:60] for value in (before[key], now[key]))
-            found.append(f"{where} was {was}, is {is_now}")
+            was, is_now = (json.dumps(value) for value in (before[key], now[key]))
+            found.append(f"{where} was {_short(was)}, is {_short(is_now)}")
     return sorted(found)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 # what became of them -------------------------------------------------------------------------------------------------

@@ -21,6 +21,8 @@ from core.settings import TokenizerSettings
 
 END = "<|endoftext|>"
 CONFIG = "tokenizer_config.json"
+KNOWN_VOCABULARIES = {"gpt2": 50_257, "distilgpt2": 50_257, "Qwen/Qwen3-0.6B-Base": 151_669}
+"""Sizes of Hub tokenizers, for whoever asks before anything is downloaded."""
 SAMPLE_CHARACTERS = 6_000_000
 """Text a BPE is trained on: beyond this the merges of a small vocabulary hardly change, and it takes seconds."""
 

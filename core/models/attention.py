@@ -143,11 +143,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: DocumentMask) -> Tensor:
         return _attend_flex(q, k, v, mask)
     if mask.backend in ("varlen", "flash"):
         return _attend_ragged(q, k, v, mask)
-    if q.shape[1] != k.shape[1]:  # not SDPA's enable_gqa: few of its kernels have it together with a bias
+    if mask.bias is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    if q.shape[1] != k.shape[1]:  # few of SDPA's kernels have enable_gqa together with a bias
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)  # (B, H, T, Dh)
-    if mask.bias is None or q.device.type != "cpu" or q.dtype != torch.bfloat16 or q.shape[-2] > EXPLICIT_UP_TO:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.bias, is_causal=mask.bias is None)
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or q.shape[-2] > EXPLICIT_UP_TO:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.bias)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, H, T, T)
     return torch.softmax(scores.add_(mask.bias), dim=-1) @ v
 

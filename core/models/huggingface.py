@@ -64,6 +64,7 @@ class HuggingFaceLM(nn.Module):
         self._trunk, self._head, self._embedding = (_name_of(part, model) for part in parts_of(model))
         self.vocab_size = min(len(self._readout().weight), len(self._readout().table))
         self.packs = True  # whether the trunk itself keeps packed documents apart; see `tell_how_to_pack`
+        self._extends: bool | None = None  # whether the library's cache gives what the whole text does; not tried yet: None
 
     def forward(self, batch: Batch) -> ModelOutput:
         """Hidden states of every position; nothing passes from one document to another."""
@@ -74,6 +75,18 @@ class HuggingFaceLM(nn.Module):
             hidden = run_trunk(trunk, batch.input_ids, batch.position_ids)
         else:
             hidden = _one_by_one(trunk, batch)
+        return ModelOutput(hidden, self._readout())
+
+    def new_cache(self) -> Any:
+        """The library's cache of keys and values; None where pieces of a text do not give what the whole does."""
+        if self._extends is None:
+            self._extends = self._try_to_extend()
+        return self._library_cache() if self._extends else None
+
+    def extend(self, input_ids: Tensor, cache: Any) -> ModelOutput:
+        """Hidden states of the next positions (B, t) of unpacked texts."""
+        trunk = self.get_submodule(self._trunk)
+        hidden = trunk(input_ids=input_ids, past_key_values=cache, use_cache=True)[0]  # (B, t, D)
         return ModelOutput(hidden, self._readout())
 
     def attention_note(self, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -97,6 +110,27 @@ class HuggingFaceLM(nn.Module):
         except Exception:  # it takes no positions, or none like these
             self.packs = False
         self.train(training)
+
+    @torch.no_grad()
+    def _try_to_extend(self) -> bool:
+        """Whether a few tokens, read in pieces, come out as they do at once: not where a state is kept in another way."""
+        positions = getattr(self.get_submodule(self._trunk).config, "max_position_embeddings", None)
+        if positions is not None and positions < PROBE_TOKENS:  # on a GPU, trying would end the process
+            return False
+        ids, training = probe_ids(self.vocab_size).to(self._readout().weight.device), self.training
+        self.eval()
+        try:
+            with torch.autocast(ids.device.type, enabled=False):
+                whole, cache = run_trunk(self.get_submodule(self._trunk), ids), self._library_cache()
+                pieces = [self.extend(piece, cache).hidden for piece in ids.split([5, 1, 4, 1, PROBE_TOKENS - 11], dim=1)]
+            return _close(torch.cat(pieces, dim=1), whole)
+        except Exception:  # it takes no cache, or another kind
+            return False
+        finally:
+            self.train(training)
+
+    def _library_cache(self) -> Any:
+        return transformers().DynamicCache(config=self.get_submodule(self._trunk).config)
 
     def _readout(self) -> LinearReadout:
         head, table = self.get_submodule(self._head), self.get_submodule(self._embedding).weight

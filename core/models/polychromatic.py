@@ -20,9 +20,10 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from core.contracts import Batch, ModelOutput
+from core.interpretation.routing import entropy
 from core.models.attention import Attention, DocumentMask, attend, attend_to_past, choose_backend, compute_dtype
 from core.models.cache import KeyValueCache
-from core.models.polyglu import NUM_ACTIVATIONS, mix_activations, neuron_factors, pick_activation, position_factors
+from core.models.polyglu import NUM_ACTIVATIONS, neuron_factors, pick_activation, polyglu, position_factors
 from core.models.readout import LinearReadout
 from core.schedules import Piece, Schedule, limits, value_at
 from core.settings import Settings
@@ -92,6 +93,14 @@ class PolychromaticSettings(Settings):
     def neurons(self) -> int:
         return self.intermediate_size or 4 * self.hidden_size
 
+    def activation_bytes(self, bf16: bool) -> int:
+        """What one position leaves for the backward pass on a GPU, all layers together: of attention and feed-forward layer their
+        inputs before and after the norm; gate and up; queries, keys, values and their mix."""
+        D, F, Q, KV = self.hidden_size, self.neurons, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        kept = 2 if self.feed_forward == "polyglu" else 4  # SwiGLU: SiLU's result and the product as well
+        layer = 16 * D + 2 * kept * F + 8 * (Q + KV) if bf16 else 16 * D + 4 * kept * F + 16 * Q + 12 * KV
+        return 4 * D * self.num_layers + layer if self.activation_checkpointing else layer * self.num_layers
+
     def num_parameters(self, vocab_size: int) -> int:
         """Counted without building anything: the menu asks."""
         D, F, Dh = self.hidden_size, self.neurons, self.head_dim
@@ -102,14 +111,14 @@ class PolychromaticSettings(Settings):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x**2) + eps) * gama, over the last dimension (Zhang & Sennrich 2019)."""
+    """x / sqrt(mean(x**2) + eps) * gama, over the last dimension, in fp32 at least (Zhang & Sennrich 2019)."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
         self.gama, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.rms_norm(x, self.gama.shape, self.gama, self.eps)
+        return functional.rms_norm(x.to(self.gama.dtype), self.gama.shape, self.gama, self.eps)
 
 
 class RoPE(nn.Module):
@@ -197,8 +206,7 @@ class PolyGLU(SwiGLU):
         gate, up = self.W_gate(x), self.W_up(x)  # (B, T, F)
         with torch.autocast(x.device.type, enabled=False):
             f = self._gates(x.to(torch.promote_types(x.dtype, torch.float32)), shared, layer)
-            mixed = self._mix(gate, up, f, shared.tau)  # (B, T, F)
-        return self.W_down(mixed), f
+            return self._routed(gate, up, f, shared.tau), f
 
     def _gates(self, x: Tensor, shared: Pass, layer: int) -> Tensor:
         """f of the mean over the row, or over the document so far; there the mean of W x is taken, which is W of the mean."""
@@ -214,17 +222,19 @@ class PolyGLU(SwiGLU):
             shared.cache.state[name] = sums[:, -1:]
         return second(relu(sums / count + first.bias))  # (B, T, 4)
 
-    def _mix(self, gate: Tensor, up: Tensor, f: Tensor, tau: Tensor) -> Tensor:
+    def _routed(self, gate: Tensor, up: Tensor, f: Tensor, tau: Tensor) -> Tensor:
+        """(B, T, F), f (B, T or 1, 4) -> (B, T, D)."""
+        down = self.W_down.weight
         neuron, position = self.alpha[None], self.beta * f  # (1, F, 4), (B, T or 1, 4)
         how = "sample" if self.training and self.routing.noise else "soft" if self.training else self.routing.evaluate
         if how == "argmax":
-            return pick_activation(gate, up, neuron, position)
+            return functional.linear(pick_activation(gate, up, neuron, position), down.to(gate.dtype))
         if how == "sample":
             neuron = neuron + gumbel(len(gate), *self.alpha.shape, like=self.alpha)  # (B, F, 4)
         if self.routing.pool == "sequence":
-            return mix_activations(gate, up, torch.softmax((neuron + position) / tau, dim=-1).transpose(1, 2))
+            return polyglu(gate, up, down, torch.softmax((neuron + position) / tau, dim=-1).transpose(1, 2))
         factors = neuron_factors(neuron / tau)
-        return mix_activations(gate, up, factors.expand(len(gate), -1, -1), position_factors(position / tau))
+        return polyglu(gate, up, down, factors.expand(len(gate), -1, -1), position_factors(position / tau))
 
 
 def gumbel(*shape: int, like: Tensor) -> Tensor:
@@ -260,8 +270,9 @@ class TransformerBlock(nn.Module):
         return self.polyglu if hasattr(self, "polyglu") else self.swiglu
 
     def forward(self, x: Tensor, shared: Pass, layer: int) -> tuple[Tensor, Tensor | None]:  # (B, T, D) -> (B, T, D), f
-        x = x + self.gqa(self.rmsnorm_1(x), shared, layer)
-        added, f = self.feed_forward(self.rmsnorm_2(x), shared, layer)
+        dtype = shared.mask.dtype  # cast once here, or autocast keeps a copy for each matrix
+        x = x + self.gqa(self.rmsnorm_1(x).to(dtype), shared, layer)
+        added, f = self.feed_forward(self.rmsnorm_2(x).to(dtype), shared, layer)
         return x + added, f
 
 
@@ -361,9 +372,3 @@ class PolychromaticLM(nn.Module):
         for block in self.model_core:
             for projection in (block.gqa.W_o, block.feed_forward.W_down):
                 nn.init.normal_(projection.weight, std=0.02 / math.sqrt(2 * len(self.model_core)))
-
-
-def entropy(logits: Tensor) -> Tensor:
-    """-sum p log(p + 1e-10) of p = softmax(logits), in nats: (..., 4) -> (...)."""
-    p = torch.softmax(logits.float(), dim=-1)
-    return -(p * torch.log(p + 1e-10)).sum(-1)

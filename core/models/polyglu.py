@@ -1,22 +1,23 @@
 """PolyGLU's mixture of four activations as one pass over the neurons, forward and backward, that stores nothing of size 4.
 
-    out = up * sum_k w_k act_k(gate)          act = ReLU, tanh, SiLU, GELU (erf)
-    w   = neuron                              one set of weights for a whole row (pool "sequence"), or
-    w_k = neuron_k position_k / sum_j ...     a softmax that factorises (pool "causal")
+    out = W_down (up * sum_k w_k act_k(gate))    act = ReLU, tanh, SiLU, GELU (erf)
+    w   = neuron                                 one set of weights for a whole row (pool "sequence"), or
+    w_k = neuron_k position_k / sum_j ...        a softmax that factorises (pool "causal")
 
 The weights of a neuron n at a position t are softmax_k((alpha_nk + noise_nk + beta_k f_k(t)) / tau), and an exponential of a sum
 is a product: exp((alpha + noise) / tau), one per neuron, times exp(beta f / tau), one per position. So the causal form needs no
 exponential per neuron and position, only their products.
 
 In:    what W_gate and W_up give, (B, T, F); factors per neuron (B, 4, F), per position (B, 4, T)
-Out:   (B, T, F), what W_down takes
+Out:   (B, T, D), what W_down makes of the mixture
 State: none. For the backward pass the inputs are kept, and activations and weights computed again
 
-B batch, T time, F intermediate_size, b rows and n positions of a block
+B batch, T time, D hidden_size, F intermediate_size, b rows and n positions of a block
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
 
@@ -32,7 +33,7 @@ NEURON_CENTRE, POSITION_CENTRE, POSITION_SPREAD = 40.0, 20.0, 90.0
 nor all vanish: the largest's logarithm is from -30 to 60. A neuron's factor that fp32 cannot hold any more is 127 below its
 largest, and so without weight at any position. Where beta f differs by more than 90 tau, it counts as 90 tau apart."""
 
-BLOCK = 1 << 16
+BLOCK = 1 << 15
 """Neurons x positions worked on at a time on a CPU: what a block needs stays in the cache."""
 
 SQRT_HALF, INV_SQRT_2PI = math.sqrt(0.5), 1.0 / math.sqrt(2.0 * math.pi)
@@ -51,14 +52,15 @@ def position_factors(logits: Tensor) -> Tensor:
     return torch.exp(below + POSITION_CENTRE).contiguous()
 
 
-def mix_activations(gate: Tensor, up: Tensor, neuron: Tensor, position: Tensor | None = None) -> Tensor:
-    """up * sum_k w_k act_k(gate): (B, T, F), in the dtype of `gate`; computed in fp32, or float64.
+def polyglu(gate: Tensor, up: Tensor, down: Tensor, neuron: Tensor, position: Tensor | None = None) -> Tensor:
+    """(up * sum_k w_k act_k(gate)) @ down.T: (B, T, F) -> (B, T, D), in the dtype of `gate`; mixed in fp32, or float64.
 
     gate, up    (B, T, F)
+    down        (D, F)
     neuron      (B, 4, F) the weights themselves, or with `position` factors of them (`neuron_factors`)
     position    (B, 4, T) the other factors (`position_factors`)
     """
-    return _Mixture.apply(gate, up, neuron, position)
+    return _PolyGLU.apply(gate, up, down, neuron, position)
 
 
 def pick_activation(gate: Tensor, up: Tensor, neuron: Tensor, position: Tensor) -> Tensor:
@@ -78,18 +80,26 @@ def pick_activation(gate: Tensor, up: Tensor, neuron: Tensor, position: Tensor) 
     return (picked * up).to(gate.dtype)
 
 
-class _Mixture(torch.autograd.Function):
-    """Chooses who computes: blocks in the cache on a CPU, a compiled kernel on a GPU, the surrounding compiler inside one."""
+class _PolyGLU(torch.autograd.Function):
+    """Chooses who mixes: blocks in the cache on a CPU, a compiled kernel on a GPU, the surrounding compiler inside one.
+
+    What `down` multiplies is not kept for its gradient either: mixing again gives it along the way.
+    """
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, neuron: Tensor, position: Tensor | None) -> Tensor:
-        ctx.save_for_backward(gate, up, neuron, position)
-        return _by_device(gate, _forward_blocks, _forward)(gate, up, neuron, position)
+    def forward(ctx: Any, gate: Tensor, up: Tensor, down: Tensor, neuron: Tensor, position: Tensor | None) -> Tensor:
+        ctx.save_for_backward(gate, up, down, neuron, position)
+        mixed = _by_device(gate, _forward_blocks, _forward)(gate, up, neuron, position)
+        return functional.linear(mixed, down.to(gate.dtype))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        gate, up, neuron, position = ctx.saved_tensors
-        return _by_device(gate, _backward_blocks, _backward)(grad, gate, up, neuron, position)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        gate, up, down, neuron, position = ctx.saved_tensors
+        of_mixed = grad @ down.to(grad.dtype)  # (B, T, F)
+        found = _by_device(gate, _backward_blocks, _backward)(of_mixed, gate, up, neuron, position)
+        mixed, of_gate, of_up, of_neuron, of_position = found
+        of_down = grad.flatten(0, 1).T @ mixed.flatten(0, 1)  # (D, F)
+        return of_gate, of_up, of_down.to(down.dtype), of_neuron, of_position
 
 
 def _by_device(x: Tensor, blocks: Any, formula: Any) -> Any:
@@ -136,7 +146,7 @@ def _forward(gate: Tensor, up: Tensor, neuron: Tensor, position: Tensor | None) 
 
 def _backward(
     grad: Tensor, gate: Tensor, up: Tensor, neuron: Tensor, position: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     values, slopes = _activations(gate.to(neuron.dtype))
     weights, total = _weights(neuron, position)
     grad = grad.to(neuron.dtype)
@@ -145,24 +155,49 @@ def _backward(
     slope = sum(w * s for w, s in zip(weights, slopes))
     if total is not None:
         mixed, of_mix = mixed / total, of_mix / total
-    of_gate, of_up = (of_mix * slope).to(gate.dtype), (grad * mixed).to(up.dtype)
+    out, of_gate, of_up = ((mixed * up).to(gate.dtype), (of_mix * slope).to(gate.dtype), (grad * mixed).to(up.dtype))
     if position is None:
-        return of_gate, of_up, torch.stack([(of_mix * value).sum(1) for value in values], 1), None
+        return out, of_gate, of_up, torch.stack([(of_mix * value).sum(1) for value in values], 1), None
     of_weights = [of_mix * (value - mixed) for value in values]
     of_neuron = torch.stack([(w * position[:, k, :, None]).sum(1) for k, w in enumerate(of_weights)], 1)
     of_position = torch.stack([(w * neuron[:, k, None, :]).sum(2) for k, w in enumerate(of_weights)], 1)
-    return of_gate, of_up, of_neuron, of_position
+    return out, of_gate, of_up, of_neuron, of_position
 
 
 # the same in blocks that stay in the cache --------------------------------------------------------------------------------
 
 
-def _blocks(gate: Tensor) -> Iterator[tuple[slice, slice]]:
-    """(batch rows, positions) of each block: some positions of one row, or several whole rows where rows are short."""
+def _blocks(gate: Tensor) -> list[tuple[slice, list[slice]]]:
+    """(batch rows, their positions in blocks): some positions of one row each, or several whole rows where rows are short."""
     B, T, F = gate.shape
     n = max(1, min(T, BLOCK // F))
     rows = max(1, BLOCK // (T * F)) if n == T else 1
-    return ((slice(b, b + rows), slice(t, t + n)) for b in range(0, B, rows) for t in range(0, T, n))
+    return [(slice(b, b + rows), [slice(t, t + n) for t in range(0, T, n)]) for b in range(0, B, rows)]
+
+
+def _share_out(work: Callable[[slice, slice], None], gate: Tensor) -> None:
+    """`work` on every block, the rows shared out to threads. Sums over a row are thus added in one order, whatever the threads.
+
+    Threads over rows, not inside each operation: with small operations most of the time would go into their meeting points.
+    """
+
+    def some(groups: list[tuple[slice, list[slice]]]) -> None:
+        with torch.no_grad():
+            for b, parts in groups:
+                for t in parts:
+                    work(b, t)
+
+    groups, count = _blocks(gate), torch.get_num_threads()
+    if count == 1 or len(groups) == 1:
+        some(groups)
+        return
+    for done in [_threads(count).submit(some, groups[i::count]) for i in range(count)]:
+        done.result()
+
+
+@lru_cache
+def _threads(count: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, "polyglu", initializer=torch.set_num_threads, initargs=(1,))
 
 
 def _tanh(a: Tensor) -> Tensor:
@@ -189,21 +224,26 @@ def _weigh(parts: list[Tensor], neuron: Tensor, position: Tensor | None) -> Tens
 
 def _forward_blocks(gate: Tensor, up: Tensor, neuron: Tensor, position: Tensor | None) -> Tensor:
     out = torch.empty_like(gate)
-    for b, t in _blocks(gate):
+
+    def work(b: slice, t: slice) -> None:
         w, at = neuron[b], None if position is None else position[b, :, t]
         mixed = _weigh(_values(gate[b, t].to(w.dtype)), w, at)  # (b, n, F)
         if at is not None:
             mixed.div_(at.transpose(1, 2) @ w)
         out[b, t] = mixed.mul_(up[b, t])
+
+    _share_out(work, gate)
     return out
 
 
 def _backward_blocks(
     grad: Tensor, gate: Tensor, up: Tensor, neuron: Tensor, position: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    of_gate, of_up, of_neuron = torch.empty_like(gate), torch.empty_like(up), torch.zeros_like(neuron)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    out, of_gate, of_up = torch.empty_like(gate), torch.empty_like(gate), torch.empty_like(up)
+    of_neuron = torch.zeros_like(neuron)
     of_position = None if position is None else torch.empty_like(position)
-    for b, t in _blocks(gate):
+
+    def work(b: slice, t: slice) -> None:
         w, at = neuron[b], None if position is None else position[b, :, t]
         a, dy = gate[b, t].to(w.dtype), grad[b, t].to(w.dtype)  # (b, n, F), as all below; `dy` may be the caller's own
         values = _values(a)
@@ -212,8 +252,8 @@ def _backward_blocks(
             total = at.transpose(1, 2) @ w
             mixed.div_(total)
             of_mix.div_(total)
-        scratch = dy * mixed
-        of_up[b, t] = scratch
+        out[b, t] = scratch = mixed * up[b, t]
+        of_up[b, t] = torch.mul(dy, mixed, out=scratch)
         for k, value in enumerate(values):
             if at is None:
                 of_neuron[b, k] += torch.mul(value, of_mix, out=scratch).sum(1)
@@ -223,10 +263,12 @@ def _backward_blocks(
                 of_position[b, k, t] = (scratch @ w[:, k, :, None])[..., 0]
         one = torch.ones_like(a)
         slopes = [
-            torch.gt(a, 0).to(a.dtype),
+            torch.ops.aten.threshold_backward(one, a, 0),
             values[1].square_().neg_().add_(1.0),
             torch.ops.aten.silu_backward(one, a),
             torch.ops.aten.gelu_backward(one, a),
         ]
         of_gate[b, t] = _weigh(slopes, w, at).mul_(of_mix)
-    return of_gate, of_up, of_neuron, of_position
+
+    _share_out(work, gate)
+    return out, of_gate, of_up, of_neuron, of_position

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from core.contracts import Batch, ModelOutput
-from core.models.attention import Attention, DocumentMask, attend, choose_backend, compute_dtype
+from core.models.attention import Attention, DocumentMask, attend, attend_to_past, choose_backend, compute_dtype
+from core.models.cache import KeyValueCache
 from core.models.readout import LinearReadout
 from core.settings import Settings
 
@@ -64,11 +65,18 @@ class SelfAttention(nn.MultiheadAttention):
     where a mask hides every key.
     """
 
-    def forward(self, x: Tensor, mask: DocumentMask) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, x: Tensor, mask: DocumentMask | None, cache: KeyValueCache | None = None, layer: int = 0
+    ) -> Tensor:
+        """Inside each document of `mask`; or, with a cache, over all that its layer holds and x itself."""
         B, T, D = x.shape
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, T, 3D)
         q, k, v = qkv.view(B, T, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)  # each (B, H, T, Dh)
-        mixed = attend(q, k, v, mask)  # (B, H, T, Dh)
+        if cache is None:
+            assert mask is not None
+            mixed = attend(q, k, v, mask)  # (B, H, T, Dh)
+        else:
+            mixed = attend_to_past(q, *cache.extend(layer, k, v), compute_dtype(x))  # (B, H, T, Dh)
         return self.out_proj(mixed.transpose(1, 2).reshape(B, T, D))
 
 
@@ -85,11 +93,13 @@ class Block(nn.Module):
         self.activation = ACTIVATIONS[settings.activation]
         self.pre_norm = settings.norm == "pre"
 
-    def forward(self, x: Tensor, mask: DocumentMask) -> Tensor:  # (B, T, D) -> (B, T, D)
+    def forward(
+        self, x: Tensor, mask: DocumentMask | None, cache: KeyValueCache | None = None, layer: int = 0
+    ) -> Tensor:  # (B, T, D) -> (B, T, D)
         if self.pre_norm:
-            x = x + self.dropout(self.self_attn(self.norm1(x), mask))
+            x = x + self.dropout(self.self_attn(self.norm1(x), mask, cache, layer))
             return x + self.dropout(self._feed_forward(self.norm2(x)))
-        x = self.norm1(x + self.dropout(self.self_attn(x, mask)))
+        x = self.norm1(x + self.dropout(self.self_attn(x, mask, cache, layer)))
         return self.norm2(x + self.dropout(self._feed_forward(x)))
 
     def _feed_forward(self, x: Tensor) -> Tensor:
@@ -134,7 +144,21 @@ class SimpleLM(nn.Module):
         mask = DocumentMask.of(batch, compute_dtype(x), self._head_dim, self.settings.attention)
         for layer in self.layers:
             x = layer(x, mask)
-        return ModelOutput(self.norm(x), LinearReadout(self.lm_head.weight, self.lm_head.bias, self.embedding.weight))
+        return ModelOutput(self.norm(x), self._readout())
+
+    def new_cache(self) -> KeyValueCache:
+        return KeyValueCache(len(self.layers))
+
+    def extend(self, input_ids: Tensor, cache: KeyValueCache) -> ModelOutput:
+        """Hidden states of the next positions (B, t) of unpacked texts; up to max_seq_len of them in all."""
+        positions = torch.arange(cache.length, cache.length + input_ids.shape[1], device=input_ids.device)
+        x = self.dropout(self.embedding(input_ids) + self.pos_embedding(positions))  # (B, t, D)
+        for number, layer in enumerate(self.layers):
+            x = layer(x, None, cache, number)
+        return ModelOutput(self.norm(x), self._readout())
+
+    def _readout(self) -> LinearReadout:
+        return LinearReadout(self.lm_head.weight, self.lm_head.bias, self.embedding.weight)
 
     @torch.no_grad()
     def extend_max_seq_len(self, new_length: int) -> None:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from core.ui import text
-from core.ui.plain import left_out, machine, scores
+from core.ui.plain import evaluation_title, left_out, machine, scores
 from core.ui.progress import Progress
 
 QUIET_SECONDS = 10.0
@@ -33,6 +33,8 @@ PREDICTIONS = {
     "table_cosine": "cos in table",
 }
 """Numbers of an evaluation that are shown beside its scores."""
+OF_MODELS = {"routing_entropy/mean": "static entropy", "dynamic_routing_entropy/mean": "route entropy"}
+"""Numbers a model reports of itself, by other names; those of single layers are in the log only."""
 ENDINGS = {"budget": "finished", "max_steps": "finished", "max_epochs": "finished", "interrupted": "interrupted"}
 
 
@@ -160,6 +162,8 @@ class RunState:
             cells.append(("skipped", f"{step['skipped']} updates"))
         if len(losses := step.get("losses") or {}) > 1:
             cells += [(text.clean(key), text.number(value)) for key, value in losses.items()]
+        of_model = (step.get("model") or {}).items()
+        cells += [(OF_MODELS.get(name, name), text.number(value)) for name, value in of_model if "/layer_" not in name]
         out += _grid(cells, width)
         if not self.end and now - self.last_event > QUIET_SECONDS:
             out.append(Text(f"no news for {text.duration(now - self.last_event)}", "yellow"))
@@ -173,8 +177,7 @@ class RunState:
         cells += [(name, text.number(event[key])) for key, name in PREDICTIONS.items() if event.get(key) is not None]
         losses = {key: value for key, value in (event.get("losses") or {}).items() if key != "cross_entropy"}
         cells += [(text.clean(key), text.number(value)) for key, value in losses.items()]
-        title = f"evaluation at {text.count(event.get('tokens'))} tokens"
-        lines = [rule(title, width), *_grid(cells, width, columns=max(2, width // EVALUATION_COLUMN))]
+        lines = [rule(evaluation_title(event), width), *_grid(cells, width, columns=max(2, width // EVALUATION_COLUMN))]
         return Section(min(len(lines), 3), lines)
 
     def _sources(self, width: int) -> Section:

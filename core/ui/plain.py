@@ -14,6 +14,8 @@ from core.ui import text
 from core.ui.progress import Progress
 
 STEP_SECONDS = 5.0
+NOT_CAUSAL = "not causal: sees later tokens"
+"""Said beside the numbers of a model whose positions see later ones: they are not a language model's."""
 
 
 class PlainLines:
@@ -94,10 +96,7 @@ def describe(event: dict, previous_eval: dict) -> list[str]:
             lines.append("sources  " + ", ".join(text.clean(name) for name in event["sources"]))
         return lines + [f"note  {text.clean(note)}" for note in event.get("notes") or []]
     if kind == "eval":
-        return [
-            f"evaluation at {text.count(event.get('tokens'))} tokens  "
-            + "  ".join(f"{k} {v}" for k, v in scores(event, previous_eval))
-        ]
+        return [f"{evaluation_title(event)}  " + "  ".join(f"{k} {v}" for k, v in scores(event, previous_eval))]
     if kind == "sample":
         return [f"sample  {text.clean(event.get('prompt'))}│{text.clean(event.get('text'))}"]
     if kind == "checkpoint":
@@ -126,6 +125,10 @@ REASONS = {
 }
 
 
+def evaluation_title(event: dict) -> str:
+    return f"evaluation at {text.count(event.get('tokens'))} tokens" + ("" if event.get("causal", True) else f", {NOT_CAUSAL}")
+
+
 def summary(event: dict) -> str:
     reason = str(event.get("reason"))
     said = REASONS.get(reason, f"stopped: {text.clean(reason)}")
@@ -140,6 +143,7 @@ def machine(event: dict) -> str:
         text.clean(event.get("device") or "") + (f" ×{world}" if world > 1 else ""),
     ]
     parts += [text.clean(event.get(key)) for key in ("precision",) if event.get(key)]
+    parts += [] if event.get("causal", True) else [NOT_CAUSAL]
     if event.get("compile"):  # "not compiled: and why"; the reason is among the notes
         parts.append(re.split("[:;]", text.clean(event["compile"]))[0])
     return "  ".join(part for part in parts if part)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from core.metrics import read_events
+from core.ui.plain import NOT_CAUSAL
 
 LOG_BYTES = 16 << 20
 """Of a longer log only every n-th step line is decoded, so that drawing at each evaluation of a long run stays cheap."""
@@ -35,9 +36,9 @@ def plot_losses(metrics_path: Path, out: Path) -> None:
         losses.axvline(run, color="0.6", linewidth=0.8, linestyle=":", zorder=0)
         rates.axvline(run, color="0.6", linewidth=0.8, linestyle=":", zorder=0)
     start = next((event for event in reversed(events) if event["event"] == "run_start"), {})
-    losses.set_title(
-        _plain(" · ".join(str(start[key]) for key in ("preset", "lineage") if start.get(key))), loc="left", fontsize=12
-    )
+    remarks = [] if start.get("causal", True) else [NOT_CAUSAL]
+    title = " · ".join([str(start[key]) for key in ("preset", "lineage") if start.get(key)] + remarks)
+    losses.set_title(_plain(title), loc="left", fontsize=12)
     rates.set_xlabel("tokens")
     rates.xaxis.set_major_formatter(_engineering())
 

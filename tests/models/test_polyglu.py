@@ -1,6 +1,6 @@
 """The mixture of activations: blocks in the cache and the formula for compilers both equal it written plainly.
 
-B batch, T time, WIDTH intermediate_size
+B batch, T time, WIDTH intermediate_size, D hidden_size
 """
 
 from typing import Any
@@ -11,29 +11,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.models import polyglu
-from core.models.polyglu import mix_activations, neuron_factors, pick_activation, position_factors
+from core.models.polyglu import neuron_factors, pick_activation, position_factors
 
-B, T, WIDTH = 3, 7, 6
+B, T, WIDTH, D = 3, 7, 6, 4
 
 
-def plain(gate: Tensor, up: Tensor, neuron: Tensor, position: Tensor | None) -> Tensor:
+def plain(gate: Tensor, up: Tensor, down: Tensor, neuron: Tensor, position: Tensor | None) -> Tensor:
     """As in the specification: the four activations stacked, and a softmax per neuron and position."""
     acts = torch.stack([torch.relu(gate), torch.tanh(gate), F.silu(gate), F.gelu(gate)], dim=-1)  # (B, T, F, 4)
     logits = neuron[:, None] if position is None else neuron[:, None] + position[:, :, None]
-    return (acts * torch.softmax(logits, dim=-1)).sum(-1) * up
+    return ((acts * torch.softmax(logits, dim=-1)).sum(-1) * up) @ down.T
 
 
-def ours(gate: Tensor, up: Tensor, neuron: Tensor, position: Tensor | None) -> Tensor:
+def ours(gate: Tensor, up: Tensor, down: Tensor, neuron: Tensor, position: Tensor | None) -> Tensor:
     if position is None:
-        return mix_activations(gate, up, torch.softmax(neuron, -1).transpose(1, 2))
-    return mix_activations(gate, up, neuron_factors(neuron), position_factors(position))
+        return polyglu.polyglu(gate, up, down, torch.softmax(neuron, -1).transpose(1, 2))
+    return polyglu.polyglu(gate, up, down, neuron_factors(neuron), position_factors(position))
 
 
 def inputs(spread: float, dtype: torch.dtype, causal: bool) -> list[Any]:
     random = torch.Generator().manual_seed(3)
     gate, up = (torch.randn(B, T, WIDTH, generator=random, dtype=torch.float64) for _ in range(2))
+    down = torch.randn(D, WIDTH, generator=random, dtype=torch.float64)
     logits = [torch.rand(B, n, 4, generator=random, dtype=torch.float64) * spread for n in (WIDTH, T)]
-    tensors = [gate, up, *logits] if causal else [gate, up, logits[0]]
+    tensors = [gate, up, down, *logits] if causal else [gate, up, down, logits[0]]
     return [t.to(dtype).requires_grad_() for t in tensors] + ([] if causal else [None])
 
 
@@ -80,30 +81,33 @@ def test_logits_further_apart_than_any_float_stay_finite(way: str) -> None:
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_bf16_goes_in_and_out_and_fp32_is_computed(way: str, causal: bool) -> None:
-    gate, up, neuron, position = inputs(3.0, torch.float32, causal)
+def test_bf16_goes_in_and_out_and_fp32_is_mixed(way: str, causal: bool) -> None:
+    gate, up, _, neuron, position = inputs(3.0, torch.float32, causal)
     low = [t.detach().bfloat16().requires_grad_() for t in (gate, up)]
-    out = ours(*low, neuron, position)
+    one = torch.eye(WIDTH).requires_grad_()  # what is mixed comes out as it is
+    out = ours(*low, one, neuron, position)
     out.sum().backward()
-    expected = plain(*(t.detach().float() for t in low), neuron.detach(), None if position is None else position.detach())
-    assert out.dtype == low[0].grad.dtype == torch.bfloat16 and neuron.grad.dtype == torch.float32
-    torch.testing.assert_close(out.float(), expected, atol=1e-6, rtol=2**-8)
+    exact = plain(
+        *(t.detach().float() for t in low), one.detach(), neuron.detach(), None if position is None else position.detach()
+    )
+    assert out.dtype == low[0].grad.dtype == torch.bfloat16 and neuron.grad.dtype == one.grad.dtype == torch.float32
+    torch.testing.assert_close(out.float(), exact, atol=1e-6, rtol=2**-8)
 
 
 def test_nothing_of_four_activations_is_kept() -> None:
-    """For the backward pass: gate, up and the factors; no tensor of (B, T, F, 4), nor four of (B, T, F)."""
+    """For the backward pass: gate, up, W_down and the factors; no tensor of (B, T, F, 4), and no third one of (B, T, F)."""
     kept: list[Tensor] = []
-    tensors = inputs(1.0, torch.float32, causal=True)
+    gate, up, down, *logits = inputs(1.0, torch.float32, causal=True)
+    factors = neuron_factors(logits[0]).detach(), position_factors(logits[1]).detach()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        factors = neuron_factors(tensors[2]).detach(), position_factors(tensors[3]).detach()
-        kept.clear()
-        mix_activations(tensors[0], tensors[1], *factors)
-    assert sum(t.numel() for t in kept) == 2 * B * T * WIDTH + 4 * B * (WIDTH + T)
+        polyglu.polyglu(gate, up, down, *factors)
+    assert sum(t.numel() for t in kept) == 2 * B * T * WIDTH + D * WIDTH + 4 * B * (WIDTH + T)
 
 
 def test_the_likeliest_activation_is_the_limit_of_a_low_temperature() -> None:
-    gate, up, neuron, position = (t.detach() for t in inputs(3.0, torch.float64, causal=True))
-    torch.testing.assert_close(pick_activation(gate, up, neuron, position), plain(gate, up, neuron / 1e-4, position / 1e-4))
+    gate, up, down, neuron, position = (t.detach() for t in inputs(3.0, torch.float64, causal=True))
+    expected = plain(gate, up, down, neuron / 1e-4, position / 1e-4)
+    torch.testing.assert_close(pick_activation(gate, up, neuron, position) @ down.T, expected)
 
 
 @pytest.mark.slow
