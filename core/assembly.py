@@ -7,7 +7,6 @@ State: none; everything lives in the objects it builds
 
 import shutil
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from core.checkpoint import FORMAT, CheckpointStore, load_model
+from core.checkpoint import FORMAT, LINEAGE_OF_ITS_OWN, CheckpointStore
 from core.contracts import Batch, call_if_defined
 from core.data.corpus import Corpus, PipelineFactory, data_position, open_corpus
 from core.data.encoding import shown
@@ -31,13 +30,15 @@ from core.losses.stack import LossStack
 from core.metrics import MetricsLog
 from core.models import MODELS
 from core.optim import Optimizer
+from core.parallel import on_rank_zero, rank_zero_first
 from core.preset import preset_class, preset_json
 from core.randomness import derive_seed
 from core.runtime import Runtime
 from core.settings import RUN_TOKENS
 from core.trainer import Horizon, Objective, Progress, Trainer
+from core.weights import FITTING, Weights, find_weights
 
-JOBS = ["train", "tokenize", "compare"]
+JOBS = ["train", "tokenize", "compare", "evaluate", "interpret"]
 Preset = preset_class(MODELS, LOSSES, SOURCES, NAMED_SOURCES, JOBS)
 MIRRORS = {"lm": "simple_lm_trained.pth"}
 """Lineages whose newest checkpoint has another name as well (specification 003)."""
@@ -79,14 +80,19 @@ def count_parameters(preset: Any, vocab_size: int) -> int | None:
         return sum(p.numel() for p in build_model(preset, vocab_size).parameters())
 
 
-def memory_estimate(preset: Any, parameters: int, vocab_size: int, bf16: bool) -> int:
-    """Bytes one device needs, roughly: weights, gradients and AdamW in fp32, activations of one micro-batch, the readout."""
-    model, train = preset.model, preset.train
-    positions = train.per_gpu_batch_size * model.seq_length
-    width = model.hidden_size * 14 + 2 * (model.intermediate_size or 4 * model.hidden_size)
-    activations = positions * model.num_layers * width * (2 if bf16 else 4)
+def memory_estimate(preset: Any, parameters: int, vocab_size: int, bf16: bool) -> tuple[int, int]:
+    """Bytes one device needs, roughly: whatever the batch, and for each row of a micro-batch.
+
+    Weights, gradients and AdamW in fp32, autocast's copy of the weights, and the readout; what rows leave for the backward pass.
+    """
+    model = preset.model
+    if hasattr(model, "activation_bytes"):
+        position = model.activation_bytes(bf16)
+    else:
+        width = model.hidden_size * 14 + 2 * (model.intermediate_size or 4 * model.hidden_size)
+        position = model.num_layers * width * (2 if bf16 else 4)
     readout = (200 << 20) + 6 * vocab_size * model.hidden_size  # the walk's buffers, and its weight and gradient
-    return 16 * parameters + activations + readout
+    return (18 if bf16 else 16) * parameters + readout, position * model.seq_length
 
 
 # the session ---------------------------------------------------------------------------------------------------------
@@ -104,7 +110,7 @@ def build_training(
 ) -> TrainingSession:
     """Everything from data to trainer. Raises UserError (or NoData) before anything is written.
 
-    tokenizer_state   of a tokenizer made before; a lineage that has a checkpoint keeps its own
+    tokenizer_state   of a tokenizer made before; weights that have a tokenizer with them keep it
     validation_seed   which held-out text is measured, where it shall not follow from the preset's seed
     """
     _refuse_what_is_not_built(preset)
@@ -115,21 +121,20 @@ def build_training(
             "--nproc_per_node, or set data.lanes to a multiple of it (which changes the order of the data)."
         )
     store = CheckpointStore(root / "checkpoints", preset.lineage, MIRRORS.get(preset.lineage))
-    saved, notes = _load_slot(store, parallel)
+    saved, weights, notes = _beginning(preset, store, root, parallel)
     corpus = open_corpus(preset, root, parallel, (saved or {"data": {}})["data"].get("held_out"))
     warnings = [f"source {name} dropped, the others go on: {reason}" for name, reason in corpus.failed.items()]
     notes += corpus.notes
-    tokenizer, told = _tokenizer(preset, saved, parallel, corpus, tokenizer_state)
+    tokenizer, told = _tokenizer(preset, weights, parallel, corpus, tokenizer_state)
     notes += told + corpus.told_of(tokenizer)
     for source in corpus.sources:
         call_if_defined(source, "check_tokenizer", tokenizer)
 
-    model = _rank_zero_first(parallel, lambda: build_model(preset, tokenizer.vocab_size))
-    if saved is None:
-        _rank_zero_first(parallel, lambda: call_if_defined(model, "load_published", notes))
+    model = rank_zero_first(parallel, lambda: build_model(preset, tokenizer.vocab_size))
+    if weights is None:
+        rank_zero_first(parallel, lambda: call_if_defined(model, "load_published", notes))
     else:
-        call_if_defined(model, "prepare_load", saved["model"], notes)
-        notes += load_model(model, saved["model"], f"{preset.lineage}_*.pth")
+        notes += weights.load_into(model, FITTING if saved is None else LINEAGE_OF_ITS_OWN)
     model.to(runtime.device)
     if note := call_if_defined(model, "attention_note", runtime.device, runtime.compute_dtype(preset.train.precision)):
         notes.append(note)
@@ -185,13 +190,16 @@ def build_training(
         return texts
 
     wandb_id = (saved or {}).get("wandb_id") or uuid.uuid4().hex[:12]
+    init_from = saved.get("init_from") if saved is not None else str(weights) if weights is not None else None
     resolved = preset_json(preset)
     start_event = {
         "preset": preset.name,
         "lineage": preset.lineage,
         "run": progress.run,
         "resumed_from": f"step {progress.step}" if saved is not None else None,
+        "init_from": init_from,
         "parameters": sum(p.numel() for p in model.parameters()),
+        "causal": model.is_causal,
         "world_size": parallel.world_size,
         "device": runtime.device_name,
         "precision": "bf16" if dtype == torch.bfloat16 else "fp32",
@@ -226,6 +234,7 @@ def build_training(
             "tokenizer": tokenizer.state(),
             "preset": resolved,
             "wandb_id": wandb_id,
+            "init_from": init_from,
             "compile_from_step": compile_from_step,
         },
         should_stop=should_stop,
@@ -241,56 +250,60 @@ def _refuse_what_is_not_built(preset: Any) -> None:
         raise UserError(f"{keys}: this version has no auxiliary heads yet. Set them to false to train the rest of the preset.")
 
 
-def _rank_zero_first(parallel: Any, action: Callable[[], Any]) -> Any:
-    """What `action` gives, on every rank: rank 0 acts first, so that files are fetched once and one error stands for all."""
-    result = error = None
-    if parallel.rank == 0:
-        try:
-            result = action()
-        except UserError as caught:
-            error = caught
-    if (error := parallel.broadcast(error)) is not None:
-        raise error
-    return result if parallel.rank == 0 else action()
+def _beginning(
+    preset: Any, store: CheckpointStore, root: Path, parallel: Any
+) -> tuple[dict[str, Any] | None, Weights | None, list[str]]:
+    """(checkpoint to go on from, weights to begin with, remarks), on every rank; rank 0 alone judges and moves damaged slots.
 
+    The weights are those of the lineage's newest slot; where it has none, those that `init_from` names, if it does.
+    """
+    state: dict[str, Any] | None = None
 
-def _load_slot(store: CheckpointStore, parallel: Any) -> tuple[dict[str, Any] | None, list[str]]:
-    """The newest readable slot, on every rank; rank 0 alone judges and moves damaged ones."""
-    state, path, notes = store.load() if parallel.rank == 0 else (None, None, [])
-    path, notes = parallel.broadcast((path, notes))
-    if path is not None and parallel.rank != 0:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    return state, notes
+    def newest() -> tuple[Path | None, list[str]]:
+        nonlocal state
+        state, path, notes = store.load()
+        return path, notes
+
+    path, notes = on_rank_zero(parallel, newest)
+    origin = preset.init_from
+    if path is not None:
+        state = state or torch.load(path, map_location="cpu", weights_only=True)
+        notes += [f'init_from "{origin}" is not used again: the lineage goes on from its own checkpoint'] if origin else []
+        return state, Weights.of(state, path, f"{preset.lineage}_*.pth"), notes
+    if origin is None:
+        return None, None, notes
+    weights = rank_zero_first(parallel, lambda: find_weights(origin, root))
+    notes += [*weights.notes, f"weights from {weights}; optimizer and schedules start afresh"]
+    if others := weights.other_settings(preset.model):
+        notes.append(f"they were made with other settings: {'; '.join(others)}")
+    return None, weights, notes
 
 
 def _tokenizer(
-    preset: Any, saved: dict | None, parallel: Any, corpus: Corpus, given: dict[str, Any] | None
+    preset: Any, weights: Weights | None, parallel: Any, corpus: Corpus, given: dict[str, Any] | None
 ) -> tuple[Tokenizer, list[str]]:
-    """The checkpoint's tokenizer when there is one, else the one given; else a new one, made on rank 0 and sent to the others."""
-    if saved is not None:
-        tokenizer, wanted = Tokenizer.from_state(saved["tokenizer"]), preset.tokenizer
-        told = saved["preset"]["tokenizer"] != wanted.model_dump(mode="json")
-        return tokenizer, ["the checkpoint's tokenizer is used; the preset's differs"] if told else []
+    """The one that came with the weights, else the one given; else a new one, made on rank 0 and sent to the others."""
+    if weights is not None and weights.tokenizer is not None and weights.preset is not None:
+        told = weights.preset["tokenizer"] != preset.tokenizer.model_dump(mode="json")
+        notes = ["the checkpoint's tokenizer is used; the preset's differs"] if told else []
+        return Tokenizer.from_state(weights.tokenizer), notes
     if given is not None:
         return Tokenizer.from_state(given), []
-    state: dict[str, Any] | UserError | None = None
-    if parallel.rank == 0:
-        try:
-            needs_text = preset.tokenizer.type == "bpe"
-            if needs_text and all(section.type == "tokens" for section in corpus.sections):
-                beside = Path(corpus.sections[0].path).parent / "tokenizer.json"
-                raise UserError(
-                    'no source has text to train a "bpe" on, all are tokens already. Name the tokenizer that made them: '
-                    f'"tokenizer": {{"type": "file", "path": "{beside}"}}'
-                )
-            texts = corpus.sample_texts(SAMPLE_CHARACTERS) if needs_text else []
-            state = build_tokenizer(preset.tokenizer, texts, corpus.markers, root=corpus.root).state()
-        except UserError as error:
-            state = error
-    state = parallel.broadcast(state)
-    if isinstance(state, UserError):
-        raise state
-    return Tokenizer.from_state(state), []
+
+    def make() -> dict[str, Any]:
+        if weights is not None:
+            return weights.tokenizer_state(preset.tokenizer, corpus.root)
+        needs_text = preset.tokenizer.type == "bpe"
+        if needs_text and all(section.type == "tokens" for section in corpus.sections):
+            beside = Path(corpus.sections[0].path).parent / "tokenizer.json"
+            raise UserError(
+                'no source has text to train a "bpe" on, all are tokens already. Name the tokenizer that made them: '
+                f'"tokenizer": {{"type": "file", "path": "{beside}"}}'
+            )
+        texts = corpus.sample_texts(SAMPLE_CHARACTERS) if needs_text else []
+        return build_tokenizer(preset.tokenizer, texts, corpus.markers, root=corpus.root).state()
+
+    return Tokenizer.from_state(on_rank_zero(parallel, make)), []
 
 
 def _readout_of(model: nn.Module, device: torch.device) -> Any:
@@ -328,12 +341,12 @@ def begin_next_run(progress: Progress, runs: int) -> None:
 
 def _horizon(preset: Any, corpus: Corpus, tokenizer: Tokenizer) -> Horizon:
     train = preset.train
-    tokens = RUN_TOKENS
+    tokens = RUN_TOKENS * train.runs
     if train.max_epochs is not None:
-        once = corpus.epoch_tokens(tokenizer, RUN_TOKENS)
-        tokens = max(1, min(RUN_TOKENS, once * train.max_epochs))
+        once = corpus.epoch_tokens(tokenizer, tokens)
+        tokens = max(1, min(tokens, once * train.max_epochs))
     steps = train.max_steps
-    return Horizon(RUN_TOKENS, tokens * train.runs, steps, steps * train.runs if steps else None)
+    return Horizon(RUN_TOKENS, tokens, steps, steps * train.runs if steps else None)
 
 
 def _data(
@@ -350,8 +363,8 @@ def _data(
     state = saved["data"] if saved is not None else None
     if state is not None and state["drops"] and (progress.run_step == 0 or set(corpus.names) <= set(state["drops"])):
         state = {**state, "fingerprint": ""}  # a new run, or one that had none left, gives failed sources another chance
-    if preset.train.max_epochs is not None and progress.run_step == 0:
-        state = None  # a new run counts its epochs from the first
+    if preset.train.max_epochs is not None and progress.run_step == 0 and progress.horizon_runs == 0:
+        state = None  # a new horizon counts its epochs from the first
     fingerprint = corpus.pipeline_factory(tokenizer, preset.model.seq_length).fingerprint()
     contents = parallel.broadcast(corpus.contents())  # as for the rates below, rank 0 speaks for all
     position, notes = data_position(state, fingerprint, contents)
@@ -379,7 +392,7 @@ def _compile_plan(
         return None, "not compiled: torch.compile needs a C++ compiler, and there is none"
     if wish == "auto":
         parameters = sum(p.numel() for p in model.parameters())
-        tokens = horizon.run_tokens
+        tokens = min(horizon.run_tokens, horizon.horizon_tokens)  # less where max_epochs ends it
         if horizon.run_steps is not None:
             rows = preset.train.per_gpu_batch_size * preset.train.accumulation_steps
             tokens = min(tokens, horizon.run_steps * rows * preset.model.seq_length)

@@ -28,6 +28,36 @@ FORMAT = 1
 """Raised when a checkpoint's layout changes in a way that older code cannot read."""
 
 
+class Damaged(Exception):
+    """A file that is no whole checkpoint; says why."""
+
+
+def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
+    """The state in a file that a CheckpointStore wrote, every byte of it checked.
+
+    mmap   leave tensors on the disk until they are used
+    Raises Damaged, or CheckpointError where this program may not or cannot read it.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            if file.testzip() is not None:  # torch itself reads on over flipped bits
+                raise ValueError("a checksum does not match")
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        if not isinstance(state, dict) or "model" not in state:
+            raise ValueError("it holds no model")
+    except Exception as error:  # whatever reading a damaged file may raise
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)):
+            raise CheckpointError(f"{path} cannot be read: {error}. Mend that, or move the file away.") from None
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise Damaged(reason[:120]) from None
+    if state.get("format", 0) > FORMAT:
+        raise CheckpointError(
+            f"{path} has format {state['format']}, this program reads up to {FORMAT}. Update the program, "
+            "or set another lineage in the preset."
+        )
+    return state
+
+
 class CheckpointStore:
     """The slots of one lineage. Only rank 0 saves."""
 
@@ -42,10 +72,11 @@ class CheckpointStore:
 
     # reading ---------------------------------------------------------------------------------------------------------
 
-    def load(self, skip: int = 0) -> tuple[dict[str, Any] | None, Path | None, list[str]]:
+    def load(self, skip: int = 0, read_only: bool = False) -> tuple[dict[str, Any] | None, Path | None, list[str]]:
         """(state, its file, remarks) of the newest readable slot; (None, None, remarks) when there is none.
 
-        skip   how many of the newest slots to leave out
+        skip        how many of the newest slots to leave out
+        read_only   for a lineage that somebody else trains: nothing is renamed, and tensors stay on the disk until they are used
 
         A damaged slot is renamed to `*.damaged`, never deleted. Raises CheckpointError when a slot exists but this program
         may not or cannot read it: starting afresh would overwrite somebody's work.
@@ -55,26 +86,14 @@ class CheckpointStore:
             if not path.exists():
                 continue
             try:
-                with zipfile.ZipFile(path) as file:
-                    if file.testzip() is not None:  # torch itself reads on over flipped bits
-                        raise ValueError("a checksum does not match")
-                state = torch.load(path, map_location="cpu", weights_only=True)
-                if not isinstance(state, dict) or "model" not in state:
-                    raise ValueError("it holds no model")
-            except Exception as error:  # whatever reading a damaged file may raise
-                if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)):
-                    raise CheckpointError(f"{path} cannot be read: {error}. Mend that, or move the file away.") from None
+                return read_checkpoint(path, mmap=read_only), path, notes
+            except Damaged as reason:
+                told = f"{path.name} is damaged ({reason})"
+            if not read_only:
                 aside = _free_name(path.with_name(path.name + ".damaged"))
                 os.replace(path, aside)
-                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-                notes.append(f"{path.name} is damaged ({reason[:120]}); it is now {aside.name}, and an older slot is taken")
-                continue
-            if state.get("format", 0) > FORMAT:
-                raise CheckpointError(
-                    f"{path} has format {state['format']}, this program reads up to {FORMAT}. Update the program, "
-                    "or set another lineage in the preset."
-                )
-            return state, path, notes
+                told += f"; it is now {aside.name}"
+            notes.append(f"{told}, and an older slot is taken")
         return None, None, notes
 
     def peek(self) -> dict[str, Any] | None:
@@ -200,16 +219,26 @@ def _copy(value: Any) -> Any:
     return copy(value)
 
 
+LINEAGE_OF_ITS_OWN = 'Give the preset a "lineage" of its own, or its model the settings it was trained with.'
+
+
 def load_model(
-    module: torch.nn.Module, saved: dict[str, torch.Tensor], where: str, may_differ: Callable[[str], bool] = lambda name: False
+    module: torch.nn.Module,
+    saved: dict[str, torch.Tensor],
+    where: str,
+    may_differ: Callable[[str], bool] = lambda name: False,
+    advice: str = LINEAGE_OF_ITS_OWN,
 ) -> list[str]:
     """Load weights by name and shape; returns remarks.
 
     may_differ   names that may be missing on either side
+    advice       what to do where they do not fit
     Raises CheckpointError naming everything that does not fit; nothing is changed then.
     """
     own = module.state_dict()
-    missing, unknown = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
+    filled = {(tensor.data_ptr(), tensor.shape) for name, tensor in own.items() if name in saved}
+    missing = [n for n in sorted(own.keys() - saved.keys()) if (own[n].data_ptr(), own[n].shape) not in filled]  # tied: kept once
+    unknown = sorted(saved.keys() - own.keys())
     wrong = [
         f"{name} is {tuple(saved[name].shape)} there, {tuple(own[name].shape)} here"
         for name in sorted(own.keys() & saved.keys())
@@ -224,7 +253,7 @@ def load_model(
             f"the weights in {where} do not fit this preset's model:\n  "
             + "\n  ".join(problems[:8])
             + more
-            + '\nGive the preset a "lineage" of its own, or its model the settings it was trained with. Nothing was overwritten.'
+            + f"\n{advice} Nothing was overwritten."
         )
     module.load_state_dict(saved, strict=False)
     return [f"{name} is new: starts untrained" for name in missing] + [f"{name} was left out" for name in unknown]

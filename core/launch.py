@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from core.assembly import MIRRORS, Preset, count_parameters, memory_estimate
 from core.checkpoint import CheckpointStore
-from core.data.tokenizer import tokenizer_facts
+from core.data.tokenizer import KNOWN_VOCABULARIES, tokenizer_facts
 from core.environment import read_dotenv
 from core.errors import PresetError, UserError
 from core.jobs import JOBS, PREVIEWS
@@ -26,6 +26,7 @@ from core.preset import decode_preset, preset_json, read_preset
 from core.runtime import Runtime, detect_runtime, prepare
 from core.settings import RUN_TOKENS
 from core.ui.menu import PresetCard, choose
+from core.weights import preview_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT = "00_best_general"
@@ -38,6 +39,10 @@ GROUPS = {
     "5": "Auxiliary heads",
     "9": "Quick tests",
 }
+LARGE = 100_000_000
+"""Parameters from which on the menu tells which cards a model fits."""
+CARDS, USABLE = (24, 80, 141), 0.92
+"""Gigabytes of usual cards, and the share of them that a program gets."""
 PATIENCE = timedelta(days=7)
 """How long the other ranks wait for a person at the menu."""
 
@@ -125,35 +130,58 @@ def _training_lines(preset: Any, runtime: Runtime) -> list[str]:
         size, memory = preset.model.summary(), ""
     else:
         size = f"{parameters / 1e6:.1f}M parameters"
-        memory = f", about {memory_estimate(preset, parameters, vocab_size, bf16) / 2**30:.1f} GB of memory"
+        fixed, row = memory_estimate(preset, parameters, vocab_size, bf16)
+        memory = f", about {(fixed + row * train.per_gpu_batch_size) / 2**30:.1f} GB of memory"
     rows = train.per_gpu_batch_size * train.accumulation_steps * runtime.world_size
     limits = f"at most {train.max_steps:,} steps" if train.max_steps else f"{RUN_TOKENS:,} tokens"
     if train.max_epochs:
-        limits += f", at most {train.max_epochs} epochs"
+        limits += f", at most {train.max_epochs} epoch{'s' if train.max_epochs > 1 else ''}"
     if train.runs > 1:
         limits += f", {train.runs} runs"
-    return [
+    lines = [
         f"{size}, {limits} in steps of {rows * preset.model.seq_length:,}",
         f"reads {', '.join(source.name for source in preset.data.sources)}",
         f"on {runtime.device_name}, {'bf16' if bf16 else 'fp32'}{memory}",
     ]
+    if parameters is not None and parameters >= LARGE:
+        lines.append(_cards_line(*memory_estimate(preset, parameters, vocab_size, bf16=True), train.per_gpu_batch_size))
+    return lines
+
+
+def _cards_line(fixed: int, row: int, wanted: int) -> str:
+    """How large a micro-batch fits cards of usual sizes."""
+    rows = {card: max(0, int((card * 2**30 * USABLE - fixed) // row)) for card in CARDS}
+    fits = ", ".join(f"{n or 'no'} row{'s' * (n != 1)} on {card} GB" for card, n in rows.items())
+    return f"micro-batches that fit a card in bf16: {fits}; the preset's {wanted} take {(fixed + row * wanted) / 2**30:.0f} GB"
 
 
 def _vocab_size(tokenizer: Any) -> int:
     """Of a preset's tokenizer, as far as it is known before it is made or loaded."""
     if tokenizer.type == "file":
         return tokenizer_facts(ROOT / Path(tokenizer.path).expanduser()).get("vocab_size", 50_257)
-    return {"bpe": tokenizer.vocab_size, "byte": 257}.get(tokenizer.type, 50_257)
+    if tokenizer.type == "hub":
+        return KNOWN_VOCABULARIES.get(tokenizer.name, 50_257)
+    return {"bpe": tokenizer.vocab_size, "byte": 257}[tokenizer.type]
 
 
 def _resume_line(preset: Any) -> str:
     found = CheckpointStore(ROOT / "checkpoints", preset.lineage, MIRRORS.get(preset.lineage)).peek()
     if found is None:
-        return "starts fresh"
+        return _beginning_line(preset)
     progress, where = found["progress"], found["path"].name
     if progress["finished"] or found["preset"]["name"] != preset.name:
         return f"starts run {progress['run'] + 1} from step {progress['step']:,} in {where}"
     return f"resumes run {progress['run']} at step {progress['step']:,}, {progress['run_tokens']:,} tokens, from {where}"
+
+
+def _beginning_line(preset: Any) -> str:
+    """What a lineage without a checkpoint begins with."""
+    if preset.init_from is None:
+        return "starts fresh"
+    try:
+        return f"starts from the weights of {preview_weights(preset.init_from, ROOT)}"
+    except UserError as error:
+        return f"cannot start yet: {error}"
 
 
 def _time_line(preset: Any, runtime: Runtime) -> str:

@@ -26,7 +26,9 @@ from core.settings import (
     AuxiliarySettings,
     CompareSettings,
     DataSettingsBase,
+    EvaluateSettings,
     GenerateSettings,
+    InterpretSettings,
     LoggingSettings,
     Settings,
     TokenizerSettings,
@@ -118,6 +120,14 @@ def preset_class(models: dict, losses: dict, sources: dict, source_names: dict[s
                 description="Name of the checkpoints; left out, the file's.",
             ),
         ),
+        init_from=(
+            str | None,
+            Field(
+                None,
+                min_length=1,
+                description="Weights to begin with: a lineage, or a file (.pth .pt .safetensors), relative to the project.",
+            ),
+        ),
         model=(model, Field(default_factory=default_model, description="The architecture.")),
         tokenizer=(tokenizer, Field(TokenizerSettings(), description="Section, or the name of a Hub tokenizer.")),
         train=(TrainSettings, Field(TrainSettings(), description="The recipe.")),
@@ -132,6 +142,8 @@ def preset_class(models: dict, losses: dict, sources: dict, source_names: dict[s
         data=(data, Field(description="What to read, and how.")),
         generate=(GenerateSettings, Field(GenerateSettings(), description="Sampling.")),
         tokenize=(TokenizeSettings, Field(TokenizeSettings(), description="What the tokenize job writes.")),
+        evaluate=(EvaluateSettings, Field(EvaluateSettings(), description="What the evaluate job measures.")),
+        interpret=(InterpretSettings, Field(InterpretSettings(), description="How much the interpret job reads.")),
         variants=(list[VariantSettings], Field([], description="What the compare job compares; the first is the baseline.")),
         seeds=(list[int], Field([42, 43, 44], min_length=1, description="Seeds that each variant is trained with.")),
         compare=(CompareSettings, Field(CompareSettings(), description="How the compare job decides.")),
@@ -184,6 +196,8 @@ def decode_preset(data: Any, cls: type[BaseModel], where: str, stem: str) -> Any
     preset, problems = _validated(filled, cls)
     variants, of_variants = _variants(filled, cls, known=problems)
     problems += _compare_problems(filled) + of_variants
+    if filled.get("init_from") == filled["lineage"]:
+        problems.append(f'init_from  "{filled["lineage"]}" is its own lineage, which a preset goes on with anyway; leave it out')
     if problems:
         raise PresetError(where, problems)
     if not variants:

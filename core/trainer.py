@@ -49,6 +49,7 @@ class Progress:
     horizon_step: int = 0
     horizon_tokens: int = 0
     horizon_runs: int = 0  # finished runs of the horizon
+    fraction: float = 0.0  # how far through its horizon the last update was: where schedules stand
     finished: bool = False  # the run `run` came to its end
     skipped: int = 0
     ledger: dict[str, dict[str, Any]] = field(default_factory=dict)  # source -> tokens, documents, epochs begun, last loss
@@ -143,7 +144,6 @@ class Trainer:
         self.dtype = runtime.compute_dtype(settings.precision)
         schedule = settings.schedule
         self._factor = learning_rate_schedule(schedule.type, schedule.warmup, schedule.decay, schedule.floor)
-        self._last_progress = 0.0
         self._bad_in_a_row = self._rolled_back = 0
         self._fitted = runtime.device.type != "cuda"  # memory of a CPU is not refused politely: nothing to catch
         self._last_save, self._save_after = time.monotonic(), FIRST_SAVE_SECONDS
@@ -214,7 +214,9 @@ class Trainer:
         sums = torch.stack([torch.stack([t.sums[name] for name in names]) for t in terms]).double().sum(0)
         source_sums = torch.stack([t.source_sums for t in terms]).double().sum(0)
         source_counts = torch.stack([t.source_counts for t in terms]).double().sum(0)
-        norm, *numbers = torch.cat([grad_norm.double().reshape(1), sums, source_sums, source_counts]).tolist()
+        told = call_if_defined(self.model, "report") or {}  # means of the ranks' numbers, each of its last micro-batch
+        of_model = torch.stack([value.double() for value in told.values()]) if told else sums[:0]
+        norm, *numbers = torch.cat([grad_norm.double().reshape(1), sums, source_sums, source_counts, of_model]).tolist()
         numbers = self.parallel.sum(numbers)
         losses = {name: value / max(rows.num_targets, 1) for name, value in zip(names, numbers)}
         weights = {loss.name: value_at(loss.weight, progress) for loss in self.objective.stack.losses}
@@ -223,7 +225,8 @@ class Trainer:
             "loss": sum(weights[name] * value for name, value in losses.items()),
             "losses": losses,
             "grad_norm": norm,
-            "by_source": list(zip(self.loader.source_names, numbers[k : k + s], numbers[k + s :])),
+            "by_source": list(zip(self.loader.source_names, numbers[k : k + s], numbers[k + s : k + 2 * s])),
+            "model": {name: value / self.parallel.world_size for name, value in zip(told, numbers[k + 2 * s :])},
         }
 
     def _is_finite(self, report: dict[str, Any]) -> bool:
@@ -241,7 +244,7 @@ class Trainer:
     def _advance(self, rows: StepRows, progress: float, report: dict[str, Any], factor: float) -> None:
         """Count the step and log it."""
         done, now = self.progress, time.monotonic()
-        self._last_progress = progress
+        done.fraction = progress
         done.step, done.run_step, done.horizon_step = done.step + 1, done.run_step + 1, done.horizon_step + 1
         done.tokens += rows.num_tokens
         done.run_tokens += rows.num_tokens
@@ -255,6 +258,7 @@ class Trainer:
             "step",
             loss=report["loss"],
             losses=report["losses"],
+            model=report["model"],
             learning_rate=self.settings.learning_rate * factor,
             grad_norm=report["grad_norm"],
             tokens_per_second=rows.num_tokens / max(now - self._step_started, 1e-9),
@@ -301,7 +305,7 @@ class Trainer:
             return None
         started = time.monotonic()
         with torch.compiler.set_stance("force_eager"):  # other shapes and modes: compiling for them would not pay
-            numbers = self.evaluate(self.model, self._last_progress)
+            numbers = self.evaluate(self.model, self.progress.fraction)
             if numbers is not None:
                 self._emit("eval", **numbers, seconds=time.monotonic() - started)
             if self.parallel.rank == 0:
@@ -341,8 +345,8 @@ class Trainer:
         done = self.progress
         if reason != "interrupted":
             done.finished = reason != "no_data"
-            if done.finished:
-                done.horizon_runs += 1
+            if done.finished:  # once all is read, no run of the chain is left
+                done.horizon_runs = self.settings.runs if reason == "max_epochs" else done.horizon_runs + 1
             self.evaluate_and_sample()
         receipt = self.save()["data"]["receipt"]
         self.store.wait()

@@ -8,23 +8,27 @@ State: none; where a run stands is a Position
 import copy
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from core.data.cache import Cached, TokenCache
 from core.data.chat import MARKERS, chat_note
 from core.data.documents import Document, Source
 from core.data.encoding import encode
 from core.data.mixing import USUAL_RATE, Mixer, MixSettings, SourceFailed
+from core.data.objectives import next_token
 from core.data.packing import Place, Row
 from core.data.pipeline import Pipeline, PipelineSettings, Position
 from core.data.shuffle import Shuffled
 from core.data.sources import build_source, open_sources
 from core.data.sources.shards import ShardSource, ShardView
 from core.data.tokenizer import Tokenizer
-from core.data.validation import HoldOut, may_train, plan_hold_out, validation_rows
+from core.data.validation import HoldOut, held_out_documents, may_train, plan_hold_out, validation_rows
 from core.errors import NoData, SourceUnavailable
 
 RATE_DOCUMENTS, RATE_FILES, RATE_STREAMS = 256, 64, 4
@@ -120,6 +124,15 @@ class Corpus:
         sources = self.sources if seed in (None, self.seed) else [_reordered(source, seed) for source in self.sources]
         sources = cached(sources, self.root, self.settings.cache_gigabytes, tokenizer)
         return validation_rows(sources, self.hold_out, tokenizer, seq_length, tokens, self.settings.min_text_length)
+
+    def held_out_inputs(self, tokenizer: Tokenizer) -> dict[str, Iterator[np.ndarray]]:
+        """Of each source, its held-out documents one by one, as a model reads them: (its tokens,) each, in the run's order."""
+        sources = cached(self.sources, self.root, self.settings.cache_gigabytes, tokenizer)
+        how = self.hold_out, tokenizer, self.settings.min_text_length
+        return {
+            source.name: (next_token(encoded, tokenizer.eos_id)[0] for _, encoded in held_out_documents(source, *how))
+            for source in sources
+        }
 
     def pipeline_factory(self, tokenizer: Tokenizer, seq_length: int, mix: MixSettings | None = None) -> "PipelineFactory":
         data = self.settings

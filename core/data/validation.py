@@ -1,14 +1,16 @@
 """Which documents are held out, and the held-out rows that evaluation reads.
 
 In:    opened sources
-Out:   HoldOut: is this document for validation?  and rows of held-out documents
+Out:   HoldOut: is this document for validation?  and held-out documents, one by one or in rows
 State: none; both are functions of the sources' content and the preset
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
-from core.data.documents import Document, Source, held_out_by_hash
+from core.data.documents import Document, Encoded, Source, held_out_by_hash
 from core.data.encoding import encode
 from core.data.objectives import next_token
 from core.data.packing import Packer, Place, Row
@@ -104,6 +106,18 @@ def _natural(key: str) -> tuple[str, int]:
     return (name, int(piece)) if piece.isdigit() else (key, 0)
 
 
+def held_out_documents(
+    source: Source, hold_out: HoldOut, tokenizer: Tokenizer, min_text_length: int
+) -> Iterator[tuple[int, Encoded]]:
+    """(its place among the source's documents, its tokens) of each document that is held out, among the first SCAN_DOCUMENTS."""
+    try:
+        for scanned, document in enumerate(islice(source.stream({}), SCAN_DOCUMENTS)):
+            if not document.is_shorter_than(min_text_length) and hold_out.holds(document):
+                yield scanned, encode(tokenizer, [document])[0]
+    except SourceUnavailable:
+        return  # what came before still measures; training reports the failure
+
+
 def validation_rows(
     sources: list[Source], hold_out: HoldOut, tokenizer: Tokenizer, seq_length: int, tokens: int, min_text_length: int
 ) -> list[Row]:
@@ -113,18 +127,12 @@ def validation_rows(
         wanted = tokens // len(sources)
         packer = Packer(number, seq_length, tokenizer.eos_id, Place())
         collected = 0
-        try:
-            for scanned, document in enumerate(source.stream({})):
-                if collected >= wanted or scanned >= SCAN_DOCUMENTS:
-                    break
-                if document.is_shorter_than(min_text_length) or not hold_out.holds(document):
-                    continue
-                encoded = encode(tokenizer, [document])[0]
-                inputs, labels = next_token(encoded, tokenizer.eos_id)
-                packer.add(scanned, number, encoded.digest, False, inputs, labels)
-                collected += len(inputs)
-        except SourceUnavailable:
-            pass  # what was collected still measures; training reports the failure
+        documents = held_out_documents(source, hold_out, tokenizer, min_text_length)
+        while collected < wanted and (found := next(documents, None)) is not None:
+            scanned, encoded = found
+            inputs, labels = next_token(encoded, tokenizer.eos_id)
+            packer.add(scanned, number, encoded.digest, False, inputs, labels)
+            collected += len(inputs)
         while collected > 0:
             row = packer.row()
             collected -= int((row.source_ids >= 0).sum())

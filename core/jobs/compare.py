@@ -23,6 +23,7 @@ from core.comparison.trials import Trial, changed, plan, read_outcomes, write_js
 from core.errors import Diverged, Interrupted, UserError
 from core.jobs.train import train_to_the_end, views_of
 from core.metrics import read_events
+from core.parallel import on_rank_zero
 from core.preset import decode_preset
 from core.runtime import Runtime, StopRequest, forget_peak_memory
 from core.ui.comparing import ComparisonDashboard, ComparisonLines, comparison_view
@@ -39,7 +40,7 @@ NO_PEAK = "memory_mb counts earlier trials of this process as well: this system 
 
 def compare(preset: Any, runtime: Runtime, parallel: Any, root: Path, started: float, console: Any) -> None:
     """Run every trial that is not done. Raises Interrupted after Ctrl-C or SIGTERM, with everything saved and reported."""
-    trials = _on_rank_0(parallel, lambda: standing(preset, root, parallel.world_size))
+    trials = on_rank_zero(parallel, lambda: standing(preset, root, parallel.world_size))
     desk = Desk(preset, root, parallel.world_size, console) if parallel.rank == 0 else None
     with StopRequest() as stop, desk.view if desk else nullcontext():
         nothing_to_do = all(trial.done for trial in trials)
@@ -85,6 +86,8 @@ def preview_compare(preset: Any, root: Path) -> list[str]:
         f"compares {', '.join(names[1:])} with {names[0]}, each with {'seed' if len(seeds) == 1 else 'seeds'} "
         f"{', '.join(map(str, seeds))}: {len(names) * len(seeds)} runs"
     ]
+    if preset.init_from is not None:
+        lines.append(f"each starts from the weights of {preset.init_from}")
     try:
         trials = standing(preset, root)
     except UserError as error:
@@ -165,20 +168,6 @@ def _store(root: Path, trial: Trial) -> CheckpointStore:
     return CheckpointStore(root / "checkpoints", trial.preset["lineage"])
 
 
-def _on_rank_0(parallel: Any, action: Callable[[], Any]) -> Any:
-    """What rank 0 finds, on every rank; a mistake it meets is everybody's."""
-    found = None
-    if parallel.rank == 0:
-        try:
-            found = action()
-        except UserError as error:
-            found = error
-    found = parallel.broadcast(found)
-    if isinstance(found, UserError):
-        raise found
-    return found
-
-
 # one trial -----------------------------------------------------------------------------------------------------------
 
 
@@ -200,7 +189,7 @@ class Runner:
         watch = Watch(self.preset.compare.stop_worse_by, *_baseline_of(trial, trials))
         views = views_of(own, self.root, time.time(), lambda: [watch, Feed(self.desk.view)] if self.desk else [])
         tokenizer_file = _tokenizer_file(self.root, self.preset.lineage, trial)
-        tokenizer = _on_rank_0(self.parallel, lambda: _read_json(tokenizer_file))
+        tokenizer = on_rank_zero(self.parallel, lambda: _read_json(tokenizer_file))
         session = build_training(
             own,
             self.runtime,

@@ -53,6 +53,7 @@ class Task:
     source: Source
     folder: Path
     manifest: Manifest
+    limit: int  # tokens
 
 
 def tokenize(preset: Any, runtime: Runtime, parallel: Any, root: Path, started: float, console: Any) -> None:
@@ -88,7 +89,9 @@ def preview_tokenize(preset: Any, root: Path) -> list[str]:
     """What the menu tells before the job is chosen."""
     wanted, kind = preset.tokenize, preset.tokenizer
     what = {"bpe": f"a BPE of {kind.vocab_size:,} tokens trained on them", "byte": "bytes", "hub": str(kind.name)}
-    limit = f", at most {wanted.max_tokens:,} of a source" if wanted.max_tokens else ""
+    limit = f", at most {wanted.max_tokens:,} of a source" if isinstance(wanted.max_tokens, int) else ""
+    if isinstance(wanted.max_tokens, list):
+        limit = f", at most {', '.join(f'{limit:,} of {name}' for name, limit in limits_of(preset).items())}"
     lines = [
         f"tokenizes {', '.join(source.name for source in preset.data.sources)}; tokenizer: {what.get(kind.type, str(kind.path))}",
         f"writes {wanted.output}/<source>/chunk_00000.bin ..., {wanted.chunk_tokens:,} tokens each{limit}",
@@ -103,6 +106,12 @@ def preview_tokenize(preset: Any, root: Path) -> list[str]:
     return lines if len(lines) > 2 else [*lines, "starts fresh"]
 
 
+def limits_of(preset: Any) -> dict[str, int]:
+    """{source: tokens after which it is left}."""
+    limits, sources = preset.tokenize.max_tokens or NO_LIMIT, preset.data.sources
+    return dict(zip([source.name for source in sources], limits if isinstance(limits, list) else [limits] * len(sources)))
+
+
 def folder_of(preset: Any, root: Path, source: str = "") -> Path:
     """The output folder, or a source's folder in it."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "_", source).lstrip(".")
@@ -114,6 +123,9 @@ def folder_of(preset: Any, root: Path, source: str = "") -> Path:
 
 def _refuse(preset: Any) -> None:
     """Raises UserError for what cannot be tokenized."""
+    limits, count = preset.tokenize.max_tokens, len(preset.data.sources)
+    if isinstance(limits, list) and len(limits) != count:
+        raise UserError(f"tokenize.max_tokens has {len(limits)} numbers for {count} sources; give one for each, or one for all.")
     for section in preset.data.sources:
         if section.type in NO_TEXT:
             raise UserError(
@@ -182,7 +194,8 @@ def _tasks(preset: Any, corpus: Corpus, tokenizer: Tokenizer, root: Path) -> lis
             writer={"made_from": facts, "cursor": {}, "ended": False},
         )
         folder = folder_of(preset, root, section.name)
-        tasks.append(Task(source, folder, _existing(folder, manifest) or manifest))
+        limit = limits_of(preset)[section.name]
+        tasks.append(Task(source, folder, _existing(folder, manifest) or manifest, limit))
     return tasks
 
 
@@ -217,7 +230,7 @@ def _existing(folder: Path, wanted: Manifest) -> Manifest | None:
 
 def _write(task: Task, preset: Any, pool: TokenPool, view: TokenizeView, stop: Callable[[], bool]) -> None:
     """One source, from where its manifest stands to its end. Raises Interrupted, SourceUnavailable; all is saved then."""
-    manifest, limit, name = task.manifest, preset.tokenize.max_tokens or NO_LIMIT, task.source.name
+    manifest, limit, name = task.manifest, task.limit, task.source.name
     if manifest.complete and (manifest.writer["ended"] or manifest.total_tokens >= limit):
         view.tell(f"{name}: {_told(task)} already; nothing to do")
         return

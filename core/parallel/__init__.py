@@ -5,6 +5,7 @@ backend.
 """
 
 from core.parallel.ddp import DDP
+from core.parallel.ranks import on_rank_zero, rank_zero_first
 from core.parallel.single import Single
 
-__all__ = ["DDP", "Single"]
+__all__ = ["DDP", "Single", "on_rank_zero", "rank_zero_first"]

@@ -13,7 +13,9 @@ import tokenizers
 from core.assembly import Preset
 from core.data.chat import MARKERS, START, STOP, chat_note, encode_chat, render_chat
 from core.data.documents import Document, Encoded, Messages
+from core.data.loader import collate
 from core.data.objectives import IGNORE_INDEX, next_token
+from core.data.packing import PACKERS, Place
 from core.data.sources import build_source, open_sources
 from core.data.sources.chat import ChatSettings, conversation
 from core.data.tokenizer import END, Tokenizer, build_tokenizer
@@ -22,7 +24,7 @@ from core.preset import decode_preset
 from core.settings import TokenizerSettings
 from tests.data.test_sources import write_jsonl, write_parquet
 from tests.hub import Hub
-from tests.project import story, tiny_preset
+from tests.project import ROOT, story, tiny_preset
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "polyglu_sft"
 EXAMPLES = json.loads((GOLDEN / "sft_expected.json").read_text())["examples"]
@@ -84,6 +86,24 @@ def test_the_golden_tokens_and_mask() -> None:
         expected = [target if own else IGNORE_INDEX for target, own in zip(example["targets"], mask, strict=True)]
         assert labels[1 : 1 + size].tolist() == expected
         assert ids.dtype == np.int32 and learned.dtype == np.bool_ and len(ids) == len(learned)
+
+
+def test_the_golden_batch() -> None:
+    """Two conversations of different lengths in one batch: the original's rows behind our end-of-document token, and padding that
+    is never a target and never seen. (The original pads with id 0, a real token, and lets the row's mean see it.)"""
+    golden, tokenizer = json.loads((GOLDEN / "sft_expected.json").read_text())["collated_first_two"], golden_tokenizer()
+    width = len(golden["input_ids"][0])
+    packer = PACKERS["padding"](0, width + 1, tokenizer.eos_id, Place())
+    for index, (ids, learned) in enumerate(encode_chat(tokenizer, [messages_of(example) for example in EXAMPLES[:2]])):
+        packer.add(index, 0, 0, False, *next_token(Encoded(ids, learned, 0, 0), tokenizer.eos_id))
+    batch = collate([packer.row(), packer.row()], packed=False)
+    for row, ids, targets, mask in zip(range(2), golden["input_ids"], golden["targets"], golden["loss_mask"], strict=True):
+        size = len(EXAMPLES[row]["input_ids"])
+        assert batch.input_ids[row, 0] == tokenizer.eos_id and batch.labels[row, 0] == IGNORE_INDEX
+        assert batch.input_ids[row, 1 : 1 + size].tolist() == ids[:size] and ids[size:] == [0] * (width - size)
+        assert batch.labels[row, 1:].tolist() == [target if own else IGNORE_INDEX for target, own in zip(targets, mask)]
+        assert (batch.document_ids[row, : 1 + size] == 0).all() and (batch.document_ids[row, 1 + size :] == 1).all()
+    assert (batch.labels != IGNORE_INDEX).sum() == sum(sum(example["loss_mask"]) for example in EXAMPLES[:2])
 
 
 @pytest.mark.parametrize("kind", ["golden", "marked bpe"])
@@ -189,6 +209,16 @@ def test_a_trained_bpe_gets_the_markers() -> None:
         assert other.special_id(START) is None and "spell them out" in str(chat_note(other))
     small = build_tokenizer(TokenizerSettings(vocab_size=260), [story(1)], MARKERS)
     assert small.vocab_size == 260
+
+
+def test_the_shipped_chats() -> None:
+    """What 29_polychromatic_sft_cpu learns: every line is a conversation, and fits its rows."""
+    lines = (ROOT / "benchmarks" / "chats.jsonl").read_text().splitlines()
+    documents = [conversation(json.loads(line)["messages"], line) for line in lines]
+    assert len(lines) == len(set(lines)) == 64 and None not in documents
+    sample = [render_chat(document.messages) for document in documents if document is not None and document.messages]
+    tokenizer = build_tokenizer(TokenizerSettings(vocab_size=2048), sample, MARKERS)
+    assert max(len(ids) for ids, _ in encode_chat(tokenizer, [d.messages for d in documents if d and d.messages])) < 128
 
 
 # The source

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from pydantic import ValidationError
 
+from core.data.chat import MARKERS
 from core.data.tokenizer import END, Tokenizer, build_tokenizer
 from core.settings import TokenizerSettings
 from tests.project import NO_HUB, ROOT, story
@@ -109,21 +111,57 @@ except UserError as error:
     assert '"tokenizer": {"type": "bpe"' in done.stdout and "Traceback" not in done.stderr
 
 
+QWEN_PIECES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+"""Where Qwen3's tokenizer cuts a text first; transformers brings it with the class, whatever the file says."""
+
+
+def qwen_folder(folder: Path, eos_token: str) -> "tokenizers.Tokenizer":
+    """A tokenizer of the shape of Qwen3's: the special tokens come after the vocabulary, then tokens that are none."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.normalizer = tokenizers.normalizers.NFC()
+    pieces = tokenizers.pre_tokenizers.Split(tokenizers.Regex(QWEN_PIECES), "isolated")
+    in_bytes = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([pieces, in_bytes])
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator([story(1)], trainer)
+    backend.add_special_tokens([tokenizers.AddedToken(text, special=True) for text in (END, *MARKERS)])
+    backend.add_tokens([tokenizers.AddedToken("<think>", special=False)])
+    folder.mkdir()
+    backend.save(str(folder / "tokenizer.json"))
+    facts = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": eos_token, "pad_token": END, "bos_token": None}
+    facts |= {"add_bos_token": False, "additional_special_tokens": list(MARKERS), "model_max_length": 131072}
+    (folder / "tokenizer_config.json").write_text(json.dumps(facts))
+    return backend
+
+
 def test_a_tokenizer_folder_needs_no_network(tmp_path: Path) -> None:
-    """A name may be a local folder in Hugging Face's form; its own end-of-text token is used."""
+    """A name may be a local folder in Hugging Face's form; its own end-of-text token is used. Qwen3's base models end a document
+    with <|endoftext|>, 151643 of 151,669; a chat model's config says <|im_end|>, which is why the presets name a base model."""
     trained = build_tokenizer(TokenizerSettings(vocab_size=300), [story(1)])
-    (tmp_path / "tokenizer.json").write_text(trained.state()["json"])
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "tokenizer.json").write_text(trained.state()["json"])
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "own" / "tokenizer_config.json").write_text(json.dumps(config))
+    base, chat = qwen_folder(tmp_path / "base", END), qwen_folder(tmp_path / "chat", MARKERS[1])
     code = """
 import json, sys
 from core.data.tokenizer import build_tokenizer
 from core.settings import TokenizerSettings
-tokenizer = build_tokenizer(TokenizerSettings(type="hub", name=sys.argv[1]), [])
-print(json.dumps([tokenizer.eos_id, tokenizer.encode_batch([sys.argv[2]])[0].tolist()]))
+for name in ("own", "base", "chat"):
+    t = build_tokenizer(TokenizerSettings(type="hub", name=f"{sys.argv[1]}/{name}"), [])
+    special = [t.special_id(text) for text in ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>")]
+    print(json.dumps([t.eos_id, t.vocab_size, t.encode_batch([sys.argv[2]])[0].tolist(), special]))
 """
     env = {**os.environ, **NO_HUB, "HF_HOME": str(tmp_path / "cache")}
     run = [sys.executable, "-c", code, str(tmp_path), story(1)]
     done = subprocess.run(run, cwd=ROOT, env=env, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == [trained.eos_id, trained.encode_batch([story(1)])[0].tolist()]
+    own, *qwen = map(json.loads, done.stdout.splitlines())
+    assert own[:3] == [trained.eos_id, 300, trained.encode_batch([story(1)])[0].tolist()]
+    for found, backend, end in zip(qwen, (base, chat), (END, MARKERS[1]), strict=True):
+        size, special = backend.get_vocab_size(), [backend.token_to_id(text) for text in (END, *MARKERS)]
+        assert special == [size - 4, size - 3, size - 2]
+        assert found[:3] == [backend.token_to_id(end), size, backend.encode(story(1)).ids]
+        assert found[3] == [*special, None]

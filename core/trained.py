@@ -1,0 +1,58 @@
+"""A trained model, ready to be looked at: what evaluation, interpretation and the like begin with.
+
+In:    a preset: its `init_from`, or else its own lineage; the project's root folder; the runtime
+Out:   Trained: the model with its weights, its tokenizer, and the preset that says what it is
+State: none; checkpoints are only read
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from core.assembly import Preset, build_model
+from core.contracts import call_if_defined
+from core.data.tokenizer import Tokenizer
+from core.preset import decode_preset, preset_json
+from core.runtime import Runtime
+from core.weights import Weights, find_weights, newest_weights
+
+
+@dataclass
+class Trained:
+    """A model as it was when its weights were saved."""
+
+    model: nn.Module  # on the runtime's device, in evaluation mode, its schedules where they stood
+    tokenizer: Tokenizer
+    preset: Any  # the preset asked for, with the `model` and `tokenizer` sections that the weights were made with
+    where: str  # the file, as people are told of it
+    step: int | None
+    notes: list[str] = field(default_factory=list)
+    tokens: int | None = None  # that the weights were trained on
+    made_with: dict[str, Any] | None = None  # the resolved preset they were made with, as JSON
+    held_out: dict[str, Any] | None = None  # what they were not trained on, as `open_corpus` takes it
+
+
+def load_trained(preset: Any, root: Path, runtime: Runtime) -> Trained:
+    """The model that `preset.init_from` names, or else the newest one of the preset's lineage. Raises UserError."""
+    weights = find_weights(preset.init_from, root) if preset.init_from else newest_weights(preset.lineage, root)
+    preset, notes = _as_made(preset, weights)
+    tokenizer = Tokenizer.from_state(weights.tokenizer_state(preset.tokenizer, root))
+    model = build_model(preset, tokenizer.vocab_size)
+    notes += weights.load_into(model)
+    model.to(runtime.device).eval()
+    call_if_defined(model, "set_progress", weights.fraction)
+    past = weights.tokens, weights.preset, weights.held_out
+    return Trained(model, tokenizer, preset, weights.where, weights.step, [*weights.notes, *notes], *past)
+
+
+def _as_made(preset: Any, weights: Weights) -> tuple[Any, list[str]]:
+    """The preset with the sections that the weights were made with, where their file says so; what differs is told."""
+    if weights.preset is None:
+        return preset, []
+    asked = preset_json(preset)
+    made = {key: weights.preset[key] for key in ("model", "tokenizer")}
+    found = decode_preset({**asked, **made}, Preset, weights.where, preset.lineage)
+    told = weights.other_settings(preset.model) if "model" in preset.model_fields_set else []
+    return found, [f"the model is as in {weights.where}, not as the preset says: {'; '.join(told)}"] if told else []
