@@ -11,9 +11,9 @@ from typing import Any
 from core.errors import SourceUnavailable
 
 
-def need(module: str, package: str) -> Any:
-    """An optional module. Raises SourceUnavailable saying what to install: the other sources can go on without it."""
+def need(module: str, package: str, lacking: type[Exception] = SourceUnavailable) -> Any:
+    """An optional module. Raises `lacking` saying what to install; of a source it is one that the others can go on without."""
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise SourceUnavailable(f"the package {package} is missing: pip install {package}") from None
+        raise lacking(f"the package {package} is missing: pip install {package}") from None

@@ -1,0 +1,133 @@
+"""Log-probabilities of continuations, as the harness wants them: a sum, and whether greedy decoding would say the same.
+
+In:    a model; pairs of token ids, what was read and what is scored after it
+Out:   (log-probability, is greedy) of each pair, in the order they came
+State: none
+
+A causal model reads rows of different length in one batch, padded on the right, where it never looks. A model that is not
+causal would see the padding: its rows are batched by their exact length. Scores are computed at the positions that are asked
+for only, a few at a time: (B, T, V) never exists.
+
+B batch rows, T time, D hidden_size, V vocab_size, n some positions
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core.contracts import Readout
+from core.generation import full_scores, plain_batch
+
+SCORES_AT_ONCE = 1 << 24
+"""Numbers of one chunk of scores: 64 MB."""
+
+Pair = tuple[list[int], list[int]]
+Told = Callable[[int, int], None]
+"""Called with how many of how many rows are done; may raise, to stop."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of a continuation that is scored in one row."""
+
+    pair: int  # which pair it belongs to
+    targets: tuple[int, ...]
+    end: int  # the targets are predicted at the positions before this one
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Scores text under a model in evaluation mode."""
+
+    model: Any  # a LanguageModel
+    context: int  # tokens it can see
+    batch_size: int
+    dtype: torch.dtype = torch.float32  # of matrix products; the scores themselves are fp32 always
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def longest(self) -> int:
+        """Tokens that can be scored in one row, after one token to begin with."""
+        return self.context if self.model.is_causal else self.context - 1
+
+    def loglikelihoods(self, pairs: list[Pair], told: Told = lambda done, total: None) -> list[tuple[float, bool]]:
+        """(log-probability of the continuation after the context, whether each of its tokens is the likeliest) of each pair.
+
+        What does not fit is left out at the beginning of the context, which must not be empty; a continuation longer than the
+        model's context is scored in stretches.
+        """
+        rows: dict[tuple[int, ...], list[Part]] = {}  # what is read alike is read once: answers of one letter
+        for number, (context, continuation) in enumerate(pairs):
+            for ids, part in self._rows(number, context, continuation):
+                rows.setdefault(ids, []).append(part)
+        sums, greedy, done = [0.0] * len(pairs), [True] * len(pairs), 0
+        for batch in self._batches(list(rows)):
+            for part, (total, is_greedy) in self._score([(ids, rows[ids]) for ids in batch]):
+                sums[part.pair] += total
+                greedy[part.pair] &= is_greedy
+            done += len(batch)
+            told(done, len(rows))
+        return list(zip(sums, greedy))
+
+    def _rows(self, number: int, context: list[int], continuation: list[int]) -> Iterator[tuple[tuple[int, ...], Part]]:
+        """The rows that score one pair: (what is read, what is scored in it)."""
+        assert context, "the first token must follow something"
+        whole, begin = [*context, *continuation], len(context)
+        for at in range(0, len(continuation), self.longest):
+            targets = tuple(continuation[at : at + self.longest])
+            seen = whole[: begin + at + len(targets)]
+            if self.model.is_causal:
+                ids = tuple(seen[-(self.context + 1) : -1])  # nothing sees the last token: it need not be read
+                yield ids, Part(number, targets, end=len(ids))
+            else:  # everything sees everything: the whole is read, as it was in training and as is published
+                ids = tuple(seen[-self.context :])
+                yield ids, Part(number, targets, end=len(ids) - 1)
+
+    def _batches(self, rows: list[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
+        """Longest first, so that memory runs out at once or never."""
+        batch: list[tuple[int, ...]] = []
+        for ids in sorted(rows, key=len, reverse=True):
+            if batch and (len(batch) == self.batch_size or (not self.model.is_causal and len(ids) != len(batch[0]))):
+                yield batch
+                batch = []
+            batch.append(ids)
+        if batch:
+            yield batch
+
+    @torch.no_grad()
+    def _score(self, rows: list[tuple[tuple[int, ...], list[Part]]]) -> Iterator[tuple[Part, tuple[float, bool]]]:
+        """What each part of some rows comes to."""
+        width, device = max(len(ids) for ids, _ in rows), self.device
+        padded = torch.zeros(len(rows), width, dtype=torch.int64)
+        for row, (ids, _) in enumerate(rows):
+            padded[row, : len(ids)] = torch.tensor(ids)
+        with torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            output = self.model(plain_batch(padded.to(device)))
+        parts = [(row, part) for row, (_, parts) in enumerate(rows) for part in parts]
+        places = [(row, position) for row, part in parts for position in range(part.end - len(part.targets), part.end)]
+        at = torch.tensor(places, device=device).T  # (2, n)
+        targets = torch.tensor([token for _, part in parts for token in part.targets], device=device)  # (n,)
+        logs, hits = _logs_of(output.readout, output.hidden[at[0], at[1]], targets)
+        begin = 0
+        for _, part in parts:
+            end = begin + len(part.targets)
+            yield part, (sum(logs[begin:end]), all(hits[begin:end]))
+            begin = end
+
+
+def _logs_of(readout: Readout, hidden: Tensor, targets: Tensor) -> tuple[list[float], list[bool]]:
+    """(log-probability, is the likeliest) of each target (n,) after hidden states (n, D)."""
+    logs, hits = [], []
+    step = max(1, SCORES_AT_ONCE // len(readout.table))
+    for some, wanted in zip(hidden.split(step), targets.split(step)):
+        scores = full_scores(readout, some)  # (step, V)
+        found = scores.gather(1, wanted[:, None])[:, 0]  # (step,)
+        logs += (found - scores.logsumexp(dim=1)).double().tolist()
+        hits += (scores.argmax(dim=1) == wanted).tolist()
+    return logs, hits

@@ -1,0 +1,94 @@
+"""How a job goes on that is no training: a bar on a terminal, a line every few seconds elsewhere.
+
+In:    what the job tells
+Out:   lines, and on a terminal a bar below them
+State: what is being worked on, and when that began
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Self, TextIO
+
+from core.ui import text
+from core.ui.dashboard import can_draw
+
+LINE_SECONDS = 5.0
+
+
+class WorkView:
+    """Lines that stay, and one place that changes. Close it on every way out: it gives the cursor back."""
+
+    def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic):
+        self._stream, self._clock = stream, clock
+        self._bar: Any = None
+        self._task: Any = None
+        self._name, self._began_at, self._shown_at = "", 0.0, 0.0
+        if can_draw(stream):
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn
+
+            columns = [
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                TextColumn("{task.fields[about]}", markup=False),
+            ]
+            self._bar = Progress(*columns, console=Console(file=stream, highlight=False), refresh_per_second=4)
+
+    def tell(self, line: str) -> None:
+        """A line that stays."""
+        line = text.clean(line)
+        if self._bar is not None:
+            self._bar.console.print(line, markup=False, soft_wrap=True)
+            return
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        self._stream.write(line.encode(encoding, "replace").decode(encoding) + "\n")
+        self._stream.flush()
+
+    def start(self, name: str) -> None:
+        """Its turn begins."""
+        self._name = text.clean(name)
+        self._began_at = self._shown_at = self._clock()
+        if self._bar is not None:
+            self._bar.start()
+            self._task = self._bar.add_task(self._name, total=None, about="")
+
+    @contextmanager
+    def turn(self, name: str) -> Iterator[None]:
+        """From `start` to `end`."""
+        self.start(name)
+        try:
+            yield
+        finally:
+            self.end()
+
+    @property
+    def seconds(self) -> float:
+        """Since its turn began."""
+        return self._clock() - self._began_at
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to show something: lines are not for every moment."""
+        return self._bar is not None or self._clock() - self._shown_at >= LINE_SECONDS
+
+    def show(self, parts: list[str], fraction: float | None) -> None:
+        """How far it is. `fraction` of it that is done; None where nobody knows its size."""
+        self._shown_at = self._clock()
+        if self._bar is None:
+            self.tell("  ".join([self._name, *parts]))
+        else:
+            self._bar.update(self._task, completed=fraction or 0, total=1 if fraction else None, about="  ".join(parts))
+
+    def end(self) -> None:
+        """Its turn is over."""
+        if self._bar is not None and self._task is not None:
+            self._bar.remove_task(self._task)
+            self._bar.stop()
+            self._task = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
