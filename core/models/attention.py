@@ -187,13 +187,14 @@ def _attend_flex(q: Tensor, k: Tensor, v: Tensor, mask: DocumentMask) -> Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
     alone = q.device.type == "cuda" and not torch.compiler.is_compiling()  # it is slow unless something compiles it
-    run = _compiled(flex_attention) if alone else flex_attention
+    run = compiled(flex_attention) if alone else flex_attention
     return run(q, k, v, block_mask=mask.blocks, enable_gqa=q.shape[1] != k.shape[1])
 
 
 @lru_cache
-def _compiled(function: Any) -> Any:
-    return torch.compile(function, dynamic=False)
+def compiled(function: Any) -> Any:
+    """A function as one kernel for a GPU, made when it is first called; as it is where nothing can make one."""
+    return torch.compile(function, dynamic=False) if find_spec("triton") else function
 
 
 def _ragged_function(backend: Backend) -> Any:

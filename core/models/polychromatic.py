@@ -66,7 +66,7 @@ class PolychromaticSettings(Settings):
     """Query heads."""
     num_kv_heads: int = Field(8, ge=1)
     """Key-value heads, each shared by num_heads / num_kv_heads query heads."""
-    head_dim: int = Field(64, ge=2, multiple_of=2)
+    head_dim: int = Field(64, ge=2)
     """Width of a head."""
     seq_length: int = Field(4096, ge=2)
     """Tokens a row of training text has, and positions the model knows."""
@@ -87,6 +87,8 @@ class PolychromaticSettings(Settings):
     def _heads_fit(self) -> "PolychromaticSettings":
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd, and rotary positions turn pairs; add or take one")
         return self
 
     @property

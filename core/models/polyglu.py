@@ -18,12 +18,14 @@ B batch, T time, D hidden_size, F intermediate_size, b rows and n positions of a
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from core.models.attention import compiled
 
 NUM_ACTIVATIONS = 4
 NAMES = ("ReLU", "Tanh", "SiLU", "GELU")
@@ -33,8 +35,12 @@ NEURON_CENTRE, POSITION_CENTRE, POSITION_SPREAD = 40.0, 20.0, 90.0
 nor all vanish: the largest's logarithm is from -30 to 60. A neuron's factor that fp32 cannot hold any more is 127 below its
 largest, and so without weight at any position. Where beta f differs by more than 90 tau, it counts as 90 tau apart."""
 
-BLOCK = 1 << 15
+BLOCK = 1 << 16
 """Neurons x positions worked on at a time on a CPU: what a block needs stays in the cache."""
+
+PART = 1 << 24
+"""Neurons x positions given to a compiled kernel at a time. In the backward pass Inductor writes out about eight tensors of this
+size."""
 
 SQRT_HALF, INV_SQRT_2PI = math.sqrt(0.5), 1.0 / math.sqrt(2.0 * math.pi)
 
@@ -104,15 +110,20 @@ class _PolyGLU(torch.autograd.Function):
 
 def _by_device(x: Tensor, blocks: Any, formula: Any) -> Any:
     if torch.compiler.is_compiling():
-        return formula
-    return blocks if x.device.type == "cpu" else _compiled(formula)
+        return partial(_in_parts, formula)
+    return blocks if x.device.type == "cpu" else partial(_in_parts, compiled(formula))
 
 
-@lru_cache
-def _compiled(function: Any) -> Any:
-    from importlib.util import find_spec
-
-    return torch.compile(function, dynamic=False) if find_spec("triton") else function
+def _in_parts(formula: Any, *tensors: Tensor | None) -> Any:
+    """A formula over some rows of the batch at a time: what a compiler writes out between its kernels is of that size then."""
+    rows = max(1, PART // tensors[0][0].numel())
+    if rows >= len(tensors[0]):
+        return formula(*tensors)
+    slices = [slice(b, b + rows) for b in range(0, len(tensors[0]), rows)]
+    parts = [formula(*(None if t is None else t[b] for t in tensors)) for b in slices]
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts)
+    return tuple(None if of_rows[0] is None else torch.cat(of_rows) for of_rows in zip(*parts))
 
 
 # the formulas, for a compiler to fuse -------------------------------------------------------------------------------------
@@ -170,8 +181,8 @@ def _backward(
 def _blocks(gate: Tensor) -> list[tuple[slice, list[slice]]]:
     """(batch rows, their positions in blocks): some positions of one row each, or several whole rows where rows are short."""
     B, T, F = gate.shape
-    n = max(1, min(T, BLOCK // F))
-    rows = max(1, BLOCK // (T * F)) if n == T else 1
+    n = math.ceil(T / math.ceil(T * F / BLOCK))  # of equal size, the last one a little smaller
+    rows = max(1, BLOCK // (T * F))
     return [(slice(b, b + rows), [slice(t, t + n) for t in range(0, T, n)]) for b in range(0, B, rows)]
 
 

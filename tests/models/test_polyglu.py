@@ -3,6 +3,7 @@
 B batch, T time, WIDTH intermediate_size, D hidden_size
 """
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -43,7 +44,8 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Who computes: blocks of two positions, the last of a row shorter; blocks of two rows, the last of them alone; or the
     formula that a compiler gets."""
     if request.param == "formula":
-        monkeypatch.setattr(polyglu, "_by_device", lambda x, blocks, formula: formula)
+        monkeypatch.setattr(polyglu, "_by_device", lambda x, blocks, formula: partial(polyglu._in_parts, formula))
+        monkeypatch.setattr(polyglu, "PART", 2 * T * WIDTH)  # two rows, and one
     monkeypatch.setattr(polyglu, "BLOCK", 2 * WIDTH * (T if request.param == "rows" else 1))
     return request.param
 
