@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -176,7 +177,10 @@ class Project:
 
 
 def train_here(preset: dict, root: Path, stem: str = "t") -> list[dict]:
-    """Run a preset's training in this process, in a folder that gets the stories to read; every event so far."""
+    """Run a preset's training in this process, in a folder that gets the stories to read; every event so far.
+
+    Without drawing loss.png, which takes longer than the training does; real runs draw it.
+    """
     from core.assembly import Preset
     from core.jobs.train import train
     from core.parallel import Single
@@ -187,7 +191,8 @@ def train_here(preset: dict, root: Path, stem: str = "t") -> list[dict]:
     for number in range(40):
         (root / "texts" / f"story{number:02}.txt").write_text(story(number))
     decoded = decode_preset(preset, Preset, stem, stem)
-    train(decoded, detect_runtime(), Single(), root, 0.0, io.StringIO())
+    with mock.patch("core.ui.run_card.plot_losses"):
+        train(decoded, detect_runtime(), Single(), root, 0.0, io.StringIO())
     return Project(root).events(lineage=decoded.lineage)
 
 

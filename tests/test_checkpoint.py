@@ -2,6 +2,7 @@
 
 import os
 import random
+import resource
 import shutil
 import subprocess
 import sys
@@ -257,28 +258,21 @@ def test_a_kill_between_the_renames_loses_nothing(tmp_path: Path) -> None:
         assert slots(store)[0] == 4 and slots(store)[1] == left[0] and not store._aside.exists()
 
 
-FULL_DISK = """
-import resource, sys
-from pathlib import Path
-from core.checkpoint import CheckpointStore
-from tests.test_checkpoint import save, slots
-store = CheckpointStore(Path(sys.argv[1]), "t")
-for number in (1, 2):
-    save(store, number)
-resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
-path, _, reason = save(store, 3, size=100_000)
-assert path is None and "File too large" in reason, (path, reason)
-assert slots(store) == [2, 1], slots(store)
-assert sorted(p.name for p in store.folder.iterdir()) == ["t_current.pth", "t_prev.pth"]
-resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-save(store, 4, size=100_000)
-assert slots(store) == [4, 2, 1]
-"""
-
-
 def test_a_write_that_fails_leaves_the_older_slots(tmp_path: Path) -> None:
     """The reason is told, nothing half-written stays, and the next save works."""
-    run_script(FULL_DISK, str(tmp_path))
+    store, before = CheckpointStore(tmp_path, "t"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    for number in (1, 2):
+        save(store, number)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))
+    try:
+        path, _, reason = save(store, 3, size=100_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert path is None and "File too large" in reason, (path, reason)
+    assert slots(store) == [2, 1], slots(store)
+    assert sorted(p.name for p in store.folder.iterdir()) == ["t_current.pth", "t_prev.pth"]
+    save(store, 4, size=100_000)
+    assert slots(store) == [4, 2, 1]
 
 
 def test_a_full_disk_leaves_the_older_slots(tmp_path: Path) -> None:

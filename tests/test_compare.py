@@ -3,6 +3,7 @@
 import importlib
 import io
 import json
+import os
 import random
 import shutil
 import signal
@@ -24,7 +25,7 @@ from core.launch import _card
 from core.parallel import Single
 from core.preset import decode_preset
 from core.runtime import detect_runtime, forget_peak_memory
-from tests.project import Project, differences, merged, story, tiny_preset
+from tests.project import NO_HUB, Project, differences, merged, story, tiny_preset
 
 job = importlib.import_module("core.jobs.compare")
 
@@ -82,8 +83,16 @@ def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
 def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """preset_of(), run in one go: its folder, which nobody may change, and what was told."""
     root = tmp_path_factory.mktemp("compared")
+    drawn = job.write_report
+
+    def write_report(comparison: Any, folder: Path) -> None:
+        """The last one: those before it, one a trial, take longer than the trials; the slow tests have them."""
+        if len(list(root.glob("checkpoints/t/*/*_current.pth"))) == len(TRIALS):
+            drawn(comparison, folder)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("core.ui.run_card.plot_losses", lambda *_: None)
+        patch.setattr(job, "write_report", write_report)
         return root, compare_here(preset_of(), root)
 
 
@@ -314,9 +323,10 @@ def test_stopped_between_and_inside_trials(compared: tuple[Path, str], tmp_path:
         assert Project(tmp_path).steps(f"t/{trial}") == [1, 2, 3, 4]
 
 
+STEPS = 30
 LONG = preset_of(
     model={"dropout": 0.1},
-    train={"max_steps": 40, "checkpoint_every_steps": 7, "eval_every_tokens": 1500},
+    train={"max_steps": STEPS, "checkpoint_every_steps": 7, "eval_every_tokens": 2000},
     data={
         "sources": [{"type": "text", "path": "texts"}, {"type": "text", "path": "core/data/**/*.py", "name": "code"}],
         "mix_strategy": "weighted",
@@ -331,7 +341,7 @@ def all_steps(project: Project) -> int:
 
 def assert_same_outcome(project: Project, other: Project) -> None:
     for trial in TRIALS:
-        assert project.steps(f"t/{trial}") == list(range(1, 41))
+        assert project.steps(f"t/{trial}") == list(range(1, STEPS + 1))
         assert differences(project.checkpoint(lineage=f"t/{trial}"), other.checkpoint(lineage=f"t/{trial}")) == [], trial
         ends = [[e["receipt"] for e in p.events("run_end", f"t/{trial}")][-1] for p in (project, other)]
         assert ends[0] == ends[1]
@@ -356,75 +366,11 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Project:
     return project
 
 
-@pytest.mark.slow
-def test_ctrl_c_saves_reports_and_the_next_start_goes_on(make_project: Callable[..., Project], uninterrupted: Project) -> None:
-    project = make_project({"t": LONG})
-    for goal, number in ((20, signal.SIGINT), (60, signal.SIGTERM), (105, signal.SIGINT)):
-        result = project.run_until("t", lambda goal=goal: all_steps(project) >= goal, number)
-        assert result.code == 130 and "Traceback" not in result.text, result.text
-        assert "interrupted in trial" in result.err and "start again to go on" in result.err
-        assert (project.folder / "logs" / "t" / "report.html").exists()
-    result = project.run("t")
-    assert result.code == 0, result.text
-    assert_same_outcome(project, uninterrupted)
-
-
-@pytest.mark.slow
-def test_killed_at_any_moment(make_project: Callable[..., Project], uninterrupted: Project) -> None:
-    """kill -9 while starting, training, evaluating, saving, reporting, between trials: the end is bit for bit the same."""
-    project, moments = make_project({"t": LONG}), random.Random(7)
-    for kill in range(KILLS):
-        goal, seen = (all_steps(project) + moments.randint(1, 60)) if kill else 1, []
-
-        def ready(goal: int = goal, seen: list[float] = seen, delay: float = moments.uniform(0, 1.5)) -> bool:
-            if not seen and all_steps(project) >= goal:
-                seen.append(time.monotonic())
-            return bool(seen) and time.monotonic() - seen[0] >= delay
-
-        result = project.run_until("t", ready, signal.SIGKILL)
-        assert result.code in (-9, 0), result.text
-        if result.code == 0:  # a kill after the end is none
-            break
-    else:
-        result = project.run("t")
-        assert result.code == 0, result.text
-    assert_same_outcome(project, uninterrupted)
-    assert [path.name for path in (project.folder / "checkpoints" / "t").rglob("*_prev*")] == []
-
-
-# other ways to run it ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_two_ranks_agree(make_project: Callable[..., Project]) -> None:
-    """Under torchrun: the plan, what is done, who diverged; killed and resumed. One process alone may not go on with it."""
-    wild = {"name": "wild", "set": {"train": {"learning_rate": 1e30}}}
-    preset = preset_of(variants=[*preset_of()["variants"], wild], train={"max_steps": 12, "checkpoint_every_steps": 3})
-    whole, project = make_project({"t": preset}, "whole"), make_project({"t": preset})
-    result = whole.run("t", command=TORCHRUN)
-    assert result.code == 0, result.text
-    steps = lambda: project.num_steps("t/higher/1")  # noqa: E731
-    result = project.run_until("t", lambda: steps() >= 5, signal.SIGKILL, command=TORCHRUN)
-    assert result.code == -9, result.text
-    result = project.run("t")
-    assert result.code == 2 and "begun on 2 processes and this is 1" in result.err
-    result = project.run("t", command=TORCHRUN)
-    assert result.code == 0, result.text
-    for trial in TRIALS:
-        assert whole.events("run_start", f"t/{trial}")[0]["world_size"] == 2
-        assert differences(*(p.checkpoint(lineage=f"t/{trial}") for p in (whole, project))) == []
-    assert report(project.folder)["variants"][2]["name"] == "wild"
-    state = json.loads((project.folder / "logs" / "t" / "state.json").read_text())
-    assert {entry["status"] for entry in state["trials"].values()} == {"diverged"} and len(state["trials"]) == 2
-
-
-@pytest.mark.slow
-def test_on_a_terminal_it_is_one_picture(make_project: Callable[..., Project]) -> None:
-    """The table above the running trial's dashboard; Ctrl-C leaves the table, the cursor and a hint."""
-    project = make_project({"00_best_general": merged(LONG, {"lineage": "t"})})
-    terminal = pexpect.spawn(
-        sys.executable, ["main.py"], cwd=str(project.folder), timeout=90, dimensions=(40, 110), encoding="utf-8"
-    )
+def ctrl_c_on_a_terminal(project: Project) -> None:
+    """Chosen with Enter; the table above the running trial's dashboard; Ctrl-C leaves the table, the cursor and a hint."""
+    env = {**os.environ, **NO_HUB, "OMP_NUM_THREADS": "1"}
+    how = {"cwd": str(project.folder), "env": env, "timeout": 90, "dimensions": (40, 110), "encoding": "utf-8"}
+    terminal = pexpect.spawn(sys.executable, ["main.py"], **how)
     try:
         terminal.expect("Rates")
         time.sleep(1.0)
@@ -439,3 +385,65 @@ def test_on_a_terminal_it_is_one_picture(make_project: Callable[..., Project]) -
     finally:
         terminal.close(force=True)
     assert project.finished("t/as_it_is/1")
+
+
+@pytest.mark.slow
+def test_interrupted_it_reports_and_the_next_start_goes_on(make_project: Callable[..., Project], uninterrupted: Project) -> None:
+    """Ctrl-C on a terminal, which shows one picture, and SIGTERM without one: the end is bit for bit the same."""
+    project = make_project({"00_best_general": {**LONG, "lineage": "t"}})
+    ctrl_c_on_a_terminal(project)
+    (project.folder / "logs" / "t" / "report.html").unlink()
+    result = project.run_until("", lambda: all_steps(project) >= 70, signal.SIGTERM)
+    assert result.code == 130 and "Traceback" not in result.text, result.text
+    assert "interrupted in trial" in result.err and "start again to go on" in result.err
+    assert (project.folder / "logs" / "t" / "report.html").exists()
+    assert project.run("").code == 0
+    assert_same_outcome(project, uninterrupted)
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment(make_project: Callable[..., Project], uninterrupted: Project) -> None:
+    """kill -9 while starting, training, evaluating, saving, reporting, between trials: the end is bit for bit the same."""
+    project, moments = make_project({"t": LONG}), random.Random(7)
+    for kill in range(KILLS):
+        goal, seen = (all_steps(project) + moments.randint(1, 45)) if kill else 1, []
+
+        def ready(goal: int = goal, seen: list[float] = seen, delay: float = moments.uniform(0, 1.5)) -> bool:
+            if not seen and all_steps(project) >= goal:
+                seen.append(time.monotonic())
+            return bool(seen) and time.monotonic() - seen[0] >= delay
+
+        result = project.run_until("t", ready, signal.SIGKILL)
+        assert result.code in (-9, 0), result.text
+        if result.code == 0:  # a kill after the end is none
+            break
+    else:
+        assert project.run("t").code == 0
+    assert_same_outcome(project, uninterrupted)
+    assert [path.name for path in (project.folder / "checkpoints" / "t").rglob("*_prev*")] == []
+
+
+# other ways to run it ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_ranks_agree(make_project: Callable[..., Project]) -> None:
+    """Under torchrun: the plan, what is done, who diverged; killed and resumed. One process alone may not go on with it."""
+    wild = {"name": "wild", "set": {"train": {"learning_rate": 1e30}}}
+    preset = preset_of(variants=[preset_of()["variants"][0], wild], train={"max_steps": 12, "checkpoint_every_steps": 3})
+    whole, project = make_project({"t": preset}, "whole"), make_project({"t": preset})
+    result = whole.run("t", command=TORCHRUN)
+    assert result.code == 0, result.text
+    steps = lambda: project.num_steps("t/as_it_is/2")  # noqa: E731
+    result = project.run_until("t", lambda: steps() >= 5, signal.SIGKILL, command=TORCHRUN)
+    assert result.code == -9, result.text
+    with pytest.raises(UserError, match="begun on 2 processes and this is 1"):
+        compare_here(preset, project.folder)
+    result = project.run("t", command=TORCHRUN)
+    assert result.code == 0, result.text
+    for seed in (1, 2):
+        assert whole.events("run_start", f"t/as_it_is/{seed}")[0]["world_size"] == 2
+        assert differences(*(p.checkpoint(lineage=f"t/as_it_is/{seed}") for p in (whole, project))) == []
+    assert report(project.folder)["variants"][1]["name"] == "wild"
+    state = json.loads((project.folder / "logs" / "t" / "state.json").read_text())
+    assert {entry["status"] for entry in state["trials"].values()} == {"diverged"} and len(state["trials"]) == 2

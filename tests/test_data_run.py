@@ -114,6 +114,7 @@ def test_every_file_left_out_is_named_with_its_reason(tmp_path: Path) -> None:
 
 def test_a_stop_does_not_wait_for_a_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A source that no longer answers: Ctrl-C saves what is consumed, at once, and the next start goes on from there."""
+    from core.data.loader import Loader
     from core.data.sources.text import TextSource
     from core.errors import Interrupted
     from core.runtime import StopRequest
@@ -135,6 +136,7 @@ def test_a_stop_does_not_wait_for_a_source(tmp_path: Path, monkeypatch: pytest.M
         data={"sources": [{"type": "text", "path": "slow.jsonl"}], "validation_fraction": 1e-6, "shuffle": "shards"},
     )
     monkeypatch.setattr(StopRequest, "__call__", lambda self: asked.is_set())
+    monkeypatch.setattr(Loader.close, "__defaults__", (0.2,))  # the two seconds that it waits for the source
     monkeypatch.setattr("core.data.corpus.plan_hold_out", lambda *_: HoldOut(0.0))  # it reads a few hundred documents
     begun = time.monotonic()
     with pytest.raises(Interrupted):

@@ -11,12 +11,12 @@ from typing import Any
 import pexpect
 import pytest
 
-from tests.project import Project, Result, differences, kill_group, merged, tiny_preset
+from tests.project import Project, Result, differences, kill_group, merged, tiny_preset, train_here
 
 pytestmark = pytest.mark.slow
 
 KILLS = 2
-STEPS = 200
+STEPS = 170
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 PRESET = tiny_preset(
@@ -59,8 +59,8 @@ def test_two_ranks_train_as_one_with_twice_the_accumulation(two_ranks: Project, 
 
     Each rank's share of a step differs, so a document read by both ranks, or by none, would show in every loss.
     """
-    one = make_project({"t": merged(PRESET, {"train": {"accumulation_steps": 2}})})
-    assert_ended(one.run("t"))
+    one = make_project({})
+    train_here(merged(PRESET, {"train": {"accumulation_steps": 2}}), one.folder)
     ours, theirs = one.events("step"), two_ranks.events("step")
     assert [e["step"] for e in ours] == [e["step"] for e in theirs] == list(range(1, STEPS + 1))
     assert [e["tokens"] for e in ours] == [e["tokens"] for e in theirs]
@@ -89,13 +89,19 @@ def test_killed_groups_end_in_the_same_weights(two_ranks: Project, make_project:
     assert [e["loss"] for e in two_ranks.events("step")] == [e["loss"] for e in project.events("step")]
 
 
-def test_one_rank_goes_on_where_two_stopped(two_ranks: Project, make_project: Callable[..., Project]) -> None:
-    """SIGTERM to the launcher saves on all ranks; another number of ranks takes over and the losses go on as they were."""
-    project = make_project({"t": PRESET})
+def test_one_two_one_ranks_read_the_same_documents(two_ranks: Project, make_project: Callable[..., Project]) -> None:
+    """Killed on one rank, stopped on two, where SIGTERM to the launcher saves on all ranks, ended on one: the same chain of
+    consumed documents, the same ledger, the same losses."""
+    alone = merged(PRESET, {"train": {"accumulation_steps": 2}})
+    project = make_project({"t": alone})
+    result = project.run_until("t", lambda: project.num_steps() >= 30, signal.SIGKILL)
+    assert result.code == -9 and not project.finished(), result.text
+
+    project.write_preset("t", PRESET)
     process = project.start("t", command=TORCHRUN)
     try:
         end = time.monotonic() + 120
-        while project.num_steps() < 30 and time.monotonic() < end:
+        while project.num_steps() < 70 and time.monotonic() < end:
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=120)
@@ -103,25 +109,10 @@ def test_one_rank_goes_on_where_two_stopped(two_ranks: Project, make_project: Ca
         kill_group(process)
         project.kill_what_is_left()
     last = project.events()[-1]
-    assert last["event"] == "run_end" and last["reason"] == "interrupted" and 30 <= last["step"] < STEPS
+    assert last["event"] == "run_end" and last["reason"] == "interrupted" and 70 <= last["step"] < STEPS
     assert project.checkpoint()["progress"]["step"] == last["step"]
-    project.write_preset("t", merged(PRESET, {"train": {"accumulation_steps": 2}}))
-    assert_ended(project.run("t"))
-    assert project.steps() == list(range(1, STEPS + 1))
-    ours, theirs = project.events("step"), two_ranks.events("step")
-    assert [e["loss"] for e in ours] == pytest.approx([e["loss"] for e in theirs], abs=1e-5)
-    assert [e["tokens"] for e in ours] == [e["tokens"] for e in theirs]
 
-
-def test_one_two_one_ranks_read_the_same_documents(two_ranks: Project, make_project: Callable[..., Project]) -> None:
-    """Killed on one rank, then on two, ended on one: the same chain of consumed documents, the same ledger, the same losses."""
-    project = make_project({"t": merged(PRESET, {"train": {"accumulation_steps": 2}})})
-    one, two = [sys.executable], TORCHRUN
-    for command, preset, goal in ((one, {"train": {"accumulation_steps": 2}}, 40), (two, {}, 110)):
-        project.write_preset("t", merged(PRESET, preset))
-        result = project.run_until("t", lambda goal=goal: project.num_steps() >= goal, signal.SIGKILL, command=command)
-        assert result.code == -9 and not project.finished(), result.text
-    project.write_preset("t", merged(PRESET, {"train": {"accumulation_steps": 2}}))
+    project.write_preset("t", alone)
     assert_ended(project.run("t"))
     assert project.steps() == list(range(1, STEPS + 1))
     ours, theirs = project.checkpoint(), two_ranks.checkpoint()
@@ -132,7 +123,9 @@ def test_one_two_one_ranks_read_the_same_documents(two_ranks: Project, make_proj
             key: account[key] for key in ("tokens", "documents", "epochs")
         }
         assert account["documents"] > 3 and account["epochs"] >= 1
-    assert [e["loss"] for e in project.events("step")] == pytest.approx([e["loss"] for e in two_ranks.events("step")], abs=1e-5)
+    mine, others = project.events("step"), two_ranks.events("step")
+    assert [e["loss"] for e in mine] == pytest.approx([e["loss"] for e in others], abs=1e-5)
+    assert [e["tokens"] for e in mine] == [e["tokens"] for e in others]
 
 
 def test_mistakes_end_every_rank(make_project: Callable[..., Project]) -> None:
@@ -178,12 +171,10 @@ if os.environ.get("RANK") == "1":
     def _spread(source): return []
     def plan_hold_out(*_): return HoldOut(0.5)
 """
-    receipts = []
-    for name in ("whole", "broken"):
-        project = Project.make(tmp_path / name, {"t": preset})
-        if name == "broken":
-            with (project.folder / "core" / "data" / "corpus.py").open("a") as corpus:
-                corpus.write(trap)
-        assert_ended(on_two(project))
-        receipts.append(project.checkpoint()["data"]["receipt"])
-    assert receipts[0] == receipts[1]
+    whole, broken = Project.make(tmp_path / "whole", {}), Project.make(tmp_path / "broken", {"t": preset})
+    for project in (whole, broken):
+        with (project.folder / "core" / "data" / "corpus.py").open("a") as corpus:  # a text of both: it is read, too
+            corpus.write(trap)
+    train_here(merged(preset, {"train": {"accumulation_steps": 2}}), whole.folder)  # one rank, without the trap
+    assert_ended(on_two(broken))
+    assert whole.checkpoint()["data"]["receipt"] == broken.checkpoint()["data"]["receipt"]

@@ -127,6 +127,19 @@ def test_what_is_done_is_not_done_again_and_a_higher_limit_goes_on(tmp_path: Pat
     assert "already; nothing to do" in tokenize_here(preset_of(tokenize={"max_tokens": 10**9}), tmp_path)
 
 
+def test_each_source_may_have_a_limit_of_its_own(tmp_path: Path, small_batches: None) -> None:
+    sources = [{"type": "text", "path": "texts", "name": name} for name in ("math", "stem")]
+    preset = preset_of(data={"sources": sources}, tokenize={"max_tokens": [9000, 3000]})
+    tokenize_here(preset, tmp_path)
+    totals = [read_manifest(tmp_path / "tokens" / name).total_tokens for name in ("math", "stem")]
+    longest = max(len(story(number)) for number in range(40))
+    assert 9000 <= totals[0] <= 9000 + longest and 3000 <= totals[1] <= 3000 + longest
+    lines = PREVIEWS["tokenize"](decode_preset(preset, Preset, "t", "t"), tmp_path)
+    assert lines[1].endswith("at most 9,000 of math, 3,000 of stem")
+    with pytest.raises(UserError, match=r"max_tokens has 2 numbers for 1 sources; give one for each, or one for all"):
+        tokenize_here(preset_of(tokenize={"max_tokens": [9000, 3000]}), tmp_path)
+
+
 # interruptions -------------------------------------------------------------------------------------------------------
 
 
@@ -417,6 +430,15 @@ ROWS = preset_of(
 )
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """ROWS, left alone."""
+    project = Project.make(tmp_path_factory.mktemp("whole") / "project", {})
+    impatient(project, ROWS)
+    assert project.run("t").code == 0
+    return project
+
+
 def written(project: Project) -> int:
     try:
         return json.loads((project.folder / "tokens" / "rows" / "manifest.json").read_text())["total_tokens"]
@@ -425,12 +447,10 @@ def written(project: Project) -> int:
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_it_comes_out_the_same(make_project: Callable[..., Project]) -> None:
+def test_killed_at_any_moment_it_comes_out_the_same(whole: Project, make_project: Callable[..., Project]) -> None:
     """kill -9, Ctrl-C in between; no process of the pool is left behind, and the files are those of a run left alone."""
-    whole, project = make_project({}, "whole"), make_project({}, "killed")
-    impatient(whole, ROWS)
+    project = make_project({})
     impatient(project, ROWS)
-    assert whole.run("t").code == 0
     total, rng = written(whole), random.Random(time.time_ns())
     for number in range(KILLS):
         goal = written(project) + rng.randint(1, total // KILLS)
@@ -461,12 +481,10 @@ def none_left(project: Project) -> bool:
 
 
 @pytest.mark.slow
-def test_under_torchrun_one_rank_does_it_all(make_project: Callable[..., Project]) -> None:
-    alone, project = make_project({}, "alone"), make_project({}, "two")
-    impatient(alone, ROWS)
+def test_under_torchrun_one_rank_does_it_all(whole: Project, make_project: Callable[..., Project]) -> None:
+    project = make_project({})
     impatient(project, ROWS)
-    assert alone.run("t").code == 0
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     result = project.run("t", command=torchrun)
     assert result.code == 0 and result.out.count("to train on it") == 1, result.text
-    assert files(project.folder / "tokens") == files(alone.folder / "tokens")
+    assert files(project.folder / "tokens") == files(whole.folder / "tokens")

@@ -332,6 +332,25 @@ def test_max_epochs_ends_a_run_and_the_next_start_reads_again(epochs: int, tmp_p
     assert tokens[1] == 2 * tokens[0]
 
 
+def test_epochs_are_counted_over_chained_runs(tmp_path: Path) -> None:
+    """Each run goes on in the epoch of the one before, also after a stop between them; what is read ends the chain."""
+    preset = tiny_preset(train={"max_steps": None, "max_epochs": 1, "per_gpu_batch_size": 64})
+    straight = train_here(preset, tmp_path / "straight")
+    budget = [e["tokens"] for e in straight if e["event"] == "step"][1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("core.assembly.RUN_TOKENS", budget)
+        preset["train"]["runs"] = 40
+        train_here(preset, tmp_path / "chained")
+        found = train_here(preset, tmp_path / "chained")
+    ends = [(e["reason"], e["tokens"]) for e in found if e["event"] == "run_end"]
+    reasons = [reason for reason, _ in ends]
+    half = reasons.index("max_epochs") + 1
+    assert half > 2 and reasons == (["budget"] * (half - 1) + ["max_epochs"]) * 2
+    assert ends[half - 1][1] == straight[-1]["tokens"] and ends[-1][1] == 2 * straight[-1]["tokens"]
+    losses = [[e["losses"] for e in events if e["event"] == "step"] for events in (straight, found)]
+    assert losses[0] == losses[1][: len(losses[0])]
+
+
 def test_a_run_that_cannot_save_says_so_and_goes_on(tmp_path: Path) -> None:
     """A warning at each failed save; at the end an error, for that work would be lost."""
     (tmp_path / "checkpoints").write_text("in the way")

@@ -296,7 +296,7 @@ def test_the_folder_of_two_hundred(
 @linux
 @pytest.mark.parametrize("who", ["worker", "fork"])
 def test_a_killed_worker_is_replaced_and_its_file_tried_again(make_source: Callable[..., PdfSource], who: str) -> None:
-    source = make_source({"a.pdf": pdfs.text_then_bomb("Hello to you", b"q Q ", 30)})
+    source = make_source({"a.pdf": pdfs.text_then_bomb("Hello to you", b"q Q ", 15)})
     out: list[Document] = []
     reading = threading.Thread(target=lambda: out.extend(all_of(source)))
     reading.start()
