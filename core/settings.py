@@ -5,7 +5,7 @@ Out:   frozen pydantic classes, from which preset.py makes the Preset and its JS
 State: none
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -98,7 +98,7 @@ class TrainSettings(Settings):
     max_steps: int | None = Field(None, ge=1)
     """Shortens a run to so many optimizer steps."""
     max_epochs: int | None = Field(None, ge=1)
-    """Reads each source at most so many times, and ends when nothing is left."""
+    """Reads each source at most so many times, over all `runs`, and ends when nothing is left."""
     eval_tokens: int = Field(500_000, ge=0)
     """Held-out tokens of one evaluation; 0: never evaluate."""
     eval_every_tokens: int = Field(10_000_000, ge=1)
@@ -113,14 +113,6 @@ class TrainSettings(Settings):
     """auto: bf16 compute over fp32 weights where the device computes bf16 natively, fp32 elsewhere."""
     train_tokens: int | None = None
     """Accepted for old presets and overridden: one run is always 100,000,000 tokens."""
-
-    @model_validator(mode="after")
-    def _one_limit(self) -> "TrainSettings":
-        if self.runs > 1 and self.max_epochs is not None:
-            raise ValueError(
-                f"runs {self.runs} with max_epochs {self.max_epochs}: once all is read there is no next run; drop one"
-            )
-        return self
 
 
 class AuxiliarySettings(Settings):
@@ -184,10 +176,36 @@ class TokenizeSettings(Settings):
     """Folder that gets the tokenizer, and a folder of chunks for each source."""
     chunk_tokens: int = Field(100_000_000, ge=1)
     """Tokens of a chunk: 4 bytes each."""
-    max_tokens: int | None = Field(None, ge=1)
-    """Tokens after which a source is left, at the end of a document; left out, it is read once to its end."""
+    max_tokens: Annotated[int, Field(ge=1)] | Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] | None = None
+    """Tokens after which a source is left, at the end of a document: one number, or one per source. Left out: read to the end."""
     workers: int | None = Field(None, ge=0, le=256)
     """Processes that tokenize; 0: the threads of this one. Left out: one per core. The files are the same for any number."""
+
+
+class EvaluateSettings(Settings):
+    """The evaluate job: a trained model on tasks of lm-evaluation-harness, and on text held out from training."""
+
+    tasks: list[str] = []
+    """Tasks by the harness's names, such as "gsm8k" or "mmlu_stem", or by those of files in `task_path`."""
+    task_path: str | None = None
+    """Folder of task files of your own (YAML), relative to the project. Paths in them begin in this folder."""
+    limit: int | None = Field(None, ge=1)
+    """Examples of a task; left out, all of them."""
+    num_fewshot: int | None = Field(None, ge=0)
+    """Solved examples before each question; left out, what the task says. A task that says 0 keeps it."""
+    batch_size: int = Field(16, ge=1)
+    """Rows of one forward pass. The results are the same for any."""
+    domain_perplexity: bool = True
+    """Also measure loss, perplexity and bits per byte on each source's held-out documents, `train.eval_tokens` of each."""
+
+
+class InterpretSettings(Settings):
+    """The interpret job: what the neurons of a PolyGLU model choose, by themselves and given held-out text of each source."""
+
+    tokens_per_category: int = Field(50_000, ge=1)
+    """Held-out tokens read of each source: more give narrower intervals."""
+    positions_per_row: int = Field(8, ge=1)
+    """Places of a row at which every neuron is looked at; what does not depend on neurons is taken from every token."""
 
 
 class VariantSettings(Settings):

@@ -76,6 +76,8 @@ def reference() -> str:
         ("data.sources", SOURCES),
         ("GenerateSettings", "generate"),
         ("TokenizeSettings", "tokenize"),
+        ("EvaluateSettings", "evaluate"),
+        ("InterpretSettings", "interpret"),
         ("VariantSettings", "variants"),
         ("CompareSettings", "compare"),
         ("LoggingSettings", "logging"),

@@ -11,7 +11,7 @@ from core.comparison.results import Comparison
 from core.comparison.trials import Trial
 from core.comparison.verdict import Amount
 from core.ui.comparison import write_report
-from core.ui.comparison.style import VARIABLES
+from core.ui.style import VARIABLES
 from core.ui.text import clean
 from tests.comparison.logs import NASTY, compared, preset, trials
 
@@ -38,7 +38,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attrs) -> None:
         self.tags.append(tag)
         self.attributes += attrs
-        if tag != "meta":  # the only one here that is never closed
+        if tag not in ("meta", "img"):  # these are never closed
             self._open.append(tag)
 
     def handle_startendtag(self, tag, attrs) -> None:
@@ -181,7 +181,7 @@ def test_a_failed_write_leaves_the_report_before(tmp_path, monkeypatch) -> None:
     def full(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("core.ui.comparison.os.replace", full)
+    monkeypatch.setattr("core.ui.page.os.replace", full)
     with pytest.raises(OSError):
         write_report(compared(made, name="other"), tmp_path / "out")
     assert (tmp_path / "out" / "report.html").read_bytes() == before

@@ -5,10 +5,10 @@ Out:   report.html (one file, needs nothing else), report.md, metrics.json
 State: none
 """
 
-import os
 from pathlib import Path
 
 from core.comparison.results import Comparison
+from core.ui.page import replace_file
 
 
 def write_report(comparison: Comparison, folder: Path) -> None:
@@ -18,16 +18,6 @@ def write_report(comparison: Comparison, folder: Path) -> None:
     from core.ui.comparison.numbers import json_report
 
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / "metrics.json", json_report(comparison))
-    _replace(folder / "report.md", markdown_report(comparison))
-    _replace(folder / "report.html", html_report(comparison))
-
-
-def _replace(path: Path, text: str) -> None:
-    """Written aside and renamed: nobody ever reads half a report."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        aside.write_bytes(text.encode("utf-8", "replace"))  # a lone surrogate is legal in a name, not in UTF-8
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    replace_file(folder / "metrics.json", json_report(comparison))
+    replace_file(folder / "report.md", markdown_report(comparison))
+    replace_file(folder / "report.html", html_report(comparison))

@@ -8,25 +8,16 @@ State: none
 import json
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from core.comparison.measures import Measure, measure
 from core.comparison.outcome import Outcome
 from core.comparison.results import Comparison, Variant
 from core.comparison.statistics import POWER, Ratio, Spread
 from core.comparison.verdict import Amount, percent
+from core.ui.page import Table
 from core.ui.text import clean, count, duration, memory
 
 NONE = "–"
-
-
-@dataclass(frozen=True)
-class Table:
-    """`words`: how many columns at the left hold words; those after it hold numbers."""
-
-    head: list[str]
-    rows: list[list[str]]
-    words: int = 1
 
 
 # the answer ----------------------------------------------------------------------------------------------------------

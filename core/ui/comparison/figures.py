@@ -7,7 +7,6 @@ State: none
 
 import io
 import re
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,7 @@ import numpy as np
 from core.comparison.outcome import Curve, Outcome
 from core.comparison.results import Comparison
 from core.comparison.verdict import percent
-from core.ui.comparison.style import DASHES, GRID, INK, MARKERS, PAPER, SERIES, VARIABLES
+from core.ui.style import DASHES, INK, MARKERS, PAPER, SERIES, VARIABLES, drawing, dress
 from core.ui.text import clean
 
 WIDTH, HEIGHT = 4.3, 2.9  # inches; small, so that letters are still read where a phone scales it down
@@ -197,19 +196,12 @@ def _short(name: str, length: int = 50) -> str:
 
 
 def _svg(draw: Draw, name: str, width: float = WIDTH, height: float = HEIGHT) -> str:
-    import matplotlib
     from matplotlib.figure import Figure
 
-    ink = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
-    plain = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9, "font.family": "sans-serif", "axes.linewidth": 0.8}
-    with matplotlib.rc_context({**ink, **plain}), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # a letter that the font lacks
+    with drawing(**{"svg.fonttype": "none", "svg.hashsalt": name}):
         figure = Figure(figsize=(width, height), layout="constrained")
         axes = figure.subplots()
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-        axes.grid(True, color=GRID, linewidth=0.7)
-        axes.set_axisbelow(True)
+        dress(axes)
         draw(axes)
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))

@@ -1,4 +1,4 @@
-"""The report as one HTML file that needs nothing else: no network, no script, no other file.
+"""The report as one HTML file.
 
 In:    a Comparison
 Out:   report.html
@@ -13,13 +13,12 @@ from core.comparison.measures import measure
 from core.comparison.results import Comparison
 from core.comparison.verdict import percent
 from core.ui.comparison import content, figures
-from core.ui.comparison.content import Table
-from core.ui.comparison.style import DASHES, SERIES, STYLE
+from core.ui.page import html_lines, html_table, html_text, page
+from core.ui.style import DASHES, SERIES
 from core.ui.text import clean
 
 
 def html_report(comparison: Comparison) -> str:
-    title = _text(comparison.name)
     body = [
         *_answer(comparison),
         *_curves(comparison),
@@ -27,32 +26,28 @@ def html_report(comparison: Comparison) -> str:
         *_tables(comparison),
         *_samples(comparison),
         "<h2>Method</h2>",
-        *(f"<p>{_text(paragraph)}</p>" for paragraph in content.method(comparison)),
+        *(f"<p>{html_text(paragraph)}</p>" for paragraph in content.method(comparison)),
         *_presets(comparison),
     ]
-    head = (
-        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title>\n<style>{STYLE}</style>"
-    )
-    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n' + "\n".join(body) + "\n</body></html>\n"
+    return page(comparison.name, body)
 
 
 # sections ------------------------------------------------------------------------------------------------------------
 
 
 def _answer(comparison: Comparison) -> Iterable[str]:
-    yield f"<h1>{_text(comparison.name)}</h1>"
+    yield f"<h1>{html_text(comparison.name)}</h1>"
     if comparison.description:
-        yield f'<p class="soft">{_text(comparison.description)}</p>'
+        yield f'<p class="soft">{html_text(comparison.description)}</p>'
     lines = [
-        f"<li>{_swatch(i)}{_text(verdict.sentence)}</li>" for i, verdict in enumerate(comparison.verdicts, 1)
+        f"<li>{_swatch(i)}{html_text(verdict.sentence)}</li>" for i, verdict in enumerate(comparison.verdicts, 1)
     ] or ["<li>There is only one variant: nothing to compare.</li>"]  # fmt: skip
     yield f'<ul class="answer">{"".join(lines)}</ul>'
     for warning in comparison.warnings:
-        yield f'<p class="warn"><b>Warning.</b> {_text(warning)}</p>'
-    yield f"<p>{_text(content.state(comparison))} Baseline: {_text(comparison.baseline.name)}.</p>"
+        yield f'<p class="warn"><b>Warning.</b> {html_text(warning)}</p>'
+    yield f"<p>{html_text(content.state(comparison))} Baseline: {html_text(comparison.baseline.name)}.</p>"
     if unfinished := content.unfinished(comparison):
-        yield f"<ul>{''.join(f'<li>{_text(line)}</li>' for line in unfinished)}</ul>"
+        yield f"<ul>{''.join(f'<li>{html_text(line)}</li>' for line in unfinished)}</ul>"
 
 
 def _curves(comparison: Comparison) -> Iterable[str]:
@@ -87,34 +82,35 @@ def _verdict(comparison: Comparison) -> Iterable[str]:
     table = content.verdict_table(comparison)
     if not table.rows:
         return
-    yield f"<h2>Paired differences in {_text(content.metric_name(comparison.primary))}</h2>"
+    yield f"<h2>Paired differences in {html_text(content.metric_name(comparison.primary))}</h2>"
     svg = figures.forest_figure(comparison)
-    yield f'<div class="figures">{_figure("", figures.forest_caption(comparison), svg)}</div>{_table(table)}'
+    yield f'<div class="figures">{_figure("", figures.forest_caption(comparison), svg)}</div>{html_table(table)}'
 
 
 def _tables(comparison: Comparison) -> Iterable[str]:
     if comparison.metrics:
         yield '<h2>Final metrics</h2><p class="note">Mean ± standard deviation over the finished seeds.</p>'
-        yield _table(content.final_table(comparison), strong=comparison.metric in comparison.metrics)
+        yield html_table(content.final_table(comparison), strong=comparison.metric in comparison.metrics)
         if len(comparison.variants) > 1:
             yield "<h2>Paired differences, every metric</h2>"
             yield (
                 f'<p class="note">Variant − baseline, with {percent(comparison.confidence)} intervals. Only the first row is '
                 "judged; the others describe.</p>"
             )
-            yield _table(content.difference_table(comparison), strong=comparison.metric in comparison.metrics)
+            yield html_table(content.difference_table(comparison), strong=comparison.metric in comparison.metrics)
     yield '<h2>Speed and memory</h2><p class="note">Medians over finished seeds. × baseline: geometric mean of the ratios of '
-    yield f"trials with one seed, lowest to highest.</p>{_table(content.cost_table(comparison))}"
-    yield f"<details><summary>Every trial</summary>{_table(content.trial_table(comparison))}</details>"
+    yield f"trials with one seed, lowest to highest.</p>{html_table(content.cost_table(comparison))}"
+    yield f"<details><summary>Every trial</summary>{html_table(content.trial_table(comparison))}</details>"
 
 
 def _samples(comparison: Comparison) -> Iterable[str]:
     seed, rows = content.samples(comparison)
     if seed is None:
         return
-    head = "".join(f"<th>{_text(variant.name)}</th>" for variant in comparison.variants)
+    head = "".join(f"<th>{html_text(variant.name)}</th>" for variant in comparison.variants)
     lines = [
-        f"<tr><th>{_lines(prompt)}</th>{''.join(f'<td>{_lines(text)}</td>' for text in texts)}</tr>" for prompt, texts in rows
+        f"<tr><th>{html_lines(prompt)}</th>{''.join(f'<td>{html_lines(text)}</td>' for text in texts)}</tr>"
+        for prompt, texts in rows
     ]
     yield f"<h2>Samples</h2><p class='note'>At the last evaluation, seed {seed}.</p>"
     yield f'<div class="scroll"><table class="samples"><thead><tr><th>prompt</th>{head}</tr></thead>'
@@ -124,10 +120,10 @@ def _samples(comparison: Comparison) -> Iterable[str]:
 def _presets(comparison: Comparison) -> Iterable[str]:
     yield "<h2>Presets</h2>"
     if (table := content.changes_table(comparison)).rows:
-        yield _table(table)
-    yield f"<h3>Baseline in full: {_text(comparison.baseline.name)}</h3>{_preset(comparison.baseline.preset)}"
+        yield html_table(table)
+    yield f"<h3>Baseline in full: {html_text(comparison.baseline.name)}</h3>{_preset(comparison.baseline.preset)}"
     for variant in comparison.variants[1:]:
-        yield f"<details><summary>{_text(variant.name)} in full</summary>{_preset(variant.preset)}</details>"
+        yield f"<details><summary>{html_text(variant.name)} in full</summary>{_preset(variant.preset)}</details>"
 
 
 # pieces --------------------------------------------------------------------------------------------------------------
@@ -136,15 +132,16 @@ def _presets(comparison: Comparison) -> Iterable[str]:
 def _figure(title: str, caption: str, svg: str | None) -> str:
     if svg is None:
         return ""
-    bold = f"<b>{_text(title)}.</b> " if title else ""
+    bold = f"<b>{html_text(title)}.</b> " if title else ""
     label = escape(f"{clean(title)} {clean(caption)}".strip(), quote=True)
     svg = svg.replace("<svg", f'<svg aria-label="{label}"', 1)
-    return f"<figure>{svg}<figcaption>{bold}{_text(caption)}</figcaption></figure>"
+    return f"<figure>{svg}<figcaption>{bold}{html_text(caption)}</figcaption></figure>"
 
 
 def _key(comparison: Comparison) -> str:
     names = [
-        f"<li>{_swatch(i)}{_text(variant.name)}{'' if i else ' (baseline)'}</li>" for i, variant in enumerate(comparison.variants)
+        f"<li>{_swatch(i)}{html_text(variant.name)}{'' if i else ' (baseline)'}</li>"
+        for i, variant in enumerate(comparison.variants)
     ]
     return f'<ul class="key">{"".join(names)}</ul>'
 
@@ -158,29 +155,8 @@ def _swatch(i: int) -> str:
     return f'<svg class="line" width="30" height="10" aria-hidden="true">{line}</svg>'
 
 
-def _table(table: Table, strong: bool = False) -> str:
-    """`strong`: the first row is the primary metric's."""
-
-    def cell(tag: str, i: int, text: str) -> str:
-        return f'<{tag} class="{"w" if i < table.words else "n"}">{_text(text)}</{tag}>'
-
-    head = "".join(cell("th", i, text) for i, text in enumerate(table.head))
-    rows = ["".join(cell("td", i, text) for i, text in enumerate(row)) for row in table.rows]
-    first = '<tr class="primary">' if strong else "<tr>"
-    body = "".join(f"{'<tr>' if n else first}{row}</tr>" for n, row in enumerate(rows))
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
 def _preset(preset: dict) -> str:
-    return f"<pre>{_lines(json.dumps(preset, indent=2, ensure_ascii=False))}</pre>"
-
-
-def _text(text: str) -> str:
-    return escape(clean(text))
-
-
-def _lines(text: str) -> str:
-    return "\n".join(_text(line) for line in text.split("\n"))
+    return f"<pre>{html_lines(json.dumps(preset, indent=2, ensure_ascii=False))}</pre>"
 
 
 def _capital(label: str) -> str:

@@ -11,7 +11,7 @@ from itertools import groupby
 
 from core.comparison.results import Comparison
 from core.ui.comparison import content
-from core.ui.comparison.content import Table
+from core.ui.page import Table
 from core.ui.text import clean
 
 

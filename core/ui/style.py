@@ -1,9 +1,14 @@
-"""How the report looks: colours for light and dark, and the style sheet.
+"""How reports look: colours for light and dark, the style sheet, and matplotlib's settings.
 
 In:    nothing
-Out:   STYLE, and the colours the figures are drawn in
+Out:   STYLE, the colours that figures are drawn in, and what to draw them inside of
 State: none
 """
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 INK, GRID, PAPER = "#1f2328", "#d8dbe0", "#fefefe"
 """What figures are drawn in; in the report each becomes a variable that dark mode sets to something else."""
@@ -53,7 +58,8 @@ p{{max-width:50rem;margin:.5rem 0}}
 .line{{display:inline-block;vertical-align:middle;margin-right:.4rem}}
 .figures{{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,21rem),1fr));gap:1.2rem}}
 figure{{margin:0;min-width:0;max-width:36rem}}
-figure svg{{width:100%;height:auto;display:block}}
+figure.wide{{max-width:none}}figure.wide img{{min-width:36rem}}
+figure svg,figure img{{width:100%;height:auto;display:block}}
 figcaption b{{color:var(--ink);font-size:.95rem}}
 .scroll{{overflow-x:auto;max-width:100%;margin-top:.6rem}}
 table{{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums;min-width:50%}}
@@ -70,3 +76,23 @@ details{{margin:.6rem 0}}summary{{cursor:pointer}}
 @media print{{html{{font-size:11px}}body{{max-width:none}}pre{{max-height:none;white-space:pre-wrap}}.scroll{{overflow:visible}}
 figure,tr,.answer{{break-inside:avoid}}h2{{break-after:avoid}}.figures{{grid-template-columns:1fr 1fr}}}}
 """
+
+
+@contextmanager
+def drawing(**own: Any) -> Iterator[None]:
+    """matplotlib with the reports' letters and colours, and `own` settings over them."""
+    import matplotlib
+
+    ink = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
+    plain = {"font.size": 9, "font.family": "sans-serif", "axes.linewidth": 0.8}
+    with matplotlib.rc_context({**ink, **plain, **own}), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a letter that the font lacks is drawn as a box
+        yield
+
+
+def dress(axes: Any) -> None:
+    """No box around it; a grid behind."""
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.grid(True, color=GRID, linewidth=0.7)
+    axes.set_axisbelow(True)

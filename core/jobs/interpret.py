@@ -1,0 +1,207 @@
+"""The `interpret` job: what the neurons of a PolyGLU model choose, by themselves and given text of each data source.
+
+In:    a preset: its `init_from` or its lineage's newest checkpoint, its data, its section `interpret`
+Out:   logs/<lineage>/interpret/: figures, numbers, and a page that gathers them; a table on the screen
+State: none
+
+    weights --> alpha: what neurons prefer --------------------------------> figures, page
+            --> held-out documents, source by source --> gates, entropies -->
+
+Under torchrun rank 0 does it alone.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from core.contracts import call_if_defined
+from core.errors import Interrupted, UserError
+from core.generation import plain_batch
+from core.harness.perplexity import open_held_out
+from core.interpretation.results import Interpretation, interpret_routing
+from core.interpretation.routing import Reading, Router, static_routing
+from core.models.polyglu import NAMES
+from core.parallel import Single, on_rank_zero
+from core.runtime import Runtime, StopRequest
+from core.trained import Trained, load_trained
+from core.ui.evaluating import EvaluateView
+from core.ui.interpretation import write_interpretation
+from core.ui.interpretation.content import findings, layer_table, warnings
+from core.weights import preview_weights
+
+FOLDER = "interpret"
+
+
+def interpret(preset: Any, runtime: Runtime, parallel: Any, root: Path, started: float, console: Any) -> None:
+    """Look into the model and write the report. Raises Interrupted after Ctrl-C or SIGTERM; nothing is written then."""
+    with StopRequest() as stop:
+
+        def alone() -> None:
+            with EvaluateView(console) as view:
+                _interpret(preset, runtime, root, view, stop)
+
+        on_rank_zero(parallel, alone)
+
+
+def preview_interpret(preset: Any, root: Path) -> list[str]:
+    """What the menu tells before the job is chosen."""
+    try:
+        weights = preview_weights(preset.init_from or preset.lineage, root)
+    except UserError as error:
+        return [f"cannot start yet: {error}"]
+    return [
+        f"looks into {weights}",
+        f"with held-out documents of {', '.join(source.name for source in preset.data.sources)}",
+        f"writes logs/{preset.lineage}/{FOLDER}/index.html",
+    ]
+
+
+def _interpret(preset: Any, runtime: Runtime, root: Path, view: EvaluateView, stop: Callable[[], bool]) -> None:
+    trained = load_trained(preset, root, runtime)
+    _refuse(trained)
+    notes = [*trained.notes, *_switch_noise_off(trained)]
+    corpus, told = open_held_out(trained.preset, root, Single(), trained.made_with, trained.held_out)
+    for source in corpus.sources:
+        call_if_defined(source, "check_tokenizer", trained.tokenizer)
+    reader = Reader(trained, runtime, view, stop)
+    readings = {name: reader.read(name, documents) for name, documents in corpus.held_out_inputs(trained.tokenizer).items()}
+    notes += [*told, *(f"{name} holds no document out, and is left out" for name, found in readings.items() if not found.rows)]
+    readings = {name: found for name, found in readings.items() if found.rows}
+    for note in notes:
+        view.tell(f"note  {note}")
+    if not readings:
+        raise UserError("no source holds a document out, so there is no text to route: add documents to one of data.sources")
+    found = _found(trained, reader, readings, notes)
+    folder = root / "logs" / preset.lineage / FOLDER
+    try:
+        write_interpretation(found, folder)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}. Free some space, and start again.") from None
+    table = layer_table(found)
+    view.table("entropy in nats, and shift between categories", table.head, table.rows)
+    for line in [*findings(found), *(f"caution  {warning}" for warning in warnings(found))]:
+        view.tell(line)
+    view.tell(f"page: {(folder / 'index.html').relative_to(root)}")
+
+
+def _refuse(trained: Trained) -> None:
+    """Raises UserError of a model that does not route."""
+    if not getattr(trained.model, "routes", False):
+        raise UserError(
+            f"{trained.where} holds a {_named(trained.preset.model)}, which routes nothing: only models of type polychromatic, "
+            'with feed_forward "polyglu", can be interpreted. Name one by "init_from".'
+        )
+
+
+def _switch_noise_off(trained: Trained) -> list[str]:
+    """What is told of how the model is evaluated; in evaluation it may draw noise, as published."""
+    how = trained.preset.model.routing.evaluate
+    if how == "argmax":
+        return ['routing.evaluate is "argmax": the model takes the likeliest activation alone, of the weights that are told here']
+    if how == "soft":
+        return []
+    for block in trained.model.model_core:  # type: ignore[union-attr]
+        block.polyglu.routing = block.polyglu.routing.model_copy(update={"evaluate": "soft"})
+    return ['routing.evaluate is "sample"; here it is "soft", as noise would be in every number']
+
+
+def _named(model: Any) -> str:
+    return f"{model.type} with {feed_forward}" if (feed_forward := getattr(model, "feed_forward", None)) else model.type
+
+
+def _found(trained: Trained, reader: "Reader", readings: dict[str, Reading], notes: list[str]) -> Interpretation:
+    preset, wanted = trained.preset, trained.preset.interpret
+    about = {
+        "preset": preset.name,
+        "description": preset.description,
+        "lineage": preset.lineage,
+        "weights": trained.where,
+        "step": trained.step,
+        "trained_tokens": trained.tokens,
+        "pool": preset.model.routing.pool,
+        "evaluate": preset.model.routing.evaluate,
+        "seq_length": preset.model.seq_length,
+        "tokens_per_category": wanted.tokens_per_category,
+        "positions_per_row": wanted.positions_per_row,
+        "notes": notes,
+    }
+    router = reader.router
+    return interpret_routing(about, NAMES, router.tau, bool(trained.model.is_causal), static_routing(router.alpha), readings)
+
+
+# reading -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Reader:
+    """Sends held-out documents through the model, each in rows of its own: nothing else is pooled with it, and no padding."""
+
+    trained: Trained
+    runtime: Runtime
+    view: EvaluateView
+    stop: Callable[[], bool]
+
+    def __post_init__(self) -> None:
+        layers = [block.polyglu for block in self.trained.model.model_core]  # type: ignore[union-attr]
+        alpha, beta = (torch.stack([getattr(layer, name).detach().float() for layer in layers]) for name in ("alpha", "beta"))
+        self.router = Router(alpha, beta, float(self.trained.model.tau))  # type: ignore[arg-type]
+
+    def read(self, name: str, documents: Iterator[np.ndarray]) -> Reading:
+        """What a category's documents, (its tokens,) each, make of the routing."""
+        wanted, seq_length = self.trained.preset.interpret, self.trained.preset.model.seq_length
+        found, tokens = Reading(), 0
+        self.view.start(name)
+        for document, row in rows_of(self._watched(documents), seq_length, wanted.tokens_per_category):
+            sums, neurons = self.router.read(self._gates(row), len(row), wanted.positions_per_row)
+            found.add(document, sums, neurons)
+            tokens += len(row)
+            self._watch()
+            self.view.update(tokens, max(tokens, wanted.tokens_per_category))
+        self.view.end()
+        return found
+
+    @torch.no_grad()
+    def _gates(self, row: np.ndarray) -> Tensor:
+        """(T,) -> f of every layer, (L, T or 1, K)."""
+        device, dtype = self.runtime.device, self.runtime.compute_dtype(self.trained.preset.train.precision)
+        batch = plain_batch(torch.from_numpy(row).long().to(device)[None])
+        # rows of every length come: compiled, each would be compiled anew
+        eager = torch.compiler.set_stance("force_eager") if device.type == "cuda" else nullcontext()
+        with eager, torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            self.trained.model(batch)
+        return self.trained.model.gates[:, 0]  # type: ignore[index]
+
+    def _watched(self, documents: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+        for document in documents:
+            self._watch()
+            yield document
+
+    def _watch(self) -> None:
+        if self.stop():
+            raise Interrupted("interrupted before anything was written; start again to begin anew")
+
+
+def rows_of(documents: Iterator[np.ndarray], seq_length: int, tokens: int) -> Iterator[tuple[int, np.ndarray]]:
+    """(which document, row of at most seq_length tokens), until there are so many tokens: first the beginning of every document,
+    so that as many as can be are heard; then their second rows, and so on."""
+    read: list[np.ndarray] = []
+    taken = 0
+    for number, document in enumerate(documents):
+        read.append(document)
+        yield number, document[:seq_length]
+        taken += min(len(document), seq_length)
+        if taken >= tokens:
+            return
+    for start in range(seq_length, max(map(len, read), default=0), seq_length):
+        for number, document in enumerate(read):
+            if len(row := document[start : start + seq_length]):
+                yield number, row
+                taken += len(row)
+                if taken >= tokens:
+                    return
