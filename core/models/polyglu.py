@@ -16,9 +16,8 @@ B batch, T time, D hidden_size, F intermediate_size, b rows and n positions of a
 """
 
 import math
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,7 +34,7 @@ NEURON_CENTRE, POSITION_CENTRE, POSITION_SPREAD = 40.0, 20.0, 90.0
 nor all vanish: the largest's logarithm is from -30 to 60. A neuron's factor that fp32 cannot hold any more is 127 below its
 largest, and so without weight at any position. Where beta f differs by more than 90 tau, it counts as 90 tau apart."""
 
-BLOCK = 1 << 16
+BLOCK = 1 << 17
 """Neurons x positions worked on at a time on a CPU: what a block needs stays in the cache."""
 
 PART = 1 << 24
@@ -178,37 +177,12 @@ def _backward(
 # the same in blocks that stay in the cache --------------------------------------------------------------------------------
 
 
-def _blocks(gate: Tensor) -> list[tuple[slice, list[slice]]]:
-    """(batch rows, their positions in blocks): some positions of one row each, or several whole rows where rows are short."""
+def _blocks(gate: Tensor) -> Iterator[tuple[slice, slice]]:
+    """(batch rows, positions) of each block: some positions of one row, or several whole rows where rows are short."""
     B, T, F = gate.shape
     n = math.ceil(T / math.ceil(T * F / BLOCK))  # of equal size, the last one a little smaller
     rows = max(1, BLOCK // (T * F))
-    return [(slice(b, b + rows), [slice(t, t + n) for t in range(0, T, n)]) for b in range(0, B, rows)]
-
-
-def _share_out(work: Callable[[slice, slice], None], gate: Tensor) -> None:
-    """`work` on every block, the rows shared out to threads. Sums over a row are thus added in one order, whatever the threads.
-
-    Threads over rows, not inside each operation: with small operations most of the time would go into their meeting points.
-    """
-
-    def some(groups: list[tuple[slice, list[slice]]]) -> None:
-        with torch.no_grad():
-            for b, parts in groups:
-                for t in parts:
-                    work(b, t)
-
-    groups, count = _blocks(gate), torch.get_num_threads()
-    if count == 1 or len(groups) == 1:
-        some(groups)
-        return
-    for done in [_threads(count).submit(some, groups[i::count]) for i in range(count)]:
-        done.result()
-
-
-@lru_cache
-def _threads(count: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(count, "polyglu", initializer=torch.set_num_threads, initargs=(1,))
+    return ((slice(b, b + rows), slice(t, t + n)) for b in range(0, B, rows) for t in range(0, T, n))
 
 
 def _tanh(a: Tensor) -> Tensor:
@@ -235,15 +209,12 @@ def _weigh(parts: list[Tensor], neuron: Tensor, position: Tensor | None) -> Tens
 
 def _forward_blocks(gate: Tensor, up: Tensor, neuron: Tensor, position: Tensor | None) -> Tensor:
     out = torch.empty_like(gate)
-
-    def work(b: slice, t: slice) -> None:
+    for b, t in _blocks(gate):
         w, at = neuron[b], None if position is None else position[b, :, t]
         mixed = _weigh(_values(gate[b, t].to(w.dtype)), w, at)  # (b, n, F)
         if at is not None:
             mixed.div_(at.transpose(1, 2) @ w)
-        out[b, t] = mixed.mul_(up[b, t])
-
-    _share_out(work, gate)
+        torch.mul(mixed, up[b, t], out=out[b, t])
     return out
 
 
@@ -253,18 +224,18 @@ def _backward_blocks(
     out, of_gate, of_up = torch.empty_like(gate), torch.empty_like(gate), torch.empty_like(up)
     of_neuron = torch.zeros_like(neuron)
     of_position = None if position is None else torch.empty_like(position)
-
-    def work(b: slice, t: slice) -> None:
+    for b, t in _blocks(gate):
         w, at = neuron[b], None if position is None else position[b, :, t]
-        a, dy = gate[b, t].to(w.dtype), grad[b, t].to(w.dtype)  # (b, n, F), as all below; `dy` may be the caller's own
+        a, u, dy = (x[b, t].to(w.dtype) for x in (gate, up, grad))  # (b, n, F), as all below; they may be the caller's own
         values = _values(a)
-        mixed, of_mix = _weigh(values, w, at), dy * up[b, t]
+        mixed, of_mix = _weigh(values, w, at), dy * u
         if at is not None:
             total = at.transpose(1, 2) @ w
             mixed.div_(total)
             of_mix.div_(total)
-        out[b, t] = scratch = mixed * up[b, t]
-        of_up[b, t] = torch.mul(dy, mixed, out=scratch)
+        torch.mul(mixed, u, out=out[b, t])
+        torch.mul(mixed, dy, out=of_up[b, t])
+        scratch = torch.empty_like(a)
         for k, value in enumerate(values):
             if at is None:
                 of_neuron[b, k] += torch.mul(value, of_mix, out=scratch).sum(1)
@@ -275,11 +246,9 @@ def _backward_blocks(
         one = torch.ones_like(a)
         slopes = [
             torch.ops.aten.threshold_backward(one, a, 0),
-            values[1].square_().neg_().add_(1.0),
+            torch.ops.aten.tanh_backward(one, values[1]),
             torch.ops.aten.silu_backward(one, a),
             torch.ops.aten.gelu_backward(one, a),
         ]
-        of_gate[b, t] = _weigh(slopes, w, at).mul_(of_mix)
-
-    _share_out(work, gate)
+        torch.mul(_weigh(slopes, w, at), of_mix, out=of_gate[b, t])
     return out, of_gate, of_up, of_neuron, of_position
