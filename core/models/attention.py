@@ -143,15 +143,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: DocumentMask) -> Tensor:
         return _attend_flex(q, k, v, mask)
     if mask.backend in ("varlen", "flash"):
         return _attend_ragged(q, k, v, mask)
-    if mask.bias is None:
+    explicit = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-2] <= EXPLICIT_UP_TO
+    if mask.bias is None and not explicit:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
     if q.shape[1] != k.shape[1]:  # few of SDPA's kernels have enable_gqa together with a bias
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)  # (B, H, T, Dh)
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or q.shape[-2] > EXPLICIT_UP_TO:
+    if not explicit:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.bias)
+    bias = mask.bias if mask.bias is not None else _causal_bias(q)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, H, T, T)
-    return torch.softmax(scores.add_(mask.bias), dim=-1) @ v
+    return torch.softmax(scores.add_(bias), dim=-1) @ v
+
+
+def _causal_bias(q: Tensor) -> Tensor:
+    """0 at and before each position, -inf after it: (T, T)."""
+    return torch.full((q.shape[-2],) * 2, float("-inf"), dtype=q.dtype, device=q.device).triu_(1)
 
 
 def attend_to_past(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
