@@ -11,7 +11,7 @@ B batch, T time, D hidden_size, H num_heads, K num_kv_heads, Dh head_dim, F inte
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -120,7 +120,27 @@ class RMSNorm(nn.Module):
         self.gama, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.rms_norm(x.to(self.gama.dtype), self.gama.shape, self.gama, self.eps)
+        return _RMSNorm.apply(x, self.gama, self.eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """torch's, but that only x is kept for the backward pass, in its own dtype; on a CPU torch keeps three of its size."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, gain)
+        ctx.eps = eps
+        return functional.rms_norm(x.to(gain.dtype), gain.shape, gain, eps)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, gain = ctx.saved_tensors
+        wide = x.to(gain.dtype)
+        mean_square = torch.linalg.vecdot(wide, wide) / len(gain)
+        scale = torch.rsqrt(mean_square + ctx.eps)[..., None]
+        unit = wide * scale
+        along = torch.linalg.vecdot(grad * gain, unit)[..., None] / len(gain)
+        return ((grad * gain - unit * along) * scale).to(x.dtype), (grad * unit).flatten(0, -2).sum(0), None
 
 
 class RoPE(nn.Module):
