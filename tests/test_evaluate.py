@@ -13,10 +13,9 @@ from typing import Any
 import pytest
 
 from core.assembly import Preset
-from core.data.corpus import open_corpus
+from core.data.corpus import open_corpus, open_held_out
 from core.errors import Interrupted, MissingPackage, NoData, UserError
 from core.harness import library
-from core.harness.perplexity import open_held_out
 from core.jobs import PREVIEWS
 from core.jobs.evaluate import evaluate
 from core.parallel import Single

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,18 +16,11 @@ from torch import Tensor
 
 from core.assembly import Preset, TrainingSession, build_training
 from core.contracts import ModelOutput
-from core.data.loader import collate
-from core.data.packing import Row
 from core.errors import CheckpointError, Diverged, NoData
-from core.evaluation import Evaluator
-from core.losses.cross_entropy import CrossEntropy, CrossEntropySettings
-from core.losses.stack import LossStack
-from core.models.simple_lm import SimpleLM, SimpleLMSettings
 from core.parallel import Single
 from core.preset import decode_preset
 from core.runtime import detect_runtime
 from core.trainer import BAD_STEPS, ROLL_BACKS
-from tests.data.corpus import Ranks, make_factory, start, write_corpus
 from tests.project import Project, differences, merged, story, tiny_preset, train_here
 
 SAME = 1e-5
@@ -370,101 +362,6 @@ def test_when_all_data_is_lost_the_run_saves_and_halts(tmp_path: Path) -> None:
         finish(built)
     assert events(tmp_path, "run_end")[-1]["reason"] == "no_data"
     assert Project(tmp_path).checkpoint()["progress"]["step"] == built.trainer.progress.step
-
-
-# evaluation ----------------------------------------------------------------------------------------------------------
-
-
-def small_model() -> SimpleLM:
-    torch.manual_seed(3)
-    model = SimpleLM(SimpleLMSettings(hidden_size=32, num_layers=1, num_heads=2, seq_length=32), 257)
-    with torch.no_grad():
-        model.embedding.weight.mul_(20)  # far from uniform, so that rows differ in loss
-    return model
-
-
-def held_rows(folder: Path) -> tuple[list[Row], np.ndarray]:
-    """The packed rows of a small corpus, and how many bytes each token stands for."""
-    factory = make_factory(folder, write_corpus(folder, {"a": 9, "b": 6}, low=3, high=90), max_epochs=1)
-    rows = [row for row, _ in zip(factory(start(), [0, 1, 2]), range(40)) if row.pieces]
-    return rows, factory.tokenizer.token_bytes()
-
-
-def evaluator(held: tuple[list[Row], np.ndarray], batch_rows: int, parallel: Any = None) -> Evaluator:
-    rows, sizes = held
-    stack = LossStack([CrossEntropy(CrossEntropySettings())])
-    return Evaluator(lambda: rows, stack, sizes, batch_rows, parallel or Single(), torch.device("cpu"), torch.float32)
-
-
-def by_hand(rows: list[Row], model: SimpleLM) -> dict[str, float]:
-    """The numbers of an evaluation from their definitions, row by row, in float64."""
-    nats, count, correct, num_bytes = 0.0, 0, 0, 0
-    for row in rows:
-        batch = collate([row], packed=True)
-        with torch.no_grad():
-            output = model.eval()(batch)
-            scores = output.readout(output.hidden)[0].double()
-        for t in np.flatnonzero(row.labels >= 0):
-            target = int(row.labels[t])
-            nats -= torch.log_softmax(scores[t], 0)[target].item()
-            correct += int(scores[t].argmax()) == target
-            num_bytes += target != 0  # of the byte tokenizer every token is a byte, but the end of a document
-            count += 1
-    return {
-        "cross_entropy": nats / count,
-        "perplexity": math.exp(nats / count),
-        "bits_per_byte": nats / math.log(2) / num_bytes,
-        "token_accuracy": correct / count,
-        "eval_tokens": count,
-    }
-
-
-def test_evaluation_equals_its_definitions(tmp_path: Path) -> None:
-    """Perplexity is the exponential of the token-weighted mean, never a mean of exponentials; bits per byte by hand."""
-    model, held = small_model(), held_rows(tmp_path)
-    expected = by_hand(held[0], model)
-    found = evaluator(held, 4).run(model, 0.0)
-    assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-5)
-    assert found["losses"] == pytest.approx({"cross_entropy": expected["cross_entropy"]}, rel=1e-5)
-    assert found["perplexity"] == math.exp(found["cross_entropy"])
-
-
-def test_evaluation_is_the_same_for_any_batch_size(tmp_path: Path) -> None:
-    model, held = small_model(), held_rows(tmp_path)
-    found = [evaluator(held, rows).run(model, 0.0) for rows in (1, 3, 7, 100)]
-    for other in found[1:]:
-        assert other.pop("losses") == pytest.approx(found[0]["losses"], rel=1e-6)
-        assert other == pytest.approx({key: value for key, value in found[0].items() if key != "losses"}, rel=1e-6)
-
-
-def test_evaluation_is_the_same_on_two_ranks(tmp_path: Path) -> None:
-    """Each rank measures its rows, all get the same numbers; three ranks too, one of them perhaps with fewer rows."""
-    held, models = held_rows(tmp_path), [small_model() for _ in range(3)]
-    alone = evaluator(held, 4).run(small_model(), 0.0)
-
-    def job(parallel: Any) -> dict[str, Any]:
-        return evaluator(held, 4, parallel).run(models[parallel.rank], 0.0)
-
-    for world_size in (2, 3):
-        for found in Ranks(world_size).run(job):
-            assert found.pop("losses") == pytest.approx(alone["losses"], rel=1e-6)
-            assert found == pytest.approx({key: value for key, value in alone.items() if key != "losses"}, rel=1e-6)
-
-
-def test_evaluating_twice_gives_the_same_bits_and_changes_nothing(tmp_path: Path) -> None:
-    """The model comes back in training mode, without gradients, with its weights; dropout was off."""
-    model = small_model().train()
-    model.dropout.p = 0.5
-    before = {name: p.clone() for name, p in model.state_dict().items()}
-    measured = evaluator(held_rows(tmp_path), 4)
-    assert measured.run(model, 0.0) == measured.run(model, 0.0)
-    assert model.training and all(p.grad is None for p in model.parameters())
-    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
-
-
-def test_nothing_held_out_is_no_evaluation(tmp_path: Path) -> None:
-    rows, sizes = held_rows(tmp_path)
-    assert evaluator((rows[:0], sizes), 4).run(small_model(), 0.0) is None
 
 
 def test_the_log_says_what_evaluation_measured(tmp_path: Path) -> None:

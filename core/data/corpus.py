@@ -255,6 +255,25 @@ def open_corpus(preset: Any, root: Path, parallel: Any, held_out: dict[str, Any]
     return Corpus(data, root, seed, sections, sources, failed, mix, hold_out)
 
 
+def open_held_out(preset: Any, root: Path, alone: Any, made_with: dict | None, held_out: dict | None) -> tuple[Corpus, list[str]]:
+    """The preset's data, split as it was for training; remarks. Raises NoData.
+
+    alone       the ranks: one process
+    made_with   the preset of the training, as JSON: where it held out less than this one, so does this
+    held_out    of the training's checkpoint
+    """
+    notes = []
+    data = preset.data
+    trained = (made_with or {}).get("data", {}).get("validation_fraction", data.validation_fraction)
+    if trained < data.validation_fraction:
+        notes.append(
+            f"validation_fraction is {trained:g}, as in training: the rest of {data.validation_fraction:g} was trained on"
+        )
+        data = data.model_copy(update={"validation_fraction": trained})
+    corpus = open_corpus(preset.model_copy(update={"data": data}), root, alone, held_out)
+    return corpus, notes + [f"source {name} left out: {reason}" for name, reason in corpus.failed.items()]
+
+
 def data_position(saved: dict[str, Any] | None, fingerprint: str, contents: dict[str, str]) -> tuple[Position, list[str]]:
     """Where to go on reading. After a change of the data section each source goes on where it was, the mix begins anew.
 

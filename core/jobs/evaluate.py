@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 
+from core.data.corpus import open_held_out
 from core.errors import Interrupted, NoData, UserError
 from core.generation import plain_batch
 from core.harness.library import version
-from core.harness.perplexity import held_out_rows, open_held_out, perplexity
+from core.harness.perplexity import held_out_rows, perplexity
 from core.harness.results import (
     NOT_CAUSAL,
     of_harness,

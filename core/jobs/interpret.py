@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from core.contracts import call_if_defined
+from core.data.corpus import open_held_out
 from core.errors import Interrupted, UserError
 from core.generation import plain_batch
-from core.harness.perplexity import open_held_out
 from core.interpretation.results import Interpretation, interpret_routing
 from core.interpretation.routing import Reading, Router, static_routing
 from core.models.polyglu import NAMES
-from core.parallel import Single, on_rank_zero
+from core.parallel import Single
 from core.runtime import Runtime, StopRequest
 from core.trained import Trained, load_trained
 from core.ui.evaluating import EvaluateView
@@ -40,13 +40,10 @@ FOLDER = "interpret"
 
 def interpret(preset: Any, runtime: Runtime, parallel: Any, root: Path, started: float, console: Any) -> None:
     """Look into the model and write the report. Raises Interrupted after Ctrl-C or SIGTERM; nothing is written then."""
-    with StopRequest() as stop:
-
-        def alone() -> None:
-            with EvaluateView(console) as view:
-                _interpret(preset, runtime, root, view, stop)
-
-        on_rank_zero(parallel, alone)
+    if parallel.rank != 0:  # nor does it wait: a collective operation has a clock running
+        return
+    with StopRequest() as stop, EvaluateView(console) as view:
+        _interpret(preset, runtime, root, view, stop)
 
 
 def preview_interpret(preset: Any, root: Path) -> list[str]:

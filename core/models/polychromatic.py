@@ -9,7 +9,6 @@ State: parameters and buffers named as the published ones (`embeddings`, `model_
 B batch, T time, D hidden_size, H num_heads, K num_kv_heads, Dh head_dim, F intermediate_size, L num_layers, G gate width
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,6 +22,7 @@ from core.contracts import Batch, ModelOutput
 from core.interpretation.routing import entropy
 from core.models.attention import Attention, DocumentMask, attend, attend_to_past, choose_backend, compute_dtype
 from core.models.cache import KeyValueCache
+from core.models.initial import draw_residual, draw_weights
 from core.models.polyglu import NUM_ACTIVATIONS, neuron_factors, pick_activation, polyglu, position_factors
 from core.models.readout import LinearReadout
 from core.schedules import Piece, Schedule, limits, value_at
@@ -81,7 +81,7 @@ class PolychromaticSettings(Settings):
     attention: Attention = "auto"
     """What computes attention, as for simple_lm."""
     activation_checkpointing: bool = False
-    """Keep only each block's input for the backward pass and compute the rest again: a third more time, far less memory."""
+    """Keep only each block's input for the backward pass and compute the rest again: each forward pass is done twice."""
 
     @model_validator(mode="after")
     def _heads_fit(self) -> "PolychromaticSettings":
@@ -386,11 +386,7 @@ class PolychromaticLM(nn.Module):
 
     def _initialise(self) -> None:
         """N(0, 0.02), biases 0; what adds to the residual stream is scaled by 1 / sqrt(2 L) (specification 001)."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
+        self.apply(draw_weights)
         for block in self.model_core:
             for projection in (block.gqa.W_o, block.feed_forward.W_down):
-                nn.init.normal_(projection.weight, std=0.02 / math.sqrt(2 * len(self.model_core)))
+                draw_residual(projection, len(self.model_core))

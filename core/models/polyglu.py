@@ -39,7 +39,7 @@ BLOCK = 1 << 17
 
 PART = 1 << 24
 """Neurons x positions given to a compiled kernel at a time. In the backward pass Inductor writes out about eight tensors of this
-size."""
+size: so it does for a CPU, where its code was read."""
 
 SQRT_HALF, INV_SQRT_2PI = math.sqrt(0.5), 1.0 / math.sqrt(2.0 * math.pi)
 

@@ -7,7 +7,6 @@ State: parameters named as the original's (`embedding`, `pos_embedding`, `layers
 B batch, T time, D hidden_size, H num_heads, Dh head width D/H, F intermediate_size, V vocab_size
 """
 
-import math
 from typing import Literal
 
 import torch
@@ -18,6 +17,7 @@ from torch.nn import functional as F
 from core.contracts import Batch, ModelOutput
 from core.models.attention import Attention, DocumentMask, attend, attend_to_past, choose_backend, compute_dtype
 from core.models.cache import KeyValueCache
+from core.models.initial import STD, draw_residual, draw_weights
 from core.models.readout import LinearReadout
 from core.settings import Settings
 
@@ -167,7 +167,7 @@ class SimpleLM(nn.Module):
         if new_length <= len(old):
             return
         self.pos_embedding = nn.Embedding(new_length, old.shape[1], device=old.device, dtype=old.dtype)
-        nn.init.normal_(self.pos_embedding.weight, std=0.02)
+        nn.init.normal_(self.pos_embedding.weight, std=STD)
         self.pos_embedding.weight[: len(old)] = old
 
     def prepare_load(self, saved: dict[str, Tensor], notes: list[str]) -> None:
@@ -184,13 +184,10 @@ class SimpleLM(nn.Module):
     def _initialise(self) -> None:
         """N(0, 0.02), biases 0; pre-norm layers that add to the residual stream are scaled down (GPT-2, section 2.3)."""
         for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
+            draw_weights(module)
             if isinstance(module, SelfAttention):
-                nn.init.normal_(module.in_proj_weight, std=0.02)
+                nn.init.normal_(module.in_proj_weight, std=STD)
         if self.settings.norm == "pre":
             for layer in self.layers:
                 for projection in (layer.self_attn.out_proj, layer.linear2):
-                    nn.init.normal_(projection.weight, std=0.02 / math.sqrt(2 * len(self.layers)))
+                    draw_residual(projection, len(self.layers))
