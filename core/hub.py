@@ -9,11 +9,12 @@ import socket
 import threading
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
 
 from core.environment import redacted
-from core.errors import SourceUnavailable
+from core.errors import MissingPackage, SourceUnavailable
 from core.packages import need
 
 PROBE_SECONDS = 5.0
@@ -49,6 +50,15 @@ def check_reachable() -> None:
         reason = f"cannot reach {way}: {error.strerror or error}; check the network, or use local sources"
         raise HubTrouble(reason, reachable=False) from None
     _limit_waiting()
+
+
+def why_unreachable() -> str:
+    """What `check_reachable` says, for whoever has a local cache to turn to; "" where the Hub can be reached."""
+    try:
+        check_reachable()
+    except SourceUnavailable as error:
+        return str(error)
+    return ""
 
 
 def _first_hop(endpoint: str) -> tuple[str, int, str]:
@@ -129,6 +139,25 @@ def open_file(url: str) -> IO[bytes]:
     from huggingface_hub import HfFileSystem
 
     return HfFileSystem().open(url, "rb")  # type: ignore[return-value]
+
+
+def fetch_file(repo: str, file: str) -> Path:
+    """A file of a model's repository, in the library's local cache; from there alone where the Hub is out of reach.
+
+    Raises SourceUnavailable saying why it cannot be had, or MissingPackage.
+    """
+    hub, utils = (need(module, "huggingface_hub", MissingPackage) for module in ("huggingface_hub", "huggingface_hub.utils"))
+    utils.disable_progress_bars()
+    utils.logging.set_verbosity_error()
+    unreachable = why_unreachable()
+    try:
+        return Path(hub.hf_hub_download(repo, file, local_files_only=bool(unreachable)))
+    except Exception as error:  # whatever the library raises, or the HTTP client under it
+        if unreachable:
+            raise SourceUnavailable(f"{unreachable}; the local cache does not have it") from None
+        if _is_a(_root(error), "EntryNotFoundError") and _status(_root(error)) == 404:
+            raise SourceUnavailable(f"{repo} has no {file}") from None
+        raise SourceUnavailable(explain(error, repo, kind="")) from None
 
 
 # what an error means -------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from core.models.gpt2 import GPT2, GPT2Settings
 from core.models.hub import Hub, HubSettings
+from core.models.neobert import NeoBERT, NeoBERTSettings
 from core.models.polychromatic import PolychromaticLM, PolychromaticSettings
 from core.models.simple_lm import SimpleLM, SimpleLMSettings
 
@@ -9,5 +10,6 @@ MODELS = {
     "simple_lm": (SimpleLMSettings, SimpleLM),
     "gpt2": (GPT2Settings, GPT2),
     "polychromatic": (PolychromaticSettings, PolychromaticLM),
+    "neobert": (NeoBERTSettings, NeoBERT),
     "hub": (HubSettings, Hub),
 }

@@ -13,12 +13,12 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
-from core.errors import SourceUnavailable, UserError
-from core.hub import check_reachable, explain
+from core.errors import UserError
+from core.hub import explain, why_unreachable
 from core.models.huggingface import HuggingFaceLM, configure, obstacle, transformers
+from core.models.published import folder_of, place_of, refuse_new_tokenizer, tokenizer_hint
 from core.settings import Settings
 
-PROJECT = Path(__file__).resolve().parent.parent.parent
 WORKING = "GPT-2 (gpt2, distilgpt2), Llama, Mistral, Qwen2 and Qwen3, Pythia, OPT and SmolLM"
 """Some of the architectures that pass `obstacle`; tests/models/test_huggingface.py tries them."""
 
@@ -39,14 +39,12 @@ class HubSettings(Settings):
     @property
     def folder(self) -> Path | None:
         """Where the model lies if it is not on the Hub."""
-        return PROJECT / Path(self.name).expanduser() if self.name.startswith((".", "/", "~")) else None
+        return folder_of(self.name)
 
     @property
     def tokenizer_hint(self) -> str:
         """The line of a preset that names the model's own tokenizer."""
-        if self.folder is None:
-            return f'"tokenizer": "{self.name}"'
-        return f'"tokenizer": {{"type": "file", "path": "{self.name.rstrip("/")}/tokenizer.json"}}'
+        return tokenizer_hint(self.name)
 
     def num_parameters(self, vocab_size: int) -> None:
         """Not known before the config is there, and the menu downloads nothing."""
@@ -58,11 +56,8 @@ class HubSettings(Settings):
 
     def check_tokenizer_section(self, tokenizer: Any) -> None:
         """Raises UserError if a preset's tokenizer cannot be the one that the published weights were trained with."""
-        if self.pretrained and tokenizer.type in ("bpe", "byte"):
-            raise UserError(
-                f'the weights of "{self.name}" mean the tokens of their own tokenizer, and the preset\'s is a new one, '
-                f'"{tokenizer.type}". Write {self.tokenizer_hint}, or in `model` "pretrained": false: random weights.'
-            )
+        if self.pretrained:
+            refuse_new_tokenizer(self.name, tokenizer, '"pretrained": false')
 
 
 class Hub(HuggingFaceLM):
@@ -102,8 +97,7 @@ class Hub(HuggingFaceLM):
                 'They are of another kind of model; choose another, or write "pretrained": false.'
             )
         self.load_state_dict(published.state_dict(), strict=True)
-        where = "the Hugging Face Hub" if self.settings.folder is None else str(self.settings.folder)
-        notes.append(f"starts from the published weights of {self.settings.name}, from {where}")
+        notes.append(f"starts from the published weights of {self.settings.name}, from {place_of(self.settings.name)}")
 
 
 def _config(settings: HubSettings) -> Any:
@@ -141,15 +135,10 @@ def _build(settings: HubSettings, config: Any) -> Any:
 
 def _fetch(settings: HubSettings, what: str, load: Callable[..., Any]) -> Any:
     """What `load` makes of a repository or a folder; from the local cache where the Hub is out of reach. Raises UserError."""
-    name, folder, unreachable = settings.name, settings.folder, ""
-    if folder is not None:
-        if not (folder / "config.json").is_file():
-            raise UserError(f'model "{name}": there is no {folder / "config.json"}. Correct model.name.')
-    else:
-        try:
-            check_reachable()
-        except SourceUnavailable as error:
-            unreachable = str(error)
+    name, folder = settings.name, settings.folder
+    if folder is not None and not (folder / "config.json").is_file():
+        raise UserError(f'model "{name}": there is no {folder / "config.json"}. Correct model.name.')
+    unreachable = "" if folder is not None else why_unreachable()
     local = folder is not None or bool(unreachable)
     try:
         return load(str(folder or name), local_files_only=local, trust_remote_code=False)
@@ -161,8 +150,7 @@ def _fetch(settings: HubSettings, what: str, load: Callable[..., Any]) -> Any:
             reason = text[:300]
         else:
             reason = unreachable or explain(error, name, kind="")
-        place = "from the Hugging Face Hub" if folder is None else f"from {folder}"
         raise UserError(
-            f'the {what} of model "{name}" could not be loaded {place}: {reason}\nCheck model.name and the network, or train '
-            'an architecture from random weights, such as "model": {"type": "gpt2"}, which needs no Hub.'
+            f'the {what} of model "{name}" could not be loaded from {place_of(name)}: {reason}\nCheck model.name and the network'
+            ', or train an architecture from random weights, such as "model": {"type": "gpt2"}, which needs no Hub.'
         ) from None

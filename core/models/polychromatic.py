@@ -10,7 +10,7 @@ B batch, T time, D hidden_size, H num_heads, K num_kv_heads, Dh head_dim, F inte
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -23,6 +23,7 @@ from core.interpretation.routing import entropy
 from core.models.attention import Attention, DocumentMask, attend, attend_to_past, choose_backend, compute_dtype
 from core.models.cache import KeyValueCache
 from core.models.initial import draw_residual, draw_weights
+from core.models.norm import rms_norm
 from core.models.polyglu import NUM_ACTIVATIONS, neuron_factors, pick_activation, polyglu, position_factors
 from core.models.readout import LinearReadout
 from core.schedules import Piece, Schedule, limits, value_at
@@ -113,34 +114,14 @@ class PolychromaticSettings(Settings):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x**2) + eps) * gama, over the last dimension, in fp32 at least (Zhang & Sennrich 2019)."""
+    """rms_norm, whose gain the published weights call gama."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
         self.gama, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return _RMSNorm.apply(x, self.gama, self.eps)
-
-
-class _RMSNorm(torch.autograd.Function):
-    """torch's, but that only x is kept for the backward pass, in its own dtype; on a CPU torch keeps three of its size."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
-        ctx.save_for_backward(x, gain)
-        ctx.eps = eps
-        return functional.rms_norm(x.to(gain.dtype), gain.shape, gain, eps)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, gain = ctx.saved_tensors
-        wide = x.to(gain.dtype)
-        mean_square = torch.linalg.vecdot(wide, wide) / len(gain)
-        scale = torch.rsqrt(mean_square + ctx.eps)[..., None]
-        unit = wide * scale
-        along = torch.linalg.vecdot(grad * gain, unit)[..., None] / len(gain)
-        return ((grad * gain - unit * along) * scale).to(x.dtype), (grad * unit).flatten(0, -2).sum(0), None
+        return rms_norm(x, self.gama, self.eps)
 
 
 class RoPE(nn.Module):

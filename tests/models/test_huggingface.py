@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core.assembly import Preset, count_parameters
+from core.assembly import Preset
 from core.errors import UserError
 from core.models.gpt2 import GPT2, GPT2Settings
 from core.models.hub import Hub, HubSettings
 from core.models.huggingface import HuggingFaceLM, configure, obstacle, transformers
 from core.preset import decode_preset
+from core.size import size_of
 from tests.hub import Hub as LoopbackHub
 from tests.hub import hub_env, run_python
 from tests.models.test_models import T, V, golden, make_batch, random_ids, scores_of
@@ -303,7 +304,7 @@ def preset_of(model: dict, **more: Any) -> Any:
 @pytest.mark.slow
 def test_the_menu_counts_without_the_library(tmp_path: Path) -> None:
     """Neither kind imports transformers or touches the Hub to be shown; nor does the table of models to be imported."""
-    assert count_parameters(preset_of({"type": "hub", "name": "distilgpt2"}), 50257) is None
+    assert size_of(preset_of({"type": "hub", "name": "distilgpt2"}), 50257) is None
     code = """
 import json, sys
 import core.models

@@ -243,7 +243,9 @@ def test_counting_without_building_counts_right(name: str) -> None:
         {"num_layers": 3, "intermediate_size": None, "seq_length": 24},
         {"hidden_size": 48, "intermediate_size": 7},
     ):
-        settings = tiny_settings(name, **{k: v for k, v in changes.items() if k in MODELS[name][0].model_fields})
+        fields = MODELS[name][0].model_fields
+        known = {k: v for k, v in changes.items() if k in fields and (v is not None or fields[k].default is None)}
+        settings = tiny_settings(name, **known)
         assert settings.num_parameters(V) in (None, sum(p.numel() for p in MODELS[name][1](settings, V).parameters()))
 
 
