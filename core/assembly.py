@@ -22,8 +22,11 @@ from core.data.loader import Loader
 from core.data.pipeline import Position
 from core.data.sources import NAMED_SOURCES, SOURCES
 from core.data.tokenizer import SAMPLE_CHARACTERS, Tokenizer, build_tokenizer
+from core.data.validation import hide_one
 from core.errors import UserError
 from core.evaluation import Evaluator
+from core.filling import fill, neighbors, word_ids
+from core.freezing import train_only
 from core.generation import generate
 from core.losses import LOSSES
 from core.losses.stack import LossStack
@@ -71,30 +74,6 @@ def build_stack(preset: Any) -> LossStack:
     return LossStack([LOSSES[settings.type][1](settings) for settings in preset.losses])
 
 
-def count_parameters(preset: Any, vocab_size: int) -> int | None:
-    """Trainable and frozen parameters, shared ones once, without allocating any; None where nobody knows before the model is
-    there. A model that is slow to build, or to import, counts its own in its settings."""
-    if hasattr(preset.model, "num_parameters"):
-        return preset.model.num_parameters(vocab_size)
-    with torch.device("meta"):
-        return sum(p.numel() for p in build_model(preset, vocab_size).parameters())
-
-
-def memory_estimate(preset: Any, parameters: int, vocab_size: int, bf16: bool) -> tuple[int, int]:
-    """Bytes one device needs, roughly: whatever the batch, and for each row of a micro-batch.
-
-    Weights, gradients and AdamW in fp32, autocast's copy of the weights, and the readout; what rows leave for the backward pass.
-    """
-    model = preset.model
-    if hasattr(model, "activation_bytes"):
-        position = model.activation_bytes(bf16)
-    else:
-        width = model.hidden_size * 14 + 2 * (model.intermediate_size or 4 * model.hidden_size)
-        position = model.num_layers * width * (2 if bf16 else 4)
-    readout = (200 << 20) + 6 * vocab_size * model.hidden_size  # the walk's buffers, and its weight and gradient
-    return (18 if bf16 else 16) * parameters + readout, position * model.seq_length
-
-
 # the session ---------------------------------------------------------------------------------------------------------
 
 
@@ -136,6 +115,7 @@ def build_training(
     else:
         notes += weights.load_into(model, FITTING if saved is None else LINEAGE_OF_ITS_OWN)
     model.to(runtime.device)
+    train_only(model, preset.train.trainable)
     if note := call_if_defined(model, "attention_note", runtime.device, runtime.compute_dtype(preset.train.precision)):
         notes.append(note)
     stack = build_stack(preset)
@@ -169,6 +149,7 @@ def build_training(
     )
     compile_from_step, compile_told = _compile_plan(preset, runtime, saved, model, horizon)
     dtype = runtime.compute_dtype(preset.train.precision)
+    masked = corpus.objective == "masked_tokens"
     evaluator = Evaluator(
         lambda: corpus.validation_rows(tokenizer, preset.model.seq_length, preset.train.eval_tokens, validation_seed),
         stack,
@@ -177,17 +158,23 @@ def build_training(
         parallel,
         runtime.device,
         dtype,
+        (lambda rows: hide_one(rows, tokenizer)) if masked else None,
     )
+    words, unknown = word_ids(tokenizer, preset.generate.neighbors_of)
+    notes += [f"generate.neighbors_of: {', '.join(unknown)} left out, being more than one token each"] if unknown else []
 
-    def sample(model: Any, step: int) -> list[tuple[str, str]]:
+    def show(model: Any, step: int) -> list[tuple[str, dict[str, Any]]]:
         model.eval()
         context, seed = preset.model.seq_length, preset.train.seed
         texts = [
-            (prompt, generate(model, tokenizer, prompt, preset.generate, context, derive_seed(seed, "sample", step, i)))
+            fill(model, tokenizer, prompt, context)
+            if masked
+            else (prompt, generate(model, tokenizer, prompt, preset.generate, context, derive_seed(seed, "sample", step, i)))
             for i, prompt in enumerate(preset.generate.prompts)
         ]
+        near = neighbors(model, tokenizer, words)
         model.train()
-        return texts
+        return [("sample", {"prompt": prompt, "text": text}) for prompt, text in texts] + [("neighbors", each) for each in near]
 
     wandb_id = (saved or {}).get("wandb_id") or uuid.uuid4().hex[:12]
     init_from = saved.get("init_from") if saved is not None else str(weights) if weights is not None else None
@@ -199,7 +186,9 @@ def build_training(
         "resumed_from": f"step {progress.step}" if saved is not None else None,
         "init_from": init_from,
         "parameters": sum(p.numel() for p in model.parameters()),
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "causal": model.is_causal,
+        "objective": corpus.objective,
         "world_size": parallel.world_size,
         "device": runtime.device_name,
         "precision": "bf16" if dtype == torch.bfloat16 else "fp32",
@@ -228,7 +217,7 @@ def build_training(
         log,
         store,
         evaluate=lambda model, progress: evaluator.run(model, progress),
-        sample=sample,
+        show=show,
         extra_state={
             "format": FORMAT,
             "tokenizer": tokenizer.state(),

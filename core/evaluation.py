@@ -1,5 +1,6 @@
 """Quality on held-out documents: cross-entropy, perplexity, bits per byte, token accuracy, how sharp and how well aimed the
-predictions are, and whether the embedding table collapses.
+predictions are, and whether the embedding table collapses. Of a model that predicts masked tokens also pseudo-perplexity
+(Salazar et al. 2020, arXiv 1910.14659), the original decoder as a baseline, and how prototypes lie.
 
 In:    a model, the loss stack, held-out rows (made when first asked for)
 Out:   a dict of numbers, the same on every rank and for any batch size
@@ -12,13 +13,27 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from core.contracts import Batch, LanguageModel
+from core.contracts import Batch, LanguageModel, ModelOutput, Readout, call_if_defined
 from core.data.loader import collate
 from core.data.packing import Row
+from core.geometry import geometry, mean_pairwise_cosine
+from core.losses.cross_entropy import CrossEntropy, CrossEntropySettings
 from core.losses.stack import LossStack
+
+PSEUDO = {
+    "cross_entropy": "pseudo_perplexity",
+    "nll_h12": "pseudo_perplexity_h12",
+    "nll_h4": "pseudo_perplexity_h4",
+    "decoder_cross_entropy": "decoder_pseudo_perplexity",
+}
+"""Pseudo-perplexity is the exponential of these, each position hidden alone."""
+OF_DECODER = {
+    "cross_entropy": "decoder_cross_entropy",
+    "token_accuracy": "decoder_accuracy",
+    "top5_accuracy": "decoder_top5_accuracy",
+}
+"""What is told of a model's second readout, which nobody trains."""
 
 
 class Evaluator:
@@ -26,6 +41,7 @@ class Evaluator:
 
     make_rows     -> held-out rows; called once, at the first evaluation
     token_bytes   (V,) bytes each token stands for: bits per byte can be compared between tokenizers, loss per token cannot
+    hide_one      of a model that predicts masked tokens: those rows -> rows in each of which one token is hidden
     """
 
     def __init__(
@@ -37,11 +53,15 @@ class Evaluator:
         parallel: Any,
         device: torch.device,
         dtype: torch.dtype,
+        hide_one: Callable[[list[Row]], list[Row]] | None = None,
     ):
+        self._hide_one = hide_one
         self._make_rows, self._stack, self._batch_rows = make_rows, stack, batch_rows
         self._token_bytes = torch.from_numpy(token_bytes)
         self._parallel, self._device, self._dtype = parallel, device, dtype
+        self._baseline = LossStack([CrossEntropy(CrossEntropySettings())])
         self._batches: list[Batch] | None = None
+        self._singles: list[Batch] = []
 
     def run(
         self, model: LanguageModel, progress: float, told: Callable[[int, int], None] = lambda done, total: None
@@ -51,59 +71,88 @@ class Evaluator:
         told   called with how many of how many batches are done; may raise, to stop
         """
         if self._batches is None:
-            rows = self._make_rows()[self._parallel.rank :: self._parallel.world_size]
-            self._batches = [collate(rows[i : i + self._batch_rows], packed=True) for i in range(0, len(rows), self._batch_rows)]
-        sums: dict[str, float] = {}
-        table_cosine = None
+            rows = self._make_rows()
+            self._batches = self._share(rows)
+            self._singles = self._share(self._hide_one(rows)) if self._hide_one else []
+        batches = len(self._batches) + len(self._singles)
         was_training = model.training  # type: ignore[attr-defined]
         model.eval()  # type: ignore[attr-defined]
-        for done, batch in enumerate(self._batches, 1):
-            found, table = self._measure(model, batch, progress)
-            sums = {name: sums.get(name, 0.0) + value for name, value in found.items()}
-            table_cosine = mean_pairwise_cosine(table) if table_cosine is None else table_cosine
-            told(done, len(self._batches))
+        sums, readout = self._sums(model, self._batches, progress, lambda done: told(done, batches))
+        singles, _ = self._sums(model, self._singles, progress, lambda done: told(len(self._batches or []) + done, batches))
+        of_tables = {} if readout is None else _of_tables(readout)
         model.train(was_training)  # type: ignore[attr-defined]
-        everyones = self._parallel.gather((sums, table_cosine))  # a rank may have had no rows
-        totals = {name: sum(sums.get(name, 0.0) for sums, _ in everyones) for sums, _ in everyones for name in sums}
-        if not (count := totals.pop("count", 0.0)):
+        means, count, num_bytes = self._means(sums)
+        if not count:
             return None
-        num_bytes = max(totals.pop("bytes"), 1.0)
-        means = {name: value / count for name, value in totals.items()}
-        cross_entropy = means.pop("cross_entropy", None)
-        numbers: dict[str, Any] = {}
-        if cross_entropy is not None:
-            # the token-weighted mean; perplexity is its exponential, never a mean of exponentials
-            numbers["cross_entropy"] = cross_entropy
-            numbers["perplexity"] = math.exp(min(cross_entropy, 700.0))
-            numbers["bits_per_byte"] = cross_entropy * count / math.log(2) / num_bytes
         of_losses = {loss.name: means.pop(f"losses/{loss.name}") for loss in self._stack.losses}
+        numbers: dict[str, Any] = {}
+        if "cross_entropy" in means:
+            numbers["cross_entropy"] = cross_entropy = means.pop("cross_entropy")
+            if self._hide_one is None:
+                # the token-weighted mean; perplexity is its exponential, never a mean of exponentials
+                numbers["perplexity"] = _perplexity(cross_entropy)
+                numbers["bits_per_byte"] = cross_entropy * count / math.log(2) / max(num_bytes, 1.0)
+        alone, _, _ = self._means(singles)
+        numbers |= {PSEUDO[name]: _perplexity(value) for name, value in alone.items() if name in PSEUDO}
         return {
             **numbers,
             **means,
-            "table_cosine": next(cosine for _, cosine in everyones if cosine is not None),
+            # a rank may have had no rows
+            **next(found for found in self._parallel.gather(of_tables) if found),
             "losses": of_losses,
             "causal": model.is_causal,
+            "objective": "masked_tokens" if self._hide_one else "next_token",
             "eval_tokens": int(count),
         }
 
+    def _share(self, rows: list[Row]) -> list[Batch]:
+        """This rank's."""
+        own = rows[self._parallel.rank :: self._parallel.world_size]
+        return [collate(own[i : i + self._batch_rows], packed=True) for i in range(0, len(own), self._batch_rows)]
+
+    def _sums(
+        self, model: LanguageModel, batches: list[Batch], progress: float, told: Callable[[int], None]
+    ) -> tuple[dict[str, float], Readout | None]:
+        sums: dict[str, float] = {}
+        readout = None
+        for done, batch in enumerate(batches, 1):
+            found, readout = self._measure(model, batch, progress)
+            sums = {name: sums.get(name, 0.0) + value for name, value in found.items()}
+            told(done)
+        return sums, readout
+
+    def _means(self, sums: dict[str, float]) -> tuple[dict[str, float], float, float]:
+        """Over all ranks: per target; the number of targets, and the bytes they stand for."""
+        everyones = self._parallel.gather(sums)
+        names = dict.fromkeys(name for sums in everyones for name in sums)
+        totals = {name: sum(sums.get(name, 0.0) for sums in everyones) for name in names}
+        count, num_bytes = totals.pop("count", 0.0), totals.pop("bytes", 0.0)
+        return {name: value / count for name, value in totals.items()} if count else {}, count, num_bytes
+
     @torch.no_grad()
-    def _measure(self, model: LanguageModel, batch: Batch, progress: float) -> tuple[dict[str, float], Tensor]:
-        """Sums over the targets of one batch; the embedding table."""
+    def _measure(self, model: LanguageModel, batch: Batch, progress: float) -> tuple[dict[str, float], Readout]:
+        """Sums over the targets of one batch; the readout."""
         targets = batch.labels[batch.labels >= 0]
         moved = batch.to(self._device)
+        num_sources = 1 + int(batch.source_ids.max())
         with torch.autocast(self._device.type, dtype=self._dtype, enabled=self._dtype != torch.float32):
             output = model(moved)
-            measures = self._stack.measure(output, moved, progress, num_sources=1 + int(batch.source_ids.max()))
-        sums = {"count": measures.terms.count, **measures.of_logits, "token_accuracy": measures.correct}
+            measures = self._stack.measure(output, moved, progress, num_sources)
+            sums = {"count": measures.terms.count, **measures.facts}
+            if (decoder := call_if_defined(model, "baseline_readout")) is not None:
+                facts = self._baseline.measure(ModelOutput(output.hidden, decoder), moved, progress, num_sources).facts
+                sums |= {told: facts[name] for name, told in OF_DECODER.items()}
         sums |= {f"losses/{name}": value for name, value in measures.terms.sums.items()}
         numbers = torch.stack([value.double() for value in sums.values()]).tolist()
-        return {**dict(zip(sums, numbers)), "bytes": float(self._token_bytes[targets].sum())}, output.readout.table
+        return {**dict(zip(sums, numbers)), "bytes": float(self._token_bytes[targets].sum())}, output.readout
 
 
-@torch.no_grad()
-def mean_pairwise_cosine(table: Tensor) -> float:
-    """The mean cosine between two different rows of an embedding table (V, D): 1 when it has collapsed to one direction."""
-    unit = F.normalize(table.float(), dim=1)
-    total = unit.sum(dim=0, dtype=torch.float64)  # (D,) of it: every pair, and every row with itself
-    itself = unit.square().sum(dtype=torch.float64)
-    return float((total.square().sum() - itself) / max(len(table) * (len(table) - 1), 1))
+def _of_tables(readout: Readout) -> dict[str, float]:
+    found = {"table_cosine": mean_pairwise_cosine(readout.table)}
+    if readout.provides == "distances" and readout.linear is not None:
+        found |= geometry(readout.linear[0], readout.table)
+    return found
+
+
+def _perplexity(nats: float) -> float:
+    return math.exp(min(nats, 700.0))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from core.assembly import MIRRORS, Preset, count_parameters, memory_estimate
+from core.assembly import MIRRORS, Preset
 from core.checkpoint import CheckpointStore
 from core.data.tokenizer import KNOWN_VOCABULARIES, tokenizer_facts
 from core.environment import read_dotenv
@@ -25,6 +25,7 @@ from core.parallel import DDP, Single
 from core.preset import decode_preset, preset_json, read_preset
 from core.runtime import Runtime, detect_runtime, prepare
 from core.settings import RUN_TOKENS
+from core.size import memory_estimate, size_of
 from core.ui.menu import PresetCard, choose
 from core.weights import preview_weights
 
@@ -123,14 +124,18 @@ def _card(stem: str, preset: Any, runtime: Runtime) -> PresetCard:
 def _training_lines(preset: Any, runtime: Runtime) -> list[str]:
     """What a run would be: size, data, machine."""
     vocab_size = _vocab_size(preset.tokenizer)
-    parameters = count_parameters(preset, vocab_size)
     train = preset.train
+    try:
+        model = size_of(preset, vocab_size)
+    except UserError as error:
+        return [f"cannot start yet: {str(error).splitlines()[0]}"]
     bf16 = runtime.compute_dtype(train.precision) == torch.bfloat16
-    if parameters is None:  # a model of the Hub: the menu downloads nothing
+    if model is None:  # of the Hub: the menu downloads nothing
         size, memory = preset.model.summary(), ""
     else:
-        size = f"{parameters / 1e6:.1f}M parameters"
-        fixed, row = memory_estimate(preset, parameters, vocab_size, bf16)
+        size = f"{model.parameters / 1e6:.1f}M parameters"
+        size += f" ({model.trained / 1e6:.1f}M trained)" if model.trained < model.parameters else ""
+        fixed, row = memory_estimate(preset, model, vocab_size, bf16)
         memory = f", about {(fixed + row * train.per_gpu_batch_size) / 2**30:.1f} GB of memory"
     rows = train.per_gpu_batch_size * train.accumulation_steps * runtime.world_size
     limits = f"at most {train.max_steps:,} steps" if train.max_steps else f"{RUN_TOKENS:,} tokens"
@@ -143,8 +148,8 @@ def _training_lines(preset: Any, runtime: Runtime) -> list[str]:
         f"reads {', '.join(source.name for source in preset.data.sources)}",
         f"on {runtime.device_name}, {'bf16' if bf16 else 'fp32'}{memory}",
     ]
-    if parameters is not None and parameters >= LARGE:
-        lines.append(_cards_line(*memory_estimate(preset, parameters, vocab_size, bf16=True), train.per_gpu_batch_size))
+    if model is not None and model.parameters >= LARGE:
+        lines.append(_cards_line(*memory_estimate(preset, model, vocab_size, bf16=True), train.per_gpu_batch_size))
     return lines
 
 

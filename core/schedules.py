@@ -80,6 +80,12 @@ def value_at(schedule: Schedule, progress: float) -> float:
     return float(schedule)
 
 
+def changes(value: object) -> bool:
+    """Whether a setting is a schedule that is more than a number."""
+    pieces = value if isinstance(value, list) else [value]
+    return bool(pieces) and all(isinstance(piece, Piece) for piece in pieces)
+
+
 def turns(schedule: Schedule) -> list[float]:
     """The moments between which a schedule only rises or only falls."""
     pieces = schedule if isinstance(schedule, list) else [schedule]
@@ -92,18 +98,21 @@ def limits(schedule: Schedule) -> tuple[float, float]:
     return min(values), max(values)
 
 
-def learning_rate_schedule(kind: str, warmup: float, decay: float, floor: float) -> list[Piece]:
+def learning_rate_schedule(
+    kind: str, warmup: float, decay: float, floor: float, decay_shape: Literal["linear", "cosine"] = "linear"
+) -> list[Piece]:
     """The three usual shapes, as factors of the peak learning rate.
 
-    kind     "wsd" warm-up, stable, linear decay (arXiv 2405.18392); "cosine" warm-up, cosine decay; "constant" warm-up, then 1
+    kind     "wsd" warm-up, stable, decay (arXiv 2405.18392); "cosine" warm-up, cosine decay; "constant" warm-up, then 1
     warmup   fraction of the run that warms up linearly from 0 (the trainer asks at the middle of a step, so never quite 0)
-    decay    fraction of the run that decays (wsd only)
+    decay    fraction of the run that decays, in the shape of `decay_shape` (wsd only)
     floor    the factor reached at the end
     """
     pieces = [Piece(start=0.0, to=1.0, begin=0.0, end=warmup)] if warmup > 0 else []
     if kind == "wsd":
-        pieces += [Piece(start=1.0, shape="constant", begin=warmup, end=1.0 - decay)]
-        pieces += [Piece(start=1.0, to=floor, begin=1.0 - decay, end=1.0)] if decay > 0 else []
+        decays = max(warmup, 1.0 - decay)  # 1.0 - 0.9 is a little less than 0.1
+        pieces += [Piece(start=1.0, shape="constant", begin=warmup, end=decays)]
+        pieces += [Piece(start=1.0, to=floor, shape=decay_shape, begin=decays, end=1.0)] if decay > 0 else []
     elif kind == "cosine":
         pieces += [Piece(start=1.0, to=floor, shape="cosine", begin=warmup, end=1.0)]
     else:

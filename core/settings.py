@@ -55,11 +55,13 @@ class TokenizerSettings(Settings):
 
 class ScheduleSettings(Settings):
     type: Literal["wsd", "cosine", "constant"] = "wsd"
-    """wsd: warm-up, stable, linear decay. cosine: warm-up, cosine decay. constant: warm-up, then level."""
+    """wsd: warm-up, stable, decay. cosine: warm-up, cosine decay. constant: warm-up, then level."""
     warmup: float = Field(0.02, ge=0.0, le=1.0)
     """Fraction of the run that warms up."""
     decay: float = Field(0.2, ge=0.0, le=1.0)
     """Fraction of the run that decays at its end (wsd)."""
+    decay_shape: Literal["linear", "cosine"] = "linear"
+    """How it decays (wsd)."""
     floor: float = Field(0.0, ge=0.0, le=1.0)
     """Fraction of the peak learning rate left at the end (wsd, cosine)."""
 
@@ -91,6 +93,9 @@ class TrainSettings(Settings):
     """Peak learning rate of the matrices under Muon."""
     max_grad_norm: float = Field(1.0, gt=0.0)
     """Global norm the gradient is clipped to."""
+    trainable: list[str] | None = Field(None, min_length=1)
+    """Parameters to train, all others stay as they are: parts of names, such as "transformer_encoder.27", "*" for anything
+    between two dots. Left out: all."""
     seed: int = 42
     """Seed of everything random."""
     runs: int = Field(1, ge=1)
@@ -103,6 +108,8 @@ class TrainSettings(Settings):
     """Held-out tokens of one evaluation; 0: never evaluate."""
     eval_every_tokens: int = Field(10_000_000, ge=1)
     """Training tokens between evaluations."""
+    eval_at_start: bool = False
+    """Also evaluate before the first update: what trained weights could do before."""
     checkpoint_every_minutes: float = Field(10.0, gt=0.0)
     """Minutes between checkpoints. One is always written after the first steps, at the end and on Ctrl-C."""
     checkpoint_every_steps: int | None = Field(None, ge=1)
@@ -158,7 +165,9 @@ class AuxiliarySettings(Settings):
 
 class GenerateSettings(Settings):
     prompts: list[str] = ["Once upon a time", "The most important", "def main("]
-    """Beginnings continued at each evaluation."""
+    """Beginnings continued at each evaluation; a model that predicts masked tokens (neobert) fills in each [MASK] instead."""
+    neighbors_of: list[str] = []
+    """Words whose nearest neighbours among the readout's vectors are told at each evaluation. Each has to be one token."""
     max_tokens: int = Field(60, ge=1)
     """New tokens of a sample."""
     temperature: float = Field(0.9, gt=0.0)
@@ -246,6 +255,8 @@ class DataSettingsBase(Settings):
     """What source_weights are shares of: documents drawn, or their tokens (a source of long documents is drawn less often)."""
     min_text_length: int = Field(50, ge=1)
     """Documents of fewer characters are passed over."""
+    mask_fraction: float = Field(0.2, gt=0.0, lt=1.0)
+    """Share of the tokens that are hidden behind [MASK] and predicted, where the model learns that (neobert)."""
     packing: Literal["documents", "best_fit", "padding"] = "documents"
     """documents: end to end, attention kept inside each. best_fit: kept whole wherever they fit. padding: one piece a row."""
     shuffle: Literal["documents", "shards"] = "documents"

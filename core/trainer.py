@@ -125,25 +125,28 @@ class Trainer:
         log: MetricsLog,
         store: CheckpointStore,
         evaluate: Callable[[nn.Module, float], dict[str, Any] | None],
-        sample: Callable[[nn.Module, int], list[tuple[str, str]]],
+        show: Callable[[nn.Module, int], list[tuple[str, dict[str, Any]]]],
         extra_state: dict[str, Any],
         should_stop: Callable[[], bool],
         source_weights: dict[str, Schedule],
         compile_from_step: int | None = None,
     ):
-        """`extra_state`: what else a checkpoint must hold. `compile_from_step`: the first step of the lineage to compile."""
+        """`show`: events for people, after each evaluation. `extra_state`: what else a checkpoint must hold.
+        `compile_from_step`: the first step of the lineage to compile."""
         self.objective, self.model = objective, objective.model
         self.module = parallel.wrap(objective)
         self.optimizer, self.loader, self.parallel, self.runtime = optimizer, loader, parallel, runtime
         self.settings, self.horizon, self.progress = settings, horizon, progress
-        self.log, self.store, self.evaluate, self.sample = log, store, evaluate, sample
+        self.log, self.store, self.evaluate, self.show = log, store, evaluate, show
         self.extra_state, self.should_stop = extra_state, should_stop
         self.source_weights = source_weights
         self.compile_from_step = compile_from_step
         self.micro_batch_rows = settings.per_gpu_batch_size
         self.dtype = runtime.compute_dtype(settings.precision)
         schedule = settings.schedule
-        self._factor = learning_rate_schedule(schedule.type, schedule.warmup, schedule.decay, schedule.floor)
+        self._factor = learning_rate_schedule(
+            schedule.type, schedule.warmup, schedule.decay, schedule.floor, schedule.decay_shape
+        )
         self._bad_in_a_row = self._rolled_back = 0
         self._fitted = runtime.device.type != "cuda"  # memory of a CPU is not refused politely: nothing to catch
         self._last_save, self._save_after = time.monotonic(), FIRST_SAVE_SECONDS
@@ -153,6 +156,8 @@ class Trainer:
         """Train until the run's end, an interruption or the end of the data; returns the reason. The end is saved."""
         self.model.train()
         self._step_started = time.monotonic()
+        if self.settings.eval_at_start and self.progress.step == 0:
+            self.evaluate_and_sample()
         try:
             while (reason := self.horizon.end(self.progress)) is None:
                 rows = self.loader.next_step(self.should_stop)
@@ -251,14 +256,16 @@ class Trainer:
         done.horizon_tokens += rows.num_tokens
         shares = self._source_weights(progress)
         sources = {}
-        for (name, loss, count), documents, epochs in zip(report["by_source"], rows.documents, rows.epochs):
-            account = done.expose(name, int(count), documents, epochs, loss / count if count else None)
+        read = zip(rows.source_tokens, rows.documents, rows.epochs)
+        for (name, loss, count), (tokens, documents, epochs) in zip(report["by_source"], read):
+            account = done.expose(name, tokens, documents, epochs, loss / count if count else None)
             sources[name] = {**account, "loss": loss / count if count else None, "weight": shares[name]}
         self._emit(
             "step",
             loss=report["loss"],
             losses=report["losses"],
             model=report["model"],
+            scheduled=self.objective.stack.scheduled(progress),
             learning_rate=self.settings.learning_rate * factor,
             grad_norm=report["grad_norm"],
             tokens_per_second=rows.num_tokens / max(now - self._step_started, 1e-9),
@@ -309,8 +316,8 @@ class Trainer:
             if numbers is not None:
                 self._emit("eval", **numbers, seconds=time.monotonic() - started)
             if self.parallel.rank == 0:
-                for prompt, text in self.sample(self.model, self.progress.step):
-                    self._emit("sample", prompt=prompt, text=text)
+                for event, fields in self.show(self.model, self.progress.step):
+                    self._emit(event, **fields)
         self._step_started += time.monotonic() - started  # tokens per second are of training
         return numbers
 

@@ -1,12 +1,15 @@
 """Schedules, and the horizon that tells them where a run stands."""
 
+import json
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import TypeAdapter
 
 from core.assembly import begin_next_run
+from core.losses.harmonic import HarmonicSettings
 from core.schedules import Schedule, learning_rate_schedule, value_at
 from core.settings import RUN_TOKENS
 from core.trainer import Horizon, Progress
@@ -153,3 +156,20 @@ def test_a_chain_of_runs_shares_one_horizon() -> None:
     assert min(factors) > 0.0 and done.run == runs
     begin_next_run(done, runs)
     assert (done.horizon_runs, done.horizon_tokens, done.horizon_step, done.run) == (0, 0, 0, runs + 1)
+
+
+@pytest.mark.parametrize(
+    "key, decay", [("lr_mult_WSD_warmup10_decay20_T20", 0.2), ("lr_mult_orig_code_warmup10pct_cosine_T20", 0.9)]
+)
+def test_harmonic_sft_decays_along_a_cosine(key: str, decay: float) -> None:
+    """Specification 000: WSD as its plan says, and, with a decay over all that is left, as its authors' code has it."""
+    expected = json.loads((Path(__file__).parent / "golden" / "harmonic" / "expected.json").read_text())[key]
+    factors = learning_rate_schedule("wsd", 0.1, decay, 0.0, "cosine")
+    assert [value_at(factors, step / 20) for step in range(21)] == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_harmonic_exponent_ends_where_it_shall() -> None:
+    expected = json.loads((Path(__file__).parent / "golden" / "harmonic" / "expected.json").read_text())
+    exponents = [value_at(HarmonicSettings().h_exp, step / 19) for step in range(20)]
+    assert exponents == pytest.approx(expected["h_exp_anneal_step_over_total_minus_1_N20"], abs=1e-12)
+    assert exponents[0] == -12.0 and exponents[-1] == -4.0

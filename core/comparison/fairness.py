@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from core.comparison.measures import LOSS, PER_TOKEN
-from core.comparison.outcome import Outcome
+from core.comparison.outcome import NEXT_TOKEN, Outcome
 from core.comparison.trials import FREE_KEYS
 
 NAMES = ("name", "description", "lineage", "train.seed")
@@ -48,8 +48,8 @@ def unfairness(presets: Mapping[str, Mapping[str, Any]], outcomes: Sequence[Outc
         )
     if "train.eval_tokens" in changed:
         found.append("The variants are evaluated on different numbers of held-out tokens (train.eval_tokens).")
-    found += _losses_on_other_scales(all_presets)
-    found += _seers(outcomes) + _other_beginnings(outcomes) + ([] if parts else _other_data(outcomes))
+    found += _losses_on_other_scales(all_presets) + _other_objectives(outcomes) + _seers(outcomes)
+    found += _other_beginnings(outcomes) + ([] if parts else _other_data(outcomes))
     return found + _other_ends(outcomes) + _other_devices(outcomes)
 
 
@@ -72,9 +72,25 @@ def _losses_on_other_scales(presets: Sequence[Mapping[str, Any]]) -> list[str]:
     return [f"The loss “{name}” has other settings in some variants: its values are not on one scale." for name in mixed]
 
 
+def _other_objectives(outcomes: Sequence[Outcome]) -> list[str]:
+    """Numbers of one name that answer different questions."""
+    names: dict[str, dict[str, None]] = {}
+    for outcome in outcomes:
+        if outcome.objective is not None:
+            names.setdefault(outcome.objective.replace("_", " "), {})[outcome.trial.variant] = None
+    if len(names) < 2:
+        return []
+    told = "; ".join(f"{objective}: {', '.join(variants)}" for objective, variants in names.items())
+    return [
+        f"The variants have different objectives ({told}): to predict a token from both sides is another task than from one, so "
+        "no likelihood, perplexity or accuracy of the one compares with one of the other."
+    ]
+
+
 def _seers(outcomes: Sequence[Outcome]) -> list[str]:
-    """Models that read what they are to predict."""
-    names = dict.fromkeys(outcome.trial.variant for outcome in outcomes if not outcome.causal)
+    """Models that read what they are to predict. One that predicts masked tokens sees both sides, and not what is masked."""
+    seeing = [outcome for outcome in outcomes if not outcome.causal and outcome.objective == NEXT_TOKEN]
+    names = dict.fromkeys(outcome.trial.variant for outcome in seeing)
     return [
         f"{name} is not causal: its positions see later ones, so its cross-entropy, perplexity and accuracy are not a language "
         "model's, and lower ones are no better."

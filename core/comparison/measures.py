@@ -27,14 +27,30 @@ _KNOWN = {
         Measure("perplexity", "perplexity", "", -1, 2),
         Measure("bits_per_byte", "bits per byte", "bits per byte", -1),
         Measure("token_accuracy", "token accuracy", "", 1, 4),
+        Measure("top5_accuracy", "target among the first five", "", 1, 4),
+        Measure("nll_h12", "negative log-likelihood at h = −12", "nats per masked token", -1),
+        Measure("nll_h4", "negative log-likelihood at h = −4", "nats per masked token", -1),
+        Measure("pseudo_perplexity", "pseudo-perplexity", "", -1, 2),
+        Measure("pseudo_perplexity_h12", "pseudo-perplexity at h = −12", "", -1, 2),
+        Measure("pseudo_perplexity_h4", "pseudo-perplexity at h = −4", "", -1, 2),
+        Measure("decoder_accuracy", "decoder's accuracy", "", 1, 4),
+        Measure("decoder_top5_accuracy", "decoder's target among the first five", "", 1, 4),
+        Measure("decoder_cross_entropy", "decoder's cross-entropy", "nats per masked token", -1),
+        Measure("decoder_pseudo_perplexity", "decoder's pseudo-perplexity", "", -1, 2),
         Measure("embedding_cosine", "embedding cosine", "", 1, 4),
         # A sharper distribution is a property of a model, good or bad only together with its cross-entropy.
         Measure("max_probability", "highest probability", "", 0, 4),
         Measure("entropy", "entropy", "nats per token", 0),
         Measure("table_cosine", "cosine between table rows", "", 0, 4),
+        # How prototypes lie is neither good nor bad before it is known what they predict.
+        Measure("prototype_cosine", "cosine between prototypes", "", 0, 4),
+        Measure("prototype_spread", "spread of the cosines between prototypes", "", 0, 4),
+        Measure("prototype_dimensions", "effective directions of the prototypes", "", 0, 1),
+        Measure("prototype_drift", "drift of the prototypes", "", 0, 4),
     )
 }
-PER_TOKEN = ("cross_entropy", "perplexity", "token_accuracy", "embedding_cosine", "max_probability", "entropy")
+_OF_A_TABLE = ("table_cosine", "prototype_cosine", "prototype_spread", "prototype_dimensions", "prototype_drift")
+PER_TOKEN = tuple(key for key in _KNOWN if key not in ("bits_per_byte", *_OF_A_TABLE))
 """Metrics whose value depends on how text is cut into tokens."""
 
 

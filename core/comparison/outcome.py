@@ -13,6 +13,8 @@ from core.comparison.measures import LOSS
 from core.comparison.trials import Trial
 from core.metrics import read_events
 
+NEXT_TOKEN = "next_token"
+"""The objective of logs that name none."""
 NOT_METRICS = {"step", "tokens", "time", "seconds", "eval_tokens", "run", "run_step", "run_tokens"}
 CURVE_POINTS = 200
 """A training curve is averaged into so many points: more are not seen in a picture, and would swell the report."""
@@ -37,6 +39,7 @@ class Outcome:
     receipt             fingerprint of the data the trial consumed, in order
     init_from           the weights it began with, where a preset names some
     causal              whether no position sees a later one
+    objective           what is predicted from what; None before the trial has begun
     """
 
     trial: Trial
@@ -54,6 +57,7 @@ class Outcome:
     receipt: str | None = None
     init_from: str | None = None
     causal: bool = True
+    objective: str | None = None
 
     @property
     def finished(self) -> bool:
@@ -74,7 +78,7 @@ def read_outcome(trial: Trial) -> Outcome:
             begun, last = time if begun is None else begun, time
         if kind == "run_start":
             out.parameters, out.device, out.init_from = event.get("parameters"), event.get("device"), event.get("init_from")
-            out.causal = event.get("causal", True)
+            out.causal, out.objective = event.get("causal", True), event.get("objective", NEXT_TOKEN)
         elif kind == "step":
             loss = _number((event.get("losses") or {}).get("cross_entropy"))
             loss = _number(event.get("loss")) if loss is None else loss

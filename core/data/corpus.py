@@ -9,7 +9,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,16 @@ from core.data.chat import MARKERS, chat_note
 from core.data.documents import Document, Source
 from core.data.encoding import encode
 from core.data.mixing import USUAL_RATE, Mixer, MixSettings, SourceFailed
-from core.data.objectives import next_token
+from core.data.objectives import next_token, objective_of
 from core.data.packing import Place, Row
 from core.data.pipeline import Pipeline, PipelineSettings, Position
 from core.data.shuffle import Shuffled
 from core.data.sources import build_source, open_sources
 from core.data.sources.shards import ShardSource, ShardView
-from core.data.tokenizer import Tokenizer
+from core.data.tokenizer import MASK, Tokenizer
 from core.data.validation import HoldOut, held_out_documents, may_train, plan_hold_out, validation_rows
 from core.errors import NoData, SourceUnavailable
+from core.randomness import derive_seed
 
 RATE_DOCUMENTS, RATE_FILES, RATE_STREAMS = 256, 64, 4
 """What is read of a source to measure its tokens per character: so many documents, spread over so many files, or, of what
@@ -48,6 +49,7 @@ class Corpus:
     failed: dict[str, str]  # name: why it could not be opened
     mix: MixSettings
     hold_out: HoldOut
+    objective: str = "next_token"
 
     @property
     def names(self) -> list[str]:
@@ -81,11 +83,12 @@ class Corpus:
     @property
     def markers(self) -> tuple[str, ...]:
         """Special tokens its documents need."""
-        return MARKERS if any(section.type == "chat" for section in self.sections) else ()
+        chat = MARKERS if any(section.type == "chat" for section in self.sections) else ()
+        return (*chat, MASK) if self.objective == "masked_tokens" else chat
 
     def told_of(self, tokenizer: Tokenizer) -> list[str]:
         """What a person should know of its documents under this tokenizer."""
-        note = chat_note(tokenizer) if self.markers else None
+        note = chat_note(tokenizer) if any(section.type == "chat" for section in self.sections) else None
         return [note] if note else []
 
     @property
@@ -123,7 +126,9 @@ class Corpus:
         """Held-out rows, read in the order of `seed`; left out, the run's. Runs of several seeds are measured on one text so."""
         sources = self.sources if seed in (None, self.seed) else [_reordered(source, seed) for source in self.sources]
         sources = cached(sources, self.root, self.settings.cache_gigabytes, tokenizer)
-        return validation_rows(sources, self.hold_out, tokenizer, seq_length, tokens, self.settings.min_text_length)
+        masks = derive_seed(self.seed if seed is None else seed, "validation")
+        objective = objective_of(self.objective, tokenizer, self.settings.mask_fraction, masks)
+        return validation_rows(sources, self.hold_out, tokenizer, objective, seq_length, tokens, self.settings.min_text_length)
 
     def held_out_inputs(self, tokenizer: Tokenizer) -> dict[str, Iterator[np.ndarray]]:
         """Of each source, its held-out documents one by one, as a model reads them: (its tokens,) each, in the run's order."""
@@ -136,7 +141,8 @@ class Corpus:
 
     def pipeline_factory(self, tokenizer: Tokenizer, seq_length: int, mix: MixSettings | None = None) -> "PipelineFactory":
         data = self.settings
-        settings = PipelineSettings(mix or self.mix, data.lanes, seq_length, data.packing, data.min_text_length)
+        predicts = self.objective, data.mask_fraction
+        settings = PipelineSettings(mix or self.mix, data.lanes, seq_length, data.packing, data.min_text_length, *predicts)
         return PipelineFactory(
             self.sections,
             self.root,
@@ -192,8 +198,11 @@ class PipelineFactory:
     def fingerprint(self) -> str:
         """Equal exactly when the order and content of rows are, as long as the sources' contents are."""
         mix = replace(self.settings.mix, rates=(), horizon_tokens=0)  # kept in the checkpoint
+        order = asdict(self.settings) | {"mix": mix}
+        if order["objective"] == "next_token":
+            del order["objective"], order["mask_fraction"]
         described = [
-            repr(replace(self.settings, mix=mix)),
+            f"PipelineSettings({', '.join(f'{key}={value!r}' for key, value in order.items())})",
             [section.model_dump(mode="json") for section in self.sections],
             self.hold_out.fraction,
             self.shuffle,
@@ -252,7 +261,8 @@ def open_corpus(preset: Any, root: Path, parallel: Any, held_out: dict[str, Any]
     # what fixes the order is found out once: a file or a line that fails one rank alone must not give it another order
     plan = plan_hold_out(sources, data.validation_fraction, data.min_text_length, held_out) if parallel.rank == 0 else None
     hold_out = parallel.broadcast(plan)
-    return Corpus(data, root, seed, sections, sources, failed, mix, hold_out)
+    objective = getattr(preset.model, "objective", "next_token")
+    return Corpus(data, root, seed, sections, sources, failed, mix, hold_out, objective)
 
 
 def open_held_out(preset: Any, root: Path, alone: Any, made_with: dict | None, held_out: dict | None) -> tuple[Corpus, list[str]]:

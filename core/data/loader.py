@@ -39,6 +39,7 @@ class StepRows:
     batch: Batch  # (rows of this rank, T), on the CPU
     num_targets: int
     num_tokens: int  # padding not counted
+    source_tokens: list[int]  # of each source; together they are num_tokens
     documents: list[int]  # begun in this step, of each source
     epochs: list[int]  # begun in this step, of each source
     waited_seconds: float = 0.0  # for this rank's rows: 0 where they lay ready
@@ -120,15 +121,15 @@ class Loader:
             failures = [float(failed is not None and failed.name == name) for name in self.source_names]
             targets = 0 if batch is None else int((batch.labels >= 0).sum())
             tokens = 0 if batch is None else int((batch.source_ids >= 0).sum())
-            documents, epochs = self._begun(rows)
+            read = self._read_of(rows)
             places = [0] * self._parallel.world_size  # where each rank's snapshot stands: a sum fills in the others'
             places[self._parallel.rank] = self._snapshot_index
-            own = [float(item is None), targets, tokens, *places, *failures, *documents, *epochs]
+            own = [float(item is None), targets, tokens, *places, *failures, *read]
             stops, targets, tokens, *numbers = self._parallel.sum(own)
             self._behind, numbers = int(min(numbers[: len(places)])), numbers[len(places) :]
             if stops:
                 raise Stopped
-            failures, documents, epochs = np.array(numbers, dtype=np.int64).reshape(3, -1).tolist()
+            failures, *read = np.array(numbers, dtype=np.int64).reshape(4, -1).tolist()
             if any(failures):
                 self._drop([name for name, count in zip(self.source_names, failures) if count], failed)
                 continue
@@ -146,7 +147,7 @@ class Loader:
                 )
             self._empty_rows = 0
             self._advance(rows)
-            return StepRows(batch, int(targets), int(tokens), documents, epochs, waited)
+            return StepRows(batch, int(targets), int(tokens), *read, waited)
 
     def state(self) -> dict[str, Any]:
         """The position over all ranks, as JSON. Every rank must call it."""
@@ -183,14 +184,15 @@ class Loader:
             self._reader.close(patience)
             self._reader = None
 
-    def _begun(self, rows: list[Row]) -> tuple[list[int], list[int]]:
-        """Documents and epochs of each source that begin in these rows."""
-        documents, epochs = [0] * len(self.source_names), [0] * len(self.source_names)
+    def _read_of(self, rows: list[Row]) -> list[int]:
+        """Of each source the tokens in these rows; then the documents, and then the epochs, that begin in them."""
+        tokens, documents, epochs = np.zeros((3, len(self.source_names)), dtype=np.int64)
         for row in rows:
             for piece in row.pieces:
+                tokens[piece.source] += piece.length
                 documents[piece.source] += piece.start == 0
                 epochs[piece.source] += piece.opens_epoch
-        return documents, epochs
+        return [*tokens.tolist(), *documents.tolist(), *epochs.tolist()]
 
     def _advance(self, rows: list[Row]) -> None:
         """Move the position past consumed rows."""

@@ -21,7 +21,7 @@ from typing import Any
 from core.data.documents import Document, Source
 from core.data.encoding import encode
 from core.data.mixing import Draw, Mixer, MixSettings, SourceFailed
-from core.data.objectives import next_token
+from core.data.objectives import objective_of
 from core.data.packing import PACKERS, Packer, Place, Row
 from core.data.tokenizer import Tokenizer
 from core.data.validation import HoldOut, may_train
@@ -41,6 +41,8 @@ class PipelineSettings:
     seq_length: int
     packing: str  # a key of PACKERS
     min_text_length: int
+    objective: str = "next_token"
+    mask_fraction: float = 0.0  # of the tokens, where masked ones are learned
 
 
 @dataclass
@@ -100,6 +102,7 @@ class Pipeline:
         self.lanes = lanes
         self._next_row = position.rows
         self._hold_out = hold_out
+        self._objective = objective_of(settings.objective, tokenizer, settings.mask_fraction, settings.mix.seed)
         past = position.drops, position.snapshot, position.renewals, position.draws
         self._mixer = Mixer(sources, settings.mix, self._wanted, *past)
         self._dealer = Dealer(settings.lanes, settings.mix.seed)
@@ -169,5 +172,5 @@ class Pipeline:
                 self._skipped.setdefault((source.name, file, why), False)
         encoded = encode(self.tokenizer, [document for _, _, document in found])
         for (packer, draw, _), document in zip(found, encoded):
-            inputs, labels = next_token(document, self.tokenizer.eos_id)
+            inputs, labels = self._objective(document, draw.index)
             packer.add(draw.index, draw.source, document.digest, draw.opens_epoch, inputs, labels)

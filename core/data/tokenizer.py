@@ -20,8 +20,16 @@ from core.hub import check_reachable, explain
 from core.settings import TokenizerSettings
 
 END = "<|endoftext|>"
+MASK = "[MASK]"
+"""What stands where a token is hidden, for models that learn to find it; BERT's name for it."""
 CONFIG = "tokenizer_config.json"
-KNOWN_VOCABULARIES = {"gpt2": 50_257, "distilgpt2": 50_257, "Qwen/Qwen3-0.6B-Base": 151_669}
+KNOWN_VOCABULARIES = {
+    "gpt2": 50_257,
+    "distilgpt2": 50_257,
+    "Qwen/Qwen3-0.6B-Base": 151_669,
+    "chandar-lab/NeoBERT": 30_522,
+    "bert-base-uncased": 30_522,
+}
 """Sizes of Hub tokenizers, for whoever asks before anything is downloaded."""
 SAMPLE_CHARACTERS = 6_000_000
 """Text a BPE is trained on: beyond this the merges of a small vocabulary hardly change, and it takes seconds."""
@@ -56,6 +64,11 @@ class Tokenizer:
     def special_id(self, token: str) -> int | None:
         """The id of a special token, which no text is ever encoded to; None when there is no such token."""
         return self._special.get(token)
+
+    @property
+    def special_ids(self) -> tuple[int, ...]:
+        """The ids that no text is ever encoded to."""
+        return tuple(sorted(self._special.values()))
 
     def decode(self, ids: list[int]) -> str:
         return self._backend.decode(ids, skip_special_tokens=False)
@@ -106,7 +119,8 @@ class Tokenizer:
 def build_tokenizer(
     settings: TokenizerSettings, sample: Iterable[str], markers: tuple[str, ...] = (), root: Path = Path()
 ) -> Tokenizer:
-    """A new tokenizer. `sample` is read, and `markers` become special tokens, only for a BPE: others are what they are.
+    """A new tokenizer. `sample` is read, and `markers` become special tokens, only for a BPE: others are what they are, but that
+    bytes can be masked too.
 
     The path of a `file` is relative to `root`. Raises UserError when a tokenizer cannot be had from the Hub or a file.
     """
@@ -115,7 +129,8 @@ def build_tokenizer(
     if settings.type == "file":
         return read_tokenizer(root / Path(str(settings.path)).expanduser())
     if settings.type == "byte":
-        return _byte_level([], 257)
+        masks = tuple(marker for marker in markers if marker == MASK)
+        return _byte_level([], 257 + len(masks), masks)
     return _byte_level(sample, settings.vocab_size, markers)
 
 

@@ -6,20 +6,24 @@ State: none; both are functions of the sources' content and the preset
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
+import numpy as np
+
 from core.data.documents import Document, Encoded, Source, held_out_by_hash
 from core.data.encoding import encode
-from core.data.objectives import next_token
+from core.data.objectives import IGNORE_INDEX, Objective
 from core.data.packing import Packer, Place, Row
-from core.data.tokenizer import Tokenizer
+from core.data.tokenizer import MASK, Tokenizer
 from core.errors import SourceUnavailable
 
 SMALL_CORPUS = 300
 """Documents below which a hash may well hold out none at all; such a source holds out its last ones instead."""
 SMALL_SHARE = 0.05
+PSEUDO_TOKENS, PSEUDO_CONTEXT = 1024, 128
+"""Tokens that are hidden one at a time, and of how many their context is made: each costs a row of its own."""
 SCAN_DOCUMENTS = 20_000
 """Documents of a source searched for held-out ones; a stream would be read for hours otherwise."""
 
@@ -119,7 +123,13 @@ def held_out_documents(
 
 
 def validation_rows(
-    sources: list[Source], hold_out: HoldOut, tokenizer: Tokenizer, seq_length: int, tokens: int, min_text_length: int
+    sources: list[Source],
+    hold_out: HoldOut,
+    tokenizer: Tokenizer,
+    objective: Objective,
+    seq_length: int,
+    tokens: int,
+    min_text_length: int,
 ) -> list[Row]:
     """Packed rows of held-out documents: about `tokens` of them, shared evenly among the sources that have any."""
     rows: list[Row] = []
@@ -130,7 +140,7 @@ def validation_rows(
         documents = held_out_documents(source, hold_out, tokenizer, min_text_length)
         while collected < wanted and (found := next(documents, None)) is not None:
             scanned, encoded = found
-            inputs, labels = next_token(encoded, tokenizer.eos_id)
+            inputs, labels = objective(encoded, scanned)
             packer.add(scanned, number, encoded.digest, False, inputs, labels)
             collected += len(inputs)
         while collected > 0:
@@ -138,3 +148,23 @@ def validation_rows(
             collected -= int((row.source_ids >= 0).sum())
             rows.append(row)
     return rows
+
+
+def hide_one(rows: list[Row], tokenizer: Tokenizer) -> list[Row]:
+    """Rows in each of which one token is hidden and is the only target: what pseudo-perplexity asks.
+
+    They are the beginnings of some of `rows`, of masked tokens, from all over them; every token has its turn but special ones.
+    """
+    mask_id = tokenizer.special_id(MASK)
+    size = min(PSEUDO_CONTEXT, len(rows[0].input_ids)) if rows else 1
+    count = min(len(rows), PSEUDO_TOKENS // size)
+    found: list[Row] = []
+    for row in (rows[i * len(rows) // count] for i in range(count)):
+        whole = np.where(row.labels >= 0, row.labels, row.input_ids)[:size]
+        may = (row.source_ids[:size] >= 0) & ~np.isin(whole, tokenizer.special_ids)
+        for t in np.flatnonzero(may).tolist():
+            input_ids, labels = whole.copy(), np.full(size, IGNORE_INDEX, dtype=np.int32)
+            input_ids[t], labels[t] = mask_id, whole[t]
+            kept = {name: getattr(row, name)[:size] for name in ("position_ids", "document_ids", "source_ids")}
+            found.append(replace(row, input_ids=input_ids, labels=labels, **kept))
+    return found

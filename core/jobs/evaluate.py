@@ -102,6 +102,11 @@ class Desk:
         self._findings, self._measured = read_findings(self._folder, self._about(runtime)), 0
         with torch.no_grad():
             provides = trained.model(plain_batch(torch.zeros(1, 1, dtype=torch.int64, device=self._device))).readout.provides
+        if getattr(self._preset.model, "objective", "next_token") != "next_token":
+            raise UserError(
+                f"{trained.where} holds a {self._preset.model.type}, which fills in masked tokens and continues no text: tasks "
+                "and perplexities ask for next tokens. Its own scores stand in its training's logs: metrics.jsonl and masked.png."
+            )
         if provides != "logits":
             raise UserError(
                 "this model's readout gives distances, which are no probabilities of a next token: it has no such scores"

@@ -13,6 +13,7 @@ from core.assembly import TrainingSession, begin_next_run, build_training
 from core.errors import Interrupted
 from core.runtime import Runtime, StopRequest
 from core.ui.dashboard import view_for
+from core.ui.masked import MaskedPlot
 from core.ui.run_card import LossPlot, RunCard
 
 
@@ -30,7 +31,7 @@ def views_of(preset: Any, root: Path, started: float, on_screen: Callable[[], li
     """What `build_training` makes the views of a run with: its files, wandb if the preset asks for it, and those `on_screen`."""
 
     def make_views(folder: Path, start_event: dict, resolved: dict, wandb_id: str, notes: list[str]) -> list[Any]:
-        views = [RunCard(folder, resolved, started, root), LossPlot(folder)]
+        views = [RunCard(folder, resolved, started, root), LossPlot(folder), MaskedPlot(folder)]
         if preset.logging.wandb:
             from core.ui.wandb_mirror import open_wandb
 

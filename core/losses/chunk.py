@@ -203,7 +203,8 @@ class TokenLoss:
     A subclass writes `per_token`. The stack sums, divides by the targets of the whole optimizer step, and weights. It may also
     define `add_gradient(chunk, scale, gradient)`, which adds scale * d(sum of per_token)/d(scores), and the table's share, to
     `gradient`; without it autograd differentiates `per_token`, which costs temporaries. With it, `per_token` is called without a
-    graph and may use `chunk.softmax`, which has none.
+    graph and may use `chunk.softmax`, which has none. And `facts() -> {name: function of a chunk to (n,)}`: what evaluation
+    tells of it beside its value.
     """
 
     needs = "logits"

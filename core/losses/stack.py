@@ -5,20 +5,19 @@ Out:   a scalar to call backward on, and the terms to report; `measure` gives ev
 State: none
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from core.contracts import IGNORE_INDEX, Batch, ModelOutput, Readout
+from core.contracts import IGNORE_INDEX, Batch, ModelOutput, Readout, call_if_defined
 from core.errors import UserError
-from core.losses.chunk import Chunk, TokenLoss
-from core.losses.cosine import mean_embedding
+from core.losses.chunk import TokenLoss
+from core.losses.facts import OF_SCORES
 from core.losses.scores import compute_dtype, scores_of
 from core.losses.walk import BLOCK_BYTES, TABLE_BLOCK_BYTES, Work, chunk_bytes, even_rows, walk
 from core.losses.walked import Scaled, walked_total
-from core.schedules import value_at
+from core.schedules import changes, value_at
 
 # B batch rows, T seq_length, P = B * T positions, N those with a target, D hidden_size, V vocab_size
 
@@ -39,18 +38,7 @@ class Measures:
     """Evaluation's numbers: sums to add up over batches and ranks, and then to divide by `terms.count`."""
 
     terms: LossTerms
-    correct: Tensor  # () int64, targets that have the best score
-    of_logits: dict[str, Tensor]  # () each, of the predictions whatever the losses are; empty for a readout without logits
-
-
-OF_LOGITS: dict[str, Callable[[Chunk], Tensor]] = {
-    "cross_entropy": lambda chunk: chunk.softmax().surprise(chunk.labels),
-    "entropy": lambda chunk: chunk.softmax().entropy,
-    "max_probability": lambda chunk: chunk.softmax().at(chunk.softmax().best),
-    "embedding_cosine": lambda chunk: mean_embedding(chunk).cosine,
-}
-"""What evaluation tells of every prediction: in nats; in nats; a probability; the cosine between the mean embedding and the
-target's."""
+    facts: dict[str, Tensor]  # () each: of the predictions whatever the losses are, and what losses tell beside their values
 
 
 class LossStack:
@@ -68,6 +56,11 @@ class LossStack:
                     f'the loss "{loss.name}" needs {loss.needs}, but this model\'s readout gives {readout.provides}; '
                     "choose another loss or another model"
                 )
+
+    def scheduled(self, progress: float) -> dict[str, float]:
+        """{"harmonic.h_exp": -7.5}: what the losses' settings that change over the run are now."""
+        settings = {f"{loss.name}.{key}": value for loss in self.losses for key, value in loss.settings}
+        return {key: value_at(value, progress) for key, value in settings.items() if changes(value)}
 
     def count(self, batch: Batch) -> Tensor:
         """Valid targets of a batch: () int64 on its device."""
@@ -92,24 +85,24 @@ class LossStack:
 
     @torch.no_grad()
     def measure(self, output: ModelOutput, batch: Batch, progress: float, num_sources: int) -> Measures:
-        """The losses as they are at `progress`, with what OF_LOGITS tells and accuracy. No gradient."""
+        """The losses as they are at `progress`, and the facts. No gradient."""
         hidden, work = self._work(output, batch, progress, reads_table=True)
         readout = output.readout
         scores = scores_of(hidden, readout, [False] * (1 + len(readout.parameters())))
         values = [_zeros(hidden, work) for _ in self.losses]
-        right = torch.zeros_like(work.labels)
-        has_logits = readout.provides == "logits"
-        facts = {name: _zeros(hidden, work) for name in OF_LOGITS} if has_logits else {}
+        facts = dict(OF_SCORES[readout.provides])
+        for loss in self.losses:
+            facts |= call_if_defined(loss, "facts") or {}
+        found = {name: _zeros(hidden, work) for name in facts}
         for block in walk(work, hidden, scores):
             chunk, at = block.chunk, block.positions
-            right[at] = (chunk.labels == (chunk.softmax().best if has_logits else chunk.scores.argmin(dim=1))).long()
             with torch.autocast(hidden.device.type, enabled=False):
-                for name, into in facts.items():
-                    into[at] = OF_LOGITS[name](chunk)
+                for name, into in found.items():
+                    into[at] = facts[name](chunk).to(into.dtype)
                 for loss, into in zip(self.losses, values):
                     into[at] = loss.per_token(chunk)
         terms = self._terms(values, batch, work, num_sources)
-        return Measures(terms, right.sum(), {name: each.sum() for name, each in facts.items()})
+        return Measures(terms, {name: each.sum() for name, each in found.items()})
 
     def _work(self, output: ModelOutput, batch: Batch, progress: float, reads_table: bool) -> tuple[Tensor, Work]:
         """hidden (P, D), and what to walk over."""

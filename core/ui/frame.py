@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from core.ui import text
-from core.ui.plain import evaluation_title, left_out, machine, scores
+from core.ui.plain import MASKED_TOKENS, evaluation_title, left_out, machine, neighbors, scores
 from core.ui.progress import Progress
 
 QUIET_SECONDS = 10.0
@@ -25,12 +25,16 @@ QUIET_SECONDS = 10.0
 CHART_ROWS = 12
 SAMPLE_ROWS = 9  # before the chart takes its part
 SAMPLE_CHARACTERS = 2000
-EVALUATION_COLUMN = 30  # cells: a name, a number, and its change in brackets
+NAME, VALUE, LEAST_VALUE = 14, 16, 12  # cells of a name; of a number with its change in brackets; of one without
 PREDICTIONS = {
     "entropy": "entropy",
     "max_probability": "max p",
     "embedding_cosine": "cos to target",
     "table_cosine": "cos in table",
+    "prototype_cosine": "cos of protos",
+    "prototype_spread": "spread of cos",
+    "prototype_dimensions": "directions",
+    "prototype_drift": "drift",
 }
 """Numbers of an evaluation that are shown beside its scores."""
 OF_MODELS = {"routing_entropy/mean": "static entropy", "dynamic_routing_entropy/mean": "route entropy"}
@@ -56,6 +60,7 @@ class RunState:
         self.step: dict = {}
         self.evals: deque[dict] = deque(maxlen=2)
         self.samples: list[dict] = []
+        self.neighbors: list[dict] = []
         self.checkpoint: dict = {}
         self.warnings: deque[dict] = deque(maxlen=20)
         self.recent: deque[float] = deque(maxlen=300)
@@ -75,9 +80,9 @@ class RunState:
         elif kind == "eval":
             self.evals.append(event)
         elif kind == "sample":
-            if self.samples and self.samples[-1].get("step") != event.get("step"):
-                self.samples = []
-            self.samples.append(event)
+            self.samples = _with(self.samples, event)
+        elif kind == "neighbors":
+            self.neighbors = _with(self.neighbors, event)
         elif kind == "checkpoint":
             self.checkpoint = event
         elif kind == "warning":
@@ -162,6 +167,7 @@ class RunState:
             cells.append(("skipped", f"{step['skipped']} updates"))
         if len(losses := step.get("losses") or {}) > 1:
             cells += [(text.clean(key), text.number(value)) for key, value in losses.items()]
+        cells += [(text.clean(name).rpartition(".")[2], text.number(v)) for name, v in (step.get("scheduled") or {}).items()]
         of_model = (step.get("model") or {}).items()
         cells += [(OF_MODELS.get(name, name), text.number(value)) for name, value in of_model if "/layer_" not in name]
         out += _grid(cells, width)
@@ -173,11 +179,14 @@ class RunState:
         if not self.evals:
             return Section(0, [])
         event, before = self.evals[-1], self.evals[0] if len(self.evals) == 2 else {}
-        cells = scores(event, before)
-        cells += [(name, text.number(event[key])) for key, name in PREDICTIONS.items() if event.get(key) is not None]
+        cells = [(name.replace("pseudo-perplexity", "pseudo-ppl"), value) for name, value in scores(event, before)]
+        beside = {name: event[key] for key, name in PREDICTIONS.items() if event.get(key) is not None}
+        cells += [(name, text.number(value, 3 if value < 100 else 1)) for name, value in beside.items()]
+        longest = max((len(name) for name, _ in cells), default=0)  # of ours: a loss may have any name
         losses = {key: value for key, value in (event.get("losses") or {}).items() if key != "cross_entropy"}
         cells += [(text.clean(key), text.number(value)) for key, value in losses.items()]
-        lines = [rule(evaluation_title(event), width), *_grid(cells, width, columns=max(2, width // EVALUATION_COLUMN))]
+        names = max(NAME, longest)
+        lines = [rule(evaluation_title(event), width), *_grid(cells, width, max(2, width // (names + VALUE)), names)]
         return Section(min(len(lines), 3), lines)
 
     def _sources(self, width: int) -> Section:
@@ -217,14 +226,19 @@ class RunState:
 
     def _sample(self, width: int) -> Section:
         lines: list[Text] = []
+        gap = "  " if self.start.get("objective") == MASKED_TOKENS else ""  # what fills a mask does not go on with the prompt
         for event in self.samples:
             prompt, continuation = text.clean(event.get("prompt")), text.clean(str(event.get("text"))[:SAMPLE_CHARACTERS])
             # Some write the prompt again at the beginning of the text; once is enough here.
-            both = Text.assemble((prompt[:200], "bold"), continuation.removeprefix(prompt))
+            both = Text.assemble((prompt[:200], "bold"), gap, continuation.removeprefix(prompt))
             lines += [Text("  ") + line for line in _folded(both, width - 4)]
+        for event in self.neighbors:
+            line = Text.assemble("near ", (text.clean(event.get("word")), "bold"), f"  {neighbors(event)}")
+            lines += [Text("  ") + line for line in _folded(line, width - 4)]
         if not lines:
             return Section(0, [])
-        return Section(3, [rule(f"sample at {text.count(self.samples[-1].get('tokens'))} tokens", width), *lines])
+        what, last = ("sample", self.samples[-1]) if self.samples else ("neighbors", self.neighbors[-1])
+        return Section(3, [rule(f"{what} at {text.count(last.get('tokens'))} tokens", width), *lines])
 
     def _chart(self, width: int, rows: int) -> list[Text]:
         values = self.history.values
@@ -237,6 +251,11 @@ class RunState:
             rule("loss of this session", width),
             *[Text(f"{at:>8}  ", "dim") + Text(row, "green") for at, row in zip(labels, body)],
         ]
+
+
+def _with(events: list[dict], event: dict) -> list[dict]:
+    """Those of the same evaluation, and one more; the first of another one leaves the others behind."""
+    return [*events, event] if events and events[-1].get("step") == event.get("step") else [event]
 
 
 def rule(title: str, width: int, right: str = "", left: str = "") -> Text:
@@ -256,15 +275,15 @@ def bar(fraction: float, width: int) -> Text:
     return Text.assemble(("━" * done, "cyan"), ("━" * (width - done), "grey35"))
 
 
-def _grid(cells: list[tuple[str, str]], width: int, columns: int = 3) -> list[Text]:
-    """Names and values in columns."""
-    columns = max(1, min(columns, width // 26))
+def _grid(cells: list[tuple[str, str]], width: int, columns: int = 3, names: int = NAME) -> list[Text]:
+    """Names and values in at most so many columns; `names`: cells of a name."""
+    columns = max(1, min(columns, width // (names + LEAST_VALUE)))
     each = width // columns
     lines = []
     for i in range(0, len(cells), columns):
         line = Text()
         for name, value in cells[i : i + columns]:
-            cell = Text.assemble((f"{name:<14} ", "dim"), value)
+            cell = Text.assemble((f"{name:<{names}} ", "dim"), value)
             cell.truncate(each - 1, overflow="ellipsis", pad=True)
             line.append_text(cell).append(" ")
         lines.append(line)

@@ -16,6 +16,27 @@ from core.ui.progress import Progress
 STEP_SECONDS = 5.0
 NOT_CAUSAL = "not causal: sees later tokens"
 """Said beside the numbers of a model whose positions see later ones: they are not a language model's."""
+MASKED_TOKENS, IS_MASKED = "masked_tokens", "masked tokens"
+"""The objective of a model that is to see both sides, as events name it, and what is said beside its numbers."""
+SCORES = {
+    "cross_entropy": "cross-entropy",
+    "perplexity": "perplexity",
+    "bits_per_byte": "bits/byte",
+    "token_accuracy": "accuracy",
+    "top5_accuracy": "top-5",
+    "nll_h12": "NLL h -12",
+    "nll_h4": "NLL h -4",
+    "pseudo_perplexity": "pseudo-perplexity",
+    "pseudo_perplexity_h12": "pseudo-perplexity h -12",
+    "pseudo_perplexity_h4": "pseudo-perplexity h -4",
+    "decoder_accuracy": "decoder top-1",
+    "decoder_top5_accuracy": "decoder top-5",
+    "decoder_cross_entropy": "decoder cross-entropy",
+    "decoder_pseudo_perplexity": "decoder pseudo-perplexity",
+}
+"""Numbers of an evaluation and their names, in the order they are shown in."""
+MASKED_FIRST = {"token_accuracy": "top-1", "top5_accuracy": "top-5"}
+"""Shown first of masked tokens: what logits and distances have on one scale."""
 
 
 class PlainLines:
@@ -99,6 +120,8 @@ def describe(event: dict, previous_eval: dict) -> list[str]:
         return [f"{evaluation_title(event)}  " + "  ".join(f"{k} {v}" for k, v in scores(event, previous_eval))]
     if kind == "sample":
         return [f"sample  {text.clean(event.get('prompt'))}│{text.clean(event.get('text'))}"]
+    if kind == "neighbors":
+        return [f"near {text.clean(event.get('word'))}  {neighbors(event)}"]
     if kind == "checkpoint":
         return [f"checkpoint  {text.clean(event.get('path'))}  ({text.number(event.get('seconds'), 1)}s)"]
     if kind == "warning":
@@ -125,8 +148,21 @@ REASONS = {
 }
 
 
+def remark(event: dict) -> str:
+    """What has to be said beside the numbers of a run, if anything. That an encoder sees both sides is by design."""
+    if event.get("objective") == MASKED_TOKENS:
+        return IS_MASKED
+    return "" if event.get("causal", True) else NOT_CAUSAL
+
+
 def evaluation_title(event: dict) -> str:
-    return f"evaluation at {text.count(event.get('tokens'))} tokens" + ("" if event.get("causal", True) else f", {NOT_CAUSAL}")
+    title = f"evaluation at {text.count(event.get('tokens'))} tokens"
+    return f"{title}, {said}" if (said := remark(event)) else title
+
+
+def neighbors(event: dict) -> str:
+    """ "queen 0.71, prince 0.69" """
+    return ", ".join(f"{text.clean(word)} {text.number(cosine, 2)}" for word, cosine in event.get("neighbors") or [])
 
 
 def summary(event: dict) -> str:
@@ -143,22 +179,22 @@ def machine(event: dict) -> str:
         text.clean(event.get("device") or "") + (f" ×{world}" if world > 1 else ""),
     ]
     parts += [text.clean(event.get(key)) for key in ("precision",) if event.get(key)]
-    parts += [] if event.get("causal", True) else [NOT_CAUSAL]
+    parts.append(remark(event))
     if event.get("compile"):  # "not compiled: and why"; the reason is among the notes
         parts.append(re.split("[:;]", text.clean(event["compile"]))[0])
     return "  ".join(part for part in parts if part)
 
 
 def scores(event: dict, before: dict) -> list[tuple[str, str]]:
-    """Names and values of an evaluation, with the change against the one before."""
+    """Names and values of what an evaluation measured; losses and likelihoods with the change against the one before."""
+    names = MASKED_FIRST | SCORES | MASKED_FIRST if event.get("objective") == MASKED_TOKENS else SCORES
+    return [(name, _score(key, event[key], before.get(key))) for key, name in names.items() if key in event]
 
-    def compared(key: str) -> str:
-        difference = text.change(event.get(key), before.get(key))
-        return text.number(event.get(key)) + (f" ({difference})" if difference else "")
 
-    out = [("cross-entropy", compared("cross_entropy")), ("perplexity", text.number(event.get("perplexity"), 1))]
-    if event.get("bits_per_byte") is not None:
-        out.append(("bits/byte", compared("bits_per_byte")))
-    if event.get("token_accuracy") is not None:
-        out.append(("accuracy", f"{event['token_accuracy'] * 100:.1f} %"))
-    return out
+def _score(key: str, value: float | None, before: float | None) -> str:
+    if key.endswith("accuracy"):
+        return f"{value * 100:.1f} %" if value is not None else text.number(value)
+    if "perplexity" in key:
+        return text.number(value, 1)
+    difference = text.change(value, before)
+    return text.number(value) + (f" ({difference})" if difference else "")

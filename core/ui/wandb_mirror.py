@@ -103,6 +103,7 @@ def _values(event: dict) -> dict[str, Any]:
     if kind == "step":
         out = {key: event.get(key) for key in PLAIN_KEYS}
         out |= {f"losses/{name}": value for name, value in (event.get("losses") or {}).items()}
+        out |= {f"scheduled/{name}": value for name, value in (event.get("scheduled") or {}).items()}
         out |= {f"model/{name}": value for name, value in (event.get("model") or {}).items()}
         for name, source in (event.get("sources") or {}).items():
             out |= {f"sources/{name}/{key}": value for key, value in source.items()}

@@ -22,10 +22,11 @@ def preset(seed: int, **sections: Any) -> dict[str, Any]:
 
 
 def write_log(folder: Path, final: float, *, steps: int = 40, evals: int = 4, extra: Mapping[str, Any] | None = None,
-              speed: float = 1000.0, memory: float = 500.0, receipt: str | None = "r", text: str = "a tree") -> None:  # fmt: skip
-    """A run whose cross-entropy falls to `final`; `extra` goes into every evaluation."""
+              speed: float = 1000.0, memory: float = 500.0, receipt: str | None = "r", text: str = "a tree",
+              start: Mapping[str, Any] | None = None) -> None:  # fmt: skip
+    """A run whose cross-entropy falls to `final`; `extra` goes into every evaluation, `start` into its beginning."""
     with MetricsLog(folder / "metrics.jsonl") as log:
-        log.emit("run_start", step=0, tokens=0, parameters=1234, device="CPU")
+        log.emit("run_start", step=0, tokens=0, parameters=1234, device="CPU", **dict(start or {}))
         for step in range(1, steps + 1):
             at = {"step": step, "tokens": 100 * step}
             loss = final + 2 * math.exp(-5 * step / steps) - 2 * math.exp(-5)

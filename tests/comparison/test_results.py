@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from core.comparison.measures import measure
+from core.comparison.measures import PER_TOKEN, measure
 from core.comparison.outcome import CURVE_POINTS, read_outcome
 from core.comparison.trials import Trial
 from core.metrics import MetricsLog
@@ -126,6 +126,43 @@ def test_what_makes_comparing_unfair_is_said(tmp_path) -> None:
     assert "other settings" not in " ".join(compared(same).warnings)
 
 
+MASKED = {"objective": "masked_tokens", "causal": False}
+
+
+def test_who_sees_what_it_is_to_predict_is_warned_of_and_an_encoder_is_not(tmp_path) -> None:
+    made = trials(tmp_path / "a", {"CE": {1: 3.0}}) + trials(tmp_path / "b", {"mix": {1: 2.0}}, start={"causal": False})
+    (said,) = compared(made).warnings
+    assert said.startswith("mix is not causal") and "different objectives" not in said
+    both = [trials(tmp_path / name, {name: {1: 3.0}}, start=MASKED) for name in ("c", "d")]
+    assert not compared([*both[0], *both[1]]).warnings
+
+
+def test_different_objectives_are_warned_of_once_they_are_known(tmp_path) -> None:
+    made = trials(tmp_path / "a", {"CE": {1: 3.0, 2: 3.1}}) + trials(tmp_path / "b", {"MLM": {1: 2.0, 2: 2.1}}, start=MASKED)
+    (said,) = compared(made).warnings
+    assert said.startswith("The variants have different objectives (next token: CE; masked tokens: MLM)")
+    waiting = [Trial("later", 1, preset(1), tmp_path / "nowhere", "waiting"), *made[2:]]
+    assert not compared(waiting).warnings
+    assert read_outcome(waiting[0]).objective is None and read_outcome(made[2]).objective == "masked_tokens"
+    assert read_outcome(made[0]).objective == "next_token"  # logs from before there was another one
+
+
+def test_masked_runs_are_judged_by_their_own_numbers(tmp_path) -> None:
+    def masked(name: str, nll: float) -> list[Trial]:
+        made = []
+        for seed in (1, 2, 3):
+            own = {"nll_h12": nll + seed / 10 + 0.001 * (seed % 2), "nll_h4": nll, "top5_accuracy": 0.5, "prototype_cosine": 0.1}
+            lacking = dict.fromkeys(("cross_entropy", "perplexity", "bits_per_byte"))
+            made += trials(tmp_path / f"{name}{seed}", {name: {seed: 3.0}}, start=MASKED, extra=own | lacking)
+        return made
+
+    made = masked("base", 5.0) + masked("other", 4.5)
+    found = compared(made, metric="nll_h12")
+    assert found.metrics == ("token_accuracy", "top5_accuracy", "nll_h12", "nll_h4", "prototype_cosine")
+    assert found.metric == "nll_h12" and not found.warnings
+    assert found.variants[1].differences["nll_h12"].mean == pytest.approx(-0.5)
+
+
 def test_what_a_variant_sets(tmp_path) -> None:
     made = with_preset(trials(tmp_path, FINALS), "mix", model={"type": "simple_lm"}, lineage="other", extra={"a": {"b": 1}})
     changes = compared(made).variants[1].changes
@@ -136,4 +173,11 @@ def test_directions() -> None:
     keys = ["cross_entropy", "perplexity", "bits_per_byte", "loss: cosine", "token_accuracy", "embedding_cosine", "entropy"]
     assert [measure(key).better for key in keys] == [-1, -1, -1, -1, 1, 1, 0]
     assert [measure(key).better for key in ("max_probability", "table_cosine", "something_new")] == [0, 0, 0]
+    masked = ["top5_accuracy", "nll_h12", "nll_h4", "pseudo_perplexity", "pseudo_perplexity_h12", "pseudo_perplexity_h4"]
+    assert [measure(key).better for key in masked] == [1, -1, -1, -1, -1, -1]
+    decoder = ["decoder_accuracy", "decoder_top5_accuracy", "decoder_cross_entropy", "decoder_pseudo_perplexity"]
+    assert [measure(key).better for key in decoder] == [1, 1, -1, -1]
+    prototypes = ["prototype_cosine", "prototype_spread", "prototype_dimensions", "prototype_drift"]
+    assert [measure(key).better for key in prototypes] == [0, 0, 0, 0]
+    assert not {*prototypes, "bits_per_byte", "table_cosine"} & set(PER_TOKEN) and {*masked, *decoder} <= set(PER_TOKEN)
     assert measure("something_new").label == "something new"

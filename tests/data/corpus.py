@@ -8,7 +8,7 @@ import random
 import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,11 +19,12 @@ from core.data.documents import Document
 from core.data.encoding import encode
 from core.data.loader import Loader
 from core.data.mixing import MixSettings
+from core.data.objectives import objective_of
 from core.data.packing import Row
 from core.data.pipeline import Dealer, PipelineSettings, Position
 from core.data.sources import build_source
 from core.data.sources.text import TextSettings
-from core.data.tokenizer import Tokenizer, build_tokenizer
+from core.data.tokenizer import MASK, Tokenizer, build_tokenizer
 from core.data.validation import HoldOut
 from core.errors import SourceUnavailable
 from core.parallel import Single
@@ -32,11 +33,13 @@ from core.settings import TokenizerSettings
 SEQ_LENGTH = 32
 LANES = 6
 FINGERPRINT = "unchanged"
+NEXT_TOKEN = objective_of("next_token", build_tokenizer(TokenizerSettings(type="byte"), []), 0.2, 0)
 
 
 @functools.cache
-def byte_tokenizer() -> Tokenizer:
-    return build_tokenizer(TokenizerSettings(type="byte"), [])
+def byte_tokenizer(masks: bool = False) -> Tokenizer:
+    """`masks`: with a token to hide others behind."""
+    return build_tokenizer(TokenizerSettings(type="byte"), [], (MASK,) if masks else ())
 
 
 def write_corpus(folder: Path, sizes: dict[str, int], low: int = 20, high: int = 200) -> list[TextSettings]:
@@ -64,14 +67,18 @@ def make_factory(
     mix: MixSettings | None = None,
     shuffle: str = "shards",
     cache_gigabytes: float = 0.0,
+    mask_fraction: float | None = None,
 ) -> PipelineFactory:
-    """A factory over opened sources. `wrap` may put something around each source; `mix` stands for strategy and max_epochs."""
+    """A factory over opened sources. `wrap` may put something around each source; `mix` stands for strategy and max_epochs; with
+    a `mask_fraction` it makes rows of masked tokens."""
     sources = [wrap(build_source(section, folder, 1)) for section in sections]
     for source in sources:
         source.open()
-    tokenizer = byte_tokenizer()
+    tokenizer = byte_tokenizer(masks=mask_fraction is not None)
     weights = tuple(float(1 + i) for i in range(len(sections)))
     settings = PipelineSettings(mix or MixSettings(strategy, weights, 1, max_epochs), lanes, SEQ_LENGTH, packing, 1)
+    if mask_fraction is not None:
+        settings = replace(settings, objective="masked_tokens", mask_fraction=mask_fraction)
     hold_out = hold_out or HoldOut(0.05)
     return PipelineFactory(
         sections, folder, 1, tokenizer.state(), hold_out, settings, shuffle, cache_gigabytes, sources=sources, tokenizer=tokenizer
@@ -270,6 +277,7 @@ def check_accounts(found: History, factory: PipelineFactory, lost: Collection[in
     renewals  draws at which a new horizon began
     """
     settings = factory.settings
+    ends = 2 if settings.objective == "masked_tokens" else 1  # positions of a document that are none of its tokens
     drops = found.state["drops"]
     mixed = factory(Position(drops=drops, renewals=list(renewals)), [])._mixer
     dealer = Dealer(settings.lanes, settings.mix.seed)
@@ -287,7 +295,7 @@ def check_accounts(found: History, factory: PipelineFactory, lost: Collection[in
         draw = next(mixed)
         assert draw.index == index and draw.document is not None
         next_index, waiting = places.get(dealer.lane(index), (0, {}))
-        total = len(encode(factory.tokenizer, [draw.document])[0].ids) + 1
+        total = len(encode(factory.tokenizer, [draw.document])[0].ids) + ends
         expected = waiting.get(index, total) if index < next_index else 0
         assert used[index] == expected or (index in lost and used[index] < expected), (
             f"{used[index]} of draw {index} were used, {expected} must have been"

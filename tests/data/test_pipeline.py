@@ -21,6 +21,7 @@ from core.data.validation import SMALL_CORPUS, HoldOut, plan_hold_out, validatio
 from core.errors import NoData
 from tests.data.corpus import (
     LANES,
+    NEXT_TOKEN,
     SEQ_LENGTH,
     Fails,
     Ranks,
@@ -282,7 +283,7 @@ def test_held_out_documents_never_appear_in_training_rows(tmp_path: Path) -> Non
     sections = write_corpus(tmp_path, {"a": 400, "b": 350})
     factory = make_factory(tmp_path, sections, max_epochs=2, hold_out=HoldOut(0.1))
     trained = texts_of(read_all(make_loader(factory, start()), None))
-    rows = validation_rows(factory.sources, factory.hold_out, factory.tokenizer, SEQ_LENGTH, 10**9, 1)
+    rows = validation_rows(factory.sources, factory.hold_out, factory.tokenizer, NEXT_TOKEN, SEQ_LENGTH, 10**9, 1)
     held = texts_of([np.stack([as_array(row)]) for row in rows], lanes=1)
     everything = text_lines(tmp_path, "a") + text_lines(tmp_path, "b")
     assert set(held) == {text for text in everything if held_out_by_hash(digest_of(text.encode()), 0.1)} and len(held) > 40
@@ -299,7 +300,7 @@ def test_small_corpora_hold_out_their_last_pieces(tmp_path: Path) -> None:
     factory = make_factory(tmp_path, sections, max_epochs=1, hold_out=plan)
     trained = [text for text in texts_of(read_all(make_loader(factory, start()), None)) if text.startswith("a ")]
     assert sorted(trained) == sorted(text_lines(tmp_path, "a")[:57])
-    rows = validation_rows(factory.sources[:1], plan, factory.tokenizer, SEQ_LENGTH, 10**9, 1)
+    rows = validation_rows(factory.sources[:1], plan, factory.tokenizer, NEXT_TOKEN, SEQ_LENGTH, 10**9, 1)
     assert texts_of([np.stack([as_array(row)]) for row in rows], lanes=1) == text_lines(tmp_path, "a")[57:]
 
 

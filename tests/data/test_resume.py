@@ -43,6 +43,7 @@ from core.schedules import Piece
 from tests.data.corpus import (
     FINGERPRINT,
     LANES,
+    NEXT_TOKEN,
     SEQ_LENGTH,
     Fails,
     History,
@@ -624,7 +625,7 @@ def test_validation_documents_never_occur_in_training(kinds: str, seed: int, man
     factory = make(0)
     documents = [(source.name, document) for source in factory.sources for document in source.stream({})]
     held = {document.digest for _, document in documents if plans[0].holds(document)}
-    rows = validation_rows(factory.sources, plans[0], byte_tokenizer(), SEQ_LENGTH, 10**9, 1)
+    rows = validation_rows(factory.sources, plans[0], byte_tokenizer(), NEXT_TOKEN, SEQ_LENGTH, 10**9, 1)
     read = {piece.digest for row in rows for piece in row.pieces}
     assert read == held and not held & found.digests, f"{len(held & found.digests)} of {len(held)} were trained on"
     assert held | found.digests == {document.digest for _, document in documents}

@@ -150,10 +150,15 @@ def test_harmonic(name: str, distance: str, h_exp: int, dtype: torch.dtype) -> N
     found = torch.autograd.grad(total, [hidden, prototypes])
     assert all(g.isfinite().all() for g in found)
     if exact and f"grad_hidden_{name}_h{h_exp}" in io:
-        assert float((found[0] - io[f"grad_hidden_{name}_h{h_exp}"]).abs().max()) <= 1e-9
-        assert float((found[1] - io[f"grad_prototypes_{name}_h{h_exp}"]).abs().max()) <= 1e-9
+        assert float((found[0] - io[f"grad_hidden_{name}_h{h_exp}"]).abs().max()) <= 1e-10
+        assert float((found[1] - io[f"grad_prototypes_{name}_h{h_exp}"]).abs().max()) <= 1e-10
     measured = LossStack([loss], 4, 2).measure(output, batch, 0.0, 2)
-    assert int(measured.correct) / 6 == expected["losses"][f"{name}_h{h_exp}"]["top1_acc"] and not measured.of_logits
+    assert int(measured.facts["token_accuracy"]) / 6 == expected["losses"][f"{name}_h{h_exp}"]["top1_acc"]
+    assert int(measured.facts["top5_accuracy"]) == int((io["cosine"].topk(5).indices == io["targets"][:, None]).sum())
+    for fact, fixed in (("nll_h12", -12), ("nll_h4", -4)):  # at its own exponents, whatever the schedule's is
+        wanted = 6 * expected["losses"][f"{name}_h{fixed}"]["mean"]
+        assert abs(float(measured.facts[fact]) - wanted) <= (1e-9 if exact else 6e-3)
+    assert "cross_entropy" not in measured.facts
 
 
 def test_distances() -> None:

@@ -140,7 +140,7 @@ def test_no_target_gives_zero_gradients(readout: str, dtype: torch.dtype) -> Non
     for tensor in [setup.hidden, *output.readout.parameters()]:
         assert tensor.grad is not None and not tensor.grad.any()
     measured = stack.measure(output, setup.batch, 0.0, 2)
-    assert float(measured.of_logits["cross_entropy"]) == 0.0 and int(measured.correct) == 0
+    assert float(measured.facts["cross_entropy"]) == 0.0 and int(measured.facts["token_accuracy"]) == 0
 
 
 @pytest.mark.parametrize("frozen", [("weight", "bias", "table"), ("hidden",), ("bias",), ("hidden", "weight", "bias")])
@@ -240,10 +240,11 @@ def test_measure(mix: str, masked: float) -> None:
         "entropy": torch.special.entr(p).sum(),
         "max_probability": p.amax(dim=1).sum(),
         "embedding_cosine": F.cosine_similarity(p @ setup.table, setup.table[labels], dim=1).detach().sum(),
+        "token_accuracy": (scores.argmax(dim=1) == labels).double().sum(),
+        "top5_accuracy": (scores.topk(5).indices == labels[:, None]).double().sum(),
     }
-    assert set(measured.of_logits) == set(expected)
-    assert_close([measured.of_logits[name] for name in expected], list(expected.values()), 1e-9)
-    assert int(measured.correct) == int((scores.argmax(dim=1) == labels).sum())
+    assert set(measured.facts) == set(expected)
+    assert_close([measured.facts[name] for name in expected], list(expected.values()), 1e-9)
     _, terms = stack(setup.output, setup.batch, 1, 0.0, 2)
     for name, value in measured.terms.sums.items():
         assert abs(float(value - terms.sums[name])) <= 1e-9

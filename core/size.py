@@ -1,0 +1,61 @@
+"""How large a preset's model is, and what memory training it takes, before anything is made: what the menu tells.
+
+In:    a preset, the size of its vocabulary
+Out:   Size; bytes
+State: none
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from core.assembly import build_model
+from core.freezing import share_with_graph, train_only
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a preset's model is, before it is built: shared parameters counted once."""
+
+    parameters: int
+    trained: int
+    share_with_graph: float  # of the layers: those that leave something for the backward pass
+
+
+def size_of(preset: Any, vocab_size: int) -> Size | None:
+    """Without allocating any weights; None where nobody knows before the model is there.
+
+    A model that is slow to build, or to import, counts its own in its settings. Raises UserError for patterns that name nothing.
+    """
+    settings, wish = preset.model, preset.train.trainable
+    if wish is None and hasattr(settings, "num_parameters"):
+        count = settings.num_parameters(vocab_size)
+        return None if count is None else Size(count, count, 1.0)
+    if hasattr(settings, "num_parameters") and settings.num_parameters(vocab_size) is None:
+        return None
+    with torch.device("meta"):
+        model = build_model(preset, vocab_size)
+    train_only(model, wish)
+    parameters = list(model.parameters())
+    return Size(
+        sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad), share_with_graph(model)
+    )
+
+
+def memory_estimate(preset: Any, size: Size, vocab_size: int, bf16: bool) -> tuple[int, int]:
+    """Bytes one device needs, roughly: whatever the batch, and for each row of a micro-batch.
+
+    Weights in fp32, of the trained ones gradients and AdamW, autocast's copy of the weights, and the readout; what rows leave for
+    the backward pass, and what one layer computes with.
+    """
+    model = preset.model
+    if hasattr(model, "activation_bytes"):
+        position = model.activation_bytes(bf16)
+    else:
+        width = model.hidden_size * 14 + 2 * (model.intermediate_size or 4 * model.hidden_size)
+        position = model.num_layers * width * (2 if bf16 else 4)
+    readout = (200 << 20) + 6 * vocab_size * model.hidden_size  # the walk's buffers, and its weight and gradient
+    weights = (6 if bf16 else 4) * size.parameters + 12 * size.trained
+    kept = min(1.0, size.share_with_graph + 1 / model.num_layers) if size.share_with_graph < 1.0 else 1.0
+    return weights + readout, int(kept * position) * model.seq_length

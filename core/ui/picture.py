@@ -1,0 +1,84 @@
+"""What the pictures of a run share: reading its log, the frame of a figure, its title, and writing it.
+
+In:    a metrics log, finished or still being written
+Out:   matplotlib figures, and a PNG of each
+State: none
+"""
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from core.metrics import read_events
+from core.ui.plain import remark
+
+LOG_BYTES = 16 << 20
+"""Of a longer log only every n-th step line is decoded, so that drawing at each evaluation of a long run stays cheap."""
+
+
+def events_of(metrics_path: Path) -> list[dict]:
+    """Every event of a log, but of a long one not every step."""
+    size = metrics_path.stat().st_size if metrics_path.exists() else 0
+    return list(read_events(metrics_path, step_stride=1 + size // LOG_BYTES))
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure, in inches, which needs no screen."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def title_of(events: list[dict]) -> str:
+    """ "Best general · lineage", and what there is to remark."""
+    start = next((event for event in reversed(events) if event["event"] == "run_start"), {})
+    parts = [str(start[key]) for key in ("preset", "lineage") if start.get(key)]
+    title = " · ".join([*parts, remark(start)] if remark(start) else parts)
+    return title.replace("$", r"\$")  # matplotlib reads text between dollar signs as mathematics
+
+
+def dress(axes: Any) -> None:
+    """A grid behind, no line on top; the right side stays, it may be another scale's."""
+    axes.grid(True, color="0.92", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines["top"].set_visible(False)
+
+
+def mark_beginnings(panels: list[Any], events: list[dict]) -> None:
+    """A dotted line where the second and later runs of the lineage began."""
+    first: dict[Any, int] = {}
+    for event in events:
+        if event["event"] == "run_start":
+            first.setdefault(event.get("run"), event["tokens"])
+    for axes in panels:
+        for tokens in first.values():
+            if tokens > 0:
+                axes.axvline(tokens, color="0.6", linewidth=0.8, linestyle=":", zorder=0)
+
+
+def save(figure: Any, out: Path) -> None:
+    """As a PNG, replaced whole or not at all."""
+    aside = out.with_name(f"{out.name}.{os.getpid()}.tmp")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # a letter that the font lacks is drawn as a box
+            figure.savefig(aside, format="png")
+        os.replace(aside, out)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def number(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def engineering() -> Any:
+    """Ticks such as "1.5M"."""
+    from matplotlib.ticker import EngFormatter
+
+    return EngFormatter(sep="")
