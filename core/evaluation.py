@@ -72,8 +72,10 @@ class Evaluator:
         """
         if self._batches is None:
             rows = self._make_rows()
-            self._batches = self._share(rows)
-            self._singles = self._share(self._hide_one(rows)) if self._hide_one else []
+            self._batches = self._share(rows, self._batch_rows)
+            if self._hide_one and (singles := self._hide_one(rows)):  # shorter: as many tokens at once as in the others
+                longer = len(rows[0].input_ids) // len(singles[0].input_ids)
+                self._singles = self._share(singles, self._batch_rows * max(1, longer))
         batches = len(self._batches) + len(self._singles)
         was_training = model.training  # type: ignore[attr-defined]
         model.eval()  # type: ignore[attr-defined]
@@ -105,10 +107,10 @@ class Evaluator:
             "eval_tokens": int(count),
         }
 
-    def _share(self, rows: list[Row]) -> list[Batch]:
+    def _share(self, rows: list[Row], at_once: int) -> list[Batch]:
         """This rank's."""
         own = rows[self._parallel.rank :: self._parallel.world_size]
-        return [collate(own[i : i + self._batch_rows], packed=True) for i in range(0, len(own), self._batch_rows)]
+        return [collate(own[i : i + at_once], packed=True) for i in range(0, len(own), at_once)]
 
     def _sums(
         self, model: LanguageModel, batches: list[Batch], progress: float, told: Callable[[int], None]

@@ -179,7 +179,7 @@ class Project:
 def train_here(preset: dict, root: Path, stem: str = "t") -> list[dict]:
     """Run a preset's training in this process, in a folder that gets the stories to read; every event so far.
 
-    Without drawing loss.png, which takes longer than the training does; real runs draw it.
+    Without drawing its pictures, which takes longer than the training does; real runs draw them.
     """
     from core.assembly import Preset
     from core.jobs.train import train
@@ -191,7 +191,7 @@ def train_here(preset: dict, root: Path, stem: str = "t") -> list[dict]:
     for number in range(40):
         (root / "texts" / f"story{number:02}.txt").write_text(story(number))
     decoded = decode_preset(preset, Preset, stem, stem)
-    with mock.patch("core.ui.run_card.plot_losses"):
+    with mock.patch("core.ui.run_card.plot_losses"), mock.patch("core.ui.masked.plot_masked"):
         train(decoded, detect_runtime(), Single(), root, 0.0, io.StringIO())
     return Project(root).events(lineage=decoded.lineage)
 
