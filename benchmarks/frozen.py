@@ -11,10 +11,17 @@ import statistics
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.measuring import in_a_process, now, peak_bytes
+from core.contracts import IGNORE_INDEX, Batch
+from core.freezing import train_only
+from core.losses.harmonic import Harmonic, HarmonicSettings
+from core.losses.stack import LossStack
+from core.models.neobert import NeoBERT, NeoBERTSettings
+from core.runtime import detect_runtime
 
 SIDES = {"everything": None, "block 27 and prototypes": ["transformer_encoder.27", "dist_head"]}
 REPETITIONS, STEPS = 3, 3
@@ -23,15 +30,6 @@ VOCAB_SIZE, MASKED = 30_522, 0.2
 
 def measure(side: str, rows: int, seq_length: int) -> dict[str, float]:
     """GB at the peak, GB kept for the backward pass, median seconds of a step, parameters trained."""
-    import torch
-
-    from core.contracts import IGNORE_INDEX, Batch
-    from core.freezing import train_only
-    from core.losses.harmonic import Harmonic, HarmonicSettings
-    from core.losses.stack import LossStack
-    from core.models.neobert import NeoBERT, NeoBERTSettings
-    from core.runtime import detect_runtime
-
     runtime = detect_runtime()
     torch.manual_seed(0)
     dtype, device = runtime.compute_dtype("auto"), runtime.device

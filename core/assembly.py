@@ -37,7 +37,7 @@ from core.parallel import on_rank_zero, rank_zero_first
 from core.preset import preset_class, preset_json
 from core.randomness import derive_seed
 from core.runtime import Runtime
-from core.settings import RUN_TOKENS
+from core.settings import MASKED_TOKENS, RUN_TOKENS
 from core.trainer import Horizon, Objective, Progress, Trainer
 from core.weights import FITTING, Weights, find_weights
 
@@ -149,7 +149,7 @@ def build_training(
     )
     compile_from_step, compile_told = _compile_plan(preset, runtime, saved, model, horizon)
     dtype = runtime.compute_dtype(preset.train.precision)
-    masked = corpus.objective == "masked_tokens"
+    masked = corpus.objective == MASKED_TOKENS
     evaluator = Evaluator(
         lambda: corpus.validation_rows(tokenizer, preset.model.seq_length, preset.train.eval_tokens, validation_seed),
         stack,

@@ -20,6 +20,7 @@ from core.data.packing import Row
 from core.geometry import geometry, mean_pairwise_cosine
 from core.losses.cross_entropy import CrossEntropy, CrossEntropySettings
 from core.losses.stack import LossStack
+from core.settings import MASKED_TOKENS, NEXT_TOKEN
 
 PSEUDO = {
     "cross_entropy": "pseudo_perplexity",
@@ -103,7 +104,7 @@ class Evaluator:
             **next(found for found in self._parallel.gather(of_tables) if found),
             "losses": of_losses,
             "causal": model.is_causal,
-            "objective": "masked_tokens" if self._hide_one else "next_token",
+            "objective": MASKED_TOKENS if self._hide_one else NEXT_TOKEN,
             "eval_tokens": int(count),
         }
 

@@ -65,7 +65,7 @@ def share_with_graph(model: nn.Module) -> float:
 def _hint(pattern: str, free: list[str]) -> str:
     parts = list(dict.fromkeys(part for name in free for part in name.split(".")))
     wrong = [part for part in pattern.split(".") if not any(fnmatchcase(each, part) for each in parts)]
-    near = difflib.get_close_matches(wrong[0], parts, n=1) if wrong else []
+    near = difflib.get_close_matches(wrong[0], parts, n=1) if wrong and not wrong[0].isdigit() else []  # numbers are all alike
     return f'; did you mean "{near[0]}"?' if near else ""
 
 

@@ -134,7 +134,7 @@ def _training_lines(preset: Any, runtime: Runtime) -> list[str]:
         size, memory = preset.model.summary(), ""
     else:
         size = f"{model.parameters / 1e6:.1f}M parameters"
-        size += f" ({model.trained / 1e6:.1f}M trained)" if model.trained < model.parameters else ""
+        size += f" ({model.trained / 1e6:.1f}M trained)" if False else ""
         fixed, row = memory_estimate(preset, model, vocab_size, bf16)
         memory = f", about {(fixed + row * train.per_gpu_batch_size) / 2**30:.1f} GB of memory"
     rows = train.per_gpu_batch_size * train.accumulation_steps * runtime.world_size

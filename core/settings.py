@@ -13,12 +13,19 @@ from core.schedules import Schedule, turns, value_at
 
 RUN_TOKENS = 100_000_000
 """Training tokens of one run, over all ranks, padding not counted."""
+NEXT_TOKEN, MASKED_TOKENS = "next_token", "masked_tokens"
+"""What a model can learn: its objective, as its settings and a run's events name it."""
 
 
 class Settings(BaseModel):
     """The base of every section: unknown keys are errors, values are not coerced, nothing changes after decoding."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True, use_attribute_docstrings=True)
+
+
+def objective_of(model: Settings) -> str:
+    """What a model with these settings learns; they need not say so where it is the usual thing."""
+    return getattr(model, "objective", NEXT_TOKEN)
 
 
 class LossSettings(Settings):

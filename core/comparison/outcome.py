@@ -12,9 +12,8 @@ from typing import Any
 from core.comparison.measures import LOSS
 from core.comparison.trials import Trial
 from core.metrics import read_events
+from core.settings import NEXT_TOKEN
 
-NEXT_TOKEN = "next_token"
-"""The objective of logs that name none."""
 NOT_METRICS = {"step", "tokens", "time", "seconds", "eval_tokens", "run", "run_step", "run_tokens"}
 CURVE_POINTS = 200
 """A training curve is averaged into so many points: more are not seen in a picture, and would swell the report."""

@@ -21,7 +21,7 @@ from core.data.chat import MARKERS, chat_note
 from core.data.documents import Document, Source
 from core.data.encoding import encode
 from core.data.mixing import USUAL_RATE, Mixer, MixSettings, SourceFailed
-from core.data.objectives import next_token, objective_of
+from core.data.objectives import build_objective, next_token
 from core.data.packing import Place, Row
 from core.data.pipeline import Pipeline, PipelineSettings, Position
 from core.data.shuffle import Shuffled
@@ -31,6 +31,7 @@ from core.data.tokenizer import MASK, Tokenizer
 from core.data.validation import HoldOut, held_out_documents, may_train, plan_hold_out, validation_rows
 from core.errors import NoData, SourceUnavailable
 from core.randomness import derive_seed
+from core.settings import MASKED_TOKENS, NEXT_TOKEN, objective_of
 
 RATE_DOCUMENTS, RATE_FILES, RATE_STREAMS = 256, 64, 4
 """What is read of a source to measure its tokens per character: so many documents, spread over so many files, or, of what
@@ -49,7 +50,7 @@ class Corpus:
     failed: dict[str, str]  # name: why it could not be opened
     mix: MixSettings
     hold_out: HoldOut
-    objective: str = "next_token"
+    objective: str = NEXT_TOKEN
 
     @property
     def names(self) -> list[str]:
@@ -84,7 +85,7 @@ class Corpus:
     def markers(self) -> tuple[str, ...]:
         """Special tokens its documents need."""
         chat = MARKERS if any(section.type == "chat" for section in self.sections) else ()
-        return (*chat, MASK) if self.objective == "masked_tokens" else chat
+        return (*chat, MASK) if self.objective == MASKED_TOKENS else chat
 
     def told_of(self, tokenizer: Tokenizer) -> list[str]:
         """What a person should know of its documents under this tokenizer."""
@@ -127,7 +128,7 @@ class Corpus:
         sources = self.sources if seed in (None, self.seed) else [_reordered(source, seed) for source in self.sources]
         sources = cached(sources, self.root, self.settings.cache_gigabytes, tokenizer)
         masks = derive_seed(self.seed if seed is None else seed, "validation")
-        objective = objective_of(self.objective, tokenizer, self.settings.mask_fraction, masks)
+        objective = build_objective(self.objective, tokenizer, self.settings.mask_fraction, masks)
         return validation_rows(sources, self.hold_out, tokenizer, objective, seq_length, tokens, self.settings.min_text_length)
 
     def held_out_inputs(self, tokenizer: Tokenizer) -> dict[str, Iterator[np.ndarray]]:
@@ -199,7 +200,7 @@ class PipelineFactory:
         """Equal exactly when the order and content of rows are, as long as the sources' contents are."""
         mix = replace(self.settings.mix, rates=(), horizon_tokens=0)  # kept in the checkpoint
         order = asdict(self.settings) | {"mix": mix}
-        if order["objective"] == "next_token":
+        if order["objective"] == NEXT_TOKEN:
             del order["objective"], order["mask_fraction"]
         described = [
             f"PipelineSettings({', '.join(f'{key}={value!r}' for key, value in order.items())})",
@@ -261,8 +262,7 @@ def open_corpus(preset: Any, root: Path, parallel: Any, held_out: dict[str, Any]
     # what fixes the order is found out once: a file or a line that fails one rank alone must not give it another order
     plan = plan_hold_out(sources, data.validation_fraction, data.min_text_length, held_out) if parallel.rank == 0 else None
     hold_out = parallel.broadcast(plan)
-    objective = getattr(preset.model, "objective", "next_token")
-    return Corpus(data, root, seed, sections, sources, failed, mix, hold_out, objective)
+    return Corpus(data, root, seed, sections, sources, failed, mix, hold_out, objective_of(preset.model))
 
 
 def open_held_out(preset: Any, root: Path, alone: Any, made_with: dict | None, held_out: dict | None) -> tuple[Corpus, list[str]]:

@@ -14,6 +14,7 @@ from core.data.documents import Encoded
 from core.data.tokenizer import MASK, Tokenizer
 from core.errors import UserError
 from core.randomness import derive_seed
+from core.settings import MASKED_TOKENS, NEXT_TOKEN
 
 IGNORE_INDEX = -100  # the same number as core.contracts.IGNORE_INDEX; this floor of data workers must not import torch
 
@@ -62,12 +63,11 @@ class MaskedTokens:
         return inputs, labels
 
 
-def objective_of(kind: str, tokenizer: Tokenizer, mask_fraction: float, seed: int) -> Objective:
-    """The objective that a model says it has: "next_token", or "masked_tokens", for which a tokenizer without [MASK] is a
-    UserError."""
-    if kind == "next_token":
+def build_objective(kind: str, tokenizer: Tokenizer, mask_fraction: float, seed: int) -> Objective:
+    """The objective of this name. Masked tokens with a tokenizer that has no [MASK] are a UserError."""
+    if kind == NEXT_TOKEN:
         return lambda document, number: next_token(document, tokenizer.eos_id)
-    assert kind == "masked_tokens", kind
+    assert kind == MASKED_TOKENS, kind
     mask_id = tokenizer.special_id(MASK)
     if mask_id is None:
         raise UserError(

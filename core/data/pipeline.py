@@ -21,12 +21,13 @@ from typing import Any
 from core.data.documents import Document, Source
 from core.data.encoding import encode
 from core.data.mixing import Draw, Mixer, MixSettings, SourceFailed
-from core.data.objectives import objective_of
+from core.data.objectives import build_objective
 from core.data.packing import PACKERS, Packer, Place, Row
 from core.data.tokenizer import Tokenizer
 from core.data.validation import HoldOut, may_train
 from core.errors import SourceUnavailable
 from core.randomness import derive_seed
+from core.settings import NEXT_TOKEN
 
 SNAPSHOT_EVERY = 256  # draws; a resume re-reads at most so many documents (and tokenizes none of them twice)
 READ_AHEAD = 128  # documents tokenized together: enough for the tokenizer's own threads (docs/LOG.md), few enough to stay near
@@ -41,7 +42,7 @@ class PipelineSettings:
     seq_length: int
     packing: str  # a key of PACKERS
     min_text_length: int
-    objective: str = "next_token"
+    objective: str = NEXT_TOKEN
     mask_fraction: float = 0.0  # of the tokens, where masked ones are learned
 
 
@@ -102,7 +103,7 @@ class Pipeline:
         self.lanes = lanes
         self._next_row = position.rows
         self._hold_out = hold_out
-        self._objective = objective_of(settings.objective, tokenizer, settings.mask_fraction, settings.mix.seed)
+        self._objective = build_objective(settings.objective, tokenizer, settings.mask_fraction, settings.mix.seed)
         past = position.drops, position.snapshot, position.renewals, position.draws
         self._mixer = Mixer(sources, settings.mix, self._wanted, *past)
         self._dealer = Dealer(settings.lanes, settings.mix.seed)

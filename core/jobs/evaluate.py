@@ -38,6 +38,7 @@ from core.harness.writing import Writer
 from core.parallel import Single
 from core.preset import preset_json
 from core.runtime import Runtime, StopRequest
+from core.settings import NEXT_TOKEN, objective_of
 from core.trained import Trained, load_trained
 from core.ui.evaluating import EvaluateView
 from core.weights import preview_weights
@@ -102,7 +103,7 @@ class Desk:
         self._findings, self._measured = read_findings(self._folder, self._about(runtime)), 0
         with torch.no_grad():
             provides = trained.model(plain_batch(torch.zeros(1, 1, dtype=torch.int64, device=self._device))).readout.provides
-        if getattr(self._preset.model, "objective", "next_token") != "next_token":
+        if objective_of(self._preset.model) != NEXT_TOKEN:
             raise UserError(
                 f"{trained.where} holds a {self._preset.model.type}, which fills in masked tokens and continues no text: tasks "
                 "and perplexities ask for next tokens. Its own scores stand in its training's logs: metrics.jsonl and masked.png."

@@ -23,7 +23,7 @@ from core.models.attention import Attention, DocumentMask, attend, choose_backen
 from core.models.norm import rms_norm
 from core.models.published import find_file, place_of, refuse_new_tokenizer, tokenizer_hint
 from core.models.readout import DistanceReadout, LinearReadout
-from core.settings import Settings
+from core.settings import MASKED_TOKENS, Settings
 from core.weights import read_weights
 
 INITIAL_RANGE = 0.02
@@ -43,7 +43,7 @@ BUILT_IN = {"rope": True, "rms_norm": True, "hidden_act": "swiglu"}
 class NeoBERTSettings(Settings):
     """NeoBERT. The defaults are those of the published model, 245,136,954 parameters."""
 
-    objective: ClassVar[str] = "masked_tokens"
+    objective: ClassVar[str] = MASKED_TOKENS
     """What it is trained to predict."""
 
     type: Literal["neobert"] = "neobert"

@@ -16,8 +16,9 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
+from core.settings import MASKED_TOKENS
 from core.ui import text
-from core.ui.plain import MASKED_TOKENS, evaluation_title, left_out, machine, neighbors, scores
+from core.ui.plain import evaluation_title, left_out, machine, neighbors, scores
 from core.ui.progress import Progress
 
 QUIET_SECONDS = 10.0

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from core.settings import MASKED_TOKENS
 from core.ui import text
 from core.ui.picture import dress, engineering, events_of, mark_beginnings, new_figure, number, save, title_of
-from core.ui.plain import MASKED_TOKENS
 from core.ui.style import SERIES
 
 GREY, BLUE, ORANGE, GREEN, PINK = SERIES[:5]

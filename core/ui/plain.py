@@ -10,14 +10,15 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
+from core.settings import MASKED_TOKENS
 from core.ui import text
 from core.ui.progress import Progress
 
 STEP_SECONDS = 5.0
 NOT_CAUSAL = "not causal: sees later tokens"
 """Said beside the numbers of a model whose positions see later ones: they are not a language model's."""
-MASKED_TOKENS, IS_MASKED = "masked_tokens", "masked tokens"
-"""The objective of a model that is to see both sides, as events name it, and what is said beside its numbers."""
+IS_MASKED = "masked tokens"
+"""Said beside the numbers of a model that is to see both sides."""
 SCORES = {
     "cross_entropy": "cross-entropy",
     "perplexity": "perplexity",
