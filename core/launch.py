@@ -134,7 +134,7 @@ def _training_lines(preset: Any, runtime: Runtime) -> list[str]:
         size, memory = preset.model.summary(), ""
     else:
         size = f"{model.parameters / 1e6:.1f}M parameters"
-        size += f" ({model.trained / 1e6:.1f}M trained)" if False else ""
+        size += f" ({model.trained / 1e6:.1f}M trained)" if model.trained < model.parameters else ""
         fixed, row = memory_estimate(preset, model, vocab_size, bf16)
         memory = f", about {(fixed + row * train.per_gpu_batch_size) / 2**30:.1f} GB of memory"
     rows = train.per_gpu_batch_size * train.accumulation_steps * runtime.world_size
@@ -182,7 +182,8 @@ def _resume_line(preset: Any) -> str:
 def _beginning_line(preset: Any) -> str:
     """What a lineage without a checkpoint begins with."""
     if preset.init_from is None:
-        return "starts fresh"
+        published = getattr(preset.model, "published", None)
+        return f"starts from the published weights of {published}" if published else "starts fresh"
     try:
         return f"starts from the weights of {preview_weights(preset.init_from, ROOT)}"
     except UserError as error:

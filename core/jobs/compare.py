@@ -86,8 +86,8 @@ def preview_compare(preset: Any, root: Path) -> list[str]:
         f"compares {', '.join(names[1:])} with {names[0]}, each with {'seed' if len(seeds) == 1 else 'seeds'} "
         f"{', '.join(map(str, seeds))}: {len(names) * len(seeds)} runs"
     ]
-    if preset.init_from is not None:
-        lines.append(f"each starts from the weights of {preset.init_from}")
+    if origin := preset.init_from or getattr(preset.model, "published", None):
+        lines.append(f"each starts from the weights of {origin}")
     try:
         trials = standing(preset, root)
     except UserError as error:

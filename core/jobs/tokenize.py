@@ -146,11 +146,13 @@ def _tokenizer(preset: Any, corpus: Corpus, root: Path, view: TokenizeView) -> T
     path = output / "tokenizer.json"
     made_from = tokenizer_facts(path).get("made_from")
     if path.exists() and made_from == asked and preset.tokenizer.type != "file":  # a file is looked at again
-        return read_tokenizer(path)
+        standing = read_tokenizer(path)
+        if all(standing.special_id(marker) is not None for marker in corpus.markers):
+            return standing
     if preset.tokenizer.type == "bpe":
         view.tell(f"training a BPE of {preset.tokenizer.vocab_size:,} tokens on a sample of the sources")
     texts = corpus.sample_texts(SAMPLE_CHARACTERS) if preset.tokenizer.type == "bpe" else []
-    tokenizer = build_tokenizer(preset.tokenizer, texts, root=root)
+    tokenizer = build_tokenizer(preset.tokenizer, texts, corpus.markers, root)
     if path.exists():
         if read_tokenizer(path).state() == tokenizer.state():
             return tokenizer

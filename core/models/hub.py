@@ -46,6 +46,11 @@ class HubSettings(Settings):
         """The line of a preset that names the model's own tokenizer."""
         return tokenizer_hint(self.name)
 
+    @property
+    def published(self) -> str | None:
+        """Whose weights it starts from."""
+        return self.name if self.pretrained else None
+
     def num_parameters(self, vocab_size: int) -> None:
         """Not known before the config is there, and the menu downloads nothing."""
 

@@ -90,6 +90,11 @@ class NeoBERTSettings(Settings):
         return self
 
     @property
+    def published(self) -> str | None:
+        """Whose weights it starts from."""
+        return self.name
+
+    @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads
 
