@@ -58,12 +58,13 @@ def ours(vocab_size: int, folder: Path) -> list[float]:
     from core.contracts import Batch
     from core.data.loader import StepRows
     from core.data.pipeline import Position
+    from core.horizon import Horizon, Progress
     from core.metrics import MetricsLog
     from core.optim import Optimizer
     from core.parallel import Single
     from core.preset import decode_preset
     from core.runtime import detect_runtime, prepare
-    from core.trainer import Horizon, Objective, Progress, Trainer
+    from core.trainer import Objective, Trainer
 
     preset = decode_preset(
         {
@@ -120,7 +121,7 @@ def ours(vocab_size: int, folder: Path) -> list[float]:
         log,
         CheckpointStore(folder, "benchmark"),
         evaluate=lambda model, progress: None,
-        sample=lambda model, step: [],
+        show=lambda model, step: [],
         extra_state={},
         should_stop=lambda: False,
         source_weights={"text": 1.0},

@@ -28,6 +28,7 @@ from core.evaluation import Evaluator
 from core.filling import fill, neighbors, word_ids
 from core.freezing import train_only
 from core.generation import generate
+from core.horizon import Horizon, Progress, begin_next_run
 from core.losses import LOSSES
 from core.losses.stack import LossStack
 from core.metrics import MetricsLog
@@ -38,7 +39,7 @@ from core.preset import preset_class, preset_json
 from core.randomness import derive_seed
 from core.runtime import Runtime
 from core.settings import MASKED_TOKENS, RUN_TOKENS
-from core.trainer import Horizon, Objective, Progress, Trainer
+from core.trainer import Objective, Trainer
 from core.weights import FITTING, Weights, find_weights
 
 JOBS = ["train", "tokenize", "compare", "evaluate", "interpret"]
@@ -102,12 +103,12 @@ def build_training(
     store = CheckpointStore(root / "checkpoints", preset.lineage, MIRRORS.get(preset.lineage))
     saved, weights, notes = _beginning(preset, store, root, parallel)
     corpus = open_corpus(preset, root, parallel, (saved or {"data": {}})["data"].get("held_out"))
+    masked = corpus.objective == MASKED_TOKENS
     warnings = [f"source {name} dropped, the others go on: {reason}" for name, reason in corpus.failed.items()]
     notes += corpus.notes
     tokenizer, told = _tokenizer(preset, weights, parallel, corpus, tokenizer_state)
     notes += told + corpus.told_of(tokenizer)
-    for source in corpus.sources:
-        call_if_defined(source, "check_tokenizer", tokenizer)
+    corpus.check_tokenizer(tokenizer)
 
     model = rank_zero_first(parallel, lambda: build_model(preset, tokenizer.vocab_size))
     if weights is None:
@@ -146,10 +147,10 @@ def build_training(
         pin_memory=runtime.device.type == "cuda",
         facts=facts,
         describe=lambda row: shown(tokenizer, row.input_ids, row.labels),
+        by_chance=masked,
     )
     compile_from_step, compile_told = _compile_plan(preset, runtime, saved, model, horizon)
     dtype = runtime.compute_dtype(preset.train.precision)
-    masked = corpus.objective == MASKED_TOKENS
     evaluator = Evaluator(
         lambda: corpus.validation_rows(tokenizer, preset.model.seq_length, preset.train.eval_tokens, validation_seed),
         stack,
@@ -315,17 +316,6 @@ def _progress(preset: Any, saved: dict[str, Any] | None) -> tuple[Progress, list
     begin_next_run(progress, preset.train.runs if same else 1)
     notes.append(f"run {progress.run} begins from the weights of step {progress.step}")
     return progress, notes
-
-
-def begin_next_run(progress: Progress, runs: int) -> None:
-    """Count on: a run of its own, and a horizon of its own unless `runs` of them share one."""
-    progress.run += 1
-    progress.run_step = progress.run_tokens = 0
-    progress.finished = False
-    if progress.horizon_runs >= runs or runs == 1:
-        progress.horizon_step = progress.horizon_tokens = progress.horizon_runs = 0
-    # each run ends a little beyond its budget; added up, the last updates of a long chain would find no learning rate left
-    progress.horizon_tokens = min(progress.horizon_tokens, progress.horizon_runs * RUN_TOKENS)
 
 
 def _horizon(preset: Any, corpus: Corpus, tokenizer: Tokenizer) -> Horizon:

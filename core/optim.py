@@ -35,15 +35,11 @@ class Optimizer:
         self._names = {id(p): name for name, p in trainable}
         self._peaks: list[tuple[dict, float]] = []
         groups = [{"params": decay, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        adamw = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=settings.learning_rate,
-            betas=settings.betas,
-            eps=settings.eps,
-            fused=True,
-        )
-        self._optimizers: list[torch.optim.Optimizer] = [adamw]
-        self._peaks += [(group, settings.learning_rate) for group in adamw.param_groups]
+        self._optimizers: list[torch.optim.Optimizer] = []
+        if groups := [group for group in groups if group["params"]]:
+            how = {"lr": settings.learning_rate, "betas": settings.betas, "eps": settings.eps, "fused": True}
+            self._optimizers.append(torch.optim.AdamW(groups, **how))
+            self._peaks += [(group, settings.learning_rate) for group in self._optimizers[-1].param_groups]
         if muon:
             matrices = [p for name, p in trainable if name in muon]
             self._optimizers.append(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from core.assembly import build_model
+from core.contracts import call_if_defined
 from core.freezing import share_with_graph, train_only
 
 
@@ -29,11 +30,11 @@ def size_of(preset: Any, vocab_size: int) -> Size | None:
     A model that is slow to build, or to import, counts its own in its settings. Raises UserError for patterns that name nothing.
     """
     settings, wish = preset.model, preset.train.trainable
-    if wish is None and hasattr(settings, "num_parameters"):
+    if hasattr(settings, "num_parameters"):
         count = settings.num_parameters(vocab_size)
-        return None if count is None else Size(count, count, 1.0)
-    if hasattr(settings, "num_parameters") and settings.num_parameters(vocab_size) is None:
-        return None
+        if count is None or wish is None:
+            frozen = call_if_defined(settings, "num_frozen", vocab_size) or 0
+            return None if count is None else Size(count, count - frozen, 1.0)
     with torch.device("meta"):
         model = build_model(preset, vocab_size)
     train_only(model, wish)

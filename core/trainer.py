@@ -10,7 +10,7 @@ One step: rows → count → forward → losses → backward → clip → guard 
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from core.contracts import Batch, call_if_defined
 from core.data.loader import Loader, StepRows
 from core.data.worker import Stopped
 from core.errors import CheckpointError, Diverged, NoData
+from core.horizon import Horizon, Progress
 from core.losses.stack import LossStack, LossTerms
 from core.metrics import MetricsLog
 from core.optim import Optimizer
@@ -35,67 +36,6 @@ ROLL_BACKS = 2
 OUT_OF_MEMORY = "out of memory"
 FIRST_SAVE_SECONDS = 30.0
 """A run is first saved after this, then after twice as long each time, up to the preset's interval."""
-
-
-@dataclass
-class Progress:
-    """Where a lineage stands. `step` and `tokens` count its whole life; a horizon is what the schedules span."""
-
-    step: int = 0
-    tokens: int = 0
-    run: int = 1
-    run_step: int = 0
-    run_tokens: int = 0
-    horizon_step: int = 0
-    horizon_tokens: int = 0
-    horizon_runs: int = 0  # finished runs of the horizon
-    fraction: float = 0.0  # how far through its horizon the last update was: where schedules stand
-    finished: bool = False  # the run `run` came to its end
-    skipped: int = 0
-    ledger: dict[str, dict[str, Any]] = field(default_factory=dict)  # source -> tokens, documents, epochs begun, last loss
-
-    @classmethod
-    def of(cls, saved: dict[str, Any]) -> "Progress":
-        """From a checkpoint. Older ones counted the sources' tokens only."""
-        counted = {name: {"tokens": count} for name, count in saved.get("source_tokens", {}).items()}
-        return cls(**{"ledger": counted, **{key: value for key, value in saved.items() if key != "source_tokens"}})
-
-    def expose(self, source: str, tokens: int, documents: int, epochs: int, loss: float | None) -> dict[str, Any]:
-        """Enter in the ledger what a step has read of a source; returns the source's account."""
-        account = self.ledger.setdefault(source, {})
-        for key, count in (("tokens", tokens), ("documents", documents), ("epochs", epochs)):
-            account[key] = account.get(key, 0) + count
-        account["loss"] = loss if loss is not None else account.get("loss")
-        return account
-
-
-@dataclass(frozen=True)
-class Horizon:
-    """How far a run and its schedules go."""
-
-    run_tokens: int
-    horizon_tokens: int
-    run_steps: int | None = None
-    horizon_steps: int | None = None
-
-    def progress(self, done: Progress, step_tokens: int) -> float:
-        """Progress of this update through the horizon: 0 at the first, exactly 1 at the last."""
-        by_tokens = done.horizon_tokens / max(self.horizon_tokens - step_tokens, 1)
-        by_steps = done.horizon_step / max(self.horizon_steps - 1, 1) if self.horizon_steps else 0.0
-        return min(max(by_tokens, by_steps), 1.0)
-
-    def middle(self, done: Progress, step_tokens: int) -> float:
-        """The middle of this update, for the learning rate: neither the first nor the last update is wasted on a zero."""
-        left = min(step_tokens, self.horizon_tokens - done.horizon_tokens)  # the last update may reach beyond the end
-        by_tokens = (done.horizon_tokens + left / 2) / self.horizon_tokens
-        by_steps = (done.horizon_step + 0.5) / self.horizon_steps if self.horizon_steps else 0.0
-        return min(max(by_tokens, by_steps), 1.0)
-
-    def end(self, done: Progress) -> str | None:
-        """Why the run is over, or None."""
-        if done.run_tokens >= self.run_tokens:
-            return "budget"
-        return "max_steps" if self.run_steps is not None and done.run_step >= self.run_steps else None
 
 
 class Objective(nn.Module):

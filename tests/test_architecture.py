@@ -24,6 +24,7 @@ FLOORS = {
     "core.losses": 2,
     "core.data": 2,
     "core.optim": 2,
+    "core.horizon": 2,
     "core.checkpoint": 2,
     "core.weights": 2,
     "core.evaluation": 2,

@@ -146,3 +146,12 @@ def test_loaded_state_is_a_copy() -> None:
     set_gradients(model, 1)
     optimizer.step(1.0)
     assert all(torch.equal(saved[name]["exp_avg"], kept[name]) for name in kept)
+
+
+def test_muon_alone_where_only_matrices_are_trained() -> None:
+    """Nothing is left for AdamW then, and torch's refuses to have nothing."""
+    matrix = nn.Parameter(torch.randn(4, 3))
+    optimizer = Optimizer([("layer.weight", matrix)], set(), TrainSettings(optimizer="muon"))
+    before, matrix.grad = matrix.detach().clone(), torch.randn(4, 3)
+    optimizer.step(1.0)
+    assert not torch.equal(before, matrix) and set(optimizer.state()) == {"layer.weight"}

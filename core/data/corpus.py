@@ -87,6 +87,12 @@ class Corpus:
         chat = MARKERS if any(section.type == "chat" for section in self.sections) else ()
         return (*chat, MASK) if self.objective == MASKED_TOKENS else chat
 
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Raises UserError if the objective or a source cannot do with it."""
+        build_objective(self.objective, tokenizer, self.settings.mask_fraction, self.seed)
+        for source in self.sources:
+            getattr(source, "check_tokenizer", lambda tokenizer: None)(tokenizer)
+
     def told_of(self, tokenizer: Tokenizer) -> list[str]:
         """What a person should know of its documents under this tokenizer."""
         note = chat_note(tokenizer) if any(section.type == "chat" for section in self.sections) else None
@@ -109,14 +115,14 @@ class Corpus:
 
     def epoch_tokens(self, tokenizer: Tokenizer, limit: int) -> int:
         """Training tokens of one pass over all sources, counted; stops at `limit`. What schedules span under max_epochs."""
-        total = 0
+        total, ends = 0, 2 if self.objective == MASKED_TOKENS else 1
         for source in self.sources:
             if not source.finite:
                 return limit
             try:
                 for document in source.stream({}):
                     if self.may_train(document):
-                        total += len(encode(tokenizer, [document])[0].ids) + 1
+                        total += len(encode(tokenizer, [document])[0].ids) + ends
                     if total >= limit:
                         return limit
             except SourceUnavailable:

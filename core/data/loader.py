@@ -66,6 +66,7 @@ class Loader:
 
     make_pipeline    (position, lanes) -> Pipeline; picklable when there are worker processes
     describe         a row as text, for the error that says that nothing in it is learned
+    by_chance        whether it is chance what is learned: then a step without anything is passed over
     parallel         world_size, rank, `sum(numbers)` and `gather(object)` over the ranks
     rows_per_step    global rows of one optimizer step; divisible by the number of ranks
     workers          processes per rank; 0 reads in a thread of this process
@@ -85,9 +86,10 @@ class Loader:
         pin_memory: bool = False,
         facts: dict[str, Any] | None = None,
         describe: Callable[[Row], str] = repr,
+        by_chance: bool = False,
     ):
         self.position = position
-        self._facts, self._describe = facts or {}, describe
+        self._facts, self._describe, self._by_chance = facts or {}, describe, by_chance
         self.source_names = source_names
         self._make_pipeline, self._parallel = make_pipeline, parallel
         self._rows_per_step, self._packed, self._pin_memory = rows_per_step, packed, pin_memory
@@ -138,6 +140,9 @@ class Loader:
                 if self._empty_rows >= self._num_lanes:
                     return None
                 self._advance(rows)  # these lanes are empty, others may not be
+                continue
+            if targets == 0 and self._by_chance:
+                self._advance(rows)
                 continue
             if targets == 0:
                 raise UserError(

@@ -67,7 +67,7 @@ class Tokenizer:
 
     @property
     def special_ids(self) -> tuple[int, ...]:
-        """The ids that no text is ever encoded to."""
+        """The ids of all special tokens: of ends and masks, and of what stands for unknown words."""
         return tuple(sorted(self._special.values()))
 
     def decode(self, ids: list[int]) -> str:

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from core.assembly import TrainingSession, begin_next_run, build_training
+from core.assembly import TrainingSession, build_training
 from core.errors import Interrupted
+from core.horizon import begin_next_run
 from core.runtime import Runtime, StopRequest
 from core.ui.dashboard import view_for
 from core.ui.masked import MaskedPlot

@@ -116,6 +116,10 @@ class NeoBERTSettings(Settings):
         decoder = vocab_size * (D + 1) if self.head == "decoder" or self.keep_decoder else 0
         return encoder + decoder + (vocab_size * D if self.head == "distance" else 0)
 
+    def num_frozen(self, vocab_size: int) -> int:
+        """Of them, those that no preset can train."""
+        return vocab_size * (self.hidden_size + 1) if self.keep_decoder else 0
+
     def check_tokenizer_section(self, tokenizer: Any) -> None:
         """Raises UserError if a preset's tokenizer cannot be the one that the published weights were trained with."""
         if self.name is not None:

@@ -19,7 +19,7 @@ from core.data.documents import Document
 from core.data.encoding import encode
 from core.data.loader import Loader
 from core.data.mixing import MixSettings
-from core.data.objectives import objective_of
+from core.data.objectives import build_objective
 from core.data.packing import Row
 from core.data.pipeline import Dealer, PipelineSettings, Position
 from core.data.sources import build_source
@@ -33,7 +33,7 @@ from core.settings import TokenizerSettings
 SEQ_LENGTH = 32
 LANES = 6
 FINGERPRINT = "unchanged"
-NEXT_TOKEN = objective_of("next_token", build_tokenizer(TokenizerSettings(type="byte"), []), 0.2, 0)
+NEXT_TOKEN = build_objective("next_token", build_tokenizer(TokenizerSettings(type="byte"), []), 0.2, 0)
 
 
 @functools.cache
