@@ -5,6 +5,7 @@ B batch, T time, D hidden_size, V vocab_size, L num_layers
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ from safetensors.torch import save, save_file
 from torch import Tensor
 
 from core.checkpoint import load_model
-from core.contracts import Batch
+from core.contracts import IGNORE_INDEX, Batch
 from core.errors import CheckpointError, UserError
+from core.losses.harmonic import Harmonic, HarmonicSettings
+from core.losses.scores import SphereScores
+from core.losses.stack import LossStack
 from core.models import neobert, polychromatic
 from core.models.neobert import NeoBERT, NeoBERTSettings
 from core.optim import Optimizer
@@ -484,3 +488,30 @@ def test_the_hub_is_asked_once_and_what_it_refuses_is_said(tmp_path: Path) -> No
     }.items():
         assert isinstance(online[name], str) and all(part in online[name] for part in parts), f"{name}: {online[name]}"
     assert "cannot reach 127.0.0.1" in offline["me/absent"] and "the local cache does not have it" in offline["me/absent"]
+
+
+# the whole way ----------------------------------------------------------------------------------------------------------
+
+MASKED = SEEN["labels"] != IGNORE_INDEX
+
+
+@pytest.mark.parametrize("name, distance", [("sq", "squared"), ("euclid", "euclidean")])
+@pytest.mark.parametrize("h_exp", [-12, -4])
+def test_the_loss_of_the_published_model_with_prototypes(name: str, distance: str, h_exp: int) -> None:
+    """From token ids to the negative log-likelihood of each masked token, prototypes made of the published embeddings."""
+    expected = json.loads((GOLDEN / "harmonic" / "expected.json").read_text())["neobert_end_to_end"][f"{name}_h{h_exp}"]
+    model, batch = loaded(head="distance"), replace(padded_batch(), labels=SEEN["labels"])
+    stack = LossStack([Harmonic(HarmonicSettings(h_exp=float(h_exp), distance=distance))])
+    terms = stack.measure(model(batch), batch, 0.0, 1).terms
+    close(terms.values[MASKED], torch.tensor(expected["per_token"]).double(), 1e-4)
+    assert abs(float(terms.sums["harmonic"]) / int(MASKED.sum()) - expected["mean"]) <= 1e-4
+
+
+def test_only_masked_positions_reach_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    scored: list[int] = []
+    forward = SphereScores.forward
+    monkeypatch.setattr(SphereScores, "forward", lambda self, hidden: scored.append(len(hidden)) or forward(self, hidden))
+    model, batch = loaded(head="distance"), replace(padded_batch(), labels=SEEN["labels"])
+    total, _ = LossStack([Harmonic(HarmonicSettings())])(model(batch), batch, int(MASKED.sum()), 0.0, 1)
+    total.backward()
+    assert sum(scored) == int(MASKED.sum()) < MASKED.numel()
