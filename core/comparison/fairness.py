@@ -49,7 +49,7 @@ def unfairness(presets: Mapping[str, Mapping[str, Any]], outcomes: Sequence[Outc
         )
     if "train.eval_tokens" in changed:
         found.append("The variants are evaluated on different numbers of held-out tokens (train.eval_tokens).")
-    found += _losses_on_other_scales(all_presets) + _other_objectives(outcomes) + _seers(outcomes)
+    found += _losses_on_other_scales(all_presets) + _other_curves(outcomes) + _other_objectives(outcomes) + _seers(outcomes)
     found += _other_beginnings(outcomes) + ([] if parts else _other_data(outcomes))
     return found + _other_ends(outcomes) + _other_devices(outcomes)
 
@@ -71,6 +71,18 @@ def _losses_on_other_scales(presets: Sequence[Mapping[str, Any]]) -> list[str]:
             settings.setdefault(str(loss.get("name") or loss.get("type")), set()).add(repr(sorted(rest.items())))
     mixed = sorted(name for name, ways in settings.items() if len(ways) > 1)
     return [f"The loss “{name}” has other settings in some variants: its values are not on one scale." for name in mixed]
+
+
+def _other_curves(outcomes: Sequence[Outcome]) -> list[str]:
+    """Training curves of cross-entropy beside curves of something else."""
+    begun = [outcome for outcome in outcomes if outcome.training]
+    names = dict.fromkeys(outcome.trial.variant for outcome in begun if outcome.trained_by_loss)
+    if not names or len(names) == len({outcome.trial.variant for outcome in begun}):
+        return []
+    return [
+        f"Of {', '.join(names)} there is no cross-entropy: in the training curves stands the loss, with whatever of it changes over "
+        "the run, on another scale than the others'."
+    ]
 
 
 def _other_objectives(outcomes: Sequence[Outcome]) -> list[str]:

@@ -31,6 +31,7 @@ class Outcome:
     metrics             of the last evaluation, at `tokens`; only finite numbers
     curves              metric -> all evaluations
     training            cross-entropy (else the loss) of the steps, each point the mean over a stretch
+    trained_by_loss     whether that is the loss
     tokens_per_second   median over the steps
     memory_mb           peak, as the last step told it
     seconds             between the first and the last event; pauses between runs are not counted
@@ -57,6 +58,7 @@ class Outcome:
     init_from: str | None = None
     causal: bool = True
     objective: str | None = None
+    trained_by_loss: bool = False
 
     @property
     def finished(self) -> bool:
@@ -80,6 +82,7 @@ def read_outcome(trial: Trial) -> Outcome:
             out.causal, out.objective = event.get("causal", True), event.get("objective", NEXT_TOKEN)
         elif kind == "step":
             loss = _number((event.get("losses") or {}).get("cross_entropy"))
+            out.trained_by_loss = loss is None
             loss = _number(event.get("loss")) if loss is None else loss
             if loss is not None and isinstance(tokens, int):
                 training.append((tokens, loss))

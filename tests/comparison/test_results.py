@@ -181,3 +181,13 @@ def test_directions() -> None:
     assert [measure(key).better for key in prototypes] == [0, 0, 0, 0]
     assert not {*prototypes, "bits_per_byte", "table_cosine"} & set(PER_TOKEN) and {*masked, *decoder} <= set(PER_TOKEN)
     assert measure("something_new").label == "something new"
+
+
+def test_training_curves_of_different_losses_are_told_apart(tmp_path) -> None:
+    """A variant that reports no cross-entropy shows its own loss in the panel of the others' cross-entropy."""
+    made = trials(tmp_path, {"base": {1: 3.0}, "distances": {1: 3.1}})
+    assert not any("training curve" in warning for warning in compared(made).warnings)
+    log = made[1].folder / "metrics.jsonl"
+    log.write_text(log.read_text().replace('"losses": {"cross_entropy"', '"losses": {"harmonic"'))
+    (said,) = [warning for warning in compared(made).warnings if "training curve" in warning]
+    assert said.startswith("Of distances there is no cross-entropy") and "another scale" in said
