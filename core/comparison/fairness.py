@@ -80,8 +80,8 @@ def _other_curves(outcomes: Sequence[Outcome]) -> list[str]:
     if not names or len(names) == len({outcome.trial.variant for outcome in begun}):
         return []
     return [
-        f"Of {', '.join(names)} there is no cross-entropy: in the training curves stands the loss, with whatever of it changes over "
-        "the run, on another scale than the others'."
+        f"Of {', '.join(names)} there is no cross-entropy: in the training curves stands the loss, with whatever of it changes "
+        "over the run, on another scale than the others'."
     ]
 
 
