@@ -2,7 +2,7 @@
 
 In:    one span a row; of its document, the hidden states before it
 Out:   InfoNCE (van den Oord et al. 2018, arXiv 1807.03748): the query is the mean projection of what comes before the span, the
-       keys are the mean hidden states of all spans of the forward pass, which get no gradient
+       keys are those of all spans of the forward pass, which get no gradient
 State: a two-layer map, D -> D -> D
 
 Specification 003, "span contrastive". The query takes positions before the span only: causal states after it contain it.
@@ -16,7 +16,7 @@ from core.contracts import Batch
 from core.heads.look import NOWHERE, Seen, document_bounds, is_text, pick
 from core.settings import AuxiliarySettings
 
-# B batch rows, T seq_length, D hidden_size, n positions before spans
+# B batch rows, T seq_length, D hidden_size
 
 
 class SpanContrastive(nn.Sequential):
@@ -38,25 +38,25 @@ class SpanContrastive(nn.Sequential):
         return torch.where(start == NOWHERE, NOWHERE, places)
 
     def forward(self, seen: Seen, places: Tensor, valid: Tensor) -> Tensor:  # type: ignore[override]
-        hidden, (begin, start, stop) = seen.hidden, places[:, :, None].unbind(1)  # (B, 1) each
-        time = torch.arange(hidden.shape[1], device=hidden.device)
+        begin, start, stop = places[:, :, None].unbind(1)  # (B, 1) each
+        time = torch.arange(seen.hidden.shape[1], device=places.device)
+        inner = self.first_layer(seen)  # (B, T, D)
+        # the last layer is linear: it may follow the mean
+        query = self[2](mean_over(inner, (time >= begin) & (time < start)))  # (B, D)
         with torch.no_grad():
-            key = mean_over(seen.wide(hidden), (time >= start) & (time < stop))  # (B, D)
-        query = self.project(seen, (time >= begin) & (time < start))
+            key = self[2](mean_over(inner, (time >= start) & (time < stop)))  # (B, D)
         return info_nce(query, key, valid, self.settings.span_contrastive_temperature, self.settings.span_l2_normalize)
 
-    def project(self, seen: Seen, context: Tensor) -> Tensor:
-        """The mean projection of the context's hidden states: (B, T) bool -> (B, D)."""
-        first, activation, last = self
-        states = seen.hidden.to(seen.dtype)
-        inner = activation(F.linear(states, first.weight.to(seen.dtype), first.bias.to(seen.dtype)))  # (B, T, D)
-        return last(mean_over(seen.wide(inner), context))  # the last map is linear: it may follow the mean
+    def first_layer(self, seen: Seen) -> Tensor:
+        """Of every position: (B, T, D). The one product of heads that is large enough for autocast's dtype."""
+        weight, bias = (p.to(seen.dtype) for p in self[0].parameters())
+        return self[1](F.linear(seen.hidden.to(seen.dtype), weight, bias))
 
 
 def mean_over(states: Tensor, where: Tensor) -> Tensor:
-    """(B, T, D), (B, T) bool -> (B, D), 0 where a row has none."""
-    share = where.to(states.dtype) / where.sum(1, keepdim=True).clamp(min=1)
-    return torch.bmm(share[:, None], states)[:, 0]
+    """(B, T, D), (B, T) bool -> (B, D), 0 where a row has none; in fp32 or wider."""
+    total = torch.bmm(where[:, None].to(states.dtype), states)[:, 0]
+    return total.to(torch.promote_types(states.dtype, torch.float32)) / where.sum(1, keepdim=True).clamp(min=1)
 
 
 def info_nce(query: Tensor, key: Tensor, valid: Tensor, temperature: float, l2_normalize: bool) -> Tensor:

@@ -1,6 +1,6 @@
 """The heads against numbers computed for this project from the specification's text, on the original's own model and weights.
 
-`recommended`: at given positions, with targets that come after them. `as_coded`: the original's InfoNCE, whose arithmetic is ours.
+`recommended`: at given positions, with targets that come after them. `as_coded`: the original's, where its arithmetic is ours.
 """
 
 import json
@@ -87,10 +87,10 @@ def test_the_divergence_is_the_originals(tensors: dict[str, Tensor]) -> None:
 
 
 def test_info_nce_is_the_originals(tensors: dict[str, Tensor]) -> None:
-    """From the original's query, which has the span's places at zero and divides by the row's length, and from its key."""
+    """From the original's query, which has the span's places at zero and divides by the row's length."""
     time, start = torch.arange(tensors["hidden"].shape[1]), tensors["span_start"][:, None]
     span = (time >= start) & (time < start + EXPECTED["as_coded"]["span_len"])  # (3, T)
     query = tensors["aux_span_proj"].masked_fill(span[:, :, None], 0.0).mean(1)
-    key = mean_over(tensors["hidden"], span)
+    key = mean_over(tensors["aux_span_proj"], span)
     values = info_nce(query, key, torch.ones(3, dtype=torch.bool), temperature=0.07, l2_normalize=True)
     assert values.mean().item() == pytest.approx(EXPECTED["as_coded"]["span_infonce"], abs=1e-4)
