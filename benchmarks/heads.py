@@ -2,29 +2,27 @@
 
     python benchmarks/heads.py [gpt2]
 
-Each variant runs in a process of its own, the variants taking turns; a step is 32 x 256 tokens in documents of 100, through the
-default preset's model (bf16 where native), places, forward, losses, heads, backward and update, without data loading. With
-"gpt2", the vocabulary has 50,257 tokens. Prints each variant's median step in milliseconds for every repetition, and the ratio of
-its median to the first's.
+A step is 32 x 256 tokens in documents of 100, through the default preset's model (bf16 where native): places, forward, losses,
+heads, backward and update, without data loading. With "gpt2", the vocabulary has 50,257 tokens. All variants live in one process
+and take turns step by step, so that whatever else the machine does meets them alike; on a CPU, the seconds are those of the
+process, not of the clock. Prints each variant's median step in milliseconds, and median and range of its ratios to the first's.
 """
 
-import json
 import statistics
-import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = ("off", "policy", "value", "dynamics", "span_contrastive", "all four")
-REPETITIONS, STEPS, WARM_UP = 3, 6, 2
+ROUNDS, WARM_UP = 12, 2
 ROWS, SEQ_LENGTH, DOCUMENT = 32, 256, 100
 VOCAB_SIZES = {"default": 8192, "gpt2": 50257}
 
 
-def step_seconds(variant: str, vocab_size: int) -> float:
-    """Median seconds of a step, in this process."""
-    sys.path.insert(0, str(ROOT))
+def make_step(variant: str, vocab_size: int) -> Callable[[int], float]:
+    """A function that takes a step, given its number, and returns its seconds."""
     import torch
 
     from core.contracts import Batch
@@ -33,14 +31,12 @@ def step_seconds(variant: str, vocab_size: int) -> float:
     from core.losses.cross_entropy import CrossEntropy, CrossEntropySettings
     from core.losses.stack import LossStack
     from core.models.simple_lm import SimpleLM, SimpleLMSettings
-    from core.runtime import detect_runtime, keep_freed_memory
+    from core.runtime import detect_runtime
     from core.settings import AuxiliarySettings
     from core.trainer import Objective
 
     runtime = detect_runtime()
     device, dtype = runtime.device, runtime.compute_dtype("auto")
-    if device.type == "cpu":
-        keep_freed_memory()
     torch.manual_seed(0)
     settings = SimpleLMSettings()
     model, stack = SimpleLM(settings, vocab_size), LossStack([CrossEntropy(CrossEntropySettings())])
@@ -52,12 +48,18 @@ def step_seconds(variant: str, vocab_size: int) -> float:
     positions = torch.arange(SEQ_LENGTH).expand(ROWS, SEQ_LENGTH)
     documents, sources = (positions // DOCUMENT).int(), torch.zeros(ROWS, SEQ_LENGTH, dtype=torch.int32)
     rows = Batch(ids, ids.roll(-1, 1), positions % DOCUMENT, documents, sources, packed=True)
-    seconds = []
-    for step in range(WARM_UP + STEPS):
-        started = time.perf_counter()
+
+    def now() -> float:
+        if device.type == "cpu":
+            return time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def step(number: int) -> float:
+        started = now()
         counts, batch = {}, rows
         if heads is not None:
-            batch = heads.choose(rows, 0, step, list(range(ROWS)))
+            batch = heads.choose(rows, 0, number, list(range(ROWS)))
             counts = heads.count(batch)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             loss, _ = objective(batch.to(device), ids.numel(), 0.0, counts)
@@ -65,27 +67,29 @@ def step_seconds(variant: str, vocab_size: int) -> float:
         torch.nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds[WARM_UP:])
+        return now() - started
+
+    return step
 
 
-def main(size: str) -> None:
+def main(vocab_size: int) -> None:
+    sys.path.insert(0, str(ROOT))
+    from core.runtime import detect_runtime, keep_freed_memory
+
+    if detect_runtime().device.type == "cpu":
+        keep_freed_memory()
+    steps = {variant: make_step(variant, vocab_size) for variant in VARIANTS}
     found: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
-    for _ in range(REPETITIONS):
-        for variant in VARIANTS:
-            run = subprocess.run([sys.executable, __file__, size, variant], capture_output=True, text=True, check=True)
-            found[variant].append(json.loads(run.stdout.splitlines()[-1]))
-    for variant, seconds in found.items():
-        ratios = [own / first for own, first in zip(seconds, found[VARIANTS[0]])]
-        times = " ".join(f"{1000 * s:6.0f}" for s in seconds)
-        print(f"{variant:20s} {times} ms   x {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    for number in range(WARM_UP + ROUNDS):
+        for variant, step in steps.items():
+            seconds = step(number)
+            if number >= WARM_UP:
+                found[variant].append(seconds)
+    for variant, times in found.items():
+        ratios = [own / first for own, first in zip(times, found[VARIANTS[0]])]
+        told = f"x {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+        print(f"{variant:20s} {1000 * statistics.median(times):7.1f} ms   {told}")
 
 
 if __name__ == "__main__":
-    size, *variant = sys.argv[1:] or ["default"]
-    if variant:
-        print(json.dumps(step_seconds(variant[0], VOCAB_SIZES[size])))
-    else:
-        main(size)
+    main(VOCAB_SIZES[sys.argv[1] if len(sys.argv) > 1 else "default"])
