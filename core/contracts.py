@@ -3,6 +3,7 @@
 B batch rows, T seq_length, D hidden_size, V vocab_size, n some positions. What a loss sees and answers: core/losses/chunk.py.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,15 +24,20 @@ class Batch:
     document_ids: Tensor  # (B, T) int32: equal inside a document, different between neighbours; padding is its own
     source_ids: Tensor  # (B, T) int32: index into the run's list of sources, -1 on padding
     packed: bool  # whether a row may hold more than one document, so that attention needs a document mask
+    places: dict[str, Tensor] | None = None  # (B, k) int64 each: where the auxiliary heads look in each row (core/heads)
 
     def rows(self, start: int, stop: int) -> "Batch":
         """Rows `start` to `stop` as a view: how a step is cut into micro-batches."""
-        cut = {k: v[start:stop] if isinstance(v, Tensor) else v for k, v in vars(self).items()}
-        return Batch(**cut)
+        return self._each(lambda tensor: tensor[start:stop])
 
     def to(self, device: torch.device) -> "Batch":
-        moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
-        return Batch(**moved)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        changed = {key: change(value) if isinstance(value, Tensor) else value for key, value in vars(self).items()}
+        if self.places is not None:
+            changed["places"] = {name: change(place) for name, place in self.places.items()}
+        return Batch(**changed)
 
 
 class Readout(Protocol):

@@ -23,7 +23,8 @@ class Optimizer:
     """
 
     def __init__(self, named_parameters: list[tuple[str, nn.Parameter]], embeddings: set[str], settings: TrainSettings):
-        """`embeddings`: names of embedding and readout tables, which Muon must not take (its update is for linear maps)."""
+        """`embeddings`: names of embedding and readout tables, which Muon must not take (its update is for linear maps); and of
+        auxiliary heads, which are no part of the trunk."""
         trainable = [(name, p) for name, p in named_parameters if p.requires_grad]
         muon = {
             name

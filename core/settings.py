@@ -137,19 +137,21 @@ class AuxiliarySettings(Settings):
     enable_value: bool = False
     """Predict the average loss of the coming span."""
     enable_dynamics: bool = False
-    """Predict coming hidden states from the present one and the coming tokens."""
+    """Predict the next three hidden states' mean from the present one and the three tokens."""
     enable_span_contrastive: bool = False
-    """Tell a masked span from the batch's other spans (InfoNCE)."""
+    """Tell a masked span from the other spans of the forward pass (InfoNCE), by what stands before it."""
     policy_kl_weight: Schedule = 0.05
     """Weight of the policy head's divergence."""
     value_weight: Schedule = 0.05
     """Weight of the value head's error."""
+    value_span_tokens: int = Field(16, ge=1)
+    """Tokens of the span whose average loss the value head predicts."""
     dynamics_weight: Schedule = 0.05
     """Weight of the dynamics head's error."""
     span_contrastive_weight: Schedule = 0.05
     """Weight of the contrastive loss."""
     span_mask_fraction: float = Field(0.15, gt=0.0, lt=1.0)
-    """Share of a row that is masked."""
+    """Length of a masked span: this share of its document, as far as that stands in the row."""
     span_contrastive_temperature: float = Field(0.07, gt=0.0)
     """Temperature of the contrastive loss."""
     span_l2_normalize: bool = True

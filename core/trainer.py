@@ -4,13 +4,14 @@ In:    objects, through the constructor: nothing here knows a model's, a loss's 
 Out:   a trained model, events in the metrics log, checkpoints
 State: Progress, plus what its parts keep; `state()` is all of it
 
-One step: rows → count → forward → losses → backward → clip → guard → update → after_optimizer_step → report
+One step: rows → places of heads → count → forward → losses → backward → clip → guard → update → after_optimizer_step → report
 """
 
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from core.contracts import Batch, call_if_defined
 from core.data.loader import Loader, StepRows
 from core.data.worker import Stopped
 from core.errors import CheckpointError, Diverged, NoData
+from core.heads.look import Seen
+from core.heads.stack import HeadStack
 from core.horizon import Horizon, Progress
 from core.losses.stack import LossStack, LossTerms
 from core.metrics import MetricsLog
@@ -39,14 +42,35 @@ FIRST_SAVE_SECONDS = 30.0
 
 
 class Objective(nn.Module):
-    """Model and losses as one module, so that data parallelism sees every forward and backward pass whole."""
+    """Model, losses and auxiliary heads as one module, so that data parallelism sees every forward and backward pass whole."""
 
-    def __init__(self, model: nn.Module, stack: LossStack, num_sources: int):
+    def __init__(self, model: nn.Module, stack: LossStack, num_sources: int, heads: HeadStack | None = None):
         super().__init__()
-        self.model, self.stack, self.num_sources = model, stack, num_sources
+        self.model, self.stack, self.num_sources, self.heads = model, stack, num_sources, heads
 
-    def forward(self, batch: Batch, count: float, progress: float) -> tuple[Tensor, LossTerms]:
-        return self.stack(self.model(batch), batch, count, progress, self.num_sources)
+    def forward(
+        self, batch: Batch, count: float, progress: float, head_counts: dict[str, float] | None = None
+    ) -> tuple[Tensor, LossTerms]:
+        """`count` and `head_counts`: the targets, and the rows of each head, that this rank's share of a step is divided by."""
+        output = self.model(batch)
+        total, terms = self.stack(output, batch, count, progress, self.num_sources)
+        if self.heads is None:
+            return total, terms
+        kind = output.hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else terms.values.dtype
+        seen = Seen(output.hidden, output.readout, batch, partial(self.stack.surprise_at, output, batch, terms), dtype)
+        added, sums = self.heads(seen, head_counts or {}, progress)
+        sums = {name: value.to(terms.values.dtype) for name, value in sums.items()}
+        return total + added, replace(terms, sums={**terms.sums, **sums})
+
+    def weights(self, progress: float) -> dict[str, float]:
+        """Of all losses, those of heads included."""
+        of_losses = {loss.name: value_at(loss.weight, progress) for loss in self.stack.losses}
+        return of_losses | (self.heads.weights(progress) if self.heads is not None else {})
+
+    def scheduled(self, progress: float) -> dict[str, float]:
+        """What changes over the run, as it is now."""
+        return self.stack.scheduled(progress) | (self.heads.scheduled(progress) if self.heads is not None else {})
 
 
 class Trainer:
@@ -126,6 +150,7 @@ class Trainer:
     def _train_step(self, rows: StepRows) -> None:
         done, progress = self.progress, self.horizon.progress(self.progress, rows.num_tokens)
         call_if_defined(self.model, "set_progress", progress)
+        rows = self._with_places(rows)
         self._rehearse(rows, progress)
         torch.manual_seed(derive_seed(self.settings.seed, "dropout", done.step, self.parallel.rank))
         terms = [self._forward_backward(batch, last, rows, progress) for batch, last in self._micro_batches(rows.batch)]
@@ -138,6 +163,14 @@ class Trainer:
         self.optimizer.zero_grad()
         self._advance(rows, progress, report, factor)
 
+    def _with_places(self, rows: StepRows) -> StepRows:
+        """The rows with the places where auxiliary heads look, counted over all ranks."""
+        if self.objective.heads is None:
+            return rows
+        batch = self.objective.heads.choose(rows.batch, self.settings.seed, self.progress.step, rows.numbers)
+        counts = self.objective.heads.count(batch)
+        return replace(rows, batch=batch, head_counts=dict(zip(counts, self.parallel.sum(list(counts.values())))))
+
     def _micro_batches(self, batch: Batch) -> Iterator[tuple[Batch, bool]]:
         """The step's rows in pieces that fit the device, each with whether it is the last."""
         total, size = len(batch.labels), self.micro_batch_rows
@@ -147,9 +180,10 @@ class Trainer:
     def _forward_backward(self, batch: Batch, last: bool, rows: StepRows, progress: float) -> LossTerms:
         # gradients are averaged over ranks, so a share of the global count makes them the sum over all tokens / all tokens
         count = rows.num_targets / self.parallel.world_size
+        head_counts = {name: rows_of / self.parallel.world_size for name, rows_of in rows.head_counts.items()}
         with self.parallel.accumulate(self.module, last):
             with torch.autocast(self.runtime.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-                loss, terms = self.module(batch, count, progress)
+                loss, terms = self.module(batch, count, progress, head_counts)
             loss.backward()
         return terms
 
@@ -163,8 +197,8 @@ class Trainer:
         of_model = torch.stack([value.double() for value in told.values()]) if told else sums[:0]
         norm, *numbers = torch.cat([grad_norm.double().reshape(1), sums, source_sums, source_counts, of_model]).tolist()
         numbers = self.parallel.sum(numbers)
-        losses = {name: value / max(rows.num_targets, 1) for name, value in zip(names, numbers)}
-        weights = {loss.name: value_at(loss.weight, progress) for loss in self.objective.stack.losses}
+        losses = {name: value / max(rows.head_counts.get(name, rows.num_targets), 1) for name, value in zip(names, numbers)}
+        weights = self.objective.weights(progress)
         k, s = len(names), self.objective.num_sources
         return {
             "loss": sum(weights[name] * value for name, value in losses.items()),
@@ -205,7 +239,7 @@ class Trainer:
             loss=report["loss"],
             losses=report["losses"],
             model=report["model"],
-            scheduled=self.objective.stack.scheduled(progress),
+            scheduled=self.objective.scheduled(progress),
             learning_rate=self.settings.learning_rate * factor,
             grad_norm=report["grad_norm"],
             tokens_per_second=rows.num_tokens / max(now - self._step_started, 1e-9),
@@ -278,7 +312,7 @@ class Trainer:
         """Everything a resumed run needs; see interface in docs/guide.md. Every rank must call it."""
         return {
             "model": self.model.state_dict(),
-            "heads": {},
+            "heads": self.objective.heads.state_dict() if self.objective.heads is not None else {},
             "optimizer": self.optimizer.state(),
             "progress": asdict(self.progress),
             # random draws are functions of the seed and the step: nothing else is remembered
@@ -341,6 +375,8 @@ class Trainer:
             )
         self._rolled_back += 1
         self.model.load_state_dict(state["model"])
+        if self.objective.heads is not None:
+            self.objective.heads.load_state_dict(state["heads"])
         self.optimizer.load(state["optimizer"])
         self._warn(f"{BAD_STEPS} bad steps in a row: weights are back at {path.name}, step {state['progress']['step']}")
 

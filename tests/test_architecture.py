@@ -22,6 +22,7 @@ FLOORS = {
     "core.harness": 3,
     "core.models": 2,
     "core.losses": 2,
+    "core.heads": 2,
     "core.data": 2,
     "core.optim": 2,
     "core.horizon": 2,

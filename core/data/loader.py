@@ -14,7 +14,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,8 @@ class StepRows:
     documents: list[int]  # begun in this step, of each source
     epochs: list[int]  # begun in this step, of each source
     waited_seconds: float = 0.0  # for this rank's rows: 0 where they lay ready
+    numbers: list[int] = field(default_factory=list)  # of this rank's rows among those of the step
+    head_counts: dict[str, float] = field(default_factory=dict)  # rows in which each auxiliary head has a place
 
 
 def collate(rows: list[Row], packed: bool) -> Batch:
@@ -151,8 +153,10 @@ class Loader:
                     "Check the conversations, or raise model.seq_length or train.per_gpu_batch_size."
                 )
             self._empty_rows = 0
+            first = self.position.rows
             self._advance(rows)
-            return StepRows(batch, int(targets), int(tokens), *read, waited)
+            own = [i for i in range(self._rows_per_step) if (first + i) % self._num_lanes in self._lanes]
+            return StepRows(batch, int(targets), int(tokens), *read, waited, own)
 
     def state(self) -> dict[str, Any]:
         """The position over all ranks, as JSON. Every rank must call it."""

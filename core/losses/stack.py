@@ -13,6 +13,7 @@ from torch import Tensor
 from core.contracts import IGNORE_INDEX, Batch, ModelOutput, Readout, call_if_defined
 from core.errors import UserError
 from core.losses.chunk import TokenLoss
+from core.losses.cross_entropy import CrossEntropy, CrossEntropySettings
 from core.losses.facts import OF_SCORES
 from core.losses.scores import compute_dtype, scores_of
 from core.losses.walk import BLOCK_BYTES, TABLE_BLOCK_BYTES, Work, chunk_bytes, even_rows, walk
@@ -103,6 +104,21 @@ class LossStack:
                     into[at] = loss.per_token(chunk)
         terms = self._terms(values, batch, work, num_sources)
         return Measures(terms, {name: each.sum() for name, each in found.items()})
+
+    @torch.no_grad()
+    def surprise_at(self, output: ModelOutput, batch: Batch, terms: LossTerms, at: Tensor) -> Tensor:
+        """-log p of the targets at some positions of each row: (B, n) -> (B, n), 0 where there is none.
+
+        `terms`: what the call gave. If the first loss is plain cross-entropy they hold it; else it is computed here.
+        """
+        first = self.losses[0]
+        if isinstance(first, CrossEntropy) and first.settings.label_smoothing == 0.0:
+            return terms.values.gather(1, at)
+        hidden = output.hidden.gather(1, at[:, :, None].expand(-1, -1, output.hidden.shape[-1]))  # (B, n, D)
+        zeros = torch.zeros_like(at)
+        part = Batch(zeros, batch.labels.gather(1, at), zeros, zeros.int(), zeros.int(), packed=False)  # a loss reads no more
+        plain = LossStack([CrossEntropy(CrossEntropySettings())], self.chunk_rows, self.block_rows)
+        return plain(ModelOutput(hidden, output.readout), part, 1, 0.0, 1)[1].values
 
     def _work(self, output: ModelOutput, batch: Batch, progress: float, reads_table: bool) -> tuple[Tensor, Work]:
         """hidden (P, D), and what to walk over."""

@@ -1,0 +1,39 @@
+"""The policy head: the next token's distribution from a map of its own, towards the language model's.
+
+In:    the hidden state of one position a row that has a target
+Out:   KL(language model || head), the language model's side without gradient
+State: weight (V, D), bias (V,)
+
+Specification 003, "policy head"; the original looked at the last position, which may be padding.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from core.contracts import IGNORE_INDEX, Batch
+from core.heads.look import Seen, pick
+from core.settings import AuxiliarySettings
+
+# B batch rows, D hidden_size, V vocab_size
+
+
+class Policy(nn.Linear):
+    weight_key = "policy_kl_weight"
+
+    def __init__(self, settings: AuxiliarySettings, hidden_size: int, vocab_size: int):
+        super().__init__(hidden_size, vocab_size)
+
+    def choose(self, batch: Batch, draws: Tensor) -> Tensor:
+        return pick(batch.labels != IGNORE_INDEX, draws)[:, None]  # (B, 1)
+
+    def forward(self, seen: Seen, places: Tensor, valid: Tensor) -> Tensor:  # type: ignore[override]
+        root = seen.at(places[:, 0])  # (B, D)
+        with torch.no_grad():
+            teacher = seen.wide(seen.readout(root)).log_softmax(-1)  # (B, V)
+        return divergence(teacher, super().forward(root).log_softmax(-1))
+
+
+def divergence(teacher: Tensor, student: Tensor) -> Tensor:
+    """KL(teacher || student) of log-probabilities (B, V) -> (B,)."""
+    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)

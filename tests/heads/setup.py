@@ -1,0 +1,65 @@
+"""What tests of heads are made of: rows of documents, a model, and the heads on it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from core.contracts import IGNORE_INDEX, Batch
+from core.heads import HEADS
+from core.heads.stack import HeadStack
+from core.losses.cross_entropy import CrossEntropy, CrossEntropySettings
+from core.losses.stack import LossStack
+from core.models.initial import draw_weights
+from core.settings import AuxiliarySettings
+from core.trainer import Objective
+
+ALL = {f"enable_{name}": True for name in HEADS}
+
+
+def rows_of(lengths: list[list[int]], width: int, vocab_size: int, seed: int = 2) -> Batch:
+    """Packed documents of these lengths, each row filled up with padding; every label is the next token of its document."""
+    generator = torch.Generator().manual_seed(seed)
+    B = len(lengths)
+    ids = torch.randint(0, vocab_size, (B, width), generator=generator)
+    labels = torch.randint(0, vocab_size, (B, width), generator=generator)  # at a document's end, a token the row does not have
+    positions, documents = torch.zeros(2, B, width, dtype=torch.int64)
+    sources = torch.zeros(B, width, dtype=torch.int32)
+    for row, own in enumerate(lengths):
+        pieces = [*own, width - sum(own)]
+        ends = torch.tensor(pieces).cumsum(0)
+        documents[row] = torch.bucketize(torch.arange(width), ends, right=True)
+        positions[row] = torch.cat([torch.arange(n) for n in pieces])
+        inside = documents[row, 1:] == documents[row, :-1]
+        labels[row, :-1] = torch.where(inside, ids[row, 1:], labels[row, :-1])
+        labels[row, sum(own) :] = IGNORE_INDEX
+        sources[row, sum(own) :] = -1
+    return Batch(ids, labels, positions, documents.int(), sources, packed=True)
+
+
+def heads_for(hidden_size: int, vocab_size: int, seed: int = 0, **settings: Any) -> HeadStack:
+    """The heads that settings switch on; all of them where they switch on none."""
+    wanted = settings if any(key in ALL for key in settings) else ALL | settings
+    heads = HeadStack(HEADS, AuxiliarySettings(**wanted), hidden_size, vocab_size)
+    torch.manual_seed(seed)
+    heads.apply(draw_weights)
+    for p in heads.parameters():  # far enough from 0 that every part of a loss counts
+        p.data += 0.1 * torch.randn_like(p)
+    return heads
+
+
+def objective_of(model: nn.Module, heads: HeadStack | None) -> Objective:
+    return Objective(model, LossStack([CrossEntropy(CrossEntropySettings())]), 1, heads)
+
+
+def placed(heads: HeadStack, batch: Batch, step: int = 0, first: int = 0) -> tuple[Batch, dict[str, float]]:
+    """The batch with places, and how many they are."""
+    batch = heads.choose(batch, 7, step, list(range(first, first + len(batch.labels))))
+    return batch, {name: float(count) for name, count in heads.count(batch).items()}
+
+
+def gradients(module: nn.Module) -> dict[str, Tensor]:
+    """Taken out of the module."""
+    found = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+    module.zero_grad()
+    return found

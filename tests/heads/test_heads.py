@@ -1,0 +1,359 @@
+"""What each head promises: where it looks, what its loss is, what its gradient reaches, and that nothing leaks."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from core.contracts import IGNORE_INDEX, Batch, ModelOutput
+from core.heads import HEADS
+from core.heads.look import NOWHERE, Seen
+from core.heads.stack import HeadStack
+from core.losses.cosine import Cosine, CosineSettings
+from core.losses.cross_entropy import CrossEntropy, CrossEntropySettings
+from core.losses.stack import LossStack
+from core.models.readout import LinearReadout
+from core.schedules import Piece
+from tests.heads.setup import gradients, heads_for, objective_of, placed, rows_of
+from tests.models.test_models import CAUSAL, T, V, build
+
+D = 32
+LENGTHS = [[16], [6, 10], [3, 1, 8], [2, 2, 2], [1, 4], [14]]
+
+
+def rows(lengths: list[list[int]] = LENGTHS) -> Batch:
+    return rows_of(lengths, T, V)
+
+
+def seen_of(batch: Batch, hidden: Tensor | None = None, table: Tensor | None = None) -> Seen:
+    """Of random hidden states, in float64."""
+    torch.manual_seed(5)
+    if hidden is None:
+        hidden = torch.randn(*batch.labels.shape, D, dtype=torch.float64)
+    readout = LinearReadout(torch.randn(V, D, dtype=torch.float64) if table is None else table)
+    with torch.no_grad():
+        surprise = F.cross_entropy(readout(hidden).transpose(1, 2), batch.labels, ignore_index=IGNORE_INDEX, reduction="none")
+    return Seen(hidden, readout, batch, lambda at: surprise.gather(1, at), torch.float64)
+
+
+def run(name: str, heads: HeadStack, seen: Seen) -> Tensor:
+    """(B,) one head's losses, NaN in rows without a place."""
+    places = seen.batch.places[name]
+    valid = places[:, 0] != NOWHERE
+    return torch.where(valid, heads[name](seen, places.clamp(min=0), valid), math.nan)
+
+
+# where they look -----------------------------------------------------------------------------------------------------
+
+
+def valid_places(name: str, batch: Batch, span_tokens: int, fraction: float) -> list[set[tuple[int, ...]]]:
+    """Every place of each row, by plain reading of what the head's file says."""
+    found: list[set[tuple[int, ...]]] = []
+    for row in range(len(batch.labels)):
+        documents, known = batch.document_ids[row].tolist(), (batch.labels[row] != IGNORE_INDEX).tolist()
+        own: set[tuple[int, ...]] = set()
+        for p in range(T):
+            if batch.source_ids[row, p] < 0:
+                continue
+            begin, stop = documents.index(documents[p]), T - documents[::-1].index(documents[p])
+            length = max(1, int(fraction * (stop - begin)))
+            if name == "span_contrastive":
+                own |= {(begin, p, p + length)} if begin < p and p + length <= stop else set()
+            else:
+                ahead = range(p, min(p + span_tokens, stop))
+                there = {"policy": known[p], "value": any(known[t] for t in ahead), "dynamics": p + 3 < stop}[name]
+                own |= {(p,)} if there else set()
+        found.append(own)
+    return found
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_every_valid_place_is_looked_at_and_no_other(name: str) -> None:
+    """Also where only some tokens are learned, as in chats: windows, roots and spans stay inside their document, off padding."""
+    batch = rows()
+    batch.labels[0, :9] = batch.labels[1, 4:] = IGNORE_INDEX
+    heads = heads_for(D, V, value_span_tokens=3, span_mask_fraction=0.3)
+    expected = valid_places(name, batch, 3, 0.3)
+    seen: list[list[tuple[int, ...]]] = [[] for _ in LENGTHS]
+    for step in range(400):
+        chosen, counts = placed(heads, batch, step)
+        for row, place in enumerate(chosen.places[name].tolist()):
+            seen[row].append(tuple(place))
+        assert counts[name] == sum(bool(own) for own in expected)
+    for own, there in zip(expected, seen):
+        if not own:
+            assert set(there) == {(NOWHERE,) * len(there[0])}
+            continue
+        assert set(there) == own
+        assert max(there.count(place) for place in own) < 400 / len(own) + 6 * math.sqrt(400 / len(own)), "equally likely"
+
+
+def test_places_follow_from_seed_step_and_row_alone() -> None:
+    """Not from the rows beside it, or how many there are; heads, steps and rows draw independently."""
+    heads, batch = heads_for(D, V), rows()
+    whole, _ = placed(heads, batch, step=3)
+    for row in range(len(LENGTHS)):
+        alone, _ = placed(heads, batch.rows(row, row + 1), step=3, first=row)
+        for name in HEADS:
+            assert torch.equal(alone.places[name], whole.places[name][row : row + 1])
+    same = rows([[16]] * 64)
+    one, other = placed(heads, same, 0)[0].places, placed(heads, same, 1)[0].places
+    assert not torch.equal(one["policy"], other["policy"]) and len(one["policy"].unique()) > 10
+    fewer, _ = placed(heads_for(D, V, enable_value=True), same, 0)
+    assert torch.equal(fewer.places["value"], one["value"]), "another head switched off changes nothing"
+
+
+def test_places_travel_with_their_rows() -> None:
+    heads = heads_for(D, V)
+    whole, _ = placed(heads, rows())
+    part = whole.rows(2, 4).to(torch.device("cpu"))
+    assert all(torch.equal(part.places[name], whole.places[name][2:4]) for name in HEADS)
+
+
+# what their losses are -----------------------------------------------------------------------------------------------
+
+
+def plain(name: str, heads: HeadStack, seen: Seen, row: int) -> Tensor:
+    """One row's loss, by plain reading of the specification."""
+    batch, hidden, table = seen.batch, seen.hidden[row], seen.readout.table
+    place = batch.places[name][row].tolist()
+    p = place[0]
+    documents = batch.document_ids[row]
+    head: Any = heads[name]
+    if name == "policy":
+        teacher = (hidden[p] @ table.T).softmax(-1)
+        return (teacher * (teacher.log() - (hidden[p] @ head.weight.T + head.bias).log_softmax(-1))).sum()
+    if name == "value":
+        span = [t for t in range(p, min(p + head.span_tokens, T)) if documents[t] == documents[p]]
+        losses = [-(hidden[t] @ table.T).log_softmax(-1)[batch.labels[row, t]] for t in span if batch.labels[row, t] >= 0]
+        return (hidden[p] @ head.weight[0] + head.bias[0] - torch.stack(losses).mean()) ** 2
+    if name == "dynamics":
+        tokens = torch.stack([table[batch.input_ids[row, t]] for t in (p + 1, p + 2, p + 3)]).mean(0)
+        predicted = head[2](F.gelu(head[0](torch.cat([hidden[p], tokens]))))
+        return ((predicted - hidden[p + 1 : p + 4].mean(0)) ** 2).mean()
+
+    def project(states: Tensor) -> Tensor:
+        return F.normalize(head[2](F.gelu(head[0](states))).mean(0), dim=-1)
+
+    begin, start, _ = place
+    query = project(hidden[begin:start])
+    keys = [
+        (other, project(seen.hidden[other, b[1] : b[2]]))
+        for other, b in enumerate(batch.places[name].tolist())
+        if b[0] != NOWHERE
+    ]
+    scores = torch.stack([query @ key / 0.07 for _, key in keys])
+    return -scores.log_softmax(-1)[[other for other, _ in keys].index(row)]
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("step", range(3))
+def test_losses_are_what_the_specification_says(name: str, step: int) -> None:
+    heads = heads_for(D, V, value_span_tokens=5, span_mask_fraction=0.3).double()
+    batch, _ = placed(heads, rows(), step)
+    seen = seen_of(batch)
+    found = run(name, heads, seen)
+    valid = batch.places[name][:, 0] != NOWHERE
+    assert valid.sum() > 3
+    for row in valid.nonzero().flatten().tolist():
+        torch.testing.assert_close(found[row], plain(name, heads, seen, row), atol=1e-10, rtol=0)
+
+
+def test_span_keys_may_have_lengths() -> None:
+    """span_l2_normalize and the temperature are settings."""
+    batch, _ = placed(heads := heads_for(D, V).double(), rows())
+    values = {}
+    for changed in ({}, {"span_l2_normalize": False}, {"span_contrastive_temperature": 0.5}):
+        other = heads_for(D, V, **changed).double()
+        other.load_state_dict(heads.state_dict())
+        values[str(changed)] = run("span_contrastive", other, seen_of(batch)).nansum().item()
+    assert len(set(values.values())) == 3
+
+
+def test_the_total_is_weighted_and_divided_by_the_counts_it_is_given() -> None:
+    schedule = Piece(**{"from": 0.0, "to": 0.4})
+    heads = heads_for(D, V, policy_kl_weight=0.5, value_weight=schedule).double()
+    batch, _ = placed(heads, rows())
+    counts = {"policy": 10.0, "value": 3.0, "dynamics": 7.0, "span_contrastive": 5.0}
+    total, sums = heads(seen_of(batch), counts, 0.5)
+    weights = {"policy": 0.5, "value": 0.2, "dynamics": 0.05, "span_contrastive": 0.05}
+    assert heads.weights(0.5) == pytest.approx(weights) and heads.scheduled(0.5) == {"value.weight": pytest.approx(0.2)}
+    assert total.item() == pytest.approx(sum(weights[name] * sums[name].item() / counts[name] for name in HEADS), rel=1e-12)
+    for name in HEADS:
+        assert sums[name].item() == pytest.approx(run(name, heads, seen_of(batch)).nansum().item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("smoothing", [None, 0.2])
+def test_the_surprise_is_cross_entropy_whatever_the_losses_are(smoothing: float | None) -> None:
+    """Read from the losses where they have it; else computed, at the asked positions only."""
+    torch.manual_seed(0)
+    batch = rows()
+    hidden, readout = torch.randn(*batch.labels.shape, D, dtype=torch.float64), LinearReadout(torch.randn(V, D).double())
+    first = Cosine(CosineSettings()) if smoothing is None else CrossEntropy(CrossEntropySettings(label_smoothing=smoothing))
+    output, at = ModelOutput(hidden, readout), torch.tensor([[0, 5, 5], [3, 9, 15], [1, 2, 12], [0, 1, 2], [4, 5, 6], [7, 8, 15]])
+    expected = F.cross_entropy(readout(hidden).transpose(1, 2), batch.labels, ignore_index=IGNORE_INDEX, reduction="none")
+    for losses in ([first], [CrossEntropy(CrossEntropySettings())]):
+        stack = LossStack(losses)
+        _, terms = stack(output, batch, 1, 0.0, 1)
+        torch.testing.assert_close(stack.surprise_at(output, batch, terms, at), expected.gather(1, at), atol=1e-10, rtol=0)
+
+
+def test_only_the_chosen_positions_are_scored() -> None:
+    """Never (B * T, V): the readout is asked for one position a row."""
+    asked: list[int] = []
+
+    class Counting(LinearReadout):
+        def __call__(self, hidden: Tensor) -> Tensor:
+            asked.append(len(hidden))
+            return super().__call__(hidden)
+
+    heads = heads_for(D, V).double()
+    batch, counts = placed(heads, rows())
+    seen = seen_of(batch)
+    heads(replace(seen, readout=Counting(seen.readout.table)), counts, 0.0)
+    assert asked == [len(LENGTHS)]
+
+
+# what their gradients reach ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_gradients_enter_at_the_root_and_never_through_a_target(name: str) -> None:
+    """The language model's side of the divergence, coming losses, coming states and spans get none."""
+    heads = heads_for(D, V).double()
+    batch, _ = placed(heads, rows())
+    hidden = torch.randn(*batch.labels.shape, D, dtype=torch.float64, requires_grad=True)
+    table = torch.randn(V, D, dtype=torch.float64, requires_grad=True)
+    run(name, heads, seen_of(batch, hidden, table)).nansum().backward()
+    roots = torch.zeros(batch.labels.shape, dtype=torch.bool)
+    for row, place in enumerate(batch.places[name].tolist()):
+        if place[0] != NOWHERE:
+            roots[row, place[0] : place[1] if len(place) > 1 else place[0] + 1] = True
+    assert torch.equal(hidden.grad.abs().sum(-1) > 0, roots)
+    coming = {
+        int(t)
+        for row, (p,) in enumerate(batch.places["dynamics"].tolist())
+        if p >= 0
+        for t in batch.input_ids[row, p + 1 : p + 4]
+    }
+    used = set() if table.grad is None else set((table.grad.abs().sum(-1) > 0).nonzero().flatten().tolist())
+    assert used == (coming if name == "dynamics" else set())
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in heads[name].parameters())
+
+
+def test_rows_without_a_place_change_nothing() -> None:
+    """Rows of padding beside others; and where there is none at all, the total is 0 and so is every gradient."""
+    heads = heads_for(D, V).double()
+    with_padding, counts = placed(heads, rows([[16], [5, 8], [], []]))
+    without = with_padding.rows(0, 2)
+    assert heads.count(without) == counts == dict.fromkeys(HEADS, 2.0)
+    seen = seen_of(with_padding)
+    found = []
+    for part in (without, with_padding):
+        total, _ = heads(seen_of(part, seen.hidden[: len(part.labels)], seen.readout.table), counts, 0.0)
+        total.backward()
+        found.append((total.detach(), gradients(heads)))
+    torch.testing.assert_close(found[0], found[1], atol=1e-12, rtol=0)
+    nothing, none = placed(heads, rows([[], []]))
+    assert set(none.values()) == {0.0}
+    total, _ = heads(seen_of(nothing), none, 0.0)
+    total.backward()
+    assert total.item() == 0.0 and all(p.grad is not None and not p.grad.any() for p in heads.parameters())
+
+
+def test_micro_batches_add_up_to_the_step() -> None:
+    """8 rows at once, 4 x 2 and 8 x 1: one gradient for model and heads; rows differ in targets, and some have no place.
+
+    Spans are told from those of their forward pass, so the span contrastive head is the same only for the same forward passes.
+    """
+    lengths = [[16], [6, 10], [3, 1, 8], [2, 2, 2], [1, 1], [14], [], [4, 12]]
+    model = build("simple_lm").double()
+    row_by_row = heads_for(D, V, enable_policy=True, enable_value=True, enable_dynamics=True).double()
+    every = heads_for(D, V).double()
+    found: dict[Any, Any] = {}
+    for heads in (row_by_row, every):
+        objective = objective_of(model, heads)
+        batch, counts = placed(heads, rows_of(lengths, T, V))
+        targets = int((batch.labels != IGNORE_INDEX).sum())
+        for size in (8, 2, 1):
+            for start in range(0, 8, size):
+                objective(batch.rows(start, start + size), targets, 0.0, counts)[0].backward()
+            found[len(heads), size] = gradients(objective)
+    for size in (2, 1):
+        torch.testing.assert_close(found[3, size], found[3, 8], atol=1e-12, rtol=0)
+    name = "heads.span_contrastive.0.weight"
+    assert not torch.allclose(found[4, 2][name], found[4, 8][name]) and not found[4, 1][name].any()
+    # but its count is the step's: two forward passes of the same four rows are worth one of them, twice counted
+    objective = objective_of(model, every)
+    batch, counts = placed(every, rows_of(lengths[:4], T, V))
+    targets = int((batch.labels != IGNORE_INDEX).sum())
+    objective(batch, targets, 0.0, counts)[0].backward()
+    once = gradients(objective)
+    for _ in range(2):
+        objective(batch, 2 * targets, 0.0, {name: 2 * count for name, count in counts.items()})[0].backward()
+    torch.testing.assert_close(gradients(objective), once, atol=1e-12, rtol=0)
+
+
+# on every causal model -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_nothing_leaks_on_any_causal_model(name: str) -> None:
+    """In float64: scores at and before t do not change with tokens after t, heads or none, and heads change no score at all; no
+    query, root or prediction changes with tokens after it was made."""
+    model = build(name).double()
+    heads = heads_for(D, V).double()
+    objective = objective_of(model, heads)
+    batch, counts = placed(heads, rows())
+    scores: list[Tensor] = []
+
+    def scored(changed: Batch) -> Tensor:
+        seen: list[ModelOutput] = []
+        hook = model.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        with torch.no_grad():
+            objective(changed, 1.0, 0.0, counts)
+        hook.remove()
+        return seen[0].readout(seen[0].hidden)
+
+    def queries(changed: Batch) -> Tensor:
+        """What the projection's last layer is given for the queries, (B, D)."""
+        taken: list[Tensor] = []
+        hook = heads["span_contrastive"][2].register_forward_pre_hook(lambda module, inputs: taken.append(inputs[0]))
+        scores.append(scored(changed))
+        hook.remove()
+        return taken[0]
+
+    with torch.no_grad():
+        output = model(batch)
+    before = queries(batch)
+    assert torch.equal(scores[-1], output.readout(output.hidden)), "heads change no score"
+    start = batch.places["span_contrastive"][:, 1]
+    for t in range(T):
+        ids = batch.input_ids.clone()
+        ids[:, t] = (ids[:, t] + 1) % V
+        after = queries(replace(batch, input_ids=ids))
+        assert torch.equal(scores[-1][:, :t], scores[0][:, :t]), f"position {t} is seen by an earlier one"
+        blind = (start <= t) & (start != NOWHERE)
+        assert torch.equal(after[blind], before[blind]), f"a query before its span sees position {t}"
+    ids = batch.input_ids.clone()
+    ids[:, 0] = (ids[:, 0] + 1) % V
+    assert not torch.equal(queries(replace(batch, input_ids=ids))[0], before[0]), "and it does see what is before"
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_all_four_work_on_every_causal_model(name: str) -> None:
+    """Losses are finite, and every parameter of the heads gets a gradient, under bf16 autocast, too."""
+    heads = heads_for(D, V)
+    objective = objective_of(build(name).train(), heads)
+    batch, counts = placed(heads, rows())
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+            total, terms = objective(batch, 50, 0.0, counts)
+        total.backward()
+        assert list(terms.sums) == ["cross_entropy", *HEADS] and torch.isfinite(total)
+        found = gradients(objective)
+        assert all(found[f"heads.{name}"].abs().sum() > 0 for name, _ in heads.named_parameters())
