@@ -48,7 +48,8 @@ class Numbers:
 
 
 def rows_of(tokenizer: Any, count: int) -> list[Row]:
-    wish = Wish(max_tokens=NEW_TOKENS, temperature=0.9, top_p=0.95, no_repeat_ngram=3)
+    # random weights give flat scores; at this temperature a few tokens share most of the probability, as in trained models
+    wish = Wish(max_tokens=NEW_TOKENS, temperature=0.05, top_p=0.95, no_repeat_ngram=3)
     return [Row(tokenizer, [(7 * i + number) % 251 for i in range(PROMPT)], wish, number) for number in range(count)]
 
 

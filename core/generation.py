@@ -69,8 +69,8 @@ class Row:
 
     def choose(self, scores: Tensor) -> int:
         """The next token. scores (V,), which are changed."""
-        if torch.isnan(scores).any():
-            raise UserError("the model's scores are not numbers: its weights are damaged, or its training diverged")
+        if not torch.isfinite(scores.max()):
+            raise UserError("the model's scores are not finite: its weights are damaged, or its training diverged")
         scores[[token for token in self._repeats.blocked() if token not in self._ends]] = float("-inf")
         if self._wish.temperature == 0.0:
             return int(scores.argmax())
@@ -129,15 +129,22 @@ def document_start(tokenizer: Tokenizer, prompt: str) -> list[int]:
 # choosing ------------------------------------------------------------------------------------------------------------
 
 
+FIRST_LOOK = 1024
+"""So many tokens are looked at before all of a vocabulary are sorted: that takes longer than a small model's pass."""
+
+
 def sample_top_p(scores: Tensor, top_p: float, random: torch.Generator) -> int:
     """One draw from the smallest set of most probable tokens that reaches `top_p`, the one that crosses it included
     (Holtzman et al. 2020). scores (V,)."""
-    probabilities, order = torch.softmax(scores, dim=-1).sort(descending=True, stable=True)
-    before = probabilities.cumsum(-1) - probabilities
-    kept = torch.empty_like(probabilities)
-    # back in the vocabulary's order: were it drawn in that of the probabilities, rounding could swap two equal ones
-    kept[order] = probabilities * (before < top_p)
-    return int(torch.multinomial(kept, 1, generator=random))
+    probabilities = torch.softmax(scores, dim=-1)  # (V,)
+    best, ids = probabilities.topk(min(FIRST_LOOK, len(probabilities)))
+    if len(best) < len(probabilities) and best.sum() < top_p:
+        best, ids = probabilities.sort(descending=True, stable=True)
+    kept = (best.cumsum(-1) - best < top_p) & (best > 0)
+    ids, order = ids[kept].sort()  # in the vocabulary's order: in that of the probabilities, rounding could swap equal ones
+    reached = best[kept][order].double().cumsum(-1)
+    place = torch.searchsorted(reached, torch.rand(1, generator=random, dtype=torch.float64) * reached[-1], right=True)
+    return int(ids[min(int(place), len(ids) - 1)])
 
 
 class Repeats:
