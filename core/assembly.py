@@ -45,7 +45,7 @@ from core.settings import MASKED_TOKENS, RUN_TOKENS, objective_of
 from core.trainer import Objective, Trainer
 from core.weights import FITTING, Weights, find_weights
 
-JOBS = ["train", "tokenize", "compare", "evaluate", "interpret"]
+JOBS = ["train", "tokenize", "compare", "evaluate", "interpret", "generate"]
 Preset = preset_class(MODELS, LOSSES, SOURCES, NAMED_SOURCES, JOBS)
 MIRRORS = {"lm": "simple_lm_trained.pth"}
 """Lineages whose newest checkpoint has another name as well (specification 003)."""

@@ -178,13 +178,18 @@ class GenerateSettings(Settings):
     neighbors_of: list[str] = []
     """Words whose nearest neighbours among the readout's vectors are told at each evaluation. Each has to be one token."""
     max_tokens: int = Field(60, ge=1)
-    """New tokens of a sample."""
-    temperature: float = Field(0.9, gt=0.0)
-    """Divides the scores before sampling."""
+    """New tokens of a sample, or of an answer."""
+    temperature: float = Field(0.9, ge=0.0)
+    """Divides the scores before sampling. 0: always the likeliest token."""
     top_p: float = Field(0.95, gt=0.0, le=1.0)
     """Nucleus sampling: the smallest set of tokens that reaches this probability."""
     no_repeat_ngram: int = Field(3, ge=0)
     """No sequence of so many tokens appears twice; 0: no block."""
+    stop: list[Annotated[str, Field(min_length=1)]] = []
+    """Strings that end a text; they do not belong to it."""
+    chat: Literal["auto", "always", "never"] = "auto"
+    """The generate job: whether what is typed are turns of a conversation (ChatML), or beginnings to be continued. auto: a
+    conversation where the tokenizer has the special tokens <|im_start|> and <|im_end|>."""
 
 
 class TokenizeSettings(Settings):

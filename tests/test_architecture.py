@@ -32,6 +32,7 @@ FLOORS = {
     "core.geometry": 2,
     "core.freezing": 2,
     "core.generation": 2,
+    "core.continuation": 2,
     "core.filling": 2,
     "core.ui": 2,
     "core.contracts": 1,

@@ -1,4 +1,5 @@
-"""Generation: exact nucleus, no repeated n-gram, the same seed the same text, never more context than the model knows."""
+"""Generation: exact nucleus, no repeated n-gram, the same seed the same text, never more context than the model knows; batches
+and caches that change no token."""
 
 from collections import Counter
 from typing import Any
@@ -9,10 +10,12 @@ from torch import Tensor, nn
 
 from core.contracts import Batch, ModelOutput
 from core.data.tokenizer import Tokenizer, build_tokenizer
-from core.generation import generate, sample_top_p
+from core.errors import UserError
+from core.generation import FIRST_LOOK, Row, Wish, advance, document_start, generate, sample_top_p, stream
 from core.models.readout import LinearReadout
 from core.models.simple_lm import SimpleLM, SimpleLMSettings
 from core.settings import GenerateSettings, TokenizerSettings
+from tests.harness.tiny import CONTEXT, KINDS, OF_TEXT, build, byte_tokenizer, continue_by_hand
 
 
 @pytest.fixture(scope="module")
@@ -127,3 +130,119 @@ def test_the_same_seed_gives_the_same_text(tokenizer: Tokenizer) -> None:
         texts.append(generate(model, tokenizer, "an", settings, 8, seed=seed))
         assert torch.equal(torch.get_rng_state(), before), "the run's own randomness must not be touched"
     assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_temperature_of_zero_takes_the_likeliest(tokenizer: Tokenizer) -> None:
+    model = Scripted(lambda ids: scores(a=1.0, b=1.01))
+    settings = GenerateSettings(max_tokens=20, temperature=0.0, no_repeat_ngram=0)
+    assert {generate(model, tokenizer, "x", settings, 64, seed=seed) for seed in range(3)} == {"b" * 20}
+
+
+def test_stop_strings_of_the_settings_end_a_sample(tokenizer: Tokenizer) -> None:
+    model = Scripted(lambda ids: scores(**{"abc"[(len(ids) - 2) % 3]: 50.0}))  # "abcabc" after a prompt of one letter
+    for stop, text in ((["ca"], "ab"), (["zz", "cab"], "ab"), ([], "abcabcab")):
+        settings = GenerateSettings(max_tokens=8, no_repeat_ngram=0, stop=stop)
+        assert generate(model, tokenizer, "x", settings, 64, seed=1) == text
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.95, 1.0])
+def test_looking_at_a_few_tokens_first_changes_no_draw(top_p: float) -> None:
+    """A vocabulary larger than that, flat or peaked: only tokens of the nucleus, in their shares."""
+    for spread in (0.1, 3.0, 8.0):
+        logits = spread * torch.randn(4 * FIRST_LOOK, generator=torch.Generator().manual_seed(1))
+        probabilities, order = torch.softmax(logits, -1).sort(descending=True)
+        nucleus = set(order[probabilities.cumsum(-1) - probabilities < top_p + 1e-5].tolist())
+        random = torch.Generator().manual_seed(2)
+        drawn = Counter(sample_top_p(logits, top_p, random) for _ in range(500))
+        assert set(drawn) <= nucleus
+        expected = float(probabilities[0]) / min(top_p, float(probabilities.cumsum(-1)[-1]))
+        assert drawn[int(order[0])] / 500 == pytest.approx(min(expected, 1.0), abs=0.1)
+
+
+def test_what_ends_a_text_is_never_blocked(tokenizer: Tokenizer) -> None:
+    """Though the same three tokens stand in the prompt: a conversation has many ends."""
+    bar = int(tokenizer.encode_batch(["|"])[0][0])
+
+    def say(ids: list[int]) -> Tensor:
+        out = scores(a=5.0, b=1.0)
+        out[bar] = 9.0 if len(ids) > 6 else -1e4
+        return out
+
+    row = Row(tokenizer, document_start(tokenizer, "aa|a|"), Wish(max_tokens=10, no_repeat_ngram=1), 1, ends=[bar])
+    for _ in advance(Scripted(say), tokenizer, [row], 64):
+        pass
+    assert row.text == "b"
+
+
+def test_scores_that_are_no_numbers_are_told(tokenizer: Tokenizer) -> None:
+    model = Scripted(lambda ids: scores(a=1.0) * float("nan"))
+    with pytest.raises(UserError, match="not finite"):
+        generate(model, tokenizer, "x", GenerateSettings(), 64, seed=1)
+
+
+# batches and caches ----------------------------------------------------------------------------------------------------
+
+RAGGED = ["In year 31", "a", "", "the river of", "The stone met", "x" * 60, "a"]
+
+
+def written(model: nn.Module, rows: list[Row]) -> list[list[int]]:
+    for _ in advance(model, byte_tokenizer(), rows, CONTEXT):  # type: ignore[arg-type]
+        pass
+    return [row.ids for row in rows]
+
+
+def rows_of(wish: Wish) -> list[Row]:
+    return [Row(byte_tokenizer(), document_start(byte_tokenizer(), text), wish, seed) for seed, text in enumerate(RAGGED)]
+
+
+@pytest.mark.parametrize("kind", OF_TEXT)
+@pytest.mark.parametrize("wish", [Wish(max_tokens=20), Wish(max_tokens=20, temperature=1.5, top_p=0.9, no_repeat_ngram=2)])
+def test_a_batch_is_each_row_alone_with_a_cache_or_without(kind: str, wish: Wish) -> None:
+    """Token for token, for prompts of any length, beyond the context too."""
+    model = build(kind, byte_tokenizer().vocab_size)
+    together = written(model, rows_of(wish))
+    assert [written(model, [row])[0] for row in rows_of(wish)] == together
+    model.new_cache = lambda: None
+    assert written(model, rows_of(wish)) == together
+    assert len({tuple(row) for row in together}) == len(RAGGED) - (wish.temperature == 0.0), "a prompt stands there twice"
+
+
+@pytest.mark.parametrize("kind", OF_TEXT)
+def test_the_likeliest_tokens_are_those_found_by_hand(kind: str) -> None:
+    """Within the context, where one plain pass over everything before gives each token."""
+    model = build(kind, byte_tokenizer().vocab_size)
+    row = Row(byte_tokenizer(), document_start(byte_tokenizer(), "The"), Wish(max_tokens=15), 0)
+    begin = list(row.ids)
+    assert written(model, [row])[0][4:] == continue_by_hand(model, begin, 15, stop=byte_tokenizer().eos_id)
+
+
+def test_a_model_of_the_hub_generates_the_same_in_batches() -> None:
+    """Its vocabulary is smaller than any tokenizer's; tokens are enough."""
+
+    class Numbers:
+        eos_id, vocab_size = 39, 40
+
+        def decode(self, ids: list[int]) -> str:
+            return "".join(chr(65 + i) for i in ids)
+
+    model, prompts = build("hub"), [[39, 1, 2], [39], [39, *range(20)]]
+    found = []
+    for batches in ([prompts], [[prompt] for prompt in prompts]):
+        for batch in batches:
+            rows = [Row(Numbers(), ids, Wish(max_tokens=12, temperature=1.0), len(ids)) for ids in batch]  # type: ignore[arg-type]
+            for _ in advance(model, Numbers(), rows, CONTEXT):  # type: ignore[arg-type]
+                pass
+            found += [row.ids for row in rows]
+    assert found[:3] == found[3:] and "hub" in KINDS
+
+
+def test_pieces_of_a_stream_join_to_the_text() -> None:
+    """Of a model that says bytes which are no characters; one that is left amid its text has said what was shown."""
+    tokenizer, model = byte_tokenizer(), build("simple_lm", byte_tokenizer().vocab_size)
+    wish = Wish(max_tokens=60, temperature=2.0, until=("qq",))
+    pieces = list(stream(model, tokenizer, row := Row(tokenizer, document_start(tokenizer, "a"), wish, 5), CONTEXT))
+    assert "".join(pieces) == row.text and row.over and len(pieces) > 10 and "" not in pieces
+    begun = stream(model, tokenizer, again := Row(tokenizer, document_start(tokenizer, "a"), wish, 5), CONTEXT)
+    first = [next(begun) for _ in range(5)]
+    begun.close()
+    assert first == pieces[:5] and not again.over and again.text.startswith("".join(first))

@@ -10,6 +10,7 @@ State: none
 A message cannot leave its place: where the markers are special tokens, the tokenizer writes them for no text whatever.
 """
 
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -18,6 +19,8 @@ from core.data.documents import ASSISTANT, ROLES, Messages
 from core.data.tokenizer import Tokenizer
 
 START, STOP = MARKERS = ("<|im_start|>", "<|im_end|>")
+
+_WRITTEN_OUT = re.compile(rf"{re.escape(START)}(\w+)\n(.*?){re.escape(STOP)}\n", re.DOTALL)
 
 
 def render_chat(messages: Messages) -> str:
@@ -46,6 +49,23 @@ def encode_chat(tokenizer: Tokenizer, conversations: list[Messages]) -> list[tup
             learned += [np.zeros(1, np.bool_), own & (spans[:, 0] > len(role)), np.full(1 + len(line_end), own)]
         out.append((np.concatenate(ids), np.concatenate(learned)))
     return out
+
+
+def encode_turn(tokenizer: Tokenizer, messages: Messages) -> list[int]:
+    """The ids of a conversation up to where the assistant begins to say its next message."""
+    if chat_note(tokenizer) is not None:
+        return tokenizer.encode_batch([f"{render_chat(messages)}{START}{ASSISTANT}\n"])[0].tolist()
+    ((ids, _),) = encode_chat(tokenizer, [messages])
+    opening = tokenizer.encode_batch([f"{ASSISTANT}\n"])[0].tolist()
+    return [*ids.tolist(), tokenizer.special_id(START), *opening]
+
+
+def read_turn(text: str) -> Messages | None:
+    """The conversation in a prompt that is written out, "<|im_start|>user⏎Hello<|im_end|>⏎<|im_start|>assistant⏎"; None if it is
+    none. For prompts of presets: what a person types is never looked into."""
+    body = text.removesuffix(f"{START}{ASSISTANT}\n")
+    found = tuple(_WRITTEN_OUT.findall(body))
+    return found if found and body != text and render_chat(found) == body else None
 
 
 def chat_note(tokenizer: Tokenizer) -> str | None:

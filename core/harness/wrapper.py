@@ -14,9 +14,10 @@ from typing import Any
 
 from core.data.tokenizer import Tokenizer
 from core.errors import UserError
+from core.generation import Wish
 from core.harness.library import harness
 from core.harness.scoring import Pair, Scorer, Told
-from core.harness.writing import Wish, Writer
+from core.harness.writing import Writer
 
 KNOWN = {"until", "do_sample", "temperature", "top_p"}
 LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")

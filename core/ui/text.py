@@ -80,6 +80,12 @@ def clean(text: object) -> str:
     return "".join(kept)
 
 
+def clean_lines(text: str) -> str:
+    """As `clean`, but lines stay lines: for text that comes in pieces, of which an escape sequence may be in two."""
+    kept = [c for c in text.replace("\t", "    ") if c == "\n" or unicodedata.category(c) not in ("Cc", "Cf", "Cs")]
+    return "".join(kept)
+
+
 def chart(values: Sequence[float], width: int, rows: int = 1) -> list[str]:
     """Columns of blocks, top row first. Longer series are averaged into `width` columns; the lowest value is still one
     block high, so that it can be told from a column without value."""

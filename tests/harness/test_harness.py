@@ -9,13 +9,14 @@ import pytest
 
 from core.data.tokenizer import Tokenizer
 from core.errors import MissingPackage, NoData, UserError
+from core.generation import Wish
 from core.harness import tasks as tasks_module
 from core.harness.library import harness
 from core.harness.results import of_harness
 from core.harness.scoring import Scorer
 from core.harness.tasks import open_tasks, run_task
 from core.harness.wrapper import as_harness_model, wish_of
-from core.harness.writing import Wish, Writer
+from core.harness.writing import Writer
 from tests.harness.tiny import CONTEXT, EXACT, OF_TEXT, bpe_tokenizer, build, by_hand, byte_tokenizer, continue_by_hand, logs_of
 from tests.project import ROOT
 

@@ -13,8 +13,9 @@ import pytest
 from safetensors.torch import load_file
 
 from core.data.tokenizer import read_tokenizer
+from core.generation import Wish
 from core.harness.scoring import Scorer
-from core.harness.writing import Wish, Writer
+from core.harness.writing import Writer
 from core.models.polychromatic import PolychromaticLM, PolychromaticSettings
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"

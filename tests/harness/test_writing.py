@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from core.continuation import first_stop
 from core.contracts import Batch, ModelOutput, call_if_defined
-from core.harness.writing import Wish, Writer, first_stop
+from core.generation import Wish
+from core.harness.writing import Writer
 from core.models.readout import LinearReadout
 from tests.harness.tiny import CONTEXT, OF_TEXT, build, byte_tokenizer, continue_by_hand
 
