@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from core.contracts import Batch
 from core.data.tokenizer import Tokenizer, build_tokenizer
 from core.models import MODELS
-from core.settings import TokenizerSettings
+from core.settings import NEXT_TOKEN, TokenizerSettings
 from tests.models.test_models import tiny_settings
 from tests.project import story
 
@@ -22,11 +22,11 @@ SEQUENCE = {"pool": "sequence", "tau": 0.1}
 """The routing of specification 001 as it is published, which sees the whole row."""
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {}) for name in MODELS},
+    **{name: (name, {}) for name, (settings, _) in MODELS.items() if getattr(settings, "objective", NEXT_TOKEN) == NEXT_TOKEN},
     "post-norm": ("simple_lm", {"norm": "post", "activation": "relu", "tie_embeddings": False}),
     "not causal": ("polychromatic", {"routing": SEQUENCE}),
 }
-"""Every model of the table, and forms of them that are scored or continued in other ways."""
+"""Every model of the table that learns next tokens, and forms of them that are scored or continued in other ways."""
 
 OF_TEXT = [kind for kind in KINDS if kind != "hub"]
 """Those that any tokenizer can be made for."""
