@@ -83,7 +83,7 @@ class Row:
             self._repeats.add(token)
             self.continuation.add(token)
             self._left -= 1
-        if token in self._ends or self._left == 0:
+        if token in self._ends or self._left <= 0:
             self.continuation.finish()
 
 
