@@ -88,6 +88,7 @@ def build_heads(preset: Any, output: ModelOutput) -> HeadStack | None:
     for name, head in heads.items():  # one head's beginning does not depend on the others
         torch.manual_seed(derive_seed(preset.train.seed, "init", "heads", name))
         head.apply(draw_weights)
+        call_if_defined(head, "begin")
     return heads.to(output.hidden.device) if len(heads) else None
 
 

@@ -57,6 +57,7 @@ def memory_estimate(preset: Any, size: Size, vocab_size: int, bf16: bool) -> tup
         width = model.hidden_size * 14 + 2 * (model.intermediate_size or 4 * model.hidden_size)
         position = model.num_layers * width * (2 if bf16 else 4)
     readout = (200 << 20) + 6 * vocab_size * model.hidden_size  # the walk's buffers, and its weight and gradient
-    weights = (6 if bf16 else 4) * size.parameters + 12 * size.trained
+    policy = vocab_size * model.hidden_size if preset.auxiliary.enable_policy else 0  # the other auxiliary heads are small
+    weights = (6 if bf16 else 4) * size.parameters + 12 * size.trained + 16 * policy
     kept = min(1.0, size.share_with_graph + 1 / model.num_layers) if size.share_with_graph < 1.0 else 1.0
     return weights + readout, int(kept * position) * model.seq_length

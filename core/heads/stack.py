@@ -8,6 +8,7 @@ A head is a module with
     weight_key                      the key of AuxiliarySettings that is its weight
     choose(batch, draws) -> (B, k)  the place it looks at in each row; its first number is where its gradient enters, or NOWHERE
     forward(seen, places, valid)    (B,) its loss in each row; anything finite where a row is not valid
+    begin()                         where it has one: what is done to freshly drawn weights
 """
 
 from collections.abc import Mapping

@@ -7,6 +7,8 @@ State: weight (1, D), bias (1,)
 Specification 003, "value head": the future average NLL over the forthcoming span; the original took the whole past.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +25,13 @@ class Value(nn.Linear):
     def __init__(self, settings: AuxiliarySettings, hidden_size: int, vocab_size: int):
         super().__init__(hidden_size, 1)
         self.span_tokens = settings.value_span_tokens
+        self.ignorance = math.log(vocab_size)
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Predict at first how surprised a model is that knows nothing. From 0, the error would begin at the square of that, and
+        its gradient drown all others for the first steps (docs/LOG.md)."""
+        self.bias.fill_(self.ignorance)
 
     def choose(self, batch: Batch, draws: Tensor) -> Tensor:
         known = (batch.labels != IGNORE_INDEX).long()  # (B, T)
