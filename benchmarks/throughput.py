@@ -100,7 +100,8 @@ def ours(vocab_size: int, folder: Path) -> list[float]:
             zeros = torch.zeros(ROWS, SEQ_LENGTH, dtype=torch.int32)
             positions = torch.arange(SEQ_LENGTH).expand(ROWS, SEQ_LENGTH)
             batch = Batch(ids[:, :-1], ids[:, 1:], positions, zeros, zeros, True)
-            return StepRows(batch, ROWS * SEQ_LENGTH, ROWS * SEQ_LENGTH, [0], [0])
+            tokens = ROWS * SEQ_LENGTH
+            return StepRows(batch, tokens, tokens, [tokens], [0], [0])
 
         def state(self) -> dict:
             return {}
