@@ -339,6 +339,7 @@ def test_ctrl_d_leaves(terminal: pexpect.spawn) -> None:
     ends(terminal, 0)
 
 
+@pytest.mark.slow
 def test_through_main(project: Project) -> None:
     """A pipe with lines and without; a model that is missing is exit code 2, with what to run."""
     project.write_preset("m", merged(TALK, {"init_from": "missing"}))

@@ -92,6 +92,7 @@ def trained_part(name: str) -> bool:
     return name.startswith("model.transformer_encoder.27.") or name == "dist_head.weight"
 
 
+@pytest.mark.slow
 def test_the_last_block_and_the_prototypes_learn_and_nothing_else(hub: Hub, published: tuple, tmp_path: Path) -> None:
     """The published weights arrive by name, without any code from the Hub; what is frozen keeps every bit; h_exp goes from
     -12 to -4; the first evaluation tells what the model could do before."""
