@@ -300,6 +300,7 @@ def test_the_menu_says_of_a_wrong_pattern_that_it_cannot_start() -> None:
     assert line.startswith('cannot start yet: train.trainable: "layers.7" names no parameter')
 
 
+@pytest.mark.slow
 def test_a_wrong_pattern_ends_a_start_before_anything_is_written(make_project: Callable[..., Project]) -> None:
     project = make_project({"t": tiny_preset(train={"trainable": ["layer.1", "embeding"]})})
     result = project.run("t")

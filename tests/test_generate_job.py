@@ -304,6 +304,7 @@ def ends(child: pexpect.spawn, status: int) -> None:
     assert child.exitstatus == status, child.before
 
 
+@pytest.mark.slow
 def test_talking_in_a_terminal(terminal: pexpect.spawn) -> None:
     """Commands and their mistakes, an answer, one that is stopped, and one after it; /quit leaves."""
     for line, said in (
@@ -334,6 +335,7 @@ def test_talking_in_a_terminal(terminal: pexpect.spawn) -> None:
     ends(terminal, 0)
 
 
+@pytest.mark.slow
 def test_ctrl_d_leaves(terminal: pexpect.spawn) -> None:
     terminal.send("\x04")
     ends(terminal, 0)

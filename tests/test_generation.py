@@ -69,6 +69,7 @@ def test_the_best_token_is_always_kept() -> None:
     assert {sample_top_p(torch.tensor([0.0, 5.0, 1.0]), 1e-6, random) for _ in range(50)} == {1}
 
 
+@pytest.mark.slow
 def test_temperature_divides_the_scores(tokenizer: Tokenizer) -> None:
     """Two tokens whose scores differ by 2: at temperature 2 they come in shares of e to 1."""
     model = Scripted(lambda ids: scores(a=2.0, b=0.0))

@@ -232,6 +232,7 @@ def test_pseudo_perplexity_hides_one_token_at_a_time(root: Path) -> None:
 # resuming ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["distance", "decoder"])
 def test_resuming_equals_not_stopping(head: str, tmp_path: Path) -> None:
     """Weights, optimizer, data and every number told, to the bit; prototypes are on the sphere; the evaluation at the start is
@@ -262,6 +263,7 @@ def test_resuming_equals_not_stopping(head: str, tmp_path: Path) -> None:
         assert float((lengths - 1.0).abs().max()) < 1e-6
 
 
+@pytest.mark.slow
 def test_the_next_run_begins_without_an_evaluation_of_its_own(tmp_path: Path) -> None:
     """eval_at_start is of the lineage's beginning: the second run's weights were just evaluated."""
     train = {"max_steps": 2, "eval_every_tokens": 10_000}
@@ -294,6 +296,7 @@ def test_the_decoder_trains_by_cross_entropy_and_is_called_no_language_model(dec
     assert " %" in of_kind(decoder_root, "sample", "first")[-1]["text"]
 
 
+@pytest.mark.slow
 def test_a_kept_decoder_measures_what_it_did_in_the_run_it_comes_from(decoder_root: Path) -> None:
     """A distance head begins from those weights: at step 0 the decoder's numbers are the first lineage's last, on the same text;
     prototypes are its embeddings; and though the encoder moves on, the decoder does not."""

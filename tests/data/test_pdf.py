@@ -151,6 +151,7 @@ def test_hostile_files_first_do_not_eat_up_the_opening(make_source: Callable[...
     assert source.notes == []  # slow at opening is not condemned
 
 
+@pytest.mark.slow
 def test_only_slow_files_say_so(make_source: Callable[..., PdfSource], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("core.data.sources.pdf.source.OPEN_SECONDS", 1.5)
     with pytest.raises(SourceUnavailable, match=r"no text within 1\.5 s in any of its 1 files"):
@@ -400,6 +401,7 @@ if sys.argv[2] == "killed":
 """
 
 
+@pytest.mark.slow
 @linux
 @pytest.mark.parametrize("how", ["ended", "killed"])
 def test_workers_die_with_the_program(tmp_path: Path, how: str) -> None:
@@ -442,6 +444,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return read
 
 
+@pytest.mark.slow
 def test_the_cache_remembers_what_follows_from_the_file(
     make_source: Callable[..., PdfSource], counted: list[str], tmp_path: Path
 ) -> None:
@@ -505,6 +508,7 @@ def test_readers_of_the_same_folder_share_the_work(make_source: Callable[..., Pd
     assert sorted(counted) == sorted(files)
 
 
+@pytest.mark.slow
 def test_the_time_of_a_slow_file_is_spent_once(make_source: Callable[..., PdfSource], counted: list[str]) -> None:
     """Ranks want the same file at the same time: those that wait take the word of the one that tried."""
     sources = [make_source({"a.pdf": pdfs.endless_forms()}, seconds=1) for _ in range(3)]
