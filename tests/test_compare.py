@@ -237,6 +237,7 @@ def test_the_peak_of_an_earlier_trial_is_forgotten() -> None:
 # trials that come to nothing -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_variant_that_diverges_is_recorded_and_the_others_go_on(tmp_path: Path, no_plots: None) -> None:
     """Each of its seeds is run; a new start does not try them again, and does run what is new."""
     wild = {"name": "wild", "set": {"train": {"learning_rate": 1e30}}}
@@ -254,6 +255,7 @@ def test_a_variant_that_diverges_is_recorded_and_the_others_go_on(tmp_path: Path
         compare_here(tamed, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_hopeless_variant_is_stopped_and_not_run_with_other_seeds(tmp_path: Path, no_plots: None) -> None:
     """From a third of the budget on, compared with the baseline at the same tokens; never the baseline."""
     slow = {"name": "slow", "set": {"train": {"learning_rate": 1e-9}}}

@@ -310,6 +310,7 @@ def test_runs_are_chained(tmp_path: Path) -> None:
     assert [e["learning_rate"] for e in found if e["event"] == "step"][6:] == pytest.approx(rates)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epochs", [1, 2])
 def test_max_epochs_ends_a_run_and_the_next_start_reads_again(epochs: int, tmp_path: Path) -> None:
     """The schedule ends with the data; another start is another run over the same data, not one that ends at once."""
@@ -324,6 +325,7 @@ def test_max_epochs_ends_a_run_and_the_next_start_reads_again(epochs: int, tmp_p
     assert tokens[1] == 2 * tokens[0]
 
 
+@pytest.mark.slow
 def test_epochs_are_counted_over_chained_runs(tmp_path: Path) -> None:
     """Each run goes on in the epoch of the one before, also after a stop between them; what is read ends the chain."""
     preset = tiny_preset(train={"max_steps": None, "max_epochs": 1, "per_gpu_batch_size": 64})

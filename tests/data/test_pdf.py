@@ -294,6 +294,7 @@ def test_the_folder_of_two_hundred(
 # workers -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @linux
 @pytest.mark.parametrize("who", ["worker", "fork"])
 def test_a_killed_worker_is_replaced_and_its_file_tried_again(make_source: Callable[..., PdfSource], who: str) -> None:

@@ -119,6 +119,7 @@ def test_rows_of_all_lanes_come_in_turn(tmp_path: Path) -> None:
 # interruptions -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_resuming_anywhere_equals_not_stopping(
@@ -197,6 +198,7 @@ def without(found: list[np.ndarray], source: int) -> bool:
     return all((step[:, 4] != source).all() for step in found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_a_source_that_fails_is_dropped_at_one_draw_on_all_ranks(strategy: str, world_size: int, tmp_path: Path) -> None:

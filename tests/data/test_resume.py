@@ -201,6 +201,7 @@ EVERY_COMBINATION = [
 # every kind, strategy and packing ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "strategy", "packing"), EVERY_COMBINATION)
 def test_resume_is_no_resume(kind: str, strategy: str, packing: str, root: Path, small: None) -> None:
     """At random points, with another number of ranks and of rows a step each time: the same is consumed, and it is all there."""
@@ -334,6 +335,7 @@ def damage(folder: Path, draw: random.Random) -> int:
     return len(files)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("kind", CACHED)
 def test_the_cache_changes_nothing_whatever_becomes_of_it(kind: str, seed: int, root: Path, small: None) -> None:
@@ -498,6 +500,7 @@ def broken_run(
     return found, make(0), {draw.index for draw in islice(mixed, drop) if draw.source == 0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_failure_leaves_all_ranks_one_order(strategy: str, packing: str, tmp_path: Path, small: None) -> None:
@@ -506,6 +509,7 @@ def test_a_failure_leaves_all_ranks_one_order(strategy: str, packing: str, tmp_p
     check_accounts(found, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", MOSTLY_SLOW)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_failure_on_one_rank_leaves_all_one_order(strategy: str, packing: str, tmp_path: Path, small: None) -> None:
@@ -553,6 +557,7 @@ class _Vanishing:
         return self._stream.cursor()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", MOSTLY_SLOW)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_source_that_vanishes_leaves_all_ranks_one_order(

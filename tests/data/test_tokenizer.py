@@ -136,6 +136,7 @@ def qwen_folder(folder: Path, eos_token: str) -> "tokenizers.Tokenizer":
     return backend
 
 
+@pytest.mark.slow
 def test_a_tokenizer_folder_needs_no_network(tmp_path: Path) -> None:
     """A name may be a local folder in Hugging Face's form; its own end-of-text token is used. Qwen3's base models end a document
     with <|endoftext|>, 151643 of 151,669; a chat model's config says <|im_end|>, which is why the presets name a base model."""

@@ -317,6 +317,7 @@ def test_a_model_is_the_same_whatever_computes_its_attention(wish: str, kind: st
         torch.testing.assert_close(got, want, atol=tolerance * float(want.abs().max()), rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wish", "kind"), [("auto", "cpu"), ("flex", "cpu"), ("auto", "cuda"), ("flex", "cuda"), ("varlen", "cuda")]
 )

@@ -87,6 +87,7 @@ def test_moving_changes_the_preview_and_enter_takes_it(menu):
     ends_with(child, "CHOSEN 01_best_qa", 0)
 
 
+@pytest.mark.slow
 def test_the_list_goes_round(menu):
     for start, key, end in (("00_best_general", UP, "90_quick"), ("90_quick", DOWN, "00_best_general")):
         child = menu(start)
@@ -122,6 +123,7 @@ def test_a_broken_preset_shows_its_problem_and_cannot_be_run(menu):
     ends_with(child, "model.num_layer", 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("start", "hidden"), [("00", "25"), ("29", "03"), ("15", "25")])
 def test_a_list_longer_than_the_screen_scrolls_above_its_preview(menu, start, hidden):
     child = menu(f"{start}_preset")
@@ -134,6 +136,7 @@ def test_a_list_longer_than_the_screen_scrolls_above_its_preview(menu, start, hi
     ends_with(child, f"CHOSEN {(int(start) + 16) % 30:02}_preset", 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [4, 8])
 def test_a_very_small_terminal_can_still_choose(menu, rows):
     child = menu(rows=rows)
