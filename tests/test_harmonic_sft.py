@@ -126,7 +126,7 @@ def refused(hub: Hub, project: Project) -> Result:
 
 @pytest.mark.slow
 def test_weights_that_are_not_its_own_are_refused_by_name(hub: Hub, published: tuple, tmp_path: Path) -> None:
-    """Shapes and names that differ are each told, and what to do; nothing is written. Settings: tests/models/test_neobert.py."""
+    """Shapes and names that differ are each told, and what to do; nothing is written. Settings: test_neobert_published.py."""
     files, weights = published
     wrong = {**weights, "model.transformer_encoder.27.wo.weight": torch.zeros(24, 20)}
     wrong["model.transformer_encoder.3.qkv.bias"] = torch.zeros(72)

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.contracts import call_if_defined
 from core.data.corpus import open_held_out
 from core.errors import Interrupted, UserError
 from core.generation import plain_batch
@@ -64,8 +63,7 @@ def _interpret(preset: Any, runtime: Runtime, root: Path, view: EvaluateView, st
     _refuse(trained)
     notes = [*trained.notes, *_switch_noise_off(trained)]
     corpus, told = open_held_out(trained.preset, root, Single(), trained.made_with, trained.held_out)
-    for source in corpus.sources:
-        call_if_defined(source, "check_tokenizer", trained.tokenizer)
+    corpus.check_tokenizer(trained.tokenizer)
     reader = Reader(trained, runtime, view, stop)
     readings = {name: reader.read(name, documents) for name, documents in corpus.held_out_inputs(trained.tokenizer).items()}
     notes += [*told, *(f"{name} holds no document out, and is left out" for name, found in readings.items() if not found.rows)]
