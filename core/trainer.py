@@ -22,7 +22,6 @@ from core.contracts import Batch, call_if_defined
 from core.data.loader import Loader, StepRows
 from core.data.worker import Stopped
 from core.errors import CheckpointError, Diverged, NoData
-from core.heads.look import Seen
 from core.heads.stack import HeadStack
 from core.horizon import Horizon, Progress
 from core.losses.stack import LossStack, LossTerms
@@ -56,9 +55,7 @@ class Objective(nn.Module):
         total, terms = self.stack(output, batch, count, progress, self.num_sources)
         if self.heads is None:
             return total, terms
-        kind = output.hidden.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else terms.values.dtype
-        seen = Seen(output.hidden, output.readout, batch, partial(self.stack.surprise_at, output, batch, terms), dtype)
+        seen = self.heads.look(self.model, output, batch, partial(self.stack.surprise_at, output, batch, terms))
         added, sums = self.heads(seen, head_counts or {}, progress)
         sums = {name: value.to(terms.values.dtype) for name, value in sums.items()}
         return total + added, replace(terms, sums={**terms.sums, **sums})

@@ -23,6 +23,7 @@ FLOORS = {
     "core.models": 2,
     "core.losses": 2,
     "core.heads": 2,
+    "core.auxiliary": 2,
     "core.data": 2,
     "core.optim": 2,
     "core.horizon": 2,

@@ -110,6 +110,7 @@ def _values(event: dict) -> dict[str, Any]:
     elif kind == "eval":
         shown = {key: value for key, value in event.items() if key not in ("event", "step", "tokens", "time", "losses")}
         out = {f"eval/{key}": value for key, value in {**shown, **(event.get("losses") or {})}.items()}
+        out |= {f"eval/heads/{name}": value for name, value in (event.get("heads") or {}).items()}
         out["tokens"] = event.get("tokens")
     return {key: value for key, value in out.items() if isinstance(value, (int, float))}
 

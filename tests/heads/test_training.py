@@ -8,9 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from core.assembly import Preset
 from core.errors import CheckpointError, UserError
 from core.heads import HEADS
 from core.heads.stack import HeadStack
+from core.preset import decode_preset
+from core.runtime import detect_runtime
+from core.trained import load_trained
 from tests.heads.setup import ALL
 from tests.project import Project, differences, merged, tiny_preset, train_here
 from tests.test_ddp import assert_ended, on_two
@@ -137,6 +141,15 @@ def test_heads_come_and_go_between_runs(tmp_path: Path) -> None:
     assert found[2][1]["optimizer"]["heads.value.weight"]["step"] == 4
     assert found[3][0] == [f"auxiliary head {name} of the checkpoint is off and was left out" for name in ("dynamics", "value")]
     assert found[3][1]["heads"] == {} and found[3][1]["progress"]["step"] == 8
+
+
+def test_a_trained_model_has_its_heads_again(tmp_path: Path) -> None:
+    """Whoever uses a model, with whatever preset, gets the heads it was trained with."""
+    train_here(tiny_preset(auxiliary={"enable_value": True, "enable_dynamics": True}), tmp_path)
+    trained = load_trained(decode_preset(tiny_preset(job="generate"), Preset, "t", "t"), tmp_path, detect_runtime())
+    heads, saved = trained.heads(), Project(tmp_path).checkpoint()["heads"]
+    assert heads is not None and set(heads) == {"value", "dynamics"} and not heads.training
+    assert equal(heads.state_dict(), saved)
 
 
 def test_a_head_that_does_not_fit_is_refused(tmp_path: Path) -> None:
