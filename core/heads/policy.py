@@ -31,9 +31,13 @@ class Policy(nn.Linear):
         root = seen.at(places[:, 0])  # (B, D)
         with torch.no_grad():
             teacher = seen.wide(seen.readout(root)).log_softmax(-1)  # (B, V)
-        return divergence(teacher, super().forward(root).log_softmax(-1))
+        return divergence(teacher, self.predict(root))
+
+    def predict(self, states: Tensor) -> Tensor:
+        """Log-probabilities of the token after each state: (..., D) -> (..., V)."""
+        return super().forward(states).log_softmax(-1)
 
 
 def divergence(teacher: Tensor, student: Tensor) -> Tensor:
-    """KL(teacher || student) of log-probabilities (B, V) -> (B,)."""
+    """KL(teacher || student) of log-probabilities (..., V) -> (...)."""
     return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
