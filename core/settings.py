@@ -157,8 +157,8 @@ class AuxiliarySettings(Settings):
     span_l2_normalize: bool = True
     """Compare directions only."""
     enable_rollouts: bool = False
-    """Go from hidden state to hidden state by the coming tokens alone, several steps. Policy and value heads that are on learn there,
-    too."""
+    """Go from hidden state to hidden state by the coming tokens alone, several steps. Policy and value heads that are on learn
+    there, too."""
     rollouts_weight: Schedule = 0.05
     """Weight of the rollouts' error."""
     rollout_steps: int = Field(3, ge=1, le=8)

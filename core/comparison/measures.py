@@ -49,6 +49,13 @@ _KNOWN = {
         Measure("prototype_spread", "spread of the cosines between prototypes", "", 0, 4),
         Measure("prototype_dimensions", "effective directions of the prototypes", "", 0, 1),
         Measure("prototype_drift", "drift of the prototypes", "", 0, 4),
+        Measure("head: planner.gain", "planner: log-probability of the next token, less the model's", "nats per token", 1, 4),
+        Measure("head: planner.kl", "planner: divergence from the model", "nats per token", 0, 4),
+        Measure("head: planner.changed", "planner: another token is likeliest", "", 0, 4),
+        *(
+            Measure(f"head: rollouts.error_{k}", f"rollouts: error after {k} steps, as a share of no change’s", "", -1)
+            for k in range(1, 9)
+        ),
     )
 }
 _OF_A_TABLE = ("table_cosine", "prototype_cosine", "prototype_spread", "prototype_dimensions", "prototype_drift")
