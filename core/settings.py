@@ -168,6 +168,8 @@ class AuxiliarySettings(Settings):
     heads; `generate.planner` uses it."""
     planner_weight: Schedule = 0.05
     """Weight of the planner's loss. Only the planner learns from it."""
+    planner_positions: int = Field(4, ge=1)
+    """Places of a row at which it learns."""
     planner_candidates: int = Field(8, ge=2, le=256)
     """Likeliest tokens the planner rolls out."""
     planner_kl_weight: float = Field(0.1, ge=0.0)

@@ -51,6 +51,12 @@ def pick(valid: Tensor, draws: Tensor) -> Tensor:
     return torch.where(count > 0, position, NOWHERE)
 
 
+def pick_several(valid: Tensor, draws: Tensor, n: int) -> Tensor:
+    """Several, spread evenly from one that is drawn: (B, T) bool, (B,) -> (B, n); some twice in a row that has fewer."""
+    count = valid.sum(1).clamp(min=1)
+    return torch.stack([pick(valid, draws % count + i * count // n) for i in range(n)], dim=1)
+
+
 def document_bounds(batch: Batch) -> tuple[Tensor, Tensor]:
     """Where the document of each position begins and stops in its row: (B, T) each."""
     ids = batch.document_ids

@@ -1,8 +1,8 @@
 """The planner: the model's likeliest next tokens, weighed anew by what may come after each.
 
 In:    a hidden state and the model's scores there; the policy, value and rollouts heads, and the embedding table
-Out:   scores to draw from instead: those of the C likeliest tokens changed, all others as they were. In training, at one position
-       a row, -log q(target) + planner_kl_weight * KL(q || p): q is the distribution of the changed scores, p the model's
+Out:   scores to draw from instead: those of the C likeliest tokens changed, all others as they were. In training, at m positions
+       a row, the mean of -log q(target) + planner_kl_weight * KL(q || p), of q the changed scores' distribution and p the model's
 State: the router, a two-layer map of a candidate's features to the change of its score; it begins at no change
 
     candidate a    s_1 = transition(h, E[a]); each further step takes the token that the policy head finds likeliest at s_k
@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from core.contracts import IGNORE_INDEX, Batch
-from core.heads.look import Seen, pick
+from core.heads.look import Seen, pick_several
 from core.heads.policy import divergence
 from core.settings import AuxiliarySettings
 
-# B batch rows, n positions, C candidates of each, K steps of a rollout, D hidden_size, V vocab_size
+# B batch rows, m planner_positions, n any positions, C candidates of each, K steps of a rollout, D hidden_size, V vocab_size
 
 WIDTH = 32
 """Of the router's middle."""
@@ -40,14 +40,15 @@ class Planner(nn.Sequential):
 
     def __init__(self, settings: AuxiliarySettings, hidden_size: int, vocab_size: int):
         super().__init__(nn.Linear(2 * num_features(settings.rollout_steps), WIDTH), nn.GELU(), nn.Linear(WIDTH, 1))
-        self.candidates, self.kl_weight = min(settings.planner_candidates, vocab_size), settings.planner_kl_weight
+        self.candidates = min(settings.planner_candidates, vocab_size)
+        self.positions, self.kl_weight = settings.planner_positions, settings.planner_kl_weight
 
     @torch.no_grad()
     def begin(self) -> None:
         self[2].weight.zero_()
 
     def choose(self, batch: Batch, draws: Tensor) -> Tensor:
-        return pick(batch.labels != IGNORE_INDEX, draws)[:, None]  # (B, 1)
+        return pick_several(batch.labels != IGNORE_INDEX, draws, self.positions)  # (B, m)
 
     def plan(self, hidden: Tensor, scores: Tensor, heads: Mapping[str, Any], table: Tensor) -> Tensor:
         """The scores (n, V) of hidden states (n, D), changed. Gradients reach the router only.
@@ -64,24 +65,26 @@ class Planner(nn.Sequential):
 
     def forward(self, seen: Seen, places: Tensor, valid: Tensor) -> Tensor:  # type: ignore[override]
         before, after, target = self._distributions(seen, places)
-        return self.kl_weight * divergence(after, before) - after.gather(1, target)[:, 0]
+        losses = self.kl_weight * divergence(after, before) - after.gather(1, target)[:, 0]  # (B * m,)
+        return losses.view(places.shape).mean(1)
 
     def measure(self, seen: Seen, places: Tensor, valid: Tensor) -> dict[str, Tensor]:
         """gain: log q - log p of the target, in nats; kl: of q from p; changed: whether another token is the likeliest."""
         before, after, target = self._distributions(seen, places)
-        return {
+        found = {
             "gain": (after - before).gather(1, target)[:, 0],
             "kl": divergence(after, before),
             "changed": (before.argmax(1) != after.argmax(1)).to(before.dtype),
         }
+        return {what: each.view(places.shape).mean(1) for what, each in found.items()}
 
     def _distributions(self, seen: Seen, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """log p and log q (B, V), and the target (B, 1); where there is none, any token."""
+        """log p and log q (B * m, V), and the target (B * m, 1); any token in rows without a place."""
         with torch.no_grad():
-            hidden = seen.at(places[:, 0])  # (B, D)
-            scores = seen.wide(seen.readout(hidden))  # (B, V)
+            hidden = seen.at(places).flatten(0, 1)  # (B * m, D)
+            scores = seen.wide(seen.readout(hidden))  # (B * m, V)
         after = self.plan(hidden, scores, seen.heads, seen.readout.table)
-        return scores.log_softmax(-1), after.log_softmax(-1), seen.batch.labels.gather(1, places).clamp(min=0)
+        return scores.log_softmax(-1), after.log_softmax(-1), seen.batch.labels.gather(1, places).clamp(min=0).view(-1, 1)
 
 
 def num_features(steps: int) -> int:
@@ -97,8 +100,8 @@ def look_ahead(hidden: Tensor, scores: Tensor, tokens: Tensor, heads: Mapping[st
     state, values = hidden[:, None].expand(-1, tokens.shape[1], -1), []  # (n, C, D)
     for k in range(rollouts.steps):
         if k > 0:
-            likeliest, tokens = policy.predict(state).max(-1)
-            found.append(likeliest)
+            tokens, log_p = policy.likeliest(state)
+            found.append(log_p)
         state = rollouts.step(state, F.embedding(tokens, table).to(state.dtype))
         values.append(value.predict(state))
     weights = [DISCOUNT**k / sum(DISCOUNT**i for i in range(len(values))) for k in range(len(values))]

@@ -65,14 +65,17 @@ def valid_places(name: str, batch: Batch, span_tokens: int, fraction: float) -> 
                 own |= {(begin, p, p + length)} if begin < p and p + length <= stop else set()
             else:
                 ahead = range(p, min(p + span_tokens, stop))
-                there = {
+                is_valid = {
                     "policy": known[p],
                     "value": any(known[t] for t in ahead),
                     "dynamics": p + 3 < stop,
                     "rollouts": p + 2 < stop and all(known[p : p + 3]),
-                    "planner": known[p],
+                    "planner": False,
                 }
-                own |= {(p,)} if there[name] else set()
+                own |= {(p,)} if is_valid[name] else set()
+        if name == "planner":  # evenly spread, from any that has a target
+            there = [p for p in range(T) if batch.labels[row, p] != IGNORE_INDEX]
+            own = {tuple(there[(first + i * len(there) // 4) % len(there)] for i in range(4)) for first in range(len(there))}
         found.append(own)
     return found
 
@@ -160,24 +163,27 @@ def plain(name: str, heads: HeadStack, seen: Seen, row: int) -> Tensor:
             found.append(error + surprise_missed(state, t) + divergence(state, t))
         return sum(found) / len(found)
     if name == "planner":
-        before = hidden[p] @ table.T
-        candidates = before.argsort(descending=True)[: head.candidates].tolist()
-        features = []
-        for token in candidates:
-            own, values, state = [before.log_softmax(-1)[token], guessed(hidden[p])[token]], [], hidden[p]
-            for k in range(rollouts.steps):
-                if k > 0:
-                    token = int(guessed(state).argmax())
-                    own.append(guessed(state)[token])
-                state = after(state, token)
-                values.append(state @ value.weight[0] + value.bias[0])
-            mean = sum(0.9**k * v for k, v in enumerate(values)) / sum(0.9**k for k in range(len(values)))
-            features.append(torch.stack([*own, *values, mean]))
-        scores = before.clone()
-        for token, own in zip(candidates, features):
-            scores[token] += head[2](F.gelu(head[0](torch.cat([own, own - sum(features) / len(features)]))))[0]
-        p_all, q_all = before.softmax(-1), scores.softmax(-1)
-        return -q_all[batch.labels[row, p]].log() + head.kl_weight * (q_all * (q_all / p_all).log()).sum()
+        found = []
+        for p in place:
+            before = hidden[p] @ table.T
+            candidates = before.argsort(descending=True)[: head.candidates].tolist()
+            features = []
+            for token in candidates:
+                own, values, state = [before.log_softmax(-1)[token], guessed(hidden[p])[token]], [], hidden[p]
+                for k in range(rollouts.steps):
+                    if k > 0:
+                        token = int(guessed(state).argmax())
+                        own.append(guessed(state)[token])
+                    state = after(state, token)
+                    values.append(state @ value.weight[0] + value.bias[0])
+                mean = sum(0.9**k * v for k, v in enumerate(values)) / sum(0.9**k for k in range(len(values)))
+                features.append(torch.stack([*own, *values, mean]))
+            scores = before.clone()
+            for token, own in zip(candidates, features):
+                scores[token] += head[2](F.gelu(head[0](torch.cat([own, own - sum(features) / len(features)]))))[0]
+            p_all, q_all = before.softmax(-1), scores.softmax(-1)
+            found.append(-q_all[batch.labels[row, p]].log() + head.kl_weight * (q_all * (q_all / p_all).log()).sum())
+        return sum(found) / len(place)
     if name == "dynamics":
         tokens = torch.stack([table[batch.input_ids[row, t]] for t in (p + 1, p + 2, p + 3)]).mean(0)
         predicted = head[2](F.gelu(head[0](torch.cat([hidden[p], tokens]))))
@@ -250,7 +256,8 @@ def test_the_surprise_is_cross_entropy_whatever_the_losses_are(smoothing: float 
 
 
 def test_only_the_chosen_positions_are_scored() -> None:
-    """Never (B * T, V): the readout is asked for one position a row, and for one at each step of a rollout."""
+    """Never (B * T, V): the readout is asked for one position a row, and for one at each step of
+    a rollout or for each of a planner's."""
     asked: list[int] = []
 
     class Counting(LinearReadout):
@@ -262,7 +269,7 @@ def test_only_the_chosen_positions_are_scored() -> None:
     batch, counts = placed(heads, rows())
     seen = seen_of(batch, heads)
     heads(replace(seen, readout=Counting(seen.readout.table)), counts, 0.0)
-    assert asked == [len(LENGTHS), 3 * len(LENGTHS), len(LENGTHS)]
+    assert asked == [len(LENGTHS), 3 * len(LENGTHS), 4 * len(LENGTHS)]
 
 
 # what their gradients reach ------------------------------------------------------------------------------------------
