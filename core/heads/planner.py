@@ -48,6 +48,7 @@ class Planner(nn.Sequential):
         """No change, from a first layer as wide as its few features want: at the models' N(0, 0.02) it learns half as fast."""
         nn.init.normal_(self[0].weight, std=self[0].in_features ** -0.5)
         self[2].weight.zero_()
+        self[2].bias.zero_()
 
     def choose(self, batch: Batch, draws: Tensor) -> Tensor:
         return pick_several(batch.labels != IGNORE_INDEX, draws, self.positions)  # (B, m)

@@ -54,10 +54,30 @@ def test_they_touch_training_only_through_their_gradient(tmp_path: Path) -> None
     assert all(math.isfinite(told[0]["losses"][name]) and told[0]["losses"][name] > 0 for name in HEADS)
 
 
+def test_the_planner_touches_nothing_but_itself(tmp_path: Path) -> None:
+    """Model and other heads end with the same bits with it and without, where no clipping weighs all gradients together."""
+    train = {"max_steps": 4, "max_grad_norm": 1e9}
+    every = {key: True for key in ALL if key != "enable_planner"}
+    ended = []
+    for name, planner in (("off", {}), ("on", {"enable_planner": True, "planner_weight": 1.0})):
+        finish(built := session(tmp_path / name, model={"dropout": 0.1}, train=train, auxiliary=every | planner))
+        ended.append((weights(built), head_weights(built)))
+    (model, heads), (other_model, others) = ended
+    assert equal(model, other_model) and equal(heads, {name: others[name] for name in heads})
+    assert {name for name in others if name not in heads} == {
+        f"planner.{layer}.{what}" for layer in (0, 2) for what in ("weight", "bias")
+    }
+    assert others["planner.2.weight"].any()
+
+
 def test_each_head_learns(tmp_path: Path) -> None:
     """Every head's loss falls, and so does cross-entropy; `loss` is the weighted sum, and scheduled weights are told."""
     train = {"max_steps": 60, "learning_rate": 3e-3, "per_gpu_batch_size": 16}
-    built = session(tmp_path, train=train, auxiliary=ALL | {"value_weight": {"from": 0.1, "to": 0.05}})
+    weights_of = {
+        "value_weight": {"from": 0.1, "to": 0.05},
+        "span_contrastive_weight": 0.5,
+    }  # spans: at 0.05, they want more steps
+    built = session(tmp_path, train=train, auxiliary=ALL | weights_of)
     finish(built)
     told = events(tmp_path, "step")
     for name in ("cross_entropy", *HEADS):
@@ -68,7 +88,7 @@ def test_each_head_learns(tmp_path: Path) -> None:
         assert last < 0.9 * first, f"{name}: {first} to {last}"
     for event, value_weight in ((told[0], 0.1), (told[-1], 0.05)):
         assert event["scheduled"] == {"value.weight": pytest.approx(value_weight)}
-        of = {**dict.fromkeys(HEADS, 0.05), "cross_entropy": 1.0, "value": value_weight}
+        of = {**dict.fromkeys(HEADS, 0.05), "cross_entropy": 1.0, "value": value_weight, "span_contrastive": 0.5}
         assert event["loss"] == pytest.approx(sum(of[name] * value for name, value in event["losses"].items()), rel=1e-6)
 
 
