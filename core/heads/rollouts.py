@@ -8,8 +8,9 @@ State: the transition, a two-layer map beside an identity, 2D -> 2D -> D
     s_0 = h_p,  s_k = s_(k-1) + g(s_(k-1), E[token p+k])
 
 Specification 003, "Multi-step Latent Rollouts"; MuZero (Schrittwieser et al. 2020, arXiv 1911.08265): the map is unrolled through
-its own states, and what is predicted from them is trained there, too. The gradient goes back through all steps to h_p and the
-embeddings, and into the transition, the value and the policy head; coming states, losses and distributions get none.
+its own states, and what is predicted from them is trained there, too. The gradient goes back through all steps, into the
+transition, the value and the policy head, and stops at h_p, the embeddings and all targets: not so in MuZero, but a model whose
+hidden states were drawn towards those to come predicted its next tokens worse (docs/LOG.md).
 Hidden states of different models have different sizes: a relative error is worth the same weight in all of them.
 """
 
@@ -64,12 +65,13 @@ class Rollouts(nn.Sequential):
     def _unrolled(self, seen: Seen, places: Tensor) -> tuple[Tensor, Tensor]:
         """The states s_1 .. s_K, and the hidden states they stand for: (B, K, D) each."""
         ahead = self._ahead(seen, places)
-        tokens = seen.wide(F.embedding(seen.batch.input_ids.gather(1, ahead), seen.readout.table))  # (B, K, D)
-        state, states = seen.at(places[:, 0]), []
+        with torch.no_grad():
+            tokens = seen.wide(F.embedding(seen.batch.input_ids.gather(1, ahead), seen.readout.table))  # (B, K, D)
+            state, targets, states = seen.at(places[:, 0]), seen.at(ahead), []
         for token in tokens.unbind(1):
             state = self.step(state, token)
             states.append(state)
-        return torch.stack(states, dim=1), seen.at(ahead).detach()
+        return torch.stack(states, dim=1), targets
 
     def _ahead(self, seen: Seen, places: Tensor) -> Tensor:
         """p+1 .. p+K, within the row where p is valid: (B, K)."""

@@ -277,8 +277,8 @@ def test_only_the_chosen_positions_are_scored() -> None:
 
 @pytest.mark.parametrize("name", HEADS)
 def test_gradients_enter_at_the_root_and_never_through_a_target(name: str) -> None:
-    """The language model's side of the divergence, coming losses, coming states and spans get none; nor does anything but the
-    router from the planner. Where rollouts lead, the policy and value heads learn, too."""
+    """The language model's side of the divergence, coming losses, coming states and spans get none; nor does anything of the
+    model from rollouts and planner. Where rollouts lead, the policy and value heads learn, too."""
     heads = heads_for(D, V).double()
     batch, _ = placed(heads, rows())
     hidden = torch.randn(*batch.labels.shape, D, dtype=torch.float64, requires_grad=True)
@@ -287,12 +287,12 @@ def test_gradients_enter_at_the_root_and_never_through_a_target(name: str) -> No
     roots = torch.zeros(batch.labels.shape, dtype=torch.bool)
     coming = set()
     for row, place in enumerate(batch.places[name].tolist()):
-        if place[0] != NOWHERE and name != "planner":
+        if place[0] != NOWHERE and name not in ("rollouts", "planner"):
             roots[row, place[0] : place[1] if len(place) > 1 else place[0] + 1] = True
             coming |= set(batch.input_ids[row, place[0] + 1 : place[0] + 4].tolist())
     assert torch.equal(torch.zeros_like(roots) if hidden.grad is None else hidden.grad.abs().sum(-1) > 0, roots)
     used = set() if table.grad is None else set((table.grad.abs().sum(-1) > 0).nonzero().flatten().tolist())
-    assert used == (coming if name in ("dynamics", "rollouts") else set())
+    assert used == (coming if name == "dynamics" else set())
     others = {"rollouts": ["policy", "value"]}.get(name, [])
     taught = {other for other, head in heads.items() if any(p.grad is not None and p.grad.any() for p in head.parameters())}
     assert taught == {name, *others}
