@@ -53,7 +53,8 @@ _KNOWN = {
         Measure("head: planner.kl", "planner: divergence from the model", "nats per token", 0, 4),
         Measure("head: planner.changed", "planner: another token is likeliest", "", 0, 4),
         *(
-            Measure(f"head: rollouts.error_{k}", f"rollouts: error after {k} steps, as a share of no change’s", "", -1)
+            Measure(f"head: rollouts.{what}_{k}", f"rollouts: {told} {k} on, relative to the hidden state’s square", "", better)
+            for what, told, better in (("error", "error", -1), ("unchanged", "error of no change", 0))
             for k in range(1, 9)
         ),
     )

@@ -57,10 +57,11 @@ class Rollouts(nn.Sequential):
         return losses.mean(1)
 
     def measure(self, seen: Seen, places: Tensor, valid: Tensor) -> dict[str, Tensor]:
-        """Of each step the squared error, as a share of what it is when nothing is said to change."""
+        """error_k: of s_k, relative to the square of the state at p+k. unchanged_k: of h_p in its place, what is to beat."""
         states, targets = self._unrolled(seen, places)
-        share = relative(states - targets, seen.at(places) - targets)  # (B, K)
-        return {f"error_{k}": share[:, k - 1] for k in range(1, self.steps + 1)}
+        stays = seen.at(places)  # (B, 1, D)
+        found = {"error": relative(states - targets, targets), "unchanged": relative(stays - targets, targets)}  # (B, K) each
+        return {f"{what}_{k}": each[:, k - 1] for what, each in found.items() for k in range(1, self.steps + 1)}
 
     def _unrolled(self, seen: Seen, places: Tensor) -> tuple[Tensor, Tensor]:
         """The states s_1 .. s_K, and the hidden states they stand for: (B, K, D) each."""

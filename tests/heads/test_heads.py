@@ -216,6 +216,22 @@ def test_losses_are_what_the_specification_says(name: str, step: int) -> None:
         torch.testing.assert_close(found[row], plain(name, heads, seen, row), atol=1e-10, rtol=0)
 
 
+def test_rollouts_that_change_nothing_err_as_much_as_no_change() -> None:
+    """Of every step, relative to the square of the hidden state that comes."""
+    heads = heads_for(D, V).double()
+    for p in heads["rollouts"][2].parameters():
+        p.data.zero_()
+    batch, _ = placed(heads, rows())
+    seen, places = seen_of(batch, heads), batch.places["rollouts"]
+    with torch.no_grad():
+        found = heads["rollouts"].measure(seen, places.clamp(min=0), places[:, 0] != NOWHERE)
+    for row, (p,) in enumerate(places.tolist()):
+        for k in (1, 2, 3) if p != NOWHERE else ():
+            here, there = seen.hidden[row, p], seen.hidden[row, p + k]
+            expected = pytest.approx(float(((here - there) ** 2).sum() / (there**2).sum()))
+            assert float(found[f"error_{k}"][row]) == float(found[f"unchanged_{k}"][row]) == expected
+
+
 def test_span_keys_may_have_lengths() -> None:
     """span_l2_normalize and the temperature are settings."""
     batch, _ = placed(heads := heads_for(D, V).double(), rows())
