@@ -15,7 +15,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-VARIANTS = ("off", "policy", "value", "dynamics", "span_contrastive", "all four")
+ON = {
+    "off": (),
+    "policy": ("policy",),
+    "value": ("value",),
+    "dynamics": ("dynamics",),
+    "span_contrastive": ("span_contrastive",),
+    "all four": ("policy", "value", "dynamics", "span_contrastive"),
+    "rollouts": ("policy", "value", "rollouts"),
+    "planner": ("policy", "value", "rollouts", "planner"),
+}
+
 ROUNDS, WARM_UP = 12, 2
 ROWS, SEQ_LENGTH, DOCUMENT = 32, 256, 100
 VOCAB_SIZES = {"default": 8192, "gpt2": 50257}
@@ -40,7 +50,7 @@ def make_step(variant: str, vocab_size: int) -> Callable[[int], float]:
     torch.manual_seed(0)
     settings = SimpleLMSettings()
     model, stack = SimpleLM(settings, vocab_size), LossStack([CrossEntropy(CrossEntropySettings())])
-    wanted = {f"enable_{name}": True for name in HEADS if variant in (name, "all four")}
+    wanted = {f"enable_{name}": True for name in ON[variant]}
     heads = HeadStack(HEADS, AuxiliarySettings(**wanted), settings.hidden_size, vocab_size) if wanted else None
     objective = Objective(model, stack, 1, heads).to(device)
     optimizer = torch.optim.AdamW(objective.parameters(), fused=True)
@@ -78,15 +88,15 @@ def main(vocab_size: int) -> None:
 
     if detect_runtime().device.type == "cpu":
         keep_freed_memory()
-    steps = {variant: make_step(variant, vocab_size) for variant in VARIANTS}
-    found: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    steps = {variant: make_step(variant, vocab_size) for variant in ON}
+    found: dict[str, list[float]] = {variant: [] for variant in ON}
     for number in range(WARM_UP + ROUNDS):
         for variant, step in steps.items():
             seconds = step(number)
             if number >= WARM_UP:
                 found[variant].append(seconds)
     for variant, times in found.items():
-        ratios = [own / first for own, first in zip(times, found[VARIANTS[0]])]
+        ratios = [own / first for own, first in zip(times, found["off"])]
         told = f"x {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
         print(f"{variant:20s} {1000 * statistics.median(times):7.1f} ms   {told}")
 

@@ -57,6 +57,11 @@ def check_heads(preset: Any, model: nn.Module, stack: LossStack) -> None:
             "auxiliary.enable_span_contrastive tells a span from the others of a forward pass, and train.per_gpu_batch_size is "
             "1. Set it to 2 or more."
         )
+    on = [name for name in HEADS if getattr(preset.auxiliary, f"enable_{name}")]
+    for name in on:
+        if missing := [other for other in getattr(HEADS[name], "needs", ()) if other not in on]:
+            others = ", ".join(f"auxiliary.enable_{other}" for other in missing)
+            raise UserError(f"auxiliary.enable_{name} builds on heads that are off. Set {others} to true, or it to false.")
     if twice := sorted({loss.name for loss in stack.losses} & HEADS.keys()):
         raise UserError(f'losses: {", ".join(twice)} is the name of an auxiliary head; give the loss another "name".')
 

@@ -181,6 +181,24 @@ class AuxiliarySettings(Settings):
     """Temperature of the contrastive loss."""
     span_l2_normalize: bool = True
     """Compare directions only."""
+    enable_rollouts: bool = False
+    """Go from hidden state to hidden state by the coming tokens alone, several steps. Policy and value heads that are on learn
+    there, too."""
+    rollouts_weight: Schedule = 0.05
+    """Weight of the rollouts' error."""
+    rollout_steps: int = Field(3, ge=1, le=8)
+    """Steps of a rollout, in training and of the planner."""
+    enable_planner: bool = False
+    """Learn to weigh the model's likeliest next tokens anew, by where rollouts of them lead. Needs the policy, value and rollouts
+    heads; `generate.planner` uses it."""
+    planner_weight: Schedule = 0.05
+    """Weight of the planner's loss. Only the planner learns from it."""
+    planner_positions: int = Field(4, ge=1)
+    """Places of a row at which it learns."""
+    planner_candidates: int = Field(8, ge=2, le=256)
+    """Likeliest tokens the planner rolls out."""
+    planner_kl_weight: float = Field(0.1, ge=0.0)
+    """Weight, inside the planner's loss, of its distribution's divergence from the model's."""
     enable_adaptive_sources: bool = False
     """Draw more from sources with a higher loss."""
     adaptive_interval_tokens: int = Field(5_000_000, ge=1)
@@ -212,6 +230,8 @@ class GenerateSettings(Settings):
     """No sequence of so many tokens appears twice; 0: no block."""
     stop: list[Annotated[str, Field(min_length=1)]] = []
     """Strings that end a text; they do not belong to it."""
+    planner: bool = False
+    """The generate job: draw from the planner's distribution instead of the model's (`auxiliary.enable_planner`)."""
     chat: Literal["auto", "always", "never"] = "auto"
     """The generate job: whether what is typed are turns of a conversation (ChatML), or beginnings to be continued. auto: a
     conversation where the tokenizer has the special tokens <|im_start|> and <|im_end|>."""

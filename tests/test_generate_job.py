@@ -270,6 +270,60 @@ def test_commands_change_the_answers(speaker: Speaker) -> None:
     assert len(set(texts())) == 1
 
 
+# a planner -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project whose lineage "t" has a planner that has learned a great deal."""
+    root = tmp_path_factory.mktemp("planned")
+    heads = ("policy", "value", "rollouts", "planner")
+    train_here(merged(TRAINED, {"auxiliary": {f"enable_{head}": True for head in heads}}), root)
+    path = root / "checkpoints" / "t_current.pth"
+    state = torch.load(path, weights_only=True)
+    generator = torch.Generator().manual_seed(0)
+    state["heads"] = {name: each + torch.randn(each.shape, generator=generator) for name, each in state["heads"].items()}
+    torch.save(state, path)
+    return root
+
+
+def test_a_planner_guides_where_the_preset_says_so(planned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said in the first lines, and switched by a command; off, the text is the model's own."""
+    trained = load_trained(preset_of(), planned, detect_runtime())
+    seed = derive_seed(42, "generate", 0)
+    own, guided = (
+        sample(Voice(trained.model, trained.tokenizer, 32, guide), "In year", trained.preset.generate, seed)  # type: ignore[arg-type]
+        for guide in (None, trained.guide())
+    )
+    assert own != guided
+    for on, text in ((False, own), (True, guided)):
+        speaker = speaker_of(load_trained(preset_of(generate={"planner": on}), planned, detect_runtime()))
+        assert ("its planner weighs 8 tokens, 3 steps ahead" in speaker.about) == on
+        assert "".join(speaker.alone("In year", 0)) == text
+    for line, said, text in (
+        ("/planner", "planner is on; /planner takes on or off", guided),
+        ("/planner off", "planner is off now", own),
+        ("/planner maybe", '/planner takes on or off, not "maybe"; it stays off', own),
+        ("/planner on", "planner is on now", guided),
+    ):
+        assert obey(speaker, line) == said and "".join(speaker.alone("In year", 0)) == text
+    assert "/planner on" in obey(speaker, "/help")
+    lines = piped(planned, monkeypatch, "In year\n", generate={"planner": True})
+    assert (
+        lines[1].startswith("continues what you type; its planner")
+        and "\n".join(lines[3:]).strip() == clean_lines(guided).strip()
+    )
+    assert PREVIEWS["generate"](preset_of(generate={"planner": True}), planned)[1].endswith(", by its planner")
+
+
+def test_a_planner_that_is_not_there_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch, speaker: Speaker) -> None:
+    with pytest.raises(
+        UserError, match=r"planner: t_current\.pth was trained without a planner\. Train with auxiliary\.enable_pl"
+    ):
+        piped(root, monkeypatch, "x", generate={"planner": True})
+    assert obey(speaker, "/planner on").startswith("there is no command /planner")
+
+
 # a terminal ----------------------------------------------------------------------------------------------------------
 
 

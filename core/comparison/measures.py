@@ -49,6 +49,14 @@ _KNOWN = {
         Measure("prototype_spread", "spread of the cosines between prototypes", "", 0, 4),
         Measure("prototype_dimensions", "effective directions of the prototypes", "", 0, 1),
         Measure("prototype_drift", "drift of the prototypes", "", 0, 4),
+        Measure("head: planner.gain", "planner: log-probability of the next token, less the model's", "nats per token", 1, 4),
+        Measure("head: planner.kl", "planner: divergence from the model", "nats per token", 0, 4),
+        Measure("head: planner.changed", "planner: another token is likeliest", "", 0, 4),
+        *(
+            Measure(f"head: rollouts.{what}_{k}", f"rollouts: {told} {k} on, relative to the hidden state’s square", "", better)
+            for what, told, better in (("error", "error", -1), ("unchanged", "error of no change", 0))
+            for k in range(1, 9)
+        ),
     )
 }
 _OF_A_TABLE = ("table_cosine", "prototype_cosine", "prototype_spread", "prototype_dimensions", "prototype_drift")

@@ -2,7 +2,9 @@
 its `enable_` key and weight in AuxiliarySettings."""
 
 from core.heads.dynamics import Dynamics
+from core.heads.planner import Planner
 from core.heads.policy import Policy
+from core.heads.rollouts import Rollouts
 from core.heads.span_contrastive import SpanContrastive
 from core.heads.value import Value
 
@@ -11,4 +13,6 @@ HEADS = {
     "value": Value,
     "dynamics": Dynamics,
     "span_contrastive": SpanContrastive,
+    "rollouts": Rollouts,
+    "planner": Planner,
 }

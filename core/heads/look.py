@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from core.contracts import Batch, LanguageModel, Readout
+from core.contracts import IGNORE_INDEX, Batch, LanguageModel, Readout
 
 # B batch rows, T seq_length, D hidden_size, n positions of a row
 
@@ -51,6 +51,12 @@ def pick(valid: Tensor, draws: Tensor) -> Tensor:
     return torch.where(count > 0, position, NOWHERE)
 
 
+def pick_several(valid: Tensor, draws: Tensor, n: int) -> Tensor:
+    """Several, spread evenly from one that is drawn: (B, T) bool, (B,) -> (B, n); some twice in a row that has fewer."""
+    count = valid.sum(1).clamp(min=1)
+    return torch.stack([pick(valid, draws % count + i * count // n) for i in range(n)], dim=1)
+
+
 def document_bounds(batch: Batch) -> tuple[Tensor, Tensor]:
     """Where the document of each position begins and stops in its row: (B, T) each."""
     ids = batch.document_ids
@@ -61,6 +67,15 @@ def document_bounds(batch: Batch) -> tuple[Tensor, Tensor]:
     begin = torch.where(first, time, 0).cummax(1).values
     stop = torch.where(last, time + 1, T).flip(1).cummin(1).values.flip(1)
     return begin, stop
+
+
+def targets_ahead(batch: Batch, n: int) -> Tensor:
+    """How many of the positions p .. p+n-1 have a target and are in the document of p: (B, T)."""
+    known = (batch.labels != IGNORE_INDEX).long()  # (B, T)
+    before = nn.functional.pad(known.cumsum(1), (1, 0))  # (B, T+1) targets left of a position
+    _, stop = document_bounds(batch)
+    time = torch.arange(known.shape[1], device=known.device).expand(known.shape)
+    return before.gather(1, torch.minimum(time + n, stop)) - before[:, :-1]
 
 
 def is_text(batch: Batch) -> Tensor:

@@ -17,6 +17,9 @@ from core.settings import AuxiliarySettings
 
 # B batch rows, D hidden_size, V vocab_size
 
+BLOCK_SCORES = 2**24
+"""As many are held at once where only the best of them is asked for."""
+
 
 class Policy(nn.Linear):
     weight_key = "policy_kl_weight"
@@ -31,9 +34,24 @@ class Policy(nn.Linear):
         root = seen.at(places[:, 0])  # (B, D)
         with torch.no_grad():
             teacher = seen.wide(seen.readout(root)).log_softmax(-1)  # (B, V)
-        return divergence(teacher, super().forward(root).log_softmax(-1))
+        return divergence(teacher, self.predict(root))
+
+    def predict(self, states: Tensor) -> Tensor:
+        """Log-probabilities of the token after each state: (..., D) -> (..., V)."""
+        return super().forward(states).log_softmax(-1)
+
+    @torch.no_grad()
+    def likeliest(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """The token after each state that is likeliest, and its log-probability: (..., D) -> (...) each. Scored in blocks."""
+        found: list[tuple[Tensor, Tensor]] = []
+        for block in states.flatten(0, -2).split(max(1, BLOCK_SCORES // self.out_features)):  # (m, D)
+            scores = super().forward(block)  # (m, V)
+            best, token = scores.max(-1)
+            found.append((token, best - scores.logsumexp(-1)))
+        tokens, log_p = (torch.cat(each).view(states.shape[:-1]) for each in zip(*found))
+        return tokens, log_p
 
 
 def divergence(teacher: Tensor, student: Tensor) -> Tensor:
-    """KL(teacher || student) of log-probabilities (B, V) -> (B,)."""
+    """KL(teacher || student) of log-probabilities (..., V) -> (...)."""
     return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)

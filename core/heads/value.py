@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from core.contracts import IGNORE_INDEX, Batch
-from core.heads.look import Seen, document_bounds, pick
+from core.heads.look import Seen, pick, targets_ahead
 from core.settings import AuxiliarySettings
 
 # B batch rows, T seq_length, D hidden_size, n tokens of the span
@@ -34,26 +34,27 @@ class Value(nn.Linear):
         self.bias.fill_(self.ignorance)
 
     def choose(self, batch: Batch, draws: Tensor) -> Tensor:
-        known = (batch.labels != IGNORE_INDEX).long()  # (B, T)
-        before = torch.nn.functional.pad(known.cumsum(1), (1, 0))  # (B, T+1) targets left of a position
-        _, stop = document_bounds(batch)
-        time = torch.arange(known.shape[1], device=known.device).expand(known.shape)
-        ahead = before.gather(1, torch.minimum(time + self.span_tokens, stop)) - before[:, :-1]
-        return pick(ahead > 0, draws)[:, None]  # (B, 1)
+        return pick(targets_ahead(batch, self.span_tokens) > 0, draws)[:, None]  # (B, 1)
+
+    def predict(self, states: Tensor) -> Tensor:
+        """(..., D) -> (...)."""
+        return super().forward(states)[..., 0]
 
     def forward(self, seen: Seen, places: Tensor, valid: Tensor) -> Tensor:  # type: ignore[override]
-        predicted = super().forward(seen.at(places[:, 0]))[:, 0]  # (B,)
-        return (predicted - coming_surprise(seen, places, self.span_tokens)) ** 2
+        predicted = self.predict(seen.at(places[:, 0]))  # (B,)
+        return (predicted - coming_surprise(seen, places, self.span_tokens)[:, 0]) ** 2
 
 
 @torch.no_grad()
-def coming_surprise(seen: Seen, places: Tensor, span_tokens: int) -> Tensor:
-    """The mean -log p of the tokens p+1 .. p+n that p's document has in the row: p (B, 1) -> (B,)."""
+def coming_surprise(seen: Seen, places: Tensor, span_tokens: int, roots: int = 1) -> Tensor:
+    """The mean -log p of the n tokens after each of the positions p .. p+roots-1, as far as p's document has them in the row:
+    p (B, 1) -> (B, roots)."""
     documents, labels = seen.batch.document_ids, seen.batch.labels
     T = labels.shape[1]
     # the target of position t is token t+1
-    at = places + torch.arange(span_tokens, device=places.device)  # (B, n)
+    at = places + torch.arange(roots + span_tokens - 1, device=places.device)  # (B, roots + n - 1)
     inside, at = at < T, at.clamp(max=T - 1)
     inside &= (documents.gather(1, at) == documents.gather(1, places)) & (labels.gather(1, at) != IGNORE_INDEX)
     values = torch.where(inside, seen.surprise(at), 0.0)
-    return values.sum(1) / inside.sum(1).clamp(min=1)
+    values, inside = values.unfold(1, span_tokens, 1), inside.unfold(1, span_tokens, 1)  # (B, roots, n)
+    return values.sum(2) / inside.sum(2).clamp(min=1)

@@ -69,7 +69,7 @@ def preview_generate(preset: Any, root: Path) -> list[str]:
     if objective_of(preset.model) == MASKED_TOKENS:
         return [f"fills in {MASK} with {weights}"]
     how = f"temperature {wanted.temperature:g}, top_p {wanted.top_p:g}, up to {wanted.max_tokens:,} tokens"
-    return [f"talks with {weights}", how]
+    return [f"talks with {weights}", how + ", by its planner" * wanted.planner]
 
 
 # the terminal --------------------------------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ def answer(pieces: Iterator[str], view: TalkView) -> None:
 
 @dataclass(frozen=True)
 class Knob:
-    """A number that a command sets."""
+    """What a command sets: a number, or 1 and 0 for on and off."""
 
     field: str
     read: Callable[[str], float]
@@ -130,6 +130,10 @@ KNOBS = {
     "max": Knob("max_tokens", int, lambda x: x >= 1, "a whole number from 1 up", "200", "tokens an answer may have"),
     "seed": Knob("seed", int, lambda x: True, "a whole number", "1", "the same seed and the same lines give the same answers"),
 }
+SWITCH = ("off", "on")
+OF_PLANNER = Knob(
+    "planner", SWITCH.index, lambda x: True, "on or off", "on", "draw from the planner's distribution, or the model's own"
+)
 OTHERS = {
     "reset": "forget the conversation",
     "help": "this list",
@@ -159,7 +163,7 @@ def obey(speaker: "Speaker", line: str) -> str:
     if math.isnan(number) or not knob.fits(number):
         return f'/{name} takes {knob.takes}, not "{value}"; it stays {speaker.manner(knob.field)}'
     speaker.change(knob.field, number)
-    return f"{name} is {number} now"
+    return f"{name} is {speaker.manner(knob.field)} now"
 
 
 def _help(speaker: "Speaker") -> str:
@@ -180,15 +184,26 @@ class Speaker:
     knobs = KNOBS
 
     def __init__(self, trained: Trained):
+        """Raises UserError when the preset asks for a planner that was not trained."""
         self._trained, self._tokenizer = trained, trained.tokenizer
         self._context = trained.preset.model.seq_length
         self._voice = Voice(trained.model, trained.tokenizer, self._context)  # type: ignore[arg-type]
+        self._planner = trained.guide()
+        if self._planner is not None:
+            self.knobs = {**self.knobs, "planner": OF_PLANNER}
         self._wish = Wish.of(trained.preset.generate)
         self._seed = trained.preset.train.seed
         self._answers = 0  # with this seed
         self._ends: tuple[int, ...] = ()
         if objective_of(trained.preset.model) == NEXT_TOKEN and not trained.model.is_causal:
             self.about += f"; {NOT_CAUSAL}"
+        if trained.preset.generate.planner:
+            if self._planner is None:
+                why = f"{trained.where} was trained without a planner"
+                raise UserError(f"generate.planner: {why}. Train with auxiliary.enable_planner, or set it to false.")
+            self.change("planner", True)
+            heads = trained.preset.auxiliary
+            self.about += f"; its planner weighs {heads.planner_candidates} tokens, {heads.rollout_steps} steps ahead"
 
     def answer(self, line: str) -> Iterator[str]:
         """What the model says after a line, piece by piece."""
@@ -201,13 +216,17 @@ class Speaker:
     def reset(self) -> str:
         return "there is no conversation to forget: every line stands for itself"
 
-    def manner(self, field: str) -> float:
-        """A number that a command can set, as it is."""
+    def manner(self, field: str) -> float | str:
+        """What a command can set, as it is."""
+        if field == "planner":
+            return SWITCH[self._voice.guide is not None]
         return self._seed if field == "seed" else getattr(self._wish, field)
 
     def change(self, field: str, value: float) -> None:
         """The next answer is made so."""
-        if field == "seed":
+        if field == "planner":
+            self._voice = replace(self._voice, guide=self._planner if value else None)
+        elif field == "seed":
             self._seed, self._answers = int(value), 0
         else:
             self._wish = replace(self._wish, **{field: value})

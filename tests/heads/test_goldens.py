@@ -67,7 +67,7 @@ def test_policy(tensors: dict[str, Tensor]) -> None:
 def test_value(tensors: dict[str, Tensor]) -> None:
     """Targets and error."""
     places = torch.tensor(NOW["positions"])[:, None]
-    targets = coming_surprise(seen_of(tensors), places, NOW["value_window"])
+    targets = coming_surprise(seen_of(tensors), places, NOW["value_window"])[:, 0]
     assert targets.tolist() == pytest.approx(NOW["value_targets"], abs=1e-4)
     head = loaded(Value(SETTINGS, D, V), tensors, "value_head.")
     assert loss_of(head, tensors) == pytest.approx(NOW["value_mse"], abs=1e-4)

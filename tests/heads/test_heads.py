@@ -18,7 +18,7 @@ from core.losses.cross_entropy import CrossEntropy, CrossEntropySettings
 from core.losses.stack import LossStack
 from core.models.readout import LinearReadout
 from core.schedules import Piece
-from tests.heads.setup import gradients, heads_for, objective_of, placed, rows_of
+from tests.heads.setup import ALL, gradients, heads_for, objective_of, placed, rows_of
 from tests.models.test_models import CAUSAL, T, V, build
 
 D = 32
@@ -29,15 +29,15 @@ def rows(lengths: list[list[int]] = LENGTHS) -> Batch:
     return rows_of(lengths, T, V)
 
 
-def seen_of(batch: Batch, hidden: Tensor | None = None, table: Tensor | None = None) -> Seen:
-    """Of random hidden states, in float64."""
+def seen_of(batch: Batch, heads: HeadStack | None = None, hidden: Tensor | None = None, table: Tensor | None = None) -> Seen:
+    """Of random hidden states, in float64; `heads`: those that others can build on."""
     torch.manual_seed(5)
     if hidden is None:
         hidden = torch.randn(*batch.labels.shape, D, dtype=torch.float64)
     readout = LinearReadout(torch.randn(V, D, dtype=torch.float64) if table is None else table)
     with torch.no_grad():
         surprise = F.cross_entropy(readout(hidden).transpose(1, 2), batch.labels, ignore_index=IGNORE_INDEX, reduction="none")
-    return Seen(hidden, readout, batch, lambda at: surprise.gather(1, at), torch.float64)
+    return Seen(hidden, readout, batch, lambda at: surprise.gather(1, at), torch.float64, heads=heads or {})
 
 
 def run(name: str, heads: HeadStack, seen: Seen) -> Tensor:
@@ -65,8 +65,17 @@ def valid_places(name: str, batch: Batch, span_tokens: int, fraction: float) -> 
                 own |= {(begin, p, p + length)} if begin < p and p + length <= stop else set()
             else:
                 ahead = range(p, min(p + span_tokens, stop))
-                there = {"policy": known[p], "value": any(known[t] for t in ahead), "dynamics": p + 3 < stop}[name]
-                own |= {(p,)} if there else set()
+                is_valid = {
+                    "policy": known[p],
+                    "value": any(known[t] for t in ahead),
+                    "dynamics": p + 3 < stop,
+                    "rollouts": p + 2 < stop and all(known[p : p + 3]),
+                    "planner": False,
+                }
+                own |= {(p,)} if is_valid[name] else set()
+        if name == "planner":  # evenly spread, from any that has a target
+            there = [p for p in range(T) if batch.labels[row, p] != IGNORE_INDEX]
+            own = {tuple(there[(first + i * len(there) // 4) % len(there)] for i in range(4)) for first in range(len(there))}
         found.append(own)
     return found
 
@@ -76,7 +85,7 @@ def test_every_valid_place_is_looked_at_and_no_other(name: str) -> None:
     """Also where only some tokens are learned, as in chats: windows, roots and spans stay inside their document, off padding."""
     batch = rows()
     batch.labels[0, :9] = batch.labels[1, 4:] = IGNORE_INDEX
-    heads = heads_for(D, V, value_span_tokens=3, span_mask_fraction=0.3)
+    heads = heads_for(D, V, value_span_tokens=3, span_mask_fraction=0.3, rollout_steps=2)
     expected = valid_places(name, batch, 3, 0.3)
     seen: list[list[tuple[int, ...]]] = [[] for _ in LENGTHS]
     for step in range(400):
@@ -124,13 +133,57 @@ def plain(name: str, heads: HeadStack, seen: Seen, row: int) -> Tensor:
     p = place[0]
     documents = batch.document_ids[row]
     head: Any = heads[name]
+    policy, value, rollouts = (heads[other] for other in ("policy", "value", "rollouts"))
+
+    def guessed(state: Tensor) -> Tensor:
+        """The policy head's log-probabilities."""
+        return (state @ policy.weight.T + policy.bias).log_softmax(-1)
+
+    def divergence(state: Tensor, t: int) -> Tensor:
+        teacher = (hidden[t] @ table.T).softmax(-1)
+        return (teacher * (teacher.log() - guessed(state))).sum()
+
+    def surprise_missed(state: Tensor, t: int) -> Tensor:
+        span = [u for u in range(t, min(t + value.span_tokens, T)) if documents[u] == documents[t]]
+        losses = [-(hidden[u] @ table.T).log_softmax(-1)[batch.labels[row, u]] for u in span if batch.labels[row, u] >= 0]
+        return (state @ value.weight[0] + value.bias[0] - torch.stack(losses).mean()) ** 2
+
+    def after(state: Tensor, token: int) -> Tensor:
+        return state + rollouts[2](F.gelu(rollouts[0](torch.cat([state, table[token]]))))
+
     if name == "policy":
-        teacher = (hidden[p] @ table.T).softmax(-1)
-        return (teacher * (teacher.log() - (hidden[p] @ head.weight.T + head.bias).log_softmax(-1))).sum()
+        return divergence(hidden[p], p)
     if name == "value":
-        span = [t for t in range(p, min(p + head.span_tokens, T)) if documents[t] == documents[p]]
-        losses = [-(hidden[t] @ table.T).log_softmax(-1)[batch.labels[row, t]] for t in span if batch.labels[row, t] >= 0]
-        return (hidden[p] @ head.weight[0] + head.bias[0] - torch.stack(losses).mean()) ** 2
+        return surprise_missed(hidden[p], p)
+    if name == "rollouts":
+        state, found = hidden[p], []
+        for t in range(p + 1, p + 1 + rollouts.steps):
+            state = after(state, int(batch.input_ids[row, t]))
+            error = ((state - hidden[t]) ** 2).sum() / (hidden[t] ** 2).sum()
+            found.append(error + surprise_missed(state, t) + divergence(state, t))
+        return sum(found) / len(found)
+    if name == "planner":
+        found = []
+        for p in place:
+            before = hidden[p] @ table.T
+            candidates = before.argsort(descending=True)[: head.candidates].tolist()
+            features = []
+            for token in candidates:
+                own, values, state = [before.log_softmax(-1)[token], guessed(hidden[p])[token]], [], hidden[p]
+                for k in range(rollouts.steps):
+                    if k > 0:
+                        token = int(guessed(state).argmax())
+                        own.append(guessed(state)[token])
+                    state = after(state, token)
+                    values.append(state @ value.weight[0] + value.bias[0])
+                mean = sum(0.9**k * v for k, v in enumerate(values)) / sum(0.9**k for k in range(len(values)))
+                features.append(torch.stack([*own, *values, mean]))
+            scores = before.clone()
+            for token, own in zip(candidates, features):
+                scores[token] += head[2](F.gelu(head[0](torch.cat([own, own - sum(features) / len(features)]))))[0]
+            p_all, q_all = before.softmax(-1), scores.softmax(-1)
+            found.append(-q_all[batch.labels[row, p]].log() + head.kl_weight * (q_all * (q_all / p_all).log()).sum())
+        return sum(found) / len(place)
     if name == "dynamics":
         tokens = torch.stack([table[batch.input_ids[row, t]] for t in (p + 1, p + 2, p + 3)]).mean(0)
         predicted = head[2](F.gelu(head[0](torch.cat([hidden[p], tokens]))))
@@ -153,14 +206,30 @@ def plain(name: str, heads: HeadStack, seen: Seen, row: int) -> Tensor:
 @pytest.mark.parametrize("name", HEADS)
 @pytest.mark.parametrize("step", range(3))
 def test_losses_are_what_the_specification_says(name: str, step: int) -> None:
-    heads = heads_for(D, V, value_span_tokens=5, span_mask_fraction=0.3).double()
+    heads = heads_for(D, V, value_span_tokens=5, span_mask_fraction=0.3, planner_candidates=3, planner_kl_weight=0.7).double()
     batch, _ = placed(heads, rows(), step)
-    seen = seen_of(batch)
+    seen = seen_of(batch, heads)
     found = run(name, heads, seen)
     valid = batch.places[name][:, 0] != NOWHERE
     assert valid.sum() > 3
     for row in valid.nonzero().flatten().tolist():
         torch.testing.assert_close(found[row], plain(name, heads, seen, row), atol=1e-10, rtol=0)
+
+
+def test_rollouts_that_change_nothing_err_as_much_as_no_change() -> None:
+    """Of every step, relative to the square of the hidden state that comes."""
+    heads = heads_for(D, V).double()
+    for p in heads["rollouts"][2].parameters():
+        p.data.zero_()
+    batch, _ = placed(heads, rows())
+    seen, places = seen_of(batch, heads), batch.places["rollouts"]
+    with torch.no_grad():
+        found = heads["rollouts"].measure(seen, places.clamp(min=0), places[:, 0] != NOWHERE)
+    for row, (p,) in enumerate(places.tolist()):
+        for k in (1, 2, 3) if p != NOWHERE else ():
+            here, there = seen.hidden[row, p], seen.hidden[row, p + k]
+            expected = pytest.approx(float(((here - there) ** 2).sum() / (there**2).sum()))
+            assert float(found[f"error_{k}"][row]) == float(found[f"unchanged_{k}"][row]) == expected
 
 
 def test_span_keys_may_have_lengths() -> None:
@@ -178,13 +247,13 @@ def test_the_total_is_weighted_and_divided_by_the_counts_it_is_given() -> None:
     schedule = Piece(**{"from": 0.0, "to": 0.4})
     heads = heads_for(D, V, policy_kl_weight=0.5, value_weight=schedule).double()
     batch, _ = placed(heads, rows())
-    counts = {"policy": 10.0, "value": 3.0, "dynamics": 7.0, "span_contrastive": 5.0}
-    total, sums = heads(seen_of(batch), counts, 0.5)
-    weights = {"policy": 0.5, "value": 0.2, "dynamics": 0.05, "span_contrastive": 0.05}
+    counts = dict.fromkeys(HEADS, 5.0) | {"policy": 10.0, "value": 3.0, "dynamics": 7.0}
+    total, sums = heads(seen_of(batch, heads), counts, 0.5)
+    weights = dict.fromkeys(HEADS, 0.05) | {"policy": 0.5, "value": 0.2}
     assert heads.weights(0.5) == pytest.approx(weights) and heads.scheduled(0.5) == {"value.weight": pytest.approx(0.2)}
     assert total.item() == pytest.approx(sum(weights[name] * sums[name].item() / counts[name] for name in HEADS), rel=1e-12)
     for name in HEADS:
-        assert sums[name].item() == pytest.approx(run(name, heads, seen_of(batch)).nansum().item(), rel=1e-12)
+        assert sums[name].item() == pytest.approx(run(name, heads, seen_of(batch, heads)).nansum().item(), rel=1e-12)
 
 
 @pytest.mark.parametrize("smoothing", [None, 0.2])
@@ -203,7 +272,8 @@ def test_the_surprise_is_cross_entropy_whatever_the_losses_are(smoothing: float 
 
 
 def test_only_the_chosen_positions_are_scored() -> None:
-    """Never (B * T, V): the readout is asked for one position a row."""
+    """Never (B * T, V): the readout is asked for one position a row, and for one at each step of
+    a rollout or for each of a planner's."""
     asked: list[int] = []
 
     class Counting(LinearReadout):
@@ -213,9 +283,9 @@ def test_only_the_chosen_positions_are_scored() -> None:
 
     heads = heads_for(D, V).double()
     batch, counts = placed(heads, rows())
-    seen = seen_of(batch)
+    seen = seen_of(batch, heads)
     heads(replace(seen, readout=Counting(seen.readout.table)), counts, 0.0)
-    assert asked == [len(LENGTHS)]
+    assert asked == [len(LENGTHS), 3 * len(LENGTHS), 4 * len(LENGTHS)]
 
 
 # what their gradients reach ------------------------------------------------------------------------------------------
@@ -223,25 +293,25 @@ def test_only_the_chosen_positions_are_scored() -> None:
 
 @pytest.mark.parametrize("name", HEADS)
 def test_gradients_enter_at_the_root_and_never_through_a_target(name: str) -> None:
-    """The language model's side of the divergence, coming losses, coming states and spans get none."""
+    """The language model's side of the divergence, coming losses, coming states and spans get none; nor does anything of the
+    model from rollouts and planner. Where rollouts lead, the policy and value heads learn, too."""
     heads = heads_for(D, V).double()
     batch, _ = placed(heads, rows())
     hidden = torch.randn(*batch.labels.shape, D, dtype=torch.float64, requires_grad=True)
     table = torch.randn(V, D, dtype=torch.float64, requires_grad=True)
-    run(name, heads, seen_of(batch, hidden, table)).nansum().backward()
+    run(name, heads, seen_of(batch, heads, hidden, table)).nansum().backward()
     roots = torch.zeros(batch.labels.shape, dtype=torch.bool)
+    coming = set()
     for row, place in enumerate(batch.places[name].tolist()):
-        if place[0] != NOWHERE:
+        if place[0] != NOWHERE and name not in ("rollouts", "planner"):
             roots[row, place[0] : place[1] if len(place) > 1 else place[0] + 1] = True
-    assert torch.equal(hidden.grad.abs().sum(-1) > 0, roots)
-    coming = {
-        int(t)
-        for row, (p,) in enumerate(batch.places["dynamics"].tolist())
-        if p >= 0
-        for t in batch.input_ids[row, p + 1 : p + 4]
-    }
+            coming |= set(batch.input_ids[row, place[0] + 1 : place[0] + 4].tolist())
+    assert torch.equal(torch.zeros_like(roots) if hidden.grad is None else hidden.grad.abs().sum(-1) > 0, roots)
     used = set() if table.grad is None else set((table.grad.abs().sum(-1) > 0).nonzero().flatten().tolist())
     assert used == (coming if name == "dynamics" else set())
+    others = {"rollouts": ["policy", "value"]}.get(name, [])
+    taught = {other for other, head in heads.items() if any(p.grad is not None and p.grad.any() for p in head.parameters())}
+    assert taught == {name, *others}
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in heads[name].parameters())
 
 
@@ -251,16 +321,16 @@ def test_rows_without_a_place_change_nothing() -> None:
     with_padding, counts = placed(heads, rows([[16], [5, 8], [], []]))
     without = with_padding.rows(0, 2)
     assert heads.count(without) == counts == dict.fromkeys(HEADS, 2.0)
-    seen = seen_of(with_padding)
+    seen = seen_of(with_padding, heads)
     found = []
     for part in (without, with_padding):
-        total, _ = heads(seen_of(part, seen.hidden[: len(part.labels)], seen.readout.table), counts, 0.0)
+        total, _ = heads(seen_of(part, heads, seen.hidden[: len(part.labels)], seen.readout.table), counts, 0.0)
         total.backward()
         found.append((total.detach(), gradients(heads)))
     torch.testing.assert_close(found[0], found[1], atol=1e-12, rtol=0)
     nothing, none = placed(heads, rows([[], []]))
     assert set(none.values()) == {0.0}
-    total, _ = heads(seen_of(nothing), none, 0.0)
+    total, _ = heads(seen_of(nothing, heads), none, 0.0)
     total.backward()
     assert total.item() == 0.0 and all(p.grad is not None and not p.grad.any() for p in heads.parameters())
 
@@ -272,7 +342,7 @@ def test_micro_batches_add_up_to_the_step() -> None:
     """
     lengths = [[16], [6, 10], [3, 1, 8], [2, 2, 2], [1, 1], [14], [], [4, 12]]
     model = build("simple_lm").double()
-    row_by_row = heads_for(D, V, enable_policy=True, enable_value=True, enable_dynamics=True).double()
+    row_by_row = heads_for(D, V, **{key: True for key in ALL if key != "enable_span_contrastive"}).double()
     every = heads_for(D, V).double()
     found: dict[Any, Any] = {}
     for heads in (row_by_row, every):
@@ -284,9 +354,9 @@ def test_micro_batches_add_up_to_the_step() -> None:
                 objective(batch.rows(start, start + size), targets, 0.0, counts)[0].backward()
             found[len(heads), size] = gradients(objective)
     for size in (2, 1):
-        torch.testing.assert_close(found[3, size], found[3, 8], atol=1e-12, rtol=0)
-    name = "heads.span_contrastive.0.weight"
-    assert not torch.allclose(found[4, 2][name], found[4, 8][name]) and not found[4, 1][name].any()
+        torch.testing.assert_close(found[len(row_by_row), size], found[len(row_by_row), 8], atol=1e-12, rtol=0)
+    name, count = "heads.span_contrastive.0.weight", len(every)
+    assert not torch.allclose(found[count, 2][name], found[count, 8][name]) and not found[count, 1][name].any()
     # but its count is the step's: two forward passes of the same four rows are worth one of them, twice counted
     objective = objective_of(model, every)
     batch, counts = placed(every, rows_of(lengths[:4], T, V))
@@ -345,7 +415,7 @@ def test_nothing_leaks_on_any_causal_model(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CAUSAL)
-def test_all_four_work_on_every_causal_model(name: str) -> None:
+def test_all_work_on_every_causal_model(name: str) -> None:
     """Losses are finite, and every parameter of the heads gets a gradient, under bf16 autocast, too."""
     heads = heads_for(D, V)
     objective = objective_of(build(name).train(), heads)

@@ -43,7 +43,7 @@ def test_off_they_leave_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_they_touch_training_only_through_their_gradient(tmp_path: Path) -> None:
     """With weights of 0 the model ends with the same bits as without heads, dropout and all; the heads' losses are still told."""
     train = {"max_steps": 4, "accumulation_steps": 2, "max_grad_norm": 1e9}
-    nothing = {key: 0.0 for key in ("policy_kl_weight", "value_weight", "dynamics_weight", "span_contrastive_weight")}
+    nothing = {head.weight_key: 0.0 for head in HEADS.values()}
     off = session(tmp_path / "off", model={"dropout": 0.1}, train=train)
     on = session(tmp_path / "on", model={"dropout": 0.1}, train=train, auxiliary=ALL | nothing)
     finish(off)
@@ -54,10 +54,30 @@ def test_they_touch_training_only_through_their_gradient(tmp_path: Path) -> None
     assert all(math.isfinite(told[0]["losses"][name]) and told[0]["losses"][name] > 0 for name in HEADS)
 
 
+def test_the_planner_touches_nothing_but_itself(tmp_path: Path) -> None:
+    """Model and other heads end with the same bits with it and without, where no clipping weighs all gradients together."""
+    train = {"max_steps": 4, "max_grad_norm": 1e9}
+    every = {key: True for key in ALL if key != "enable_planner"}
+    ended = []
+    for name, planner in (("off", {}), ("on", {"enable_planner": True, "planner_weight": 1.0})):
+        finish(built := session(tmp_path / name, model={"dropout": 0.1}, train=train, auxiliary=every | planner))
+        ended.append((weights(built), head_weights(built)))
+    (model, heads), (other_model, others) = ended
+    assert equal(model, other_model) and equal(heads, {name: others[name] for name in heads})
+    assert {name for name in others if name not in heads} == {
+        f"planner.{layer}.{what}" for layer in (0, 2) for what in ("weight", "bias")
+    }
+    assert others["planner.2.weight"].any()
+
+
 def test_each_head_learns(tmp_path: Path) -> None:
     """Every head's loss falls, and so does cross-entropy; `loss` is the weighted sum, and scheduled weights are told."""
     train = {"max_steps": 60, "learning_rate": 3e-3, "per_gpu_batch_size": 16}
-    built = session(tmp_path, train=train, auxiliary=ALL | {"value_weight": {"from": 0.1, "to": 0.05}})
+    weights_of = {
+        "value_weight": {"from": 0.1, "to": 0.05},
+        "span_contrastive_weight": 0.5,
+    }  # spans: at 0.05, they want more steps
+    built = session(tmp_path, train=train, auxiliary=ALL | weights_of)
     finish(built)
     told = events(tmp_path, "step")
     for name in ("cross_entropy", *HEADS):
@@ -68,7 +88,7 @@ def test_each_head_learns(tmp_path: Path) -> None:
         assert last < 0.9 * first, f"{name}: {first} to {last}"
     for event, value_weight in ((told[0], 0.1), (told[-1], 0.05)):
         assert event["scheduled"] == {"value.weight": pytest.approx(value_weight)}
-        of = {"cross_entropy": 1.0, "policy": 0.05, "value": value_weight, "dynamics": 0.05, "span_contrastive": 0.05}
+        of = {**dict.fromkeys(HEADS, 0.05), "cross_entropy": 1.0, "value": value_weight, "span_contrastive": 0.5}
         assert event["loss"] == pytest.approx(sum(of[name] * value for name, value in event["losses"].items()), rel=1e-6)
 
 
@@ -103,7 +123,7 @@ def test_accumulation_does_not_change_the_update(packing: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_resuming_equals_not_stopping(optimizer: str, tmp_path: Path) -> None:
-    """Stopped in between, all four heads on, with dropout: model, heads, optimizer and losses are bit for bit the same."""
+    """Stopped in between, all heads on, with dropout: model, heads, optimizer and losses are bit for bit the same."""
     settings: dict = {"model": {"dropout": 0.1}, "train": {"max_steps": 9, "optimizer": optimizer}, "auxiliary": ALL}
     finish(session(tmp_path / "straight", **settings))
     for stop_at in (4, 99):
@@ -115,7 +135,7 @@ def test_resuming_equals_not_stopping(optimizer: str, tmp_path: Path) -> None:
     assert differences(a, b) == [] and a["heads"].keys() == b["heads"].keys() and equal(a["heads"], b["heads"])
     assert [e["losses"] for e in one.events("step")] == [e["losses"] for e in other.events("step")]
     assert set(a["optimizer"]) >= {f"heads.{name}" for name in a["heads"]}
-    assert {"policy.weight", "value.bias", "dynamics.2.weight", "span_contrastive.0.weight"} <= set(a["heads"])
+    assert {"policy.weight", "value.bias", "dynamics.2.weight", "span_contrastive.0.weight", "planner.0.bias"} <= set(a["heads"])
     muon = {name for name, state in a["optimizer"].items() if set(state) == {"momentum_buffer"}}
     assert bool(muon) == (optimizer == "muon") and not any(name.startswith("heads.") for name in muon)
 
@@ -190,6 +210,10 @@ def test_going_back_to_a_checkpoint_takes_the_heads_along(tmp_path: Path) -> Non
         ),
         ({"train": {"per_gpu_batch_size": 1}}, "per_gpu_batch_size is 1"),
         ({"losses": [{"type": "cross_entropy", "name": "value"}]}, "value is the name of an auxiliary head"),
+        (
+            {"auxiliary": {"enable_value": False, "enable_policy": False}},
+            r"Set auxiliary\.enable_policy, \S+enable_value to true",
+        ),
         ({"auxiliary": {"enable_adaptive_sources": True}}, "enable_adaptive_sources: this version"),
     ],
 )
@@ -203,7 +227,7 @@ def test_what_means_nothing_is_refused(changes: dict, told: str, tmp_path: Path)
 @pytest.mark.slow
 def test_two_ranks_train_as_one_with_twice_the_accumulation(make_project: Callable[..., Project]) -> None:
     """Rows are looked at in the same places, and a curriculum trains the same of them: the same losses of all heads, step by
-    step, and the same heads in the end. All four run on two ranks."""
+    step, and the same heads in the end. All run on two ranks."""
     preset = tiny_preset(
         train={"max_steps": 12, "learning_rate": 1e-4, "precision": "fp32", "curriculum": UPHILL},
         data={"packing": "documents"},
