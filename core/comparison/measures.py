@@ -49,6 +49,9 @@ _KNOWN = {
         Measure("prototype_spread", "spread of the cosines between prototypes", "", 0, 4),
         Measure("prototype_dimensions", "effective directions of the prototypes", "", 0, 1),
         Measure("prototype_drift", "drift of the prototypes", "", 0, 4),
+        Measure(HEAD + "memory.gain", "memory: gain over cropped text", "nats per token", 1),
+        Measure(HEAD + "memory.gap", "memory: gap to the whole text", "nats per token", -1),
+        Measure(HEAD + "memory.reconstruction", "memory: reconstruction", "nats per token", -1),
     )
 }
 _OF_A_TABLE = ("table_cosine", "prototype_cosine", "prototype_spread", "prototype_dimensions", "prototype_drift")

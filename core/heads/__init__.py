@@ -2,6 +2,7 @@
 its `enable_` key and weight in AuxiliarySettings."""
 
 from core.heads.dynamics import Dynamics
+from core.heads.memory import Memory
 from core.heads.policy import Policy
 from core.heads.span_contrastive import SpanContrastive
 from core.heads.value import Value
@@ -11,4 +12,5 @@ HEADS = {
     "value": Value,
     "dynamics": Dynamics,
     "span_contrastive": SpanContrastive,
+    "memory": Memory,
 }

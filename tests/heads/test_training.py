@@ -20,7 +20,7 @@ from tests.project import Project, differences, merged, tiny_preset, train_here
 from tests.test_ddp import assert_ended, on_two
 from tests.test_trainer import assert_close, equal, events, finish, poison, session, weights
 
-BY_ROW = {key: True for key in ALL if key != "enable_span_contrastive"}
+BY_ROW = {key: value for key, value in ALL.items() if key != "enable_span_contrastive"}
 """The heads whose loss in one row does not depend on the other rows."""
 
 
@@ -43,7 +43,7 @@ def test_off_they_leave_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_they_touch_training_only_through_their_gradient(tmp_path: Path) -> None:
     """With weights of 0 the model ends with the same bits as without heads, dropout and all; the heads' losses are still told."""
     train = {"max_steps": 4, "accumulation_steps": 2, "max_grad_norm": 1e9}
-    nothing = {key: 0.0 for key in ("policy_kl_weight", "value_weight", "dynamics_weight", "span_contrastive_weight")}
+    nothing = {key: 0.0 for key in (head.weight_key for head in HEADS.values())}
     off = session(tmp_path / "off", model={"dropout": 0.1}, train=train)
     on = session(tmp_path / "on", model={"dropout": 0.1}, train=train, auxiliary=ALL | nothing)
     finish(off)
@@ -68,7 +68,7 @@ def test_each_head_learns(tmp_path: Path) -> None:
         assert last < 0.9 * first, f"{name}: {first} to {last}"
     for event, value_weight in ((told[0], 0.1), (told[-1], 0.05)):
         assert event["scheduled"] == {"value.weight": pytest.approx(value_weight)}
-        of = {"cross_entropy": 1.0, "policy": 0.05, "value": value_weight, "dynamics": 0.05, "span_contrastive": 0.05}
+        of = {"cross_entropy": 1.0, **dict.fromkeys(HEADS, 0.05), "value": value_weight}
         assert event["loss"] == pytest.approx(sum(of[name] * value for name, value in event["losses"].items()), rel=1e-6)
 
 
@@ -189,6 +189,7 @@ def test_going_back_to_a_checkpoint_takes_the_heads_along(tmp_path: Path) -> Non
             "is not causal",
         ),
         ({"train": {"per_gpu_batch_size": 1}}, "per_gpu_batch_size is 1"),
+        ({"auxiliary": {"memory_tokens_after": 16}}, "needs rows of 33 tokens or more, and model.seq_length is 32"),
         ({"losses": [{"type": "cross_entropy", "name": "value"}]}, "value is the name of an auxiliary head"),
         ({"auxiliary": {"enable_adaptive_sources": True}}, "enable_adaptive_sources: this version"),
     ],
