@@ -158,7 +158,7 @@ class AuxiliarySettings(Settings):
     """Compare directions only."""
     enable_memory: bool = False
     """Learn to compress what was read into summary tokens, and to read on behind them: for texts longer than model.seq_length."""
-    memory_weight: Schedule = 0.05
+    memory_weight: Schedule = 0.2
     """Weight of the memory head's loss."""
     memory_tokens_after: int = Field(64, ge=1)
     """Tokens that are read behind a summary, twice in a row; model.seq_length must be more than twice as many."""

@@ -206,7 +206,7 @@ def test_the_total_is_weighted_and_divided_by_the_counts_it_is_given() -> None:
     batch, _ = placed(heads, rows())
     counts = {"policy": 10.0, "value": 3.0, "dynamics": 7.0, "span_contrastive": 5.0, "memory": 2.0}
     total, sums = heads(seen_of(batch), counts, 0.5)
-    weights = {"policy": 0.5, "value": 0.2, "dynamics": 0.05, "span_contrastive": 0.05, "memory": 0.05}
+    weights = {"policy": 0.5, "value": 0.2, "dynamics": 0.05, "span_contrastive": 0.05, "memory": 0.2}
     assert heads.weights(0.5) == pytest.approx(weights) and heads.scheduled(0.5) == {"value.weight": pytest.approx(0.2)}
     assert total.item() == pytest.approx(sum(weights[name] * sums[name].item() / counts[name] for name in HEADS), rel=1e-12)
     for name in HEADS:

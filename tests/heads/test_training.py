@@ -68,7 +68,7 @@ def test_each_head_learns(tmp_path: Path) -> None:
         assert last < 0.9 * first, f"{name}: {first} to {last}"
     for event, value_weight in ((told[0], 0.1), (told[-1], 0.05)):
         assert event["scheduled"] == {"value.weight": pytest.approx(value_weight)}
-        of = {"cross_entropy": 1.0, **dict.fromkeys(HEADS, 0.05), "value": value_weight}
+        of = {"cross_entropy": 1.0, **dict.fromkeys(HEADS, 0.05), "value": value_weight, "memory": 0.2}
         assert event["loss"] == pytest.approx(sum(of[name] * value for name, value in event["losses"].items()), rel=1e-6)
 
 
