@@ -26,8 +26,6 @@ from torch.nn import functional as F
 
 from core.contracts import IGNORE_INDEX, Batch, LanguageModel, ModelOutput, plain_batch
 from core.heads.look import NOWHERE, Seen, document_bounds, is_text, pick
-from core.losses.cross_entropy import CrossEntropy, CrossEntropySettings
-from core.losses.stack import LossStack
 from core.settings import AuxiliarySettings
 
 # B batch rows, T seq_length, D hidden_size, V vocab_size, K summary tokens, n tokens read behind them, L positions
@@ -54,7 +52,6 @@ class Memory(nn.Module):
         self.look = nn.Linear(D, self.slots * VIEWS, bias=False)  # a softmax over positions would not notice one
         self.say = nn.Linear(VIEWS * D, D)
         self.tell = nn.Linear(self.slots * D, D)
-        self._stack = LossStack([CrossEntropy(CrossEntropySettings())])
 
     # training --------------------------------------------------------------------------------------------------------
 
@@ -72,7 +69,7 @@ class Memory(nn.Module):
     def forward(self, seen: Seen, places: Tensor, valid: Tensor) -> Tensor:
         hidden, labels, summaries = self._read_on(seen, places, valid)
         values, total = self._nats(seen, hidden, labels)
-        # the stack gives the rows' values without a graph, and one total with it, that all rows share
+        # the rows' values are without a graph; the total, which they share, has it
         values = values + (total - total.detach()) / valid.sum().clamp(min=1)
         return values + self.reconstruction_weight * self._reconstruction(seen, places, summaries)
 
@@ -115,12 +112,10 @@ class Memory(nn.Module):
 
     def _nats(self, seen: Seen, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The sum of -log p over a row's targets / 2n: (B,) without a graph; and the sum over rows, () with one."""
-        zeros = torch.zeros_like(labels)
-        part = Batch(zeros, labels, zeros, zeros.int(), zeros.int(), packed=False)  # a loss reads no more
+        assert seen.cross_entropy is not None
         with self._as_the_model_computes(seen):
-            count = labels.shape[1]
-            total, terms = self._stack(ModelOutput(hidden, seen.readout), part, count, 0.0, 1)
-        return terms.values.sum(1) / count, total
+            total, values = seen.cross_entropy(hidden, labels)
+        return values.sum(1) / labels.shape[1], total / labels.shape[1]
 
     def _reconstruction(self, seen: Seen, places: Tensor, summaries: list[Tensor]) -> Tensor:
         """Mean -log p of the tokens before A2 as told by s1 alone, and before B by s2 alone: their mean, (B,).

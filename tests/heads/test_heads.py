@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -40,7 +41,8 @@ def seen_of(batch: Batch, hidden: Tensor | None = None, table: Tensor | None = N
     model.embedding.weight = readout.table
     with torch.no_grad():
         surprise = F.cross_entropy(readout(hidden).transpose(1, 2), batch.labels, ignore_index=IGNORE_INDEX, reduction="none")
-    return Seen(hidden, readout, batch, lambda at: surprise.gather(1, at), torch.float64, model)
+    cross_entropy = partial(LossStack([]).cross_entropy, readout)
+    return Seen(hidden, readout, batch, lambda at: surprise.gather(1, at), torch.float64, model, cross_entropy=cross_entropy)
 
 
 def run(name: str, heads: HeadStack, seen: Seen) -> Tensor:

@@ -3,6 +3,7 @@ are longer than the context."""
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -75,7 +76,7 @@ def test_text_is_seen_through_summaries_only_and_they_see_no_later_token() -> No
         with torch.no_grad():
             head.say.weight.mul_(0.0 if mute else 1.0)
             output = model(changed)
-            seen = heads.look(model, output, changed, lambda at: at.double())
+            seen = heads.look(model, output, changed, lambda at: at.double(), None)
             head(seen, changed.places["memory"], torch.ones(2, dtype=torch.bool))
             head.say.weight.copy_(weight)
         return [taken[0][0], taken[1][0], states[0][0, :n], states[0][0, n:]]
@@ -116,7 +117,9 @@ def test_a_key_is_carried_over_two_summaries() -> None:
     model.eval()
     output = model(batch)
     measured = objective.stack.measure(output, batch, 0.0, 1).terms
-    seen = heads.look(model, output, batch, lambda at: objective.stack.surprise_at(output, batch, measured, at))
+    stack = objective.stack
+    surprise, cross_entropy = partial(stack.surprise_at, output, batch, measured), partial(stack.cross_entropy, output.readout)
+    seen = heads.look(model, output, batch, surprise, cross_entropy)
     found = {name: (total / rows).item() for name, (total, rows) in heads.measure(seen).items()}
     assert found["memory.gain"] > 0.9 * math.log(keys) and abs(found["memory.gap"]) < 0.1 * math.log(keys)
 
