@@ -17,6 +17,7 @@ from torch import nn
 from core.auxiliary import build_heads, check_heads, load_heads, output_of_one_token
 from core.checkpoint import FORMAT, LINEAGE_OF_ITS_OWN, CheckpointStore
 from core.contracts import call_if_defined
+from core.curriculum import build_curriculum
 from core.data.corpus import Corpus, PipelineFactory, data_position, open_corpus
 from core.data.encoding import shown
 from core.data.loader import Loader
@@ -148,7 +149,7 @@ def build_training(
         factory,
         position,
         parallel,
-        rows_per_step,
+        rows_per_step * preset.train.candidates,
         corpus.names,
         preset.data.lanes,
         packed=preset.data.packing != "padding",
@@ -160,6 +161,8 @@ def build_training(
     )
     compile_from_step, compile_told = _compile_plan(preset, runtime, saved, model, horizon)
     dtype = runtime.compute_dtype(preset.train.precision)
+    curriculum = build_curriculum(preset.train, corpus.objective, len(corpus.names), parallel, runtime.device, dtype)
+    notes += [curriculum.note] if curriculum is not None else []
     evaluator = Evaluator(
         lambda: corpus.validation_rows(tokenizer, preset.model.seq_length, preset.train.eval_tokens, validation_seed),
         stack,
@@ -241,6 +244,7 @@ def build_training(
         should_stop=should_stop,
         source_weights=dict(zip(corpus.names, corpus.mix.weights)),
         compile_from_step=compile_from_step,
+        curriculum=curriculum,
     )
     return TrainingSession(trainer, log, start_event, notes, warnings)
 
@@ -330,7 +334,7 @@ def _horizon(preset: Any, corpus: Corpus, tokenizer: Tokenizer) -> Horizon:
     tokens = RUN_TOKENS * train.runs
     if train.max_epochs is not None:
         once = corpus.epoch_tokens(tokenizer, tokens)
-        tokens = max(1, min(tokens, once * train.max_epochs))
+        tokens = max(1, min(tokens, once * train.max_epochs // train.candidates))
     steps = train.max_steps
     return Horizon(RUN_TOKENS, tokens, steps, steps * train.runs if steps else None)
 
@@ -362,7 +366,7 @@ def _data(
     tokens = horizon.horizon_tokens
     if horizon.horizon_steps is not None:
         tokens = min(tokens, horizon.horizon_steps * rows_per_step * preset.model.seq_length)
-    mix = replace(corpus.mix, rates=rates, horizon_tokens=tokens)
+    mix = replace(corpus.mix, rates=rates, horizon_tokens=tokens * preset.train.candidates)
     facts = {"fingerprint": fingerprint, "contents": contents, "held_out": corpus.hold_out.state()}
     return corpus.pipeline_factory(tokenizer, preset.model.seq_length, mix), position, facts, notes
 

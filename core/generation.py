@@ -16,7 +16,7 @@ several tokens would be read as a longer prompt is: `Reader.next_scores` takes a
 """
 
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from core.continuation import Continuation
 from core.contracts import LanguageModel, ModelOutput, Readout, call_if_defined, plain_batch
+from core.data.chat import MARKERS, STOP, encode_turn, read_turn
 from core.data.tokenizer import Tokenizer
 from core.errors import UserError
 from core.heads.memory import Memory, Summary, read
@@ -131,8 +132,11 @@ def stream(voice: Voice, row: Row) -> Iterator[str]:
 
 
 def generate(voice: Voice, prompt: str, settings: GenerateSettings, seed: int) -> str:
-    """Continue `prompt` by up to `settings.max_tokens` tokens, or to the end of the document, or to a stop string."""
-    row = Row(voice.tokenizer, document_start(voice.tokenizer, prompt), Wish.of(settings), seed)
+    """Continue `prompt` by up to `settings.max_tokens` tokens, or to the end of the document, or to a stop string.
+
+    A prompt that is a conversation written out (ChatML) is answered: encoded as in training, to the end of the assistant's turn.
+    """
+    row = _row_of_prompt(voice.tokenizer, prompt, Wish.of(settings), seed)
     for _ in advance(voice, [row]):
         pass
     return row.text
@@ -141,6 +145,16 @@ def generate(voice: Voice, prompt: str, settings: GenerateSettings, seed: int) -
 def document_start(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """The tokens of a text that begins a document, as in training: after the end of the one before. Markers in it are text."""
     return [tokenizer.eos_id, *tokenizer.encode_batch([prompt])[0].tolist()]
+
+
+def _row_of_prompt(tokenizer: Tokenizer, prompt: str, wish: Wish, seed: int) -> Row:
+    turn, stop = read_turn(prompt), tokenizer.special_id(STOP)
+    if turn is None:
+        return Row(tokenizer, document_start(tokenizer, prompt), wish, seed)
+    if stop is None:  # spelled out
+        wish = replace(wish, until=(*wish.until, *MARKERS))
+    ids = [tokenizer.eos_id, *encode_turn(tokenizer, turn)]
+    return Row(tokenizer, ids, wish, seed, () if stop is None else (stop,))
 
 
 # choosing ------------------------------------------------------------------------------------------------------------

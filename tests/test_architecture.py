@@ -30,6 +30,7 @@ FLOORS = {
     "core.checkpoint": 2,
     "core.weights": 2,
     "core.evaluation": 2,
+    "core.curriculum": 2,
     "core.geometry": 2,
     "core.freezing": 2,
     "core.generation": 2,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from core.contracts import Batch, ModelOutput
+from core.data.chat import MARKERS, START, encode_chat, encode_turn, render_chat
 from core.data.tokenizer import Tokenizer, build_tokenizer
 from core.errors import UserError
 from core.generation import FIRST_LOOK, Row, Voice, Wish, advance, document_start, generate, sample_top_p, stream
@@ -106,6 +107,26 @@ def test_the_end_of_the_document_ends_the_text(tokenizer: Tokenizer) -> None:
 
     settings = GenerateSettings(max_tokens=50, no_repeat_ngram=0)
     assert generate(Voice(Scripted(say), tokenizer, 64), "xyz", settings, seed=1) == "aa"
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_a_conversation_in_a_preset_is_answered(marked: bool) -> None:
+    """Encoded as training encodes conversations, where the tokenizer has the markers and where they are spelled out; the answer
+    ends with its marker."""
+    messages = (("user", "abc"),)
+    tokenizer = build_tokenizer(TokenizerSettings(vocab_size=300), ["abcabc say"] * 20, MARKERS if marked else ())
+    rest = list(encode_chat(tokenizer, [(*messages, ("assistant", "say"))])[0][0])
+    began = [tokenizer.eos_id, *encode_turn(tokenizer, messages)]
+
+    def say(ids: list[int]) -> Tensor:
+        out = torch.full((tokenizer.vocab_size,), -1e4)
+        out[rest[len(ids) - 1]] = 10.0
+        return out
+
+    model = Scripted(say, tokenizer.vocab_size)
+    settings = GenerateSettings(max_tokens=50, no_repeat_ngram=0)
+    assert generate(Voice(model, tokenizer, 200), f"{render_chat(messages)}{START}assistant\n", settings, seed=1) == "say"
+    assert model.seen[0][0] == began
 
 
 def test_the_context_is_cropped_to_what_the_model_knows(tokenizer: Tokenizer) -> None:

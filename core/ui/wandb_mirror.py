@@ -105,6 +105,7 @@ def _values(event: dict) -> dict[str, Any]:
         out |= {f"losses/{name}": value for name, value in (event.get("losses") or {}).items()}
         out |= {f"scheduled/{name}": value for name, value in (event.get("scheduled") or {}).items()}
         out |= {f"model/{name}": value for name, value in (event.get("model") or {}).items()}
+        out |= {f"curriculum/{name}": value for name, value in (event.get("curriculum") or {}).items()}
         for name, source in (event.get("sources") or {}).items():
             out |= {f"sources/{name}/{key}": value for key, value in source.items()}
     elif kind == "eval":

@@ -18,7 +18,7 @@ from core.trained import load_trained
 from tests.heads.setup import ALL
 from tests.project import Project, differences, merged, tiny_preset, train_here
 from tests.test_ddp import assert_ended, on_two
-from tests.test_trainer import assert_close, equal, events, finish, poison, session, weights
+from tests.test_trainer import UPHILL, assert_close, equal, events, finish, poison, session, weights
 
 BY_ROW = {key: value for key, value in ALL.items() if key != "enable_span_contrastive"}
 """The heads whose loss in one row does not depend on the other rows."""
@@ -203,10 +203,12 @@ def test_what_means_nothing_is_refused(changes: dict, told: str, tmp_path: Path)
 
 @pytest.mark.slow
 def test_two_ranks_train_as_one_with_twice_the_accumulation(make_project: Callable[..., Project]) -> None:
-    """Rows are looked at in the same places: the same losses of all heads, step by step, and the same heads in the end. All four
-    run on two ranks."""
+    """Rows are looked at in the same places, and a curriculum trains the same of them: the same losses of all heads, step by
+    step, and the same heads in the end. All four run on two ranks."""
     preset = tiny_preset(
-        train={"max_steps": 12, "learning_rate": 1e-4, "precision": "fp32"}, data={"packing": "documents"}, auxiliary=BY_ROW
+        train={"max_steps": 12, "learning_rate": 1e-4, "precision": "fp32", "curriculum": UPHILL},
+        data={"packing": "documents"},
+        auxiliary=BY_ROW,
     )
     every = merged(preset, {"auxiliary": ALL, "train": {"max_steps": 3}})
     two = make_project({"t": preset, "every": every}, "two")
@@ -219,4 +221,7 @@ def test_two_ranks_train_as_one_with_twice_the_accumulation(make_project: Callab
     assert len(mine) == len(theirs) == 12
     for a, b in zip(mine, theirs):
         assert a["losses"] == pytest.approx(b["losses"], rel=1e-4) and a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        chosen, others = a["curriculum"], b["curriculum"]
+        assert chosen["buckets"] == others["buckets"] and chosen["loss"] == pytest.approx(others["loss"], rel=1e-5)
+        assert a["sources"]["texts"]["tokens"] == b["sources"]["texts"]["tokens"]
     assert_close(Project(one).checkpoint()["heads"], two.checkpoint()["heads"], 1e-5)
