@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 ON = {
@@ -24,10 +25,12 @@ ON = {
     "all four": ("policy", "value", "dynamics", "span_contrastive"),
     "rollouts": ("policy", "value", "rollouts"),
     "planner": ("policy", "value", "rollouts", "planner"),
+    "memory": ("memory",),
 }
 
 ROUNDS, WARM_UP = 12, 2
 ROWS, SEQ_LENGTH, DOCUMENT = 32, 256, 100
+AFTER = 32  # tokens behind a summary: twice as many fit into a document
 VOCAB_SIZES = {"default": 8192, "gpt2": 50257}
 
 
@@ -50,8 +53,8 @@ def make_step(variant: str, vocab_size: int) -> Callable[[int], float]:
     torch.manual_seed(0)
     settings = SimpleLMSettings()
     model, stack = SimpleLM(settings, vocab_size), LossStack([CrossEntropy(CrossEntropySettings())])
-    wanted = {f"enable_{name}": True for name in ON[variant]}
-    heads = HeadStack(HEADS, AuxiliarySettings(**wanted), settings.hidden_size, vocab_size) if wanted else None
+    wanted: Any = {f"enable_{name}": True for name in ON[variant]} | {"memory_tokens_after": AFTER}
+    heads = HeadStack(HEADS, AuxiliarySettings(**wanted), settings.hidden_size, vocab_size) if ON[variant] else None
     objective = Objective(model, stack, 1, heads).to(device)
     optimizer = torch.optim.AdamW(objective.parameters(), fused=True)
     ids = torch.randint(0, vocab_size, (ROWS, SEQ_LENGTH))

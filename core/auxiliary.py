@@ -52,6 +52,7 @@ def check_heads(preset: Any, model: nn.Module, stack: LossStack) -> None:
         masked = objective_of(preset.model) == MASKED_TOKENS
         why = "predicts masked tokens" if masked else "is not causal: its positions see later ones"
         raise UserError(f"{keys}: heads predict what comes, but this model {why}. Set them to false, or take another model.")
+    _check_memory(preset)
     if preset.auxiliary.enable_span_contrastive and preset.train.per_gpu_batch_size < 2:
         raise UserError(
             "auxiliary.enable_span_contrastive tells a span from the others of a forward pass, and train.per_gpu_batch_size is "
@@ -64,6 +65,17 @@ def check_heads(preset: Any, model: nn.Module, stack: LossStack) -> None:
             raise UserError(f"auxiliary.enable_{name} builds on heads that are off. Set {others} to true, or it to false.")
     if twice := sorted({loss.name for loss in stack.losses} & HEADS.keys()):
         raise UserError(f'losses: {", ".join(twice)} is the name of an auxiliary head; give the loss another "name".')
+
+
+def _check_memory(preset: Any) -> None:
+    """Raises UserError where there is no room for what the memory head reads."""
+    T, n, K = preset.model.seq_length, preset.auxiliary.memory_tokens_after, preset.auxiliary.memory_slots
+    least = 1 + 2 * max(n, K)
+    if preset.auxiliary.enable_memory and least > T:
+        raise UserError(
+            f"auxiliary.memory_tokens_after is {n} and memory_slots {K}: the memory head needs rows of {least} tokens or more, "
+            f"and model.seq_length is {T}. Make it longer, or those smaller."
+        )
 
 
 def load_heads(heads: HeadStack | None, saved: Mapping[str, Tensor]) -> list[str]:

@@ -44,6 +44,13 @@ class Batch:
         return Batch(**changed)
 
 
+def plain_batch(input_ids: Tensor) -> Batch:
+    """Rows (B, T) of one text each, that nobody learns from."""
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    zeros = torch.zeros_like(input_ids, dtype=torch.int32)
+    return Batch(input_ids, input_ids, positions, zeros, zeros, packed=False)
+
+
 class Readout(Protocol):
     """Maps any slice of hidden states to vocabulary scores.
 

@@ -169,7 +169,9 @@ class Evaluator:
             sums = {"count": measures.terms.count, **measures.facts}
             if self._heads is not None:
                 surprise = partial(self._stack.surprise_at, output, moved, measures.terms)
-                for name, found in self._heads.measure(self._heads.look(model, output, moved, surprise)).items():
+                cross_entropy = partial(self._stack.cross_entropy, output.readout)
+                seen = self._heads.look(model, output, moved, surprise, cross_entropy)
+                for name, found in self._heads.measure(seen).items():
                     self._of_heads[name] = found.double() + self._of_heads.get(name, 0.0)
             if (decoder := call_if_defined(model, "baseline_readout")) is not None:
                 facts = self._baseline.measure(ModelOutput(output.hidden, decoder), moved, progress, num_sources).facts

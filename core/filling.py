@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from core.contracts import plain_batch
 from core.data.tokenizer import MASK, Tokenizer
-from core.generation import full_scores, plain_batch
+from core.generation import full_scores
 from core.geometry import nearest
 
 CHOICES = 5

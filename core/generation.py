@@ -10,21 +10,24 @@ State: none beyond the rows; the same seed gives the same text, whatever the oth
 
 A cache holds rows of one length. Prompts differ, so a batch is first read as far as its shortest prompt goes, and the others
 follow with their own tokens from there: nothing is padded, and each row sees exactly its tokens. Beyond the context, and without
-a cache, the whole context is read for each new token: what falls out of it changes what every position in it has seen. A draft
-of several tokens would be read as a longer prompt is: `Reader.next_scores` takes any number of new ones.
+a cache, the whole context is read for each new token: what falls out of it changes what every position in it has seen. With a
+memory, half a context at a time becomes a summary instead, which stands before the rest and is cached with it. A draft of
+several tokens would be read as a longer prompt is: `Reader.next_scores` takes any number of new ones.
 """
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from core.continuation import Continuation
-from core.contracts import Batch, LanguageModel, Readout, call_if_defined
+from core.contracts import LanguageModel, ModelOutput, Readout, call_if_defined, plain_batch
 from core.data.chat import MARKERS, STOP, encode_turn, read_turn
 from core.data.tokenizer import Tokenizer
 from core.errors import UserError
+from core.heads.memory import Memory, Summary, read
 from core.settings import GenerateSettings
 
 Guide = Callable[[Tensor, Tensor], Tensor]
@@ -41,6 +44,8 @@ class Voice:
     """Tokens the model can see; the oldest are left out beyond it."""
     guide: Guide | None = None
     """What changes its scores."""
+    memory: Memory | None = None
+    """What compresses the oldest tokens, where they would be left out."""
 
 
 @dataclass(frozen=True)
@@ -200,33 +205,55 @@ class Reader:
     """Reads texts that grow at their ends, all of one length."""
 
     def __init__(self, voice: Voice):
-        self._model, self._context, self._guide = voice.model, voice.context, voice.guide
+        self._model, self._context, self._guide, self._memory = voice.model, voice.context, voice.guide, voice.memory
         self._device = next(voice.model.parameters()).device  # type: ignore[attr-defined]
         self._cache = call_if_defined(voice.model, "new_cache")
-        self._read = 0  # tokens the cache holds
+        self._read = 0  # tokens that are in the cache, or in the summary
+        self._summary: Summary | None = None
+        self._begin = 0  # tokens that are seen through it only
+        assert voice.memory is None or voice.memory.slots < voice.context // 2, "no room for a summary"
 
     def next_scores(self, rows: list[list[int]]) -> Tensor:
         """Scores (B, V) of the token that follows each row. Each begins with what it was before."""
         length = len(rows[0])
-        if self._cache is not None and length <= self._context:
-            new = torch.tensor([row[self._read :] for row in rows], device=self._device)  # (B, t)
-            output = self._model.extend(new, self._cache)  # type: ignore[attr-defined]
+        if self._memory is not None:
+            self._compress(rows, length)
+        if self._cache is not None and self._begin + self._room >= length:
+            output = self._pass(rows, self._read, length, self._cache)
             self._read = length
         else:
-            output = self._model(plain_batch(torch.tensor([row[-self._context :] for row in rows], device=self._device)))
+            output = self._pass(rows, max(self._begin, length - self._context), length)
         hidden = output.hidden[:, -1]  # (B, D)
         scores = full_scores(output.readout, hidden)  # (B, V)
         return scores if self._guide is None else self._guide(hidden, scores)
+
+    @property
+    def _room(self) -> int:
+        """Tokens that fit into the context."""
+        return self._context - (0 if self._summary is None else self._summary.vectors.shape[1])
+
+    def _compress(self, rows: list[list[int]], length: int) -> None:
+        """Until the rest fits: the oldest half context becomes one summary with what is in it already.
+
+        Where it begins depends on the length alone, so a text that is read at once is read as one that grew.
+        """
+        while length - self._begin > self._room:
+            end = self._begin + self._context // 2
+            self._summary = self._memory.compress(self._model, self._tokens(rows, self._begin, end), self._summary)  # type: ignore[union-attr]
+            self._cache, self._begin, self._read = call_if_defined(self._model, "new_cache"), end, end
+
+    def _pass(self, rows: list[list[int]], begin: int, end: int, cache: Any = None) -> ModelOutput:
+        """Of the tokens from `begin` to `end`; behind the summary, where these are the first after it."""
+        ids = self._tokens(rows, begin, end)
+        if self._summary is not None and begin == self._begin:
+            return read(self._model, ids, self._summary, cache)
+        return self._model(plain_batch(ids)) if cache is None else self._model.extend(ids, cache)  # type: ignore[attr-defined]
+
+    def _tokens(self, rows: list[list[int]], begin: int, end: int) -> Tensor:
+        return torch.tensor([row[begin:end] for row in rows], device=self._device)  # (B, t)
 
 
 def full_scores(readout: Readout, hidden: Tensor) -> Tensor:
     """Scores (n, V) of hidden states (n, D) in fp32 at least, whatever the model computes in: bf16 has three digits."""
     with torch.autocast(hidden.device.type, enabled=False):
         return readout(hidden.to(torch.promote_types(hidden.dtype, torch.float32)))
-
-
-def plain_batch(input_ids: Tensor) -> Batch:
-    """Rows (B, T) of one text each, that nobody learns from."""
-    positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-    zeros = torch.zeros_like(input_ids, dtype=torch.int32)
-    return Batch(input_ids, input_ids, positions, zeros, zeros, packed=False)

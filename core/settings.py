@@ -199,6 +199,16 @@ class AuxiliarySettings(Settings):
     """Likeliest tokens the planner rolls out."""
     planner_kl_weight: float = Field(0.1, ge=0.0)
     """Weight, inside the planner's loss, of its distribution's divergence from the model's."""
+    enable_memory: bool = False
+    """Learn to compress what was read into summary tokens, and to read on behind them: for texts longer than model.seq_length."""
+    memory_weight: Schedule = 0.2
+    """Weight of the memory head's loss."""
+    memory_tokens_after: int = Field(64, ge=1)
+    """Tokens that are read behind a summary, twice in a row; model.seq_length must be more than twice as many."""
+    memory_slots: int = Field(1, ge=1)
+    """Summary tokens."""
+    memory_reconstruction_weight: float = Field(0.1, ge=0.0)
+    """Share of the reconstruction loss in the memory head's loss."""
     enable_adaptive_sources: bool = False
     """Draw more from sources with a higher loss."""
     adaptive_interval_tokens: int = Field(5_000_000, ge=1)
@@ -235,6 +245,9 @@ class GenerateSettings(Settings):
     chat: Literal["auto", "always", "never"] = "auto"
     """The generate job: whether what is typed are turns of a conversation (ChatML), or beginnings to be continued. auto: a
     conversation where the tokenizer has the special tokens <|im_start|> and <|im_end|>."""
+    memory: bool = True
+    """The generate job: where the model was trained with the memory head, a text that outgrows model.seq_length goes on behind a
+    summary of its beginning. false: its oldest tokens are left out, as without that head."""
 
 
 class TokenizeSettings(Settings):

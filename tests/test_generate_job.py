@@ -124,6 +124,24 @@ def test_a_model_of_masked_tokens_fills_in_blanks(tmp_path: Path, monkeypatch: p
     assert isinstance(speaker, BlankFiller) and obey(speaker, "/max 3").startswith("there is no command /max")
 
 
+def test_a_memory_is_used_where_the_model_has_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first lines say so. Answers that fit into the context are the same as without, and a conversation is kept whole."""
+    train_here(merged(TRAINED, {"auxiliary": {"enable_memory": True, "memory_tokens_after": 4}}), tmp_path)
+    said = {}
+    for memory in (True, False):
+        for tokens in (20, 60):
+            told = piped(
+                tmp_path, monkeypatch, "In year\n", generate={"memory": memory, "max_tokens": tokens, "temperature": 1.0}
+            )
+            assert told[1] == "continues what you type" + "; what no longer fits is remembered in a summary" * memory
+            said[memory, tokens] = told[2:]
+    assert said[True, 20] == said[False, 20] and said[True, 60] != said[False, 60]
+    trained = load_trained(preset_of(generate={"chat": "always"}), tmp_path, detect_runtime())
+    speaker = speaker_of(trained)
+    texts = [list(speaker.answer(f"question {number}")) for number in range(3)]
+    assert len(texts) == 3 and "question 0" in trained.tokenizer.decode(speaker._fitted())
+
+
 # conversations -------------------------------------------------------------------------------------------------------
 
 

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.contracts import Readout
-from core.generation import full_scores, plain_batch
+from core.contracts import Readout, plain_batch
+from core.generation import full_scores
 
 SCORES_AT_ONCE = 1 << 24
 """Numbers of one chunk of scores: 64 MB."""

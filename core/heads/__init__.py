@@ -2,6 +2,7 @@
 its `enable_` key and weight in AuxiliarySettings."""
 
 from core.heads.dynamics import Dynamics
+from core.heads.memory import Memory
 from core.heads.planner import Planner
 from core.heads.policy import Policy
 from core.heads.rollouts import Rollouts
@@ -15,4 +16,5 @@ HEADS = {
     "span_contrastive": SpanContrastive,
     "rollouts": Rollouts,
     "planner": Planner,
+    "memory": Memory,
 }

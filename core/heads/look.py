@@ -33,6 +33,8 @@ class Seen:
     dtype: torch.dtype  # of large matrix products; all else is fp32 or wider
     model: LanguageModel | None = None  # for a head that has it read something else
     heads: Mapping[str, nn.Module] = field(default_factory=dict)  # all that are on, for a head that builds on others
+    cross_entropy: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    """Of what the model made of something else: hidden (B, n, D), labels (B, n) -> the sum () with its graph, values (B, n)."""
 
     def at(self, positions: Tensor) -> Tensor:
         """Hidden states: (B,) -> (B, D) or (B, n) -> (B, n, D), in fp32 or wider."""

@@ -13,7 +13,7 @@ and, where it has them,
     measure(seen, places, valid)    {what: (B,)} other numbers of held-out rows than its loss, without gradient
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -58,12 +58,13 @@ class HeadStack(nn.ModuleDict):
         assert batch.places is not None
         return {name: int((places[:, 0] != NOWHERE).sum()) for name, places in batch.places.items()}
 
-    def look(self, model: LanguageModel, output: ModelOutput, batch: Batch, surprise: Callable[[Tensor], Tensor]) -> Seen:
-        """A forward pass as the heads see it. Called under the autocast of the pass, if there is one."""
+    def look(self, model: LanguageModel, output: ModelOutput, batch: Batch, surprise: Any, cross_entropy: Any) -> Seen:
+        """A forward pass as the heads see it; the last two as Seen has them. Called under the autocast of the pass, if there is
+        one."""
         hidden, kind = output.hidden, output.hidden.device.type
         wide = torch.promote_types(hidden.dtype, torch.float32)
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else wide
-        return Seen(hidden, output.readout, batch, surprise, dtype, model, self)
+        return Seen(hidden, output.readout, batch, surprise, dtype, model, self, cross_entropy)
 
     def forward(self, seen: Seen, counts: Mapping[str, float], progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum over heads of weight * sum over rows / count, with its graph; and each head's sum, without.

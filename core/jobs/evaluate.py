@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 
+from core.contracts import plain_batch
 from core.data.corpus import open_held_out
 from core.errors import Interrupted, NoData, UserError
-from core.generation import Voice, plain_batch
+from core.generation import Voice
 from core.harness.library import version
 from core.harness.perplexity import held_out_rows, perplexity
 from core.harness.results import (

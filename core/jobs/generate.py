@@ -23,6 +23,7 @@ from core.data.tokenizer import MASK
 from core.errors import UserError
 from core.filling import fill
 from core.generation import Row, Voice, Wish, document_start, stream
+from core.heads.memory import Memory
 from core.randomness import derive_seed
 from core.runtime import Runtime
 from core.settings import MASKED_TOKENS, NEXT_TOKEN, objective_of
@@ -187,7 +188,8 @@ class Speaker:
         """Raises UserError when the preset asks for a planner that was not trained."""
         self._trained, self._tokenizer = trained, trained.tokenizer
         self._context = trained.preset.model.seq_length
-        self._voice = Voice(trained.model, trained.tokenizer, self._context)  # type: ignore[arg-type]
+        self._memory = memory_of(trained)
+        self._voice = Voice(trained.model, trained.tokenizer, self._context, memory=self._memory)  # type: ignore[arg-type]
         self._planner = trained.guide()
         if self._planner is not None:
             self.knobs = {**self.knobs, "planner": OF_PLANNER}
@@ -204,6 +206,8 @@ class Speaker:
             self.change("planner", True)
             heads = trained.preset.auxiliary
             self.about += f"; its planner weighs {heads.planner_candidates} tokens, {heads.rollout_steps} steps ahead"
+        if self._memory is not None:
+            self.about += "; what no longer fits is remembered in a summary"
 
     def answer(self, line: str) -> Iterator[str]:
         """What the model says after a line, piece by piece."""
@@ -243,7 +247,7 @@ class Speaker:
 
 
 class Chatter(Speaker):
-    """Answers as the assistant of a conversation, which it remembers as far as it fits into the context."""
+    """Answers as the assistant of a conversation: of what fits into the context, or of all of it, with a memory."""
 
     about = "answers you in a conversation"
 
@@ -276,7 +280,10 @@ class Chatter(Speaker):
         return [self._tokenizer.eos_id, *encode_turn(self._tokenizer, messages)]
 
     def _fitted(self) -> list[int]:
-        """The conversation's tokens; while they and an answer do not fit into the context, its oldest exchange is forgotten."""
+        """The conversation's tokens; while they and an answer do not fit into the context, its oldest exchange is forgotten, but
+        for a memory, which compresses it."""
+        if self._memory is not None:
+            return self._ids(self._messages)
         while len(ids := self._ids(self._messages)) + self._wish.max_tokens > self._context and len(self._messages) > 2:
             self._messages = self._messages[2:]
         return ids
@@ -293,6 +300,12 @@ class BlankFiller(Speaker):
 
     def alone(self, prompt: str, number: int, of_preset: bool = False) -> Iterator[str]:
         yield fill(self._trained.model, self._tokenizer, prompt, self._context)[1]
+
+
+def memory_of(trained: Trained) -> Memory | None:
+    """The memory head that the model was trained with, if it is to be used."""
+    heads = trained.heads() if trained.preset.generate.memory else None
+    return heads["memory"] if heads is not None and "memory" in heads else None  # type: ignore[return-value]
 
 
 def speaker_of(trained: Trained) -> Speaker:

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from core.contracts import plain_batch
 from core.data.corpus import open_held_out
 from core.errors import Interrupted, UserError
-from core.generation import plain_batch
 from core.interpretation.results import Interpretation, interpret_routing
 from core.interpretation.routing import Reading, Router, static_routing
 from core.models.polyglu import NAMES

@@ -115,10 +115,16 @@ class LossStack:
         if isinstance(first, CrossEntropy) and first.settings.label_smoothing == 0.0:
             return terms.values.gather(1, at)
         hidden = output.hidden.gather(1, at[:, :, None].expand(-1, -1, output.hidden.shape[-1]))  # (B, n, D)
-        zeros = torch.zeros_like(at)
-        part = Batch(zeros, batch.labels.gather(1, at), zeros, zeros.int(), zeros.int(), packed=False)  # a loss reads no more
+        return self.cross_entropy(output.readout, hidden, batch.labels.gather(1, at))[1]
+
+    def cross_entropy(self, readout: Readout, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Plain cross-entropy of any hidden states (B, n, D) and labels (B, n), whatever the losses are: its sum () with a graph,
+        and its values (B, n) without one, 0 where there is no target. Walked over as all losses are."""
+        zeros = torch.zeros_like(labels)
+        part = Batch(zeros, labels, zeros, zeros.int(), zeros.int(), packed=False)  # a loss reads no more
         plain = LossStack([CrossEntropy(CrossEntropySettings())], self.chunk_rows, self.block_rows)
-        return plain(ModelOutput(hidden, output.readout), part, 1, 0.0, 1)[1].values
+        total, terms = plain(ModelOutput(hidden, readout), part, 1, 0.0, 1)
+        return total, terms.values
 
     def _work(self, output: ModelOutput, batch: Batch, progress: float, reads_table: bool) -> tuple[Tensor, Work]:
         """hidden (P, D), and what to walk over."""

@@ -14,7 +14,9 @@ from core.models.initial import draw_weights
 from core.settings import AuxiliarySettings
 from core.trainer import Objective
 
-ALL = {f"enable_{name}": True for name in HEADS}
+ON = {f"enable_{name}": True for name in HEADS}
+ALL: dict[str, Any] = ON | {"memory_tokens_after": 3}
+"""All heads, as they fit into short rows."""
 
 
 def rows_of(lengths: list[list[int]], width: int, vocab_size: int, seed: int = 2) -> Batch:
@@ -39,7 +41,7 @@ def rows_of(lengths: list[list[int]], width: int, vocab_size: int, seed: int = 2
 
 def heads_for(hidden_size: int, vocab_size: int, seed: int = 0, **settings: Any) -> HeadStack:
     """The heads that settings switch on; all of them where they switch on none."""
-    wanted = settings if any(key in ALL for key in settings) else ALL | settings
+    wanted = settings if any(key in ON for key in settings) else ALL | settings
     heads = HeadStack(HEADS, AuxiliarySettings(**wanted), hidden_size, vocab_size)
     torch.manual_seed(seed)
     heads.apply(draw_weights)

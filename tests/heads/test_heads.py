@@ -2,12 +2,13 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from core.contracts import IGNORE_INDEX, Batch, ModelOutput
 from core.heads import HEADS
@@ -16,6 +17,7 @@ from core.heads.stack import HeadStack
 from core.losses.cosine import Cosine, CosineSettings
 from core.losses.cross_entropy import CrossEntropy, CrossEntropySettings
 from core.losses.stack import LossStack
+from core.models.attention import DocumentMask
 from core.models.readout import LinearReadout
 from core.schedules import Piece
 from tests.heads.setup import ALL, gradients, heads_for, objective_of, placed, rows_of
@@ -30,14 +32,18 @@ def rows(lengths: list[list[int]] = LENGTHS) -> Batch:
 
 
 def seen_of(batch: Batch, heads: HeadStack | None = None, hidden: Tensor | None = None, table: Tensor | None = None) -> Seen:
-    """Of random hidden states, in float64; `heads`: those that others can build on."""
+    """Of random hidden states, in float64, and a model with this table; `heads`: those that others can build on."""
     torch.manual_seed(5)
     if hidden is None:
         hidden = torch.randn(*batch.labels.shape, D, dtype=torch.float64)
-    readout = LinearReadout(torch.randn(V, D, dtype=torch.float64) if table is None else table)
+    readout = LinearReadout(nn.Parameter(torch.randn(V, D, dtype=torch.float64)) if table is None else table)
+    model: Any = build("simple_lm").double()
+    model.embedding.weight = readout.table
     with torch.no_grad():
         surprise = F.cross_entropy(readout(hidden).transpose(1, 2), batch.labels, ignore_index=IGNORE_INDEX, reduction="none")
-    return Seen(hidden, readout, batch, lambda at: surprise.gather(1, at), torch.float64, heads=heads or {})
+    cross_entropy = partial(LossStack([]).cross_entropy, readout)
+    found = Seen(hidden, readout, batch, lambda at: surprise.gather(1, at), torch.float64, model, heads or {})
+    return replace(found, cross_entropy=cross_entropy)
 
 
 def run(name: str, heads: HeadStack, seen: Seen) -> Tensor:
@@ -63,6 +69,8 @@ def valid_places(name: str, batch: Batch, span_tokens: int, fraction: float) -> 
             length = max(1, int(fraction * (stop - begin)))
             if name == "span_contrastive":
                 own |= {(begin, p, p + length)} if begin < p and p + length <= stop else set()
+            elif name == "memory":
+                own |= {(begin, p, p + 6)} if begin < p and p + 6 <= stop and any(known[p : p + 6]) else set()
             else:
                 ahead = range(p, min(p + span_tokens, stop))
                 is_valid = {
@@ -188,6 +196,8 @@ def plain(name: str, heads: HeadStack, seen: Seen, row: int) -> Tensor:
         tokens = torch.stack([table[batch.input_ids[row, t]] for t in (p + 1, p + 2, p + 3)]).mean(0)
         predicted = head[2](F.gelu(head[0](torch.cat([hidden[p], tokens]))))
         return ((predicted - hidden[p + 1 : p + 4].mean(0)) ** 2).mean()
+    if name == "memory":
+        return plain_memory(head, seen, row)
 
     def project(states: Tensor) -> Tensor:
         return F.normalize(head[2](F.gelu(head[0](states))).mean(0), dim=-1)
@@ -201,6 +211,25 @@ def plain(name: str, heads: HeadStack, seen: Seen, row: int) -> Tensor:
     ]
     scores = torch.stack([query @ key / 0.07 for _, key in keys])
     return -scores.log_softmax(-1)[[other for other, _ in keys].index(row)]
+
+
+def plain_memory(head: Any, seen: Seen, row: int) -> Tensor:
+    """Summaries written out, and put before the tokens' embeddings without a hook."""
+    batch, table, model = seen.batch, seen.readout.table, seen.model
+    begin, middle, _ = batch.places["memory"][row].tolist()
+    states, ids, losses, bags = seen.hidden[row, begin:middle], batch.input_ids[row], [], []
+    for start in (middle, middle + 3):
+        weights = torch.stack([(states @ look).softmax(0) for look in head.look.weight])  # (4, L)
+        summary = (weights @ states).flatten() @ head.say.weight.T + head.say.bias
+        bag = (table @ (head.tell.weight @ summary + head.tell.bias)).log_softmax(0)
+        bags.append(-torch.stack([bag[ids[t]] for t in range(begin, start)]).mean())
+        x = torch.cat([summary[None], table[ids[start : start + 3]]]) + model.pos_embedding.weight[:4]
+        x = x[None]
+        for layer in model.layers:
+            x = layer(x, DocumentMask("sdpa", x.dtype, causal=True))
+        states = model.norm(x)[0]  # (4, D): what the next summary is made of
+        losses += [-(states[1 + i] @ table.T).log_softmax(0)[batch.labels[row, start + i]] for i in range(3)]
+    return torch.stack(losses).mean() + 0.1 * torch.stack(bags).mean()
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -247,9 +276,9 @@ def test_the_total_is_weighted_and_divided_by_the_counts_it_is_given() -> None:
     schedule = Piece(**{"from": 0.0, "to": 0.4})
     heads = heads_for(D, V, policy_kl_weight=0.5, value_weight=schedule).double()
     batch, _ = placed(heads, rows())
-    counts = dict.fromkeys(HEADS, 5.0) | {"policy": 10.0, "value": 3.0, "dynamics": 7.0}
+    counts = dict.fromkeys(HEADS, 5.0) | {"policy": 10.0, "value": 3.0, "dynamics": 7.0, "memory": 2.0}
     total, sums = heads(seen_of(batch, heads), counts, 0.5)
-    weights = dict.fromkeys(HEADS, 0.05) | {"policy": 0.5, "value": 0.2}
+    weights = dict.fromkeys(HEADS, 0.05) | {"policy": 0.5, "value": 0.2, "memory": 0.2}
     assert heads.weights(0.5) == pytest.approx(weights) and heads.scheduled(0.5) == {"value.weight": pytest.approx(0.2)}
     assert total.item() == pytest.approx(sum(weights[name] * sums[name].item() / counts[name] for name in HEADS), rel=1e-12)
     for name in HEADS:
@@ -298,7 +327,7 @@ def test_gradients_enter_at_the_root_and_never_through_a_target(name: str) -> No
     heads = heads_for(D, V).double()
     batch, _ = placed(heads, rows())
     hidden = torch.randn(*batch.labels.shape, D, dtype=torch.float64, requires_grad=True)
-    table = torch.randn(V, D, dtype=torch.float64, requires_grad=True)
+    table = nn.Parameter(torch.randn(V, D, dtype=torch.float64))
     run(name, heads, seen_of(batch, heads, hidden, table)).nansum().backward()
     roots = torch.zeros(batch.labels.shape, dtype=torch.bool)
     coming = set()
@@ -308,7 +337,7 @@ def test_gradients_enter_at_the_root_and_never_through_a_target(name: str) -> No
             coming |= set(batch.input_ids[row, place[0] + 1 : place[0] + 4].tolist())
     assert torch.equal(torch.zeros_like(roots) if hidden.grad is None else hidden.grad.abs().sum(-1) > 0, roots)
     used = set() if table.grad is None else set((table.grad.abs().sum(-1) > 0).nonzero().flatten().tolist())
-    assert used == (coming if name == "dynamics" else set())
+    assert used == {"dynamics": coming, "memory": set(range(V))}.get(name, set())  # memory's targets are scored
     others = {"rollouts": ["policy", "value"]}.get(name, [])
     taught = {other for other, head in heads.items() if any(p.grad is not None and p.grad.any() for p in head.parameters())}
     assert taught == {name, *others}
@@ -342,7 +371,7 @@ def test_micro_batches_add_up_to_the_step() -> None:
     """
     lengths = [[16], [6, 10], [3, 1, 8], [2, 2, 2], [1, 1], [14], [], [4, 12]]
     model = build("simple_lm").double()
-    row_by_row = heads_for(D, V, **{key: True for key in ALL if key != "enable_span_contrastive"}).double()
+    row_by_row = heads_for(D, V, **{key: value for key, value in ALL.items() if key != "enable_span_contrastive"}).double()
     every = heads_for(D, V).double()
     found: dict[Any, Any] = {}
     for heads in (row_by_row, every):

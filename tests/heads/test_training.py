@@ -20,7 +20,7 @@ from tests.project import Project, differences, merged, tiny_preset, train_here
 from tests.test_ddp import assert_ended, on_two
 from tests.test_trainer import UPHILL, assert_close, equal, events, finish, poison, session, weights
 
-BY_ROW = {key: True for key in ALL if key != "enable_span_contrastive"}
+BY_ROW = {key: value for key, value in ALL.items() if key != "enable_span_contrastive"}
 """The heads whose loss in one row does not depend on the other rows."""
 
 
@@ -88,7 +88,7 @@ def test_each_head_learns(tmp_path: Path) -> None:
         assert last < 0.9 * first, f"{name}: {first} to {last}"
     for event, value_weight in ((told[0], 0.1), (told[-1], 0.05)):
         assert event["scheduled"] == {"value.weight": pytest.approx(value_weight)}
-        of = {**dict.fromkeys(HEADS, 0.05), "cross_entropy": 1.0, "value": value_weight, "span_contrastive": 0.5}
+        of = {**dict.fromkeys(HEADS, 0.05), "cross_entropy": 1.0, "value": value_weight, "span_contrastive": 0.5, "memory": 0.2}
         assert event["loss"] == pytest.approx(sum(of[name] * value for name, value in event["losses"].items()), rel=1e-6)
 
 
@@ -209,6 +209,7 @@ def test_going_back_to_a_checkpoint_takes_the_heads_along(tmp_path: Path) -> Non
             "is not causal",
         ),
         ({"train": {"per_gpu_batch_size": 1}}, "per_gpu_batch_size is 1"),
+        ({"auxiliary": {"memory_tokens_after": 16}}, "needs rows of 33 tokens or more, and model.seq_length is 32"),
         ({"losses": [{"type": "cross_entropy", "name": "value"}]}, "value is the name of an auxiliary head"),
         (
             {"auxiliary": {"enable_value": False, "enable_policy": False}},
