@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from core.data.tokenizer import MASK, Tokenizer
-from core.generation import full_scores, plain_batch
+from core.generation import plain_batch
 from core.geometry import nearest
+from core.models.readout import full_scores
 
 CHOICES = 5
 """How many tokens are told for each blank, and for each word."""

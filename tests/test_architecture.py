@@ -34,6 +34,7 @@ FLOORS = {
     "core.freezing": 2,
     "core.generation": 2,
     "core.continuation": 2,
+    "core.drafting": 2,
     "core.filling": 2,
     "core.ui": 2,
     "core.contracts": 1,

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from core.contracts import Readout
-from core.generation import full_scores, plain_batch
+from core.generation import plain_batch
+from core.models.readout import full_scores
 
 SCORES_AT_ONCE = 1 << 24
 """Numbers of one chunk of scores: 64 MB."""

@@ -1,6 +1,7 @@
 """The auxiliary heads a preset can switch on, in the order in which they are computed. Adding one: its file, its line here, and
 its `enable_` key and weight in AuxiliarySettings."""
 
+from core.heads.draft import Draft
 from core.heads.dynamics import Dynamics
 from core.heads.policy import Policy
 from core.heads.span_contrastive import SpanContrastive
@@ -11,4 +12,5 @@ HEADS = {
     "value": Value,
     "dynamics": Dynamics,
     "span_contrastive": SpanContrastive,
+    "draft": Draft,
 }

@@ -221,8 +221,8 @@ class PolyGLU(SwiGLU):
         if shared.cache is not None:
             name = f"pool.{layer}"
             if name in shared.cache.state:
-                sums = sums + shared.cache.state[name]
-            shared.cache.state[name] = sums[:, -1:]
+                sums = sums + shared.cache.state[name][:, -1:]
+            shared.cache.state[name] = sums
         return second(relu(sums / count + first.bias))  # (B, T, 4)
 
     def _routed(self, gate: Tensor, up: Tensor, f: Tensor, tau: Tensor) -> Tensor:
