@@ -1,5 +1,6 @@
 """What each head promises: where it looks, what its loss is, what its gradient reaches, and that nothing leaks."""
 
+import itertools
 import math
 from dataclasses import replace
 from typing import Any
@@ -18,7 +19,7 @@ from core.losses.cross_entropy import CrossEntropy, CrossEntropySettings
 from core.losses.stack import LossStack
 from core.models.readout import LinearReadout
 from core.schedules import Piece
-from tests.heads.setup import gradients, heads_for, objective_of, placed, rows_of
+from tests.heads.setup import ALL, gradients, heads_for, objective_of, placed, rows_of
 from tests.models.test_models import CAUSAL, T, V, build
 
 D = 32
@@ -65,8 +66,13 @@ def valid_places(name: str, batch: Batch, span_tokens: int, fraction: float) -> 
                 own |= {(begin, p, p + length)} if begin < p and p + length <= stop else set()
             else:
                 ahead = range(p, min(p + span_tokens, stop))
-                there = {"policy": known[p], "value": any(known[t] for t in ahead), "dynamics": p + 3 < stop}[name]
-                own |= {(p,)} if there else set()
+                there = {
+                    "policy": known[p],
+                    "value": any(known[t] for t in ahead),
+                    "dynamics": p + 3 < stop,
+                    "draft": known[p] and p + 2 < stop,
+                }
+                own |= {(p,)} if there[name] else set()
         found.append(own)
     return found
 
@@ -76,7 +82,7 @@ def test_every_valid_place_is_looked_at_and_no_other(name: str) -> None:
     """Also where only some tokens are learned, as in chats: windows, roots and spans stay inside their document, off padding."""
     batch = rows()
     batch.labels[0, :9] = batch.labels[1, 4:] = IGNORE_INDEX
-    heads = heads_for(D, V, value_span_tokens=3, span_mask_fraction=0.3)
+    heads = heads_for(D, V, value_span_tokens=3, span_mask_fraction=0.3, draft_tokens=2, draft_positions=1)
     expected = valid_places(name, batch, 3, 0.3)
     seen: list[list[tuple[int, ...]]] = [[] for _ in LENGTHS]
     for step in range(400):
@@ -90,6 +96,19 @@ def test_every_valid_place_is_looked_at_and_no_other(name: str) -> None:
             continue
         assert set(there) == own
         assert max(there.count(place) for place in own) < 400 / len(own) + 6 * math.sqrt(400 / len(own)), "equally likely"
+
+
+def test_a_draft_head_has_several_places_evenly_spread() -> None:
+    """All of them where there are as many; the others are as likely as each other."""
+    heads, batch = heads_for(D, V, enable_draft=True, draft_tokens=2, draft_positions=4), rows([[16], [6], [2, 2], [8, 8]])
+    counts = torch.zeros(4, T)
+    for step in range(200):
+        places = placed(heads, batch, step)[0].places["draft"]
+        assert set(places[1].tolist()) == {0, 1, 2, 3} and set(places[2].tolist()) == {NOWHERE}
+        assert all(3 <= (b - a) % 14 <= 4 for a, b in zip(places[0].tolist(), places[0].roll(-1).tolist()))
+        for row in (0, 3):
+            counts[row].index_add_(0, places[row], torch.ones(4))
+    assert counts[0, :14].min() > 30 and counts[3, [*range(6), *range(8, 14)]].min() > 40 and counts.sum() == 1600
 
 
 def test_places_follow_from_seed_step_and_row_alone() -> None:
@@ -120,6 +139,7 @@ def test_places_travel_with_their_rows() -> None:
 def plain(name: str, heads: HeadStack, seen: Seen, row: int) -> Tensor:
     """One row's loss, by plain reading of the specification."""
     batch, hidden, table = seen.batch, seen.hidden[row], seen.readout.table
+    ids = batch.input_ids[row]
     place = batch.places[name][row].tolist()
     p = place[0]
     documents = batch.document_ids[row]
@@ -135,6 +155,17 @@ def plain(name: str, heads: HeadStack, seen: Seen, row: int) -> Tensor:
         tokens = torch.stack([table[batch.input_ids[row, t]] for t in (p + 1, p + 2, p + 3)]).mean(0)
         predicted = head[2](F.gelu(head[0](torch.cat([hidden[p], tokens]))))
         return ((predicted - hidden[p + 1 : p + 4].mean(0)) ** 2).mean()
+    if name == "draft":
+        losses = []
+        for root in place:
+            state = hidden[root]
+            for k in (1, 2):
+                read = torch.cat([head.norm_state(state), head.norm_token(table[ids[root + k]])])
+                gate, up = (head.inner.weight @ read + head.inner.bias).view(2, -1)
+                state = state + head.outer.weight @ (gate * torch.sigmoid(gate) * up) + head.outer.bias
+                of_model, guess = (hidden[root + k] @ table.T).softmax(-1), (state @ table.T).softmax(-1)
+                losses.append((of_model * (of_model / guess).log()).sum())
+        return torch.stack(losses).mean()
 
     def project(states: Tensor) -> Tensor:
         return F.normalize(head[2](F.gelu(head[0](states))).mean(0), dim=-1)
@@ -153,7 +184,7 @@ def plain(name: str, heads: HeadStack, seen: Seen, row: int) -> Tensor:
 @pytest.mark.parametrize("name", HEADS)
 @pytest.mark.parametrize("step", range(3))
 def test_losses_are_what_the_specification_says(name: str, step: int) -> None:
-    heads = heads_for(D, V, value_span_tokens=5, span_mask_fraction=0.3).double()
+    heads = heads_for(D, V, value_span_tokens=5, span_mask_fraction=0.3, draft_tokens=2, draft_positions=3).double()
     batch, _ = placed(heads, rows(), step)
     seen = seen_of(batch)
     found = run(name, heads, seen)
@@ -178,9 +209,9 @@ def test_the_total_is_weighted_and_divided_by_the_counts_it_is_given() -> None:
     schedule = Piece(**{"from": 0.0, "to": 0.4})
     heads = heads_for(D, V, policy_kl_weight=0.5, value_weight=schedule).double()
     batch, _ = placed(heads, rows())
-    counts = {"policy": 10.0, "value": 3.0, "dynamics": 7.0, "span_contrastive": 5.0}
+    counts = {"policy": 10.0, "value": 3.0, "dynamics": 7.0, "span_contrastive": 5.0, "draft": 4.0}
     total, sums = heads(seen_of(batch), counts, 0.5)
-    weights = {"policy": 0.5, "value": 0.2, "dynamics": 0.05, "span_contrastive": 0.05}
+    weights = {"policy": 0.5, "value": 0.2, "dynamics": 0.05, "span_contrastive": 0.05, "draft": 1.0}
     assert heads.weights(0.5) == pytest.approx(weights) and heads.scheduled(0.5) == {"value.weight": pytest.approx(0.2)}
     assert total.item() == pytest.approx(sum(weights[name] * sums[name].item() / counts[name] for name in HEADS), rel=1e-12)
     for name in HEADS:
@@ -203,7 +234,7 @@ def test_the_surprise_is_cross_entropy_whatever_the_losses_are(smoothing: float 
 
 
 def test_only_the_chosen_positions_are_scored() -> None:
-    """Never (B * T, V): the readout is asked for one position a row."""
+    """Never (B * T, V): the readout is asked for one position a row; for drafts, twice for each of theirs."""
     asked: list[int] = []
 
     class Counting(LinearReadout):
@@ -211,11 +242,14 @@ def test_only_the_chosen_positions_are_scored() -> None:
             asked.append(len(hidden))
             return super().__call__(hidden)
 
-    heads = heads_for(D, V).double()
+        def detached(self) -> "Counting":
+            return Counting(self.table.detach())
+
+    heads = heads_for(D, V, draft_tokens=3, draft_positions=2).double()
     batch, counts = placed(heads, rows())
     seen = seen_of(batch)
     heads(replace(seen, readout=Counting(seen.readout.table)), counts, 0.0)
-    assert asked == [len(LENGTHS)]
+    assert asked == [len(LENGTHS)] + 2 * 3 * [2 * len(LENGTHS)]
 
 
 # what their gradients reach ------------------------------------------------------------------------------------------
@@ -229,6 +263,10 @@ def test_gradients_enter_at_the_root_and_never_through_a_target(name: str) -> No
     hidden = torch.randn(*batch.labels.shape, D, dtype=torch.float64, requires_grad=True)
     table = torch.randn(V, D, dtype=torch.float64, requires_grad=True)
     run(name, heads, seen_of(batch, hidden, table)).nansum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in heads[name].parameters())
+    if heads[name] in heads.apart():
+        assert hidden.grad is None and table.grad is None, "of the model, nothing is reached"
+        return
     roots = torch.zeros(batch.labels.shape, dtype=torch.bool)
     for row, place in enumerate(batch.places[name].tolist()):
         if place[0] != NOWHERE:
@@ -242,7 +280,6 @@ def test_gradients_enter_at_the_root_and_never_through_a_target(name: str) -> No
     }
     used = set() if table.grad is None else set((table.grad.abs().sum(-1) > 0).nonzero().flatten().tolist())
     assert used == (coming if name == "dynamics" else set())
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in heads[name].parameters())
 
 
 def test_rows_without_a_place_change_nothing() -> None:
@@ -272,7 +309,7 @@ def test_micro_batches_add_up_to_the_step() -> None:
     """
     lengths = [[16], [6, 10], [3, 1, 8], [2, 2, 2], [1, 1], [14], [], [4, 12]]
     model = build("simple_lm").double()
-    row_by_row = heads_for(D, V, enable_policy=True, enable_value=True, enable_dynamics=True).double()
+    row_by_row = heads_for(D, V, **{key: True for key in ALL if key != "enable_span_contrastive"}).double()
     every = heads_for(D, V).double()
     found: dict[Any, Any] = {}
     for heads in (row_by_row, every):
@@ -282,11 +319,11 @@ def test_micro_batches_add_up_to_the_step() -> None:
         for size in (8, 2, 1):
             for start in range(0, 8, size):
                 objective(batch.rows(start, start + size), targets, 0.0, counts)[0].backward()
-            found[len(heads), size] = gradients(objective)
+            found[heads is every, size] = gradients(objective)
     for size in (2, 1):
-        torch.testing.assert_close(found[3, size], found[3, 8], atol=1e-12, rtol=0)
+        torch.testing.assert_close(found[False, size], found[False, 8], atol=1e-12, rtol=0)
     name = "heads.span_contrastive.0.weight"
-    assert not torch.allclose(found[4, 2][name], found[4, 8][name]) and not found[4, 1][name].any()
+    assert not torch.allclose(found[True, 2][name], found[True, 8][name]) and not found[True, 1][name].any()
     # but its count is the step's: two forward passes of the same four rows are worth one of them, twice counted
     objective = objective_of(model, every)
     batch, counts = placed(every, rows_of(lengths[:4], T, V))
@@ -357,3 +394,31 @@ def test_all_four_work_on_every_causal_model(name: str) -> None:
         assert list(terms.sums) == ["cross_entropy", *HEADS] and torch.isfinite(total)
         found = gradients(objective)
         assert all(found[f"heads.{name}"].abs().sum() > 0 for name, _ in heads.named_parameters())
+
+
+# what drafts are measured by -------------------------------------------------------------------------------------------
+
+
+def test_how_many_guesses_a_draft_would_have_right() -> None:
+    """Of each row: the share of first and of last guesses that are the model's likeliest token, and how many are before one is
+    not. The head guesses what it was told, and the model's likeliest tokens are known: hidden states are rows of the identity."""
+    table = torch.eye(V, dtype=torch.float64)
+    heads = heads_for(V, V, enable_draft=True, draft_tokens=3, draft_positions=2).double()
+    batch = rows([[16], [16], [1, 1]])
+    likeliest = batch.input_ids.roll(-1, 1)  # at each position, the token that follows
+    wrong = {(0, 7), (1, 4), (1, 9)}  # but not here
+    for row, t in wrong:
+        likeliest[row, t] = (likeliest[row, t] + 1) % V
+    hidden = table[likeliest]
+    batch = replace(batch, places={"draft": torch.tensor([[2, 5], [3, 8], [NOWHERE, NOWHERE]])})
+    ahead = itertools.cycle((1, 2, 3))
+
+    def follow(states: Tensor, tokens: Tensor) -> Tensor:  # guesses what the text says
+        return table[batch.input_ids.gather(1, batch.places["draft"].clamp(min=0) + next(ahead) + 1)]
+
+    heads["draft"].follow = follow  # type: ignore[method-assign]
+    found = heads.measure(seen_of(batch, hidden, table))
+    means = {name: (value[0] / value[1]).item() for name, value in found.items() if name != "draft"}
+    # row 0: guesses at 3 4 5 right, of 6 7 8 the second wrong; row 1: of 4 5 6 the first wrong, and so of 9 10 11
+    assert means == pytest.approx({"draft.first": 0.5, "draft.last": 1.0, "draft.accepted": (2.0 + 0.0) / 2})
+    assert found["draft.first"][1] == 2

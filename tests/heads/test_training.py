@@ -12,6 +12,7 @@ from core.assembly import Preset
 from core.errors import CheckpointError, UserError
 from core.heads import HEADS
 from core.heads.stack import HeadStack
+from core.models.initial import draw_weights
 from core.preset import decode_preset
 from core.runtime import detect_runtime
 from core.trained import load_trained
@@ -43,7 +44,7 @@ def test_off_they_leave_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_they_touch_training_only_through_their_gradient(tmp_path: Path) -> None:
     """With weights of 0 the model ends with the same bits as without heads, dropout and all; the heads' losses are still told."""
     train = {"max_steps": 4, "accumulation_steps": 2, "max_grad_norm": 1e9}
-    nothing = {key: 0.0 for key in ("policy_kl_weight", "value_weight", "dynamics_weight", "span_contrastive_weight")}
+    nothing = {HEADS[name].weight_key: 0.0 for name in HEADS}
     off = session(tmp_path / "off", model={"dropout": 0.1}, train=train)
     on = session(tmp_path / "on", model={"dropout": 0.1}, train=train, auxiliary=ALL | nothing)
     finish(off)
@@ -54,22 +55,43 @@ def test_they_touch_training_only_through_their_gradient(tmp_path: Path) -> None
     assert all(math.isfinite(told[0]["losses"][name]) and told[0]["losses"][name] > 0 for name in HEADS)
 
 
+def test_a_head_apart_leaves_the_models_training_as_it_is(tmp_path: Path) -> None:
+    """With its weight of 1 and more, whether gradients are clipped or not: the model's bits and gradient norm are those without
+    it, and the head learns."""
+    train = {"max_steps": 8, "accumulation_steps": 2, "max_grad_norm": 0.3, "learning_rate": 3e-3}
+    off = session(tmp_path / "off", model={"dropout": 0.1}, train=train)
+    on = session(tmp_path / "on", model={"dropout": 0.1}, train=train, auxiliary={"enable_draft": True, "draft_weight": 30.0})
+    begun = head_weights(on)
+    finish(off)
+    finish(on)
+    assert equal(weights(off), weights(on)) and not equal(begun, head_weights(on))
+    one, other = events(tmp_path / "off", "step"), events(tmp_path / "on", "step")
+    assert [e["grad_norm"] for e in one] == [e["grad_norm"] for e in other] and min(e["grad_norm"] for e in one) > 0.3
+    assert [e["losses"]["cross_entropy"] for e in one] == [e["losses"]["cross_entropy"] for e in other]
+
+
 def test_each_head_learns(tmp_path: Path) -> None:
-    """Every head's loss falls, and so does cross-entropy; `loss` is the weighted sum, and scheduled weights are told."""
-    train = {"max_steps": 60, "learning_rate": 3e-3, "per_gpu_batch_size": 16}
+    """Every head's loss falls, and so does cross-entropy; `loss` is the weighted sum, and scheduled weights are told. But a draft
+    is of a model that at first knows nothing to guess: there, a head that has not learned is asked what it would guess now."""
+    train = {"max_steps": 60, "learning_rate": 3e-3, "per_gpu_batch_size": 16, "eval_tokens": 500}
     built = session(tmp_path, train=train, auxiliary=ALL | {"value_weight": {"from": 0.1, "to": 0.05}})
     finish(built)
     told = events(tmp_path, "step")
-    for name in ("cross_entropy", *HEADS):
+    for name in ("cross_entropy", *(name for name in HEADS if name != "draft")):
         values = [event["losses"][name] for event in told]
-        # these two begin beside the model, which knows nothing yet either, and have to catch up first
+        # these begin beside the model, which knows nothing yet either, and have to catch up first
         first = max(values[:30]) if name in ("policy", "value") else sum(values[:5]) / 5
         last = sum(values[-5:]) / 5
         assert last < 0.9 * first, f"{name}: {first} to {last}"
     for event, value_weight in ((told[0], 0.1), (told[-1], 0.05)):
         assert event["scheduled"] == {"value.weight": pytest.approx(value_weight)}
-        of = {"cross_entropy": 1.0, "policy": 0.05, "value": value_weight, "dynamics": 0.05, "span_contrastive": 0.05}
+        of = {"cross_entropy": 1.0, "value": value_weight, "draft": 1.0}
+        of |= dict.fromkeys(("policy", "dynamics", "span_contrastive"), 0.05)
         assert event["loss"] == pytest.approx(sum(of[name] * value for name, value in event["losses"].items()), rel=1e-6)
+    learned = built.trainer.evaluate(built.trainer.model, 1.0)["heads"]
+    built.trainer.objective.heads["draft"].apply(draw_weights)
+    ignorant = built.trainer.evaluate(built.trainer.model, 1.0)["heads"]
+    assert learned["draft"] < 0.7 * ignorant["draft"] and learned["draft.first"] > ignorant["draft.first"], (learned, ignorant)
 
 
 def test_the_value_head_begins_where_a_model_begins(tmp_path: Path) -> None:
