@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-VARIANTS = ("off", "policy", "value", "dynamics", "span_contrastive", "all four")
+VARIANTS = ("off", "policy", "value", "dynamics", "span_contrastive", "draft", "all")
 ROUNDS, WARM_UP = 12, 2
 ROWS, SEQ_LENGTH, DOCUMENT = 32, 256, 100
 VOCAB_SIZES = {"default": 8192, "gpt2": 50257}
@@ -40,7 +40,7 @@ def make_step(variant: str, vocab_size: int) -> Callable[[int], float]:
     torch.manual_seed(0)
     settings = SimpleLMSettings()
     model, stack = SimpleLM(settings, vocab_size), LossStack([CrossEntropy(CrossEntropySettings())])
-    wanted = {f"enable_{name}": True for name in HEADS if variant in (name, "all four")}
+    wanted = {f"enable_{name}": True for name in HEADS if variant in (name, "all")}
     heads = HeadStack(HEADS, AuxiliarySettings(**wanted), settings.hidden_size, vocab_size) if wanted else None
     objective = Objective(model, stack, 1, heads).to(device)
     optimizer = torch.optim.AdamW(objective.parameters(), fused=True)

@@ -63,6 +63,13 @@ class Drafter:
                 found.append(last)
         return [list(each) for each in zip(*found)]
 
+    def account(self) -> str | None:
+        """For people: how the guesses were, so far."""
+        if self.guessed == 0:
+            return None
+        share = f"{self.right:,} of {self.guessed:,} guesses were right ({self.right / self.guessed:.0%})"
+        return f"drafts: {share}; {self.said / self.passes:.2f} tokens a pass of the model"
+
 
 class Drafts:
     """What is known of one batch of rows; without a drafter nothing, and no guess is made."""

@@ -15,11 +15,12 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from core.data.chat import START, STOP, chat_note, encode_turn, read_turn
 from core.data.documents import ASSISTANT, Messages
 from core.data.tokenizer import MASK
+from core.drafting import Drafter, can_draft
 from core.errors import UserError
 from core.filling import fill
 from core.generation import Row, Voice, Wish, document_start, stream
@@ -49,14 +50,10 @@ def generate(preset: Any, runtime: Runtime, parallel: Any, root: Path, started: 
     view.tell(speaker.about)
     if view.interactive:
         talk(speaker, view)
-        return
-    count = 0
-    for count, line in enumerate(view.given(), 1):
-        answer(speaker.alone(line, count - 1), view)
-    if count == 0:
-        for number, prompt in enumerate(preset.generate.prompts):
-            view.echo(prompt)
-            answer(speaker.alone(prompt, number, of_preset=True), view)
+    else:
+        answer_all(speaker, preset.generate.prompts, view)
+    if told := speaker.account():
+        view.tell(told)
 
 
 def preview_generate(preset: Any, root: Path) -> list[str]:
@@ -70,6 +67,17 @@ def preview_generate(preset: Any, root: Path) -> list[str]:
         return [f"fills in {MASK} with {weights}"]
     how = f"temperature {wanted.temperature:g}, top_p {wanted.top_p:g}, up to {wanted.max_tokens:,} tokens"
     return [f"talks with {weights}", how]
+
+
+def answer_all(speaker: "Speaker", prompts: list[str], view: TalkView) -> None:
+    """Each line of a pipe; without one, each prompt of the preset."""
+    count = 0
+    for count, line in enumerate(view.given(), 1):
+        answer(speaker.alone(line, count - 1), view)
+    if count == 0:
+        for number, prompt in enumerate(prompts):
+            view.echo(prompt)
+            answer(speaker.alone(prompt, number, of_preset=True), view)
 
 
 # the terminal --------------------------------------------------------------------------------------------------------
@@ -130,6 +138,14 @@ KNOBS = {
     "max": Knob("max_tokens", int, lambda x: x >= 1, "a whole number from 1 up", "200", "tokens an answer may have"),
     "seed": Knob("seed", int, lambda x: True, "a whole number", "1", "the same seed and the same lines give the same answers"),
 }
+DRAFT = Knob(
+    "draft",
+    int,
+    lambda x: x >= 0,
+    "a whole number from 0 up",
+    "2",
+    "tokens guessed ahead of each pass of the model; 0: none. It says the same",
+)
 OTHERS = {
     "reset": "forget the conversation",
     "help": "this list",
@@ -177,18 +193,20 @@ class Speaker:
     """Continues what is typed, as a document that begins with it."""
 
     about = "continues what you type"
-    knobs = KNOBS
 
     def __init__(self, trained: Trained):
         self._trained, self._tokenizer = trained, trained.tokenizer
         self._context = trained.preset.model.seq_length
-        self._voice = Voice(trained.model, trained.tokenizer, self._context)  # type: ignore[arg-type]
+        self._drafter, note = drafter_of(trained)
+        self._voice = Voice(trained.model, trained.tokenizer, self._context, drafter=self._drafter)  # type: ignore[arg-type]
         self._wish = Wish.of(trained.preset.generate)
         self._seed = trained.preset.train.seed
         self._answers = 0  # with this seed
         self._ends: tuple[int, ...] = ()
         if objective_of(trained.preset.model) == NEXT_TOKEN and not trained.model.is_causal:
             self.about += f"; {NOT_CAUSAL}"
+        self.about += f"; {note}" if note else ""
+        self.knobs = KNOBS if self._drafter is None else {**KNOBS, "draft": DRAFT}
 
     def answer(self, line: str) -> Iterator[str]:
         """What the model says after a line, piece by piece."""
@@ -203,14 +221,22 @@ class Speaker:
 
     def manner(self, field: str) -> float:
         """A number that a command can set, as it is."""
+        if field == "draft" and self._drafter is not None:
+            return self._drafter.tokens
         return self._seed if field == "seed" else getattr(self._wish, field)
 
     def change(self, field: str, value: float) -> None:
         """The next answer is made so."""
         if field == "seed":
             self._seed, self._answers = int(value), 0
+        elif field == "draft" and self._drafter is not None:
+            self._drafter.tokens = int(value)
         else:
             self._wish = replace(self._wish, **{field: value})
+
+    def account(self) -> str | None:
+        """What is told when the session ends."""
+        return None if self._drafter is None else self._drafter.account()
 
     def _number(self) -> int:
         self._answers += 1
@@ -267,13 +293,27 @@ class BlankFiller(Speaker):
     """Of a model of masked tokens: tells what is likeliest behind each [MASK]."""
 
     about = f"fills in each {MASK} of what you type; a line without one gets it at its end"
-    knobs: ClassVar[dict[str, Knob]] = {}
+
+    def __init__(self, trained: Trained):
+        super().__init__(trained)
+        self.knobs = {}
 
     def answer(self, line: str) -> Iterator[str]:
         return self.alone(line, 0)
 
     def alone(self, prompt: str, number: int, of_preset: bool = False) -> Iterator[str]:
         yield fill(self._trained.model, self._tokenizer, prompt, self._context)[1]
+
+
+def drafter_of(trained: Trained) -> tuple[Drafter | None, str]:
+    """What guesses ahead, where the model was trained with a draft head; and what is told of it."""
+    heads = trained.heads() if trained.preset.generate.draft == "auto" else None
+    if heads is None or "draft" not in heads:
+        return None, ""
+    if not can_draft(trained.model):
+        return None, "without drafts: this model's cache cannot forget what was guessed wrong"
+    drafter = Drafter(heads["draft"])
+    return drafter, f"drafts up to {drafter.tokens} tokens at a time, and verifies them"
 
 
 def speaker_of(trained: Trained) -> Speaker:

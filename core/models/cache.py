@@ -27,6 +27,9 @@ class KeyValueCache:
         self.state: dict[str, Tensor] = {}
         """What a model keeps besides, such as the sum of what it has pooled: (B, t, ...), after each position of the last one."""
 
+        self.fixed: dict[str, Tensor] = {}
+        """What a model needs at every piece and does not depend on the text: computed once."""
+
     @property
     def length(self) -> int:
         """Positions that every layer holds: amid an `extend`, those before the new ones, until the last layer has them."""
