@@ -5,7 +5,7 @@
 Trains 6 layers of width 192 on the standard library's source for 1.2M tokens, in FOLDER if given, where they stay for the next
 time (some minutes). Then the model continues beginnings of files of that source, at several temperatures, alone and four at once:
 plainly, and with drafts of some lengths, in turns, in one process with one thread. Prints tokens per second of processor time
-(others may use the machine too), how many guesses were right, how many tokens a pass of the model gave, and the median and range of
+(others may use the machine too), how many guesses were right, how many tokens a pass of the model gave, and median and range of
 the ratios. The tokens are the same but for rounding; how many texts differ is told.
 """
 

@@ -90,6 +90,26 @@ def test_special_tokens_in_a_prompt_are_text(root: Path, monkeypatch: pytest.Mon
     assert "> <|endoftext|> x" in piped(root, monkeypatch, "<|endoftext|> x\n")
 
 
+def test_a_model_with_a_draft_head_says_the_same_in_fewer_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told at the start and, with what came of it, at the end; /draft shortens it; "never" leaves it out."""
+    train_here(merged(TRAINED, {"auxiliary": {"enable_draft": True, "draft_tokens": 3}}), tmp_path)
+    drafted = piped(tmp_path, monkeypatch, "In year\nThe\n")
+    plain = piped(tmp_path, monkeypatch, "In year\nThe\n", generate={"draft": "never"})
+    assert drafted[1] == "continues what you type; drafts up to 3 tokens at a time, and verifies them"
+    assert drafted[2:-1] == plain[2:]
+    assert re.fullmatch(r"drafts: \d+ of \d+ guesses were right \(\d+%\); [\d.]+ tokens a pass of the model", drafted[-1])
+    speaker = speaker_of(load_trained(preset_of(), tmp_path, detect_runtime()))
+    text = "".join(speaker.answer("In year"))
+    drafter = speaker._drafter
+    assert drafter.guessed > 0 and drafter.said > 0
+    assert obey(speaker, "/draft") == "draft is 3; /draft takes a whole number from 0 up"
+    assert obey(speaker, "/draft -1") == '/draft takes a whole number from 0 up, not "-1"; it stays 3'
+    assert obey(speaker, "/draft 0") == "draft is 0 now" and "/draft 2" in obey(speaker, "/help")
+    before = drafter.guessed
+    obey(speaker, "/seed 42")
+    assert "".join(speaker.answer("In year")) == text and drafter.guessed == before
+
+
 def test_what_a_terminal_would_obey_is_not_shown() -> None:
     assert clean_lines("a\x1b[31mb\r\n\tc\x07\u202ed") == "a[31mb\n    cd"
 
