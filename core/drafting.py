@@ -58,7 +58,7 @@ class Drafter:
             for _ in range(count):
                 tokens = F.embedding(torch.tensor(last, device=states.device), readout.table)  # (n, D)
                 states = self._head.follow(states, tokens.to(states.dtype))
-                scores = full_scores(readout, states).cpu()  # (n, V)
+                scores = full_scores(readout, states).cpu().nan_to_num_()  # (n, V); a head that is damaged guesses badly, no more
                 last = [choose(own) for choose, own in zip(choosers, scores)]
                 found.append(last)
         return [list(each) for each in zip(*found)]
