@@ -95,26 +95,35 @@ class Row:
         """The next token. scores (V,), which are changed."""
         if not torch.isfinite(scores.max()):
             raise UserError("the model's scores are not finite: its weights are damaged, or its training diverged")
-        return self._pick(scores, self._random, self._repeats)
+        self._block(scores, self._repeats)
+        if self._wish.temperature == 0.0:
+            return int(scores.argmax())
+        return sample_top_p(scores / self._wish.temperature, self._wish.top_p, self._random)
 
     def foresee(self) -> Callable[[Tensor], int]:
-        """Chooses as the row will, one token after the other, from scores (V,) that are changed; nothing is said."""
+        """Chooses as the row will, one token after the other, from scores (V,) that are changed; nothing is said. It looks at few
+        tokens, as one that is far from likely is hardly the row's choice, too."""
         random, repeats = torch.Generator(), self._repeats.fork()
         random.set_state(self._random.get_state())
 
         def choose(scores: Tensor) -> int:
-            token = self._pick(scores, random, repeats)
+            self._block(scores, repeats)
+            if self._wish.temperature == 0.0:
+                token = int(scores.argmax())
+            else:
+                best, ids = scores.topk(min(LIKELY, len(scores)))
+                draws = torch.rand(len(scores), generator=random, dtype=torch.float64)[ids]
+                times = -torch.log1p(-draws) * ((best[0] - best) / self._wish.temperature).exp()
+                token = int(ids[times.argmin()])
             repeats.add(token)
             return token
 
         return choose
 
-    def _pick(self, scores: Tensor, random: torch.Generator, repeats: "Repeats") -> int:
+    def _block(self, scores: Tensor, repeats: "Repeats") -> None:
         scores[self._known :] = float("-inf")  # rows of a published table that no token has
-        scores[[token for token in repeats.blocked() if token not in self._ends]] = float("-inf")
-        if self._wish.temperature == 0.0:
-            return int(scores.argmax())
-        return sample_top_p(scores / self._wish.temperature, self._wish.top_p, random)
+        if blocked := [token for token in repeats.blocked() if token not in self._ends]:
+            scores[blocked] = float("-inf")
 
     def follow(self, text: list[int], scores: Tensor) -> None:
         """Say what follows from scores (t, V) of the tokens after the last t of `text`. That begins as the row does, and may go
@@ -178,6 +187,10 @@ def document_start(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 FIRST_LOOK = 1024
 """So many tokens are looked at before all of a vocabulary are sorted: that takes longer than a small model's pass."""
+
+
+LIKELY = 16
+"""So many tokens of a draft's scores are looked at."""
 
 
 def sample_top_p(scores: Tensor, top_p: float, random: torch.Generator) -> int:
