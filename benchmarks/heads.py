@@ -26,6 +26,7 @@ ON = {
     "rollouts": ("policy", "value", "rollouts"),
     "planner": ("policy", "value", "rollouts", "planner"),
     "memory": ("memory",),
+    "draft": ("draft",),
 }
 
 ROUNDS, WARM_UP = 12, 2

@@ -30,6 +30,7 @@ from core.parallel import Single
 from core.preset import read_preset
 from core.runtime import detect_runtime
 from core.trained import Trained, load_trained
+from core.voice import voice_of
 
 ROOT = Path(__file__).resolve().parent.parent
 # N positions, C candidates, f features
@@ -44,7 +45,7 @@ REPETITIONS, NEW_TOKENS, PROMPT = 5, 100, 16
 
 def read(trained: Trained, documents: list[np.ndarray]) -> dict[str, Tensor]:
     """Of every position: features (N, C, f), log p of the candidates (N, C), which of them came (N,) or -1, the document (N,)."""
-    heads, guide, length = trained.heads(), trained.guide(), trained.preset.model.seq_length
+    heads, guide, length = trained.heads(), voice_of(trained)[1], trained.preset.model.seq_length
     assert heads is not None and guide is not None, "this model has no planner"
     found: dict[str, list[Tensor]] = {"features": [], "log_p": [], "came": [], "gain": [], "document": []}
     for number, document in enumerate(documents):
@@ -106,7 +107,7 @@ def told(gains: Tensor, documents: Tensor) -> str:
 
 
 def speeds(trained: Trained) -> None:
-    voices: dict[str, Any] = {"without": None, "with": trained.guide()}
+    voices: dict[str, Any] = {"without": None, "with": voice_of(trained)[1]}
     found: dict[str, list[float]] = {name: [] for name in voices}
     for number in range(REPETITIONS + 1):
         for name, guide in voices.items():

@@ -68,6 +68,8 @@ class Readout(Protocol):
 
     def parameters(self) -> list[Tensor]: ...  # every tensor the scores depend on besides hidden
 
+    def detached(self) -> "Readout": ...  # the same scores, and no gradient for any of these tensors
+
 
 @dataclass
 class ModelOutput:
@@ -87,6 +89,8 @@ class LanguageModel(Protocol):
         report() -> {name: scalar}     numbers of the last forward pass, told with the step; tensors, never read here
         new_cache() -> cache           of one batch of texts that grow at their ends; None where no cache would be exact
         extend(input_ids (B, t), cache) -> ModelOutput of these t positions, which follow what the cache holds
+
+    A cache that has `cut(length)` can forget all positions after the first `length`; at least one of the last `extend` stays.
     """
 
     is_causal: bool  # whether no position sees a later one: where it is False, losses and perplexities are not a language model's

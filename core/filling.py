@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from core.contracts import plain_batch
 from core.data.tokenizer import MASK, Tokenizer
-from core.generation import full_scores
 from core.geometry import nearest
+from core.models.readout import full_scores
 
 CHOICES = 5
 """How many tokens are told for each blank, and for each word."""

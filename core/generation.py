@@ -11,8 +11,8 @@ State: none beyond the rows; the same seed gives the same text, whatever the oth
 A cache holds rows of one length. Prompts differ, so a batch is first read as far as its shortest prompt goes, and the others
 follow with their own tokens from there: nothing is padded, and each row sees exactly its tokens. Beyond the context, and without
 a cache, the whole context is read for each new token: what falls out of it changes what every position in it has seen. With a
-memory, half a context at a time becomes a summary instead, which stands before the rest and is cached with it. A draft of
-several tokens would be read as a longer prompt is: `Reader.next_scores` takes any number of new ones.
+memory, half a context at a time becomes a summary instead, which stands before the rest and is cached with it. Guesses
+(core/drafting.py) are read as a longer prompt is, and the cache is cut where the first one was wrong in any row.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -23,11 +23,13 @@ import torch
 from torch import Tensor
 
 from core.continuation import Continuation
-from core.contracts import LanguageModel, ModelOutput, Readout, call_if_defined, plain_batch
+from core.contracts import LanguageModel, ModelOutput, call_if_defined, plain_batch
 from core.data.chat import MARKERS, STOP, encode_turn, read_turn
 from core.data.tokenizer import Tokenizer
+from core.drafting import Drafter, Drafts
 from core.errors import UserError
 from core.heads.memory import Memory, Summary, read
+from core.models.readout import full_scores
 from core.settings import GenerateSettings
 
 Guide = Callable[[Tensor, Tensor], Tensor]
@@ -44,6 +46,8 @@ class Voice:
     """Tokens the model can see; the oldest are left out beyond it."""
     guide: Guide | None = None
     """What changes its scores."""
+    drafter: Drafter | None = None
+    """What guesses tokens ahead, where the model's cache can forget them again; it changes no text."""
     memory: Memory | None = None
     """What compresses the oldest tokens, where they would be left out."""
 
@@ -76,7 +80,7 @@ class Row:
         self.continuation = Continuation(tokenizer, wish.until)
         self._wish, self._left = wish, wish.max_tokens
         self._random = torch.Generator().manual_seed(seed)
-        self._ends = {tokenizer.eos_id, *ends}
+        self._ends, self._known = {tokenizer.eos_id, *ends}, tokenizer.vocab_size
         self._repeats = Repeats(wish.no_repeat_ngram, self.ids)
 
     @property
@@ -88,14 +92,51 @@ class Row:
     def over(self) -> bool:
         return self.continuation.over
 
+    @property
+    def left(self) -> int:
+        """Tokens it may still say."""
+        return self._left
+
     def choose(self, scores: Tensor) -> int:
         """The next token. scores (V,), which are changed."""
         if not torch.isfinite(scores.max()):
             raise UserError("the model's scores are not finite: its weights are damaged, or its training diverged")
-        scores[[token for token in self._repeats.blocked() if token not in self._ends]] = float("-inf")
+        self._block(scores, self._repeats)
         if self._wish.temperature == 0.0:
             return int(scores.argmax())
         return sample_top_p(scores / self._wish.temperature, self._wish.top_p, self._random)
+
+    def foresee(self) -> Callable[[Tensor], int]:
+        """Chooses as the row will, one token after the other, from scores (V,) that are changed; nothing is said. It looks at few
+        tokens, as one that is far from likely is hardly the row's choice, too."""
+        random, repeats = torch.Generator(), self._repeats.fork()
+        random.set_state(self._random.get_state())
+
+        def choose(scores: Tensor) -> int:
+            self._block(scores, repeats)
+            if self._wish.temperature == 0.0:
+                token = int(scores.argmax())
+            else:
+                best, ids = scores.topk(min(LIKELY, len(scores)))
+                draws = torch.rand(len(scores), generator=random, dtype=torch.float64)[ids]
+                times = -torch.log1p(-draws) * ((best[0] - best) / self._wish.temperature).exp()
+                token = int(ids[times.argmin()])
+            repeats.add(token)
+            return token
+
+        return choose
+
+    def _block(self, scores: Tensor, repeats: "Repeats") -> None:
+        scores[self._known :] = float("-inf")  # rows of a published table that no token has
+        if blocked := [token for token in repeats.blocked() if token not in self._ends]:
+            scores[blocked] = float("-inf")
+
+    def follow(self, text: list[int], scores: Tensor) -> None:
+        """Say what follows from scores (t, V) of the tokens after the last t of `text`. That begins as the row does, and may go
+        on with guesses: the row says on for as long as what it has said stands there."""
+        first = len(text) - len(scores)
+        while not self.over and len(self.ids) <= len(text) and self.ids[-1] == text[len(self.ids) - 1]:
+            self.say(self.choose(scores[len(self.ids) - 1 - first]))
 
     def say(self, token: int) -> None:
         """It joins the text, or ends it."""
@@ -111,16 +152,19 @@ class Row:
 @torch.no_grad()
 def advance(voice: Voice, rows: list[Row]) -> Iterator[None]:
     """Continue rows until all are over; comes back after each pass of the model, for whoever shows them or wants to stop."""
-    reader, tokenizer = Reader(voice), voice.tokenizer
-    while waiting := [row for row in rows if not row.over]:
-        length = min(len(row.ids) for row in waiting)
+    reader, eos = Reader(voice), voice.tokenizer.eos_id
+    drafts = Drafts(voice.drafter if reader.forgets else None, rows, voice.context)
+    while waiting := [i for i, row in enumerate(rows) if not row.over]:
+        length = min(len(rows[i].ids) for i in waiting)
+        texts = drafts.continued(length)
+        end = min(len(texts[i]) for i in waiting)
         # a row that is over goes on with any token: the cache keeps its rows
-        read = [row.ids[:length] + [tokenizer.eos_id] * (length - len(row.ids)) for row in rows]
-        scores = reader.next_scores(read).cpu()  # (B, V)
-        scores[:, tokenizer.vocab_size :] = float("-inf")  # rows of a published table that no token has
-        for row, own in zip(rows, scores):
-            if not row.over and len(row.ids) == length:
-                row.say(row.choose(own))
+        texts = [text[:end] + [eos] * (end - len(text)) for text in texts]
+        output, scores = reader.read(texts, end - length + 1)
+        scores = scores.cpu()  # (B, t, V)
+        for i in waiting:
+            rows[i].follow(texts[i], scores[i])
+        drafts.verified(output, length)
         yield
 
 
@@ -164,25 +208,35 @@ FIRST_LOOK = 1024
 """So many tokens are looked at before all of a vocabulary are sorted: that takes longer than a small model's pass."""
 
 
+LIKELY = 256
+"""So many tokens of a draft's scores are looked at: of 16, far fewer guesses were right where much is possible (docs/LOG.md)."""
+
+
 def sample_top_p(scores: Tensor, top_p: float, random: torch.Generator) -> int:
     """One draw from the smallest set of most probable tokens that reaches `top_p`, the one that crosses it included
-    (Holtzman et al. 2020). scores (V,)."""
+    (Holtzman et al. 2020). scores (V,).
+
+    A race: each token arrives after a time drawn for it, and the sooner the more probable it is. So two distributions that are
+    near each other, a draft's and the model's, mostly draw the same token from the same random numbers (Daliri et al. 2024, arXiv
+    2408.07978): with a probability of (1 - d) / (1 + d) at least where d is their total variation distance.
+    """
     probabilities = torch.softmax(scores, dim=-1)  # (V,)
+    draws = torch.rand(len(scores), generator=random, dtype=torch.float64)  # (V,)
     best, ids = probabilities.topk(min(FIRST_LOOK, len(probabilities)))
     if len(best) < len(probabilities) and best.sum() < top_p:
         best, ids = probabilities.sort(descending=True, stable=True)
     kept = (best.cumsum(-1) - best < top_p) & (best > 0)
-    ids, order = ids[kept].sort()  # in the vocabulary's order: in that of the probabilities, rounding could swap equal ones
-    reached = best[kept][order].double().cumsum(-1)
-    place = torch.searchsorted(reached, torch.rand(1, generator=random, dtype=torch.float64) * reached[-1], right=True)
-    return int(ids[min(int(place), len(ids) - 1)])
+    times = -torch.log1p(-draws[ids[kept]]) / best[kept]  # (n,)
+    return int(ids[kept][times.argmin()])
 
 
 class Repeats:
     """Which tokens would say a sequence of `n` tokens a second time; none for n = 0."""
 
-    def __init__(self, n: int, ids: list[int]):
-        self._n, self._tail = n, ()
+    def __init__(self, n: int, ids: list[int], known: "Repeats | None" = None):
+        """`known`: what is before the first of these tokens."""
+        self._n, self._tail = n, () if known is None else known._tail
+        self._known = known
         self._followers: dict[tuple[int, ...], list[int]] = {}  # of each n - 1 tokens, those that came after them
         for token in ids if n else ():
             self.add(token)
@@ -195,7 +249,14 @@ class Repeats:
         self._tail = (*self._tail, token)[-self._n + 1 :] if self._n > 1 else ()
 
     def blocked(self) -> list[int]:
-        return self._followers.get(self._tail, [])
+        return self._after(self._tail)
+
+    def fork(self) -> "Repeats":
+        """One that knows all of this one, and goes its own way from here."""
+        return Repeats(self._n, [], self)
+
+    def _after(self, tail: tuple[int, ...]) -> list[int]:
+        return self._followers.get(tail, []) + (self._known._after(tail) if self._known is not None else [])
 
 
 # reading -------------------------------------------------------------------------------------------------------------
@@ -212,20 +273,30 @@ class Reader:
         self._summary: Summary | None = None
         self._begin = 0  # tokens that are seen through it only
         assert voice.memory is None or voice.memory.slots < voice.context // 2, "no room for a summary"
+        self.forgets = hasattr(self._cache, "cut")
+        """Whether a text may become another one at its end, as long as all of it fits into the context."""
 
-    def next_scores(self, rows: list[list[int]]) -> Tensor:
-        """Scores (B, V) of the token that follows each row. Each begins with what it was before."""
+    def read(self, rows: list[list[int]], count: int) -> tuple[ModelOutput, Tensor]:
+        """What the model makes of the last `count` tokens of each row, and scores (B, count, V) of those that follow them.
+
+        Each row begins with what it was before, up to these.
+        """
         length = len(rows[0])
         if self._memory is not None:
             self._compress(rows, length)
         if self._cache is not None and self._begin + self._room >= length:
+            if self._read > length - count:
+                self._read = length - count
+                self._cache.cut(self._read)
             output = self._pass(rows, self._read, length, self._cache)
             self._read = length
         else:
             output = self._pass(rows, max(self._begin, length - self._context), length)
-        hidden = output.hidden[:, -1]  # (B, D)
-        scores = full_scores(output.readout, hidden)  # (B, V)
-        return scores if self._guide is None else self._guide(hidden, scores)
+        hidden = output.hidden[:, -count:]  # (B, count, D)
+        scores = full_scores(output.readout, hidden.flatten(0, 1))  # (B * count, V)
+        if self._guide is not None:
+            scores = self._guide(hidden.flatten(0, 1), scores)
+        return ModelOutput(hidden, output.readout), scores.unflatten(0, (len(rows), count))
 
     @property
     def _room(self) -> int:
@@ -251,9 +322,3 @@ class Reader:
 
     def _tokens(self, rows: list[list[int]], begin: int, end: int) -> Tensor:
         return torch.tensor([row[begin:end] for row in rows], device=self._device)  # (B, t)
-
-
-def full_scores(readout: Readout, hidden: Tensor) -> Tensor:
-    """Scores (n, V) of hidden states (n, D) in fp32 at least, whatever the model computes in: bf16 has three digits."""
-    with torch.autocast(hidden.device.type, enabled=False):
-        return readout(hidden.to(torch.promote_types(hidden.dtype, torch.float32)))

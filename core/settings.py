@@ -209,6 +209,14 @@ class AuxiliarySettings(Settings):
     """Summary tokens."""
     memory_reconstruction_weight: float = Field(0.1, ge=0.0)
     """Share of the reconstruction loss in the memory head's loss."""
+    enable_draft: bool = False
+    """Guess the tokens after the next one, for generation to draft with. The model itself learns nothing from it."""
+    draft_weight: Schedule = 1.0
+    """Weight of the draft head's divergence. Its gradient reaches the head alone."""
+    draft_tokens: int = Field(4, ge=1, le=16)
+    """Tokens guessed one after the other, in training and at most in generation."""
+    draft_positions: int = Field(8, ge=1)
+    """Places of a row from which it guesses: more cost time and memory, and teach faster."""
     enable_adaptive_sources: bool = False
     """Draw more from sources with a higher loss."""
     adaptive_interval_tokens: int = Field(5_000_000, ge=1)
@@ -242,6 +250,9 @@ class GenerateSettings(Settings):
     """Strings that end a text; they do not belong to it."""
     planner: bool = False
     """The generate job: draw from the planner's distribution instead of the model's (`auxiliary.enable_planner`)."""
+    draft: Literal["auto", "never"] = "auto"
+    """The generate job: auto lets a model that has a draft head guess tokens ahead and verify them at once; never does not. What
+    is said is the same."""
     chat: Literal["auto", "always", "never"] = "auto"
     """The generate job: whether what is typed are turns of a conversation (ChatML), or beginnings to be continued. auto: a
     conversation where the tokenizer has the special tokens <|im_start|> and <|im_end|>."""

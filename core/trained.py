@@ -6,7 +6,6 @@ State: none; checkpoints are only read
 """
 
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from core.assembly import Preset, build_model
 from core.auxiliary import build_heads, load_heads, output_of_one_token
 from core.contracts import call_if_defined
 from core.data.tokenizer import Tokenizer
-from core.generation import Guide
 from core.heads.stack import HeadStack
 from core.preset import decode_preset, preset_json
 from core.runtime import Runtime
@@ -48,14 +46,6 @@ class Trained:
             load_heads(heads, self.saved_heads)
             heads.eval().requires_grad_(False)
         return heads
-
-    def guide(self) -> Guide | None:
-        """The planner that was trained with it; None where there was none."""
-        heads = self.heads()
-        if heads is None or "planner" not in heads:
-            return None
-        table = output_of_one_token(self.model, next(self.model.parameters()).device).readout.table
-        return partial(heads["planner"].plan, heads=heads, table=table)  # type: ignore[operator]
 
 
 def load_trained(preset: Any, root: Path, runtime: Runtime) -> Trained:

@@ -64,6 +64,15 @@ class Objective(nn.Module):
         sums = {name: value.to(terms.values.dtype) for name, value in sums.items()}
         return total + added, replace(terms, sums={**terms.sums, **sums})
 
+    def clip(self, max_norm: float) -> Tensor:
+        """Clip the gradient to a global norm; returns what it was, or what is not finite if anything is not. Heads that the model
+        learns nothing from are clipped each alone: their size is no matter of the model's."""
+        apart = [list(head.parameters()) for head in self.heads.apart()] if self.heads is not None else []
+        others = {id(p) for group in apart for p in group}
+        groups = [[p for p in self.parameters() if id(p) not in others], *apart]
+        norm, *norms = [torch.nn.utils.clip_grad_norm_(group, max_norm) for group in groups]
+        return norm + 0.0 * sum(norms)
+
     def weights(self, progress: float) -> dict[str, float]:
         """Of all losses, those of heads included."""
         of_losses = {loss.name: value_at(loss.weight, progress) for loss in self.stack.losses}
@@ -160,7 +169,7 @@ class Trainer:
             rows = self._with_places(rows)  # the same places, counted anew
         torch.manual_seed(derive_seed(self.settings.seed, "dropout", done.step, self.parallel.rank))
         terms = [self._forward_backward(batch, last, rows, progress) for batch, last in self._micro_batches(rows.batch)]
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.objective.parameters(), self.settings.max_grad_norm)
+        grad_norm = self.objective.clip(self.settings.max_grad_norm)
         report = self._report(terms, grad_norm, rows, progress)
         factor = value_at(self._factor, self.horizon.middle(done, rows.num_tokens))
         if self._is_finite(report):

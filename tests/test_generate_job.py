@@ -29,6 +29,7 @@ from core.randomness import derive_seed
 from core.runtime import detect_runtime
 from core.trained import Trained, load_trained
 from core.ui.text import clean_lines
+from core.voice import voice_of
 from tests.data.test_chat import make_tokenizer
 from tests.project import NO_HUB, Project, merged, tiny_preset, train_here
 
@@ -88,6 +89,26 @@ def test_without_lines_the_prompts_of_the_preset_are_continued(
 
 def test_special_tokens_in_a_prompt_are_text(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "> <|endoftext|> x" in piped(root, monkeypatch, "<|endoftext|> x\n")
+
+
+def test_a_model_with_a_draft_head_says_the_same_in_fewer_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told at the start and, with what came of it, at the end; /draft shortens it; "never" leaves it out."""
+    train_here(merged(TRAINED, {"auxiliary": {"enable_draft": True, "draft_tokens": 3}}), tmp_path)
+    drafted = piped(tmp_path, monkeypatch, "In year\nThe\n")
+    plain = piped(tmp_path, monkeypatch, "In year\nThe\n", generate={"draft": "never"})
+    assert drafted[1] == "continues what you type; drafts up to 3 tokens at a time, and verifies them"
+    assert drafted[2:-1] == plain[2:]
+    assert re.fullmatch(r"drafts: \d+ of \d+ guesses were right \(\d+%\); [\d.]+ tokens a pass of the model", drafted[-1])
+    speaker = speaker_of(load_trained(preset_of(), tmp_path, detect_runtime()))
+    text = "".join(speaker.answer("In year"))
+    drafter = speaker._voice.drafter
+    assert drafter.guessed > 0 and drafter.said > 0
+    assert obey(speaker, "/draft") == "draft is 3; /draft takes a whole number from 0 up"
+    assert obey(speaker, "/draft -1") == '/draft takes a whole number from 0 up, not "-1"; it stays 3'
+    assert obey(speaker, "/draft 0") == "draft is 0 now" and "/draft 2" in obey(speaker, "/help")
+    before = drafter.guessed
+    obey(speaker, "/seed 42")
+    assert "".join(speaker.answer("In year")) == text and drafter.guessed == before
 
 
 def test_what_a_terminal_would_obey_is_not_shown() -> None:
@@ -311,7 +332,7 @@ def test_a_planner_guides_where_the_preset_says_so(planned: Path, monkeypatch: p
     seed = derive_seed(42, "generate", 0)
     own, guided = (
         sample(Voice(trained.model, trained.tokenizer, 32, guide), "In year", trained.preset.generate, seed)  # type: ignore[arg-type]
-        for guide in (None, trained.guide())
+        for guide in (None, voice_of(trained)[1])
     )
     assert own != guided
     for on, text in ((False, own), (True, guided)):

@@ -44,6 +44,9 @@ _KNOWN = {
         Measure("max_probability", "highest probability", "", 0, 4),
         Measure("entropy", "entropy", "nats per token", 0),
         Measure("table_cosine", "cosine between table rows", "", 0, 4),
+        Measure("head: draft.first", "first guess of a draft right", "", 1, 4),
+        Measure("head: draft.last", "last guess of a draft right", "", 1, 4),
+        Measure("head: draft.accepted", "guesses of a draft before one is wrong", "tokens", 1),
         # How prototypes lie is neither good nor bad before it is known what they predict.
         Measure("prototype_cosine", "cosine between prototypes", "", 0, 4),
         Measure("prototype_spread", "spread of the cosines between prototypes", "", 0, 4),

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from core.contracts import Readout, plain_batch
-from core.generation import full_scores
+from core.models.readout import full_scores
 
 SCORES_AT_ONCE = 1 << 24
 """Numbers of one chunk of scores: 64 MB."""

@@ -1,6 +1,7 @@
 """The auxiliary heads a preset can switch on, in the order in which they are computed. Adding one: its file, its line here, and
 its `enable_` key and weight in AuxiliarySettings."""
 
+from core.heads.draft import Draft
 from core.heads.dynamics import Dynamics
 from core.heads.memory import Memory
 from core.heads.planner import Planner
@@ -17,4 +18,5 @@ HEADS = {
     "rollouts": Rollouts,
     "planner": Planner,
     "memory": Memory,
+    "draft": Draft,
 }

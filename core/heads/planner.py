@@ -37,6 +37,7 @@ DISCOUNT = 0.9
 class Planner(nn.Sequential):
     weight_key = "planner_weight"
     needs = ("policy", "value", "rollouts")
+    apart = True
 
     def __init__(self, settings: AuxiliarySettings, hidden_size: int, vocab_size: int):
         super().__init__(nn.Linear(2 * num_features(settings.rollout_steps), WIDTH), nn.GELU(), nn.Linear(WIDTH, 1))

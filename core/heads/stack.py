@@ -10,6 +10,7 @@ A head is a module with
     forward(seen, places, valid)    (B,) its loss in each row; anything finite where a row is not valid
 and, where it has them,
     begin()                         what is done to freshly drawn weights
+    apart = True                    its gradient reaches itself alone, and is clipped alone: the model trains as without it
     measure(seen, places, valid)    {what: (B,)} other numbers of held-out rows than its loss, without gradient
 """
 
@@ -37,6 +38,10 @@ class HeadStack(nn.ModuleDict):
         names = [name for name in table if getattr(settings, f"enable_{name}")]
         super().__init__({name: table[name](settings, hidden_size, vocab_size) for name in names})
         self._weights = {name: getattr(settings, table[name].weight_key) for name in names}
+
+    def apart(self) -> list[nn.Module]:
+        """Heads that learn from the model, and the model nothing from them."""
+        return [head for head in self.values() if getattr(head, "apart", False)]
 
     def weights(self, progress: float) -> dict[str, float]:
         return {name: value_at(weight, progress) for name, weight in self._weights.items()}

@@ -15,15 +15,14 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from core.data.chat import START, STOP, chat_note, encode_turn, read_turn
 from core.data.documents import ASSISTANT, Messages
 from core.data.tokenizer import MASK
 from core.errors import UserError
 from core.filling import fill
-from core.generation import Row, Voice, Wish, document_start, stream
-from core.heads.memory import Memory
+from core.generation import Row, Wish, document_start, stream
 from core.randomness import derive_seed
 from core.runtime import Runtime
 from core.settings import MASKED_TOKENS, NEXT_TOKEN, objective_of
@@ -31,6 +30,7 @@ from core.trained import Trained, load_trained
 from core.ui import text
 from core.ui.plain import NOT_CAUSAL
 from core.ui.talking import TalkView
+from core.voice import voice_of
 from core.weights import preview_weights
 
 
@@ -50,14 +50,10 @@ def generate(preset: Any, runtime: Runtime, parallel: Any, root: Path, started: 
     view.tell(speaker.about)
     if view.interactive:
         talk(speaker, view)
-        return
-    count = 0
-    for count, line in enumerate(view.given(), 1):
-        answer(speaker.alone(line, count - 1), view)
-    if count == 0:
-        for number, prompt in enumerate(preset.generate.prompts):
-            view.echo(prompt)
-            answer(speaker.alone(prompt, number, of_preset=True), view)
+    else:
+        answer_all(speaker, preset.generate.prompts, view)
+    if told := speaker.account():
+        view.tell(told)
 
 
 def preview_generate(preset: Any, root: Path) -> list[str]:
@@ -71,6 +67,17 @@ def preview_generate(preset: Any, root: Path) -> list[str]:
         return [f"fills in {MASK} with {weights}"]
     how = f"temperature {wanted.temperature:g}, top_p {wanted.top_p:g}, up to {wanted.max_tokens:,} tokens"
     return [f"talks with {weights}", how + ", by its planner" * wanted.planner]
+
+
+def answer_all(speaker: "Speaker", prompts: list[str], view: TalkView) -> None:
+    """Each line of a pipe; without one, each prompt of the preset."""
+    count = 0
+    for count, line in enumerate(view.given(), 1):
+        answer(speaker.alone(line, count - 1), view)
+    if count == 0:
+        for number, prompt in enumerate(prompts):
+            view.echo(prompt)
+            answer(speaker.alone(prompt, number, of_preset=True), view)
 
 
 # the terminal --------------------------------------------------------------------------------------------------------
@@ -132,8 +139,16 @@ KNOBS = {
     "seed": Knob("seed", int, lambda x: True, "a whole number", "1", "the same seed and the same lines give the same answers"),
 }
 SWITCH = ("off", "on")
-OF_PLANNER = Knob(
+PLANNER = Knob(
     "planner", SWITCH.index, lambda x: True, "on or off", "on", "draw from the planner's distribution, or the model's own"
+)
+DRAFT = Knob(
+    "draft",
+    int,
+    lambda x: x >= 0,
+    "a whole number from 0 up",
+    "2",
+    "tokens guessed ahead of each pass of the model; 0: none. It says the same",
 )
 OTHERS = {
     "reset": "forget the conversation",
@@ -182,32 +197,20 @@ class Speaker:
     """Continues what is typed, as a document that begins with it."""
 
     about = "continues what you type"
-    knobs = KNOBS
 
     def __init__(self, trained: Trained):
         """Raises UserError when the preset asks for a planner that was not trained."""
         self._trained, self._tokenizer = trained, trained.tokenizer
         self._context = trained.preset.model.seq_length
-        self._memory = memory_of(trained)
-        self._voice = Voice(trained.model, trained.tokenizer, self._context, memory=self._memory)  # type: ignore[arg-type]
-        self._planner = trained.guide()
-        if self._planner is not None:
-            self.knobs = {**self.knobs, "planner": OF_PLANNER}
+        self._voice, self._planner, told = voice_of(trained)
         self._wish = Wish.of(trained.preset.generate)
         self._seed = trained.preset.train.seed
         self._answers = 0  # with this seed
         self._ends: tuple[int, ...] = ()
         if objective_of(trained.preset.model) == NEXT_TOKEN and not trained.model.is_causal:
             self.about += f"; {NOT_CAUSAL}"
-        if trained.preset.generate.planner:
-            if self._planner is None:
-                why = f"{trained.where} was trained without a planner"
-                raise UserError(f"generate.planner: {why}. Train with auxiliary.enable_planner, or set it to false.")
-            self.change("planner", True)
-            heads = trained.preset.auxiliary
-            self.about += f"; its planner weighs {heads.planner_candidates} tokens, {heads.rollout_steps} steps ahead"
-        if self._memory is not None:
-            self.about += "; what no longer fits is remembered in a summary"
+        self.about = "; ".join([self.about, *told])
+        self.knobs = KNOBS | ({"planner": PLANNER} if self._planner else {}) | ({"draft": DRAFT} if self._voice.drafter else {})
 
     def answer(self, line: str) -> Iterator[str]:
         """What the model says after a line, piece by piece."""
@@ -224,6 +227,8 @@ class Speaker:
         """What a command can set, as it is."""
         if field == "planner":
             return SWITCH[self._voice.guide is not None]
+        if field == "draft" and self._voice.drafter is not None:
+            return self._voice.drafter.tokens
         return self._seed if field == "seed" else getattr(self._wish, field)
 
     def change(self, field: str, value: float) -> None:
@@ -232,8 +237,14 @@ class Speaker:
             self._voice = replace(self._voice, guide=self._planner if value else None)
         elif field == "seed":
             self._seed, self._answers = int(value), 0
+        elif field == "draft" and self._voice.drafter is not None:
+            self._voice.drafter.tokens = int(value)
         else:
             self._wish = replace(self._wish, **{field: value})
+
+    def account(self) -> str | None:
+        """What is told when the session ends."""
+        return None if self._voice.drafter is None else self._voice.drafter.account()
 
     def _number(self) -> int:
         self._answers += 1
@@ -282,7 +293,7 @@ class Chatter(Speaker):
     def _fitted(self) -> list[int]:
         """The conversation's tokens; while they and an answer do not fit into the context, its oldest exchange is forgotten, but
         for a memory, which compresses it."""
-        if self._memory is not None:
+        if self._voice.memory is not None:
             return self._ids(self._messages)
         while len(ids := self._ids(self._messages)) + self._wish.max_tokens > self._context and len(self._messages) > 2:
             self._messages = self._messages[2:]
@@ -293,19 +304,16 @@ class BlankFiller(Speaker):
     """Of a model of masked tokens: tells what is likeliest behind each [MASK]."""
 
     about = f"fills in each {MASK} of what you type; a line without one gets it at its end"
-    knobs: ClassVar[dict[str, Knob]] = {}
+
+    def __init__(self, trained: Trained):
+        super().__init__(trained)
+        self.knobs = {}
 
     def answer(self, line: str) -> Iterator[str]:
         return self.alone(line, 0)
 
     def alone(self, prompt: str, number: int, of_preset: bool = False) -> Iterator[str]:
         yield fill(self._trained.model, self._tokenizer, prompt, self._context)[1]
-
-
-def memory_of(trained: Trained) -> Memory | None:
-    """The memory head that the model was trained with, if it is to be used."""
-    heads = trained.heads() if trained.preset.generate.memory else None
-    return heads["memory"] if heads is not None and "memory" in heads else None  # type: ignore[return-value]
 
 
 def speaker_of(trained: Trained) -> Speaker:

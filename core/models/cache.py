@@ -23,17 +23,27 @@ class KeyValueCache:
     def __init__(self, num_layers: int):
         self._buffers: list[tuple[Tensor, Tensor] | None] = [None] * num_layers  # each (B, K, capacity, Dh)
         self._lengths = [0] * num_layers
+        self._begin = 0  # of the last piece that was read
         self.state: dict[str, Tensor] = {}
-        """What a model keeps besides, such as the sum of what it has pooled; rows are the first dimension."""
+        """What a model keeps besides, such as the sum of what it has pooled: (B, t, ...), after each position of the last one."""
+
+        self.fixed: dict[str, Tensor] = {}
+        """What a model needs at every piece and does not depend on the text: computed once."""
 
     @property
     def length(self) -> int:
         """Positions that every layer holds: amid an `extend`, those before the new ones, until the last layer has them."""
         return min(self._lengths)
 
+    def cut(self, length: int) -> None:
+        """Forget all positions after the first `length`, as if they had never been read. One of the last piece has to stay."""
+        assert self._begin < length <= self.length, f"{length} is not among the positions {self._begin + 1} to {self.length}"
+        self._lengths = [length] * len(self._lengths)
+        self.state = {name: kept[:, : length - self._begin] for name, kept in self.state.items()}
+
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append k and v (B, K, t, Dh) of new positions; returns those of all positions, (B, K, n, Dh), as views."""
-        begin = self._lengths[layer]
+        begin = self._begin = self._lengths[layer]
         end = begin + k.shape[2]
         keys, values = self._with_room(layer, k, v, end)
         keys[:, :, begin:end], values[:, :, begin:end] = k, v

@@ -65,6 +65,7 @@ class HuggingFaceLM(nn.Module):
         self.vocab_size = min(len(self._readout().weight), len(self._readout().table))
         self.packs = True  # whether the trunk itself keeps packed documents apart; see `tell_how_to_pack`
         self._extends: bool | None = None  # whether the library's cache gives what the whole text does; not tried yet: None
+        self._cuts = False  # whether it does so after it was cut, too
 
     def forward(self, batch: Batch) -> ModelOutput:
         """Hidden states of every position; nothing passes from one document to another."""
@@ -77,16 +78,17 @@ class HuggingFaceLM(nn.Module):
             hidden = _one_by_one(trunk, batch)
         return ModelOutput(hidden, self._readout())
 
-    def new_cache(self) -> Any:
+    def new_cache(self) -> "LibraryCache | None":
         """The library's cache of keys and values; None where pieces of a text do not give what the whole does."""
         if self._extends is None:
-            self._extends = self._try_to_extend()
-        return self._library_cache() if self._extends else None
+            self._extends = self._try([(0, 5), (5, 6), (6, 10), (10, 11), (11, PROBE_TOKENS)], LibraryCache)
+            self._cuts = self._extends and self._try([(0, 5), (2, 6), (4, 10), (10, PROBE_TOKENS)], CuttableCache)
+        return None if not self._extends else self._library_cache(CuttableCache if self._cuts else LibraryCache)
 
-    def extend(self, input_ids: Tensor, cache: Any) -> ModelOutput:
+    def extend(self, input_ids: Tensor, cache: "LibraryCache") -> ModelOutput:
         """Hidden states of the next positions (B, t) of unpacked texts."""
         trunk = self.get_submodule(self._trunk)
-        hidden = trunk(input_ids=input_ids, past_key_values=cache, use_cache=True)[0]  # (B, t, D)
+        hidden = trunk(input_ids=input_ids, past_key_values=cache.kept, use_cache=True)[0]  # (B, t, D)
         return ModelOutput(hidden, self._readout())
 
     def attention_note(self, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -112,8 +114,9 @@ class HuggingFaceLM(nn.Module):
         self.train(training)
 
     @torch.no_grad()
-    def _try_to_extend(self) -> bool:
-        """Whether a few tokens, read in pieces, come out as they do at once: not where a state is kept in another way."""
+    def _try(self, pieces: list[tuple[int, int]], kind: "type[LibraryCache]") -> bool:
+        """Whether a few tokens, read in pieces, come out as they do at once: not where a state is kept in another way. A piece
+        that begins before the end of the one before has the cache cut first."""
         positions = getattr(self.get_submodule(self._trunk).config, "max_position_embeddings", None)
         if positions is not None and positions < PROBE_TOKENS:  # on a GPU, trying would end the process
             return False
@@ -121,20 +124,44 @@ class HuggingFaceLM(nn.Module):
         self.eval()
         try:
             with torch.autocast(ids.device.type, enabled=False):
-                whole, cache = run_trunk(self.get_submodule(self._trunk), ids), self._library_cache()
-                pieces = [self.extend(piece, cache).hidden for piece in ids.split([5, 1, 4, 1, PROBE_TOKENS - 11], dim=1)]
-            return _close(torch.cat(pieces, dim=1), whole)
+                whole, cache, end = run_trunk(self.get_submodule(self._trunk), ids), self._library_cache(kind), 0
+                for begin, stop in pieces:
+                    if begin < end:
+                        cache.cut(begin)  # type: ignore[attr-defined]
+                    if not _close(self.extend(ids[:, begin:stop], cache).hidden, whole[:, begin:stop]):
+                        return False
+                    end = stop
+            return True
         except Exception:  # it takes no cache, or another kind
             return False
         finally:
             self.train(training)
 
-    def _library_cache(self) -> Any:
-        return transformers().DynamicCache(config=self.get_submodule(self._trunk).config)
+    def _library_cache(self, kind: "type[LibraryCache]") -> "LibraryCache":
+        return kind(transformers().DynamicCache(config=self.get_submodule(self._trunk).config))
 
     def _readout(self) -> LinearReadout:
         head, table = self.get_submodule(self._head), self.get_submodule(self._embedding).weight
         return LinearReadout(head.weight, head.bias, table)
+
+
+class LibraryCache:
+    """The library's cache of keys and values, of a batch of texts of one length."""
+
+    def __init__(self, kept: Any):
+        self.kept = kept
+
+
+class CuttableCache(LibraryCache):
+    """One that can forget its newest positions. Raises ValueError where a layer keeps a window or a state: those cannot."""
+
+    def __init__(self, kept: Any):
+        super().__init__(kept)
+        if any(type(layer).__name__ != "DynamicLayer" for layer in kept.layers):
+            raise ValueError("a layer does not keep every position")
+
+    def cut(self, length: int) -> None:
+        self.kept.crop(length - self.kept.get_seq_length())
 
 
 def parts_of(model: Any) -> tuple[nn.Module, nn.Module, nn.Module]:

@@ -14,6 +14,8 @@ from torch.nn import functional
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x**2) + eps) * gain, over the last dimension, in the gain's dtype (Zhang & Sennrich 2019)."""
+    if not torch.is_grad_enabled():
+        return functional.rms_norm(x.to(gain.dtype), gain.shape, gain, eps)
     return _RMSNorm.apply(x, gain, eps)
 
 

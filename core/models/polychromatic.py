@@ -168,7 +168,7 @@ class GQA(nn.Module):
         self.W_o = nn.Linear(settings.num_heads * Dh, D, bias=False)
 
     def forward(self, x: Tensor, shared: Pass, layer: int) -> Tensor:  # (B, T, D) -> (B, T, D)
-        q, k, v = (W(x).unflatten(-1, (-1, self.head_dim)) for W in (self.W_q, self.W_k, self.W_v))  # (B, T, H or K, Dh)
+        q, k, v = (W(x).view(*x.shape[:2], -1, self.head_dim) for W in (self.W_q, self.W_k, self.W_v))  # (B, T, H or K, Dh)
         q, k = rotate(self.rmsnorm_q(q), shared.turn), rotate(self.rmsnorm_k(k), shared.turn)
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))  # (B, H or K, T, Dh)
         if shared.cache is None:
@@ -209,7 +209,7 @@ class PolyGLU(SwiGLU):
         gate, up = self.W_gate(x), self.W_up(x)  # (B, T, F)
         with torch.autocast(x.device.type, enabled=False):
             f = self._gates(x.to(torch.promote_types(x.dtype, torch.float32)), shared, layer)
-            return self._routed(gate, up, f, shared.tau), f
+            return self._routed(gate, up, f, shared, layer), f
 
     def _gates(self, x: Tensor, shared: Pass, layer: int) -> Tensor:
         """f of the mean over the row, or over the document so far; there the mean of W x is taken, which is W of the mean."""
@@ -221,11 +221,11 @@ class PolyGLU(SwiGLU):
         if shared.cache is not None:
             name = f"pool.{layer}"
             if name in shared.cache.state:
-                sums = sums + shared.cache.state[name]
-            shared.cache.state[name] = sums[:, -1:]
+                sums = sums + shared.cache.state[name][:, -1:]
+            shared.cache.state[name] = sums
         return second(relu(sums / count + first.bias))  # (B, T, 4)
 
-    def _routed(self, gate: Tensor, up: Tensor, f: Tensor, tau: Tensor) -> Tensor:
+    def _routed(self, gate: Tensor, up: Tensor, f: Tensor, shared: Pass, layer: int) -> Tensor:
         """(B, T, F), f (B, T or 1, 4) -> (B, T, D)."""
         down = self.W_down.weight
         neuron, position = self.alpha[None], self.beta * f  # (1, F, 4), (B, T or 1, 4)
@@ -235,9 +235,11 @@ class PolyGLU(SwiGLU):
         if how == "sample":
             neuron = neuron + gumbel(len(gate), *self.alpha.shape, like=self.alpha)  # (B, F, 4)
         if self.routing.pool == "sequence":
-            return polyglu(gate, up, down, torch.softmax((neuron + position) / tau, dim=-1).transpose(1, 2))
-        factors = neuron_factors(neuron / tau)
-        return polyglu(gate, up, down, factors.expand(len(gate), -1, -1), position_factors(position / tau))
+            return polyglu(gate, up, down, torch.softmax((neuron + position) / shared.tau, dim=-1).transpose(1, 2))
+        fixed, name = {} if shared.cache is None else shared.cache.fixed, f"factors.{layer}"
+        if name not in fixed:
+            fixed[name] = neuron_factors(neuron / shared.tau)
+        return polyglu(gate, up, down, fixed[name].expand(len(gate), -1, -1), position_factors(position / shared.tau))
 
 
 def gumbel(*shape: int, like: Tensor) -> Tensor:

@@ -65,6 +65,8 @@ def polyglu(gate: Tensor, up: Tensor, down: Tensor, neuron: Tensor, position: Te
     neuron      (B, 4, F) the weights themselves, or with `position` factors of them (`neuron_factors`)
     position    (B, 4, T) the other factors (`position_factors`)
     """
+    if not torch.is_grad_enabled():
+        return _mix_and_project(gate, up, down, neuron, position)
     return _PolyGLU.apply(gate, up, down, neuron, position)
 
 
@@ -94,8 +96,7 @@ class _PolyGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, down: Tensor, neuron: Tensor, position: Tensor | None) -> Tensor:
         ctx.save_for_backward(gate, up, down, neuron, position)
-        mixed = _by_device(gate, _forward_blocks, _forward)(gate, up, neuron, position)
-        return functional.linear(mixed, down.to(gate.dtype))
+        return _mix_and_project(gate, up, down, neuron, position)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
@@ -105,6 +106,11 @@ class _PolyGLU(torch.autograd.Function):
         mixed, of_gate, of_up, of_neuron, of_position = found
         of_down = grad.flatten(0, 1).T @ mixed.flatten(0, 1)  # (D, F)
         return of_gate, of_up, of_down.to(down.dtype), of_neuron, of_position
+
+
+def _mix_and_project(gate: Tensor, up: Tensor, down: Tensor, neuron: Tensor, position: Tensor | None) -> Tensor:
+    mixed = _by_device(gate, _forward_blocks, _forward)(gate, up, neuron, position)
+    return functional.linear(mixed, down.to(gate.dtype))
 
 
 def _by_device(x: Tensor, blocks: Any, formula: Any) -> Any:
@@ -211,6 +217,9 @@ def _forward_blocks(gate: Tensor, up: Tensor, neuron: Tensor, position: Tensor |
     out = torch.empty_like(gate)
     for b, t in _blocks(gate):
         w, at = neuron[b], None if position is None else position[b, :, t]
+        if at is not None and at.shape[-1] == 1:  # of one position the weights are no more than the factors
+            w = w * at
+            w, at = w / w.sum(1, keepdim=True), None
         mixed = _weigh(_values(gate[b, t].to(w.dtype)), w, at)  # (b, n, F)
         if at is not None:
             mixed.div_(at.transpose(1, 2) @ w)

@@ -5,8 +5,11 @@ Out:   a Readout (core/contracts.py) for ModelOutput
 State: none
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from core.contracts import Readout
 
 # n positions, D hidden_size, V vocab_size
 
@@ -36,6 +39,9 @@ class LinearReadout:
     def parameters(self) -> list[Tensor]:
         return [self.weight] if self.bias is None else [self.weight, self.bias]
 
+    def detached(self) -> "LinearReadout":
+        return LinearReadout(self.weight.detach(), None if self.bias is None else self.bias.detach(), self.table.detach())
+
 
 class DistanceReadout:
     """scores = |h - w|**2 of h = hidden / |hidden| and w = the rows of weight / |weight|: 2 - 2 cos, from 0 to 4.
@@ -60,3 +66,12 @@ class DistanceReadout:
 
     def parameters(self) -> list[Tensor]:
         return [self.weight]
+
+    def detached(self) -> "DistanceReadout":
+        return DistanceReadout(self.weight.detach(), self.table.detach())
+
+
+def full_scores(readout: Readout, hidden: Tensor) -> Tensor:
+    """Scores (n, V) of hidden states (n, D) in fp32 at least, whatever the model computes in: bf16 has three digits."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return readout(hidden.to(torch.promote_types(hidden.dtype, torch.float32)))

@@ -1,5 +1,6 @@
 """What each head promises: where it looks, what its loss is, what its gradient reaches, and that nothing leaks."""
 
+import itertools
 import math
 from dataclasses import replace
 from functools import partial
@@ -79,6 +80,7 @@ def valid_places(name: str, batch: Batch, span_tokens: int, fraction: float) -> 
                     "dynamics": p + 3 < stop,
                     "rollouts": p + 2 < stop and all(known[p : p + 3]),
                     "planner": False,
+                    "draft": known[p] and p + 2 < stop,
                 }
                 own |= {(p,)} if is_valid[name] else set()
         if name == "planner":  # evenly spread, from any that has a target
@@ -93,7 +95,8 @@ def test_every_valid_place_is_looked_at_and_no_other(name: str) -> None:
     """Also where only some tokens are learned, as in chats: windows, roots and spans stay inside their document, off padding."""
     batch = rows()
     batch.labels[0, :9] = batch.labels[1, 4:] = IGNORE_INDEX
-    heads = heads_for(D, V, value_span_tokens=3, span_mask_fraction=0.3, rollout_steps=2)
+    sizes = {"rollout_steps": 2, "draft_tokens": 2, "draft_positions": 1}
+    heads = heads_for(D, V, value_span_tokens=3, span_mask_fraction=0.3, **sizes)
     expected = valid_places(name, batch, 3, 0.3)
     seen: list[list[tuple[int, ...]]] = [[] for _ in LENGTHS]
     for step in range(400):
@@ -107,6 +110,19 @@ def test_every_valid_place_is_looked_at_and_no_other(name: str) -> None:
             continue
         assert set(there) == own
         assert max(there.count(place) for place in own) < 400 / len(own) + 6 * math.sqrt(400 / len(own)), "equally likely"
+
+
+def test_a_draft_head_has_several_places_evenly_spread() -> None:
+    """All of them where there are as many; the others are as likely as each other."""
+    heads, batch = heads_for(D, V, enable_draft=True, draft_tokens=2, draft_positions=4), rows([[16], [6], [2, 2], [8, 8]])
+    counts = torch.zeros(4, T)
+    for step in range(200):
+        places = placed(heads, batch, step)[0].places["draft"]
+        assert set(places[1].tolist()) == {0, 1, 2, 3} and set(places[2].tolist()) == {NOWHERE}
+        assert all(3 <= (b - a) % 14 <= 4 for a, b in zip(places[0].tolist(), places[0].roll(-1).tolist()))
+        for row in (0, 3):
+            counts[row].index_add_(0, places[row], torch.ones(4))
+    assert counts[0, :14].min() > 30 and counts[3, [*range(6), *range(8, 14)]].min() > 40 and counts.sum() == 1600
 
 
 def test_places_follow_from_seed_step_and_row_alone() -> None:
@@ -198,6 +214,17 @@ def plain(name: str, heads: HeadStack, seen: Seen, row: int) -> Tensor:
         return ((predicted - hidden[p + 1 : p + 4].mean(0)) ** 2).mean()
     if name == "memory":
         return plain_memory(head, seen, row)
+    if name == "draft":
+        losses = []
+        for root in place:
+            state = hidden[root]
+            for k in (1, 2):
+                read = torch.cat([head.norm_state(state), head.norm_token(table[batch.input_ids[row, root + k]])])
+                gate, up = (head.inner.weight @ read + head.inner.bias).view(2, -1)
+                state = state + head.outer.weight @ (gate * torch.sigmoid(gate) * up) + head.outer.bias
+                of_model, guess = (hidden[root + k] @ table.T).softmax(-1), (state @ table.T).softmax(-1)
+                losses.append((of_model * (of_model / guess).log()).sum())
+        return torch.stack(losses).mean()
 
     def project(states: Tensor) -> Tensor:
         return F.normalize(head[2](F.gelu(head[0](states))).mean(0), dim=-1)
@@ -235,7 +262,8 @@ def plain_memory(head: Any, seen: Seen, row: int) -> Tensor:
 @pytest.mark.parametrize("name", HEADS)
 @pytest.mark.parametrize("step", range(3))
 def test_losses_are_what_the_specification_says(name: str, step: int) -> None:
-    heads = heads_for(D, V, value_span_tokens=5, span_mask_fraction=0.3, planner_candidates=3, planner_kl_weight=0.7).double()
+    sizes = {"planner_candidates": 3, "planner_kl_weight": 0.7, "draft_tokens": 2, "draft_positions": 3}
+    heads = heads_for(D, V, value_span_tokens=5, span_mask_fraction=0.3, **sizes).double()
     batch, _ = placed(heads, rows(), step)
     seen = seen_of(batch, heads)
     found = run(name, heads, seen)
@@ -276,9 +304,9 @@ def test_the_total_is_weighted_and_divided_by_the_counts_it_is_given() -> None:
     schedule = Piece(**{"from": 0.0, "to": 0.4})
     heads = heads_for(D, V, policy_kl_weight=0.5, value_weight=schedule).double()
     batch, _ = placed(heads, rows())
-    counts = dict.fromkeys(HEADS, 5.0) | {"policy": 10.0, "value": 3.0, "dynamics": 7.0, "memory": 2.0}
+    counts = dict.fromkeys(HEADS, 5.0) | {"policy": 10.0, "value": 3.0, "dynamics": 7.0, "memory": 2.0, "draft": 4.0}
     total, sums = heads(seen_of(batch, heads), counts, 0.5)
-    weights = dict.fromkeys(HEADS, 0.05) | {"policy": 0.5, "value": 0.2, "memory": 0.2}
+    weights = dict.fromkeys(HEADS, 0.05) | {"policy": 0.5, "value": 0.2, "memory": 0.2, "draft": 1.0}
     assert heads.weights(0.5) == pytest.approx(weights) and heads.scheduled(0.5) == {"value.weight": pytest.approx(0.2)}
     assert total.item() == pytest.approx(sum(weights[name] * sums[name].item() / counts[name] for name in HEADS), rel=1e-12)
     for name in HEADS:
@@ -301,8 +329,8 @@ def test_the_surprise_is_cross_entropy_whatever_the_losses_are(smoothing: float 
 
 
 def test_only_the_chosen_positions_are_scored() -> None:
-    """Never (B * T, V): the readout is asked for one position a row, and for one at each step of
-    a rollout or for each of a planner's."""
+    """Never (B * T, V): the readout is asked for one position a row, for one at each step of a rollout, for each of a planner's;
+    for drafts, twice for each of theirs."""
     asked: list[int] = []
 
     class Counting(LinearReadout):
@@ -310,11 +338,14 @@ def test_only_the_chosen_positions_are_scored() -> None:
             asked.append(len(hidden))
             return super().__call__(hidden)
 
-    heads = heads_for(D, V).double()
+        def detached(self) -> "Counting":
+            return Counting(self.table.detach())
+
+    heads = heads_for(D, V, draft_tokens=3, draft_positions=2).double()
     batch, counts = placed(heads, rows())
     seen = seen_of(batch, heads)
     heads(replace(seen, readout=Counting(seen.readout.table)), counts, 0.0)
-    assert asked == [len(LENGTHS), 3 * len(LENGTHS), 4 * len(LENGTHS)]
+    assert asked == [len(LENGTHS), 3 * len(LENGTHS), 4 * len(LENGTHS)] + 2 * 3 * [2 * len(LENGTHS)]
 
 
 # what their gradients reach ------------------------------------------------------------------------------------------
@@ -329,19 +360,22 @@ def test_gradients_enter_at_the_root_and_never_through_a_target(name: str) -> No
     hidden = torch.randn(*batch.labels.shape, D, dtype=torch.float64, requires_grad=True)
     table = nn.Parameter(torch.randn(V, D, dtype=torch.float64))
     run(name, heads, seen_of(batch, heads, hidden, table)).nansum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in heads[name].parameters())
+    others = {"rollouts": ["policy", "value"]}.get(name, [])
+    taught = {other for other, head in heads.items() if any(p.grad is not None and p.grad.any() for p in head.parameters())}
+    assert taught == {name, *others}
+    if heads[name] in heads.apart():
+        assert hidden.grad is None and table.grad is None, "of the model, nothing is reached"
+        return
     roots = torch.zeros(batch.labels.shape, dtype=torch.bool)
     coming = set()
     for row, place in enumerate(batch.places[name].tolist()):
-        if place[0] != NOWHERE and name not in ("rollouts", "planner"):
+        if place[0] != NOWHERE and name != "rollouts":
             roots[row, place[0] : place[1] if len(place) > 1 else place[0] + 1] = True
             coming |= set(batch.input_ids[row, place[0] + 1 : place[0] + 4].tolist())
     assert torch.equal(torch.zeros_like(roots) if hidden.grad is None else hidden.grad.abs().sum(-1) > 0, roots)
     used = set() if table.grad is None else set((table.grad.abs().sum(-1) > 0).nonzero().flatten().tolist())
     assert used == {"dynamics": coming, "memory": set(range(V))}.get(name, set())  # memory's targets are scored
-    others = {"rollouts": ["policy", "value"]}.get(name, [])
-    taught = {other for other, head in heads.items() if any(p.grad is not None and p.grad.any() for p in head.parameters())}
-    assert taught == {name, *others}
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in heads[name].parameters())
 
 
 def test_rows_without_a_place_change_nothing() -> None:
@@ -456,3 +490,31 @@ def test_all_work_on_every_causal_model(name: str) -> None:
         assert list(terms.sums) == ["cross_entropy", *HEADS] and torch.isfinite(total)
         found = gradients(objective)
         assert all(found[f"heads.{name}"].abs().sum() > 0 for name, _ in heads.named_parameters())
+
+
+# what drafts are measured by -------------------------------------------------------------------------------------------
+
+
+def test_how_many_guesses_a_draft_would_have_right() -> None:
+    """Of each row: the share of first and of last guesses that are the model's likeliest token, and how many are before one is
+    not. The head guesses what it was told, and the model's likeliest tokens are known: hidden states are rows of the identity."""
+    table = nn.Parameter(torch.eye(V, dtype=torch.float64))
+    heads = heads_for(V, V, enable_draft=True, draft_tokens=3, draft_positions=2).double()
+    batch = rows([[16], [16], [1, 1]])
+    likeliest = batch.input_ids.roll(-1, 1)  # at each position, the token that follows
+    wrong = {(0, 7), (1, 4), (1, 9)}  # but not here
+    for row, t in wrong:
+        likeliest[row, t] = (likeliest[row, t] + 1) % V
+    hidden = table[likeliest]
+    batch = replace(batch, places={"draft": torch.tensor([[2, 5], [3, 8], [NOWHERE, NOWHERE]])})
+    ahead = itertools.cycle((1, 2, 3))
+
+    def follow(states: Tensor, tokens: Tensor) -> Tensor:  # guesses what the text says
+        return table[batch.input_ids.gather(1, batch.places["draft"].clamp(min=0) + next(ahead) + 1)]
+
+    heads["draft"].follow = follow  # type: ignore[method-assign]
+    found = heads.measure(seen_of(batch, heads, hidden, table))
+    means = {name: (value[0] / value[1]).item() for name, value in found.items() if name != "draft"}
+    # row 0: guesses at 3 4 5 right, of 6 7 8 the second wrong; row 1: of 4 5 6 the first wrong, and so of 9 10 11
+    assert means == pytest.approx({"draft.first": 0.5, "draft.last": 1.0, "draft.accepted": (2.0 + 0.0) / 2})
+    assert found["draft.first"][1] == 2

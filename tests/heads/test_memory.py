@@ -170,7 +170,7 @@ def test_beyond_the_context_a_text_goes_on_behind_its_summary(kind: str, slots: 
     model.new_cache = lambda: None
     assert continued(voice, PROMPTS, 30) == together and continued(voice, PROMPTS, 30, temperature=1.0) == drawn
     for own, counts in ((voice, True), (replace(voice, memory=None), False)):
-        found = [Reader(own).next_scores([[first, *range(100)]]) for first in (1, 2)]
+        found = [Reader(own).read([[first, *range(100)]], 1)[1] for first in (1, 2)]
         assert torch.equal(*found) != counts
 
 
@@ -179,5 +179,5 @@ def test_within_the_context_a_memory_changes_no_bit(monkeypatch: pytest.MonkeyPa
     model, memory = build("simple_lm", 40), memory_for(40).double()
     voices = [Voice(model, byte_tokenizer(), CONTEXT, memory=own) for own in (None, memory)]
     for rows in ([[7] * CONTEXT, list(range(CONTEXT))], [[1, 2, 3]]):
-        scores = [Reader(voice).next_scores(rows) for voice in voices]
+        scores = [Reader(voice).read(rows, 1)[1] for voice in voices]
         assert torch.equal(*scores)

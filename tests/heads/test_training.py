@@ -12,6 +12,7 @@ from core.assembly import Preset
 from core.errors import CheckpointError, UserError
 from core.heads import HEADS
 from core.heads.stack import HeadStack
+from core.models.initial import draw_weights
 from core.preset import decode_preset
 from core.runtime import detect_runtime
 from core.trained import load_trained
@@ -54,42 +55,56 @@ def test_they_touch_training_only_through_their_gradient(tmp_path: Path) -> None
     assert all(math.isfinite(told[0]["losses"][name]) and told[0]["losses"][name] > 0 for name in HEADS)
 
 
-def test_the_planner_touches_nothing_but_itself(tmp_path: Path) -> None:
-    """Model and other heads end with the same bits with it and without, where no clipping weighs all gradients together."""
-    train = {"max_steps": 4, "max_grad_norm": 1e9}
-    every = {key: True for key in ALL if key != "enable_planner"}
-    ended = []
-    for name, planner in (("off", {}), ("on", {"enable_planner": True, "planner_weight": 1.0})):
-        finish(built := session(tmp_path / name, model={"dropout": 0.1}, train=train, auxiliary=every | planner))
-        ended.append((weights(built), head_weights(built)))
-    (model, heads), (other_model, others) = ended
-    assert equal(model, other_model) and equal(heads, {name: others[name] for name in heads})
-    assert {name for name in others if name not in heads} == {
-        f"planner.{layer}.{what}" for layer in (0, 2) for what in ("weight", "bias")
-    }
-    assert others["planner.2.weight"].any()
+@pytest.mark.parametrize("name", [name for name, head in HEADS.items() if getattr(head, "apart", False)])
+def test_a_head_apart_leaves_the_models_training_as_it_is(name: str, tmp_path: Path) -> None:
+    """Whatever its weight, and though gradients are clipped: the bits of the model and of other heads, and the gradient's norm,
+    are those without it; and the head learns."""
+    train = {"max_steps": 8, "accumulation_steps": 2, "max_grad_norm": 0.3, "learning_rate": 3e-3}
+    others = {f"enable_{other}": True for other in getattr(HEADS[name], "needs", ())}
+    mine = {f"enable_{name}": True, HEADS[name].weight_key: 30.0}
+    off = session(tmp_path / "off", model={"dropout": 0.1}, train=train, auxiliary=others)
+    on = session(tmp_path / "on", model={"dropout": 0.1}, train=train, auxiliary=others | mine)
+    begun = head_weights(on)
+    finish(off)
+    finish(on)
+    ended = head_weights(on)
+    assert equal(weights(off), weights(on)) and not equal(begun, ended)
+    if others:
+        assert equal(head_weights(off), {key: value for key, value in ended.items() if key.split(".")[0] != name})
+    one, other = events(tmp_path / "off", "step"), events(tmp_path / "on", "step")
+    assert [e["grad_norm"] for e in one] == [e["grad_norm"] for e in other] and min(e["grad_norm"] for e in one) > 0.3
+    assert [e["losses"]["cross_entropy"] for e in one] == [e["losses"]["cross_entropy"] for e in other]
 
 
 def test_each_head_learns(tmp_path: Path) -> None:
     """Every head's loss falls, and so does cross-entropy; `loss` is the weighted sum, and scheduled weights are told."""
     train = {"max_steps": 60, "learning_rate": 3e-3, "per_gpu_batch_size": 16}
-    weights_of = {
-        "value_weight": {"from": 0.1, "to": 0.05},
-        "span_contrastive_weight": 0.5,
-    }  # spans: at 0.05, they want more steps
+    # spans: at 0.05, they want more steps
+    weights_of = {"value_weight": {"from": 0.1, "to": 0.05}, "span_contrastive_weight": 0.5}
     built = session(tmp_path, train=train, auxiliary=ALL | weights_of)
     finish(built)
     told = events(tmp_path, "step")
-    for name in ("cross_entropy", *HEADS):
+    for name in ("cross_entropy", *(name for name in HEADS if name != "draft")):
         values = [event["losses"][name] for event in told]
-        # these two begin beside the model, which knows nothing yet either, and have to catch up first
+        # these begin beside the model, which knows nothing yet either, and have to catch up first
         first = max(values[:30]) if name in ("policy", "value") else sum(values[:5]) / 5
         last = sum(values[-5:]) / 5
         assert last < 0.9 * first, f"{name}: {first} to {last}"
     for event, value_weight in ((told[0], 0.1), (told[-1], 0.05)):
         assert event["scheduled"] == {"value.weight": pytest.approx(value_weight)}
-        of = {**dict.fromkeys(HEADS, 0.05), "cross_entropy": 1.0, "value": value_weight, "span_contrastive": 0.5, "memory": 0.2}
+        of = {"cross_entropy": 1.0, **dict.fromkeys(HEADS, 0.05), "value": value_weight}
+        of |= {"span_contrastive": 0.5, "memory": 0.2, "draft": 1.0}
         assert event["loss"] == pytest.approx(sum(of[name] * value for name, value in event["losses"].items()), rel=1e-6)
+
+
+def test_the_draft_head_learns(tmp_path: Path) -> None:
+    """The model it guesses at knows nothing at first, so its loss may rise: a head that has not learned is asked to guess now."""
+    train = {"max_steps": 60, "learning_rate": 3e-3, "per_gpu_batch_size": 16, "eval_tokens": 500}
+    finish(built := session(tmp_path, train=train, auxiliary={"enable_draft": True}))
+    learned = built.trainer.evaluate(built.trainer.model, 1.0)["heads"]
+    built.trainer.objective.heads["draft"].apply(draw_weights)
+    ignorant = built.trainer.evaluate(built.trainer.model, 1.0)["heads"]
+    assert learned["draft"] < 0.7 * ignorant["draft"] and learned["draft.first"] > ignorant["draft.first"], (learned, ignorant)
 
 
 def test_the_value_head_begins_where_a_model_begins(tmp_path: Path) -> None:

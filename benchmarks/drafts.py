@@ -1,0 +1,121 @@
+"""What a draft head is worth in generation: a small model is trained with one, and then speaks with it and without.
+
+    python benchmarks/drafts.py [FOLDER]
+
+Trains 6 layers of width 192 on the standard library's source for 1.2M tokens, in FOLDER if given, where they stay for the next
+time (some minutes). Then the model continues beginnings of files of that source, at several temperatures, alone and four at once:
+plainly, and with drafts of some lengths, in turns, in one process with one thread. Prints tokens per second of processor time
+(others may use the machine too), how many guesses were right, how many tokens a pass of the model gave, and median and range of
+the ratios. The tokens are the same but for rounding; how many texts differ is told.
+"""
+
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from core.assembly import Preset
+from core.data.sources import PythonStdlibSettings, build_source
+from core.drafting import Drafter
+from core.generation import Row, Voice, Wish, advance
+from core.jobs.train import train
+from core.parallel import Single
+from core.preset import decode_preset
+from core.runtime import detect_runtime
+from core.trained import Trained, load_trained
+
+STEPS, CONTEXT, PROMPT, NEW_TOKENS, TEXTS, ROUNDS = 300, 256, 48, 192, 4, 3
+LENGTHS = (2, 4)
+PRESET = {
+    "name": "drafts",
+    "model": {"type": "simple_lm", "hidden_size": 192, "num_layers": 6, "num_heads": 4, "seq_length": CONTEXT},
+    "tokenizer": {"type": "bpe", "vocab_size": 1024},
+    "train": {
+        "per_gpu_batch_size": 16,
+        "learning_rate": 2e-3,
+        "schedule": {"type": "wsd", "warmup": 0.05, "decay": 0.3},
+        "max_steps": STEPS,
+        "eval_tokens": 30000,
+        "eval_every_tokens": 500_000,
+    },
+    "auxiliary": {"enable_draft": True, "draft_tokens": 4, "draft_positions": 16},
+    "data": {"sources": ["python_stdlib"]},
+    "generate": {"prompts": ["def "], "max_tokens": 40},
+}
+
+
+def trained_in(folder: Path) -> Trained:
+    """The model, trained there if it is not yet."""
+    preset = decode_preset(PRESET, Preset, "drafts", "drafts")
+    if not (folder / "checkpoints").exists():
+        train(preset, detect_runtime(), Single(), folder, 0.0, sys.stdout)
+    return load_trained(preset, folder, detect_runtime())
+
+
+def prompts_of(trained: Trained) -> list[list[int]]:
+    """Beginnings of files, each somewhere else in the library; most of them the model has read."""
+    found = []
+    for number, document in enumerate(build_source(PythonStdlibSettings(), Path.cwd(), 1).stream({})):
+        ids = trained.tokenizer.encode_batch([document.text])[0].tolist()
+        if number % 7 == 0 and len(ids) > PROMPT + NEW_TOKENS:
+            found.append([trained.tokenizer.eos_id, *ids[: PROMPT - 1]])
+        if len(found) == TEXTS:
+            return found
+    raise AssertionError("too few files")
+
+
+def speak(voice: Voice, prompts: list[list[int]], wish: Wish, at_once: int) -> tuple[float, list[list[int]]]:
+    """Seconds of this process, and the tokens."""
+    rows = [Row(voice.tokenizer, prompt, wish, seed) for seed, prompt in enumerate(prompts)]
+    began = time.process_time()
+    for first in range(0, len(rows), at_once):
+        for _ in advance(voice, rows[first : first + at_once]):
+            pass
+    return time.process_time() - began, [row.ids for row in rows]
+
+
+def main(folder: Path) -> None:
+    trained = trained_in(folder)
+    torch.set_num_threads(1)
+    heads: Any = trained.heads()
+    prompts = prompts_of(trained)
+    plain = Voice(trained.model, trained.tokenizer, CONTEXT)  # type: ignore[arg-type]
+    speak(plain, prompts[:1], Wish(max_tokens=20), 1)  # warm
+    for temperature, top_p in ((0.0, 1.0), (0.9, 0.95)):
+        wish = Wish(max_tokens=NEW_TOKENS, temperature=temperature, top_p=top_p)
+        for at_once in (1, 4):
+            ratios: dict[int, list[float]] = {length: [] for length in LENGTHS}
+            speeds, drafters = [], {length: Drafter(heads["draft"]) for length in LENGTHS}
+            for length, drafter in drafters.items():
+                drafter.tokens = length
+            for _ in range(ROUNDS):
+                seconds, texts = speak(plain, prompts, wish, at_once)
+                speeds.append(sum(len(ids) - PROMPT for ids in texts) / seconds)
+                for length, drafter in drafters.items():
+                    voice = Voice(trained.model, trained.tokenizer, CONTEXT, drafter=drafter)  # type: ignore[arg-type]
+                    took, others = speak(voice, prompts, wish, at_once)
+                    ratios[length].append(sum(map(len, others)) / sum(map(len, texts)) * seconds / took)
+            print(f"temperature {temperature:g}, {at_once} at once: plain {statistics.median(speeds):.0f} tokens/s", flush=True)
+            for length, drafter in drafters.items():
+                different = sum(a != b for a, b in zip(texts, others))
+                own = ratios[length]
+                print(
+                    f"  drafts of {length}: x {statistics.median(own):.2f} ({min(own):.2f} to {max(own):.2f}), "
+                    f"{drafter.right / max(drafter.guessed, 1):.0%} of guesses right, "
+                    f"{drafter.said / max(drafter.passes, 1):.2f} tokens a pass, {different} of {TEXTS} texts differ",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        main(Path(sys.argv[1]))
+    else:
+        with tempfile.TemporaryDirectory() as temporary:
+            main(Path(temporary))
