@@ -177,7 +177,6 @@ def test_going_back_to_a_checkpoint_takes_the_heads_along(tmp_path: Path) -> Non
         ),
         ({"train": {"per_gpu_batch_size": 1}}, "per_gpu_batch_size is 1"),
         ({"losses": [{"type": "cross_entropy", "name": "value"}]}, "value is the name of an auxiliary head"),
-        ({"auxiliary": {"enable_adaptive_sources": True}}, "enable_adaptive_sources: this version"),
     ],
 )
 def test_what_means_nothing_is_refused(changes: dict, told: str, tmp_path: Path) -> None:
