@@ -189,6 +189,7 @@ def build_training(
         runtime.device,
         dtype,
         (lambda rows: hide_one(rows, tokenizer)) if masked else None,
+        corpus.names,
     )
     words, unknown = word_ids(tokenizer, preset.generate.neighbors_of)
     notes += [f"generate.neighbors_of: {', '.join(unknown)} left out, being more than one token each"] if unknown else []

@@ -1,6 +1,6 @@
 """What is known of each metric: its name, its unit, and whether lower or higher is better.
 
-In:    a key of an `eval` event, or "loss: <name>"
+In:    a key of an `eval` event, "loss: <name>", "held out of: <source>" or "read of: <source>"
 Out:   a Measure
 State: none
 """
@@ -9,6 +9,10 @@ from dataclasses import dataclass
 
 LOSS = "loss: "
 """What stands before the name of a loss among the metrics."""
+HELD_OUT = "held out of: "
+"""Before the name of a source: the first loss on what is held out of it."""
+READ = "read of: "
+"""Before the name of a source: its share of the tokens trained on."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,10 @@ def measure(key: str) -> Measure:
     """The measure of a metric; of one that is not known, neither direction is better."""
     if key.startswith(LOSS):
         return Measure(key, f"loss “{key.removeprefix(LOSS)}”", "", -1)
+    if key.startswith(HELD_OUT):
+        return Measure(key, f"loss on “{key.removeprefix(HELD_OUT)}”", "", -1)
+    if key.startswith(READ):
+        return Measure(key, f"share of “{key.removeprefix(READ)}” in training", "", 0)
     return _KNOWN.get(key) or Measure(key, key.replace("_", " "))
 
 
