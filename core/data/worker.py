@@ -6,6 +6,7 @@ State: none; where the run stands is known to the loader alone
 """
 
 import multiprocessing
+import os
 import queue
 import signal
 import threading
@@ -71,9 +72,18 @@ class Stopped(Exception):
     """The reader was closed while it waited for a worker."""
 
 
+def end_with_parent() -> None:
+    """Waits for the end of the process that started this one, and ends this one: left behind, it would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
 def _work(make_pipeline: MakePipeline, lanes: list[int], positions: Any, out: Any) -> None:
     """The worker process: reads from each position that it is given, until there is another one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's business; it ends its workers itself
+    threading.Thread(target=end_with_parent, daemon=True).start()
     begun = 0
     while True:
         position, begun, rows = positions.get(), begun + 1, []
