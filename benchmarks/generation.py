@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from core.data.tokenizer import Tokenizer, build_tokenizer
-from core.generation import Row, Wish, advance
+from core.generation import Row, Voice, Wish, advance
 from core.models.polychromatic import PolychromaticLM, PolychromaticSettings
 from core.models.simple_lm import SimpleLM, SimpleLMSettings
 from core.settings import TokenizerSettings
@@ -54,7 +54,7 @@ def rows_of(tokenizer: Any, count: int) -> list[Row]:
 def seconds(model: Any, tokenizer: Any, batches: list[list[Row]]) -> float:
     began = time.process_time()
     for rows in batches:
-        for _ in advance(model, tokenizer, rows, CONTEXT):
+        for _ in advance(Voice(model, tokenizer, CONTEXT), rows):
             pass
     return time.process_time() - began
 

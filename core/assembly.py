@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from core.checkpoint import FORMAT, LINEAGE_OF_ITS_OWN, CheckpointStore, load_model
-from core.contracts import Batch, ModelOutput, call_if_defined
+from core.auxiliary import build_heads, check_heads, load_heads, output_of_one_token
+from core.checkpoint import FORMAT, LINEAGE_OF_ITS_OWN, CheckpointStore
+from core.contracts import call_if_defined
+from core.curriculum import build_curriculum
 from core.data.corpus import Corpus, PipelineFactory, data_position, open_corpus
 from core.data.encoding import shown
 from core.data.loader import Loader
@@ -28,21 +30,18 @@ from core.errors import UserError
 from core.evaluation import Evaluator
 from core.filling import fill, neighbors, word_ids
 from core.freezing import train_only
-from core.generation import generate
-from core.heads import HEADS
-from core.heads.stack import HeadStack
+from core.generation import Voice, generate
 from core.horizon import Horizon, Progress, begin_next_run
 from core.losses import LOSSES
 from core.losses.stack import LossStack
 from core.metrics import MetricsLog
 from core.models import MODELS
-from core.models.initial import draw_weights
 from core.optim import Optimizer
 from core.parallel import on_rank_zero, rank_zero_first
 from core.preset import preset_class, preset_json
 from core.randomness import derive_seed
 from core.runtime import Runtime
-from core.settings import MASKED_TOKENS, RUN_TOKENS, objective_of
+from core.settings import MASKED_TOKENS, RUN_TOKENS
 from core.trainer import Objective, Trainer
 from core.weights import FITTING, Weights, find_weights
 
@@ -77,20 +76,6 @@ def build_model(preset: Any, vocab_size: int) -> nn.Module:
 
 def build_stack(preset: Any) -> LossStack:
     return LossStack([LOSSES[settings.type][1](settings) for settings in preset.losses])
-
-
-def build_heads(preset: Any, output: ModelOutput) -> HeadStack | None:
-    """The auxiliary heads that the preset switches on, with weights that follow from its seed; None where it has none.
-
-    `output`: of the model they are for.
-    """
-    scores = output.readout(output.hidden[0, :1])  # (1, V)
-    heads = HeadStack(HEADS, preset.auxiliary, output.hidden.shape[-1], scores.shape[-1])
-    for name, head in heads.items():  # one head's beginning does not depend on the others
-        torch.manual_seed(derive_seed(preset.train.seed, "init", "heads", name))
-        head.apply(draw_weights)
-        call_if_defined(head, "begin")
-    return heads.to(output.hidden.device) if len(heads) else None
 
 
 # the session ---------------------------------------------------------------------------------------------------------
@@ -138,12 +123,12 @@ def build_training(
     if note := call_if_defined(model, "attention_note", runtime.device, runtime.compute_dtype(preset.train.precision)):
         notes.append(note)
     stack = build_stack(preset)
-    output = _output_of_one_token(model, runtime.device)
+    output = output_of_one_token(model, runtime.device)
     readout = output.readout
     stack.check(readout)
-    _check_heads(preset, model, stack)
-    heads = build_heads(preset, output)
-    notes += _load_heads(heads, saved)
+    check_heads(preset, model, stack)
+    heads = build_heads(preset.auxiliary, preset.train.seed, output)
+    notes += load_heads(heads, saved["heads"]) if saved is not None else []
     if heads is not None:
         count = sum(p.numel() for p in heads.parameters())
         notes.append(f"auxiliary heads: {', '.join(heads)}; {count:,} parameters beside the model's")
@@ -168,7 +153,7 @@ def build_training(
         factory,
         position,
         parallel,
-        rows_per_step,
+        rows_per_step * preset.train.candidates,
         corpus.names,
         preset.data.lanes,
         packed=preset.data.packing != "padding",
@@ -180,6 +165,8 @@ def build_training(
     )
     compile_from_step, compile_told = _compile_plan(preset, runtime, saved, model, horizon)
     dtype = runtime.compute_dtype(preset.train.precision)
+    curriculum = build_curriculum(preset.train, corpus.objective, len(corpus.names), parallel, runtime.device, dtype)
+    notes += [curriculum.note] if curriculum is not None else []
     evaluator = Evaluator(
         lambda: corpus.validation_rows(tokenizer, preset.model.seq_length, preset.train.eval_tokens, validation_seed),
         stack,
@@ -189,6 +176,8 @@ def build_training(
         runtime.device,
         dtype,
         (lambda rows: hide_one(rows, tokenizer)) if masked else None,
+        heads,
+        preset.train.seed if validation_seed is None else validation_seed,
         corpus.names,
     )
     words, unknown = word_ids(tokenizer, preset.generate.neighbors_of)
@@ -196,11 +185,11 @@ def build_training(
 
     def show(model: Any, step: int) -> list[tuple[str, dict[str, Any]]]:
         model.eval()
-        context, seed = preset.model.seq_length, preset.train.seed
+        voice, seed = Voice(model, tokenizer, preset.model.seq_length), preset.train.seed
         texts = [
-            fill(model, tokenizer, prompt, context)
+            fill(model, tokenizer, prompt, voice.context)
             if masked
-            else (prompt, generate(model, tokenizer, prompt, preset.generate, context, derive_seed(seed, "sample", step, i)))
+            else (prompt, generate(voice, prompt, preset.generate, derive_seed(seed, "sample", step, i)))
             for i, prompt in enumerate(preset.generate.prompts)
         ]
         near = neighbors(model, tokenizer, words)
@@ -260,38 +249,9 @@ def build_training(
         should_stop=should_stop,
         source_weights=source_weights,
         compile_from_step=compile_from_step,
+        curriculum=curriculum,
     )
     return TrainingSession(trainer, log, start_event, notes, warnings)
-
-
-def _check_heads(preset: Any, model: nn.Module, stack: LossStack) -> None:
-    """Raises UserError where the auxiliary heads that are on mean nothing."""
-    if not preset.auxiliary.heads:
-        return
-    keys = ", ".join(f"auxiliary.{key}" for key in preset.auxiliary.heads)
-    if not model.is_causal:
-        masked = objective_of(preset.model) == MASKED_TOKENS
-        why = "predicts masked tokens" if masked else "is not causal: its positions see later ones"
-        raise UserError(f"{keys}: heads predict what comes, but this model {why}. Set them to false, or take another model.")
-    if preset.auxiliary.enable_span_contrastive and preset.train.per_gpu_batch_size < 2:
-        raise UserError(
-            "auxiliary.enable_span_contrastive tells a span from the others of a forward pass, and train.per_gpu_batch_size is "
-            "1. Set it to 2 or more."
-        )
-    if twice := sorted({loss.name for loss in stack.losses} & HEADS.keys()):
-        raise UserError(f'losses: {", ".join(twice)} is the name of an auxiliary head; give the loss another "name".')
-
-
-def _load_heads(heads: HeadStack | None, saved: dict[str, Any] | None) -> list[str]:
-    """Put a checkpoint's heads in their places; tells which begin untrained, and which are left out."""
-    if saved is None:
-        return []
-    own, there = set(heads or ()), {name.split(".")[0] for name in saved["heads"]}
-    if heads is not None:
-        where, both = "the checkpoint's auxiliary heads", own & there
-        load_model(heads, saved["heads"], where, lambda name: name.split(".")[0] not in both, LINEAGE_OF_ITS_OWN)
-    notes = [f"auxiliary head {name} is new: starts untrained" for name in HEADS if name in own - there]
-    return notes + [f"auxiliary head {name} of the checkpoint is off and was left out" for name in sorted(there - own)]
 
 
 def _beginning(
@@ -350,12 +310,6 @@ def _tokenizer(
     return Tokenizer.from_state(on_rank_zero(parallel, make)), []
 
 
-def _output_of_one_token(model: nn.Module, device: torch.device) -> ModelOutput:
-    one = torch.zeros(1, 1, dtype=torch.int64, device=device)
-    with torch.no_grad():
-        return model(Batch(one, one, one, one.int(), one.int(), packed=False))
-
-
 def _progress(preset: Any, saved: dict[str, Any] | None) -> tuple[Progress, list[str]]:
     """Go on with an interrupted run, or begin the next one."""
     if saved is None:
@@ -377,7 +331,7 @@ def _horizon(preset: Any, corpus: Corpus, tokenizer: Tokenizer) -> Horizon:
     tokens = RUN_TOKENS * train.runs
     if train.max_epochs is not None:
         once = corpus.epoch_tokens(tokenizer, tokens)
-        tokens = max(1, min(tokens, once * train.max_epochs))
+        tokens = max(1, min(tokens, once * train.max_epochs // train.candidates))
     steps = train.max_steps
     return Horizon(RUN_TOKENS, tokens, steps, steps * train.runs if steps else None)
 
@@ -409,7 +363,7 @@ def _data(
     tokens = horizon.horizon_tokens
     if horizon.horizon_steps is not None:
         tokens = min(tokens, horizon.horizon_steps * rows_per_step * preset.model.seq_length)
-    mix = replace(corpus.mix, rates=rates, horizon_tokens=tokens)
+    mix = replace(corpus.mix, rates=rates, horizon_tokens=tokens * preset.train.candidates)
     facts = {"fingerprint": fingerprint, "contents": contents, "held_out": corpus.hold_out.state()}
     return corpus.pipeline_factory(tokenizer, preset.model.seq_length, mix), position, facts, notes
 

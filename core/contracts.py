@@ -30,6 +30,10 @@ class Batch:
         """Rows `start` to `stop` as a view: how a step is cut into micro-batches."""
         return self._each(lambda tensor: tensor[start:stop])
 
+    def take(self, rows: list[int]) -> "Batch":
+        """Some of the rows, in this order."""
+        return self._each(lambda tensor: tensor[rows])
+
     def to(self, device: torch.device) -> "Batch":
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 

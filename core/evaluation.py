@@ -3,21 +3,24 @@ predictions are, and whether the embedding table collapses. Of a model that pred
 (Salazar et al. 2020, arXiv 1910.14659), the original decoder as a baseline, and how prototypes lie.
 
 In:    a model, the loss stack, held-out rows (made when first asked for)
-Out:   a dict of numbers, the same on every rank and for any batch size
+Out:   a dict of numbers, the same on every rank and for any batch size (but where a head compares the rows of a batch)
 State: the rows
 """
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from core.contracts import Batch, LanguageModel, ModelOutput, Readout, call_if_defined
 from core.data.loader import collate
 from core.data.packing import Row
 from core.geometry import geometry, mean_pairwise_cosine
+from core.heads.stack import HeadStack
 from core.losses.cross_entropy import CrossEntropy, CrossEntropySettings
 from core.losses.stack import LossStack
 from core.settings import MASKED_TOKENS, NEXT_TOKEN
@@ -56,15 +59,20 @@ class Evaluator:
         device: torch.device,
         dtype: torch.dtype,
         hide_one: Callable[[list[Row]], list[Row]] | None = None,
+        heads: HeadStack | None = None,
+        seed: int = 0,
         sources: Sequence[str] = (),
     ):
-        self._hide_one, self._sources = hide_one, sources if len(sources) > 1 else ()
+        """`heads`: also measured, at places that follow from `seed`."""
+        self._hide_one, self._heads, self._seed = hide_one, heads, seed
+        self._sources = sources if len(sources) > 1 else ()
         self._make_rows, self._stack, self._batch_rows = make_rows, stack, batch_rows
         self._token_bytes = torch.from_numpy(token_bytes)
         self._parallel, self._device, self._dtype = parallel, device, dtype
         self._baseline = LossStack([CrossEntropy(CrossEntropySettings())])
         self._batches: list[Batch] | None = None
         self._singles: list[Batch] = []
+        self._of_heads: dict[str, Tensor] = {}  # (2,) each: sum and number of rows
 
     def run(
         self, model: LanguageModel, progress: float, told: Callable[[int, int], None] = lambda done, total: None
@@ -75,18 +83,20 @@ class Evaluator:
         """
         if self._batches is None:
             rows = self._make_rows()
-            self._batches = self._share(rows, self._batch_rows)
+            self._batches = [self._with_places(batch, i) for i, batch in enumerate(self._share(rows, self._batch_rows))]
             if self._hide_one and (singles := self._hide_one(rows)):  # shorter: as many tokens at once as in the others
                 longer = len(rows[0].input_ids) // len(singles[0].input_ids)
                 self._singles = self._share(singles, self._batch_rows * max(1, longer))
         batches = len(self._batches) + len(self._singles)
         was_training = model.training  # type: ignore[attr-defined]
         model.eval()  # type: ignore[attr-defined]
+        self._of_heads = {}
         sums, readout = self._sums(model, self._batches, progress, lambda done: told(done, batches))
         singles, _ = self._sums(model, self._singles, progress, lambda done: told(len(self._batches or []) + done, batches))
         of_tables = {} if readout is None else _of_tables(readout)
         model.train(was_training)  # type: ignore[attr-defined]
         means, count, num_bytes = self._means(sums)
+        of_heads = self._means_of_heads()
         if not count:
             return None
         of_sources = {}
@@ -110,6 +120,7 @@ class Evaluator:
             **next(found for found in self._parallel.gather(of_tables) if found),
             "losses": of_losses,
             **({"sources": of_sources} if of_sources else {}),
+            **({"heads": of_heads} if of_heads else {}),
             "causal": model.is_causal,
             "objective": MASKED_TOKENS if self._hide_one else NEXT_TOKEN,
             "eval_tokens": int(count),
@@ -119,6 +130,21 @@ class Evaluator:
         """This rank's."""
         own = rows[self._parallel.rank :: self._parallel.world_size]
         return [collate(own[i : i + at_once], packed=True) for i in range(0, len(own), at_once)]
+
+    def _with_places(self, batch: Batch, number: int) -> Batch:
+        """Of this rank's batch of that number, with where heads look: the same for any number of ranks."""
+        if self._heads is None:
+            return batch
+        first = number * self._batch_rows
+        rows = [self._parallel.rank + self._parallel.world_size * (first + i) for i in range(len(batch.labels))]
+        return self._heads.choose(batch, self._seed, 0, rows)
+
+    def _means_of_heads(self) -> dict[str, float]:
+        """Over the rows of all ranks in which a head has a place."""
+        everyones = self._parallel.gather({name: found.tolist() for name, found in self._of_heads.items()})
+        names = dict.fromkeys(name for sums in everyones for name in sums)
+        totals = {name: [sum(column) for column in zip(*(s[name] for s in everyones if name in s))] for name in names}
+        return {name: total / count for name, (total, count) in totals.items() if count}
 
     def _sums(
         self, model: LanguageModel, batches: list[Batch], progress: float, told: Callable[[int], None]
@@ -149,6 +175,10 @@ class Evaluator:
             output = model(moved)
             measures = self._stack.measure(output, moved, progress, num_sources)
             sums = {"count": measures.terms.count, **measures.facts}
+            if self._heads is not None:
+                surprise = partial(self._stack.surprise_at, output, moved, measures.terms)
+                for name, found in self._heads.measure(self._heads.look(model, output, moved, surprise)).items():
+                    self._of_heads[name] = found.double() + self._of_heads.get(name, 0.0)
             if (decoder := call_if_defined(model, "baseline_readout")) is not None:
                 facts = self._baseline.measure(ModelOutput(output.hidden, decoder), moved, progress, num_sources).facts
                 sums |= {told: facts[name] for name, told in OF_DECODER.items()}

@@ -1,6 +1,6 @@
 """Text from a causal model: a batch of prompts of any length, each continued in its own way. The only code that does it.
 
-In:    a model, a tokenizer; rows: prompts as tokens, with what is wanted after them and a seed
+In:    a voice: a model and its tokenizer; rows: prompts as tokens, with what is wanted after them and a seed
 Out:   the text after each prompt, whole or piece by piece
 State: none beyond the rows; the same seed gives the same text, whatever the other rows of the batch are
 
@@ -14,17 +14,33 @@ a cache, the whole context is read for each new token: what falls out of it chan
 of several tokens would be read as a longer prompt is: `Reader.next_scores` takes any number of new ones.
 """
 
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from core.continuation import Continuation
 from core.contracts import Batch, LanguageModel, Readout, call_if_defined
+from core.data.chat import MARKERS, STOP, encode_turn, read_turn
 from core.data.tokenizer import Tokenizer
 from core.errors import UserError
 from core.settings import GenerateSettings
+
+Guide = Callable[[Tensor, Tensor], Tensor]
+"""hidden (n, D), the model's scores (n, V) of the tokens after them -> scores (n, V) to draw from instead."""
+
+
+@dataclass(frozen=True)
+class Voice:
+    """What speaks."""
+
+    model: LanguageModel
+    tokenizer: Tokenizer
+    context: int
+    """Tokens the model can see; the oldest are left out beyond it."""
+    guide: Guide | None = None
+    """What changes its scores."""
 
 
 @dataclass(frozen=True)
@@ -88,12 +104,9 @@ class Row:
 
 
 @torch.no_grad()
-def advance(model: LanguageModel, tokenizer: Tokenizer, rows: list[Row], context: int) -> Iterator[None]:
-    """Continue rows until all are over; comes back after each pass of the model, for whoever shows them or wants to stop.
-
-    context   tokens the model can see; the oldest are left out beyond it
-    """
-    reader = Reader(model, context, next(model.parameters()).device)  # type: ignore[attr-defined]
+def advance(voice: Voice, rows: list[Row]) -> Iterator[None]:
+    """Continue rows until all are over; comes back after each pass of the model, for whoever shows them or wants to stop."""
+    reader, tokenizer = Reader(voice), voice.tokenizer
     while waiting := [row for row in rows if not row.over]:
         length = min(len(row.ids) for row in waiting)
         # a row that is over goes on with any token: the cache keeps its rows
@@ -106,17 +119,20 @@ def advance(model: LanguageModel, tokenizer: Tokenizer, rows: list[Row], context
         yield
 
 
-def stream(model: LanguageModel, tokenizer: Tokenizer, row: Row, context: int) -> Iterator[str]:
+def stream(voice: Voice, row: Row) -> Iterator[str]:
     """A row's text in pieces, as they are settled: never half a character, nor what a stop string cuts off."""
-    for _ in advance(model, tokenizer, [row], context):
+    for _ in advance(voice, [row]):
         if piece := row.continuation.take():
             yield piece
 
 
-def generate(model: LanguageModel, tokenizer: Tokenizer, prompt: str, settings: GenerateSettings, context: int, seed: int) -> str:
-    """Continue `prompt` by up to `settings.max_tokens` tokens, or to the end of the document, or to a stop string."""
-    row = Row(tokenizer, document_start(tokenizer, prompt), Wish.of(settings), seed)
-    for _ in advance(model, tokenizer, [row], context):
+def generate(voice: Voice, prompt: str, settings: GenerateSettings, seed: int) -> str:
+    """Continue `prompt` by up to `settings.max_tokens` tokens, or to the end of the document, or to a stop string.
+
+    A prompt that is a conversation written out (ChatML) is answered: encoded as in training, to the end of the assistant's turn.
+    """
+    row = _row_of_prompt(voice.tokenizer, prompt, Wish.of(settings), seed)
+    for _ in advance(voice, [row]):
         pass
     return row.text
 
@@ -124,6 +140,16 @@ def generate(model: LanguageModel, tokenizer: Tokenizer, prompt: str, settings: 
 def document_start(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """The tokens of a text that begins a document, as in training: after the end of the one before. Markers in it are text."""
     return [tokenizer.eos_id, *tokenizer.encode_batch([prompt])[0].tolist()]
+
+
+def _row_of_prompt(tokenizer: Tokenizer, prompt: str, wish: Wish, seed: int) -> Row:
+    turn, stop = read_turn(prompt), tokenizer.special_id(STOP)
+    if turn is None:
+        return Row(tokenizer, document_start(tokenizer, prompt), wish, seed)
+    if stop is None:  # spelled out
+        wish = replace(wish, until=(*wish.until, *MARKERS))
+    ids = [tokenizer.eos_id, *encode_turn(tokenizer, turn)]
+    return Row(tokenizer, ids, wish, seed, () if stop is None else (stop,))
 
 
 # choosing ------------------------------------------------------------------------------------------------------------
@@ -173,9 +199,10 @@ class Repeats:
 class Reader:
     """Reads texts that grow at their ends, all of one length."""
 
-    def __init__(self, model: LanguageModel, context: int, device: torch.device):
-        self._model, self._context, self._device = model, context, device
-        self._cache = call_if_defined(model, "new_cache")
+    def __init__(self, voice: Voice):
+        self._model, self._context, self._guide = voice.model, voice.context, voice.guide
+        self._device = next(voice.model.parameters()).device  # type: ignore[attr-defined]
+        self._cache = call_if_defined(voice.model, "new_cache")
         self._read = 0  # tokens the cache holds
 
     def next_scores(self, rows: list[list[int]]) -> Tensor:
@@ -187,7 +214,9 @@ class Reader:
             self._read = length
         else:
             output = self._model(plain_batch(torch.tensor([row[-self._context :] for row in rows], device=self._device)))
-        return full_scores(output.readout, output.hidden[:, -1])  # (B, V)
+        hidden = output.hidden[:, -1]  # (B, D)
+        scores = full_scores(output.readout, hidden)  # (B, V)
+        return scores if self._guide is None else self._guide(hidden, scores)
 
 
 def full_scores(readout: Readout, hidden: Tensor) -> Tensor:

@@ -79,6 +79,24 @@ class ScheduleSettings(Settings):
         return self
 
 
+class CurriculumSettings(Settings):
+    """Which of the rows that are read are trained, by how difficult the model finds them: their loss among that of the others."""
+
+    candidates: int = Field(2, ge=2)
+    """Rows read, and scored by a forward pass, for each that is trained."""
+    bucket_weights: list[Schedule] = Field([1.0, 1.0, 1.0, 1.0], min_length=2)
+    """The candidates of a step are put into so many buckets of equal size by their loss, the easiest first. For each a number or
+    schedule: a row's chance against the others of its group. All equal: left to chance."""
+
+    @model_validator(mode="after")
+    def _weights_fit(self) -> "CurriculumSettings":
+        for moment in sorted({0.0, 1.0, *(at for weight in self.bucket_weights for at in turns(weight))}):
+            found = [value_at(weight, moment) for weight in self.bucket_weights]
+            if min(found) < 0 or sum(found) <= 0:
+                raise ValueError(f"bucket_weights must not be negative, and not all zero; at {moment:g} they are {found}")
+        return self
+
+
 class TrainSettings(Settings):
     per_gpu_batch_size: int = Field(32, ge=1)
     """Rows of one forward pass on each device."""
@@ -125,8 +143,15 @@ class TrainSettings(Settings):
     """torch.compile: auto compiles when the run is long enough to pay for it."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 compute over fp32 weights where the device computes bf16 natively, fp32 elsewhere."""
+    curriculum: CurriculumSettings | None = None
+    """Reads more rows than are trained, and chooses among them by their loss. Left out: all rows are trained."""
     train_tokens: int | None = None
     """Accepted for old presets and overridden: one run is always 100,000,000 tokens."""
+
+    @property
+    def candidates(self) -> int:
+        """Rows read for each that is trained."""
+        return self.curriculum.candidates if self.curriculum is not None else 1
 
 
 class AuxiliarySettings(Settings):

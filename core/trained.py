@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from core.assembly import Preset, build_model
+from core.auxiliary import build_heads, load_heads, output_of_one_token
 from core.contracts import call_if_defined
 from core.data.tokenizer import Tokenizer
+from core.heads.stack import HeadStack
 from core.preset import decode_preset, preset_json
 from core.runtime import Runtime
 from core.weights import Weights, find_weights, newest_weights
@@ -25,13 +27,25 @@ class Trained:
 
     model: nn.Module  # on the runtime's device, in evaluation mode, its schedules where they stood
     tokenizer: Tokenizer
-    preset: Any  # the preset asked for, with the `model` and `tokenizer` sections that the weights were made with
+    preset: Any  # the one asked for, with the `model`, `tokenizer` and `auxiliary` sections that the weights were made with
     where: str  # the file, as people are told of it
     step: int | None
     notes: list[str] = field(default_factory=list)
     tokens: int | None = None  # that the weights were trained on
     made_with: dict[str, Any] | None = None  # the resolved preset they were made with, as JSON
     held_out: dict[str, Any] | None = None  # what they were not trained on, as `open_corpus` takes it
+    saved_heads: dict[str, Tensor] = field(default_factory=dict)
+
+    def heads(self) -> HeadStack | None:
+        """The auxiliary heads that were trained with it, ready for use; None where there were none."""
+        if not self.saved_heads:
+            return None
+        device = next(self.model.parameters()).device
+        heads = build_heads(self.preset.auxiliary, 0, output_of_one_token(self.model, device))
+        if heads is not None:
+            load_heads(heads, self.saved_heads)
+            heads.eval().requires_grad_(False)
+        return heads
 
 
 def load_trained(preset: Any, root: Path, runtime: Runtime) -> Trained:
@@ -43,7 +57,7 @@ def load_trained(preset: Any, root: Path, runtime: Runtime) -> Trained:
     notes += weights.load_into(model)
     model.to(runtime.device).eval()
     call_if_defined(model, "set_progress", weights.fraction)
-    past = weights.tokens, weights.preset, weights.held_out
+    past = weights.tokens, weights.preset, weights.held_out, weights.heads
     return Trained(model, tokenizer, preset, weights.where, weights.step, [*weights.notes, *notes], *past)
 
 
@@ -52,7 +66,7 @@ def _as_made(preset: Any, weights: Weights) -> tuple[Any, list[str]]:
     if weights.preset is None:
         return preset, []
     asked = preset_json(preset)
-    made = {key: weights.preset[key] for key in ("model", "tokenizer")}
+    made = {key: weights.preset[key] for key in ("model", "tokenizer", "auxiliary") if key in weights.preset}
     found = decode_preset({**asked, **made}, Preset, weights.where, preset.lineage)
     told = weights.other_settings(preset.model) if "model" in preset.model_fields_set else []
     return found, [f"the model is as in {weights.where}, not as the preset says: {'; '.join(told)}"] if told else []

@@ -4,7 +4,8 @@ In:    objects, through the constructor: nothing here knows a model's, a loss's 
 Out:   a trained model, events in the metrics log, checkpoints
 State: Progress, plus what its parts keep; `state()` is all of it
 
-One step: rows → places of heads → count → forward → losses → backward → clip → guard → update → after_optimizer_step → report
+One step: rows → places of heads → curriculum → count → forward → losses → backward → clip → guard → update
+          → after_optimizer_step → report
 """
 
 import math
@@ -19,11 +20,11 @@ from torch import Tensor, nn
 
 from core.checkpoint import CheckpointStore
 from core.contracts import Batch, call_if_defined
+from core.curriculum import Curriculum
 from core.data.loader import Loader, StepRows
 from core.data.source_weights import SourceWeights
 from core.data.worker import Stopped
 from core.errors import CheckpointError, Diverged, NoData
-from core.heads.look import Seen
 from core.heads.stack import HeadStack
 from core.horizon import Horizon, Progress
 from core.losses.stack import LossStack, LossTerms
@@ -57,9 +58,7 @@ class Objective(nn.Module):
         total, terms = self.stack(output, batch, count, progress, self.num_sources)
         if self.heads is None:
             return total, terms
-        kind = output.hidden.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else terms.values.dtype
-        seen = Seen(output.hidden, output.readout, batch, partial(self.stack.surprise_at, output, batch, terms), dtype)
+        seen = self.heads.look(self.model, output, batch, partial(self.stack.surprise_at, output, batch, terms))
         added, sums = self.heads(seen, head_counts or {}, progress)
         sums = {name: value.to(terms.values.dtype) for name, value in sums.items()}
         return total + added, replace(terms, sums={**terms.sums, **sums})
@@ -95,9 +94,10 @@ class Trainer:
         should_stop: Callable[[], bool],
         source_weights: SourceWeights,
         compile_from_step: int | None = None,
+        curriculum: Curriculum | None = None,
     ):
         """`show`: events for people, after each evaluation. `extra_state`: what else a checkpoint must hold.
-        `compile_from_step`: the first step of the lineage to compile."""
+        `compile_from_step`: the first step of the lineage to compile. `curriculum`: what chooses the rows that are trained."""
         self.objective, self.model = objective, objective.model
         self.module = parallel.wrap(objective)
         self.optimizer, self.loader, self.parallel, self.runtime = optimizer, loader, parallel, runtime
@@ -105,7 +105,7 @@ class Trainer:
         self.log, self.store, self.evaluate, self.show = log, store, evaluate, show
         self.extra_state, self.should_stop = extra_state, should_stop
         self.source_weights = source_weights
-        self.compile_from_step = compile_from_step
+        self.compile_from_step, self.curriculum = compile_from_step, curriculum
         self.micro_batch_rows = settings.per_gpu_batch_size
         self.dtype = runtime.compute_dtype(settings.precision)
         schedule = settings.schedule
@@ -130,8 +130,7 @@ class Trainer:
                 if rows is None:
                     reason = "max_epochs"
                     break
-                self._train_step(rows)
-                if self._look_after(rows.num_tokens):
+                if self._look_after(self._train_step(rows)):
                     reason = "interrupted"
                     break
         except Stopped:
@@ -148,11 +147,16 @@ class Trainer:
 
     # one step --------------------------------------------------------------------------------------------------------
 
-    def _train_step(self, rows: StepRows) -> None:
-        done, progress = self.progress, self.horizon.progress(self.progress, rows.num_tokens)
+    def _train_step(self, rows: StepRows) -> int:
+        """One update from these rows, or from those that the curriculum chooses; returns their tokens, over all ranks."""
+        done, progress = self.progress, self.horizon.progress(self.progress, rows.num_tokens // self.settings.candidates)
         call_if_defined(self.model, "set_progress", progress)
         rows = self._with_places(rows)
         self._rehearse(rows, progress)
+        if self.curriculum is not None:
+            micro_batches = (batch for batch, _ in self._micro_batches(rows.batch))
+            rows = self.curriculum.choose(self.model, rows, micro_batches, progress, done.step)
+            rows = self._with_places(rows)  # the same places, counted anew
         torch.manual_seed(derive_seed(self.settings.seed, "dropout", done.step, self.parallel.rank))
         terms = [self._forward_backward(batch, last, rows, progress) for batch, last in self._micro_batches(rows.batch)]
         grad_norm = torch.nn.utils.clip_grad_norm_(self.objective.parameters(), self.settings.max_grad_norm)
@@ -164,6 +168,7 @@ class Trainer:
         self.optimizer.zero_grad()
         self._advance(rows, progress, report, factor)
         self._reweight(rows, progress, report)
+        return rows.num_tokens
 
     def _with_places(self, rows: StepRows) -> StepRows:
         """The rows with the places where auxiliary heads look, counted over all ranks."""
@@ -251,6 +256,7 @@ class Trainer:
             run_tokens=done.run_tokens,
             run_step=done.run_step,
             memory_mb=self.runtime.memory_mb(),
+            **rows.told,
         )
         self._step_started = now
 

@@ -49,6 +49,7 @@ class Weights:
     notes: list[str] = field(default_factory=list)
     tokens: int | None = None  # that they were trained on
     held_out: dict[str, Any] | None = None  # what they were not, see HoldOut.state in core/data/validation.py
+    heads: dict[str, Tensor] = field(default_factory=dict)  # of auxiliary heads
 
     @classmethod
     def of(cls, state: dict[str, Any], path: Path, where: str, notes: list[str] | None = None) -> "Weights":
@@ -56,7 +57,7 @@ class Weights:
         progress = state["progress"]
         fraction = progress.get("fraction", float(progress.get("finished", False)))
         past = progress["step"], fraction, state["tokenizer"], state["preset"], notes or [], progress["tokens"]
-        return cls(state["model"], path, where, *past, state["data"].get("held_out"))
+        return cls(state["model"], path, where, *past, state["data"].get("held_out"), state.get("heads", {}))
 
     def __str__(self) -> str:
         return self.where if self.step is None else f"{self.where}, step {self.step:,}"

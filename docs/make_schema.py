@@ -70,6 +70,7 @@ def reference() -> str:
         ("TokenizerSettings", "tokenizer"),
         ("TrainSettings", "train"),
         ("ScheduleSettings", "train.schedule"),
+        ("CurriculumSettings", "train.curriculum"),
         ("losses", LOSSES),
         ("AuxiliarySettings", "auxiliary"),
         ("DataSettings", "data"),

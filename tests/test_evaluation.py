@@ -11,11 +11,13 @@ import torch
 from core.data.loader import collate
 from core.data.packing import Row
 from core.evaluation import Evaluator
+from core.heads.stack import HeadStack
 from core.losses.cross_entropy import CrossEntropy, CrossEntropySettings
 from core.losses.stack import LossStack
 from core.models.simple_lm import SimpleLM, SimpleLMSettings
 from core.parallel import Single
 from tests.data.corpus import Ranks, make_factory, start, write_corpus
+from tests.heads.setup import heads_for
 
 
 def small_model() -> SimpleLM:
@@ -33,11 +35,13 @@ def held_rows(folder: Path) -> tuple[list[Row], np.ndarray]:
     return rows, factory.tokenizer.token_bytes()
 
 
-def evaluator(held: tuple[list[Row], np.ndarray], batch_rows: int, parallel: Any = None) -> Evaluator:
+def evaluator(
+    held: tuple[list[Row], np.ndarray], batch_rows: int, parallel: Any = None, heads: HeadStack | None = None
+) -> Evaluator:
     rows, sizes = held
-    stack = LossStack([CrossEntropy(CrossEntropySettings())])
-    where = parallel or Single(), torch.device("cpu"), torch.float32
-    return Evaluator(lambda: rows, stack, sizes, batch_rows, *where, sources=("a", "b"))
+    stack, device = LossStack([CrossEntropy(CrossEntropySettings())]), torch.device("cpu")
+    where = parallel or Single(), device, torch.float32
+    return Evaluator(lambda: rows, stack, sizes, batch_rows, *where, heads=heads, seed=1, sources=("a", "b"))
 
 
 def by_hand(rows: list[Row], model: SimpleLM, source: int | None = None) -> dict[str, float]:
@@ -119,3 +123,16 @@ def test_evaluating_twice_gives_the_same_bits_and_changes_nothing(tmp_path: Path
 def test_nothing_held_out_is_no_evaluation(tmp_path: Path) -> None:
     rows, sizes = held_rows(tmp_path)
     assert evaluator((rows[:0], sizes), 4).run(small_model(), 0.0) is None
+
+
+def test_heads_are_measured_on_held_out_rows(tmp_path: Path) -> None:
+    """At places of their own, the same for any batch and any number of ranks; with what else a head measures beside its loss."""
+    held, model = held_rows(tmp_path), small_model()
+    heads = heads_for(32, 257, enable_policy=True, enable_value=True)
+    heads["value"].measure = lambda seen, places, valid: {"place": places[:, 0].float()}
+    found = evaluator(held, 4, heads=heads).run(model, 0.0)["heads"]
+    assert list(found) == ["policy", "value", "value.place"] and found["value"] > 0 and 0 < found["value.place"] < 31
+    assert "heads" not in evaluator(held, 4).run(model, 0.0)
+    assert evaluator(held, 100, heads=heads).run(model, 0.0)["heads"] == pytest.approx(found, rel=1e-5)
+    for other in Ranks(3).run(lambda ranks: evaluator(held, 4, ranks, heads).run(small_model(), 0.0)["heads"]):
+        assert other == pytest.approx(found, rel=1e-5)

@@ -18,6 +18,7 @@ from core.contracts import Batch, ModelOutput
 from core.data.chat import MARKERS, START, STOP, encode_chat, encode_turn, read_turn, render_chat
 from core.data.tokenizer import MASK, Tokenizer
 from core.errors import UserError
+from core.generation import Voice
 from core.generation import generate as sample
 from core.jobs import PREVIEWS
 from core.jobs.generate import BlankFiller, Chatter, Speaker, generate, obey, speaker_of
@@ -66,7 +67,7 @@ def test_each_line_of_a_pipe_is_continued(root: Path, monkeypatch: pytest.Monkey
     trained = load_trained(preset_of(), root, detect_runtime())
     prompts = ["In year", "/help", "In year"]
     texts = [
-        sample(trained.model, trained.tokenizer, prompt, trained.preset.generate, 32, derive_seed(42, "generate", number))  # type: ignore[arg-type]
+        sample(Voice(trained.model, trained.tokenizer, 32), prompt, trained.preset.generate, derive_seed(42, "generate", number))  # type: ignore[arg-type]
         for number, prompt in enumerate(prompts)
     ]
     about = re.escape("t_current.pth, step 3: simple_lm, ") + r"\S+ parameters, sees 32 tokens\ncontinues what you type\n"

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from core.contracts import Batch, ModelOutput
+from core.data.chat import MARKERS, START, encode_chat, encode_turn, render_chat
 from core.data.tokenizer import Tokenizer, build_tokenizer
 from core.errors import UserError
-from core.generation import FIRST_LOOK, Row, Wish, advance, document_start, generate, sample_top_p, stream
+from core.generation import FIRST_LOOK, Row, Voice, Wish, advance, document_start, generate, sample_top_p, stream
 from core.models.readout import LinearReadout
 from core.models.simple_lm import SimpleLM, SimpleLMSettings
 from core.settings import GenerateSettings, TokenizerSettings
@@ -74,7 +75,7 @@ def test_temperature_divides_the_scores(tokenizer: Tokenizer) -> None:
     """Two tokens whose scores differ by 2: at temperature 2 they come in shares of e to 1."""
     model = Scripted(lambda ids: scores(a=2.0, b=0.0))
     settings = GenerateSettings(max_tokens=3000, temperature=2.0, top_p=1.0, no_repeat_ngram=0)
-    text = generate(model, tokenizer, "", settings, 4, seed=3)
+    text = generate(Voice(model, tokenizer, 4), "", settings, seed=3)
     assert text.count("a") + text.count("b") == 3000
     assert text.count("a") / 3000 == pytest.approx(0.7311, abs=0.03)
 
@@ -84,7 +85,7 @@ def test_no_ngram_appears_twice(tokenizer: Tokenizer) -> None:
     for n in (1, 2, 3):
         model = Scripted(lambda ids: scores(a=5.0, b=4.0, c=3.0, d=2.0))
         settings = GenerateSettings(max_tokens=40, top_p=1.0, no_repeat_ngram=n)
-        generate(model, tokenizer, "ab", settings, 64, seed=1)
+        generate(Voice(model, tokenizer, 64), "ab", settings, seed=1)
         tokens = model.seen[-1][0][1:]
         ngrams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
         assert len(tokens) == 41 and len(ngrams) == len(set(ngrams))
@@ -93,7 +94,7 @@ def test_no_ngram_appears_twice(tokenizer: Tokenizer) -> None:
 def test_without_the_block_it_repeats_itself(tokenizer: Tokenizer) -> None:
     model = Scripted(lambda ids: scores(a=100.0))
     settings = GenerateSettings(max_tokens=10, no_repeat_ngram=0)
-    assert generate(model, tokenizer, "x", settings, 64, seed=1) == "a" * 10
+    assert generate(Voice(model, tokenizer, 64), "x", settings, seed=1) == "a" * 10
 
 
 def test_the_end_of_the_document_ends_the_text(tokenizer: Tokenizer) -> None:
@@ -105,13 +106,33 @@ def test_the_end_of_the_document_ends_the_text(tokenizer: Tokenizer) -> None:
         return out
 
     settings = GenerateSettings(max_tokens=50, no_repeat_ngram=0)
-    assert generate(Scripted(say), tokenizer, "xyz", settings, 64, seed=1) == "aa"
+    assert generate(Voice(Scripted(say), tokenizer, 64), "xyz", settings, seed=1) == "aa"
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_a_conversation_in_a_preset_is_answered(marked: bool) -> None:
+    """Encoded as training encodes conversations, where the tokenizer has the markers and where they are spelled out; the answer
+    ends with its marker."""
+    messages = (("user", "abc"),)
+    tokenizer = build_tokenizer(TokenizerSettings(vocab_size=300), ["abcabc say"] * 20, MARKERS if marked else ())
+    rest = list(encode_chat(tokenizer, [(*messages, ("assistant", "say"))])[0][0])
+    began = [tokenizer.eos_id, *encode_turn(tokenizer, messages)]
+
+    def say(ids: list[int]) -> Tensor:
+        out = torch.full((tokenizer.vocab_size,), -1e4)
+        out[rest[len(ids) - 1]] = 10.0
+        return out
+
+    model = Scripted(say, tokenizer.vocab_size)
+    settings = GenerateSettings(max_tokens=50, no_repeat_ngram=0)
+    assert generate(Voice(model, tokenizer, 200), f"{render_chat(messages)}{START}assistant\n", settings, seed=1) == "say"
+    assert model.seen[0][0] == began
 
 
 def test_the_context_is_cropped_to_what_the_model_knows(tokenizer: Tokenizer) -> None:
     """It starts from the end-of-document token; beyond the context the oldest tokens fall away and positions start at 0."""
     model = Scripted(lambda ids: scores(a=1.0, b=1.0, c=1.0))
-    generate(model, tokenizer, "xy", GenerateSettings(max_tokens=20, no_repeat_ngram=0), 8, seed=1)
+    generate(Voice(model, tokenizer, 8), "xy", GenerateSettings(max_tokens=20, no_repeat_ngram=0), seed=1)
     assert model.seen[0][0] == [tokenizer.eos_id, *tokenizer.encode_batch(["xy"])[0].tolist()]
     assert [len(ids) for ids, _ in model.seen] == [min(3 + i, 8) for i in range(20)]
     assert all(positions == list(range(len(ids))) for ids, positions in model.seen)
@@ -128,7 +149,7 @@ def test_the_same_seed_gives_the_same_text(tokenizer: Tokenizer) -> None:
     for seed in (5, 5, 6):
         torch.manual_seed(len(texts))
         before = torch.get_rng_state()
-        texts.append(generate(model, tokenizer, "an", settings, 8, seed=seed))
+        texts.append(generate(Voice(model, tokenizer, 8), "an", settings, seed=seed))
         assert torch.equal(torch.get_rng_state(), before), "the run's own randomness must not be touched"
     assert texts[0] == texts[1] != texts[2]
 
@@ -136,14 +157,14 @@ def test_the_same_seed_gives_the_same_text(tokenizer: Tokenizer) -> None:
 def test_a_temperature_of_zero_takes_the_likeliest(tokenizer: Tokenizer) -> None:
     model = Scripted(lambda ids: scores(a=1.0, b=1.01))
     settings = GenerateSettings(max_tokens=20, temperature=0.0, no_repeat_ngram=0)
-    assert {generate(model, tokenizer, "x", settings, 64, seed=seed) for seed in range(3)} == {"b" * 20}
+    assert {generate(Voice(model, tokenizer, 64), "x", settings, seed=seed) for seed in range(3)} == {"b" * 20}
 
 
 def test_stop_strings_of_the_settings_end_a_sample(tokenizer: Tokenizer) -> None:
     model = Scripted(lambda ids: scores(**{"abc"[(len(ids) - 2) % 3]: 50.0}))  # "abcabc" after a prompt of one letter
     for stop, text in ((["ca"], "ab"), (["zz", "cab"], "ab"), ([], "abcabcab")):
         settings = GenerateSettings(max_tokens=8, no_repeat_ngram=0, stop=stop)
-        assert generate(model, tokenizer, "x", settings, 64, seed=1) == text
+        assert generate(Voice(model, tokenizer, 64), "x", settings, seed=1) == text
 
 
 @pytest.mark.parametrize("top_p", [0.3, 0.95, 1.0])
@@ -170,7 +191,7 @@ def test_what_ends_a_text_is_never_blocked(tokenizer: Tokenizer) -> None:
         return out
 
     row = Row(tokenizer, document_start(tokenizer, "aa|a|"), Wish(max_tokens=10, no_repeat_ngram=1), 1, ends=[bar])
-    for _ in advance(Scripted(say), tokenizer, [row], 64):
+    for _ in advance(Voice(Scripted(say), tokenizer, 64), [row]):
         pass
     assert row.text == "b"
 
@@ -178,7 +199,7 @@ def test_what_ends_a_text_is_never_blocked(tokenizer: Tokenizer) -> None:
 def test_scores_that_are_no_numbers_are_told(tokenizer: Tokenizer) -> None:
     model = Scripted(lambda ids: scores(a=1.0) * float("nan"))
     with pytest.raises(UserError, match="not finite"):
-        generate(model, tokenizer, "x", GenerateSettings(), 64, seed=1)
+        generate(Voice(model, tokenizer, 64), "x", GenerateSettings(), seed=1)
 
 
 # batches and caches ----------------------------------------------------------------------------------------------------
@@ -187,7 +208,7 @@ RAGGED = ["In year 31", "a", "", "the river of", "The stone met", "x" * 60, "a"]
 
 
 def written(model: nn.Module, rows: list[Row]) -> list[list[int]]:
-    for _ in advance(model, byte_tokenizer(), rows, CONTEXT):  # type: ignore[arg-type]
+    for _ in advance(Voice(model, byte_tokenizer(), CONTEXT), rows):  # type: ignore[arg-type]
         pass
     return [row.ids for row in rows]
 
@@ -231,7 +252,7 @@ def test_a_model_of_the_hub_generates_the_same_in_batches() -> None:
     for batches in ([prompts], [[prompt] for prompt in prompts]):
         for batch in batches:
             rows = [Row(Numbers(), ids, Wish(max_tokens=12, temperature=1.0), len(ids)) for ids in batch]  # type: ignore[arg-type]
-            for _ in advance(model, Numbers(), rows, CONTEXT):  # type: ignore[arg-type]
+            for _ in advance(Voice(model, Numbers(), CONTEXT), rows):  # type: ignore[arg-type]
                 pass
             found += [row.ids for row in rows]
     assert found[:3] == found[3:] and "hub" in KINDS
@@ -241,9 +262,9 @@ def test_pieces_of_a_stream_join_to_the_text() -> None:
     """Of a model that says bytes which are no characters; one that is left amid its text has said what was shown."""
     tokenizer, model = byte_tokenizer(), build("simple_lm", byte_tokenizer().vocab_size)
     wish = Wish(max_tokens=60, temperature=2.0, until=("qq",))
-    pieces = list(stream(model, tokenizer, row := Row(tokenizer, document_start(tokenizer, "a"), wish, 5), CONTEXT))
+    pieces = list(stream(Voice(model, tokenizer, CONTEXT), row := Row(tokenizer, document_start(tokenizer, "a"), wish, 5)))
     assert "".join(pieces) == row.text and row.over and len(pieces) > 10 and "" not in pieces
-    begun = stream(model, tokenizer, again := Row(tokenizer, document_start(tokenizer, "a"), wish, 5), CONTEXT)
+    begun = stream(Voice(model, tokenizer, CONTEXT), again := Row(tokenizer, document_start(tokenizer, "a"), wish, 5))
     first = [next(begun) for _ in range(5)]
     begun.close()
     assert first == pieces[:5] and not again.over and again.text.startswith("".join(first))

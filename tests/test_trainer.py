@@ -27,6 +27,9 @@ SAME = 1e-5
 """Weights this close are the same but for the order in which floats were added: a hundredth of one update (AdamW makes every
 update about as large as the learning rate, however small the gradient)."""
 
+UPHILL = {"candidates": 3, "bucket_weights": [{"from": 1, "to": 0}, 0, {"from": 0, "to": 1}]}
+"""A curriculum from easy to hard."""
+
 EXACT = {"train": {"precision": "fp32", "eval_tokens": 0}}
 
 
@@ -242,10 +245,14 @@ def limit_rows(built: TrainingSession, most: int) -> None:
     built.trainer._fitted = False
 
 
-@pytest.mark.parametrize(("most", "fits"), [(8, 8), (5, 4), (3, 2), (1, 1)])
-def test_too_large_micro_batches_are_halved_and_the_update_stays(most: int, fits: int, tmp_path: Path) -> None:
-    """Accumulation grows as the micro-batch shrinks, so the step's rows, its gradient and the weights are the same."""
-    settings: dict = {"train": {"per_gpu_batch_size": 8, "accumulation_steps": 2, "max_steps": 3}, "data": {"packing": "padding"}}
+@pytest.mark.parametrize(("most", "fits", "curriculum"), [(8, 8, None), (5, 4, None), (3, 2, UPHILL), (1, 1, None)])
+def test_too_large_micro_batches_are_halved_and_the_update_stays(
+    most: int, fits: int, curriculum: dict | None, tmp_path: Path
+) -> None:
+    """Accumulation grows as the micro-batch shrinks, so the step's rows, its gradient and the weights are the same. The rows
+    that a curriculum scores have to fit, too."""
+    train = {"per_gpu_batch_size": 8, "accumulation_steps": 2, "max_steps": 3, "curriculum": curriculum}
+    settings: dict = {"train": train, "data": {"packing": "padding"}}
     plain, small = session(tmp_path / "plain", **settings), session(tmp_path / "small", **settings)
     finish(plain)
     limit_rows(small, most)
@@ -278,10 +285,11 @@ def test_a_device_too_small_for_one_row_says_so(tmp_path: Path) -> None:
 # stopping and going on -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("optimizer", "packing"), [("adamw", "documents"), ("muon", "padding")])
-def test_resuming_equals_not_stopping(optimizer: str, packing: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("optimizer", "packing", "curriculum"), [("adamw", "documents", None), ("muon", "padding", UPHILL)])
+def test_resuming_equals_not_stopping(optimizer: str, packing: str, curriculum: dict | None, tmp_path: Path) -> None:
     """Stopped twice: weights, optimizer, progress and place in the data are bit for bit the uninterrupted run's."""
-    settings: dict = {"model": {"dropout": 0.1}, "train": {"max_steps": 15, "optimizer": optimizer}, "data": {"packing": packing}}
+    train = {"max_steps": 15, "optimizer": optimizer, "curriculum": curriculum}
+    settings: dict = {"model": {"dropout": 0.1}, "train": train, "data": {"packing": packing}}
     finish(session(tmp_path / "straight", **settings))
     for stop_at in (4, 11, 99):
         built: list[TrainingSession] = []

@@ -49,7 +49,8 @@ def unfairness(presets: Mapping[str, Mapping[str, Any]], outcomes: Sequence[Outc
         )
     if "train.eval_tokens" in changed:
         found.append("The variants are evaluated on different numbers of held-out tokens (train.eval_tokens).")
-    found += _losses_on_other_scales(all_presets) + _other_curves(outcomes) + _other_objectives(outcomes) + _seers(outcomes)
+    found += _losses_on_other_scales(all_presets) + _other_curves(outcomes) + _chosen_rows(presets)
+    found += _other_objectives(outcomes) + _seers(outcomes)
     found += _other_beginnings(outcomes) + ([] if parts else _other_data(outcomes))
     return found + _other_ends(outcomes) + _other_devices(outcomes)
 
@@ -82,6 +83,18 @@ def _other_curves(outcomes: Sequence[Outcome]) -> list[str]:
     return [
         f"Of {', '.join(names)} there is no cross-entropy: in the training curves stands the loss, with whatever of it changes "
         "over the run, on another scale than the others'."
+    ]
+
+
+def _chosen_rows(presets: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Training curves of rows that were chosen by their loss beside curves of others."""
+    curricula = {name: (preset.get("train") or {}).get("curriculum") for name, preset in presets.items()}
+    names = [name for name, curriculum in curricula.items() if curriculum]
+    if not names or len({repr(curriculum) for curriculum in curricula.values()}) < 2:
+        return []
+    return [
+        f"Of {', '.join(names)} the training curves show the rows that a curriculum chose by their loss: lower may only mean "
+        "easier. Evaluations compare. Speed is in tokens that were trained, not in those that were only scored."
     ]
 
 

@@ -1,6 +1,6 @@
 """What is known of each metric: its name, its unit, and whether lower or higher is better.
 
-In:    a key of an `eval` event, "loss: <name>", "held out of: <source>" or "read of: <source>"
+In:    a key of an `eval` event, "loss: <name>", "head: <name>", "held out of: <source>" or "read of: <source>"
 Out:   a Measure
 State: none
 """
@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 LOSS = "loss: "
 """What stands before the name of a loss among the metrics."""
+HEAD = "head: "
+"""The same for what an auxiliary head measures of held-out rows: its loss, or "<head>.<what>"."""
 HELD_OUT = "held out of: "
 """Before the name of a source: the first loss on what is held out of it."""
 READ = "read of: "
@@ -62,6 +64,8 @@ def measure(key: str) -> Measure:
     """The measure of a metric; of one that is not known, neither direction is better."""
     if key.startswith(LOSS):
         return Measure(key, f"loss “{key.removeprefix(LOSS)}”", "", -1)
+    if key.startswith(HEAD):
+        return _KNOWN.get(key) or Measure(key, f"head “{key.removeprefix(HEAD)}”", "", 0 if "." in key else -1)
     if key.startswith(HELD_OUT):
         return Measure(key, f"loss on “{key.removeprefix(HELD_OUT)}”", "", -1)
     if key.startswith(READ):
@@ -70,6 +74,10 @@ def measure(key: str) -> Measure:
 
 
 def ordered(keys: set[str]) -> list[str]:
-    """The known ones in the order above, then losses, then the others."""
+    """The known ones in the order above, then losses, then what heads measure, then the others."""
     known = list(_KNOWN)
-    return sorted(keys, key=lambda key: (known.index(key) if key in known else len(known) + (not key.startswith(LOSS)), key))
+
+    def place(key: str) -> int:
+        return known.index(key) if key in known else len(known) + (not key.startswith(LOSS)) + (not key.startswith((LOSS, HEAD)))
+
+    return sorted(keys, key=lambda key: (place(key), key))

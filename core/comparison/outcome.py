@@ -9,7 +9,7 @@ import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
-from core.comparison.measures import HELD_OUT, LOSS, READ
+from core.comparison.measures import HEAD, HELD_OUT, LOSS, READ
 from core.comparison.trials import Trial
 from core.metrics import read_events
 from core.settings import NEXT_TOKEN
@@ -109,9 +109,11 @@ def read_outcome(trial: Trial) -> Outcome:
 
 
 def _metrics(event: dict[str, Any]) -> dict[str, float]:
-    """The finite numbers of an `eval` event, with its losses as "loss: <name>", and of sources as "held out of: <source>"."""
-    losses, sources = event.get("losses"), event.get("sources")
-    named = {f"{LOSS}{name}": value for name, value in losses.items()} if isinstance(losses, dict) else {}
+    """The finite numbers of an `eval` event, with its losses as "loss: <name>", what heads measure as "head: <name>", and the
+    loss of each source as "held out of: <source>"."""
+    groups = [(prefix, event.get(key)) for prefix, key in ((LOSS, "losses"), (HEAD, "heads"))]
+    named = {prefix + name: value for prefix, group in groups if isinstance(group, dict) for name, value in group.items()}
+    sources = event.get("sources")
     named |= {f"{HELD_OUT}{name}": each["loss"] for name, each in sources.items()} if isinstance(sources, dict) else {}
     found = {key: _number(value) for key, value in (event | named).items() if key not in NOT_METRICS}
     return {key: value for key, value in found.items() if value is not None}

@@ -47,6 +47,7 @@ class StepRows:
     waited_seconds: float = 0.0  # for this rank's rows: 0 where they lay ready
     numbers: list[int] = field(default_factory=list)  # of this rank's rows among those of the step
     head_counts: dict[str, float] = field(default_factory=dict)  # rows in which each auxiliary head has a place
+    told: dict[str, Any] = field(default_factory=dict)  # for the log: how they were chosen, where a curriculum did
 
 
 def collate(rows: list[Row], packed: bool) -> Batch:

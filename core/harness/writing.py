@@ -1,6 +1,6 @@
 """Continuations of many prompts at once, for tasks: which go together, and how they fit into the model's context.
 
-In:    a model, a tokenizer; prompts, each with what ends it and how it is drawn
+In:    a voice; prompts, each with what ends it and how it is drawn
 Out:   the text after each prompt, without what ended it
 State: none; a draw depends on the seed, the prompt and how often it was asked before, never on its batch
 
@@ -11,12 +11,10 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 
-from core.data.tokenizer import Tokenizer
-from core.generation import Row, Wish, advance
+from core.generation import Row, Voice, Wish, advance
 from core.harness.scoring import Told
 from core.randomness import derive_seed
 
@@ -25,9 +23,7 @@ from core.randomness import derive_seed
 class Writer:
     """Writes with a model in evaluation mode."""
 
-    model: Any  # a LanguageModel
-    tokenizer: Tokenizer
-    context: int  # tokens it can see
+    voice: Voice
     batch_size: int
     dtype: torch.dtype = torch.float32
     seed: int = 0
@@ -36,10 +32,10 @@ class Writer:
     def write(self, asked: list[tuple[str, Wish]], told: Told = lambda done, total: None) -> list[str]:
         """The text after each prompt, in the order they came."""
         texts, done = [""] * len(asked), 0
-        device = next(self.model.parameters()).device
+        device = next(self.voice.model.parameters()).device  # type: ignore[attr-defined]
         for batch in self._batches(asked):
             with torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-                for _ in advance(self.model, self.tokenizer, list(batch.values()), self.context):
+                for _ in advance(self.voice, list(batch.values())):
                     told(done, len(asked))
             for number, row in batch.items():
                 texts[number] = row.text
@@ -50,11 +46,12 @@ class Writer:
     def _batches(self, asked: list[tuple[str, Wish]]) -> Iterator[dict[int, Row]]:
         """Rows by their place in what was asked; longest prompts first."""
         before: Counter[str] = Counter()
-        rows = {}
-        for number, ((prompt, wish), ids) in enumerate(zip(asked, self.tokenizer.encode_batch([prompt for prompt, _ in asked]))):
-            wish, kept = self._fitted(wish, ids.tolist() or [self.tokenizer.eos_id])
+        rows, tokenizer = {}, self.voice.tokenizer
+        encoded = tokenizer.encode_batch([prompt for prompt, _ in asked])
+        for number, ((prompt, wish), ids) in enumerate(zip(asked, encoded)):
+            wish, kept = self._fitted(wish, ids.tolist() or [tokenizer.eos_id])
             digest = hashlib.sha256(prompt.encode("utf-8", "replace")).hexdigest()
-            rows[number] = Row(self.tokenizer, kept, wish, derive_seed(self.seed, "harness", digest, before[prompt]))
+            rows[number] = Row(tokenizer, kept, wish, derive_seed(self.seed, "harness", digest, before[prompt]))
             before[prompt] += 1
         longest_first = sorted(rows, key=lambda number: len(rows[number].ids), reverse=True)
         for i in range(0, len(rows), self.batch_size):
@@ -62,9 +59,10 @@ class Writer:
 
     def _fitted(self, wish: Wish, ids: list[int]) -> tuple[Wish, list[int]]:
         """So that both fit into the context. The prompt loses its beginning, but it keeps half of the context if it needs it."""
-        kept = ids[-max(self.context - wish.max_tokens, min(len(ids), self.context // 2)) :]
-        limit = min(wish.max_tokens, self.context - len(kept))
-        note = f"the model sees {self.context:,} tokens: texts of up to {wish.max_tokens:,} tokens end earlier here"
+        context = self.voice.context
+        kept = ids[-max(context - wish.max_tokens, min(len(ids), context // 2)) :]
+        limit = min(wish.max_tokens, context - len(kept))
+        note = f"the model sees {context:,} tokens: texts of up to {wish.max_tokens:,} tokens end earlier here"
         if limit < wish.max_tokens and note not in self.notes:
             self.notes.append(note)
         return replace(wish, max_tokens=limit), kept

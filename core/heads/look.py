@@ -8,13 +8,13 @@ A place is chosen on the CPU before the forward pass, from the batch alone: so i
 step beforehand, and no micro-batch, rank or restart changes where a head looks.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from core.contracts import Batch, Readout
+from core.contracts import Batch, LanguageModel, Readout
 
 # B batch rows, T seq_length, D hidden_size, n positions of a row
 
@@ -31,6 +31,8 @@ class Seen:
     batch: Batch
     surprise: Callable[[Tensor], Tensor]  # positions (B, n) -> -log p of their targets (B, n), 0 where there is none; no graph
     dtype: torch.dtype  # of large matrix products; all else is fp32 or wider
+    model: LanguageModel | None = None  # for a head that has it read something else
+    heads: Mapping[str, nn.Module] = field(default_factory=dict)  # all that are on, for a head that builds on others
 
     def at(self, positions: Tensor) -> Tensor:
         """Hidden states: (B,) -> (B, D) or (B, n) -> (B, n, D), in fp32 or wider."""

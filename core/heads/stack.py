@@ -8,17 +8,19 @@ A head is a module with
     weight_key                      the key of AuxiliarySettings that is its weight
     choose(batch, draws) -> (B, k)  the place it looks at in each row; its first number is where its gradient enters, or NOWHERE
     forward(seen, places, valid)    (B,) its loss in each row; anything finite where a row is not valid
-    begin()                         where it has one: what is done to freshly drawn weights
+and, where it has them,
+    begin()                         what is done to freshly drawn weights
+    measure(seen, places, valid)    {what: (B,)} other numbers of held-out rows than its loss, without gradient
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from core.contracts import Batch
+from core.contracts import Batch, LanguageModel, ModelOutput, call_if_defined
 from core.heads.look import NOWHERE, Seen
 from core.randomness import derive_seed
 from core.schedules import changes, value_at
@@ -56,18 +58,42 @@ class HeadStack(nn.ModuleDict):
         assert batch.places is not None
         return {name: int((places[:, 0] != NOWHERE).sum()) for name, places in batch.places.items()}
 
+    def look(self, model: LanguageModel, output: ModelOutput, batch: Batch, surprise: Callable[[Tensor], Tensor]) -> Seen:
+        """A forward pass as the heads see it. Called under the autocast of the pass, if there is one."""
+        hidden, kind = output.hidden, output.hidden.device.type
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else wide
+        return Seen(hidden, output.readout, batch, surprise, dtype, model, self)
+
     def forward(self, seen: Seen, counts: Mapping[str, float], progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum over heads of weight * sum over rows / count, with its graph; and each head's sum, without.
 
         `counts` are those of the whole optimizer step over all ranks, as for the losses on the vocabulary.
         """
-        assert seen.batch.places is not None
         sums = {}
         with torch.autocast(seen.hidden.device.type, enabled=False):  # few numbers, all of them exact
-            for name, head in self.items():
-                places = seen.batch.places[name]
-                valid = places[:, 0] != NOWHERE  # (B,)
-                sums[name] = torch.where(valid, head(seen, places.clamp(min=0), valid), 0.0).sum()
+            for name in self:
+                values, valid = self._losses(name, seen)
+                sums[name] = torch.where(valid, values, 0.0).sum()
             weights = self.weights(progress)
             total = torch.stack([weights[name] / max(counts[name], 1.0) * value for name, value in sums.items()]).sum()
         return total, {name: value.detach() for name, value in sums.items()}
+
+    @torch.no_grad()
+    def measure(self, seen: Seen) -> dict[str, Tensor]:
+        """{"policy": (2,), "planner.gain": (2,)}: of each head's loss, and of what else it measures, sum and number of rows."""
+        found = {}
+        with torch.autocast(seen.hidden.device.type, enabled=False):
+            for name, head in self.items():
+                values, valid = self._losses(name, seen)
+                others = call_if_defined(head, "measure", seen, seen.batch.places[name].clamp(min=0), valid) or {}  # type: ignore[index]
+                for told, each in {name: values, **{f"{name}.{what}": value for what, value in others.items()}}.items():
+                    found[told] = torch.stack([torch.where(valid, each, 0.0).sum(), valid.sum()])
+        return found
+
+    def _losses(self, name: str, seen: Seen) -> tuple[Tensor, Tensor]:
+        """Of one head: (B,) its loss in each row, and (B,) where that counts."""
+        assert seen.batch.places is not None
+        places = seen.batch.places[name]
+        valid = places[:, 0] != NOWHERE
+        return self[name](seen, places.clamp(min=0), valid), valid

@@ -20,7 +20,7 @@ import torch
 
 from core.data.corpus import open_held_out
 from core.errors import Interrupted, NoData, UserError
-from core.generation import plain_batch
+from core.generation import Voice, plain_batch
 from core.harness.library import version
 from core.harness.perplexity import held_out_rows, perplexity
 from core.harness.results import (
@@ -166,8 +166,9 @@ class Desk:
         loaded = open_tasks(missing, folder, self._view.tell)
         for name in missing:
             model, tokenizer = self._trained.model, self._trained.tokenizer
-            how = self._context, self._wanted.batch_size, self._dtype
-            scorer, writer = Scorer(model, *how), Writer(model, tokenizer, *how, self._preset.train.seed)
+            how = self._wanted.batch_size, self._dtype
+            scorer = Scorer(model, self._context, *how)
+            writer = Writer(Voice(model, tokenizer, self._context), *how, self._preset.train.seed)  # type: ignore[arg-type]
             begun = time.monotonic()
             with self._view.turn(name):
                 model = as_harness_model(scorer, writer, tokenizer, self._told)

@@ -22,7 +22,7 @@ from core.data.documents import ASSISTANT, Messages
 from core.data.tokenizer import MASK
 from core.errors import UserError
 from core.filling import fill
-from core.generation import Row, Wish, document_start, stream
+from core.generation import Row, Voice, Wish, document_start, stream
 from core.randomness import derive_seed
 from core.runtime import Runtime
 from core.settings import MASKED_TOKENS, NEXT_TOKEN, objective_of
@@ -182,6 +182,7 @@ class Speaker:
     def __init__(self, trained: Trained):
         self._trained, self._tokenizer = trained, trained.tokenizer
         self._context = trained.preset.model.seq_length
+        self._voice = Voice(trained.model, trained.tokenizer, self._context)  # type: ignore[arg-type]
         self._wish = Wish.of(trained.preset.generate)
         self._seed = trained.preset.train.seed
         self._answers = 0  # with this seed
@@ -219,8 +220,7 @@ class Speaker:
         return Row(self._tokenizer, ids, self._wish, derive_seed(self._seed, "generate", number), self._ends)
 
     def _said(self, row: Row) -> Iterator[str]:
-        model: Any = self._trained.model
-        return stream(model, self._tokenizer, row, self._context)
+        return stream(self._voice, row)
 
 
 class Chatter(Speaker):

@@ -185,7 +185,7 @@ class RunState:
         cells += [(name, text.number(value, 3 if value < 100 else 1)) for name, value in beside.items()]
         longest = max((len(name) for name, _ in cells), default=0)  # of ours: a loss may have any name
         losses = {key: value for key, value in (event.get("losses") or {}).items() if key != "cross_entropy"}
-        cells += [(text.clean(key), text.number(value)) for key, value in losses.items()]
+        cells += [(text.clean(key), text.number(value)) for key, value in (losses | (event.get("heads") or {})).items()]
         names = max(NAME, longest)
         lines = [rule(evaluation_title(event), width), *_grid(cells, width, max(2, width // (names + VALUE)), names)]
         return Section(min(len(lines), 3), lines)

@@ -145,6 +145,11 @@ def test_what_makes_comparing_unfair_is_said(tmp_path) -> None:
     named = [{"type": "sharpness", "name": penalty, "penalty": penalty} for penalty in ("non_max_sum", "neg_entropy")]
     same = with_preset(with_preset(short, "CE", losses=named), "mix", losses=[{**loss, "weight": 0.1} for loss in named])
     assert "other settings" not in " ".join(compared(same).warnings)
+    easy = {**PRESET["train"], "curriculum": {"candidates": 2, "bucket_weights": [1, 0]}}
+    one = with_preset(trials(tmp_path / "u", {"CE": {1: 3.0}, "mix": {1: 3.0}}), "mix", train=easy)
+    (said,) = compared(one).warnings
+    assert "Of mix the training curves show the rows that a curriculum chose" in said
+    assert not compared(with_preset(one, "CE", train=easy)).warnings
 
 
 MASKED = {"objective": "masked_tokens", "causal": False}

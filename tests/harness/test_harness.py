@@ -9,7 +9,7 @@ import pytest
 
 from core.data.tokenizer import Tokenizer
 from core.errors import MissingPackage, NoData, UserError
-from core.generation import Wish
+from core.generation import Voice, Wish
 from core.harness import tasks as tasks_module
 from core.harness.library import harness
 from core.harness.results import of_harness
@@ -29,7 +29,9 @@ def quiet(done: int, total: int) -> None:
 
 
 def wrapped(model: Any, tokenizer: Tokenizer, batch_size: int = 4, context: int = CONTEXT) -> Any:
-    return as_harness_model(Scorer(model, context, batch_size), Writer(model, tokenizer, context, batch_size), tokenizer, quiet)
+    return as_harness_model(
+        Scorer(model, context, batch_size), Writer(Voice(model, tokenizer, context), batch_size), tokenizer, quiet
+    )
 
 
 def asked(*arguments: Any) -> Any:

@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file
 
 from core.data.tokenizer import read_tokenizer
-from core.generation import Wish
+from core.generation import Voice, Wish
 from core.harness.scoring import Scorer
 from core.harness.writing import Writer
 from core.models.polychromatic import PolychromaticLM, PolychromaticSettings
@@ -74,4 +74,4 @@ def test_generation() -> None:
     model, tokenizer, expected, context = published()
     cases = expected["generate_until"]
     asked = [(c["context"], Wish(tuple(c["gen_kwargs"]["until"]), c["gen_kwargs"]["max_gen_toks"])) for c in cases]
-    assert Writer(model, tokenizer, context, 4).write(asked) == [case["result"] for case in cases]
+    assert Writer(Voice(model, tokenizer, context), 4).write(asked) == [case["result"] for case in cases]

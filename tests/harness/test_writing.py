@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from core.continuation import first_stop
 from core.contracts import Batch, ModelOutput, call_if_defined
-from core.generation import Wish
+from core.generation import Voice, Wish
 from core.harness.writing import Writer
 from core.models.readout import LinearReadout
 from tests.harness.tiny import CONTEXT, OF_TEXT, build, byte_tokenizer, continue_by_hand
@@ -30,7 +30,7 @@ def test_greedy_is_the_likeliest_token_each_time(kind: str) -> None:
         ids = (ids_of(prompt) or [EOS])[-(CONTEXT - 6) :]
         expected.append(tokenizer.decode(continue_by_hand(model, ids, 6, stop=EOS)))
     for batch_size in (1, 3, 16):
-        writer = Writer(model, tokenizer, CONTEXT, batch_size)
+        writer = Writer(Voice(model, tokenizer, CONTEXT), batch_size)
         assert writer.write([(prompt, Wish(max_tokens=6)) for prompt in PROMPTS]) == expected
         assert writer.notes == []
     assert len(set(expected)) > 1
@@ -59,7 +59,7 @@ class Script(nn.Module):
 
 
 def say(text: str, batch_size: int = 4, prompts: tuple[str, ...] = ("|",), **wish: Any) -> list[str]:
-    writer = Writer(Script(text), byte_tokenizer(), 64, batch_size)
+    writer = Writer(Voice(Script(text), byte_tokenizer(), 64), batch_size)
     return writer.write([(prompt, Wish(**wish)) for prompt in prompts])
 
 
@@ -83,7 +83,7 @@ def test_every_row_has_its_own_wish() -> None:
     """In one batch, with prompts of different length: each ends by itself, and sees nothing but its own tokens."""
     model = Script("0123456789")
     asked = [("||||", Wish(until=("4",))), ("a|", Wish(max_tokens=2)), ("abc|", Wish()), ("ab|", Wish(until=("89", "7")))]
-    assert Writer(model, byte_tokenizer(), 64, 4).write(asked) == ["0123", "01", "0123456789", "0123456"]
+    assert Writer(Voice(model, byte_tokenizer(), 64), 4).write(asked) == ["0123", "01", "0123456789", "0123456"]
     assert len(model.seen[0]) == 4 and len(model.seen[0][0]) == 2, "the first pass reads as much as the shortest prompt has"
     for (prompt, _), row in zip(sorted(asked, key=lambda each: -len(each[0])), zip(*model.seen)):
         assert list(row[-1])[: len(prompt)] == ids_of(prompt)
@@ -92,7 +92,7 @@ def test_every_row_has_its_own_wish() -> None:
 def test_prompt_and_text_fit_into_the_context() -> None:
     """The prompt's end is what stays. A task that wants more than half of a small context gets less, and it is told."""
     model = Script("x" * 200)
-    writer = Writer(model, byte_tokenizer(), 16, 4)
+    writer = Writer(Voice(model, byte_tokenizer(), 16), 4)
     prompt = "abcdefghijklmnopqrstuvw|"
     assert writer.write([(prompt, Wish(max_tokens=4))]) == ["x" * 4] and writer.notes == []
     assert model.seen[0][0] == ids_of(prompt)[-12:] and max(len(ids[0]) for ids in model.seen) <= 16
@@ -105,12 +105,12 @@ def test_draws_depend_on_the_prompt_and_not_on_its_batch() -> None:
     """The same prompt asked again is drawn anew; the nucleus keeps out what is unlikely."""
     model = build("simple_lm", byte_tokenizer().vocab_size)
     asked = [(prompt, Wish(max_tokens=8, temperature=1.5)) for prompt in PROMPTS]
-    texts = [Writer(model, byte_tokenizer(), CONTEXT, size, seed=2).write(asked) for size in (1, 4, 16)]
+    texts = [Writer(Voice(model, byte_tokenizer(), CONTEXT), size, seed=2).write(asked) for size in (1, 4, 16)]
     assert texts[0] == texts[1] == texts[2] and texts[0][1] != texts[0][-1]
-    assert Writer(model, byte_tokenizer(), CONTEXT, 4, seed=3).write(asked) != texts[0]
-    greedy = Writer(model, byte_tokenizer(), CONTEXT, 4).write([(prompt, Wish(max_tokens=8)) for prompt in PROMPTS])
+    assert Writer(Voice(model, byte_tokenizer(), CONTEXT), 4, seed=3).write(asked) != texts[0]
+    greedy = Writer(Voice(model, byte_tokenizer(), CONTEXT), 4).write([(prompt, Wish(max_tokens=8)) for prompt in PROMPTS])
     narrow = [(prompt, Wish(max_tokens=8, temperature=1.5, top_p=1e-6)) for prompt in PROMPTS]
-    assert Writer(model, byte_tokenizer(), CONTEXT, 4).write(narrow) == greedy
+    assert Writer(Voice(model, byte_tokenizer(), CONTEXT), 4).write(narrow) == greedy
 
 
 def test_rows_that_no_token_has_are_never_said() -> None:
@@ -123,7 +123,7 @@ def test_rows_that_no_token_has_are_never_said() -> None:
             return output
 
     model = Wide("fine", vocab_size=300)
-    assert Writer(model, byte_tokenizer(), 64, 1).write([("|", Wish())]) == ["fine"]
+    assert Writer(Voice(model, byte_tokenizer(), 64), 1).write([("|", Wish())]) == ["fine"]
 
 
 def test_it_can_be_stopped_between_tokens() -> None:
@@ -136,7 +136,7 @@ def test_it_can_be_stopped_between_tokens() -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Writer(Script("x" * 50), byte_tokenizer(), 64, 1).write([("|", Wish())] * 2, stop)
+        Writer(Voice(Script("x" * 50), byte_tokenizer(), 64), 1).write([("|", Wish())] * 2, stop)
     assert told == [(0, 2)] * 3
 
 
@@ -153,5 +153,5 @@ def test_with_a_cache_each_token_is_read_once() -> None:
 
         model.forward = lambda batch, run=forward, read=read: read(batch, run=run)
         model.extend = lambda ids, cache, run=extend, read=read: read(ids, cache, run=run)
-        Writer(model, byte_tokenizer(), CONTEXT, 2).write([("abc", Wish(max_tokens=4)), ("abcd", Wish(max_tokens=4))])
+        Writer(Voice(model, byte_tokenizer(), CONTEXT), 2).write([("abc", Wish(max_tokens=4)), ("abcd", Wish(max_tokens=4))])
         assert widths == expected

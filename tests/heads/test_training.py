@@ -8,13 +8,17 @@ from typing import Any
 import pytest
 import torch
 
+from core.assembly import Preset
 from core.errors import CheckpointError, UserError
 from core.heads import HEADS
 from core.heads.stack import HeadStack
+from core.preset import decode_preset
+from core.runtime import detect_runtime
+from core.trained import load_trained
 from tests.heads.setup import ALL
 from tests.project import Project, differences, merged, tiny_preset, train_here
 from tests.test_ddp import assert_ended, on_two
-from tests.test_trainer import assert_close, equal, events, finish, poison, session, weights
+from tests.test_trainer import UPHILL, assert_close, equal, events, finish, poison, session, weights
 
 BY_ROW = {key: True for key in ALL if key != "enable_span_contrastive"}
 """The heads whose loss in one row does not depend on the other rows."""
@@ -139,6 +143,15 @@ def test_heads_come_and_go_between_runs(tmp_path: Path) -> None:
     assert found[3][1]["heads"] == {} and found[3][1]["progress"]["step"] == 8
 
 
+def test_a_trained_model_has_its_heads_again(tmp_path: Path) -> None:
+    """Whoever uses a model, with whatever preset, gets the heads it was trained with."""
+    train_here(tiny_preset(auxiliary={"enable_value": True, "enable_dynamics": True}), tmp_path)
+    trained = load_trained(decode_preset(tiny_preset(job="generate"), Preset, "t", "t"), tmp_path, detect_runtime())
+    heads, saved = trained.heads(), Project(tmp_path).checkpoint()["heads"]
+    assert heads is not None and set(heads) == {"value", "dynamics"} and not heads.training
+    assert equal(heads.state_dict(), saved)
+
+
 def test_a_head_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     train_here(tiny_preset(auxiliary={"enable_value": True}), tmp_path)
     path = tmp_path / "checkpoints" / "t_current.pth"
@@ -188,10 +201,12 @@ def test_what_means_nothing_is_refused(changes: dict, told: str, tmp_path: Path)
 
 @pytest.mark.slow
 def test_two_ranks_train_as_one_with_twice_the_accumulation(make_project: Callable[..., Project]) -> None:
-    """Rows are looked at in the same places: the same losses of all heads, step by step, and the same heads in the end. All four
-    run on two ranks."""
+    """Rows are looked at in the same places, and a curriculum trains the same of them: the same losses of all heads, step by
+    step, and the same heads in the end. All four run on two ranks."""
     preset = tiny_preset(
-        train={"max_steps": 12, "learning_rate": 1e-4, "precision": "fp32"}, data={"packing": "documents"}, auxiliary=BY_ROW
+        train={"max_steps": 12, "learning_rate": 1e-4, "precision": "fp32", "curriculum": UPHILL},
+        data={"packing": "documents"},
+        auxiliary=BY_ROW,
     )
     every = merged(preset, {"auxiliary": ALL, "train": {"max_steps": 3}})
     two = make_project({"t": preset, "every": every}, "two")
@@ -204,4 +219,7 @@ def test_two_ranks_train_as_one_with_twice_the_accumulation(make_project: Callab
     assert len(mine) == len(theirs) == 12
     for a, b in zip(mine, theirs):
         assert a["losses"] == pytest.approx(b["losses"], rel=1e-4) and a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        chosen, others = a["curriculum"], b["curriculum"]
+        assert chosen["buckets"] == others["buckets"] and chosen["loss"] == pytest.approx(others["loss"], rel=1e-5)
+        assert a["sources"]["texts"]["tokens"] == b["sources"]["texts"]["tokens"]
     assert_close(Project(one).checkpoint()["heads"], two.checkpoint()["heads"], 1e-5)

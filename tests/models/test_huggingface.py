@@ -507,7 +507,7 @@ def test_what_no_token_has_is_never_sampled() -> None:
     """A published table may have more rows than the tokenizer has tokens: they would decode to nothing."""
     from core.contracts import Batch, ModelOutput
     from core.data.tokenizer import build_tokenizer
-    from core.generation import generate
+    from core.generation import Voice, generate
     from core.models.readout import LinearReadout
     from core.settings import GenerateSettings, TokenizerSettings
 
@@ -525,5 +525,5 @@ def test_what_no_token_has_is_never_sampled() -> None:
     seen: list[Tensor] = []
     model = Wide()
     model.register_forward_pre_hook(lambda _, args: seen.append(args[0].input_ids))
-    generate(model, tokenizer, "a", GenerateSettings(max_tokens=40, no_repeat_ngram=0), 64, seed=1)  # type: ignore[arg-type]
+    generate(Voice(model, tokenizer, 64), "a", GenerateSettings(max_tokens=40, no_repeat_ngram=0), seed=1)  # type: ignore[arg-type]
     assert len(seen) > 2 and int(torch.cat(seen, dim=1).max()) < tokenizer.vocab_size
