@@ -58,12 +58,14 @@ def ours(vocab_size: int, folder: Path) -> list[float]:
     from core.contracts import Batch
     from core.data.loader import StepRows
     from core.data.pipeline import Position
+    from core.data.source_weights import SourceWeights
     from core.horizon import Horizon, Progress
     from core.metrics import MetricsLog
     from core.optim import Optimizer
     from core.parallel import Single
     from core.preset import decode_preset
     from core.runtime import detect_runtime, prepare
+    from core.settings import AuxiliarySettings
     from core.trainer import Objective, Trainer
 
     preset = decode_preset(
@@ -125,7 +127,7 @@ def ours(vocab_size: int, folder: Path) -> list[float]:
         show=lambda model, step: [],
         extra_state={},
         should_stop=lambda: False,
-        source_weights={"text": 1.0},
+        source_weights=SourceWeights({"text": 1.0}, AuxiliarySettings()),
         compile_from_step=1,
     ).train()
     log.close()

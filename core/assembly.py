@@ -22,6 +22,7 @@ from core.data.corpus import Corpus, PipelineFactory, data_position, open_corpus
 from core.data.encoding import shown
 from core.data.loader import Loader
 from core.data.pipeline import Position
+from core.data.source_weights import SourceWeights, check_adaptive
 from core.data.sources import NAMED_SOURCES, SOURCES
 from core.data.tokenizer import SAMPLE_CHARACTERS, Tokenizer, build_tokenizer
 from core.data.validation import hide_one
@@ -95,7 +96,7 @@ def build_training(
     tokenizer_state   of a tokenizer made before; weights that have a tokenizer with them keep it
     validation_seed   which held-out text is measured, where it shall not follow from the preset's seed
     """
-    _refuse_what_is_not_built(preset)
+    adapting = check_adaptive(preset)
     call_if_defined(preset.model, "check_tokenizer_section", preset.tokenizer)
     if preset.data.lanes % parallel.world_size:
         raise UserError(
@@ -107,7 +108,7 @@ def build_training(
     corpus = open_corpus(preset, root, parallel, (saved or {"data": {}})["data"].get("held_out"))
     masked = corpus.objective == MASKED_TOKENS
     warnings = [f"source {name} dropped, the others go on: {reason}" for name, reason in corpus.failed.items()]
-    notes += corpus.notes
+    notes += corpus.notes + adapting
     tokenizer, told = _tokenizer(preset, weights, parallel, corpus, tokenizer_state)
     notes += told + corpus.told_of(tokenizer)
     corpus.check_tokenizer(tokenizer)
@@ -144,6 +145,9 @@ def build_training(
     rows_per_step = preset.train.per_gpu_batch_size * preset.train.accumulation_steps * parallel.world_size
     factory, position, facts, told = _data(preset, saved, progress, corpus, tokenizer, horizon, rows_per_step, parallel)
     notes += told
+    source_weights = SourceWeights(dict(zip(corpus.names, corpus.mix.weights)), preset.auxiliary, (saved or {}).get("adaptive"))
+    if source_weights.factors != position.latest_factors:  # switched on or off, or the mix begins anew
+        position.factors[position.first_unused()] = source_weights.factors
     workers = preset.data.workers if preset.data.workers is not None else int(runtime.device.type == "cuda")
     loader = Loader(
         factory,
@@ -174,6 +178,7 @@ def build_training(
         (lambda rows: hide_one(rows, tokenizer)) if masked else None,
         heads,
         preset.train.seed if validation_seed is None else validation_seed,
+        corpus.names,
     )
     words, unknown = word_ids(tokenizer, preset.generate.neighbors_of)
     notes += [f"generate.neighbors_of: {', '.join(unknown)} left out, being more than one token each"] if unknown else []
@@ -242,19 +247,11 @@ def build_training(
             "compile_from_step": compile_from_step,
         },
         should_stop=should_stop,
-        source_weights=dict(zip(corpus.names, corpus.mix.weights)),
+        source_weights=source_weights,
         compile_from_step=compile_from_step,
         curriculum=curriculum,
     )
     return TrainingSession(trainer, log, start_event, notes, warnings)
-
-
-def _refuse_what_is_not_built(preset: Any) -> None:
-    if preset.auxiliary.enable_adaptive_sources:
-        raise UserError(
-            "auxiliary.enable_adaptive_sources: this version cannot adapt source weights yet. Set it to false to train the rest "
-            "of the preset; data.source_weights may be schedules."
-        )
 
 
 def _beginning(

@@ -45,9 +45,9 @@ def build_heads(settings: AuxiliarySettings, seed: int, output: ModelOutput) -> 
 
 def check_heads(preset: Any, model: nn.Module, stack: LossStack) -> None:
     """Raises UserError where the auxiliary heads that are on mean nothing."""
-    if not preset.auxiliary.enabled:
+    if not preset.auxiliary.heads:
         return
-    keys = ", ".join(f"auxiliary.{key}" for key in preset.auxiliary.enabled)
+    keys = ", ".join(f"auxiliary.{key}" for key in preset.auxiliary.heads)
     if not model.is_causal:
         masked = objective_of(preset.model) == MASKED_TOKENS
         why = "predicts masked tokens" if masked else "is not causal: its positions see later ones"

@@ -8,7 +8,7 @@ State: the rows
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -45,6 +45,7 @@ class Evaluator:
 
     make_rows     -> held-out rows; called once, at the first evaluation
     token_bytes   (V,) bytes each token stands for: bits per byte can be compared between tokenizers, loss per token cannot
+    sources       names, by the rows' numbers: where there are several, the first loss is told of each
     hide_one      of a model that predicts masked tokens: those rows -> rows in each of which one token is hidden
     """
 
@@ -60,9 +61,11 @@ class Evaluator:
         hide_one: Callable[[list[Row]], list[Row]] | None = None,
         heads: HeadStack | None = None,
         seed: int = 0,
+        sources: Sequence[str] = (),
     ):
         """`heads`: also measured, at places that follow from `seed`."""
         self._hide_one, self._heads, self._seed = hide_one, heads, seed
+        self._sources = sources if len(sources) > 1 else ()
         self._make_rows, self._stack, self._batch_rows = make_rows, stack, batch_rows
         self._token_bytes = torch.from_numpy(token_bytes)
         self._parallel, self._device, self._dtype = parallel, device, dtype
@@ -96,6 +99,10 @@ class Evaluator:
         of_heads = self._means_of_heads()
         if not count:
             return None
+        of_sources = {}
+        for i, name in enumerate(self._sources):
+            total, share = means.pop(f"sources/{i}", 0.0), means.pop(f"targets/{i}", 0.0)
+            of_sources |= {name: {"loss": total / share}} if share else {}
         of_losses = {loss.name: means.pop(f"losses/{loss.name}") for loss in self._stack.losses}
         numbers: dict[str, Any] = {}
         if "cross_entropy" in means:
@@ -112,6 +119,7 @@ class Evaluator:
             # a rank may have had no rows
             **next(found for found in self._parallel.gather(of_tables) if found),
             "losses": of_losses,
+            **({"sources": of_sources} if of_sources else {}),
             **({"heads": of_heads} if of_heads else {}),
             "causal": model.is_causal,
             "objective": MASKED_TOKENS if self._hide_one else NEXT_TOKEN,
@@ -162,7 +170,7 @@ class Evaluator:
         """Sums over the targets of one batch; the readout."""
         targets = batch.labels[batch.labels >= 0]
         moved = batch.to(self._device)
-        num_sources = 1 + int(batch.source_ids.max())
+        num_sources = max(len(self._sources), 1 + int(batch.source_ids.max()))
         with torch.autocast(self._device.type, dtype=self._dtype, enabled=self._dtype != torch.float32):
             output = model(moved)
             measures = self._stack.measure(output, moved, progress, num_sources)
@@ -177,6 +185,8 @@ class Evaluator:
                 facts = self._baseline.measure(ModelOutput(output.hidden, decoder), moved, progress, num_sources).facts
                 sums |= {told: facts[name] for name, told in OF_DECODER.items()}
         sums |= {f"losses/{name}": value for name, value in measures.terms.sums.items()}
+        for i in range(len(self._sources)):
+            sums |= {f"sources/{i}": measures.terms.source_sums[i], f"targets/{i}": measures.terms.source_counts[i]}
         numbers = torch.stack([value.double() for value in sums.values()]).tolist()
         return {**dict(zip(sums, numbers)), "bytes": float(self._token_bytes[targets].sum())}, output.readout
 

@@ -155,7 +155,7 @@ class TrainSettings(Settings):
 
 
 class AuxiliarySettings(Settings):
-    """Auxiliary heads of the baseline LM (specification 003, tier 1). All off by default."""
+    """Auxiliary heads of the baseline LM, and adaptive weights of sources (specification 003, tier 1). All off by default."""
 
     enable_policy: bool = False
     """Predict the next token at a sampled position from a head of its own, towards the language model's distribution."""
@@ -218,7 +218,7 @@ class AuxiliarySettings(Settings):
     draft_positions: int = Field(8, ge=1)
     """Places of a row from which it guesses: more cost time and memory, and teach faster."""
     enable_adaptive_sources: bool = False
-    """Draw more from sources with a higher loss."""
+    """Draw more from sources with a higher loss (mix_strategy weighted)."""
     adaptive_interval_tokens: int = Field(5_000_000, ge=1)
     """Tokens between changes of the weights."""
     adaptive_min_weight: float = Field(0.5, gt=0.0)
@@ -228,9 +228,18 @@ class AuxiliarySettings(Settings):
     adaptive_smoothing: float = Field(0.9, ge=0.0, lt=1.0)
     """Share of the old factor kept at a change."""
 
+    @model_validator(mode="after")
+    def _limits_in_order(self) -> "AuxiliarySettings":
+        if self.adaptive_min_weight > self.adaptive_max_weight:
+            raise ValueError(
+                f"adaptive_min_weight is {self.adaptive_min_weight:g}, above adaptive_max_weight, {self.adaptive_max_weight:g}"
+            )
+        return self
+
     @property
-    def enabled(self) -> list[str]:
-        return [key for key, value in self if key.startswith("enable_") and value]
+    def heads(self) -> list[str]:
+        """The keys of the heads that are on."""
+        return [key for key, value in self if key.startswith("enable_") and key != "enable_adaptive_sources" and value]
 
 
 class GenerateSettings(Settings):

@@ -22,6 +22,7 @@ from core.checkpoint import CheckpointStore
 from core.contracts import Batch, call_if_defined
 from core.curriculum import Curriculum
 from core.data.loader import Loader, StepRows
+from core.data.source_weights import SourceWeights
 from core.data.worker import Stopped
 from core.errors import CheckpointError, Diverged, NoData
 from core.heads.stack import HeadStack
@@ -31,7 +32,7 @@ from core.metrics import MetricsLog
 from core.optim import Optimizer
 from core.randomness import derive_seed
 from core.runtime import Runtime, uncompiled
-from core.schedules import Schedule, learning_rate_schedule, value_at
+from core.schedules import learning_rate_schedule, value_at
 from core.settings import TrainSettings
 
 BAD_STEPS = 5
@@ -102,7 +103,7 @@ class Trainer:
         show: Callable[[nn.Module, int], list[tuple[str, dict[str, Any]]]],
         extra_state: dict[str, Any],
         should_stop: Callable[[], bool],
-        source_weights: dict[str, Schedule],
+        source_weights: SourceWeights,
         compile_from_step: int | None = None,
         curriculum: Curriculum | None = None,
     ):
@@ -177,6 +178,7 @@ class Trainer:
             call_if_defined(self.model, "after_optimizer_step")
         self.optimizer.zero_grad()
         self._advance(rows, progress, report, factor)
+        self._reweight(rows, progress, report)
         return rows.num_tokens
 
     def _with_places(self, rows: StepRows) -> StepRows:
@@ -244,12 +246,12 @@ class Trainer:
         done.tokens += rows.num_tokens
         done.run_tokens += rows.num_tokens
         done.horizon_tokens += rows.num_tokens
-        shares = self._source_weights(progress)
+        shares = self.source_weights.shares(progress, self.loader.position.drops)
         sources = {}
         read = zip(rows.source_tokens, rows.documents, rows.epochs)
         for (name, loss, count), (tokens, documents, epochs) in zip(report["by_source"], read):
             account = done.expose(name, tokens, documents, epochs, loss / count if count else None)
-            sources[name] = {**account, "loss": loss / count if count else None, "weight": shares[name]}
+            sources[name] = {**account, "loss": loss / count if count else None, **shares[name]}
         self._emit(
             "step",
             loss=report["loss"],
@@ -269,12 +271,12 @@ class Trainer:
         )
         self._step_started = now
 
-    def _source_weights(self, progress: float) -> dict[str, float]:
-        """The shares of the sources now: of those that are left."""
-        dropped = self.loader.position.drops
-        shares = {n: 0.0 if n in dropped else value_at(weight, progress) for n, weight in self.source_weights.items()}
-        total = sum(shares.values()) or 1.0
-        return {name: share / total for name, share in shares.items()}
+    def _reweight(self, rows: StepRows, progress: float, report: dict[str, Any]) -> None:
+        """Other shares for the sources, where they follow how well each is learned and it is time."""
+        if (losses := self.source_weights.after_step(report["by_source"], rows.num_tokens)) is not None:
+            self.loader.reweight(self.source_weights.factors)
+            shares = self.source_weights.shares(progress, self.loader.position.drops)
+            self._emit("reweighted", sources={name: {"loss": losses.get(name), **share} for name, share in shares.items()})
 
     # between steps ---------------------------------------------------------------------------------------------------
 
@@ -335,6 +337,7 @@ class Trainer:
             # random draws are functions of the seed and the step: nothing else is remembered
             "rng": {"seed": self.settings.seed, "step": self.progress.step},
             "data": self.loader.state(),
+            "adaptive": self.source_weights.state(),
             **self.extra_state,
         }
 

@@ -216,8 +216,8 @@ def kill_group(process: subprocess.Popen) -> None:
 
 
 def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
-    """What is not bit for bit the same in two checkpoints: weights, optimizer, progress and place in the data."""
+    """What is not bit for bit the same in two checkpoints: weights, optimizer, progress, place in the data and mix."""
     found = [f"model {name}" for name in a["model"] if not torch.equal(a["model"][name], b["model"][name])]
     for name, state in a["optimizer"].items():
         found += [f"optimizer {name} {key}" for key in state if not torch.equal(state[key], b["optimizer"][name][key])]
-    return found + [key for key in ("progress", "data") if a[key] != b[key]]
+    return found + [key for key in ("progress", "data", "adaptive") if a[key] != b[key]]

@@ -30,9 +30,17 @@ PRESET = tiny_preset(
         "eval_every_tokens": 10_000,
     },
     data={
-        "sources": [{"type": "text", "path": "texts"}, {"type": "text", "path": "core/data/**/*.py", "name": "code"}],
+        "sources": [{"type": "text", "path": "texts"}, {"type": "text", "path": "core/parallel/*.py", "name": "code"}],
         "mix_strategy": "weighted",
         "source_weights": [0.5, 0.5],
+    },
+    # weights that follow from the losses change the order of what is read, again and again, while it is read
+    auxiliary={
+        "enable_adaptive_sources": True,
+        "adaptive_interval_tokens": 4000,
+        "adaptive_smoothing": 0.2,
+        "adaptive_min_weight": 0.98,
+        "adaptive_max_weight": 1.02,
     },
 )
 
@@ -72,6 +80,9 @@ def test_two_ranks_train_as_one_with_twice_the_accumulation(two_ranks: Project, 
     assert len(measured[0]) > 2 and measured[0] == pytest.approx(measured[1], abs=1e-5)
     a, b = one.checkpoint()["data"], two_ranks.checkpoint()["data"]
     assert (a["rows"], a["lanes"]) == (b["rows"], b["lanes"])
+    changes = [project.events("reweighted") for project in (one, two_ranks)]
+    factors = [[{name: source["factor"] for name, source in e["sources"].items()} for e in found] for found in changes]
+    assert factors[0] == factors[1] and len(factors[0]) > 5 and factors[0][0] != factors[0][-1]
     assert two_ranks.events("run_start")[0]["world_size"] == 2
 
 
@@ -173,7 +184,7 @@ if os.environ.get("RANK") == "1":
 """
     whole, broken = Project.make(tmp_path / "whole", {}), Project.make(tmp_path / "broken", {"t": preset})
     for project in (whole, broken):
-        with (project.folder / "core" / "data" / "corpus.py").open("a") as corpus:  # a text of both: it is read, too
+        with (project.folder / "core" / "data" / "corpus.py").open("a") as corpus:
             corpus.write(trap)
     train_here(merged(preset, {"train": {"accumulation_steps": 2}}), whole.folder)  # one rank, without the trap
     assert_ended(on_two(broken))

@@ -40,18 +40,19 @@ def evaluator(
 ) -> Evaluator:
     rows, sizes = held
     stack, device = LossStack([CrossEntropy(CrossEntropySettings())]), torch.device("cpu")
-    return Evaluator(lambda: rows, stack, sizes, batch_rows, parallel or Single(), device, torch.float32, heads=heads, seed=1)
+    where = parallel or Single(), device, torch.float32
+    return Evaluator(lambda: rows, stack, sizes, batch_rows, *where, heads=heads, seed=1, sources=("a", "b"))
 
 
-def by_hand(rows: list[Row], model: SimpleLM) -> dict[str, float]:
-    """The numbers of an evaluation from their definitions, row by row, in float64."""
+def by_hand(rows: list[Row], model: SimpleLM, source: int | None = None) -> dict[str, float]:
+    """The numbers of an evaluation, or of one source in it, from their definitions, row by row, in float64."""
     nats, count, correct, num_bytes = 0.0, 0, 0, 0
     for row in rows:
         batch = collate([row], packed=True)
         with torch.no_grad():
             output = model.eval()(batch)
             scores = output.readout(output.hidden)[0].double()
-        for t in np.flatnonzero(row.labels >= 0):
+        for t in np.flatnonzero((row.labels >= 0) & (source is None or row.source_ids == source)):
             target = int(row.labels[t])
             nats -= torch.log_softmax(scores[t], 0)[target].item()
             correct += int(scores[t].argmax()) == target
@@ -74,10 +75,15 @@ def test_evaluation_equals_its_definitions(tmp_path: Path) -> None:
     assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-5)
     assert found["losses"] == pytest.approx({"cross_entropy": expected["cross_entropy"]}, rel=1e-5)
     assert found["perplexity"] == math.exp(found["cross_entropy"])
+    for number, name in enumerate(("a", "b")):
+        assert found["sources"][name]["loss"] == pytest.approx(by_hand(held[0], model, number)["cross_entropy"], rel=1e-5)
+    assert found["sources"]["a"] != found["sources"]["b"]
 
 
 def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    exact = ("losses", "objective")
+    exact = ("losses", "sources", "objective")
+    for name, each in expected["sources"].items():
+        assert found["sources"][name] == pytest.approx(each, rel=1e-5)
     assert found["losses"] == pytest.approx(expected["losses"], rel=1e-6) and found["objective"] == expected["objective"]
     numbers = {key: value for key, value in found.items() if key not in exact}
     assert numbers == pytest.approx({key: value for key, value in expected.items() if key not in exact}, rel=1e-6)

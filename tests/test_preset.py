@@ -286,7 +286,7 @@ def test_the_examples_of_specification_003_decode() -> None:
     assert (preset.name, preset.model.type, preset.train.per_gpu_batch_size) == ("qa_plus_wiki", "simple_lm", 128)
     assert preset.data.sources[0].fields == ["question", "answer"] and preset.data.sources[1].name == "wikipedia"
     auxiliary = decoded(**json.loads("{" + AUXILIARY_003 + "}")).auxiliary
-    assert len(auxiliary.enabled) == 5 and auxiliary.span_contrastive_temperature == 0.07
+    assert len(auxiliary.heads) == 4 and auxiliary.enable_adaptive_sources and auxiliary.span_contrastive_temperature == 0.07
 
 
 def test_two_losses_of_one_type_need_names() -> None:

@@ -1,6 +1,6 @@
 """What is known of each metric: its name, its unit, and whether lower or higher is better.
 
-In:    a key of an `eval` event, "loss: <name>" or "head: <name>"
+In:    a key of an `eval` event, "loss: <name>", "head: <name>", "held out of: <source>" or "read of: <source>"
 Out:   a Measure
 State: none
 """
@@ -11,6 +11,10 @@ LOSS = "loss: "
 """What stands before the name of a loss among the metrics."""
 HEAD = "head: "
 """The same for what an auxiliary head measures of held-out rows: its loss, or "<head>.<what>"."""
+HELD_OUT = "held out of: "
+"""Before the name of a source: the first loss on what is held out of it."""
+READ = "read of: "
+"""Before the name of a source: its share of the tokens trained on."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,10 @@ def measure(key: str) -> Measure:
         return Measure(key, f"loss “{key.removeprefix(LOSS)}”", "", -1)
     if key.startswith(HEAD):
         return _KNOWN.get(key) or Measure(key, f"head “{key.removeprefix(HEAD)}”", "", 0 if "." in key else -1)
+    if key.startswith(HELD_OUT):
+        return Measure(key, f"loss on “{key.removeprefix(HELD_OUT)}”", "", -1)
+    if key.startswith(READ):
+        return Measure(key, f"share of “{key.removeprefix(READ)}” in training", "", 0)
     return _KNOWN.get(key) or Measure(key, key.replace("_", " "))
 
 

@@ -9,7 +9,7 @@ import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
-from core.comparison.measures import HEAD, LOSS
+from core.comparison.measures import HEAD, HELD_OUT, LOSS, READ
 from core.comparison.trials import Trial
 from core.metrics import read_events
 from core.settings import NEXT_TOKEN
@@ -71,6 +71,7 @@ def read_outcome(trial: Trial) -> Outcome:
     speeds: list[float] = []
     begun = last = None
     seconds, sampled_at = 0.0, None
+    read: dict[str, float] = {}
     for event in read_events(trial.folder / "metrics.jsonl"):
         kind, time, tokens = event["event"], _number(event.get("time")), event.get("tokens")
         if time is not None:
@@ -89,9 +90,10 @@ def read_outcome(trial: Trial) -> Outcome:
             if (speed := _number(event.get("tokens_per_second"))) is not None:
                 speeds.append(speed)
             out.memory_mb = _either(_number(event.get("memory_mb")), out.memory_mb)
+            read = _read(event)
             out.skipped = _either(event.get("skipped"), out.skipped)
         elif kind == "eval":
-            out.metrics, out.tokens = _metrics(event), tokens
+            out.metrics, out.tokens = _metrics(event) | read, tokens
             for name, value in out.metrics.items():
                 out.curves.setdefault(name, []).append((tokens, value))
         elif kind == "sample":
@@ -107,11 +109,21 @@ def read_outcome(trial: Trial) -> Outcome:
 
 
 def _metrics(event: dict[str, Any]) -> dict[str, float]:
-    """The finite numbers of an `eval` event, with its losses as "loss: <name>", and what heads measure as "head: <name>"."""
+    """The finite numbers of an `eval` event, with its losses as "loss: <name>", what heads measure as "head: <name>", and the
+    loss of each source as "held out of: <source>"."""
     groups = [(prefix, event.get(key)) for prefix, key in ((LOSS, "losses"), (HEAD, "heads"))]
     named = {prefix + name: value for prefix, group in groups if isinstance(group, dict) for name, value in group.items()}
+    sources = event.get("sources")
+    named |= {f"{HELD_OUT}{name}": each["loss"] for name, each in sources.items()} if isinstance(sources, dict) else {}
     found = {key: _number(value) for key, value in (event | named).items() if key not in NOT_METRICS}
     return {key: value for key, value in found.items() if value is not None}
+
+
+def _read(event: dict[str, Any]) -> dict[str, float]:
+    """Of a `step` event, the shares of the tokens so far as "read of: <source>", where there are several sources."""
+    tokens = {name: each.get("tokens") or 0 for name, each in (event.get("sources") or {}).items()}
+    total = sum(tokens.values())
+    return {f"{READ}{name}": count / total for name, count in tokens.items()} if len(tokens) > 1 and total else {}
 
 
 def _thinned(points: Curve) -> Curve:

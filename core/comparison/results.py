@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from core.comparison.fairness import changes, primary, unfairness
-from core.comparison.measures import LOSS, Measure, measure, ordered
+from core.comparison.measures import LOSS, READ, Measure, measure, ordered
 from core.comparison.outcome import Outcome, read_outcome
 from core.comparison.statistics import Difference, Ratio, Spread, holm, paired_difference, paired_ratio, spread
 from core.comparison.trials import Trial
@@ -91,6 +91,7 @@ def collect(
     found = {key for outcome in outcomes for key in outcome.metrics}
     if "cross_entropy" in found:  # the same number under its other name
         found.discard(f"{LOSS}cross_entropy")
+    found -= {key for key in found if key.startswith(READ) and _same_everywhere(key, outcomes)}
     keys = tuple(ordered(found))
     baseline = next(iter(groups.values()))
     variants = tuple(_variant(group, baseline, keys, confidence, len(groups) - 1) for group in groups.values())
@@ -98,6 +99,12 @@ def collect(
     return Comparison(
         name, description, metric, chosen, confidence, keys, variants, _verdicts(variants, chosen, confidence), tuple(warnings)
     )
+
+
+def _same_everywhere(key: str, outcomes: list[Outcome]) -> bool:
+    """Whether trials of one seed do not differ in it."""
+    found = {(outcome.trial.seed, outcome.metrics.get(key)) for outcome in outcomes if outcome.finished}
+    return len(found) == len({seed for seed, _ in found})
 
 
 def _variant(group: list[Outcome], baseline: list[Outcome], keys: tuple[str, ...], confidence: float, compared: int) -> Variant:

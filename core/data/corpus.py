@@ -19,7 +19,7 @@ import numpy as np
 from core.data.cache import Cached, TokenCache
 from core.data.chat import MARKERS, chat_note
 from core.data.documents import Document, Source
-from core.data.encoding import encode
+from core.data.encoding import Remembering, encode
 from core.data.mixing import USUAL_RATE, Mixer, MixSettings, SourceFailed
 from core.data.objectives import build_objective, next_token
 from core.data.packing import Place, Row
@@ -182,9 +182,10 @@ class PipelineFactory:
     cache_gigabytes: float = 0.0
     sources: list[Source] | None = None
     tokenizer: Tokenizer | None = None
+    remembering: Remembering | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "sources": None, "tokenizer": None}
+        return {**vars(self), "sources": None, "tokenizer": None, "remembering": None}
 
     def __call__(self, position: Position, lanes: list[int]) -> Pipeline:
         if self.sources is None or self.tokenizer is None:
@@ -200,7 +201,8 @@ class PipelineFactory:
         sources = cached(self.sources, self.root, self.cache_gigabytes, self.tokenizer)
         if self.shuffle == "documents":
             sources = [Shuffled(s, self.seed) if isinstance(s, ShardSource | ShardView) else s for s in sources]
-        return Pipeline(sources, self.tokenizer, self.hold_out, self.settings, position, lanes)
+        self.remembering = self.remembering or Remembering(self.tokenizer)
+        return Pipeline(sources, self.tokenizer, self.remembering, self.hold_out, self.settings, position, lanes)
 
     def fingerprint(self) -> str:
         """Equal exactly when the order and content of rows are, as long as the sources' contents are."""
@@ -303,7 +305,8 @@ def data_position(saved: dict[str, Any] | None, fingerprint: str, contents: dict
         lanes = {int(lane): Place.of(place) for lane, place in saved["lanes"].items()}
         receipts = {int(lane): link for lane, link in saved["receipts"].items()}
         draws = {index: (source, tokens) for index, source, tokens in saved.get("draws", [])}
-        past = saved["snapshot"], dict(saved["drops"]), list(saved["renewals"]), draws, receipts
+        factors = dict(saved.get("factors", []))
+        past = saved["snapshot"], dict(saved["drops"]), list(saved["renewals"]), factors, draws, receipts
         return Position(saved["rows"], lanes, *past), []
     cursors = dict((saved["snapshot"] or {}).get("cursors", {}))
     for name in changed:

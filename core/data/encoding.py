@@ -2,7 +2,7 @@
 
 In:    texts, conversations, and documents that are tokens already
 Out:   Encoded, one for each
-State: none
+State: none, but for what a Remembering keeps
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,9 @@ import numpy as np
 from core.data.chat import encode_chat
 from core.data.documents import Document, Encoded
 from core.data.tokenizer import Tokenizer
+
+KEPT_TOKENS = 4_000_000
+"""What a Remembering keeps: 16 megabytes, more than is usually read ahead."""
 
 
 def encode(tokenizer: Tokenizer, documents: Sequence[Document]) -> list[Encoded]:
@@ -25,6 +28,29 @@ def encode(tokenizer: Tokenizer, documents: Sequence[Document]) -> list[Encoded]
     for i, (ids, learned) in zip(chats, encode_chat(tokenizer, [documents[i].messages or () for i in chats]) if chats else []):
         found[i] = Encoded(ids, learned, documents[i].digest, len(documents[i].text))
     return found  # type: ignore[return-value]  # every place is filled: a document is of exactly one kind
+
+
+class Remembering:
+    """`encode`, with a memory of what it gave last: who goes back to read on from another position need not wait for it again."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._kept: dict[tuple[int, bool], Encoded] = {}  # by content, and whether that is a conversation; the oldest first
+        self._tokens = 0
+
+    def __call__(self, documents: Sequence[Document]) -> list[Encoded]:
+        """As `encode`."""
+        keys = [(document.digest, document.messages is not None) for document in documents]
+        known = [d.encoded or self._kept.get(key) for d, key in zip(documents, keys)]
+        encoded = iter(encode(self._tokenizer, [d for d, found in zip(documents, known) if found is None]))
+        result = [found or next(encoded) for found in known]
+        for document, key, each in zip(documents, keys, result):
+            if document.encoded is None and key not in self._kept:
+                self._kept[key] = each
+                self._tokens += len(each.ids)
+        while self._tokens > KEPT_TOKENS:
+            self._tokens -= len(self._kept.pop(next(iter(self._kept))).ids)
+        return result
 
 
 def shown(tokenizer: Tokenizer, input_ids: np.ndarray, labels: np.ndarray) -> str:

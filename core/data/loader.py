@@ -8,8 +8,10 @@ Out:   StepRows: this rank's rows of one optimizer step, and the counts of the w
 State: Position: what the *consumed* steps used; whatever was read ahead is read again after a resume
 """
 
+import contextlib
 import copy
 import hashlib
+import itertools
 import queue
 import threading
 import time
@@ -98,7 +100,8 @@ class Loader:
         self._rows_per_step, self._packed, self._pin_memory = rows_per_step, packed, pin_memory
         self._num_lanes = num_lanes
         self._lanes = share_of_lanes(num_lanes, parallel.world_size, parallel.rank)
-        self._workers = min(workers, len(self._lanes))
+        self._num_workers = min(workers, len(self._lanes))
+        self._workers: list[Worker] = []
         self._snapshots: list[dict[str, Any]] = [position.snapshot] if position.snapshot else []
         self._reader: _Reader | None = None
         self._behind = 0  # the draw that the snapshots of all ranks have reached
@@ -168,6 +171,7 @@ class Loader:
             "receipts": {str(lane): position.receipts[lane] for lane in self._lanes if lane in position.receipts},
             "snapshot": position.snapshot,
             "renewals": position.renewals,
+            "factors": position.factors,
             "draws": position.draws,
         }
         parts = self._parallel.gather(own)
@@ -182,17 +186,27 @@ class Loader:
             "drops": dict(position.drops),
             # a rank forgets those behind its own snapshot; the oldest one may still need them
             "renewals": sorted({draw for part in parts for draw in part["renewals"]}),
+            "factors": sorted({draw: factors for part in parts for draw, factors in part["factors"].items()}.items()),
             "draws": sorted({(index, *draw) for part in parts for index, draw in part["draws"].items() if index < used}),
             "receipts": receipts,
             "receipt": hashlib.blake2b(repr(sorted(receipts.items())).encode(), digest_size=8).hexdigest(),
             **self._facts,
         }
 
+    def reweight(self, factors: dict[str, float]) -> None:
+        """Multiply the weights of sources by these, {name: factor}, from the first draw that no rank has used yet.
+
+        Every rank must call it, after the same step; the factors of rank 0 hold. Nothing happens where they hold already.
+        """
+        factors = self._parallel.broadcast(factors)
+        if factors != self.position.latest_factors:
+            self.position.factors[self._read_anew()] = factors
+
     def close(self, patience: float | None = CLOSE_SECONDS) -> None:
-        """Stop reading ahead."""
-        if self._reader is not None:
-            self._reader.close(patience)
-            self._reader = None
+        """Stop reading ahead, for good."""
+        self._stop_reading(patience)
+        while self._workers:
+            self._workers.pop().close()
 
     def _read_of(self, rows: list[Row]) -> list[int]:
         """Of each source the tokens in these rows; then the documents, and then the epochs, that begin in them."""
@@ -220,6 +234,7 @@ class Loader:
             self._snapshots.pop(0)
         position.snapshot = self._snapshots[0] if self._snapshots else None
         position.renewals = [draw for draw in position.renewals if draw >= self._snapshot_index]
+        position.factors = {draw: each for draw, each in position.factors.items() if draw >= self._snapshot_index}
         # another rank that loses a source in mid-run asks what this one has drawn of it, as far back as it stands
         position.draws = {index: draw for index, draw in position.draws.items() if index >= self._behind}
 
@@ -229,10 +244,9 @@ class Loader:
 
     def _drop(self, names: list[str], failed: SourceFailed | None) -> None:
         """Leave sources out from the first draw that no rank has used yet, and read on from the consumed position."""
-        self.close(None)  # the next reader uses the same sources
-        first_unused = max(self._parallel.gather(self.position.first_unused()))
         for draws in self._parallel.gather(self.position.draws):  # a rank that is ahead knows more of them
             self.position.draws = {**draws, **self.position.draws}
+        first_unused = self._read_anew()
         reasons = {f.name: f.reason for f in self._parallel.gather(failed) if f is not None}
         for name in names:
             self.position.drops[name] = first_unused
@@ -240,25 +254,34 @@ class Loader:
         if set(self.source_names) <= set(self.position.drops):
             last = self.dropped[-1]
             raise NoData(f"no source is left to read from; the last to fail was {last[0]}: {last[1]}")
+
+    def _read_anew(self) -> int:
+        """Go on from the consumed position; returns the first draw that no rank has used yet, where a change may begin."""
+        self._stop_reading(None)  # the next reader uses the same sources
+        first_unused = max(self._parallel.gather(self.position.first_unused()))
+        self.position.draws = {index: draw for index, draw in self.position.draws.items() if index < first_unused}
         self._snapshots = [self.position.snapshot] if self.position.snapshot else []
+        return first_unused
+
+    def _stop_reading(self, patience: float | None) -> None:
+        if self._reader is not None:
+            self._reader.close(patience)
+            self._reader = None
 
     def _read(self, stopping: threading.Event) -> Iterator[Row]:
         """This rank's rows in global order, from here or from worker processes."""
         start = copy.deepcopy(self.position)
-        if self._workers == 0:
+        if self._num_workers == 0:
             yield from self._make_pipeline(start, self._lanes)
             return
-        workers = [Worker(self._make_pipeline, start, self._lanes[w :: self._workers]) for w in range(self._workers)]
-        owner = {lane: workers[i % self._workers] for i, lane in enumerate(self._lanes)}
-        try:
-            n = start.rows
-            while True:
-                if (worker := owner.get(n % self._num_lanes)) is not None:
-                    yield worker.next_row(stopping)
-                n += 1
-        finally:
-            for worker in workers:
-                worker.close()
+        shares = [self._lanes[w :: self._num_workers] for w in range(self._num_workers)]
+        self._workers = self._workers or [Worker(self._make_pipeline, share) for share in shares]
+        for worker in self._workers:
+            worker.begin(start)
+        owner = {lane: self._workers[i % self._num_workers] for i, lane in enumerate(self._lanes)}
+        for n in itertools.count(start.rows):
+            if (worker := owner.get(n % self._num_lanes)) is not None:
+                yield worker.next_row(stopping)
 
 
 def linked(chain: str, pieces: list[Piece]) -> str:
@@ -321,4 +344,7 @@ class _Reader:
     def close(self, patience: float | None = None) -> None:
         """Ends the reading; waits for it so long at most. What then still waits for a source ends with the process."""
         self._stopping.set()
+        with contextlib.suppress(queue.Empty):  # a thread that finds room sees at once that it is to stop
+            while True:
+                self._queue.get_nowait()
         self._thread.join(patience)

@@ -62,6 +62,7 @@ class Mixer:
     drops     {source name: index} sources that failed: they take no draw from that index on, and turns of theirs before it
               that can no longer be read are lost
     renewals  draws at which a new horizon begins
+    factors   {index: {source name: factor}} draws from which on the sources' weights have other factors
     known     {index: (source, tokens)} of draws made before: those of a dropped source count as they did then
 
     A reader tokenizes its own lanes' documents only, so how many tokens have been drawn is estimated from their characters,
@@ -77,6 +78,7 @@ class Mixer:
         snapshot: dict[str, Any] | None = None,
         renewals: Collection[int] = (),
         known: Mapping[int, tuple[int, int]] | None = None,
+        factors: Mapping[int, dict[str, float]] | None = None,
     ):
         snapshot = snapshot or {}
         self.sources, self.settings, self._wanted = sources, settings, wanted
@@ -88,6 +90,7 @@ class Mixer:
         self._drawn: list[list[int]] = [list(snapshot.get("drawn", {}).get(s.name, (0, 0))) for s in sources]  # documents, tokens
         self._origin: int = snapshot.get("origin", 0)  # tokens drawn before this horizon
         self._renewals = frozenset(renewals)
+        self._changes, self._factors = factors or {}, dict(snapshot.get("factors", {}))  # of weights; 1 where none is named
         self._drop_at = [drops.get(s.name, NEVER) for s in sources]
         self._streams: dict[int, DocumentStream] = {}
         self._fresh: set[int] = set()  # sources of which this epoch has not given a document yet
@@ -116,6 +119,7 @@ class Mixer:
             "origin": self._origin,
             "rates": list(self._rates),
             "horizon_tokens": self._horizon_tokens,
+            "factors": self._factors,
         }
 
     def __iter__(self) -> "Mixer":
@@ -125,6 +129,7 @@ class Mixer:
         if self.index in self._renewals:
             self._origin = sum(tokens for _, tokens in self._drawn)
             self._rates, self._horizon_tokens = self._given_rates, self.settings.horizon_tokens
+        self._factors = self._changes.get(self.index, self._factors)
         while (choice := self._choose()) is not None:
             if choice in self._dead:
                 drawn, tokens = self._known.get(self.index, (choice, 0))
@@ -188,7 +193,7 @@ class Mixer:
             drawn = sum(tokens for _, tokens in self._drawn) - self._origin
             progress = min(drawn / max(self._horizon_tokens, 1), 1.0)
             self._shares = [value_at(level, progress) for level in self._levels]
-        shares = [self._shares[i] for i in active]
+        shares = [self._shares[i] * self._factors.get(self.sources[i].name, 1.0) for i in active]
         if self.settings.unit == "tokens":  # a source of long documents is drawn less often
             shares = [share / self._mean_tokens(i) for i, share in zip(active, shares)]
         return shares if sum(shares) > 0 else [1.0] * len(active)  # those with a share just now may all have been dropped

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from core.data.documents import Document, Source
-from core.data.encoding import encode
+from core.data.encoding import Remembering
 from core.data.mixing import Draw, Mixer, MixSettings, SourceFailed
 from core.data.objectives import build_objective
 from core.data.packing import PACKERS, Packer, Place, Row
@@ -55,12 +55,18 @@ class Position:
     snapshot: dict[str, Any] | None = None  # the mixer, at an index no lane has yet to read before
     drops: dict[str, int] = field(default_factory=dict)  # failed sources, and from which draw on they are gone
     renewals: list[int] = field(default_factory=list)  # draws at which the schedules of the weights begin anew
+    factors: dict[int, dict[str, float]] = field(default_factory=dict)  # draws from which on sources' weights have other factors
     draws: dict[int, tuple[int, int]] = field(default_factory=dict)  # index: (source, tokens) of those since the snapshot
     receipts: dict[int, str] = field(default_factory=dict)  # lane -> hash chain of all the pieces it has consumed
 
     def first_unused(self) -> int:
         """The first draw of which no lane known here has used anything."""
         return max((place.next for place in self.lanes.values()), default=0)
+
+    @property
+    def latest_factors(self) -> dict[str, float]:
+        """On the sources' weights, from the first unused draw on; 1 where none is named."""
+        return self.factors[max(self.factors)] if self.factors else (self.snapshot or {}).get("factors", {})
 
 
 class Dealer:
@@ -94,17 +100,18 @@ class Pipeline:
         self,
         sources: list[Source],
         tokenizer: Tokenizer,
+        encode: Remembering,
         hold_out: HoldOut,
         settings: PipelineSettings,
         position: Position,
         lanes: list[int],
     ):
-        self.settings, self.tokenizer = settings, tokenizer
+        self.settings, self.tokenizer, self._encode = settings, tokenizer, encode
         self.lanes = lanes
         self._next_row = position.rows
         self._hold_out = hold_out
         self._objective = build_objective(settings.objective, tokenizer, settings.mask_fraction, settings.mix.seed)
-        past = position.drops, position.snapshot, position.renewals, position.draws
+        past = position.drops, position.snapshot, position.renewals, position.draws, position.factors
         self._mixer = Mixer(sources, settings.mix, self._wanted, *past)
         self._dealer = Dealer(settings.lanes, settings.mix.seed)
         pack = PACKERS[settings.packing]
@@ -171,7 +178,7 @@ class Pipeline:
         for source in self._mixer.sources:
             for file, why in getattr(source, "skipped", list)():
                 self._skipped.setdefault((source.name, file, why), False)
-        encoded = encode(self.tokenizer, [document for _, _, document in found])
+        encoded = self._encode([document for _, _, document in found])
         for (packer, draw, _), document in zip(found, encoded):
             inputs, labels = self._objective(document, draw.index)
             packer.add(draw.index, draw.source, document.digest, draw.opens_epoch, inputs, labels)

@@ -20,6 +20,7 @@ import numpy as np
 
 from core.data.documents import Cursor
 from core.data.tokenizer import Tokenizer
+from core.data.worker import end_with_parent
 from core.errors import UserError
 
 
@@ -125,16 +126,8 @@ def _begin(state: dict[str, Any]) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core is enough
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # meant for the job, which ends its processes itself
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     _own = Tokenizer.from_state(state)
-
-
-def _end_with_parent() -> None:
-    """A killed job ends no process of its pool: each would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 def _encode_there(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -1,11 +1,12 @@
 """A process that runs a Pipeline over some of a rank's lanes. Importing this needs no torch: workers start quickly.
 
-In:    what a Pipeline is made of, a position, and lanes
+In:    what a Pipeline is made of, and lanes; positions, one after another
 Out:   rows, in messages of a few
 State: none; where the run stands is known to the loader alone
 """
 
 import multiprocessing
+import os
 import queue
 import signal
 import threading
@@ -19,30 +20,41 @@ from core.environment import redacted
 
 ROWS_PER_MESSAGE = 16  # sent at once: fewer, larger messages cost less than the rows in them
 MESSAGES_AHEAD = 64
+POLL_SECONDS = 0.05
 
 MakePipeline = Callable[[Position, list[int]], Pipeline]
 
 
 class Worker:
-    """The process, seen from the rank's reading thread."""
+    """The process, seen from the rank's reading thread. It lives on when reading goes on from another position."""
 
-    def __init__(self, make_pipeline: MakePipeline, position: Position, lanes: list[int]):
+    def __init__(self, make_pipeline: MakePipeline, lanes: list[int]):
         context = multiprocessing.get_context("spawn")  # a fork would copy a process with threads and a device in it
         self._queue: Any = context.Queue(maxsize=MESSAGES_AHEAD)
-        self._process = context.Process(target=_work, args=(make_pipeline, position, lanes, self._queue), daemon=True)
+        self._positions: Any = context.Queue()
+        self._process = context.Process(target=_work, args=(make_pipeline, lanes, self._positions, self._queue), daemon=True)
         self._process.start()
         self._rows: list[Row] = []
+        self._begun = 0
+
+    def begin(self, position: Position) -> None:
+        """Read from here on: `next_row` gives nothing more of what was read before."""
+        self._begun += 1
+        self._rows = []
+        self._positions.put(position)
 
     def next_row(self, stopping: threading.Event) -> Row:
         """Raises SourceFailed as the pipeline does, Stopped once `stopping` is set."""
         while not self._rows:
             try:
-                item = self._queue.get(timeout=0.5)
+                begun, item = self._queue.get(timeout=POLL_SECONDS)
             except queue.Empty:
                 if stopping.is_set():
                     raise Stopped from None
                 if not self._process.is_alive():
                     raise RuntimeError(f"a data worker died (exit code {self._process.exitcode}); out of memory?") from None
+                continue
+            if begun != self._begun:
                 continue
             if isinstance(item, BaseException):
                 raise item
@@ -53,26 +65,38 @@ class Worker:
         self._process.terminate()
         self._process.join()
         self._queue.cancel_join_thread()
+        self._positions.cancel_join_thread()
 
 
 class Stopped(Exception):
     """The reader was closed while it waited for a worker."""
 
 
-def _work(make_pipeline: MakePipeline, position: Position, lanes: list[int], out: Any) -> None:
-    """The worker process."""
+def end_with_parent() -> None:
+    """Waits for the end of the process that started this one, and ends this one: left behind, it would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _work(make_pipeline: MakePipeline, lanes: list[int], positions: Any, out: Any) -> None:
+    """The worker process: reads from each position that it is given, until there is another one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's business; it ends its workers itself
-    rows: list[Row] = []
-    try:
-        for row in make_pipeline(position, lanes):
-            rows.append(row)
-            if len(rows) >= ROWS_PER_MESSAGE:
-                out.put(rows)
-                rows = []
-    except SourceFailed as error:
-        out.put(rows) if rows else None
-        out.put(error)
-    except BaseException as error:
-        out.put(RuntimeError(redacted(f"a data worker failed: {type(error).__name__}: {error}")))
-    out.close()
-    out.join_thread()
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    begun = 0
+    while True:
+        position, begun, rows = positions.get(), begun + 1, []
+        try:
+            for row in make_pipeline(position, lanes):
+                rows.append(row)
+                if len(rows) >= ROWS_PER_MESSAGE:
+                    out.put((begun, rows))
+                    rows = []
+                    if not positions.empty():
+                        break
+        except SourceFailed as error:
+            out.put((begun, rows)) if rows else None
+            out.put((begun, error))
+        except BaseException as error:
+            out.put((begun, RuntimeError(redacted(f"a data worker failed: {type(error).__name__}: {error}"))))

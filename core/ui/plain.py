@@ -129,6 +129,8 @@ def describe(event: dict, previous_eval: dict) -> list[str]:
         return [f"warning  {text.clean(event.get('message'))}"]
     if kind == "skipped":
         return [f"skipped  {left_out(event)}"]
+    if kind == "reweighted":
+        return [f"sources reweighted  {reweighted(event)}"]
     if kind == "run_end":
         return [summary(event)]
     return []
@@ -137,6 +139,16 @@ def describe(event: dict, previous_eval: dict) -> list[str]:
 def left_out(event: dict) -> str:
     """ "pdf: thesis.pdf (encrypted)" """
     return f"{text.clean(event.get('source'))}: {text.clean(event.get('file'))} ({text.clean(event.get('reason'))})"
+
+
+def reweighted(event: dict) -> str:
+    """ "code 61.2 % (×1.200, loss 5.201), prose 38.8 % (×0.800, loss 3.422)" """
+
+    def told(name: str, each: dict) -> str:
+        share = text.number((each.get("weight") or 0.0) * 100, 1)
+        return f"{text.clean(name)} {share} % (×{text.number(each.get('factor'))}, loss {text.number(each.get('loss'))})"
+
+    return ", ".join(told(name, each) for name, each in (event.get("sources") or {}).items())
 
 
 REASONS = {

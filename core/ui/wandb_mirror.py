@@ -106,14 +106,17 @@ def _values(event: dict) -> dict[str, Any]:
         out |= {f"scheduled/{name}": value for name, value in (event.get("scheduled") or {}).items()}
         out |= {f"model/{name}": value for name, value in (event.get("model") or {}).items()}
         out |= {f"curriculum/{name}": value for name, value in (event.get("curriculum") or {}).items()}
-        for name, source in (event.get("sources") or {}).items():
-            out |= {f"sources/{name}/{key}": value for key, value in source.items()}
+        out |= _of_sources(event)
     elif kind == "eval":
         shown = {key: value for key, value in event.items() if key not in ("event", "step", "tokens", "time", "losses")}
-        out = {f"eval/{key}": value for key, value in {**shown, **(event.get("losses") or {})}.items()}
+        out = {f"eval/{key}": value for key, value in {**shown, **(event.get("losses") or {}), **_of_sources(event)}.items()}
         out |= {f"eval/heads/{name}": value for name, value in (event.get("heads") or {}).items()}
         out["tokens"] = event.get("tokens")
     return {key: value for key, value in out.items() if isinstance(value, (int, float))}
+
+
+def _of_sources(event: dict) -> dict[str, Any]:
+    return {f"sources/{name}/{key}": value for name, each in (event.get("sources") or {}).items() for key, value in each.items()}
 
 
 def _has_key(base_url: str) -> bool:

@@ -1,6 +1,7 @@
 """From logs to a comparison."""
 
 import math
+from pathlib import Path
 
 import pytest
 
@@ -55,6 +56,26 @@ def test_variants_are_compared_with_the_first_by_seed(tmp_path) -> None:
     assert [verdict.word for verdict in found.verdicts] == ["worse", "not distinguishable"]
     assert found.verdicts[0].adjusted == pytest.approx(2 * mix.p)
     assert found.metrics == ("cross_entropy", "perplexity", "bits_per_byte", "token_accuracy") and not found.warnings
+
+
+def test_sources_are_told_apart_and_what_was_read_of_them_where_it_differs(tmp_path) -> None:
+    """The loss held out of each; its share of the training, which is told only where it is not the same for all variants."""
+
+    def log(folder: Path, share: float) -> Path:
+        with MetricsLog(folder / "metrics.jsonl") as found:
+            found.emit("step", step=1, tokens=100, sources={"a": {"tokens": 100 * share}, "b": {"tokens": 100 - 100 * share}})
+            found.emit("eval", step=1, tokens=100, cross_entropy=2.0, sources={"a": {"loss": 1.5}, "b": {"loss": 2.5 - share}})
+        return folder
+
+    for shares in ({"off": 0.5, "on": 0.5}, {"off": 0.5, "on": 0.75}):
+        root = tmp_path / str(shares["on"])
+        of = [(name, seed, log(root / f"{name}{seed}", share)) for name, share in shares.items() for seed in (1, 2)]
+        found = compared([Trial(name, seed, preset(seed), folder, "finished") for name, seed, folder in of])
+        told = {"read of: a", "read of: b"} if shares["on"] != 0.5 else set()
+        assert set(found.metrics) == {"cross_entropy", "held out of: a", "held out of: b"} | told
+    on = found.variants[1]
+    assert on.metrics["read of: a"].mean == 0.75 and on.differences["held out of: b"].mean == pytest.approx(-0.25)
+    assert measure("held out of: b").better == -1 and measure("read of: b").better == 0
 
 
 def test_speed_and_memory_are_ratios_by_seed(tmp_path) -> None:

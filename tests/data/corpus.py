@@ -1,14 +1,12 @@
 """Small corpora and readers for the pipeline's tests: real sources on disk, and ranks that are threads of this process."""
 
-import contextlib
 import functools
 import json
-import queue
 import random
 import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +15,7 @@ import numpy as np
 from core.data.corpus import PipelineFactory, data_position
 from core.data.documents import Document
 from core.data.encoding import encode
-from core.data.loader import Loader
+from core.data.loader import Loader, StepRows
 from core.data.mixing import MixSettings
 from core.data.objectives import build_objective
 from core.data.packing import Row
@@ -85,19 +83,6 @@ def make_factory(
     )
 
 
-class Prompt(Loader):
-    """A loader that is closed at once, as tests do it hundreds of times."""
-
-    def close(self, *patience: Any) -> None:
-        """At once: a reader with a full queue sees only a tenth of a second later that it is to stop."""
-        if self._reader is not None:
-            self._reader._stopping.set()
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    self._reader._queue.get_nowait()
-        super().close(*patience)
-
-
 def start() -> Position:
     return Position()
 
@@ -116,7 +101,7 @@ def make_loader(
     rows: int = LANES,
     parallel: Any = None,
     workers: int = 0,
-    kind: type[Loader] = Prompt,
+    kind: type[Loader] = Loader,
 ) -> Any:
     names = [section.name for section in factory.sections]
     packed = factory.settings.packing != "padding"
@@ -191,6 +176,7 @@ class History:
     epochs: list[int]
     states: list[dict]  # saved after each segment
     dropped: set[tuple[str, str]]
+    factors: dict[int, dict[str, float]] = field(default_factory=dict)  # draws from which on weights had other factors
 
     @property
     def state(self) -> dict:
@@ -214,17 +200,29 @@ class History:
         return {piece.digest for row in self.rows.values() for piece in row.pieces}
 
 
-class Recorder(Prompt):
+class Recorder(Loader):
     """A loader that keeps the rows it counts as consumed, under their global numbers."""
 
     consumed: dict[int, Row]
+    factors: dict[int, dict[str, float]]
 
     def _advance(self, rows: list[Row]) -> None:
         first = self.position.rows
         numbers = [n for n in range(first, first + self._rows_per_step) if n % self._num_lanes in self._lanes]
         assert [n % self._num_lanes for n in numbers] == [row.lane for row in rows], "rows of other lanes than their turn's"
         self.consumed |= zip(numbers, rows)
+        self.factors |= self.position.factors
         super()._advance(rows)
+
+
+class Reweighting(Recorder):
+    """One that changes the factors of the sources every three rounds of lanes, with steps of a round, as a trainer may do it."""
+
+    def next_step(self, *how: Any) -> StepRows | None:
+        step, done = super().next_step(*how), self.position.rows // LANES
+        if step is not None and done % 3 == 0:
+            self.reweight({name: (0.3, 1.0, 2.5)[(done // 3 + i * i) % 3] for i, name in enumerate(self.source_names)})
+        return step
 
 
 def history(
@@ -245,12 +243,12 @@ def history(
             loader = make_loader(
                 factory, start() if state is None else resumed(state, factory), segment.rows, parallel, segment.workers, recorder
             )
-            loader.consumed, ledger, done = {}, [], 0
+            loader.consumed, loader.factors, ledger, done = {}, {}, [], 0
             try:
                 while (segment.steps is None or done < segment.steps) and (step := loader.next_step()) is not None:
                     ledger.append((step.documents, step.epochs))
                     done += 1
-                return loader.consumed, ledger, loader.state(), loader.dropped
+                return loader.consumed, ledger, loader.state(), loader.dropped, loader.factors
             finally:
                 loader.close()
 
@@ -259,11 +257,12 @@ def history(
         assert len(consumed) == sum(len(rank[0]) for rank in ranks) and not consumed.keys() & found.rows.keys()
         assert all(rank[1:3] == ranks[0][1:3] for rank in ranks), "every rank must see the same ledger and the same merged state"
         found.rows |= {n: row for n, row in sorted(consumed.items()) if row.pieces}
-        ledger, state, _ = ranks[0][1:]
+        ledger, state, _, _ = ranks[0][1:]
         for column, counts in enumerate((found.documents, found.epochs)):
             counts[:] = [sum(numbers) for numbers in zip(*(step[column] for step in ledger), *([counts] if counts else []))]
         found.states.append(json.loads(json.dumps(state)))
         found.dropped |= {name for rank in ranks for name in rank[3]}
+        found.factors |= {draw: factors for rank in ranks for draw, factors in rank[4].items()}
     return found
 
 
@@ -279,7 +278,7 @@ def check_accounts(found: History, factory: PipelineFactory, lost: Collection[in
     settings = factory.settings
     ends = 2 if settings.objective == "masked_tokens" else 1  # positions of a document that are none of its tokens
     drops = found.state["drops"]
-    mixed = factory(Position(drops=drops, renewals=list(renewals)), [])._mixer
+    mixed = factory(Position(drops=drops, renewals=list(renewals), factors=found.factors), [])._mixer
     dealer = Dealer(settings.lanes, settings.mix.seed)
     used: Counter[int] = Counter()
     who: dict[int, tuple[int, int, int]] = {}

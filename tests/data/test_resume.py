@@ -14,7 +14,7 @@ import random
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain, islice, product, repeat
@@ -48,6 +48,7 @@ from tests.data.corpus import (
     Fails,
     History,
     Recorder,
+    Reweighting,
     Segment,
     byte_tokenizer,
     check_accounts,
@@ -175,12 +176,18 @@ def write_tokens(folder: Path, texts: list[str], chunk_size: int = 300) -> None:
     writer.close()
 
 
-def random_plan(draw: random.Random, rows: int, segments: int, workers: tuple[int, ...] = (0,)) -> list[Segment]:
+def random_plan(
+    draw: random.Random,
+    rows: int,
+    segments: int,
+    workers: tuple[int, ...] = (0,),
+    sizes: Sequence[int] = (LANES, LANES, 2 * LANES, 6, 12, 18),
+) -> list[Segment]:
     """Segments that come to `rows` rows; ranks, workers and rows a step by chance."""
     plan: list[Segment] = []
     while rows:
         ranks = draw.choice([1, 2, 2, 3])
-        step = draw.choice([LANES, LANES, 2 * LANES, 6, 12, 18])
+        step = draw.choice(sizes)
         steps = draw.randint(0, max(1, 2 * rows // (step * segments)))
         if len(plan) >= segments or steps * step > rows:
             step, steps = LANES, rows // LANES
@@ -226,18 +233,28 @@ def both(kind: str = "jsonl") -> list:
     return [KINDS[kind], TextSettings(path="other.jsonl", name="other")]
 
 
+@pytest.mark.parametrize("recorder", [Recorder, Reweighting])
 @pytest.mark.parametrize("packing", MOSTLY_SLOW)
-def test_a_run_may_be_cut_after_every_step(packing: str, root: Path, small: None) -> None:
-    """Fifty segments of one step each, and from each of their states the rest in one: nothing else is consumed."""
+def test_a_run_may_be_cut_after_every_step(
+    packing: str, recorder: type[Recorder], root: Path, small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fifty segments of one step each, and from each of their states the rest in one: nothing else is consumed.
+
+    Also where the weights of sources are adapted meanwhile, which begins to read anew each time, and not where one is cut.
+    """
+    if recorder is Reweighting:
+        monkeypatch.setattr(pipeline, "READ_AHEAD", 40)  # what was read too far, and the snapshots taken there, must be forgotten
 
     def make(number: int) -> PipelineFactory:
         return make_factory(root, both(), packing=packing, mix=mix_of("annealed"), shuffle="documents")
 
-    straight = history(make, [Segment(50)])
-    stepwise = history(make, [Segment(1, ranks=1 + number % 3) for number in range(50)])
-    assert stepwise == straight and stepwise.state == straight.state
+    straight = history(make, [Segment(50)], recorder=recorder)
+    check_accounts(straight, make(0))
+    assert len(straight.factors) == (16 if recorder is Reweighting else 0)
+    stepwise = history(make, [Segment(1, ranks=1 + number % 3) for number in range(50)], recorder=recorder)
+    assert stepwise == straight and stepwise.state == straight.state and stepwise.factors == straight.factors
     for done in range(1, 50, 7):
-        rest = history(make, [Segment(50 - done, ranks=1 + done % 2)], stepwise.states[done - 1])
+        rest = history(make, [Segment(50 - done, ranks=1 + done % 2)], stepwise.states[done - 1], recorder)
         assert rest.state["receipt"] == straight.state["receipt"], f"after {done} steps"
 
 
@@ -480,7 +497,7 @@ def test_shares_turn_with_their_schedule_whatever_interrupts(packing: str, tmp_p
 def broken_run(
     tmp_path: Path, strategy: str, packing: str, wraps: Callable[[], Callable[[Any], Any]], seed: int = 1
 ) -> tuple[History, PipelineFactory, set[int]]:
-    """Two ranks of one lane each, which soon stand far apart, until b fails.
+    """Two ranks of one lane each, which soon stand far apart, until b fails; "annealed" ones are adapted meanwhile, too.
 
     What they consumed, a factory of what they would have read, and the draws of b before its drop.
     """
@@ -492,11 +509,11 @@ def broken_run(
             mix = replace(mix, weights=(3.0, 1.0, 1.0))
         return make_factory(tmp_path, sections, packing=packing, mix=mix, lanes=2, wrap=wrap)
 
-    found = history(
-        lambda number: make(number, wraps()), [Segment(60, 2, rows=12), Segment(20, 1, rows=12), Segment(30, 2, rows=12)]
-    )
+    plan = [Segment(60, 2, rows=12), Segment(20, 1, rows=12), Segment(30, 2, rows=12)]
+    recorder = Reweighting if strategy == "annealed" else Recorder
+    found = history(lambda number: make(number, wraps()), plan, recorder=recorder)
     assert {name for name, _ in found.dropped} == {"b"} == set(found.state["drops"])
-    drop, mixed = found.state["drops"]["b"], make(0)(Position(drops=found.state["drops"]), [])._mixer
+    drop, mixed = found.state["drops"]["b"], make(0)(Position(drops=found.state["drops"], factors=found.factors), [])._mixer
     return found, make(0), {draw.index for draw in islice(mixed, drop) if draw.source == 0}
 
 
@@ -648,8 +665,10 @@ MIXES = [
     ["pdf", "jsonl.gz"],
     ["hf", "chat dataset"],
 ]
-PLANS = [(seed, MIXES[seed % 3]) for seed in range(12)] + [(18, MIXES[3]), (19, MIXES[4])]
-"""Every strategy with every packing. The last two start slowly in every process: with one plan each."""
+PLANS = [(seed, MIXES[seed % 3], Recorder) for seed in range(12)]
+PLANS += [(seed, MIXES[0], Reweighting) for seed in (7,)] + [(18, MIXES[3], Recorder), (19, MIXES[4], Recorder)]
+"""Every strategy with every packing, also with weights that are adapted meanwhile. The last two start slowly in every process:
+with one plan each."""
 
 
 @pytest.fixture(scope="module")
@@ -661,8 +680,8 @@ def larger(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("seed", "kinds"), PLANS)
-def test_workers_and_ranks_change_nothing(seed: int, kinds: list[str], larger: Path) -> None:
+@pytest.mark.parametrize(("seed", "kinds", "recorder"), PLANS)
+def test_workers_and_ranks_change_nothing(seed: int, kinds: list[str], recorder: type[Recorder], larger: Path) -> None:
     """Random plans of 1, 2 and 3 ranks with 0, 1 and 3 worker processes each, with the token cache on and off."""
     draw = random.Random(seed)
     strategy, packing, shuffle = STRATEGIES[seed % 4], PACKINGS[seed // 4 % 3], draw.choice(["documents", "shards"])
@@ -674,12 +693,15 @@ def test_workers_and_ranks_change_nothing(seed: int, kinds: list[str], larger: P
         mix = mix_of(strategy, len(sections))
         return make_factory(larger, sections, packing=packing, mix=mix, shuffle=shuffle, cache_gigabytes=cached[number % 9])
 
-    straight = history(make, [Segment(total // LANES)])
+    straight = history(make, [Segment(total // LANES)], recorder=recorder)
     check_accounts(straight, make(0))
-    plan = [Segment(40), Segment(30, 2, 1), Segment(50, 1, 1)] if seed > 17 else random_plan(draw, total, 3, workers=(0, 1, 3))
+    how: dict[str, Any] = {"sizes": [LANES]} if recorder is Reweighting else {}
+    plan = [Segment(40), Segment(30, 2, 1), Segment(50, 1, 1)]
+    if seed < 18:
+        plan = random_plan(draw, total, 3, workers=(0, 1, 3), **how)
     if not any(segment.workers for segment in plan):
         plan = [segment._replace(workers=3) for segment in plan]
-    assert history(make, plan) == straight, f"{strategy}, {packing}, {shuffle}, {plan}"
+    assert history(make, plan, recorder=recorder) == straight, f"{strategy}, {packing}, {shuffle}, {plan}"
 
 
 @pytest.mark.slow

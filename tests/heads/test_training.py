@@ -230,7 +230,6 @@ def test_going_back_to_a_checkpoint_takes_the_heads_along(tmp_path: Path) -> Non
             {"auxiliary": {"enable_value": False, "enable_policy": False}},
             r"Set auxiliary\.enable_policy, \S+enable_value to true",
         ),
-        ({"auxiliary": {"enable_adaptive_sources": True}}, "enable_adaptive_sources: this version"),
     ],
 )
 def test_what_means_nothing_is_refused(changes: dict, told: str, tmp_path: Path) -> None:

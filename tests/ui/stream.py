@@ -43,4 +43,9 @@ def run(steps: int = 200, seconds_per_step: float = 0.5, budget: int = 100_000_0
             yield {"event": "sample", **common, "prompt": "def main(", "text": "y" * 10_000}
             yield {"event": "checkpoint", **common, "path": "checkpoints/lm_current.pth", "seconds": 1.0}
             yield {"event": "warning", **common, "message": "source [red]" + NASTY}
+            of_sources = {
+                "wikipedia": {"loss": 3.1, "weight": 0.4, "factor": 0.5},
+                NASTY: {"loss": None, "weight": 0.6, "factor": 3.0},
+            }
+            yield {"event": "reweighted", **common, "sources": of_sources}
     yield {"event": "run_end", "step": steps, "tokens": tokens, "time": time, "reason": "budget"}

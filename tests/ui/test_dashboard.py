@@ -222,6 +222,7 @@ def test_plain_lines_have_a_line_for_each_other_event():
         "sample": "sample",
         "checkpoint": "checkpoint",
         "warning": "warning",
+        "reweighted": "sources reweighted  wikipedia 40.0 % (×0.500, loss 3.100), ",
     }.items():
         assert sum(line.startswith(beginning) for line in lines) == sum(event["event"] == kind for event in events)
     assert lines[-1] == "finished: the token budget is used up (step 10, 100M tokens)"

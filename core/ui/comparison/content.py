@@ -166,9 +166,10 @@ def method(comparison: Comparison) -> list[str]:
     label, level = comparison.primary.label, percent(1 - comparison.confidence)
     seeds = ", ".join(str(seed) for seed in dict.fromkeys(outcome.trial.seed for outcome in comparison.outcomes))
     return [
-        f"Every variant is trained with the seeds {seeds}. Trials of one seed read the same data in the same order and, where "
-        "the model is the same, start from the same weights. So the metric of the last evaluation is compared seed by seed, "
-        "variant minus baseline, which removes what a seed does to both. Only seeds finished in both are counted.",
+        f"Every variant is trained with the seeds {seeds}. Trials of one seed read the same data in the same order, unless what "
+        "is compared changes that, and, where the model is the same, start from the same weights. So the metric of the last "
+        "evaluation is compared seed by seed, variant minus baseline, which removes what a seed does to both. Only seeds "
+        "finished in both are counted.",
         f"Only the primary metric, {label}, is judged. The mean of its differences is tested against zero by a two-sided paired "
         "t-test, and the p-values of the variants are adjusted by Holm's method, so that the probability of even one false "
         f"“better” or “worse” among them is at most {level}. Intervals are Student's t intervals at "
