@@ -143,10 +143,10 @@ def document_start(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 
 def _row_of_prompt(tokenizer: Tokenizer, prompt: str, wish: Wish, seed: int) -> Row:
-    turn, stop = read_turn(prompt), tokenizer.special_id(STOP)
+    turn = read_turn(prompt)
     if turn is None:
         return Row(tokenizer, document_start(tokenizer, prompt), wish, seed)
-    if stop is None:  # spelled out
+    if (stop := tokenizer.special_id(STOP)) is None:  # spelled out
         wish = replace(wish, until=(*wish.until, *MARKERS))
     ids = [tokenizer.eos_id, *encode_turn(tokenizer, turn)]
     return Row(tokenizer, ids, wish, seed, () if stop is None else (stop,))

@@ -5,6 +5,7 @@ Out:   Optimizer: one object over one or two torch optimizers
 State: per-parameter tensors, saved under parameter names so that a changed model loads what still fits
 """
 
+from inspect import unwrap
 from typing import Any
 
 import torch
@@ -14,6 +15,18 @@ from core.settings import TrainSettings
 
 NO_DECAY_NAMES = ("pos_embedding", "wpe", "alpha")
 """Tables of positions: rows that are rarely visited would only shrink. And PolyGLU's preferences, as its authors have it."""
+
+
+def _eager(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """A torch optimizer without the wrappers that keep its methods out of compiled code, where ours never are.
+
+    They do nothing else, and the first call of one imports the compiler: over a second of a start that compiles nothing.
+    """
+    methods = {"add_param_group": unwrap(kind.add_param_group), "step": torch.no_grad()(unwrap(kind.step))}
+    return type(kind.__name__, (kind,), methods)
+
+
+AdamW, Muon = _eager(torch.optim.AdamW), _eager(torch.optim.Muon)
 
 
 class Optimizer:
@@ -39,12 +52,12 @@ class Optimizer:
         self._optimizers: list[torch.optim.Optimizer] = []
         if groups := [group for group in groups if group["params"]]:
             how = {"lr": settings.learning_rate, "betas": settings.betas, "eps": settings.eps, "fused": True}
-            self._optimizers.append(torch.optim.AdamW(groups, **how))
+            self._optimizers.append(AdamW(groups, **how))
             self._peaks += [(group, settings.learning_rate) for group in self._optimizers[-1].param_groups]
         if muon:
             matrices = [p for name, p in trainable if name in muon]
             self._optimizers.append(
-                torch.optim.Muon(matrices, lr=settings.muon_learning_rate, weight_decay=settings.weight_decay, momentum=0.95)
+                Muon(matrices, lr=settings.muon_learning_rate, weight_decay=settings.weight_decay, momentum=0.95)
             )
             self._peaks += [(group, settings.muon_learning_rate) for group in self._optimizers[-1].param_groups]
         grouped = [id(p) for o in self._optimizers for group in o.param_groups for p in group["params"]]
@@ -58,8 +71,9 @@ class Optimizer:
             optimizer.step()
 
     def zero_grad(self) -> None:
-        for optimizer in self._optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        for group, _ in self._peaks:
+            for p in group["params"]:
+                p.grad = None
 
     def state(self) -> dict[str, dict[str, Any]]:
         """{parameter name: its tensors and numbers}."""
@@ -72,7 +86,7 @@ class Optimizer:
             for group in optimizer.param_groups:
                 for p in group["params"]:
                     state = saved.get(self._names[id(p)], {})
-                    kind = {"momentum_buffer"} if isinstance(optimizer, torch.optim.Muon) else {"step", "exp_avg", "exp_avg_sq"}
+                    kind = {"momentum_buffer"} if isinstance(optimizer, Muon) else {"step", "exp_avg", "exp_avg_sq"}
                     if set(state) != kind or any(t.shape != p.shape for t in state.values() if isinstance(t, Tensor) and t.ndim):
                         fresh.append(self._names[id(p)])
                         continue

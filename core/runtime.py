@@ -11,6 +11,7 @@ import os
 import platform
 import signal
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +92,16 @@ def keep_freed_memory() -> None:
         libc.mallopt(top_pad, 64 * 2**20)
     except (OSError, AttributeError):  # not glibc: its own allocator decides
         pass
+
+
+def uncompiled(device: torch.device) -> AbstractContextManager:
+    """A context in which compiled models and functions run as they are written: for shapes that compiling would not pay for.
+
+    Nothing to do where nothing is compiled, which is known without importing the compiler: on a CPU only models are, by then.
+    """
+    if device.type == "cuda" or "torch._dynamo" in sys.modules:
+        return torch.compiler.set_stance("force_eager")
+    return nullcontext()
 
 
 def forget_peak_memory(runtime: Runtime) -> bool:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn import init
+from torch.overrides import TorchFunctionMode
 
 from core.assembly import build_model
 from core.contracts import call_if_defined
@@ -24,6 +26,15 @@ class Size:
     share_with_graph: float  # of the layers: those that leave something for the backward pass
 
 
+class _Undrawn(TorchFunctionMode):
+    """Nothing is drawn: into tensors without memory torch would draw by way of its compiler, whose import takes over a second."""
+
+    def __torch_function__(self, function: Any, types: Any, arguments: tuple = (), named: dict | None = None) -> Any:
+        named = named or {}
+        drawn = function in (init.normal_, init.uniform_, init.kaiming_uniform_)
+        return [*arguments, *named.values()][0] if drawn else function(*arguments, **named)
+
+
 def size_of(preset: Any, vocab_size: int) -> Size | None:
     """Without allocating any weights; None where nobody knows before the model is there.
 
@@ -35,7 +46,7 @@ def size_of(preset: Any, vocab_size: int) -> Size | None:
         if count is None or wish is None:
             frozen = call_if_defined(settings, "num_frozen", vocab_size) or 0
             return None if count is None else Size(count, count - frozen, 1.0)
-    with torch.device("meta"):
+    with torch.device("meta"), _Undrawn():
         model = build_model(preset, vocab_size)
     train_only(model, wish)
     parameters = list(model.parameters())

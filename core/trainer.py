@@ -30,7 +30,7 @@ from core.losses.stack import LossStack, LossTerms
 from core.metrics import MetricsLog
 from core.optim import Optimizer
 from core.randomness import derive_seed
-from core.runtime import Runtime
+from core.runtime import Runtime, uncompiled
 from core.schedules import Schedule, learning_rate_schedule, value_at
 from core.settings import TrainSettings
 
@@ -291,7 +291,7 @@ class Trainer:
         if self.settings.eval_tokens == 0:
             return None
         started = time.monotonic()
-        with torch.compiler.set_stance("force_eager"):  # other shapes and modes: compiling for them would not pay
+        with uncompiled(self.runtime.device):  # other shapes and modes
             numbers = self.evaluate(self.model, self.progress.fraction)
             if numbers is not None:
                 self._emit("eval", **numbers, seconds=time.monotonic() - started)

@@ -5,7 +5,9 @@ result = project.run("t")
 assert result.code == 0 and project.steps() == [1, 2, 3, 4, 5]
 """
 
+import compileall
 import contextlib
+import functools
 import io
 import json
 import os
@@ -82,6 +84,7 @@ class Project:
     def make(cls, folder: Path, presets: dict[str, dict | str]) -> "Project":
         """`presets`: {file stem: the preset, or the file's text}."""
         folder.mkdir(parents=True, exist_ok=True)
+        compile_once()
         shutil.copytree(ROOT / "core", folder / "core")
         shutil.copy2(ROOT / "main.py", folder / "main.py")
         for name in ("configs", "pdfs", "texts"):
@@ -174,6 +177,12 @@ class Project:
 
     def checkpoint(self, slot: str = "current", lineage: str = "t") -> dict[str, Any]:
         return torch.load(self.folder / "checkpoints" / f"{lineage}_{slot}.pth", weights_only=True)
+
+
+@functools.cache
+def compile_once() -> None:
+    """Bytecode for all copies: where Python is told to write none, each start would compile the whole program again."""
+    compileall.compile_dir(ROOT / "core", quiet=1)
 
 
 def train_here(preset: dict, root: Path, stem: str = "t") -> list[dict]:

@@ -58,9 +58,10 @@ def test_the_readme_sets_everything_up_in_two_commands() -> None:
     """And .ci/run, which a fresh machine runs, has the test command word for word."""
     commands = [line for _, code in blocks(README, "bash") for line in code.splitlines()]
     install = "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && "
-    assert f"{install}.venv/bin/python main.py" in commands and f"{install}.venv/bin/python -m pytest" in commands
+    tests = f"{install}.venv/bin/python -m pytest -n 2 --dist worksteal"
+    assert f"{install}.venv/bin/python main.py" in commands and tests in commands
     ci = (ROOT / ".ci" / "run").read_text()
-    assert f"{install}.venv/bin/python -m pytest\n" in ci
+    assert f"{tests}\n" in ci
     assert "echo 90_quick_test | .venv/bin/python main.py" in commands
     assert "echo 90_quick_test | .venv/bin/python main.py\n" in ci
 

@@ -36,7 +36,7 @@ PRESET = {
     "extends": "10_harmonic_sft",
     "lineage": "t",
     "model": {**SMALL, "seq_length": 64},
-    "train": {"accumulation_steps": 2, "learning_rate": 0.01, "max_steps": 6, "eval_tokens": 300},
+    "train": {"per_gpu_batch_size": 8, "accumulation_steps": 2, "learning_rate": 0.01, "max_steps": 6, "eval_tokens": 300},
     "data": {"lanes": 4, "validation_fraction": 0.1},
     "generate": {"neighbors_of": ["river", "stone"]},
 }

@@ -149,16 +149,21 @@ def test_presets_of_one_lineage_improve_one_model(finished: Project, tmp_path: P
 
 @pytest.fixture(scope="module")
 def from_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> tuple[Project, Path, Result]:
-    """The default, by an empty line, started from an empty folder, on sources of which all but one cannot be had."""
+    """The default, by an empty line, started from an empty folder, on sources of which all but one cannot be had.
+
+    Both optimizers; Python tells in standard error what it imports.
+    """
     folder = tmp_path_factory.mktemp("from_elsewhere")
     sources = ["pdf", {"type": "pdf", "path": "broken", "name": "broken"}, "wikipedia", {"type": "text", "path": "texts"}]
     weights = [0.2, 0.2, 0.2, 0.4]
     data = {"sources": sources, "mix_strategy": "weighted", "source_weights": weights}
-    project = Project.make(folder / "project", {"00_best_general": tiny_preset(data=data, lineage="t")})
+    preset = tiny_preset(data=data, train={"optimizer": "muon"}, lineage="t")
+    project = Project.make(folder / "project", {"00_best_general": preset})
     (project.folder / "broken").mkdir()
     (project.folder / "broken" / "torn.pdf").write_bytes(b"%PDF-1.7\n" + bytes(range(256)) * 20)
     (folder / "elsewhere").mkdir()
-    run, env = [sys.executable, str(project.folder / "main.py")], {**os.environ, **NO_HUB, "OMP_NUM_THREADS": "1"}
+    run = [sys.executable, "-X", "importtime", str(project.folder / "main.py")]
+    env = {**os.environ, **NO_HUB, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(run, cwd=folder / "elsewhere", env=env, input="\n", capture_output=True, text=True, timeout=120)
     return project, folder / "elsewhere", Result(done.returncode, done.stdout, done.stderr)
 
@@ -180,6 +185,13 @@ def test_sources_that_cannot_be_had_are_dropped_with_a_warning(from_elsewhere: t
     assert all(f"source {name} dropped" in result.out for name in told)
     last = project.events("step")[-1]
     assert last["sources"].keys() == {"texts"} and last["sources"]["texts"]["weight"] == 1.0
+
+
+def test_a_run_that_compiles_nothing_never_loads_the_compiler(from_elsewhere: tuple[Project, Path, Result]) -> None:
+    """To import it takes longer than these five steps: drawing for the menu, optimizers and evaluations do without."""
+    project, _, result = from_elsewhere
+    assert project.events("eval") and "core.trainer" in result.err
+    assert "torch._dynamo" not in result.err
 
 
 # mistakes ------------------------------------------------------------------------------------------------------------

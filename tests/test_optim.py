@@ -86,6 +86,27 @@ def test_adamw_is_adamw() -> None:
         torch.testing.assert_close(p.detach(), before[name] * (1 - 0.005 * decay) - 0.005 * update, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_updates_are_those_of_torch(kind: str) -> None:
+    """Bit for bit: only what surrounds torch's own methods is left out."""
+    model, optimizer = build(kind, weight_decay=0.3)
+    twin, _ = build(kind)
+    mine = dict(zip(model.parameters(), twin.parameters()))
+    theirs = []
+    for o in optimizer._optimizers:
+        made = [{**group, "params": [mine[p] for p in group["params"]]} for group in o.param_groups]
+        theirs.append(getattr(torch.optim, type(o).__name__)(made))
+    for step in range(3):
+        set_gradients(model, step)
+        set_gradients(twin, step)
+        optimizer.step(1.0)
+        for o in theirs:
+            o.step()
+        assert all(torch.equal(a, b) for a, b in mine.items())
+        optimizer.zero_grad()
+        assert all(p.grad is None for p in model.parameters())
+
+
 def test_a_factor_of_0_changes_nothing() -> None:
     model, optimizer = build()
     before = weights(model)

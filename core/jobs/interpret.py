@@ -11,7 +11,6 @@ Under torchrun rank 0 does it alone.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from core.interpretation.results import Interpretation, interpret_routing
 from core.interpretation.routing import Reading, Router, static_routing
 from core.models.polyglu import NAMES
 from core.parallel import Single
-from core.runtime import Runtime, StopRequest
+from core.runtime import Runtime, StopRequest, uncompiled
 from core.trained import Trained, load_trained
 from core.ui.evaluating import EvaluateView
 from core.ui.interpretation import write_interpretation
@@ -167,8 +166,7 @@ class Reader:
         device, dtype = self.runtime.device, self.runtime.compute_dtype(self.trained.preset.train.precision)
         batch = plain_batch(torch.from_numpy(row).long().to(device)[None])
         # rows of every length come: compiled, each would be compiled anew
-        eager = torch.compiler.set_stance("force_eager") if device.type == "cuda" else nullcontext()
-        with eager, torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+        with uncompiled(device), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             self.trained.model(batch)
         return self.trained.model.gates[:, 0]  # type: ignore[index]
 
