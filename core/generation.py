@@ -118,9 +118,8 @@ class Row:
                 token = int(scores.argmax())
             else:
                 best, ids = scores.topk(min(LIKELY, len(scores)))
-                draws = torch.rand(len(scores), generator=random, dtype=torch.float64)[ids]
-                times = -torch.log1p(-draws) * ((best[0] - best) / self._wish.temperature).exp()
-                token = int(ids[times.argmin()])
+                shares = torch.softmax(best / self._wish.temperature, dim=-1)
+                token = race(shares, ids, self._wish.top_p, len(scores), random)
             repeats.add(token)
             return token
 
@@ -221,10 +220,15 @@ def sample_top_p(scores: Tensor, top_p: float, random: torch.Generator) -> int:
     2408.07978): with a probability of (1 - d) / (1 + d) at least where d is their total variation distance.
     """
     probabilities = torch.softmax(scores, dim=-1)  # (V,)
-    draws = torch.rand(len(scores), generator=random, dtype=torch.float64)  # (V,)
     best, ids = probabilities.topk(min(FIRST_LOOK, len(probabilities)))
     if len(best) < len(probabilities) and best.sum() < top_p:
         best, ids = probabilities.sort(descending=True, stable=True)
+    return race(best, ids, top_p, len(scores), random)
+
+
+def race(best: Tensor, ids: Tensor, top_p: float, vocab_size: int, random: torch.Generator) -> int:
+    """The winner among the nucleus of `best` (n,), probabilities in order, and their `ids`. Every token has a draw of its own."""
+    draws = torch.rand(vocab_size, generator=random, dtype=torch.float64)  # of fp32's draws, one in 16 million would be 0
     kept = (best.cumsum(-1) - best < top_p) & (best > 0)
     times = -torch.log1p(-draws[ids[kept]]) / best[kept]  # (n,)
     return int(ids[kept][times.argmin()])

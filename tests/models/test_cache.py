@@ -50,6 +50,21 @@ def test_pieces_give_what_the_whole_gives(name: str) -> None:
         torch.testing.assert_close(in_pieces(model, ids, pieces), whole, atol=EXACT, rtol=0, msg=f"{name}, {pieces}")
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_what_was_cut_was_never_read(name: str) -> None:
+    """Wrong tokens after right ones, forgotten, and then the right ones."""
+    model = build(name).double()
+    if (cache := call_if_defined(model, "new_cache")) is None:
+        return
+    ids = random_ids(3)
+    whole, wrong = at_once(model, ids), (ids + 1) % V
+    for begin, right, end in ((0, 4, 9), (4, 5, 8), (5, 7, 7), (7, 12, T)):
+        output = model.extend(torch.cat([ids[:, begin:right], wrong[:, right:end]], dim=1), cache)
+        found = output.readout(output.hidden)[:, : right - begin]
+        torch.testing.assert_close(found, whole[:, begin:right], atol=EXACT, rtol=0, msg=f"{name}, from {begin} to {right}")
+        cache.cut(right)
+
+
 def random_pieces(cuts: random.Random) -> list[int]:
     edges = [0, *sorted(cuts.sample(range(1, T), cuts.randint(1, 8))), T]
     return [b - a for a, b in zip(edges, edges[1:])]
