@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from core.contracts import IGNORE_INDEX, Batch
-from core.heads.look import Seen, document_bounds, pick
+from core.heads.look import Seen, document_bounds, pick_several
 from core.heads.policy import divergence
 from core.settings import AuxiliarySettings
 
@@ -46,9 +46,7 @@ class Draft(nn.Module):
         _, stop = document_bounds(batch)
         time = torch.arange(stop.shape[1], device=stop.device)
         there = (batch.labels != IGNORE_INDEX) & (time + self.tokens < stop)  # (B, T)
-        count = there.sum(1).clamp(min=1)
-        steps = [draws % count + i * count // self.positions for i in range(self.positions)]
-        return torch.stack([pick(there, step) for step in steps], dim=1)
+        return pick_several(there, draws, self.positions)
 
     def forward(self, seen: Seen, places: Tensor, valid: Tensor) -> Tensor:  # type: ignore[override]
         losses = [divergence(of_model, guess.log_softmax(-1)) for of_model, guess in self._guesses(seen, places)]

@@ -78,7 +78,7 @@ def test_a_head_apart_leaves_the_models_training_as_it_is(name: str, tmp_path: P
 
 def test_each_head_learns(tmp_path: Path) -> None:
     """Every head's loss falls, and so does cross-entropy; `loss` is the weighted sum, and scheduled weights are told."""
-    train = {"max_steps": 60, "learning_rate": 3e-3, "per_gpu_batch_size": 16}
+    train = {"max_steps": 120, "learning_rate": 3e-3, "per_gpu_batch_size": 16}
     # spans: at 0.05, they want more steps
     weights_of = {"value_weight": {"from": 0.1, "to": 0.05}, "span_contrastive_weight": 0.5}
     built = session(tmp_path, train=train, auxiliary=ALL | weights_of)
@@ -131,7 +131,7 @@ def test_accumulation_does_not_change_the_update(packing: str, tmp_path: Path) -
         norms.append([event["grad_norm"] for event in events(root, "step")])
     for other in (1, 2):
         assert_close(trained[0], trained[other], 1e-5)
-        assert_close(of_heads[0], of_heads[other], 1e-5)
+        assert_close(of_heads[0], of_heads[other], 5e-5)  # a planner begins with gradients near 0, of which AdamW sees the sign
         assert losses[0] == pytest.approx(losses[other], rel=1e-4)
         assert norms[0] == pytest.approx(norms[other], rel=1e-4)
 
