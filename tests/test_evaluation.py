@@ -134,5 +134,6 @@ def test_heads_are_measured_on_held_out_rows(tmp_path: Path) -> None:
     assert list(found) == ["policy", "value", "value.place"] and found["value"] > 0 and 0 < found["value.place"] < 31
     assert "heads" not in evaluator(held, 4).run(model, 0.0)
     assert evaluator(held, 100, heads=heads).run(model, 0.0)["heads"] == pytest.approx(found, rel=1e-5)
-    for other in Ranks(3).run(lambda ranks: evaluator(held, 4, ranks, heads).run(small_model(), 0.0)["heads"]):
+    models = [small_model() for _ in range(3)]  # not in the threads, which share random numbers
+    for other in Ranks(3).run(lambda ranks: evaluator(held, 4, ranks, heads).run(models[ranks.rank], 0.0)["heads"]):
         assert other == pytest.approx(found, rel=1e-5)

@@ -49,7 +49,7 @@ PRESET = tiny_preset(
 OF_DISTANCES = {"token_accuracy", "top5_accuracy", "nll_h12", "nll_h4", "pseudo_perplexity_h12", "pseudo_perplexity_h4"}
 OF_DECODER = {"decoder_accuracy", "decoder_top5_accuracy", "decoder_cross_entropy", "decoder_pseudo_perplexity"}
 OF_PROTOTYPES = {"prototype_cosine", "prototype_spread", "prototype_dimensions", "prototype_drift", "table_cosine"}
-OF_ALL = {"event", "step", "tokens", "time", "seconds", "losses", "causal", "objective", "eval_tokens"}
+OF_ALL = {"event", "step", "tokens", "time", "seconds", "losses", "sources", "causal", "objective", "eval_tokens"}
 
 
 def write_texts(root: Path) -> None:
