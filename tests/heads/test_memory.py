@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from core.contracts import IGNORE_INDEX, Batch, plain_batch
+from core.drafting import Drafter
 from core.generation import Reader, Row, Voice, Wish, advance, document_start
 from core.heads.memory import Memory, Summary, read
 from core.models.simple_lm import SimpleLM, SimpleLMSettings
@@ -139,6 +140,11 @@ def continued(voice: Voice, prompts: list[str], max_tokens: int, temperature: fl
     return [row.ids for row in rows]
 
 
+def backwards(hidden: Tensor, scores: Tensor) -> Tensor:
+    """A guide that likes other tokens at every position."""
+    return (scores + hidden.sum(-1, keepdim=True)).flip(-1)
+
+
 @torch.no_grad()
 def likeliest(model: Any, memory: Memory, ids: list[int]) -> int:
     """The token after a text read from scratch: halves of the context into the summary until the rest fits beside it."""
@@ -167,6 +173,10 @@ def test_beyond_the_context_a_text_goes_on_behind_its_summary(kind: str, slots: 
         for length in range(len(document_start(tokenizer, prompt)), len(ids)):
             assert ids[length] == likeliest(model, memory, ids[:length])
     assert [continued(voice, [prompt], 30)[0] for prompt in PROMPTS] == together
+    drafter = Drafter(heads_for(width, tokenizer.vocab_size, enable_draft=True, draft_tokens=3)["draft"].double())
+    for own, text in ((voice, together), (guided := replace(voice, guide=backwards), continued(guided, PROMPTS, 30))):
+        assert continued(replace(own, drafter=drafter), PROMPTS, 30) == text, "a memory, a guide and drafts go together"
+    assert drafter.guessed > 0 and text != together
     model.new_cache = lambda: None
     assert continued(voice, PROMPTS, 30) == together and continued(voice, PROMPTS, 30, temperature=1.0) == drawn
     for own, counts in ((voice, True), (replace(voice, memory=None), False)):
