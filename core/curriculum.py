@@ -27,6 +27,7 @@ from core.errors import UserError
 from core.losses.cross_entropy import CrossEntropy, CrossEntropySettings
 from core.losses.stack import LossStack
 from core.randomness import derive_seed, uniform
+from core.runtime import uncompiled
 from core.schedules import value_at
 from core.settings import MASKED_TOKENS, TrainSettings
 
@@ -127,7 +128,7 @@ class Curriculum:
         model.eval()  # type: ignore[attr-defined]
         found = []
         with (
-            torch.compiler.set_stance("force_eager"),  # compiling for this mode as well would not pay
+            uncompiled(self._device),
             torch.autocast(self._device.type, dtype=self._dtype, enabled=self._dtype != torch.float32),
         ):
             for batch in micro_batches:
