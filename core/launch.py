@@ -38,6 +38,7 @@ GROUPS = {
     "3": "Cosine objective",
     "4": "Sharpness penalties",
     "5": "Auxiliary heads",
+    "6": "Auxiliary heads",
     "9": "Quick tests",
 }
 LARGE = 100_000_000
