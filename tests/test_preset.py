@@ -347,6 +347,7 @@ def shrunk(preset: Any, models: Path) -> dict:
     names = [source["name"] for source in small["data"]["sources"]]
     small["data"]["sources"] = [{"type": "text", "path": "texts", "name": name} for name in names]
     small["data"] |= {"lanes": 4, "workers": 0}
+    small["auxiliary"]["memory_tokens_after"] = 8
     small["generate"] |= {"max_tokens": 3}
     small["logging"] = {}
     return small
