@@ -115,8 +115,9 @@ class Project:
             preexec_fn=(lambda: os.close(0)) if line is None else None,
         )
         if process.stdin is not None:
-            process.stdin.write(f"{line}\n")
-            process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # it may have ended without reading, where it refuses its arguments
+                process.stdin.write(f"{line}\n")
+                process.stdin.close()
             process.stdin = None  # communicate() would write to it again
         return process
 
