@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from core.assembly import Preset
+from core.contracts import plain_batch
 from core.data.corpus import open_held_out
-from core.generation import Row, Voice, Wish, advance, plain_batch
+from core.generation import Row, Voice, Wish, advance
 from core.heads.planner import WIDTH, look_ahead
 from core.parallel import Single
 from core.preset import read_preset

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from core.contracts import plain_batch
 from core.drafting import Drafter, can_draft
-from core.generation import Row, Voice, Wish, advance, document_start, plain_batch
+from core.generation import Row, Voice, Wish, advance, document_start
 from core.heads.draft import Draft
 from core.heads.look import Seen
 from core.models.initial import draw_weights

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from core.contracts import Batch
+from core.contracts import Batch, plain_batch
 from core.data.tokenizer import Tokenizer
-from core.generation import Guide, Row, Voice, Wish, advance, document_start, plain_batch
+from core.generation import Guide, Row, Voice, Wish, advance, document_start
 from core.heads.look import Seen
 from core.heads.stack import HeadStack
 from core.models.readout import LinearReadout
