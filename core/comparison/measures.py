@@ -64,9 +64,9 @@ _KNOWN = {
             for what, told, better in (("error", "error", -1), ("unchanged", "error of no change", 0))
             for k in range(1, 9)
         ),
-        Measure(HEAD + "memory.gain", "memory: gain over cropped text", "nats per token", 1),
-        Measure(HEAD + "memory.gap", "memory: gap to the whole text", "nats per token", -1),
-        Measure(HEAD + "memory.reconstruction", "memory: reconstruction", "nats per token", -1),
+        Measure("head: memory.gain", "memory: gain over cropped text", "nats per token", 1),
+        Measure("head: memory.gap", "memory: gap to the whole text", "nats per token", -1),
+        Measure("head: memory.reconstruction", "memory: reconstruction", "nats per token", -1),
     )
 }
 _OF_A_TABLE = ("table_cosine", "prototype_cosine", "prototype_spread", "prototype_dimensions", "prototype_drift")

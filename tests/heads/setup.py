@@ -1,22 +1,31 @@
 """What tests of heads are made of: rows of documents, a model, and the heads on it."""
 
+import math
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.contracts import IGNORE_INDEX, Batch
 from core.heads import HEADS
+from core.heads.look import NOWHERE, Seen
 from core.heads.stack import HeadStack
 from core.losses.cross_entropy import CrossEntropy, CrossEntropySettings
 from core.losses.stack import LossStack
 from core.models.initial import draw_weights
+from core.models.readout import LinearReadout
 from core.settings import AuxiliarySettings
 from core.trainer import Objective
+from tests.models.test_models import T, V, build
 
 ON = {f"enable_{name}": True for name in HEADS}
 ALL: dict[str, Any] = ON | {"memory_tokens_after": 3}
 """All heads, as they fit into short rows."""
+D = 32
+LENGTHS = [[16], [6, 10], [3, 1, 8], [2, 2, 2], [1, 4], [14]]
 
 
 def rows_of(lengths: list[list[int]], width: int, vocab_size: int, seed: int = 2) -> Batch:
@@ -65,3 +74,29 @@ def gradients(module: nn.Module) -> dict[str, Tensor]:
     found = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
     module.zero_grad()
     return found
+
+
+def rows(lengths: list[list[int]] = LENGTHS) -> Batch:
+    return rows_of(lengths, T, V)
+
+
+def seen_of(batch: Batch, heads: HeadStack | None = None, hidden: Tensor | None = None, table: Tensor | None = None) -> Seen:
+    """Of random hidden states, in float64, and a model with this table; `heads`: those that others can build on."""
+    torch.manual_seed(5)
+    if hidden is None:
+        hidden = torch.randn(*batch.labels.shape, D, dtype=torch.float64)
+    readout = LinearReadout(nn.Parameter(torch.randn(V, D, dtype=torch.float64)) if table is None else table)
+    model: Any = build("simple_lm").double()
+    model.embedding.weight = readout.table
+    with torch.no_grad():
+        surprise = F.cross_entropy(readout(hidden).transpose(1, 2), batch.labels, ignore_index=IGNORE_INDEX, reduction="none")
+    cross_entropy = partial(LossStack([]).cross_entropy, readout)
+    found = Seen(hidden, readout, batch, lambda at: surprise.gather(1, at), torch.float64, model, heads or {})
+    return replace(found, cross_entropy=cross_entropy)
+
+
+def run(name: str, heads: HeadStack, seen: Seen) -> Tensor:
+    """(B,) one head's losses, NaN in rows without a place."""
+    places = seen.batch.places[name]
+    valid = places[:, 0] != NOWHERE
+    return torch.where(valid, heads[name](seen, places.clamp(min=0), valid), math.nan)
