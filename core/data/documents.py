@@ -56,6 +56,11 @@ class Document:
         return 0 < self.encoded.size < characters
 
 
+class SkipRow(Exception):
+    """A row that gives no document. Its text is the reason, as a person should read it: "no message has text". The reader of
+    the file counts rows by reason, names the first of each, and goes on."""
+
+
 class DocumentStream(Protocol):
     """One epoch of a source, from a cursor to the epoch's end."""
 
