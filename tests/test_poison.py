@@ -1,4 +1,4 @@
-"""The poison mode of tests/poison: memory that nobody wrote shows, in every process, and a kernel that would read it is refused."""
+"""The poison mode of tests/poison: memory that nobody wrote shows, in every process; a kernel that would read it is refused."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ def poisoned(code: str) -> subprocess.CompletedProcess:
 
 
 def test_this_run_is_poisoned_where_that_was_asked_for() -> None:
-    """A sitecustomize.py that fails is passed over by Python with a line on stderr; and where the mode is not asked for, it is off."""
+    """Python passes over a sitecustomize.py that fails, with a line on stderr; and where nobody asked, the mode is off."""
     asked = str(POISON) in os.environ.get("PYTHONPATH", "").split(os.pathsep)
     assert torch.are_deterministic_algorithms_enabled() == asked
     assert (np.empty.__module__ == "sitecustomize") == asked

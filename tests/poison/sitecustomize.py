@@ -42,8 +42,8 @@ def refuse_poison(name: str, operand: object) -> None:
         return
     if around := int((~everything.isfinite()).sum()):
         raise AssertionError(
-            f"{name} of {tuple(operand.shape)} with steps of {operand.stride()}: {around} numbers beside it are not finite, and a "
-            "kernel may read them: memory that was never written?"
+            f"{name} of {tuple(operand.shape)} with steps of {operand.stride()}: {around} numbers beside it are not finite, and "
+            "a kernel may read them: memory that was never written?"
         )
 
 
