@@ -18,6 +18,10 @@ from typing import Any
 import torch
 
 
+WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
+"""What ONEDNN_MAX_CPU_ISA may hold the library of matrix products to that multiplies no bf16 in hardware."""
+
+
 @dataclass(frozen=True)
 class Runtime:
     """Where this process runs."""
@@ -32,6 +36,8 @@ class Runtime:
         """Whether the device multiplies bf16 matrices in hardware (not emulated, which is slower than fp32)."""
         if self.device.type == "cuda":
             return torch.cuda.get_device_capability(self.device)[0] >= 8
+        if (os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "").upper() in WITHOUT_BF16:
+            return False  # the processor may, but its products are told not to
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
     @property
