@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-
 WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
 """What ONEDNN_MAX_CPU_ISA may hold the library of matrix products to that multiplies no bf16 in hardware."""
 
