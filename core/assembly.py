@@ -36,13 +36,14 @@ from core.losses import LOSSES
 from core.losses.stack import LossStack
 from core.metrics import MetricsLog
 from core.models import MODELS
+from core.objective import Objective
 from core.optim import Optimizer
 from core.parallel import on_rank_zero, rank_zero_first
 from core.preset import preset_class, preset_json
 from core.randomness import derive_seed
 from core.runtime import Runtime
 from core.settings import MASKED_TOKENS, RUN_TOKENS
-from core.trainer import Objective, Trainer
+from core.trainer import Trainer
 from core.weights import FITTING, Weights, find_weights
 
 JOBS = ["train", "tokenize", "compare", "evaluate", "interpret", "generate"]

@@ -26,6 +26,7 @@ FLOORS = {
     "core.heads": 2,
     "core.auxiliary": 2,
     "core.data": 2,
+    "core.objective": 2,
     "core.optim": 2,
     "core.horizon": 2,
     "core.checkpoint": 2,
