@@ -19,6 +19,7 @@ FLOORS = {
     "core.size": 4,
     "core.launch": 4,
     "core.trainer": 3,
+    "core.passes": 3,
     "core.parallel": 3,
     "core.harness": 3,
     "core.models": 2,
