@@ -89,7 +89,7 @@ class Evaluator:
             failure = error
         finally:
             model.train(was_training)  # type: ignore[attr-defined]
-        if failures := [told for told in self._parallel.gather(failure and first_line(failure)) if told]:
+        if failures := [line for line in self._parallel.gather(failure and first_line(failure)) if line]:
             raise failure or RuntimeError(f"on another process: {failures[0]}")
         means, count, num_bytes = self._means(sums)
         of_heads = self._means_of_heads()
@@ -128,15 +128,16 @@ class Evaluator:
         """Sums over this rank's rows, those over the rows in each of which one token is hidden, and what the tables are like."""
         if self._batches is None:
             rows = self._make_rows()
-            self._batches = [self._with_places(batch, i) for i, batch in enumerate(self._share(rows, self._batch_rows))]
+            batches = [self._with_places(batch, i) for i, batch in enumerate(self._share(rows, self._batch_rows))]
             if self._hide_one and (singles := self._hide_one(rows)):  # shorter: as many tokens at once as in the others
                 longer = len(rows[0].input_ids) // len(singles[0].input_ids)
                 self._singles = self._share(singles, self._batch_rows * max(1, longer))
-        batches = len(self._batches) + len(self._singles)
+            self._batches = batches
+        total = len(self._batches) + len(self._singles)
         model.eval()  # type: ignore[attr-defined]
         self._of_heads = {}
-        sums, readout = self._sums(model, self._batches, progress, lambda done: told(done, batches))
-        singles, _ = self._sums(model, self._singles, progress, lambda done: told(len(self._batches or []) + done, batches))
+        sums, readout = self._sums(model, self._batches, progress, lambda done: told(done, total))
+        singles, _ = self._sums(model, self._singles, progress, lambda done: told(len(self._batches or []) + done, total))
         return sums, singles, {} if readout is None else _of_tables(readout)
 
     def _share(self, rows: list[Row], at_once: int) -> list[Batch]:

@@ -54,6 +54,7 @@ FLOORS = {
     "core.comparison": 1,
     "core.interpretation": 1,
     "core.errors": 0,
+    "core.screen": 0,
 }
 MAX_LINES = 450
 SLOW_PACKAGES = ["torch", "datasets", "transformers", "tokenizers", "pyarrow", "pymupdf", "matplotlib", "scipy", "wandb"]
