@@ -115,6 +115,7 @@ def build_training(
     notes += told + corpus.told_of(tokenizer)
     corpus.check_tokenizer(tokenizer)
 
+    repeats = runtime.keep_order(preset.train.deterministic)
     model = rank_zero_first(parallel, lambda: build_model(preset, tokenizer.vocab_size))
     if weights is None:
         rank_zero_first(parallel, lambda: call_if_defined(model, "load_published", notes))
@@ -214,6 +215,7 @@ def build_training(
         "world_size": parallel.world_size,
         "device": runtime.device_name,
         "precision": "bf16" if dtype == torch.bfloat16 else "fp32",
+        "repeats": repeats,
         "budget_tokens": horizon.run_tokens,
         "run_tokens": progress.run_tokens,
         "max_steps": preset.train.max_steps,

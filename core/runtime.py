@@ -51,6 +51,19 @@ class Runtime:
         bf16 = precision == "bf16" or (precision == "auto" and self.bf16_is_native)
         return torch.bfloat16 if bf16 else torch.float32
 
+    def keep_order(self, deterministic: bool) -> str:
+        """On a GPU, take only kernels that add in the same order each time, or whichever is fastest; a CPU's always do.
+
+        Returns what a second run would give, for the run card.
+        """
+        if self.device.type == "cuda":
+            torch.use_deterministic_algorithms(deterministic)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that writes everything twice
+            torch.backends.cudnn.deterministic = deterministic
+            if not deterministic:
+                return "nearly the same numbers: a GPU adds in any order, unless train.deterministic is true"
+        return "the same bits, on the same machine and versions, at the same precision and number of processes and threads"
+
     def memory_mb(self) -> float:
         """Peak memory of this process since it began, or since `forget_peak_memory`: on the device, or resident on a CPU."""
         if self.device.type == "cuda":
@@ -75,6 +88,7 @@ def detect_runtime() -> Runtime:
 def prepare(runtime: Runtime) -> None:
     """Switch on what is safe and fast: TF32 on GPUs; on CPUs, memory that is reused instead of returned."""
     if runtime.device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts; `keep_order` needs it
         torch.cuda.set_device(runtime.device)
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
