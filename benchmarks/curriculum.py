@@ -15,11 +15,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.measuring import sized
 
+ROOT = Path(__file__).resolve().parent.parent
 CANDIDATES = sized((None, 2, 3, 4), (None, 2))
 ROUNDS, WARM_UP = sized((16, 4), (1, 1))
 SIZES = sized({"seq_length": 256}, {"seq_length": 32, "hidden_size": 32, "num_heads": 2})

@@ -19,11 +19,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.measuring import sized
 
+ROOT = Path(__file__).resolve().parent.parent
 ROWS, SEQ_LENGTH, VOCAB_SIZE = sized((32, 1024, 8192), (4, 64, 300))
 DOCUMENTS = sized(12_000, 60)
 REPETITIONS = sized(5, 1)

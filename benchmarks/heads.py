@@ -15,11 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.measuring import sized
 
+ROOT = Path(__file__).resolve().parent.parent
 ON = {
     "off": (),
     "policy": ("policy",),

@@ -62,22 +62,22 @@ def trained_by(stem: str, root: Path) -> Any:
 
 
 def peak_bytes(run: Callable[[], Any]) -> int:
-    """The most memory `run` adds to what there is before it."""
+    """The most memory `run` adds to what there is before it; at least a byte, so that there are ratios."""
     if torch.cuda.is_available():
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         run()
-        return torch.cuda.max_memory_allocated() - before
+        return max(1, torch.cuda.max_memory_allocated() - before)
     clear, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
     if not clear.exists():  # not Linux: the highest so far, which was hardly raised before
         unit = 1 if sys.platform == "darwin" else 1024
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         run()
-        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
+        return max(1, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit)
     clear.write_text("5")  # forget the peak so far
     before = _status_bytes(status, "VmRSS")
     run()
-    return _status_bytes(status, "VmHWM") - before
+    return max(1, _status_bytes(status, "VmHWM") - before)
 
 
 def _status_bytes(status: Path, field: str) -> int:

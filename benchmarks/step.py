@@ -14,11 +14,11 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.measuring import sized
 
+ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = ("as shipped", "memory returned", "SDPA's flash kernel", *sized(("compiled",), ()))
 REPETITIONS, STEPS, WARM_UP = sized((3, 6, 2), (1, 1, 1))
 ROWS, SEQ_LENGTH, VOCAB_SIZE = sized((32, 256, 8192), (2, 32, 300))

@@ -22,11 +22,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.measuring import sized
 
+ROOT = Path(__file__).resolve().parent.parent
 REPETITIONS = sized(3, 1)
 STEPS, WARM_UP = sized((18, 6), (3, 1))
 ROWS, SEQ_LENGTH = sized((16, 256), (2, 32))
