@@ -2,9 +2,9 @@
 
     python -m tests.processors
 
-For each set of instructions: the tests of the goldens, losses and models, and short trainings of every model, of all losses and of
-all heads, in fp32 and bf16, whose losses must be those of the processor as it is, to the tolerances below. Names each set that
-this processor lacks: what is not tried is not passed. Ends with 1 where anything failed.
+For each set of instructions: the tests of the goldens, losses and models, and short trainings of every model, of all losses and
+of all heads, in fp32 and bf16, whose losses must be those of the processor as it is, to the tolerances below. Names each set
+that this processor lacks: what is not tried is not passed. Ends with 1 where anything failed.
 """
 
 import json
@@ -46,9 +46,8 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 0.02}
 the 8 binary digits of bf16."""
 FEW = {"max_steps": 4, "eval_tokens": 0}
 MASKED = {"model": {"type": "neobert", "head": "distance", "keep_decoder": True, "intermediate_size": 64}}
-LOSSES = [{"type": kind} for kind in ("cross_entropy", "cosine", "sharpness", "z_loss")] + [
-    {"type": "cosine", "name": "few", "topk": 9}
-]
+LOSSES: list[dict[str, Any]] = [{"type": kind} for kind in ("cross_entropy", "cosine", "sharpness", "z_loss")]
+LOSSES += [{"type": "cosine", "name": "few", "topk": 9}]
 TRAININGS: dict[str, dict[str, Any]] = {
     "simple_lm": {},
     "gpt2": {"model": {"type": "gpt2"}},

@@ -1,4 +1,4 @@
-"""Short trainings of every model, of all losses and of all heads: bf16 is fp32 within rounding, on this processor and on a lesser one.
+"""Short trainings of every model, of all losses and of all heads: bf16 is fp32 within rounding, also on a lesser processor.
 
 The passes over all sets of instructions, and with poisoned memory, are in .ci/run.
 """
