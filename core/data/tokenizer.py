@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from core.errors import MissingPackage, SourceUnavailable, UserError
+from core.files import read_json, write_file
 from core.hub import check_reachable, explain
 from core.settings import TokenizerSettings
 
@@ -111,9 +112,7 @@ class Tokenizer:
         about = {"eos_token": self._backend.id_to_token(self.eos_id), "vocab_size": self.vocab_size, **facts}
         config = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
         for file, text in ((path.with_name(CONFIG), config), (path, self._backend.to_str())):  # `path` last: both are there then
-            aside = file.with_name(f"{file.name}.tmp")
-            aside.write_text(text, encoding="utf-8")
-            os.replace(aside, file)
+            write_file(file, text)
 
 
 def build_tokenizer(
@@ -157,7 +156,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
 def tokenizer_facts(path: Path) -> dict[str, Any]:
     """What stands in the tokenizer_config.json beside a tokenizer file; {} where there is none that can be read."""
     try:
-        facts = json.loads(path.with_name(CONFIG).read_text(encoding="utf-8"))
+        facts = read_json(path.with_name(CONFIG))
     except (OSError, ValueError):
         return {}
     return facts if isinstance(facts, dict) else {}

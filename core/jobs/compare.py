@@ -21,6 +21,7 @@ from core.checkpoint import CheckpointStore
 from core.comparison.results import Comparison, collect
 from core.comparison.trials import Trial, changed, plan, read_outcomes, write_json, write_outcomes
 from core.errors import Diverged, Interrupted, UserError
+from core.files import cause, read_json
 from core.jobs.train import train_to_the_end, views_of
 from core.metrics import read_events
 from core.parallel import on_rank_zero
@@ -272,7 +273,7 @@ def _tokenizer_file(root: Path, lineage: str, trial: Trial) -> Path:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
+        return read_json(path)
     except (OSError, ValueError):
         return None
 
@@ -309,8 +310,8 @@ class Desk:
                 write_report(found, self._folder)
             except OSError as error:
                 raise UserError(
-                    f"the report in {self._folder} cannot be written: {error.strerror}. Every trial is saved; free some space, "
-                    "or mend that, and start again to go on."
+                    f"the report in {self._folder} cannot be written: {cause(error, self._folder / 'report.html')} "
+                    "Every trial is saved: start again to go on."
                 ) from None
 
     def finish(self, trials: list[Trial], nothing_was_done: bool) -> None:

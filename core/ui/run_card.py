@@ -6,12 +6,12 @@ State: the card so far
 """
 
 import json
-import os
 import statistics
 import subprocess
 from pathlib import Path
 from typing import Any
 
+from core.files import write_file
 from core.runtime import versions
 from core.ui.report import plot_losses
 
@@ -59,10 +59,7 @@ class LossPlot:
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(aside, path)
+    write_file(path, json.dumps(value, indent=2) + "\n")
 
 
 def _git_commit(root: Path) -> str | None:
