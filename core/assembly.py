@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from core.auxiliary import build_heads, check_heads, load_heads, output_of_one_token
-from core.checkpoint import FORMAT, LINEAGE_OF_ITS_OWN, CheckpointStore
+from core.checkpoint import FORMAT, LINEAGE_OF_ITS_OWN, CheckpointStore, stored_bytes
 from core.contracts import call_if_defined
 from core.curriculum import build_curriculum
 from core.data.corpus import Corpus, PipelineFactory, data_position, open_corpus
@@ -34,7 +34,7 @@ from core.generation import Voice, generate
 from core.horizon import Horizon, Progress, begin_next_run
 from core.losses import LOSSES
 from core.losses.stack import LossStack
-from core.metrics import MetricsLog
+from core.metrics import LOG, MetricsLog, check_log
 from core.models import MODELS
 from core.optim import Optimizer
 from core.parallel import on_rank_zero, rank_zero_first
@@ -139,6 +139,9 @@ def build_training(
     if saved is not None and (fresh := optimizer.load(saved["optimizer"])):
         notes.append(f"optimizer state starts afresh for {len(fresh)} parameters: {', '.join(fresh[:4])}")
 
+    size = stored_bytes(model, heads) + optimizer.state_bytes() + len(tokenizer.state()["json"])
+    on_rank_zero(parallel, lambda: store.check_room(size))
+
     progress, told = _progress(preset, saved)
     notes += told
     horizon = _horizon(preset, corpus, tokenizer)
@@ -223,8 +226,8 @@ def build_training(
     rank_zero = parallel.rank == 0
     folder = root / "logs" / preset.lineage
     views = make_views(folder, start_event, resolved, wandb_id, notes) if rank_zero else []
-    log = MetricsLog(folder / "metrics.jsonl" if rank_zero else None, views)
-    log.rewind(progress.step)
+    log = MetricsLog(folder / LOG if rank_zero else None, views)
+    notes += log.rewind(progress.step)
     trainer = Trainer(
         Objective(model, stack, len(corpus.names), heads),
         optimizer,
@@ -265,8 +268,10 @@ def _beginning(
 
     def newest() -> tuple[Path | None, list[str]]:
         nonlocal state
-        state, path, notes = store.load()
-        return path, notes
+        check_log(root / "logs" / preset.lineage / LOG)
+        notes = store.prepare()
+        state, path, told = store.load()
+        return path, notes + told
 
     path, notes = on_rank_zero(parallel, newest)
     origin = preset.init_from
