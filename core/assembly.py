@@ -32,6 +32,7 @@ from core.filling import fill, neighbors, word_ids
 from core.freezing import train_only
 from core.generation import Voice, generate
 from core.horizon import Horizon, Progress, begin_next_run
+from core.lineage import changed_sources
 from core.losses import LOSSES
 from core.losses.stack import LossStack
 from core.metrics import LOG, MetricsLog, check_log
@@ -108,6 +109,8 @@ def build_training(
     corpus = open_corpus(preset, root, parallel, (saved or {"data": {}})["data"].get("held_out"))
     masked = corpus.objective == MASKED_TOKENS
     warnings = [f"source {name} dropped, the others go on: {reason}" for name, reason in corpus.failed.items()]
+    if saved is not None:
+        (warnings if saved["preset"]["name"] == preset.name else notes).extend(changed_sources(saved, preset, corpus.failed))
     notes += corpus.notes + adapting
     tokenizer, told = _tokenizer(preset, weights, parallel, corpus, tokenizer_state)
     notes += told + corpus.told_of(tokenizer)

@@ -50,6 +50,7 @@ FLOORS = {
     "core.hub": 1,
     "core.packages": 1,
     "core.metrics": 1,
+    "core.lineage": 1,
     "core.comparison": 1,
     "core.interpretation": 1,
     "core.files": 0,

@@ -11,7 +11,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from core.comparison.trials import Trial, changed, plan, read_outcomes, write_js
 from core.errors import Diverged, Interrupted, UserError
 from core.files import cause, read_json
 from core.jobs.train import train_to_the_end, views_of
+from core.lineage import owned
 from core.metrics import read_events
 from core.parallel import on_rank_zero
 from core.preset import decode_preset
@@ -41,6 +42,12 @@ NO_PEAK = "memory_mb counts earlier trials of this process as well: this system 
 
 def compare(preset: Any, runtime: Runtime, parallel: Any, root: Path, started: float, console: Any) -> None:
     """Run every trial that is not done. Raises Interrupted after Ctrl-C or SIGTERM, with everything saved and reported."""
+    with ExitStack() as held:
+        on_rank_zero(parallel, lambda: held.enter_context(owned(root, preset.lineage, preset.job)))
+        _compare(preset, runtime, parallel, root, console)
+
+
+def _compare(preset: Any, runtime: Runtime, parallel: Any, root: Path, console: Any) -> None:
     trials = on_rank_zero(parallel, lambda: standing(preset, root, parallel.world_size))
     desk = Desk(preset, root, parallel.world_size, console) if parallel.rank == 0 else None
     with StopRequest() as stop, desk.view if desk else nullcontext():
