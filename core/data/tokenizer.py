@@ -95,9 +95,16 @@ class Tokenizer:
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "Tokenizer":
+        """Of a checkpoint. Raises UserError."""
         import tokenizers
 
-        return cls(tokenizers.Tokenizer.from_str(state["json"]), state["eos_id"])
+        try:
+            backend = tokenizers.Tokenizer.from_str(state["json"])
+        except Exception as error:  # the library raises Exception itself
+            raise UserError(f"the tokenizer in a checkpoint cannot be read: {str(error)[:200]}") from None
+        if backend.id_to_token(state["eos_id"]) is None:
+            raise UserError(f"the tokenizer in a checkpoint has no token {state['eos_id']}, which is to end documents")
+        return cls(backend, state["eos_id"])
 
     def vocabulary_sha256(self, size: int) -> str:
         """Stands for the first `size` tokens and their ids, whatever version of the tokenizers library is asked."""
