@@ -51,6 +51,10 @@ FLOORS = {
     "core.metrics": 1,
     "core.comparison": 1,
     "core.interpretation": 1,
+    "core.mistakes": 1,
+    "core.json_file": 0,
+    "core.bounds": 0,
+    "core.names": 0,
     "core.errors": 0,
 }
 MAX_LINES = 450
