@@ -14,6 +14,7 @@ STARTED = time.time()
 def main() -> int:
     """Choose a preset on rank 0, hand it to every rank, run its job. Returns the exit code (see docs/guide.md)."""
     from core.errors import UserError
+    from core.terminal import tell
 
     try:
         if given := " ".join(sys.argv[1:]):
@@ -22,10 +23,10 @@ def main() -> int:
 
         launch(STARTED)
     except UserError as error:
-        print(f"\n{error}", file=sys.stderr, flush=True)
+        tell(f"\n{error}")
         return error.exit_code
     except KeyboardInterrupt:
-        print("\nstopped at once; the newest checkpoint is as it was", file=sys.stderr, flush=True)
+        tell("\nstopped at once; the newest checkpoint is as it was")
         return 130
     return 0
 

@@ -8,11 +8,12 @@ State: the open file and its length up to the last whole line
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
+
+from core.terminal import tell
 
 BLOCK = 1 << 16
 
@@ -95,7 +96,7 @@ class MetricsLog:
             try:
                 getattr(view, "close", lambda: None)()
             except Exception as error:
-                print(f"{type(view).__name__} did not close: {error}", file=sys.stderr)
+                tell(f"{type(view).__name__} did not close: {error}")
         self.views = []
         if self._file is not None:
             self._guarded(self._file.close)
@@ -145,7 +146,7 @@ class MetricsLog:
         except OSError as error:
             if not self._warned:
                 self._warned = True
-                print(f"warning: the metrics log {self.path} cannot be written ({error}); training goes on", file=sys.stderr)
+                tell(f"warning: the metrics log {self.path} cannot be written ({error}); training goes on")
 
 
 def read_events(path: Path, step_stride: int = 1) -> Iterator[dict]:

@@ -39,7 +39,8 @@ def preset_schema() -> Json:
 
 
 def _tidied(node: Any, names: bool = False) -> Any:
-    """Without generated titles, nested defaults and the bounds that every number has; `anyOf` for `oneOf`, as a section that extends another may omit its `type`.
+    """Without generated titles, nested defaults and the bounds that every number has; `anyOf` for `oneOf`, as a section that
+    extends another may omit its `type`.
 
     `names`: the keys of this object are names of fields, not words of JSON Schema.
     """
@@ -60,9 +61,9 @@ def _tidied(node: Any, names: bool = False) -> Any:
 
 def _is_usual(key: str, value: Any) -> bool:
     """Whether this is a bound that no field states: told once in the guide, and by the program."""
-    from core.bounds import LARGEST, LARGEST_WHOLE
+    from core.bounds import LARGEST_WHOLE
 
-    return key in ("minimum", "maximum") and isinstance(value, int | float) and abs(value) in (LARGEST, LARGEST_WHOLE)
+    return key in ("minimum", "maximum") and isinstance(value, int | float) and abs(value) >= LARGEST_WHOLE
 
 
 def reference() -> str:
@@ -146,7 +147,7 @@ def _value(field: Json) -> str:
 
 
 def _plain(number: float) -> str:
-    return f"{number:,}" if isinstance(number, int) and number < 2**62 else f"{number:g}"
+    return f"{int(number):,}" if number == int(number) and number < 1e12 else f"{number:g}"
 
 
 def schema_text() -> str:

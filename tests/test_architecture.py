@@ -53,6 +53,7 @@ FLOORS = {
     "core.interpretation": 1,
     "core.mistakes": 1,
     "core.json_file": 0,
+    "core.terminal": 0,
     "core.bounds": 0,
     "core.names": 0,
     "core.errors": 0,
