@@ -45,6 +45,7 @@ from core.preset import preset_class, preset_json
 from core.randomness import derive_seed
 from core.runtime import Runtime
 from core.settings import MASKED_TOKENS, RUN_TOKENS
+from core.size import SMALLEST_VOCABULARY, check_memory
 from core.trainer import Trainer, load_slot
 from core.weights import FITTING, Weights, find_weights
 
@@ -101,6 +102,7 @@ def build_training(
     """
     adapting = check_adaptive(preset)
     call_if_defined(preset.model, "check_tokenizer_section", preset.tokenizer)
+    check_memory(preset, SMALLEST_VOCABULARY, runtime)  # before anything is read
     if preset.data.lanes % parallel.world_size:
         raise UserError(
             f"{parallel.world_size} processes do not divide data.lanes = {preset.data.lanes}; start with another "
@@ -118,6 +120,7 @@ def build_training(
     notes += told + corpus.told_of(tokenizer)
     corpus.check_tokenizer(tokenizer)
 
+    check_memory(preset, tokenizer.vocab_size, runtime)
     model = rank_zero_first(parallel, lambda: build_model(preset, tokenizer.vocab_size))
     if weights is None:
         rank_zero_first(parallel, lambda: call_if_defined(model, "load_published", notes))

@@ -8,7 +8,6 @@ State: the open file and its length up to the last whole line
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, Protocol
 
 from core.errors import UserError
 from core.files import cause, check_regular, probe, sweep
+from core.terminal import tell
 
 LOG = "metrics.jsonl"
 BLOCK = 1 << 16
@@ -114,7 +114,7 @@ class MetricsLog:
             try:
                 getattr(view, "close", lambda: None)()
             except Exception as error:
-                print(f"{type(view).__name__} did not close: {error}", file=sys.stderr)
+                tell(f"{type(view).__name__} did not close: {error}")
         self.views = []
         if self._file is not None:
             self._guarded(self._file.close)
@@ -166,7 +166,7 @@ class MetricsLog:
         except OSError as error:
             if not self._warned:
                 self._warned = True
-                print(f"warning: the metrics log {self.path} cannot be written ({error}); training goes on", file=sys.stderr)
+                tell(f"warning: the metrics log {self.path} cannot be written ({error}); training goes on")
 
 
 def check_log(path: Path) -> None:

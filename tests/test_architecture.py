@@ -56,6 +56,11 @@ FLOORS = {
     "core.comparison": 1,
     "core.interpretation": 1,
     "core.files": 0,
+    "core.mistakes": 1,
+    "core.json_file": 0,
+    "core.terminal": 0,
+    "core.bounds": 0,
+    "core.names": 0,
     "core.errors": 0,
     "core.screen": 0,
 }
