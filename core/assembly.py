@@ -110,8 +110,9 @@ def build_training(
     warnings = [f"source {name} dropped, the others go on: {reason}" for name, reason in corpus.failed.items()]
     notes += corpus.notes + adapting
     tokenizer, told = _tokenizer(preset, weights, parallel, corpus, tokenizer_state)
-    notes += told + corpus.told_of(tokenizer)
     corpus.check_tokenizer(tokenizer)
+    of_tokens, loud = corpus.told_of(tokenizer)
+    notes, warnings = notes + told + of_tokens, warnings + loud
 
     model = rank_zero_first(parallel, lambda: build_model(preset, tokenizer.vocab_size))
     if weights is None:
@@ -170,7 +171,6 @@ def build_training(
     evaluator = Evaluator(
         lambda: corpus.validation_rows(tokenizer, preset.model.seq_length, preset.train.eval_tokens, validation_seed),
         stack,
-        tokenizer.token_bytes(),
         preset.train.per_gpu_batch_size,
         parallel,
         runtime.device,

@@ -17,9 +17,9 @@ from itertools import zip_longest
 import numpy as np
 
 from core.data.documents import ASSISTANT, ROLES, Messages, num_bytes_of
-from core.data.tokenizer import Tokenizer
+from core.data.tokenizer import MARKERS, Tokenizer
 
-START, STOP = MARKERS = ("<|im_start|>", "<|im_end|>")
+START, STOP = MARKERS
 
 _WRITTEN_OUT = re.compile(rf"{re.escape(START)}(\w+)\n(.*?){re.escape(STOP)}\n", re.DOTALL)
 
