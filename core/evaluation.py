@@ -197,5 +197,6 @@ def _of_tables(readout: Readout) -> dict[str, float]:
     return found
 
 
-def _perplexity(nats: float) -> float:
-    return math.exp(min(nats, 700.0))
+def _perplexity(nats: float) -> float | None:
+    """None beyond what a float holds."""
+    return math.exp(nats) if nats < 709.0 else None

@@ -66,7 +66,7 @@ class Tokenizer:
         self.unknown_id = None if unknown is None else backend.token_to_id(unknown)
         self._special = {token.content: i for i, token in backend.get_added_tokens_decoder().items() if token.special}
         self._control = np.zeros(self.vocab_size, dtype=bool)  # by id: what no text may be encoded to
-        self._control[[i for i in self._special.values() if i != self.unknown_id]] = True
+        self._control[[i for name, i in self._special.items() if i != self.unknown_id and len(name) > 1]] = True
         self._control[eos_id] = True
         self._spelled: dict[int, list[int]] = {}
 
@@ -196,9 +196,11 @@ def _made_of(backend: Any, facts: dict[str, Any], end: str | None, control: list
     """From a tokenizers-library JSON, also as a dict, and what others call its control tokens. Raises UserError."""
     if end is not None and backend.token_to_id(end) is None:
         raise UserError(f'{where}: {CONFIG} says "eos_token": "{end}", but the tokenizer has no such token')
+    if end is not None and len(end) == 1 and end.isascii():
+        raise UserError(f'{where}: "eos_token": "{end}" is a character of texts: take one that no text is, such as "{END}"')
     if (better := mended(facts, end or END, where)) is not None:
         backend = type(backend).from_str(json.dumps(better))
-    _mark_special(backend, control)
+    _mark_special(backend, [name for name in control if len(name) > 1])
     eos_id = _end_of(backend) if end is None else backend.token_to_id(end)
     if len(twice := [name for name, i in backend.get_vocab(with_added_tokens=True).items() if i == eos_id]) > 1:
         raise UserError(
@@ -292,7 +294,9 @@ def _from_hub(name: str) -> Tokenizer:
         from transformers import AutoTokenizer
     except ImportError:
         raise MissingPackage(f'tokenizer "{name}" needs the package transformers: pip install transformers') from None
-    unreachable = ""
+    unreachable, here = "", Path(name).is_dir()
+    if here:
+        _named_tokens(Path(name) / "tokenizer.json")
     try:
         check_reachable()
     except SourceUnavailable as error:  # it may be in the cache; asking the Hub would take a minute of retries
@@ -300,7 +304,8 @@ def _from_hub(name: str) -> Tokenizer:
     try:
         loaded = AutoTokenizer.from_pretrained(name, use_fast=True, local_files_only=bool(unreachable))
     except Exception as error:  # transformers raises whatever a file's odd content made it stumble over
-        reason = unreachable or explain(error, name, kind="")
+        asked = isinstance(error, OSError | ValueError) and not here
+        reason = unreachable or explain(error, name, kind="") if asked else f"{type(error).__name__}: {str(error)[:200]}"
         raise UserError(
             f'tokenizer "{name}" could not be loaded from the Hugging Face Hub: {reason}\n'
             'Check the name and the network, or write "tokenizer": {"type": "bpe", "vocab_size": 8192} to train one here.'
@@ -309,4 +314,4 @@ def _from_hub(name: str) -> Tokenizer:
     if backend is None:
         raise UserError(f'tokenizer "{name}" has no fast version (tokenizer.json); choose another, or train a "bpe".')
     end = next((token for token in (loaded.eos_token, loaded.sep_token) if token), None)
-    return _made_of(json.loads(backend.to_str()), end, list(loaded.all_special_tokens), f'tokenizer "{name}"')
+    return _made_of(backend, json.loads(backend.to_str()), end, list(loaded.all_special_tokens), f'tokenizer "{name}"')
