@@ -104,9 +104,11 @@ class Corpus:
         """
         note = chat_note(tokenizer) if any(section.type == "chat" for section in self.sections) else None
         notes, warnings = [note] if note else [], []
+        if chunks := [s.name for s in self.sections if s.type == "tokens" and not tokenizer.is_lossless]:
+            notes.append(
+                f"bits per byte of {', '.join(chunks)} are approximate: tokens under such a tokenizer do not say their bytes"
+            )
         for source in self.sources if not tokenizer.is_complete else ():
-            if any(section.name == source.name and section.type == "tokens" for section in self.sections):
-                notes.append(f"{source.name}: bits per byte are approximate, as its tokens have no text with them")
             unread = tokenizer.unread([document.text for document in _spread(source) if document.text])
             told = f"{source.name}: {unread}. They are read as unknown: {OTHER_TOKENIZER}"
             if unread.characters and unread.characters == unread.of:

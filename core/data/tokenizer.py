@@ -62,6 +62,9 @@ class Tokenizer:
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         self.is_complete = is_complete(facts)
         """Whether every text can be written."""
+        plain = facts["normalizer"] is None and '"add_prefix_space": true' not in json.dumps(facts["pre_tokenizer"])
+        self.is_lossless = self.is_complete and plain and "ByteLevel" in json.dumps(facts["decoder"])
+        """Whether every text comes back from its tokens, to the byte."""
         unknown = unknown_of(facts["model"])
         self.unknown_id = None if unknown is None else backend.token_to_id(unknown)
         self._special = {token.content: i for i, token in backend.get_added_tokens_decoder().items() if token.special}
