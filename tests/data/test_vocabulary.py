@@ -1,6 +1,8 @@
 """Tokenizers made anywhere: no text acts as a control token, gaps are mended or told, bytes are those of the text."""
 
+import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +13,19 @@ from tokenizers import Tokenizer as Backend
 
 from core.assembly import Preset
 from core.data.chat import encode_chat
+from core.data.chunks import read_manifest
 from core.data.corpus import open_corpus
 from core.data.objectives import build_objective
 from core.data.tokenizer import END, MARKERS, MASK, Tokenizer, build_tokenizer, read_tokenizer
 from core.data.validation import HoldOut, validation_rows
 from core.errors import UserError
+from core.jobs.tokenize import tokenize
 from core.parallel import Single
 from core.preset import decode_preset
+from core.runtime import detect_runtime
 from core.settings import TokenizerSettings
 from tests.data.test_sources import write_jsonl
-from tests.project import tiny_preset
+from tests.project import tiny_preset, train_here
 
 STOP = "</s>"
 WORDS = {word: i for i, word in enumerate(["a", "b", "<", "/", "s", ">", STOP, "[PAD]", MASK, *MARKERS, "[UNK]"])}
@@ -284,3 +289,51 @@ def test_spans_are_not_trimmed() -> None:
     said = (("user", "q"), ("assistant", "\n\nb"))
     for one, other in zip(encode_chat(trimming, [said])[0], encode_chat(tokenizer, [said])[0]):
         assert np.array_equal(one, other)
+
+
+# through the program -------------------------------------------------------------------------------------------------
+
+
+def held_out_of(preset: dict, root: Path) -> list[Any]:
+    corpus = open_corpus(decode_preset(preset, Preset, "t", "t"), root, Single())
+    return [d for source in corpus.sources for d in source.stream({}) if corpus.hold_out.holds(d)]
+
+
+def test_a_run_tells_exact_bits_per_byte(tmp_path: Path) -> None:
+    """Of texts and of conversations, whatever the tokenizer; and says how much it cannot read."""
+    write_jsonl(
+        tmp_path / "x.jsonl", [{"text": f"{i} the other and {STOP} thé  漢字 🙂 then nothing more of it\n"} for i in range(60)]
+    )
+    said = [[{"role": "user", "content": f"the {i}?"}, {"role": "assistant", "content": f"nön {i} 漢"}] for i in range(60)]
+    write_jsonl(tmp_path / "chats.jsonl", [{"messages": messages} for messages in said])
+    for number, (make, end) in enumerate([(llama_like, STOP), (bert_like, "[SEP]")]):
+        read(make(), tmp_path, eos_token=end)
+        for kind in ("text", "chat"):
+            path = {"text": "x.jsonl", "chat": "chats.jsonl"}[kind]
+            data = {"sources": [{"type": kind, "path": path}], "validation_fraction": 0.1, "min_text_length": 1}
+            train = {"max_steps": 1, "eval_tokens": 100_000}
+            own = {"model": {"seq_length": 128}, "tokenizer": {"type": "file", "path": "tokenizer.json"}}
+            preset = tiny_preset(**own, data=data, train=train)
+            events = train_here(preset, tmp_path, f"t{number}{kind}")
+            (found,) = [event for event in events if event["event"] == "eval"]
+            held = held_out_of(preset, tmp_path)
+            spelled = len(f"{MARKERS[1]}\n")
+            sizes = [d.messages[1][1] if d.messages else d.text for d in held]
+            num_bytes = sum(len(text.encode()) + spelled * (kind == "chat") for text in sizes)
+            bits = found["cross_entropy"] * found["eval_tokens"] / math.log(2)
+            assert len(held) > 1 and found["bits_per_byte"] == pytest.approx(bits / num_bytes, rel=1e-9)
+            told = [event["message"] for event in events if event["event"] == "warning"]
+            assert ("have no token" in str(told)) == (number == 1), told
+
+
+def test_texts_that_name_the_end_are_no_more_documents(tmp_path: Path) -> None:
+    """50 texts, and the end of a document among the words of each: 50 documents, in chunks as in training."""
+    tokenizer = read(words(added=(STOP,)), tmp_path, eos_token=STOP)
+    write_jsonl(tmp_path / "x.jsonl", [{"text": f"a b {STOP} {'a ' * 20} a{STOP}b"} for _ in range(50)])
+    section = {"type": "text", "path": "x.jsonl"}
+    own = {"tokenizer": {"type": "file", "path": "tokenizer.json"}, "data": {"sources": [section], "min_text_length": 1}}
+    preset = {"job": "tokenize", **own, "tokenize": {"output": "tokens", "workers": 0}}
+    console = io.StringIO()
+    tokenize(decode_preset(preset, Preset, "t", "t"), detect_runtime(), Single(), tmp_path, 0.0, console)
+    manifest = read_manifest(tmp_path / "tokens" / "x")
+    assert manifest.documents == 50 and manifest.eos_token_id == tokenizer.eos_id and "warning  x: 1" in console.getvalue()
