@@ -264,6 +264,10 @@ def _encode(encode: Any, texts: list[str]) -> list[Any]:
         return encode(texts, add_special_tokens=False)
     except TypeError:  # half a surrogate pair: JSON may hold one, UTF-8 may not
         return encode([_SURROGATE.sub("\ufffd", text) for text in texts], add_special_tokens=False)
+    except Exception as error:  # the library raises Exception itself; what a file lacks was mended when it was read
+        raise UserError(
+            f"the tokenizer of this lineage cannot read a text ({error}); start a new lineage with another one"
+        ) from None
 
 
 def _pieces(model: Any, text: str) -> list[int]:

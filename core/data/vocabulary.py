@@ -41,8 +41,11 @@ def mended(facts: dict[str, Any], end: str, where: str) -> dict[str, Any] | None
     if size > LARGEST_ID:
         raise UserError(f"{where} has a token of id {size - 1:,}: no model has so many. Number its tokens from 0 on")
     lacking = not is_complete(facts) and (unknown not in vocabulary or unknown == end)
+    chance = bool(model.get("dropout"))  # a BPE that leaves out merges at random gives one text many encodings
+    if chance:
+        model["dropout"] = None
     if not lacking and size == len(ids):
-        return None
+        return facts if chance else None
     new = [end]
     if lacking:
         unknown = unknown if unknown not in (None, end) else UNKNOWN

@@ -367,6 +367,19 @@ def test_a_system_message_of_sharegpt() -> None:
     assert document is not None and document.messages == (("system", "s"), ("user", "q"), ("assistant", "a"))
 
 
+def test_a_system_message_in_a_column_of_its_own(tmp_path: Path) -> None:
+    said = [SAID[0], {**SAID[1], "weight": 0}, SAID[0], SAID[1]]
+    rows = [{"messages": said, "before": before} for before in ("Be brief.", None, " ", 7)]
+    write_jsonl(tmp_path / "x.jsonl", rows)
+    source = build_source(ChatSettings(path="x.jsonl", system_field="before"), tmp_path, 1)
+    source.open()
+    plain = (("user", "q"), ("assistant", "a")) * 2
+    expected = [((("system", "Be brief."), *plain), (2,)), (plain, (1,)), (plain, (1,))]
+    assert [(document.messages, document.read_only) for document in source.stream({})] == expected
+    with pytest.raises(SkipRow, match="its system message is no text"):
+        conversation(said, "k", 7)
+
+
 BAD = [
     None,
     7,

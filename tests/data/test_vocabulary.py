@@ -156,6 +156,12 @@ def test_what_can_write_everything_has_no_gap(tmp_path: Path) -> None:
     assert llama.is_complete and llama.unread(["é\u0301 漢 🙂"]).characters == 0
 
 
+def test_one_text_has_one_encoding(tmp_path: Path) -> None:
+    """A BPE whose file leaves out merges at random: the same text, the same tokens, or no run could be resumed."""
+    tokenizer = read(backend_of(models.BPE(MERGED, MERGES, dropout=0.5)), tmp_path)
+    assert len({tuple(ids.tolist()) for ids in tokenizer.encode_batch([STOP] * 50)}) == 1
+
+
 def test_absurd_ids_are_refused(tmp_path: Path) -> None:
     read(backend_of(models.WordLevel({"a": 0, "b": 12345}), added=("z",)), tmp_path)
     (tmp_path / "tokenizer.json").write_text((tmp_path / "tokenizer.json").read_text().replace("12345", "4000000000"))

@@ -57,6 +57,8 @@ class ChatSettings(Settings):
     """Split of the dataset."""
     messages_field: str = "messages"
     """The column that holds the messages."""
+    system_field: str | None = Field(None, min_length=1)
+    """A column that holds the system message of a conversation, where it is not among the messages."""
     name: str = ""
     """Name in logs and weights; left out, the file's, the folder's or the dataset's."""
 
@@ -75,7 +77,7 @@ class ChatSettings(Settings):
 
     @property
     def columns(self) -> list[str]:
-        return [self.messages_field]
+        return [self.messages_field, *([self.system_field] if self.system_field is not None else [])]
 
 
 class _Chat:
@@ -84,7 +86,7 @@ class _Chat:
     column_hint = 'set "messages_field" to one of them'
 
     def document(self, values: tuple, key: str) -> Document:
-        return conversation(values[0], key)
+        return conversation(values[0], key, *values[1:])
 
 
 class ChatFiles(_Chat, TextSource):
@@ -104,10 +106,16 @@ def chat_source(settings: ChatSettings, root: Path, seed: int) -> ChatFiles | Ch
     return (ChatFiles if settings.dataset is None else ChatDataset)(settings, root, seed)
 
 
-def conversation(value: Any, key: str) -> Document:
-    """The document of one row. Raises SkipRow where it is no conversation, or one without anything to learn."""
+def conversation(value: Any, key: str, system: Any = None) -> Document:
+    """The document of one row. Raises SkipRow where it is no conversation, or one without anything to learn.
+
+    system   what a column of its own says before the messages; None or blank: nothing
+    """
+    if not isinstance(system, str | None):
+        raise SkipRow("its system message is no text")
+    first = [{"role": "system", "content": system}] if system and system.strip() else []
     messages, read_only, said = [], [], False
-    for number, message in enumerate(_messages(value)):
+    for number, message in enumerate([*first, *_messages(value)]):
         role, content = _role(message), _content(message)
         messages.append((role, content))
         if role == ASSISTANT and content.strip():
