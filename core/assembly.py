@@ -117,8 +117,9 @@ def build_training(
         (warnings if saved["preset"]["name"] == preset.name else notes).extend(changed_sources(saved, preset, corpus.failed))
     notes += corpus.notes + adapting
     tokenizer, told = _tokenizer(preset, weights, parallel, corpus, tokenizer_state)
-    notes += told + corpus.told_of(tokenizer)
     corpus.check_tokenizer(tokenizer)
+    of_tokens, loud = corpus.told_of(tokenizer)
+    notes, warnings = notes + told + of_tokens, warnings + loud
 
     check_memory(preset, tokenizer.vocab_size, runtime)
     model = rank_zero_first(parallel, lambda: build_model(preset, tokenizer.vocab_size))
@@ -182,7 +183,6 @@ def build_training(
     evaluator = Evaluator(
         lambda: corpus.validation_rows(tokenizer, preset.model.seq_length, preset.train.eval_tokens, validation_seed),
         stack,
-        tokenizer.token_bytes(),
         preset.train.per_gpu_batch_size,
         parallel,
         runtime.device,

@@ -306,14 +306,23 @@ def test_a_tokenizer_file_is_what_was_saved_and_what_others_write(tmp_path: Path
     settings = TokenizerSettings(type="file", path="tokenizer.json")
     assert build_tokenizer(settings, [], root=tmp_path).state() == own.state()
     config = tmp_path / "tokenizer_config.json"
-    config.write_text(json.dumps({"eos_token": {"content": "e"}}))  # the form in which the Hub keeps added tokens
-    assert build_tokenizer(settings, [], root=tmp_path).eos_id == own._backend.token_to_id("e")
+    config.write_text(json.dumps({"eos_token": {"content": "ap"}}))  # the form in which the Hub keeps added tokens
+    assert build_tokenizer(settings, [], root=tmp_path).eos_id == own._backend.token_to_id("ap") is not None
     config.unlink()
     assert build_tokenizer(settings, [], root=tmp_path).eos_id == own.eos_id
     config.write_text(json.dumps({"eos_token": "<gone>"}))
     for path, told in (("tokenizer.json", 'says "eos_token": "<gone>"'), ("none.json", "does not exist.*91_tokenize_local")):
         with pytest.raises(UserError, match=told):
             build_tokenizer(TokenizerSettings(type="file", path=path), [], root=tmp_path)
+    for odd in (5, "", [], {"x": 1}, ["a", "b"], {"content": 3}, "e"):
+        config.write_text(json.dumps({"eos_token": odd}))
+        for kind, name in (("file", {"path": "tokenizer.json"}), ("hub", {"name": str(tmp_path)})):
+            with pytest.raises(UserError, match=r"eos_token.*(is no token|a character of texts)"):
+                build_tokenizer(TokenizerSettings(type=kind, **name), [], root=tmp_path)
+    config.write_text('{"eos_token": "<|endoft')
+    with pytest.raises(UserError, match="cannot be read as JSON, and it says which token ends a document"):
+        build_tokenizer(settings, [], root=tmp_path)
+    config.unlink()
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="is no tokenizer"):
         build_tokenizer(settings, [], root=tmp_path)

@@ -212,7 +212,7 @@ class Desk:
                 continue
             with self._view.turn(f"held-out documents of {name}"):
                 how = self._wanted.batch_size, Single(), self._device, self._dtype, self._told
-                found = perplexity(trained.model, trained.tokenizer, rows[name], *how)
+                found = perplexity(trained.model, rows[name], *how)
             if found is None:
                 self._note(f"{name} holds no document out; nothing to measure there")
                 continue

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from core import hub
-from core.data.documents import Document
+from core.data.documents import Document, SkipRow
 from core.data.sources.shards import ShardSource
 from core.data.sources.text import TextSettings, TextSource, named_by
 from core.errors import SourceUnavailable
@@ -125,7 +125,11 @@ class HfSource(ShardSource):
         rows = self._read_parquet(self._files[shard], start) if self._parquet else self._read_any(shard, start)
         label = self._files[shard].rsplit("/", 1)[-1] if self._parquet else f"shard{shard}"
         for row, values in enumerate(rows, start):
-            if (document := self.document(values, f"{label}#{row}")) is not None:
+            try:
+                document = self.document(values, f"{label}#{row}")
+            except SkipRow:
+                continue
+            if document is not None:
                 yield row + 1, document
 
     def document(self, values: tuple, key: str) -> Document | None:
