@@ -221,5 +221,5 @@ def test_reading_passes_over_what_is_no_event(tmp_path):
     with open(path, "ab") as file:
         file.write(b'not json\n[1]\n{"no": "event"}\n\xff\xfe\n{"event": "eval", "step": 9}\n{"event": "st')
     assert [event["event"] for event in read_events(path)] == ["step"] * 9 + ["eval"]
-    assert [event["step"] for event in read_events(path, step_stride=4)] == [1, 5, 9, 9]
+    assert [event["step"] for event in read_events(path, most=3)] == [3, 6, 9, 9]
     assert list(read_events(tmp_path / "none.jsonl")) == []
