@@ -16,7 +16,6 @@ from typing import Any
 from core.runtime import versions
 from core.ui.report import plot_losses
 
-
 RECENT_STEPS = 10_000
 """Of which the card tells the median speed: a long run keeps no more."""
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from core.data.documents import Document
 from core.data.sources.shards import ShardSource
+from core.environment import redacted
 
 SEGMENT_BYTES = 16 * 1024 * 1024
 """Long plain files are read in stretches of this size: bounds the memory, makes resuming quick and the order less uniform."""
@@ -104,8 +105,8 @@ class FileSource(ShardSource):
             self.skip(unit, "missing" if isinstance(error, FileNotFoundError) else "unreadable")
         elif isinstance(error, Damaged):
             self.skip(unit, error.kind)
-        else:
-            raise error
+        else:  # whatever a library makes of a file that nobody has thought of
+            self.skip(unit, redacted(f"unreadable ({type(error).__name__}: {error})"))
         return False
 
     def nothing(self, order: list[Unit]) -> str:
