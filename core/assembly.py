@@ -21,11 +21,12 @@ from core.curriculum import build_curriculum
 from core.data.corpus import Corpus, PipelineFactory, data_position, open_corpus
 from core.data.encoding import shown
 from core.data.loader import Loader
+from core.data.packing import Row
 from core.data.pipeline import Position
 from core.data.source_weights import SourceWeights, check_adaptive
 from core.data.sources import NAMED_SOURCES, SOURCES
 from core.data.tokenizer import SAMPLE_CHARACTERS, Tokenizer, build_tokenizer
-from core.data.validation import hide_one
+from core.data.validation import hide_one, shortfall
 from core.errors import UserError
 from core.evaluation import Evaluator
 from core.filling import fill, neighbors, word_ids
@@ -167,8 +168,15 @@ def build_training(
     dtype = runtime.compute_dtype(preset.train.precision)
     curriculum = build_curriculum(preset.train, corpus.objective, len(corpus.names), parallel, runtime.device, dtype)
     notes += [curriculum.note] if curriculum is not None else []
+
+    def held_out_rows() -> list[Row]:
+        rows = corpus.validation_rows(tokenizer, preset.model.seq_length, preset.train.eval_tokens, validation_seed)
+        if message := shortfall(rows, preset.train.eval_tokens):
+            log.emit("warning", step=progress.step, tokens=progress.tokens, message=message)
+        return rows
+
     evaluator = Evaluator(
-        lambda: corpus.validation_rows(tokenizer, preset.model.seq_length, preset.train.eval_tokens, validation_seed),
+        held_out_rows,
         stack,
         tokenizer.token_bytes(),
         preset.train.per_gpu_batch_size,

@@ -129,9 +129,15 @@ class Corpus:
                 continue
         return total
 
-    def validation_rows(self, tokenizer: Tokenizer, seq_length: int, tokens: int, seed: int | None = None) -> list[Row]:
-        """Held-out rows, read in the order of `seed`; left out, the run's. Runs of several seeds are measured on one text so."""
-        sources = self.sources if seed in (None, self.seed) else [_reordered(source, seed) for source in self.sources]
+    def validation_rows(
+        self, tokenizer: Tokenizer, seq_length: int, tokens: int, seed: int | None = None, only: str | None = None
+    ) -> list[Row]:
+        """Held-out rows, read in the order of `seed`; left out, the run's. Runs of several seeds are measured on one text so.
+
+        only   of this source
+        """
+        sources = [source for source in self.sources if only in (None, source.name)]
+        sources = sources if seed in (None, self.seed) else [_reordered(source, seed) for source in sources]
         sources = cached(sources, self.root, self.settings.cache_gigabytes, tokenizer)
         masks = derive_seed(self.seed if seed is None else seed, "validation")
         objective = build_objective(self.objective, tokenizer, self.settings.mask_fraction, masks)

@@ -187,7 +187,7 @@ class Pipeline:
             packer.add(draw.index, draw.source, document.digest, draw.opens_epoch, inputs, labels)
 
     def _encoded(self, found: list[tuple[Packer, Draw, Document]]) -> list[Encoded | None]:
-        """The documents as tokens; None for one that a tokenizer cannot do with, which is named, and left out wherever it comes."""
+        """The documents as tokens; None for one that the tokenizer cannot do with: it is named, and left out."""
         documents = [document for _, _, document in found]
         encoded: list[Encoded | None] = []
         try:
