@@ -198,6 +198,7 @@ def _time_line(preset: Any, runtime: Runtime) -> str:
         if (card["preset"], card["device"], card["world_size"]) != (preset.name, runtime.device_name, runtime.world_size):
             return ""
         tokens = min(RUN_TOKENS, (preset.train.max_steps or RUN_TOKENS) * card["tokens_per_step"])
+        tokens = min(tokens, card.get("end_tokens", tokens) if preset.train.max_epochs else tokens)
         minutes = tokens / card["tokens_per_second"] / 60
     except (OSError, ValueError, KeyError):
         return ""

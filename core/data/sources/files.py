@@ -99,6 +99,10 @@ class FileSource(ShardSource):
         facts = [(unit.key, _size(unit.path) if unit.begin == 0 else 0) for unit in self.shards()]
         return hashlib.blake2b(repr(facts).encode("utf-8", "backslashreplace"), digest_size=8).hexdigest()
 
+    def size(self, unit: Unit) -> int | None:
+        """Its bytes, as they are on the disk."""
+        return (unit.end if unit.end is not None else _size(unit.path)) - unit.begin
+
     def recover(self, unit: Unit, error: Exception, failures: int) -> bool:
         """A file that cannot be read is left out and named, the others go on."""
         if isinstance(error, OSError):
