@@ -383,7 +383,8 @@ def test_when_all_data_is_lost_the_run_saves_and_halts(tmp_path: Path) -> None:
 
 def test_the_log_says_what_evaluation_measured(tmp_path: Path) -> None:
     """During the run at each eval_every_tokens, and once at the end; samples follow."""
-    built = session(tmp_path, train={"max_steps": 6, "eval_tokens": 200, "eval_every_tokens": 256})
+    train = {"max_steps": 6, "eval_tokens": 200, "eval_every_tokens": 256}
+    built = session(tmp_path, train=train, data={"validation_fraction": 0.1})
     finish(built)
     assert [event["step"] for event in events(tmp_path, "eval")] == [2, 4, 6]
     assert [event["prompt"] for event in events(tmp_path, "sample")] == ["The "] * 3

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from core.data.documents import Document
 from core.data.sources.shards import ShardSource
+from core.environment import redacted
 
 SEGMENT_BYTES = 16 * 1024 * 1024
 """Long plain files are read in stretches of this size: bounds the memory, makes resuming quick and the order less uniform."""
@@ -98,14 +99,18 @@ class FileSource(ShardSource):
         facts = [(unit.key, _size(unit.path) if unit.begin == 0 else 0) for unit in self.shards()]
         return hashlib.blake2b(repr(facts).encode("utf-8", "backslashreplace"), digest_size=8).hexdigest()
 
+    def size(self, unit: Unit) -> int | None:
+        """Its bytes, as they are on the disk."""
+        return (unit.end if unit.end is not None else _size(unit.path)) - unit.begin
+
     def recover(self, unit: Unit, error: Exception, failures: int) -> bool:
         """A file that cannot be read is left out and named, the others go on."""
         if isinstance(error, OSError):
             self.skip(unit, "missing" if isinstance(error, FileNotFoundError) else "unreadable")
         elif isinstance(error, Damaged):
             self.skip(unit, error.kind)
-        else:
-            raise error
+        else:  # whatever a library makes of a file that nobody has thought of
+            self.skip(unit, redacted(f"unreadable ({type(error).__name__}: {error})"))
         return False
 
     def nothing(self, order: list[Unit]) -> str:

@@ -166,6 +166,18 @@ class HfSource(ShardSource):
     def seeks(self, shard: int) -> bool:
         return self._parquet
 
+    size_is_positions = True
+
+    def size(self, shard: int) -> int | None:
+        """Its rows, where the file says how many."""
+        if not self._parquet:
+            return None
+        try:
+            with hub.open_file(self._files[shard]) as data:
+                return need("pyarrow.parquet", "pyarrow").ParquetFile(data).metadata.num_rows
+        except Exception:  # reading it will meet the same error, and say what it means
+            return None
+
     def nothing(self, order: list[int]) -> str:
         return f"no row of it holds text in {', '.join(self.columns)}"
 

@@ -65,6 +65,13 @@ class ShardSource:
         """Whether `read` gets to a position faster than by reading everything before it."""
         return False
 
+    size_is_positions = False
+    """Whether sizes are counted in positions."""
+
+    def size(self, shard: Any) -> int | None:
+        """How much is in a shard, in any unit that is the same for all; None: nobody knows without reading it."""
+        return None
+
     def nothing(self, order: list[Any]) -> str:
         """What to say of an epoch without a document."""
         return "it holds no text"
@@ -86,6 +93,7 @@ class ShardView:
         self._source = source
         self.name, self.finite, self.window = source.name, source.finite, source.window
         self.open, self.contents, self.skipped = source.open, source.contents, source.skipped
+        self.size, self.size_is_positions = source.size, source.size_is_positions
 
     @property
     def notes(self) -> list[str]:
