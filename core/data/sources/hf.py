@@ -141,8 +141,10 @@ class HfSource(ShardSource):
         return self._files[shard].rsplit("/", 1)[-1] if self._tables else f"shard{shard}"
 
     def recover(self, shard: int, error: Exception, failures: int) -> bool:
-        """Wait, longer each time, and try again: HTTP, gzip and Arrow all have their own ways to say that the line broke. What stays
-        wrong without the line being it costs its shard."""
+        """Wait, longer each time, and try again: HTTP, gzip and Arrow all have their own ways to say that the line broke.
+
+        What stays wrong without the line being the cause costs its shard.
+        """
         tries = 1 if self.finite or isinstance(error, NoColumn) else TRIES_AT_DAMAGE if isinstance(error, Damaged) else self.tries
         if failures >= tries and not hub.is_of_the_line(error):
             self.skips.file(self._label(shard), error)

@@ -19,12 +19,13 @@ class ShardSource:
     """Base of the sources. A subclass gives `shards`, `read` and `recover`, and says what of it is worth caching."""
 
     finite = True
+    column_hint = ""  # what to do where a column is not there
     window = 1024
     """Positions inside which the documents of a shard are shuffled: a few megabytes of text."""
 
     def __init__(self, name: str, seed: int):
         self.name, self.seed = name, seed
-        self.skips = Skips()
+        self.skips = Skips(self.column_hint)
 
     @property
     def notes(self) -> list[str]:

@@ -27,7 +27,7 @@ class Damaged(Exception):
 class CutShort(Damaged):
     """One of which the documents before something are used."""
 
-    def __init__(self, end: str = "their damage"):
+    def __init__(self, end: str = "the damage"):
         super().__init__(end)  # completes "used 2 files up to ..."
 
 
@@ -44,7 +44,8 @@ class NoColumn(Damaged):
 class Skips:
     """The accounts of one source."""
 
-    def __init__(self) -> None:
+    def __init__(self, column_hint: str = ""):
+        self._column_hint = column_hint  # what to do where a column is not there
         self.files: dict[str, dict[str, None]] = {}  # kind -> labels, in the order found
         self.cut: dict[str, dict[str, None]] = {}  # where they end -> labels of files that are used up to there
         self.remarks: dict[str, None] = {}  # what else to say of the files as a whole
@@ -60,7 +61,7 @@ class Skips:
             self.cut.setdefault(error.kind, {})[label] = None
             return
         if isinstance(error, NoColumn) and not self.lacking:
-            self.lacking = f"{label} has {error.text}"
+            self.lacking = f"{label} has {error.text}: {self._column_hint}"
         kind = error.kind if isinstance(error, Damaged) else _kind_of(error)
         self.files.setdefault(kind, {})[label] = None
 
@@ -111,7 +112,7 @@ class Skips:
             )
         if self._other_encoding:
             notes.append(f"read as Windows-1252, being no UTF-8: {_names(self._other_encoding)}")
-        return notes + list(self.remarks)
+        return notes + [self.lacking] * bool(self.lacking) + list(self.remarks)
 
     def told(self) -> list[tuple[str, str]]:
         """(file or row, why) for the log. Of a count, its power of ten: it is told again once it has grown tenfold."""

@@ -85,7 +85,7 @@ class PlainSource(FileSource):
         page = _kind(unit.path) in PAGES
         for number, block in enumerate(blocks(unit.pieces(rows=False), 2 * SEGMENT_BYTES)):
             if page and number:
-                raise CutShort(f"their first {2 * SEGMENT_BYTES >> 20} MB")
+                raise CutShort(f"the first {2 * SEGMENT_BYTES >> 20} MB")
             found = page_text(block) if page else decoded(block)
             if is_mostly_damage(block, found):
                 raise CutShort() if number else no_text()
@@ -154,8 +154,8 @@ class TextSource(PlainSource):
     def nothing(self, order: list[Unit]) -> str:
         if not self.skips.lacking:
             return super().nothing(order)
-        told = "".join(f"; {note}" for note in self.notes) if len(order) > 1 else ""
-        return f"{self.skips.lacking}: {self.column_hint}{told}"
+        others = [note for note in self.notes if note != self.skips.lacking] if len(order) > 1 else []
+        return "; ".join([self.skips.lacking, *others])
 
     def _matches(self, pattern: str) -> dict[str, Path]:
         """The files a path, folder or pattern stands for, by their real places. Raises SourceUnavailable."""

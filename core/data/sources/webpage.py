@@ -55,18 +55,22 @@ class _Reader(HTMLParser):
     def handle_endtag(self, tag: str) -> None:
         self._dropped = max(0, self._dropped - (tag in DROPPED))
         self._pre = max(0, self._pre - (tag == "pre"))
+        if tag in ("td", "th"):
+            self._parts.append(" ")
         self._line(tag)
 
     def handle_data(self, data: str) -> None:
-        if not self._dropped:
-            self._parts.append(data if self._pre else re.sub(r"\s+", " ", data))
+        if self._dropped:
+            return
+        if not self._pre:
+            data = re.sub(r"\s+", " ", data)
+            data = data.lstrip() if self._parts[-1:] == [] or self._parts[-1][-1:].isspace() else data
+        self._parts.append(data)
 
     def _line(self, tag: str) -> None:
         if found := APART.fullmatch(tag) or LINES.fullmatch(tag):
             self._parts.append("\n\n" if found.re is APART else "\n")
-        elif tag in ("td", "th"):
-            self._parts.append(" ")
 
     def text(self) -> str:
-        text = re.sub(r"[^\S\n]*\n[^\S\n]?", "\n", "".join(self._parts))
-        return re.sub(r"\n{3,}", "\n\n", re.sub(r" {2,}(?=\S)", " ", text)).strip() + "\n"
+        text = re.sub(r"[^\S\n]+\n", "\n", "".join(self._parts))
+        return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
