@@ -17,7 +17,8 @@ from core.data.sources import build_source, decode, files
 from core.data.sources.chat import ChatSettings
 from core.data.sources.hf import HfSettings
 from core.data.sources.text import TextSettings
-from core.errors import SourceUnavailable
+from core.errors import NoData, SourceUnavailable
+from tests.project import tiny_preset, train_here
 
 STORIES = [f"story {i}: the río of year {i} met a captain — and nobody wrote it down." for i in range(12)]
 
@@ -146,7 +147,7 @@ def test_csv_as_programs_write_it(tmp_path: Path) -> None:
     source = opened(".", tmp_path)
     assert texts(source) == ['a "quoted"\nline; two', "plain", "café", long]
     assert source.notes == [
-        'skipped 1 twice holding the column "text" file: c.csv',
+        'skipped 1 file with the column "text" twice: c.csv',
         'skipped 1 row: "text" is missing or null (the first: a.csv#3)',
         "read as Windows-1252, being no UTF-8: b.csv",
     ]
@@ -173,11 +174,11 @@ def test_one_odd_file_costs_itself(tmp_path: Path) -> None:
     source = opened(".", tmp_path)
     assert texts(source) == ["plain text\n", "a row"]
     lacking, row, columns = source.notes
-    assert lacking.startswith('skipped 4 lacking the column "text" files: ')
+    assert lacking.startswith('skipped 4 files without the column "text": ')
     assert all(name in lacking for name in ("odd.jsonl", "odd.csv", "odd.parquet", "package.json"))
     assert row == 'skipped 1 row: "text" is missing or null (the first: good.jsonl#0)'
     assert 'has no column "text"; its columns are ' in columns and columns.endswith('set "text_field" to one of them')
-    assert ("odd.csv", 'lacking the column "text"') in source.skipped()
+    assert ("odd.csv", 'without the column "text"') in source.skipped()
 
 
 def test_where_no_file_has_the_column_the_source_is_refused(tmp_path: Path) -> None:
@@ -333,10 +334,10 @@ def test_parquet_rows_that_cannot_be_read_are_counted(tmp_path: Path) -> None:
     source = opened(".", tmp_path)
     assert texts(source) == ["one", "two", "three", "four"]
     assert sorted(source.notes) == [
+        'skipped 1 file with the column "text" twice: twice.parquet',
         'skipped 1 row: "text" is a list, no text (the first: lists.parquet#0)',
         'skipped 1 row: "text" is a number, a date or the like, no text (the first: numbers.parquet#0)',
         'skipped 1 row: "text" is missing or null (the first: bad.parquet#5)',
-        'skipped 1 twice holding the column "text" file: twice.parquet',
         'skipped 2 rows: "text" is blank (the first: bad.parquet#2)',
         "skipped 2 rows: not UTF-8 (the first: bad.parquet#1)",
     ]
@@ -530,3 +531,56 @@ def test_resume_is_no_resume_among_odd_things(tmp_path: Path, monkeypatch: pytes
     for cut in range(0, len(cursors), 7):
         source = build_source(TextSettings(path=".", name="s"), tmp_path, 7)
         assert list(source.stream(cursors[cut])) == straight[cut:], cursors[cut]
+
+
+# a whole source ------------------------------------------------------------------------------------------------------
+
+STDLIB = {"type": "python_stdlib"}
+
+
+@pytest.mark.parametrize(
+    "section, reason",
+    [
+        ({"type": "text", "path": "nowhere"}, "nowhere does not exist"),
+        ({"type": "text", "path": ["texts", "nothing/*.txt"]}, "no readable file matches"),
+        ({"type": "text", "path": "odd.jsonl"}, 'odd.jsonl has no column "text"; its columns are body'),
+        ({"type": "chat", "path": "odd.jsonl"}, 'odd.jsonl has no column "messages"'),
+        ({"type": "pdf", "path": "./my_pdfs"}, "does not exist"),
+        ({"type": "tokens", "path": "data/tokens"}, "holds no manifest.json"),
+        ({"type": "hf", "dataset": "./nowhere.jsonl"}, "does not exist"),
+    ],
+)
+def test_an_own_path_without_text_ends_the_start(tmp_path: Path, section: dict, reason: str) -> None:
+    """What a person named is never missing without a question, though other sources could go on."""
+    (tmp_path / "odd.jsonl").write_text('{"body": "x"}\n')
+    preset = tiny_preset(data={"sources": [STDLIB, section | {"name": "mine"}]})
+    with pytest.raises(NoData, match=r"preset t names paths that give no text.*\n  mine: ") as error:
+        train_here(preset, tmp_path)
+    assert reason in str(error.value) and error.value.exit_code == 3
+    assert not (tmp_path / "checkpoints").exists() or not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_what_every_machine_may_lack_is_dropped_and_told(tmp_path: Path) -> None:
+    """The folder of PDFs that nobody filled, and the Hub: the others go on."""
+    sources = [{"type": "text", "path": "texts"}, "pdf", {"type": "hf", "dataset": "me/absent"}]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        events = train_here(tiny_preset(data={"sources": sources}), tmp_path)
+    told = [event["message"] for event in events if event["event"] == "warning"]
+    assert len([message for message in told if "dropped, the others go on" in message]) == 2
+    assert events[-1]["reason"] == "max_steps"
+
+
+def test_what_was_skipped_is_in_the_log(tmp_path: Path) -> None:
+    """At the start, and what is met later; rows by reason."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/a.jsonl").write_bytes(rows_as(".jsonl", [{"text": None}, *({"text": story} for story in STORIES)] * 9))
+    (tmp_path / "mine/b.docx").write_text("x")
+    (tmp_path / "mine/c.parquet").write_text("x")
+    events = train_here(tiny_preset(data={"sources": [{"type": "text", "path": "mine", "name": "mine"}]}), tmp_path)
+    notes = next(event["notes"] for event in events if event["event"] == "run_start")
+    for note in ("skipped 1 damaged file: mine/c.parquet", "not read: 1 .docx", 'skipped 9 rows: "text" is missing or null'):
+        assert [each for each in notes if note in each], notes
+    skipped = {(event["file"], event["reason"]) for event in events if event["event"] == "skipped"}
+    assert ("mine/c.parquet", "damaged") in skipped
+    assert ("mine/a.jsonl#0", '1 or more rows: "text" is missing or null') in skipped

@@ -38,7 +38,7 @@ class NoColumn(Damaged):
         known = "".join(c if c.isprintable() else "?" for c in ", ".join(there))
         known = known if len(known) <= _COLUMNS_SHOWN else f"{known[:_COLUMNS_SHOWN]} ..."
         self.text = f'no column "{column}"; its columns are {known or "none"}'
-        super().__init__(f'lacking the column "{column}"')
+        super().__init__(f'without the column "{column}"')
 
 
 class Skips:
@@ -132,6 +132,8 @@ def _kind_of(error: Exception) -> str:
 
 
 def _files(count: int, kind: str) -> str:
+    if kind.startswith("with"):
+        return f"{_files(count, '')} {kind}"
     return " ".join(part for part in (str(count), kind, "file" if count == 1 else "files") if part)
 
 

@@ -269,7 +269,7 @@ def check_columns(there: list[str], columns: list[str]) -> None:
     """Raises NoColumn, or Damaged for a column that is there twice."""
     for column in columns:
         if there.count(column) > 1:
-            raise Damaged(f'twice holding the column "{column}"')
+            raise Damaged(f'with the column "{column}" twice')
         if column not in there:
             raise NoColumn(column, there)
 
