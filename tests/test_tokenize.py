@@ -224,7 +224,7 @@ def test_a_source_that_fails_for_good_keeps_what_it_had_and_the_others_go_on(
     tmp_path: Path, small_batches: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that cannot be opened, one that breaks off half-way. The next start goes on where it broke off."""
-    sources = [{"type": "text", "path": "texts", "name": name} for name in ("a", "b")] + [{"type": "text", "path": "nowhere"}]
+    sources = [{"type": "text", "path": "texts", "name": name} for name in ("a", "b")] + ["pdf"]
     preset = preset_of(data={"sources": sources})
     real = job._batches
 
@@ -237,7 +237,7 @@ def test_a_source_that_fails_for_good_keeps_what_it_had_and_the_others_go_on(
     with monkeypatch.context() as patch:
         patch.setattr(job, "_batches", breaks)
         told = tokenize_here(preset, tmp_path)
-    assert "warning  source nowhere left out" in told and "warning  source a stopped, the others go on: the network" in told
+    assert "warning  source pdf left out" in told and "warning  source a stopped, the others go on: the network" in told
     a, b = (read_manifest(tmp_path / "tokens" / name) for name in "ab")
     assert 0 < a.total_tokens < b.total_tokens and (a.complete, b.complete) == (False, True)
     tokenize_here(preset, tmp_path)

@@ -26,7 +26,7 @@ from core.data.objectives import build_objective, next_token
 from core.data.packing import Place, Row
 from core.data.pipeline import Pipeline, PipelineSettings, Position
 from core.data.shuffle import Shuffled
-from core.data.sources import build_source, open_sources
+from core.data.sources import build_source, is_own_path, open_sources
 from core.data.sources.shards import ShardSource, ShardView
 from core.data.tokenizer import MASK, Tokenizer
 from core.data.validation import HoldOut, held_out_documents, may_train, plan_hold_out, validation_rows
@@ -298,6 +298,9 @@ def open_corpus(preset: Any, root: Path, parallel: Any, held_out: dict[str, Any]
     if not sources:
         reasons = "\n".join(f"  {name}: {reason}" for name, reason in failed.items())
         raise NoData(f"no source of preset {preset.name} could be opened:\n{reasons}")
+    if own := [section for section in data.sources if section.name in failed and is_own_path(section)]:
+        reasons = "\n".join(f"  {section.name}: {failed[section.name]}" for section in own)
+        raise NoData(f"preset {preset.name} names paths that give no text. Mend them, or take them out of it:\n{reasons}")
     sections = [section for section in data.sources if section.name not in failed]
     weights = dict(zip((section.name for section in data.sources), data.source_weights or [1.0] * len(data.sources)))
     shares = tuple(weights[s.name] for s in sections)
