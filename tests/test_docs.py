@@ -5,6 +5,7 @@ When a test here says that a file is not current, run `python docs/make_schema.p
 
 import ast
 import json
+import os
 import re
 import runpy
 import subprocess
@@ -19,7 +20,9 @@ import pytest
 from core.assembly import Preset
 from core.data.sources import NAMED_SOURCES
 from core.preset import decode_preset, read_preset
-from tests.project import ROOT, Project
+from tests.documents import block_of, files_named
+from tests.project import NO_HUB, ROOT, Project
+from tests.test_listings import RUN
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PLAYBOOKS = sorted((ROOT / "docs" / "playbooks").glob("*.md"))
@@ -28,6 +31,7 @@ SCHEMA = json.loads((ROOT / "configs" / "preset.schema.json").read_text())
 MAKE = "run: python docs/make_schema.py && python docs/make_pdf.py"
 
 make_schema = runpy.run_path(str(ROOT / "docs" / "make_schema.py"))
+captures = runpy.run_path(str(ROOT / "docs" / "captures.py"))
 make_pdf = runpy.run_path(str(ROOT / "docs" / "make_pdf.py"))
 
 
@@ -376,17 +380,31 @@ def test_playbooks_work(make_project: Callable[..., Project]) -> None:
 
 
 @pytest.mark.slow
-def test_the_quick_test_and_the_code_of_the_guide(make_project: Callable[..., Project]) -> None:
-    """The preset of the README's command runs without a network, and its checkpoint is used as the guide shows."""
-    project = make_project({"90_quick_test": (ROOT / "configs" / "90_quick_test.json").read_text()})
-    (project.folder / "pdfs" / "guide.pdf").write_bytes((ROOT / "pdfs" / "zeroarg_guide.pdf").read_bytes())
-    result = project.run("90_quick_test")
-    assert result.code == 0, result.text
+def test_the_quick_test_and_the_code_of_the_guide(tmp_path: Path) -> None:
+    """The README's command runs without a network, on a terminal shows what README shows, and leaves the files that the documents
+    name; the guide's conversation, its Python and its shell commands work with the model."""
+    project = Project(captures["copy_of_the_project"](tmp_path / "project"))
+    shown = {name: lines for text in (README, GUIDE) for name, lines in captures["blocks"](text).items()}
+    for name in ("quick_test", "conversation"):
+        assert captures["shape"](captures[name](project.folder)) == captures["shape"](shown[name]), "run: python docs/captures.py"
     assert project.steps("90_quick_test") == list(range(1, 21))
     assert set(project.events("step", "90_quick_test")[-1]["sources"]) == {"python_stdlib", "pdf"}
     (code,) = [code for info, code in blocks(GUIDE, "python") if info == "run=after-quick-test"]
-    shown = subprocess.run([sys.executable, "-c", code], cwd=project.folder, capture_output=True, text=True, timeout=120)
-    assert shown.returncode == 0 and shown.stdout.strip(), shown.stderr
+    printed = subprocess.run([sys.executable, "-c", code], cwd=project.folder, capture_output=True, text=True, timeout=120)
+    assert printed.returncode == 0 and printed.stdout.strip(), printed.stderr
+    logs = project.folder / "logs"
+    left = {path.relative_to(project.folder).as_posix() for path in [*logs.glob("*/*"), *project.folder.glob("checkpoints/*")]}
+    for text, first_words in ((README, "checkpoints/"), (GUIDE, "checkpoints/<lineage>_current.pth, ")):
+        named = files_named(block_of(text, first_words), lineage="90_quick_test")
+        assert left <= set(named), "a file of a run is not named"
+        later = {"prev.pth", "prev2.pth", "masked.png", "wandb", "tokens", "pdf"}  # other presets', or a second start's
+        assert all((project.folder / name).exists() or re.split(r"[/_]", name)[-1] in later for name in named), named
+    for lineage in ("my_mix", "first", "second"):
+        (logs / lineage).symlink_to(logs / "90_quick_test")
+    (project.folder / ".venv").symlink_to(sys.prefix)
+    for command in RUN:
+        done = subprocess.run(command, shell=True, cwd=project.folder, env=os.environ | NO_HUB, capture_output=True, text=True)
+        assert done.stdout.strip() and "rror" not in done.stdout + done.stderr.replace("No such file", ""), (command, done)
     fields = {event["event"]: set(event) for event in project.events(lineage="90_quick_test")}
     for name, keys in fields.items():
         (row,) = [line for line in GUIDE.splitlines() if line.startswith(f"| `{name}` |")]
