@@ -101,7 +101,7 @@ def with_block(text: str, name: str, lines: list[str]) -> str:
 
 
 def shape(lines: list[str]) -> list[str]:
-    """What does not depend on time, machine or luck: words and their order, without numbers, bars, curves and what a model says."""
+    """What does not depend on time, machine or luck: the words, without numbers, bars, curves and what a model says."""
     sections: list[list[str]] = [[]]
     said = False  # by a model: below a prompt, or a heading of samples
     for line in lines:

@@ -22,8 +22,8 @@ from core.parallel import Single
 from core.preset import decode_preset
 from core.runtime import detect_runtime
 from core.ui.evaluating import EvaluateView
-from tests.harness.tiny import SEQUENCE
 from tests.documents import GUIDE, block_of, files_named
+from tests.harness.tiny import SEQUENCE
 from tests.project import ROOT, Project, merged, tiny_preset, train_here
 from tests.test_tokenize import Terminal
 
