@@ -19,10 +19,11 @@ import pytest
 
 from core.assembly import Preset
 from core.data.sources import NAMED_SOURCES
-from core.preset import decode_preset, read_preset
+from core.preset import read_preset
 from tests.documents import block_of, files_named
 from tests.project import NO_HUB, ROOT, Project
 from tests.test_listings import RUN
+from tests.test_preset import AUXILIARY_003, QA_PLUS_WIKI_003
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PLAYBOOKS = sorted((ROOT / "docs" / "playbooks").glob("*.md"))
@@ -168,30 +169,11 @@ def test_examples_are_presets(code: str, tmp_path: Path) -> None:
     read_preset(tmp_path / "example.json", Preset)
 
 
-def test_the_seed_preset_decodes() -> None:
-    """Specification 003's own example, auxiliary section included, as it stands there."""
-    preset = {
-        "name": "qa_plus_wiki",
-        "model": {"hidden_size": 256, "num_layers": 3, "num_heads": 4, "seq_length": 256},
-        "train": {"per_gpu_batch_size": 128, "accumulation_steps": 4, "eval_tokens": 2000000},
-        "data": {
-            "sources": [
-                {
-                    "type": "hf",
-                    "dataset": "sentence-transformers/natural-questions",
-                    "split": "train",
-                    "fields": ["question", "answer"],
-                    "format": "Q: {question}\nA: {answer}",
-                },
-                "wikipedia",
-            ],
-            "mix_strategy": "round_robin",
-            "min_text_length": 50,
-        },
-        "auxiliary": {"enable_policy": True, "policy_kl_weight": 0.05, "span_l2_normalize": True, "adaptive_smoothing": 0.9},
-    }
-    assert decode_preset(preset, Preset, "003", "003").model.type == "simple_lm"
+def test_the_schema_accepts_the_examples_of_specification_003() -> None:
+    """Both of them, word for word: the preset, and the auxiliary section in it. tests/test_preset.py decodes them."""
+    preset = json.loads(QA_PLUS_WIKI_003)
     assert not problems(preset, SCHEMA)
+    assert not problems(preset | json.loads(f"{{{AUXILIARY_003}}}"), SCHEMA)
 
 
 # the schema ----------------------------------------------------------------------------------------------------------
