@@ -46,7 +46,7 @@ def test_mistakes_are_told_as_the_guide_shows(tmp_path: Path) -> None:
 
 
 def test_the_comparison_says_what_its_numbers_say(tmp_path: Path) -> None:
-    """The values of the README's table, put into the logs of the preset's trials: the program shows the same picture and verdicts."""
+    """The values of the README's table, put into the logs of the preset's trials: the program shows the same verdicts."""
     preset = read_preset(ROOT / "configs" / "38_cosine_compare_cpu.json", Preset)
     trials = []
     for trial in plan(preset, tmp_path):

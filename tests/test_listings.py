@@ -1,4 +1,4 @@
-"""What README and guide list is what the program has, neither less nor more; and every block they show is held true by something."""
+"""What README and guide list is what the program has, neither less nor more; every block they show is held true by something."""
 
 import json
 import os
