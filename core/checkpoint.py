@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from core.errors import CheckpointError
+from core.errors import CheckpointError, first_line
 
 FORMAT = 1
 """Raised when a checkpoint's layout changes in a way that older code cannot read."""
@@ -112,9 +112,13 @@ class CheckpointStore:
     def save(self, state: dict[str, Any]) -> None:
         """Copy `state` and write it in the background; `outcome()` tells how it went."""
         self.wait()
-        copied = _copy(state)
-        self._thread = threading.Thread(target=self._write, args=(copied,), name="checkpoint-writer")
-        self._thread.start()
+        try:
+            thread = threading.Thread(target=self._write, args=(_copy(state),), name="checkpoint-writer")
+            thread.start()
+        except Exception as error:  # no memory for a copy, or for a thread: told as a failed write is
+            self._outcome = (None, 0.0, first_line(error))
+        else:
+            self._thread = thread
 
     def wait(self) -> None:
         """Until a write in progress is done."""
@@ -147,8 +151,7 @@ class CheckpointStore:
             self._rotate()
         except Exception as error:  # whatever it is, a save that failed must be told: nobody sees this thread die
             cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch wraps a failed write
-            reason = str(cause).strip() or type(cause).__name__
-            self._outcome = (None, time.monotonic() - started, reason.splitlines()[0])
+            self._outcome = (None, time.monotonic() - started, first_line(cause))
             with contextlib.suppress(OSError):
                 self._aside.unlink(missing_ok=True)
             return

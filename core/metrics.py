@@ -15,6 +15,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 BLOCK = 1 << 16
+TAIL = 1 << 22
+"""Bytes at the end of a log that hold its last step, and what came after."""
+OF_EVALUATION = tuple(b'{"event": "%s"' % kind for kind in (b"eval", b"sample", b"neighbors"))
+CUT_SHORT = ("interrupted", "failed", "diverged")
+"""Reasons of a `run_end` that no evaluation comes before."""
 
 
 class View(Protocol):
@@ -62,19 +67,19 @@ class MetricsLog:
         if self._file is not None:
             self._guarded(lambda: os.fsync(self._file.fileno()))
 
-    def rewind(self, step: int) -> None:
-        """Drop every line of a later step, so that a resumed run leaves no step twice.
+    def rewind(self, step: int, evaluation_due: bool = False) -> None:
+        """Drop every line of a later step, so that a resumed run leaves no step twice; nor an evaluation at `step`, if it is due.
 
         Going back to step 0 means that there is no checkpoint: nothing is dropped then, the old log is set aside.
         """
         if self._file is not None:
-            self._guarded(lambda: self._rewind(step))
+            self._guarded(lambda: self._rewind(step, evaluation_due))
 
-    def _rewind(self, step: int) -> None:
+    def _rewind(self, step: int, evaluation_due: bool) -> None:
         self._file.seek(0)
         kept = 0
         for line in self._file.read().splitlines(keepends=True):  # steps never go down: the first later line ends it
-            if _step_of(line) > step:
+            if _step_of(line) > step or (evaluation_due and _step_of(line) == step and line.startswith(OF_EVALUATION)):
                 break
             kept += len(line)
         if kept == self._length:
@@ -169,6 +174,23 @@ def read_events(path: Path, step_stride: int = 1) -> Iterator[dict]:
                     yield event
     except FileNotFoundError:
         return
+
+
+def evaluation_is_missing(path: Path, step: int) -> bool:
+    """Whether the log ends at this step, without the end of an evaluation there: the program was ended before or in it."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
+            lines = file.read().splitlines()
+    except OSError:
+        return step == 0
+    for line in reversed(lines):
+        if _step_of(line) == step and line.startswith(b'{"event": "run_end"'):
+            if json.loads(line).get("reason") not in CUT_SHORT:
+                return False
+        elif line.startswith(b'{"event": "step"'):
+            return _step_of(line) == step
+    return step == 0
 
 
 def _plain(value: Any) -> Any:

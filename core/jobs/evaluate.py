@@ -49,7 +49,7 @@ SAMPLED = 1024
 
 
 def evaluate(preset: Any, runtime: Runtime, parallel: Any, root: Path, started: float, console: Any) -> None:
-    """Measure what is not measured yet. Raises Interrupted after Ctrl-C or SIGTERM, with every finished task kept."""
+    """Measure what is not measured yet. Raises Interrupted after Ctrl-C, SIGTERM or SIGHUP, with every finished task kept."""
     if parallel.rank != 0:
         return
     wanted = preset.evaluate

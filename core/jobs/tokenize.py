@@ -57,7 +57,7 @@ class Task:
 
 
 def tokenize(preset: Any, runtime: Runtime, parallel: Any, root: Path, started: float, console: Any) -> None:
-    """Write every source, one after the other. Raises Interrupted after Ctrl-C or SIGTERM, with everything saved."""
+    """Write every source, one after the other. Raises Interrupted after Ctrl-C, SIGTERM or SIGHUP, with everything saved."""
     if parallel.rank != 0:  # one process does it all; its own helpers are no ranks
         return
     wanted = preset.tokenize
