@@ -23,7 +23,7 @@ def filled(path, n=5):
     return log
 
 
-def test_every_event_has_the_common_fields(tmp_path):
+def test_an_event_has_the_common_fields_and_its_own(tmp_path):
     log = MetricsLog(tmp_path / "deep" / "metrics.jsonl")
     returned = log.emit("eval", step=3, tokens=300, losses={"cosine": 0.5})
     (line,) = (tmp_path / "deep" / "metrics.jsonl").read_text().splitlines()

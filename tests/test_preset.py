@@ -353,7 +353,7 @@ def shrunk(preset: Any, models: Path) -> dict:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_shipped_preset_takes_two_steps(path: Path, tmp_path: Path) -> None:
+def test_every_shipped_preset_that_trains_takes_two_steps(path: Path, tmp_path: Path) -> None:
     """Shrunk, on local text: it builds, trains, evaluates and saves. Of a comparison, every variant."""
     preset = read_preset(path, Preset)
     if preset.job not in ("train", "compare"):

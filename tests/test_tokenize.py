@@ -30,6 +30,7 @@ from core.preset import decode_preset
 from core.runtime import detect_runtime
 from core.settings import TokenizerSettings
 from core.ui.tokenizing import TokenizeView
+from tests.documents import GUIDE, block_of, files_named
 from tests.project import ROOT, Project, merged, story, train_here
 
 job = importlib.import_module("core.jobs.tokenize")
@@ -96,6 +97,9 @@ def test_the_files_hold_every_document_in_the_sources_order(tmp_path: Path) -> N
         manifest.eos_token_id == tokenizer.eos_id and manifest.vocab_size == 257 and manifest.num_chunks == len(manifest.chunks)
     )
     assert read_tokenizer(tmp_path / "tokens" / "tokenizer.json").state() == tokenizer.state()
+    for name in files_named(block_of(GUIDE, "data/tokens/tokenizer.json")):
+        name = name.replace("data/tokens/corpus/", "tokens/texts/").replace("data/", "")
+        assert (tmp_path / name).exists(), f"the guide says that the job writes {name}"
     assert f"texts: {len(expected):,} tokens, 41 documents in" in told and '"type": "tokens", "path": "tokens/texts"' in told
 
 
