@@ -124,6 +124,7 @@ def build_training(
     notes, warnings = notes + told + of_tokens, warnings + loud
 
     check_memory(preset, tokenizer.vocab_size, runtime)
+    repeats = runtime.keep_order(preset.train.deterministic)
     model = rank_zero_first(parallel, lambda: build_model(preset, tokenizer.vocab_size))
     if weights is None:
         rank_zero_first(parallel, lambda: call_if_defined(model, "load_published", notes))
@@ -244,6 +245,7 @@ def build_training(
         "world_size": parallel.world_size,
         "device": runtime.device_name,
         "precision": "bf16" if dtype == torch.bfloat16 else "fp32",
+        "repeats": repeats,
         "budget_tokens": horizon.run_tokens,
         "end_tokens": horizon.run_end(progress),
         "run_tokens": progress.run_tokens,

@@ -243,6 +243,7 @@ def test_the_peak_of_an_earlier_trial_is_forgotten() -> None:
 # trials that come to nothing -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.skips_updates
 @pytest.mark.slow
 def test_a_variant_that_diverges_is_recorded_and_the_others_go_on(tmp_path: Path, no_plots: None) -> None:
     """Each of its seeds is run; a new start does not try them again, and does run what is new."""
@@ -434,6 +435,7 @@ def test_killed_at_any_moment(make_project: Callable[..., Project], uninterrupte
 # other ways to run it ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.skips_updates
 @pytest.mark.slow
 def test_two_ranks_agree(make_project: Callable[..., Project]) -> None:
     """Under torchrun: the plan, what is done, who diverged; killed and resumed. One process alone may not go on with it."""

@@ -38,6 +38,7 @@ def colours(path):
     return width, height, len(set(zlib.decompress(body)))
 
 
+@pytest.mark.skips_updates
 @pytest.mark.parametrize("steps", [200, 10])
 def test_the_curves_are_drawn(tmp_path, steps):
     written(tmp_path / "metrics.jsonl", stream.run(steps=steps))
