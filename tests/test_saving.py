@@ -18,12 +18,16 @@ import pytest
 import torch
 
 from core.checkpoint import CheckpointStore
+from core.comparison.outcome import read_outcome
+from core.comparison.trials import Trial
 from core.data.unlearned import Unlearned
 from core.errors import NoData, UserError
+from core.evaluation import Evaluator
 from core.metrics import evaluation_is_missing
 from core.runtime import STOP_SIGNALS, StopRequest, signals_held
 from core.trainer import BAD_STEPS
 from tests.project import Project, differences, merged, story, tiny_preset, train_here
+from tests.test_compare import compare_here, job, preset_of
 from tests.test_trainer import events, finish, limit_rows, poison, session
 
 MEASURED = {"train": {"eval_tokens": 200, "eval_every_tokens": 512, "max_steps": 10, "checkpoint_every_steps": 4}}
@@ -425,3 +429,51 @@ def test_a_signal_that_nohup_keeps_away_stays_away() -> None:
             assert stop()
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+# comparisons ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_comparison_survives_what_its_trials_and_its_report_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variant whose evaluations fall due while its weights are not finite is recorded as diverged; a report that cannot be
+    written is told after the last trial; a trial that was ended before its last evaluation is evaluated, not counted without."""
+    wild = {"name": "wild", "set": {"train": {"learning_rate": 1e30}}}
+    calm = {"name": "calm", "set": {"train": {"learning_rate": 1e-4}}}
+    train = {"max_steps": 12, "eval_every_tokens": 128}
+    preset = preset_of(seeds=[1], variants=[{"name": "as it is"}, wild, calm], train=train)
+    for place in ("core.ui.run_card.plot_losses", "core.ui.masked.plot_masked", "core.assembly.neighbors"):
+        monkeypatch.setattr(place, lambda *_: [])
+    monkeypatch.setattr(job, "forget_peak_memory", lambda runtime: True)
+
+    def no_room(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(job, "write_report", no_room)
+    evaluate = Evaluator.run
+
+    def ended(self: Evaluator, model: Any, progress: float, *how: Any) -> Any:
+        if progress == 1.0:
+            raise Gone
+        return evaluate(self, model, progress, *how)
+
+    with monkeypatch.context() as patch, pytest.raises(Gone):
+        patch.setattr(Evaluator, "run", ended)
+        compare_here(preset, tmp_path)
+    project = Project(tmp_path)
+    assert project.finished("t/as_it_is/1") and project.events("eval", "t/as_it_is/1")[-1]["step"] < 12
+    with pytest.raises(UserError, match=r"the report .* cannot be written: No space left on device"):
+        compare_here(preset, tmp_path)
+    state = json.loads((tmp_path / "logs" / "t" / "state.json").read_text())
+    assert {key: entry["status"] for key, entry in state["trials"].items()} == {"wild/1": "diverged"}
+    assert project.finished("t/calm/1") and project.steps("t/as_it_is/1") == list(range(1, 13))
+    assert [project.events("eval", f"t/{name}/1")[-1]["step"] for name in ("as_it_is", "calm")] == [12, 12]
+    assert "done already" in (monkeypatch.setattr(job, "write_report", lambda *_: None) or compare_here(preset, tmp_path))
+
+
+def test_a_trial_whose_last_evaluation_failed_has_no_numbers(tmp_path: Path) -> None:
+    """Those of the evaluation before are of a model that was trained less than the others."""
+    evaluation = {"event": "eval", "step": 4, "tokens": 400, "cross_entropy": 2.0}
+    log = [{"event": "step", "step": 4, "tokens": 400}, evaluation, {"event": "step", "step": 5, "tokens": 500}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in log))
+    for status, metrics in (("running", {"cross_entropy": 2.0}), ("finished", {})):
+        assert read_outcome(Trial("a", 1, {}, tmp_path, status)).metrics == metrics
