@@ -72,14 +72,13 @@ def last_event(log: Path) -> dict:
 def moment(kind: str, project: Project, evaluated: list[int], chance: random.Random) -> Callable[[], bool]:
     """Asked again and again: whether it has come. A run that ends before it has come is not killed.
 
-    evaluated   the steps after which there is an evaluation
+    evaluated   the steps after which there is an evaluation; the last one is the end
     """
     log = project.folder / "logs" / "t" / "metrics.jsonl"
     begun, before = time.monotonic(), log.stat().st_mtime_ns if log.exists() else 0
     reached = max(project.steps(), default=0)
-    target = {"end": STEPS, "any": min(reached + chance.randrange(1, 25), STEPS)}.get(kind, 0)
-    if kind in ("eval", "sample"):
-        target = min([step for step in evaluated if step >= reached] + [STEPS])
+    target = {"start": 0, "end": evaluated[-1], "any": reached + chance.randrange(1, 25)}.get(kind)
+    target = min(target if target is not None else min([s for s in evaluated if s >= reached], default=0), evaluated[-1])
     after = {"start": ("",), "any": ("step",), "sample": ("eval", "sample")}.get(kind, ("step", "checkpoint"))
     delay, seen = chance.uniform(0.0, {"start": 4.0, "end": 0.5, "eval": 0.2}.get(kind, 0.03)), list[float]()
 
@@ -126,8 +125,8 @@ def ended(result: Result) -> None:
     assert result.code == 0 and "Traceback" not in result.text, result.text
 
 
-def uninterrupted(folder: Path, preset: dict) -> Project:
-    whole = Project.make(folder, {"t": preset})
+def uninterrupted(whole: Project) -> Project:
+    """The project, run in one go."""
     ended(whole.run("t"))
     assert finished(whole)
     return whole
@@ -143,7 +142,7 @@ def main() -> int:
     how, total = signal.Signals[f"SIG{asked.signal}"], Counter[str]()
     for number, name in enumerate(asked.presets):
         with tempfile.TemporaryDirectory() as folder:
-            whole = uninterrupted(Path(folder) / "whole", PRESETS[name])
+            whole = uninterrupted(Project.make(Path(folder) / "whole", {"t": PRESETS[name]}))
             project = Project.make(Path(folder) / "killed", {"t": PRESETS[name]})
             kills = asked.kills * (number + 1) // len(asked.presets) - asked.kills * number // len(asked.presets)
             found = survive(project, whole, kills, how, random.Random(f"{asked.seed} {name}"))
