@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from core.auxiliary import build_heads, check_heads, load_heads, output_of_one_token
-from core.checkpoint import FORMAT, LINEAGE_OF_ITS_OWN, CheckpointStore
+from core.checkpoint import FORMAT, LINEAGE_OF_ITS_OWN, CheckpointStore, stored_bytes
 from core.contracts import call_if_defined
 from core.curriculum import build_curriculum
 from core.data.corpus import Corpus, PipelineFactory, data_position, open_corpus
@@ -33,9 +33,10 @@ from core.filling import fill, neighbors, word_ids
 from core.freezing import train_only
 from core.generation import Voice, generate
 from core.horizon import Horizon, Progress, begin_next_run
+from core.lineage import changed_sources
 from core.losses import LOSSES
 from core.losses.stack import LossStack
-from core.metrics import MetricsLog, evaluation_is_missing
+from core.metrics import LOG, MetricsLog, check_log, evaluation_is_missing
 from core.models import MODELS
 from core.objective import Objective
 from core.optim import Optimizer
@@ -110,6 +111,8 @@ def build_training(
     corpus = open_corpus(preset, root, parallel, (saved or {"data": {}})["data"].get("held_out"))
     masked = corpus.objective == MASKED_TOKENS
     warnings = [f"source {name} dropped, the others go on: {reason}" for name, reason in corpus.failed.items()]
+    if saved is not None:
+        (warnings if saved["preset"]["name"] == preset.name else notes).extend(changed_sources(saved, preset, corpus.failed))
     notes += corpus.notes + adapting
     tokenizer, told = _tokenizer(preset, weights, parallel, corpus, tokenizer_state)
     notes += told + corpus.told_of(tokenizer)
@@ -141,7 +144,10 @@ def build_training(
     if saved is not None and (fresh := optimizer.load(saved["optimizer"])):
         notes.append(f"optimizer state starts afresh for {len(fresh)} parameters: {', '.join(fresh[:4])}")
 
-    log_file = root / "logs" / preset.lineage / "metrics.jsonl"
+    size = stored_bytes(model, heads) + optimizer.state_bytes() + len(tokenizer.state()["json"])
+    on_rank_zero(parallel, lambda: store.check_room(size))
+
+    log_file = root / "logs" / preset.lineage / LOG
     progress, told = _progress(preset, saved, lambda step: on_rank_zero(parallel, lambda: evaluation_is_missing(log_file, step)))
     notes += told
     horizon = _horizon(preset, corpus, tokenizer)
@@ -226,7 +232,7 @@ def build_training(
     folder = root / "logs" / preset.lineage
     views = make_views(folder, start_event, resolved, wandb_id, notes) if rank_zero else []
     log = MetricsLog(log_file if rank_zero else None, views)
-    log.rewind(progress.step, evaluation_due=progress.evaluation_due)
+    notes += log.rewind(progress.step, evaluation_due=progress.evaluation_due)
     trainer = Trainer(
         Objective(model, stack, len(corpus.names), heads),
         optimizer,
@@ -264,7 +270,14 @@ def _beginning(
 
     The weights are those of the lineage's newest slot; where it has none, those that `init_from` names, if it does.
     """
-    state, path, notes = load_slot(store, parallel)
+
+    def prepare() -> list[str]:
+        check_log(root / "logs" / preset.lineage / LOG)
+        return store.prepare()
+
+    notes = on_rank_zero(parallel, prepare)
+    state, path, told = load_slot(store, parallel)
+    notes += told
     origin = preset.init_from
     if state is not None:
         notes += [f'init_from "{origin}" is not used again: the lineage goes on from its own checkpoint'] if origin else []

@@ -21,12 +21,15 @@ from core.data.tokenizer import KNOWN_VOCABULARIES, tokenizer_facts
 from core.environment import read_dotenv
 from core.errors import PresetError, UserError
 from core.jobs import JOBS, PREVIEWS
+from core.lineage import changed_sources
 from core.parallel import DDP, Single
 from core.preset import decode_preset, preset_json, read_preset
 from core.runtime import Runtime, detect_runtime, prepare
 from core.settings import RUN_TOKENS
 from core.size import memory_estimate, size_of
 from core.ui.menu import PresetCard, choose
+from core.ui.resuming import offer_fresh
+from core.ui.run_card import is_positive, read_card
 from core.weights import preview_weights
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -108,7 +111,11 @@ def _ask(runtime: Runtime) -> Any:
             cards.append(_card(path.stem, presets[path.stem], runtime))
         except PresetError as error:
             cards.append(PresetCard(path.stem, GROUPS.get(path.stem[0], "Your own"), path.stem, "", "", str(error)))
-    return presets[choose(cards, DEFAULT)]
+    preset = presets[choose(cards, DEFAULT)]
+    if preset.job in ("train", "compare"):
+        tell = PREVIEWS.get(preset.job, lambda preset, root: _resume_line(preset).split("\n"))
+        offer_fresh(ROOT, preset.lineage, lambda: tell(preset, ROOT))
+    return preset
 
 
 def _card(stem: str, preset: Any, runtime: Runtime) -> PresetCard:
@@ -176,8 +183,10 @@ def _resume_line(preset: Any) -> str:
         return _beginning_line(preset)
     progress, where = found["progress"], found["path"].name
     if progress["finished"] or found["preset"]["name"] != preset.name:
-        return f"starts run {progress['run'] + 1} from step {progress['step']:,} in {where}"
-    return f"resumes run {progress['run']} at step {progress['step']:,}, {progress['run_tokens']:,} tokens, from {where}"
+        line = f"starts run {progress['run'] + 1} from step {progress['step']:,} in {where}"
+    else:
+        line = f"resumes run {progress['run']} at step {progress['step']:,}, {progress['run_tokens']:,} tokens, from {where}"
+    return "\n".join([*changed_sources(found, preset), line])
 
 
 def _beginning_line(preset: Any) -> str:
@@ -193,14 +202,12 @@ def _beginning_line(preset: Any) -> str:
 
 def _time_line(preset: Any, runtime: Runtime) -> str:
     """How long a run takes, when this machine has trained the preset before."""
-    try:
-        card = json.loads((ROOT / "logs" / preset.lineage / "run.json").read_text())
-        if (card["preset"], card["device"], card["world_size"]) != (preset.name, runtime.device_name, runtime.world_size):
-            return ""
-        tokens = min(RUN_TOKENS, (preset.train.max_steps or RUN_TOKENS) * card["tokens_per_step"])
-        minutes = tokens / card["tokens_per_second"] / 60
-    except (OSError, ValueError, KeyError):
+    card = read_card(ROOT / "logs" / preset.lineage)
+    facts = tuple(card.get(key) for key in ("preset", "device", "world_size"))
+    size, speed = (card.get(key) for key in ("tokens_per_step", "tokens_per_second"))
+    if facts != (preset.name, runtime.device_name, runtime.world_size) or not (is_positive(size) and is_positive(speed)):
         return ""
+    minutes = min(RUN_TOKENS, (preset.train.max_steps or RUN_TOKENS) * size) / speed / 60
     return (
         f"; a run took about {minutes / 60:.1f} h here" if minutes > 90 else f"; a run took about {max(minutes, 1):.0f} min here"
     )

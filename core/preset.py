@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from core.errors import PresetError
+from core.files import read_text
 from core.settings import (
     AuxiliarySettings,
     CompareSettings,
@@ -266,7 +267,7 @@ def preset_json(preset: BaseModel) -> dict:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=lambda pairs: _object(pairs, path))
+        return json.loads(read_text(path, "utf-8-sig"), object_pairs_hook=lambda pairs: _object(pairs, path))
     except json.JSONDecodeError as error:
         raise PresetError(
             str(path), [f"line {error.lineno} column {error.colno}: {error.msg}; the file is not valid JSON"]

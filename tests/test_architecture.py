@@ -31,6 +31,7 @@ FLOORS = {
     "core.optim": 2,
     "core.horizon": 2,
     "core.checkpoint": 2,
+    "core.checkpoint_state": 1,
     "core.weights": 2,
     "core.evaluation": 2,
     "core.curriculum": 2,
@@ -51,8 +52,10 @@ FLOORS = {
     "core.hub": 1,
     "core.packages": 1,
     "core.metrics": 1,
+    "core.lineage": 1,
     "core.comparison": 1,
     "core.interpretation": 1,
+    "core.files": 0,
     "core.errors": 0,
     "core.screen": 0,
 }

@@ -228,7 +228,7 @@ def test_without_a_checkpoint_there_is_nothing_to_go_back_to(tmp_path: Path) -> 
     poison(built, lambda step: True)
     with pytest.raises(Diverged):
         finish(built)
-    assert built.trainer.progress.skipped == BAD_STEPS and not (tmp_path / "checkpoints").exists()
+    assert built.trainer.progress.skipped == BAD_STEPS and not list((tmp_path / "checkpoints").glob("*.pth"))
 
 
 # memory --------------------------------------------------------------------------------------------------------------
@@ -354,10 +354,13 @@ def test_epochs_are_counted_over_chained_runs(tmp_path: Path) -> None:
 
 
 def test_a_run_that_cannot_save_says_so_and_goes_on(tmp_path: Path) -> None:
-    """A warning at each failed save; at the end an error, for that work would be lost."""
-    (tmp_path / "checkpoints").write_text("in the way")
+    """What gets in the way only after the start: a warning at each failed save, an error at the end: that work would be lost."""
     built = session(tmp_path, train={"checkpoint_every_steps": 2})
-    with pytest.raises(CheckpointError, match="the end of the run could not be saved"):
+    (tmp_path / "checkpoints").rmdir()
+    (tmp_path / "checkpoints").write_text("in the way")
+    with pytest.raises(
+        CheckpointError, match=r"the end of the run could not be saved: .*checkpoints is no folder\. Move it away"
+    ):
         finish(built)
     assert [event["step"] for event in events(tmp_path, "step")] == [1, 2, 3, 4, 5]
     assert any("checkpoint not saved" in event["message"] for event in events(tmp_path, "warning"))

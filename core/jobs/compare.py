@@ -11,7 +11,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,9 @@ from core.checkpoint import CheckpointStore
 from core.comparison.results import Comparison, collect
 from core.comparison.trials import Trial, changed, plan, read_outcomes, write_json, write_outcomes
 from core.errors import Diverged, Interrupted, UserError
+from core.files import cause, read_json
 from core.jobs.train import train_to_the_end, views_of
+from core.lineage import owned
 from core.metrics import evaluation_is_missing, read_events
 from core.parallel import on_rank_zero
 from core.preset import decode_preset
@@ -40,6 +42,12 @@ NO_PEAK = "memory_mb counts earlier trials of this process as well: this system 
 
 def compare(preset: Any, runtime: Runtime, parallel: Any, root: Path, started: float, console: Any) -> None:
     """Run every trial that is not done. Raises Interrupted after Ctrl-C, SIGTERM or SIGHUP, with all saved and reported."""
+    with ExitStack() as held:
+        on_rank_zero(parallel, lambda: held.enter_context(owned(root, preset.lineage, preset.job)))
+        _compare(preset, runtime, parallel, root, console)
+
+
+def _compare(preset: Any, runtime: Runtime, parallel: Any, root: Path, console: Any) -> None:
     trials = on_rank_zero(parallel, lambda: standing(preset, root, parallel.world_size))
     desk = Desk(preset, root, parallel.world_size, console) if parallel.rank == 0 else None
     with StopRequest() as stop, desk.view if desk else nullcontext():
@@ -273,7 +281,7 @@ def _tokenizer_file(root: Path, lineage: str, trial: Trial) -> Path:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
+        return read_json(path)
     except (OSError, ValueError):
         return None
 
@@ -315,8 +323,8 @@ class Desk:
         """Say what came of it. Raises what kept the report from being written."""
         if isinstance(self._failure, OSError):
             raise UserError(
-                f"the report in {self._folder} cannot be written: {self._failure.strerror}. Every trial is saved; mend that, and "
-                "start again for the report."
+                f"the report in {self._folder} cannot be written: {cause(self._failure, self._folder / 'report.html')} "
+                "Every trial is saved: start again for the report."
             ) from None
         if self._failure is not None:
             raise self._failure

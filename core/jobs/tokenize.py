@@ -16,12 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from core.data.chunks import BadChunks, ChunkWriter, Manifest, read_manifest
+from core.data.chunks import MANIFEST, BadChunks, ChunkWriter, Manifest, read_manifest
 from core.data.corpus import Corpus, open_corpus
 from core.data.documents import Cursor, DocumentStream, Source
 from core.data.token_pool import Batch, TokenPool, usable_cores
 from core.data.tokenizer import SAMPLE_CHARACTERS, Tokenizer, build_tokenizer, read_tokenizer, tokenizer_facts
 from core.errors import Interrupted, NoData, SourceUnavailable, UserError
+from core.files import cause
 from core.parallel import Single
 from core.runtime import Runtime, StopRequest
 from core.ui.tokenizing import TokenizeView
@@ -165,7 +166,7 @@ def _tokenizer(preset: Any, corpus: Corpus, root: Path, view: TokenizeView) -> T
         output.mkdir(parents=True, exist_ok=True)
         tokenizer.save(path, made_from=asked)
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}. Free some space, or mend that, and start again.") from None
+        raise UserError(f"{path} cannot be written: {cause(error, path)} Then start again.") from None
     return tokenizer
 
 
@@ -332,8 +333,8 @@ def _disk(task: Task) -> Iterator[None]:
         raise UserError(str(error)) from None
     except OSError as error:
         raise UserError(
-            f"{task.folder} cannot be written: {error.strerror}. {task.manifest.total_tokens:,} tokens of {task.source.name} are "
-            "safe; free some space, or mend that, and start again to go on."
+            f"{task.folder} cannot be written: {cause(error, task.folder / MANIFEST)} "
+            f"{task.manifest.total_tokens:,} tokens of {task.source.name} are safe: start again to go on."
         ) from None
 
 

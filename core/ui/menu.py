@@ -50,12 +50,17 @@ def choose(cards: list[PresetCard], default: str) -> str:
         raise UserError("there are no presets: configs/ holds no .json file")
     if default not in {card.stem for card in cards}:
         default = cards[0].stem
-    drawable = _is_terminal(sys.stdin) and _is_terminal(sys.stdout) and os.environ.get("TERM", "") not in ("", "dumb", "unknown")
-    stem = _pick(cards, default) if drawable else _named(cards, default, _first_line(cards, default))
+    stem = _pick(cards, default) if is_drawable() else _named(cards, default, _first_line(cards, default))
     card = next(card for card in cards if card.stem == stem)
     if card.problem is not None:
         raise UserError(card.problem)
     return stem
+
+
+def is_drawable() -> bool:
+    """Whether there is a person to ask, at a screen that can be drawn on."""
+    usable = os.environ.get("TERM", "") not in ("", "dumb", "unknown")
+    return _is_terminal(sys.stdin) and _is_terminal(sys.stdout) and usable
 
 
 def _is_terminal(stream: object) -> bool:
