@@ -345,10 +345,10 @@ class Trainer:
         self._emit("run_end", reason=reason, receipt=self.loader.state()["receipt"])
 
     def _save_now(self) -> str | None:
-        """Save and wait for it; why it failed, if it did."""
+        """Save and wait for it; returns why it failed, if it did, on every rank."""
         self.save()
         self.store.wait()
-        return self._tell_saved()
+        return self.parallel.broadcast(self._tell_saved())
 
     def _tell_saved(self) -> str | None:
         """Log how a background save went; returns why it failed, if it did."""
