@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from core.checkpoint_state import problem_of
-from core.errors import CheckpointError
+from core.errors import CheckpointError, first_line
 from core.files import cause, check_regular, free_name, link_file, probe, replacing, standing, sweep, sync_folder
 
 FORMAT = 1
@@ -147,9 +147,13 @@ class CheckpointStore:
     def save(self, state: dict[str, Any]) -> None:
         """Copy `state` and write it in the background; `outcome()` tells how it went."""
         self.wait()
-        copied = _copy(state)
-        self._thread = threading.Thread(target=self._write, args=(copied,), name="checkpoint-writer")
-        self._thread.start()
+        try:
+            thread = threading.Thread(target=self._write, args=(_copy(state),), name="checkpoint-writer")
+            thread.start()
+        except Exception as error:  # no memory for a copy, or for a thread: told as a failed write is
+            self._outcome = (None, 0.0, first_line(error))
+        else:
+            self._thread = thread
 
     def wait(self) -> None:
         """Until a write in progress is done."""
@@ -185,7 +189,7 @@ class CheckpointStore:
                 sync_folder(self._mirror.parent)
         except Exception as error:  # whatever it is, a save that failed must be told: nobody sees this thread die
             true = error.__context__ if isinstance(error.__context__, OSError) else error  # torch wraps a failed write
-            told = cause(true, self.slots[0]) if isinstance(true, OSError) else f"{str(true).strip() or type(true).__name__}."
+            told = cause(true, self.slots[0]) if isinstance(true, OSError) else f"{first_line(true)}."
             self._outcome = (None, time.monotonic() - started, told.splitlines()[0])
             return
         self._outcome = (self.slots[0], time.monotonic() - started, "")

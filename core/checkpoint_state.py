@@ -44,6 +44,8 @@ class ProgressState(TypedDict):
     finished: bool
     skipped: Count
     fraction: NotRequired[Annotated[float, Field(ge=0, le=1)]]
+    evaluation_due: NotRequired[bool]
+    bad_in_a_row: NotRequired[Count]
     ledger: NotRequired[dict[str, dict[str, float | None]]]
     source_tokens: NotRequired[dict[str, Count]]
 
@@ -84,6 +86,7 @@ class DataState(TypedDict):
     snapshot: SnapshotState | None
     drops: dict[str, int]
     renewals: list[Count]
+    passed_over: NotRequired[Count]
     receipts: dict[Digits, str]
     receipt: str
     fingerprint: str

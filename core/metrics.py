@@ -8,7 +8,6 @@ State: the open file and its length up to the last whole line
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,9 +15,15 @@ from typing import Any, Protocol
 
 from core.errors import UserError
 from core.files import cause, check_regular, probe, sweep
+from core.terminal import tell
 
 LOG = "metrics.jsonl"
 BLOCK = 1 << 16
+TAIL = 1 << 22
+"""Bytes at the end of a log that hold its last step, and what came after."""
+OF_EVALUATION = tuple(b'{"event": "%s"' % kind for kind in (b"eval", b"sample", b"neighbors"))
+CUT_SHORT = ("interrupted", "failed", "diverged")
+"""Reasons of a `run_end` that no evaluation comes before."""
 
 
 class View(Protocol):
@@ -66,21 +71,23 @@ class MetricsLog:
         if self._file is not None:
             self._guarded(lambda: os.fsync(self._file.fileno()))
 
-    def rewind(self, step: int) -> list[str]:
-        """Drop every line of a later step, so that a resumed run leaves no step twice; returns what a person should know.
+    def rewind(self, step: int, evaluation_due: bool = False) -> list[str]:
+        """Drop every line of a later step, so that a resumed run leaves no step twice; nor an evaluation at `step`, if it is due.
+        Returns what a person should know.
 
         Going back to step 0 means that there is no checkpoint: nothing is dropped then, the old log is set aside.
         """
         notes: list[str] = []
         if self._file is not None:
-            self._guarded(lambda: notes.extend(self._rewind(step)))
+            self._guarded(lambda: notes.extend(self._rewind(step, evaluation_due)))
         return notes
 
-    def _rewind(self, step: int) -> list[str]:
+    def _rewind(self, step: int, evaluation_due: bool) -> list[str]:
         kept = reached = 0
         with open(self.path, "rb") as lines:
             for line in lines:  # steps never go down: the first later line ends it
-                if (of_line := _step_of(line)) > step:
+                of_line = _step_of(line)
+                if of_line > step or (evaluation_due and of_line == step and line.startswith(OF_EVALUATION)):
                     break
                 kept, reached = kept + len(line), max(reached, of_line)
         if kept != self._length:
@@ -107,7 +114,7 @@ class MetricsLog:
             try:
                 getattr(view, "close", lambda: None)()
             except Exception as error:
-                print(f"{type(view).__name__} did not close: {error}", file=sys.stderr)
+                tell(f"{type(view).__name__} did not close: {error}")
         self.views = []
         if self._file is not None:
             self._guarded(self._file.close)
@@ -159,7 +166,7 @@ class MetricsLog:
         except OSError as error:
             if not self._warned:
                 self._warned = True
-                print(f"warning: the metrics log {self.path} cannot be written ({error}); training goes on", file=sys.stderr)
+                tell(f"warning: the metrics log {self.path} cannot be written ({error}); training goes on")
 
 
 def check_log(path: Path) -> None:
@@ -192,6 +199,23 @@ def read_events(path: Path, step_stride: int = 1) -> Iterator[dict]:
                     yield event
     except OSError:
         return
+
+
+def evaluation_is_missing(path: Path, step: int) -> bool:
+    """Whether the log ends at this step, without the end of an evaluation there: the program was ended before or in it."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
+            lines = file.read().splitlines()
+    except OSError:
+        return step == 0
+    for line in reversed(lines):
+        if _step_of(line) == step and line.startswith(b'{"event": "run_end"'):
+            if json.loads(line).get("reason") not in CUT_SHORT:
+                return False
+        elif line.startswith(b'{"event": "step"'):
+            return _step_of(line) == step
+    return step == 0
 
 
 def _plain(value: Any) -> Any:

@@ -19,6 +19,7 @@ FLOORS = {
     "core.size": 4,
     "core.launch": 4,
     "core.trainer": 3,
+    "core.passes": 3,
     "core.parallel": 3,
     "core.harness": 3,
     "core.models": 2,
@@ -26,6 +27,7 @@ FLOORS = {
     "core.heads": 2,
     "core.auxiliary": 2,
     "core.data": 2,
+    "core.objective": 2,
     "core.optim": 2,
     "core.horizon": 2,
     "core.checkpoint": 2,
@@ -54,7 +56,13 @@ FLOORS = {
     "core.comparison": 1,
     "core.interpretation": 1,
     "core.files": 0,
+    "core.mistakes": 1,
+    "core.json_file": 0,
+    "core.terminal": 0,
+    "core.bounds": 0,
+    "core.names": 0,
     "core.errors": 0,
+    "core.screen": 0,
 }
 MAX_LINES = 450
 SLOW_PACKAGES = ["torch", "datasets", "transformers", "tokenizers", "pyarrow", "pymupdf", "matplotlib", "scipy", "wandb"]

@@ -141,7 +141,8 @@ def validation_rows(
         while collected < wanted and (found := next(documents, None)) is not None:
             scanned, encoded = found
             inputs, labels = objective(encoded, scanned)
-            packer.add(scanned, number, encoded.digest, False, inputs, labels)
+            known = tokenizer.num_bytes(encoded.ids) if encoded.num_bytes is None else encoded.num_bytes
+            packer.add(scanned, number, encoded.digest, False, inputs, labels, known)
             collected += len(inputs)
         while collected > 0:
             row = packer.row()

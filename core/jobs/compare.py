@@ -24,7 +24,7 @@ from core.errors import Diverged, Interrupted, UserError
 from core.files import cause, read_json
 from core.jobs.train import train_to_the_end, views_of
 from core.lineage import owned
-from core.metrics import read_events
+from core.metrics import evaluation_is_missing, read_events
 from core.parallel import on_rank_zero
 from core.preset import decode_preset
 from core.runtime import Runtime, StopRequest, forget_peak_memory
@@ -41,7 +41,7 @@ NO_PEAK = "memory_mb counts earlier trials of this process as well: this system 
 
 
 def compare(preset: Any, runtime: Runtime, parallel: Any, root: Path, started: float, console: Any) -> None:
-    """Run every trial that is not done. Raises Interrupted after Ctrl-C or SIGTERM, with everything saved and reported."""
+    """Run every trial that is not done. Raises Interrupted after Ctrl-C, SIGTERM or SIGHUP, with all saved and reported."""
     with ExitStack() as held:
         on_rank_zero(parallel, lambda: held.enter_context(owned(root, preset.lineage, preset.job)))
         _compare(preset, runtime, parallel, root, console)
@@ -128,10 +128,11 @@ def standing(preset: Any, root: Path, world_size: int | None = None) -> list[Tri
             trial = replace(trial, status=entry["status"], note=entry["note"])
         elif found is not None:
             progress, runs = found["progress"], trial.preset["train"]["runs"]
-            over = progress["finished"] and progress["horizon_runs"] >= runs
-            if over and not (trial.folder / "metrics.jsonl").exists():
-                differences.append((trial, f"its log {trial.folder / 'metrics.jsonl'} is gone"))
-            trial = replace(trial, status="finished" if over else "running")
+            over, log_file = progress["finished"] and progress["horizon_runs"] >= runs, trial.folder / "metrics.jsonl"
+            if over and not log_file.exists():
+                differences.append((trial, f"its log {log_file} is gone"))
+            unmeasured = progress.get("evaluation_due", False) and evaluation_is_missing(log_file, progress["step"])
+            trial = replace(trial, status="finished" if over and not unmeasured else "running")
         trials.append(trial)
     if differences:
         raise UserError(_refusal(preset, differences))

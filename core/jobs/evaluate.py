@@ -50,7 +50,7 @@ SAMPLED = 1024
 
 
 def evaluate(preset: Any, runtime: Runtime, parallel: Any, root: Path, started: float, console: Any) -> None:
-    """Measure what is not measured yet. Raises Interrupted after Ctrl-C or SIGTERM, with every finished task kept."""
+    """Measure what is not measured yet. Raises Interrupted after Ctrl-C, SIGTERM or SIGHUP, with every finished task kept."""
     if parallel.rank != 0:
         return
     wanted = preset.evaluate
@@ -212,7 +212,7 @@ class Desk:
                 continue
             with self._view.turn(f"held-out documents of {name}"):
                 how = self._wanted.batch_size, Single(), self._device, self._dtype, self._told
-                found = perplexity(trained.model, trained.tokenizer, rows[name], *how)
+                found = perplexity(trained.model, rows[name], *how)
             if found is None:
                 self._note(f"{name} holds no document out; nothing to measure there")
                 continue

@@ -38,7 +38,7 @@ FOLDER = "interpret"
 
 
 def interpret(preset: Any, runtime: Runtime, parallel: Any, root: Path, started: float, console: Any) -> None:
-    """Look into the model and write the report. Raises Interrupted after Ctrl-C or SIGTERM; nothing is written then."""
+    """Look into the model and write the report. Raises Interrupted after Ctrl-C, SIGTERM or SIGHUP; nothing is written then."""
     if parallel.rank != 0:  # nor does it wait: a collective operation has a clock running
         return
     with StopRequest() as stop, EvaluateView(console) as view:

@@ -22,7 +22,7 @@ from core.ui.run_card import LossPlot, RunCard
 
 
 def train(preset: Any, runtime: Runtime, parallel: Any, root: Path, started: float, console: Any) -> None:
-    """Train to the end of the preset's runs. Raises Interrupted after Ctrl-C or SIGTERM, with everything saved."""
+    """Train to the end of the preset's runs. Raises Interrupted after Ctrl-C, SIGTERM or SIGHUP, with everything saved."""
     with ExitStack() as held, StopRequest() as stop:
         on_rank_zero(parallel, lambda: held.enter_context(owned(root, preset.lineage, preset.job)))
         views = views_of(preset, root, started, lambda: [view_for(console)])
@@ -60,6 +60,6 @@ def train_to_the_end(session: TrainingSession, runs: int) -> str:
             log.emit("run_start", step=done.step, tokens=done.tokens, **session.start_event | {"run": done.run}, notes=[])
         return reason
     finally:
-        trainer.loader.close()
         trainer.store.wait()
+        trainer.loader.close()
         log.close()

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from core.data.documents import Document, split_text
+from core.data.documents import Document, SkipRow, split_text
 from core.data.sources.files import Damaged, FileSource, Unit, split_into_units
 from core.errors import SourceUnavailable
 from core.packages import need
@@ -125,6 +125,12 @@ class TextSource(PlainSource):
         """One row, its values in the order of `columns`; None when it is not readable."""
         return Document(values[0], key) if isinstance(values[0], str) else None
 
+    def _made(self, values: tuple, key: str) -> Document | None:
+        try:
+            return self.document(values, key)
+        except SkipRow:
+            return None
+
     def address(self, unit: Unit) -> str | None:
         if _suffix(unit.path) not in COMPRESSED:
             return None
@@ -162,7 +168,7 @@ class TextSource(PlainSource):
             if index < start or not line.strip():
                 continue
             values = self._row(unit, index, line)
-            document = None if values is None else self.document(values, f"{unit.key}#{index}")
+            document = None if values is None else self._made(values, f"{unit.key}#{index}")
             bad += document is None
             if document is not None and document.text.strip():
                 yield index + 1, document
@@ -205,7 +211,7 @@ class TextSource(PlainSource):
                 for values in self._rows(file, group):
                     index += 1
                     if index > start:
-                        document = self.document(values, f"{unit.key}#{index - 1}")
+                        document = self._made(values, f"{unit.key}#{index - 1}")
                         bad += document is None
                         if document is not None and document.text.strip():
                             yield index, document
@@ -253,7 +259,8 @@ class PythonStdlibSource(PlainSource):
 def named_by(data: Any, name: Callable[[dict], str]) -> Any:
     """`data` with the name filled in where the preset leaves it out; wrong types are left for pydantic to report."""
     if isinstance(data, dict) and not data.get("name"):
-        return {**data, "name": re.sub(r"[^A-Za-z0-9._-]+", "_", name(data)).strip("_") or data.get("type", "source")}
+        plain = re.sub(r"[^A-Za-z0-9._-]+", "_", name(data)).strip("_")
+        return {**data, "name": plain or re.sub(r"[^\w.-]+", "_", name(data)).strip("_") or data.get("type", "source")}
     return data
 
 
