@@ -214,7 +214,8 @@ def test_a_full_disk_is_told_and_loses_nothing(tmp_path: Path, small_batches: No
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, before[1]))
     try:
         with pytest.raises(
-            UserError, match=r"cannot be written: File too large. [\d,]+ tokens of texts are safe; free some space"
+            UserError,
+            match=r"cannot be written: File too large\. A limit .*[\d,]+ tokens of texts are safe: start again to go on",
         ):
             tokenize_here(big, tmp_path)
     finally:
