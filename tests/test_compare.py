@@ -218,8 +218,8 @@ def test_the_menu_tells_how_far_it_is(finished: Path, tmp_path: Path, monkeypatc
     for root, told in ((tmp_path, "starts fresh"), (finished, "4 of 4 runs are done; writes the report anew")):
         monkeypatch.setattr("core.launch.ROOT", root)
         card = _card("9_t", decode_preset(preset_of(), Preset, "t", "t"), detect_runtime())
-        assert "compares higher with as it is, each with seeds 1, 2: 4 runs" in card.preview and told in card.preview
-        assert "at most 4 steps" in card.preview and card.description.startswith("short")
+        assert "compares higher with as it is, each with seeds 1, 2: 4 runs" in card.preview() and told in card.preview()
+        assert "at most 4 steps" in card.preview() and card.description.startswith("short")
     changed = decode_preset(preset_of(seeds=[1, 2, 3], train={"max_steps": 9}), Preset, "t", "t")
     assert "begun with other settings" in "\n".join(job.preview_compare(changed, finished))
 

@@ -334,8 +334,9 @@ def test_a_tokenizer_file_is_what_was_saved_and_what_others_write(tmp_path: Path
 def test_the_menu_shows_what_is_written_and_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     preset = decode_preset(preset_of(tokenize={"max_tokens": 9000}), Preset, "t", "t")
     card = _card("91_t", preset, detect_runtime())
-    assert "parameters" not in card.preview and "tokenizes texts; tokenizer: bytes" in card.preview
-    assert "writes tokens/<source>/chunk_00000.bin ..., 5,000 tokens each, at most 9,000 of a source" in card.preview
+    preview = card.preview()
+    assert "parameters" not in preview and "tokenizes texts; tokenizer: bytes" in preview
+    assert "writes tokens/<source>/chunk_00000.bin ..., 5,000 tokens each, at most 9,000 of a source" in preview
     assert PREVIEWS["tokenize"](preset, tmp_path)[-1] == "starts fresh"
     tokenize_here(preset_of(tokenize={"max_tokens": 9000}), tmp_path)
     total = read_manifest(tmp_path / "tokens" / "texts").total_tokens

@@ -21,6 +21,7 @@ import numpy as np
 
 from core.data.vocabulary import Unread, is_complete, mended, unknown_of, unread
 from core.errors import MissingPackage, SourceUnavailable, UserError
+from core.files import read_json, write_file
 from core.hub import check_reachable, explain
 from core.settings import TokenizerSettings
 
@@ -136,9 +137,16 @@ class Tokenizer:
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "Tokenizer":
+        """Of a checkpoint. Raises UserError."""
         import tokenizers
 
-        return cls(tokenizers.Tokenizer.from_str(state["json"]), state["eos_id"])
+        try:
+            backend = tokenizers.Tokenizer.from_str(state["json"])
+        except Exception as error:  # the library raises Exception itself
+            raise UserError(f"the tokenizer in a checkpoint cannot be read: {str(error)[:200]}") from None
+        if backend.id_to_token(state["eos_id"]) is None:
+            raise UserError(f"the tokenizer in a checkpoint has no token {state['eos_id']}, which is to end documents")
+        return cls(backend, state["eos_id"])
 
     def vocabulary_sha256(self, size: int) -> str:
         """Stands for the first `size` tokens and their ids, whatever version of the tokenizers library is asked."""
@@ -153,9 +161,7 @@ class Tokenizer:
         about = {"eos_token": self._backend.id_to_token(self.eos_id), "vocab_size": self.vocab_size, **facts}
         config = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
         for file, text in ((path.with_name(CONFIG), config), (path, self._json)):  # `path` last: both are there then
-            aside = file.with_name(f"{file.name}.tmp")
-            aside.write_text(text, encoding="utf-8")
-            os.replace(aside, file)
+            write_file(file, text)
 
 
 def build_tokenizer(
@@ -235,7 +241,7 @@ def _named_tokens(path: Path) -> dict[str, list[str]]:
 def tokenizer_facts(path: Path) -> dict[str, Any]:
     """What stands in the tokenizer_config.json beside a tokenizer file; {} where there is none that can be read."""
     try:
-        facts = json.loads(path.with_name(CONFIG).read_text(encoding="utf-8"))
+        facts = read_json(path.with_name(CONFIG))
     except (OSError, ValueError):
         return {}
     return facts if isinstance(facts, dict) else {}

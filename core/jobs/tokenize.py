@@ -16,12 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from core.data.chunks import BadChunks, ChunkWriter, Manifest, read_manifest
+from core.data.chunks import MANIFEST, BadChunks, ChunkWriter, Manifest, read_manifest
 from core.data.corpus import Corpus, open_corpus
 from core.data.documents import Cursor, DocumentStream, Source
 from core.data.token_pool import Batch, TokenPool, usable_cores
 from core.data.tokenizer import SAMPLE_CHARACTERS, Tokenizer, build_tokenizer, read_tokenizer, tokenizer_facts
 from core.errors import Interrupted, NoData, SourceUnavailable, UserError
+from core.files import cause
+from core.names import file_name, is_file_name
 from core.parallel import Single
 from core.runtime import Runtime, StopRequest
 from core.ui.tokenizing import TokenizeView
@@ -57,7 +59,7 @@ class Task:
 
 
 def tokenize(preset: Any, runtime: Runtime, parallel: Any, root: Path, started: float, console: Any) -> None:
-    """Write every source, one after the other. Raises Interrupted after Ctrl-C or SIGTERM, with everything saved."""
+    """Write every source, one after the other. Raises Interrupted after Ctrl-C, SIGTERM or SIGHUP, with everything saved."""
     if parallel.rank != 0:  # one process does it all; its own helpers are no ranks
         return
     wanted = preset.tokenize
@@ -117,8 +119,9 @@ def limits_of(preset: Any) -> dict[str, int]:
 
 def folder_of(preset: Any, root: Path, source: str = "") -> Path:
     """The output folder, or a source's folder in it."""
-    name = re.sub(r"[^A-Za-z0-9._-]+", "_", source).lstrip(".")
-    return root / Path(preset.tokenize.output).expanduser() / name
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "_", source).lstrip(".")
+    name = plain if is_file_name(plain) and source.isascii() else file_name(source)
+    return root / Path(preset.tokenize.output).expanduser() / (name if source else "")
 
 
 # before anything is written ------------------------------------------------------------------------------------------
@@ -168,7 +171,7 @@ def _tokenizer(preset: Any, corpus: Corpus, root: Path, view: TokenizeView) -> T
         output.mkdir(parents=True, exist_ok=True)
         tokenizer.save(path, made_from=asked)
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}. Free some space, or mend that, and start again.") from None
+        raise UserError(f"{path} cannot be written: {cause(error, path)} Then start again.") from None
     return tokenizer
 
 
@@ -335,8 +338,8 @@ def _disk(task: Task) -> Iterator[None]:
         raise UserError(str(error)) from None
     except OSError as error:
         raise UserError(
-            f"{task.folder} cannot be written: {error.strerror}. {task.manifest.total_tokens:,} tokens of {task.source.name} are "
-            "safe; free some space, or mend that, and start again to go on."
+            f"{task.folder} cannot be written: {cause(error, task.folder / MANIFEST)} "
+            f"{task.manifest.total_tokens:,} tokens of {task.source.name} are safe: start again to go on."
         ) from None
 
 

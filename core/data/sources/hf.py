@@ -63,18 +63,25 @@ class HfSettings(Settings):
             raise ValueError('"text_field" and "fields" exclude each other; keep one')
         if self.fields is not None and self.format is not None:
             try:
-                used = [name for _, name, _, _ in string.Formatter().parse(self.format) if name is not None]
+                fields = [field for field in string.Formatter().parse(self.format) if field[1] is not None]
             except ValueError as error:
                 raise ValueError(f'"format" {self.format!r}: {error}; write a brace that is text twice') from None
-            if wrong := [name for name in used if name not in self.fields]:
+            if wrong := [name for _, name, _, _ in fields if name not in self.fields]:
                 raise ValueError(f'"format" uses {{{wrong[0]}}}, which is not among its "fields" ({", ".join(self.fields)})')
-            if not used:
+            if how := [name for _, name, spec, conversion in fields if spec or conversion]:
+                raise ValueError(f'"format" holds the names of fields only; write {{{how[0]}}}, with nothing behind : or !')
+            if not fields:
                 raise ValueError('"format" uses none of its "fields"; put them in braces')
         return self
 
     @property
     def columns(self) -> list[str]:
         return self.fields or [self.text_field or "text"]
+
+
+def _formatted(form: str, row: dict[str, Any]) -> str:
+    """Each {name} of the form as the row's text there. Not `str.format`, to which {a.b} and {0} mean something else."""
+    return "".join(text + ("" if name is None else str(row[name])) for text, name, _, _ in string.Formatter().parse(form))
 
 
 def hf_source(settings: HfSettings, root: Path, seed: int) -> ShardSource:
@@ -130,7 +137,7 @@ class HfSource(ShardSource):
         if not all(isinstance(v, (str, int, float)) and str(v).strip() for v in values):
             return None
         form = self._settings.format
-        return Document(form.format(**dict(zip(self.columns, values))) if form else str(values[0]), key)
+        return Document(_formatted(form, dict(zip(self.columns, values))) if form else str(values[0]), key)
 
     def recover(self, shard: int, error: Exception, failures: int) -> bool:
         """Wait, longer each time, and try again. HTTP, gzip and Arrow all have their own ways to say that the line broke."""

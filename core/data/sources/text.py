@@ -259,7 +259,8 @@ class PythonStdlibSource(PlainSource):
 def named_by(data: Any, name: Callable[[dict], str]) -> Any:
     """`data` with the name filled in where the preset leaves it out; wrong types are left for pydantic to report."""
     if isinstance(data, dict) and not data.get("name"):
-        return {**data, "name": re.sub(r"[^A-Za-z0-9._-]+", "_", name(data)).strip("_") or data.get("type", "source")}
+        plain = re.sub(r"[^A-Za-z0-9._-]+", "_", name(data)).strip("_")
+        return {**data, "name": plain or re.sub(r"[^\w.-]+", "_", name(data)).strip("_") or data.get("type", "source")}
     return data
 
 

@@ -42,11 +42,11 @@ PEEK_SECONDS = (0.5, 4.0)
 class PdfSettings(Settings):
     type: Literal["pdf"] = "pdf"
     """PDF files of a folder."""
-    path: str = "./pdfs"
+    path: str = Field("./pdfs", min_length=1)
     """The folder, relative to the project; looked through to any depth."""
-    name: str = "pdf"
+    name: str = Field("pdf", min_length=1)
     """Name in logs and weights."""
-    file_seconds: float = Field(default=60.0, gt=0)
+    file_seconds: float = Field(default=60.0, gt=0, le=86_400.0)
     """Longest time that reading one file may take; one that takes longer is skipped."""
 
 
