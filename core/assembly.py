@@ -47,7 +47,7 @@ from core.preset import preset_class, preset_json
 from core.randomness import derive_seed
 from core.runtime import Runtime
 from core.settings import MASKED_TOKENS, RUN_TOKENS
-from core.size import SMALLEST_VOCABULARY, check_memory
+from core.size import SMALLEST_VOCABULARY, check_memory, size_of
 from core.trainer import Trainer, load_slot
 from core.weights import FITTING, Weights, find_weights
 
@@ -82,6 +82,22 @@ def build_model(preset: Any, vocab_size: int) -> nn.Module:
 
 def build_stack(preset: Any) -> LossStack:
     return LossStack([LOSSES[settings.type][1](settings) for settings in preset.losses])
+
+
+def check_parts(preset: Any, runtime: Runtime) -> None:
+    """Raises UserError where the parts of a preset do not go together, as `build_training` would, before anything is read.
+
+    For a comparison, whose last variant would else say so after hours. A model of the Hub is left out: it would be downloaded.
+    """
+    check_adaptive(preset)
+    call_if_defined(preset.model, "check_tokenizer_section", preset.tokenizer)
+    check_memory(preset, SMALLEST_VOCABULARY, runtime)
+    if hasattr(preset.model, "num_layers"):
+        size_of(preset, SMALLEST_VOCABULARY)  # refuses names of parameters that there are not
+        one_layer = preset.model_copy(update={"model": preset.model.model_copy(update={"num_layers": 1})})
+        model, stack = build_model(one_layer, SMALLEST_VOCABULARY), build_stack(preset)
+        stack.check(output_of_one_token(model, torch.device("cpu")).readout)
+        check_heads(preset, model, stack)
 
 
 # the session ---------------------------------------------------------------------------------------------------------

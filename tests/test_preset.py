@@ -88,7 +88,7 @@ def test_every_problem_is_reported_at_once() -> None:
         "train.learning_rate  -1: input should be greater than 0",
         'train.schedule.warm  unknown key; did you mean "warmup"?',
         "train.optimizer  \"adam\": input should be 'adamw' or 'muon'",
-        'train.max_steps  "3": input should be a valid integer',
+        'train.max_steps  "3": input should be a valid integer; write 3, without quotes',
         found[5],
     ]
     assert found[5].startswith('losses[0]  {"type": "cross_entropi"}: unknown type of loss; known are ')
