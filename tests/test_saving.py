@@ -232,6 +232,7 @@ def test_before_the_first_update_there_is_nothing_to_save(tmp_path: Path) -> Non
 # weights that are not finite -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.skips_updates
 def test_an_evaluation_waits_for_a_finite_step(tmp_path: Path) -> None:
     """It falls due among bad steps: weights are rolled back, then it is made, and the run ends as it would have."""
     built = session(
@@ -253,6 +254,7 @@ def test_an_evaluation_waits_for_a_finite_step(tmp_path: Path) -> None:
     assert any("weights are back" in message for message in told(tmp_path))
 
 
+@pytest.mark.skips_updates
 def test_an_evaluation_of_weights_that_are_not_finite_ends_nothing(tmp_path: Path) -> None:
     """They are ruined by the update after a finite step, so nothing waits: the samples cannot be drawn, and that is all."""
     built = session(tmp_path, **merged(MEASURED, {"train": {"max_steps": 14, "checkpoint_every_steps": 3}}))
@@ -434,6 +436,7 @@ def test_a_signal_that_nohup_keeps_away_stays_away() -> None:
 # comparisons ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.skips_updates
 def test_a_comparison_survives_what_its_trials_and_its_report_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A variant whose evaluations fall due while its weights are not finite is recorded as diverged; a report that cannot be
     written is told after the last trial; a trial that was ended before its last evaluation is evaluated, not counted without."""
