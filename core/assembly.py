@@ -27,6 +27,7 @@ from core.data.source_weights import SourceWeights, check_adaptive
 from core.data.sources import NAMED_SOURCES, SOURCES
 from core.data.tokenizer import SAMPLE_CHARACTERS, Tokenizer, build_tokenizer
 from core.data.validation import hide_one
+from core.data.worker import stop_if
 from core.errors import UserError
 from core.evaluation import Evaluator
 from core.filling import fill, neighbors, word_ids
@@ -244,7 +245,7 @@ def build_training(
         progress,
         log,
         store,
-        evaluate=lambda model, progress: evaluator.run(model, progress),
+        evaluate=lambda model, progress: evaluator.run(model, progress, lambda done, total: stop_if(should_stop())),
         show=show,
         extra_state={
             "format": FORMAT,
