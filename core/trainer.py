@@ -366,7 +366,9 @@ class Trainer:
         return None
 
     def _tell_left_out(self) -> None:
-        """Sources that failed, and files that could not be read."""
+        """Sources that failed, files that could not be read, and what else the loader has to tell."""
+        while self.loader.told:
+            self._warn(self.loader.told.pop(0))
         while self.loader.dropped:
             name, reason = self.loader.dropped.pop(0)
             self._warn(f"source {name} dropped, the others go on: {reason}")

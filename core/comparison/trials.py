@@ -14,6 +14,7 @@ from typing import Any
 
 from core.errors import UserError
 from core.files import cause, read_json, write_file
+from core.names import is_file_name
 from core.preset import decode_preset, merge, preset_json
 from core.settings import CompareSettings, VariantSettings
 
@@ -76,7 +77,7 @@ def slugs(names: list[str]) -> dict[str, str]:
     found = {}
     for name in names:
         slug = re.sub(r"[^A-Za-z0-9._-]+", "_", name)[:SLUG_LENGTH].strip("._") or "variant"
-        if slug.casefold() in taken:
+        if slug.casefold() in taken or not is_file_name(slug):
             slug += "-" + hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()[:8]
         taken.add(slug.casefold())
         found[name] = slug

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from core.assembly import build_training
+from core.assembly import build_training, check_parts
 from core.checkpoint import CheckpointStore
 from core.comparison.results import Comparison, collect
 from core.comparison.trials import Trial, changed, plan, read_outcomes, write_json, write_outcomes
@@ -48,6 +48,7 @@ def compare(preset: Any, runtime: Runtime, parallel: Any, root: Path, started: f
 
 
 def _compare(preset: Any, runtime: Runtime, parallel: Any, root: Path, console: Any) -> None:
+    on_rank_zero(parallel, lambda: refuse_variants(preset, root, runtime))
     trials = on_rank_zero(parallel, lambda: standing(preset, root, parallel.world_size))
     desk = Desk(preset, root, parallel.world_size, console) if parallel.rank == 0 else None
     with StopRequest() as stop, desk.view if desk else nullcontext():
@@ -85,6 +86,18 @@ def _load_libraries() -> None:
     import matplotlib.backends.backend_agg
     import matplotlib.backends.backend_svg  # noqa: F401
     import scipy.stats  # noqa: F401
+
+
+def refuse_variants(preset: Any, root: Path, runtime: Runtime) -> None:
+    """Raises UserError with every variant that cannot be trained, before the first one is."""
+    problems = []
+    for trial in plan(preset, root)[: len(preset.variants)]:  # those of the first seed
+        try:
+            check_parts(decode_preset(trial.preset, type(preset), trial.variant, preset.lineage), runtime)
+        except UserError as error:
+            problems.append(f"  {trial.variant}: {error}")
+    if problems:
+        raise UserError("nothing was trained, as this could not be:\n" + "\n".join(problems))
 
 
 def preview_compare(preset: Any, root: Path) -> list[str]:

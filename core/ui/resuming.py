@@ -10,7 +10,7 @@ from pathlib import Path
 
 from core.lineage import has_checkpoints, name_aside, put_aside
 from core.ui import text
-from core.ui.menu import STYLE, is_drawable
+from core.ui.menu import STYLE, can_pick
 
 
 def offer_fresh(root: Path, lineage: str, resumes: Callable[[], list[str]]) -> None:
@@ -18,7 +18,7 @@ def offer_fresh(root: Path, lineage: str, resumes: Callable[[], list[str]]) -> N
 
     Raises KeyboardInterrupt when the user leaves, UserError where it is in use.
     """
-    if is_drawable() and has_checkpoints(root, lineage) and ask_fresh(resumes(), name_aside(root, lineage)):
+    if can_pick() and has_checkpoints(root, lineage) and ask_fresh(resumes(), name_aside(root, lineage)):
         print(f'  what was there is the lineage "{put_aside(root, lineage)}" now')
 
 
