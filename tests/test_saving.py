@@ -342,7 +342,7 @@ def breaks(at: int, built: Any) -> Any:
 
 def test_a_compiler_that_fails_is_left_out_and_that_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The checkpoint says what was really run: the run that goes on does not compile, the next run tries again."""
-    monkeypatch.setattr("core.assembly.shutil.which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr("core.passes.shutil.which", lambda name: f"/usr/bin/{name}")
     settings = {"train": {"max_steps": 6, "compile": "always"}}
     built: list[Any] = []
     built.append(session(tmp_path, lambda: built[0].trainer.progress.step >= 4, **settings))
