@@ -14,8 +14,10 @@ STARTED = time.time()
 def main() -> int:
     """Choose a preset on rank 0, hand it to every rank, run its job. Returns the exit code (see docs/guide.md)."""
     from core.errors import UserError
+    from core.screen import guard_streams
     from core.terminal import tell
 
+    guard_streams()
     try:
         if given := " ".join(sys.argv[1:]):
             raise UserError(f"main.py takes no arguments, but was given {given!r}. Settings are in configs/*.json.")

@@ -61,12 +61,13 @@ def ours(vocab_size: int, folder: Path) -> list[float]:
     from core.data.source_weights import SourceWeights
     from core.horizon import Horizon, Progress
     from core.metrics import MetricsLog
+    from core.objective import Objective
     from core.optim import Optimizer
     from core.parallel import Single
     from core.preset import decode_preset
     from core.runtime import detect_runtime, prepare
     from core.settings import AuxiliarySettings
-    from core.trainer import Objective, Trainer
+    from core.trainer import Trainer
 
     preset = decode_preset(
         {

@@ -7,6 +7,7 @@ State: none; everything lives in the objects it builds
 
 import shutil
 import uuid
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from core.auxiliary import build_heads, check_heads, load_heads, output_of_one_token
-from core.checkpoint import FORMAT, LINEAGE_OF_ITS_OWN, CheckpointStore
+from core.checkpoint import FORMAT, LINEAGE_OF_ITS_OWN, CheckpointStore, stored_bytes
 from core.contracts import call_if_defined
 from core.curriculum import build_curriculum
 from core.data.corpus import Corpus, PipelineFactory, data_position, open_corpus
@@ -32,10 +33,12 @@ from core.filling import fill, neighbors, word_ids
 from core.freezing import train_only
 from core.generation import Voice, generate
 from core.horizon import Horizon, Progress, begin_next_run
+from core.lineage import changed_sources
 from core.losses import LOSSES
 from core.losses.stack import LossStack
-from core.metrics import MetricsLog
+from core.metrics import LOG, MetricsLog, check_log, evaluation_is_missing
 from core.models import MODELS
+from core.objective import Objective
 from core.optim import Optimizer
 from core.parallel import on_rank_zero, rank_zero_first
 from core.preset import preset_class, preset_json
@@ -43,7 +46,7 @@ from core.randomness import derive_seed
 from core.runtime import Runtime
 from core.settings import MASKED_TOKENS, RUN_TOKENS
 from core.size import SMALLEST_VOCABULARY, check_memory, size_of
-from core.trainer import Objective, Trainer
+from core.trainer import Trainer, load_slot
 from core.weights import FITTING, Weights, find_weights
 
 JOBS = ["train", "tokenize", "compare", "evaluate", "interpret", "generate"]
@@ -126,6 +129,8 @@ def build_training(
     corpus = open_corpus(preset, root, parallel, (saved or {"data": {}})["data"].get("held_out"))
     masked = corpus.objective == MASKED_TOKENS
     warnings = [f"source {name} dropped, the others go on: {reason}" for name, reason in corpus.failed.items()]
+    if saved is not None:
+        (warnings if saved["preset"]["name"] == preset.name else notes).extend(changed_sources(saved, preset, corpus.failed))
     notes += corpus.notes + adapting
     tokenizer, told = _tokenizer(preset, weights, parallel, corpus, tokenizer_state)
     notes += told + corpus.told_of(tokenizer)
@@ -158,7 +163,11 @@ def build_training(
     if saved is not None and (fresh := optimizer.load(saved["optimizer"])):
         notes.append(f"optimizer state starts afresh for {len(fresh)} parameters: {', '.join(fresh[:4])}")
 
-    progress, told = _progress(preset, saved)
+    size = stored_bytes(model, heads) + optimizer.state_bytes() + len(tokenizer.state()["json"])
+    on_rank_zero(parallel, lambda: store.check_room(size))
+
+    log_file = root / "logs" / preset.lineage / LOG
+    progress, told = _progress(preset, saved, lambda step: on_rank_zero(parallel, lambda: evaluation_is_missing(log_file, step)))
     notes += told
     horizon = _horizon(preset, corpus, tokenizer)
     rows_per_step = preset.train.per_gpu_batch_size * preset.train.accumulation_steps * parallel.world_size
@@ -179,10 +188,10 @@ def build_training(
         workers=workers,
         pin_memory=runtime.device.type == "cuda",
         facts=facts,
-        describe=lambda row: shown(tokenizer, row.input_ids, row.labels),
-        by_chance=masked,
+        describe=None if masked else lambda row: shown(tokenizer, row.input_ids, row.labels),
     )
-    compile_from_step, compile_told = _compile_plan(preset, runtime, saved, model, horizon)
+    compile_failed = saved is not None and saved.get("compile_failed", False) and progress.run_step > 0  # of this run
+    compile_from_step, compile_told = _compile_plan(preset, runtime, saved, model, horizon, compile_failed)
     dtype = runtime.compute_dtype(preset.train.precision)
     curriculum = build_curriculum(preset.train, corpus.objective, len(corpus.names), parallel, runtime.device, dtype)
     notes += [curriculum.note] if curriculum is not None else []
@@ -202,18 +211,17 @@ def build_training(
     words, unknown = word_ids(tokenizer, preset.generate.neighbors_of)
     notes += [f"generate.neighbors_of: {', '.join(unknown)} left out, being more than one token each"] if unknown else []
 
-    def show(model: Any, step: int) -> list[tuple[str, dict[str, Any]]]:
+    def show(model: Any, step: int) -> Iterator[tuple[str, dict[str, Any]]]:
         model.eval()
         voice, seed = Voice(model, tokenizer, preset.model.seq_length), preset.train.seed
-        texts = [
-            fill(model, tokenizer, prompt, voice.context)
-            if masked
-            else (prompt, generate(voice, prompt, preset.generate, derive_seed(seed, "sample", step, i)))
-            for i, prompt in enumerate(preset.generate.prompts)
-        ]
-        near = neighbors(model, tokenizer, words)
-        model.train()
-        return [("sample", {"prompt": prompt, "text": text}) for prompt, text in texts] + [("neighbors", each) for each in near]
+        for i, prompt in enumerate(preset.generate.prompts):
+            if masked:
+                prompt, text = fill(model, tokenizer, prompt, voice.context)
+            else:
+                text = generate(voice, prompt, preset.generate, derive_seed(seed, "sample", step, i))
+            yield "sample", {"prompt": prompt, "text": text}
+        for each in neighbors(model, tokenizer, words):
+            yield "neighbors", each
 
     wandb_id = (saved or {}).get("wandb_id") or uuid.uuid4().hex[:12]
     init_from = saved.get("init_from") if saved is not None else str(weights) if weights is not None else None
@@ -242,8 +250,8 @@ def build_training(
     rank_zero = parallel.rank == 0
     folder = root / "logs" / preset.lineage
     views = make_views(folder, start_event, resolved, wandb_id, notes) if rank_zero else []
-    log = MetricsLog(folder / "metrics.jsonl" if rank_zero else None, views)
-    log.rewind(progress.step)
+    log = MetricsLog(log_file if rank_zero else None, views)
+    notes += log.rewind(progress.step, evaluation_due=progress.evaluation_due)
     trainer = Trainer(
         Objective(model, stack, len(corpus.names), heads),
         optimizer,
@@ -264,6 +272,7 @@ def build_training(
             "wandb_id": wandb_id,
             "init_from": init_from,
             "compile_from_step": compile_from_step,
+            "compile_failed": compile_failed,
         },
         should_stop=should_stop,
         source_weights=source_weights,
@@ -276,21 +285,20 @@ def build_training(
 def _beginning(
     preset: Any, store: CheckpointStore, root: Path, parallel: Any
 ) -> tuple[dict[str, Any] | None, Weights | None, list[str]]:
-    """(checkpoint to go on from, weights to begin with, remarks), on every rank; rank 0 alone judges and moves damaged slots.
+    """(checkpoint to go on from, weights to begin with, remarks), on every rank.
 
     The weights are those of the lineage's newest slot; where it has none, those that `init_from` names, if it does.
     """
-    state: dict[str, Any] | None = None
 
-    def newest() -> tuple[Path | None, list[str]]:
-        nonlocal state
-        state, path, notes = store.load()
-        return path, notes
+    def prepare() -> list[str]:
+        check_log(root / "logs" / preset.lineage / LOG)
+        return store.prepare()
 
-    path, notes = on_rank_zero(parallel, newest)
+    notes = on_rank_zero(parallel, prepare)
+    state, path, told = load_slot(store, parallel)
+    notes += told
     origin = preset.init_from
-    if path is not None:
-        state = state or torch.load(path, map_location="cpu", weights_only=True)
+    if state is not None:
         notes += [f'init_from "{origin}" is not used again: the lineage goes on from its own checkpoint'] if origin else []
         return state, Weights.of(state, path, f"{preset.lineage}_*.pth"), notes
     if origin is None:
@@ -329,15 +337,20 @@ def _tokenizer(
     return Tokenizer.from_state(on_rank_zero(parallel, make)), []
 
 
-def _progress(preset: Any, saved: dict[str, Any] | None) -> tuple[Progress, list[str]]:
-    """Go on with an interrupted run, or begin the next one."""
+def _progress(preset: Any, saved: dict[str, Any] | None, is_missing: Callable[[int], bool]) -> tuple[Progress, list[str]]:
+    """Go on with an interrupted run, or begin the next one. `is_missing`: whether the log lacks the evaluation at that step."""
     if saved is None:
-        return Progress(), []
+        return Progress(evaluation_due=preset.train.eval_at_start), []
     progress = Progress.of(saved["progress"])
     same = saved["preset"]["name"] == preset.name
+    progress.evaluation_due = progress.evaluation_due and is_missing(progress.step)
     if not progress.finished and same:
         return progress, [f"run {progress.run} goes on from step {progress.step}, {progress.run_tokens:,} tokens into it"]
     notes = []
+    if progress.evaluation_due and progress.finished:
+        if same:
+            return progress, [f"run {progress.run} was trained to its end and saved, but not evaluated: that is done now"]
+        notes.append(f'run {progress.run} of "{saved["preset"]["name"]}" was ended before its last evaluation')
     if not progress.finished:
         notes.append(f'run {progress.run} of "{saved["preset"]["name"]}" was left at {progress.run_tokens:,} tokens')
     begin_next_run(progress, preset.train.runs if same else 1)
@@ -388,12 +401,14 @@ def _data(
 
 
 def _compile_plan(
-    preset: Any, runtime: Runtime, saved: dict | None, model: nn.Module, horizon: Horizon
+    preset: Any, runtime: Runtime, saved: dict | None, model: nn.Module, horizon: Horizon, failed: bool
 ) -> tuple[int | None, str]:
     """From which step of the lineage on to compile, and why. Decided once per lineage: a resumed run keeps it."""
     wish = preset.train.compile
     if wish == "never":
         return None, "not compiled: the preset says never"
+    if failed:
+        return None, "not compiled: torch.compile failed earlier in this run; the next run tries it again"
     if runtime.device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
         return None, "not compiled: torch.compile needs a C++ compiler, and there is none"
     if wish == "auto":

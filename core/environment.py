@@ -9,6 +9,8 @@ import os
 import re
 from pathlib import Path
 
+from core.files import read_text
+
 SECRETS = ("HF_TOKEN", "WANDB_API_KEY")
 """All that is taken from `.env`: no file decides about the rest of a process."""
 
@@ -22,10 +24,10 @@ _HUB_TOKEN = re.compile(r"(?<![\w/-])hf_(?:oauth_|jwt_|app_)?[A-Za-z0-9]{8,}[\w.
 
 def read_dotenv(path: Path) -> list[str]:
     """Puts the keys of a `.env` that the environment lacks into it. Returns what a person should know: never a line's content."""
-    if not path.is_file():
-        return [f"{path} is no file; keys stand in a file of that name"] if path.exists() else []
+    if not os.path.lexists(path):
+        return []
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        lines = read_text(path, "utf-8-sig").split("\n")
     except UnicodeDecodeError:
         return [f"{path} is no UTF-8 text; save it as UTF-8. The keys in it are not used"]
     except OSError as error:

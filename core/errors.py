@@ -42,6 +42,11 @@ class NoData(UserError):
 
 
 class Interrupted(UserError):
-    """Ctrl-C or SIGTERM, after the checkpoint was saved."""
+    """Ctrl-C, SIGTERM or SIGHUP, after the checkpoint was saved."""
 
     exit_code = 130
+
+
+def first_line(error: BaseException) -> str:
+    """An error in one line, for a sentence that goes on after it; its name where it says nothing."""
+    return (str(error).strip().splitlines() or [""])[0][:200] or type(error).__name__

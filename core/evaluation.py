@@ -19,6 +19,7 @@ from torch import Tensor
 from core.contracts import Batch, LanguageModel, ModelOutput, Readout, call_if_defined
 from core.data.loader import collate
 from core.data.packing import Row
+from core.errors import first_line
 from core.geometry import geometry, mean_pairwise_cosine
 from core.heads.stack import HeadStack
 from core.losses.cross_entropy import CrossEntropy, CrossEntropySettings
@@ -77,24 +78,19 @@ class Evaluator:
     def run(
         self, model: LanguageModel, progress: float, told: Callable[[int, int], None] = lambda done, total: None
     ) -> dict[str, Any] | None:
-        """The numbers of an `eval` event; None when nothing is held out. Every rank must call it.
+        """The numbers of an `eval` event; None when nothing is held out. Every rank must call it; what fails on one fails on all.
 
         told   called with how many of how many batches are done; may raise, to stop
         """
-        if self._batches is None:
-            rows = self._make_rows()
-            self._batches = [self._with_places(batch, i) for i, batch in enumerate(self._share(rows, self._batch_rows))]
-            if self._hide_one and (singles := self._hide_one(rows)):  # shorter: as many tokens at once as in the others
-                longer = len(rows[0].input_ids) // len(singles[0].input_ids)
-                self._singles = self._share(singles, self._batch_rows * max(1, longer))
-        batches = len(self._batches) + len(self._singles)
-        was_training = model.training  # type: ignore[attr-defined]
-        model.eval()  # type: ignore[attr-defined]
-        self._of_heads = {}
-        sums, readout = self._sums(model, self._batches, progress, lambda done: told(done, batches))
-        singles, _ = self._sums(model, self._singles, progress, lambda done: told(len(self._batches or []) + done, batches))
-        of_tables = {} if readout is None else _of_tables(readout)
-        model.train(was_training)  # type: ignore[attr-defined]
+        was_training, failure = model.training, None  # type: ignore[attr-defined]
+        try:
+            sums, singles, of_tables = self._of_own_rows(model, progress, told)
+        except Exception as error:  # raised once no other rank waits for this one
+            failure = error
+        finally:
+            model.train(was_training)  # type: ignore[attr-defined]
+        if failures := [line for line in self._parallel.gather(failure and first_line(failure)) if line]:
+            raise failure or RuntimeError(f"on another process: {failures[0]}")
         means, count, num_bytes = self._means(sums)
         of_heads = self._means_of_heads()
         if not count:
@@ -125,6 +121,24 @@ class Evaluator:
             "objective": MASKED_TOKENS if self._hide_one else NEXT_TOKEN,
             "eval_tokens": int(count),
         }
+
+    def _of_own_rows(
+        self, model: LanguageModel, progress: float, told: Callable[[int, int], None]
+    ) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
+        """Sums over this rank's rows, those over the rows in each of which one token is hidden, and what the tables are like."""
+        if self._batches is None:
+            rows = self._make_rows()
+            batches = [self._with_places(batch, i) for i, batch in enumerate(self._share(rows, self._batch_rows))]
+            if self._hide_one and (singles := self._hide_one(rows)):  # shorter: as many tokens at once as in the others
+                longer = len(rows[0].input_ids) // len(singles[0].input_ids)
+                self._singles = self._share(singles, self._batch_rows * max(1, longer))
+            self._batches = batches
+        total = len(self._batches) + len(self._singles)
+        model.eval()  # type: ignore[attr-defined]
+        self._of_heads = {}
+        sums, readout = self._sums(model, self._batches, progress, lambda done: told(done, total))
+        singles, _ = self._sums(model, self._singles, progress, lambda done: told(len(self._batches or []) + done, total))
+        return sums, singles, {} if readout is None else _of_tables(readout)
 
     def _share(self, rows: list[Row], at_once: int) -> list[Batch]:
         """This rank's."""

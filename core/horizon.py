@@ -5,7 +5,7 @@ Out:   the progress that schedules are asked with; why a run is over
 State: Progress, kept in the checkpoint
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from core.settings import RUN_TOKENS
@@ -25,14 +25,17 @@ class Progress:
     horizon_runs: int = 0  # finished runs of the horizon
     fraction: float = 0.0  # how far through its horizon the last update was: where schedules stand
     finished: bool = False  # the run `run` came to its end
+    evaluation_due: bool = False  # the one that belongs after the last update is still to be made
     skipped: int = 0
+    bad_in_a_row: int = 0  # skipped updates up to the last one
     ledger: dict[str, dict[str, Any]] = field(default_factory=dict)  # source -> tokens, documents, epochs begun, last loss
 
     @classmethod
     def of(cls, saved: dict[str, Any]) -> "Progress":
-        """From a checkpoint. Older ones counted the sources' tokens only."""
+        """From a checkpoint. Older ones counted the sources' tokens only; newer ones may count more."""
         counted = {name: {"tokens": count} for name, count in saved.get("source_tokens", {}).items()}
-        return cls(**{"ledger": counted, **{key: value for key, value in saved.items() if key != "source_tokens"}})
+        known = {each.name for each in fields(cls)}
+        return cls(**{"ledger": counted, **{key: value for key, value in saved.items() if key in known}})
 
     def expose(self, source: str, tokens: int, documents: int, epochs: int, loss: float | None) -> dict[str, Any]:
         """Enter in the ledger what a step has read of a source; returns the source's account."""
@@ -76,7 +79,7 @@ def begin_next_run(progress: Progress, runs: int) -> None:
     """Count on: a run of its own, and a horizon of its own unless `runs` of them share one."""
     progress.run += 1
     progress.run_step = progress.run_tokens = 0
-    progress.finished = False
+    progress.finished = progress.evaluation_due = False
     if progress.horizon_runs >= runs or runs == 1:
         progress.horizon_step = progress.horizon_tokens = progress.horizon_runs = 0
     # each run ends a little beyond its budget; added up, the last updates of a long chain would find no learning rate left

@@ -24,6 +24,7 @@ from core.data.tokenizer import KNOWN_VOCABULARIES, tokenizer_facts
 from core.environment import read_dotenv
 from core.errors import Interrupted, PresetError, UserError
 from core.jobs import JOBS, PREVIEWS
+from core.lineage import changed_sources
 from core.parallel import DDP, Single
 from core.preset import decode_preset, preset_json, read_preset
 from core.runtime import Runtime, detect_runtime, prepare
@@ -31,6 +32,8 @@ from core.settings import RUN_TOKENS
 from core.size import check_memory, memory_estimate, size_of
 from core.terminal import tell
 from core.ui.menu import PresetCard, can_pick, choose
+from core.ui.resuming import offer_fresh
+from core.ui.run_card import is_positive, read_card
 from core.weights import preview_weights
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -140,8 +143,16 @@ def _ask(runtime: Runtime, refused: tuple[str, str] | None = None) -> tuple[str,
             [replace(card, refusal=refused[1]) if refused and card.stem == default else card for card in cards], default
         )
         if stem in presets:
+            _offer_fresh(presets[stem])
             return stem, presets[stem]
         refused = (stem, "")  # it has a problem, which the menu shows: perhaps it is mended meanwhile
+
+
+def _offer_fresh(preset: Any) -> None:
+    """Where the chosen preset would go on from a checkpoint, ask whether it shall."""
+    if preset.job in ("train", "compare"):
+        resumes = PREVIEWS.get(preset.job, lambda preset, root: _resume_line(preset).split("\n"))
+        offer_fresh(ROOT, preset.lineage, lambda: resumes(preset, ROOT))
 
 
 def _read_presets(runtime: Runtime) -> tuple[dict[str, Any], list[PresetCard]]:
@@ -245,8 +256,10 @@ def _resume_line(preset: Any) -> str:
         return _beginning_line(preset)
     progress, where = found["progress"], found["path"].name
     if progress["finished"] or found["preset"]["name"] != preset.name:
-        return f"starts run {progress['run'] + 1} from step {progress['step']:,} in {where}"
-    return f"resumes run {progress['run']} at step {progress['step']:,}, {progress['run_tokens']:,} tokens, from {where}"
+        line = f"starts run {progress['run'] + 1} from step {progress['step']:,} in {where}"
+    else:
+        line = f"resumes run {progress['run']} at step {progress['step']:,}, {progress['run_tokens']:,} tokens, from {where}"
+    return "\n".join([*changed_sources(found, preset), line])
 
 
 def _beginning_line(preset: Any) -> str:
@@ -262,15 +275,12 @@ def _beginning_line(preset: Any) -> str:
 
 def _time_line(preset: Any, runtime: Runtime) -> str:
     """How long a run takes, when this machine has trained the preset before."""
-    try:
-        path = ROOT / "logs" / preset.lineage / "run.json"
-        card = json.loads(path.read_text()) if path.is_file() else {}
-        if (card["preset"], card["device"], card["world_size"]) != (preset.name, runtime.device_name, runtime.world_size):
-            return ""
-        tokens = min(RUN_TOKENS, (preset.train.max_steps or RUN_TOKENS) * card["tokens_per_step"])
-        minutes = tokens / card["tokens_per_second"] / 60
-    except (OSError, ValueError, LookupError, TypeError, ArithmeticError):
+    card = read_card(ROOT / "logs" / preset.lineage)
+    facts = tuple(card.get(key) for key in ("preset", "device", "world_size"))
+    size, speed = (card.get(key) for key in ("tokens_per_step", "tokens_per_second"))
+    if facts != (preset.name, runtime.device_name, runtime.world_size) or not (is_positive(size) and is_positive(speed)):
         return ""
+    minutes = min(RUN_TOKENS, (preset.train.max_steps or RUN_TOKENS) * size) / speed / 60
     return (
         f"; a run took about {minutes / 60:.1f} h here" if minutes > 90 else f"; a run took about {max(minutes, 1):.0f} min here"
     )

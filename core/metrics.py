@@ -13,9 +13,17 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from core.errors import UserError
+from core.files import cause, check_regular, probe, sweep
 from core.terminal import tell
 
+LOG = "metrics.jsonl"
 BLOCK = 1 << 16
+TAIL = 1 << 22
+"""Bytes at the end of a log that hold its last step, and what came after."""
+OF_EVALUATION = tuple(b'{"event": "%s"' % kind for kind in (b"eval", b"sample", b"neighbors"))
+CUT_SHORT = ("interrupted", "failed", "diverged")
+"""Reasons of a `run_end` that no evaluation comes before."""
 
 
 class View(Protocol):
@@ -63,23 +71,33 @@ class MetricsLog:
         if self._file is not None:
             self._guarded(lambda: os.fsync(self._file.fileno()))
 
-    def rewind(self, step: int) -> None:
-        """Drop every line of a later step, so that a resumed run leaves no step twice.
+    def rewind(self, step: int, evaluation_due: bool = False) -> list[str]:
+        """Drop every line of a later step, so that a resumed run leaves no step twice; nor an evaluation at `step`, if it is due.
+        Returns what a person should know.
 
         Going back to step 0 means that there is no checkpoint: nothing is dropped then, the old log is set aside.
         """
+        notes: list[str] = []
         if self._file is not None:
-            self._guarded(lambda: self._rewind(step))
+            self._guarded(lambda: notes.extend(self._rewind(step, evaluation_due)))
+        return notes
 
-    def _rewind(self, step: int) -> None:
-        self._file.seek(0)
-        kept = 0
-        for line in self._file.read().splitlines(keepends=True):  # steps never go down: the first later line ends it
-            if _step_of(line) > step:
-                break
-            kept += len(line)
-        if kept == self._length:
-            return
+    def _rewind(self, step: int, evaluation_due: bool) -> list[str]:
+        kept = reached = 0
+        with open(self.path, "rb") as lines:
+            for line in lines:  # steps never go down: the first later line ends it
+                of_line = _step_of(line)
+                if of_line > step or (evaluation_due and of_line == step and line.startswith(OF_EVALUATION)):
+                    break
+                kept, reached = kept + len(line), max(reached, of_line)
+        if kept != self._length:
+            self._drop_after(kept, step)
+        if reached == step:
+            return []
+        there = f"ends at step {reached:,}" if reached else "is gone, or holds no step"
+        return [f"{self.path} {there}, the checkpoint is of step {step:,}: what the log held between is lost, curves have a gap"]
+
+    def _drop_after(self, kept: int, step: int) -> None:
         if step == 0:
             number = 1
             while (aside := self.path.with_name(f"{self.path.stem}.before-{number}{self.path.suffix}")).exists():
@@ -110,6 +128,8 @@ class MetricsLog:
 
     def _open(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            check_regular(self.path)
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         self._file = os.fdopen(descriptor, "r+b", buffering=0)  # unbuffered: a killed run loses no line it has shown
         self._cut(os.fstat(descriptor).st_size)
@@ -149,27 +169,53 @@ class MetricsLog:
                 tell(f"warning: the metrics log {self.path} cannot be written ({error}); training goes on")
 
 
+def check_log(path: Path) -> None:
+    """Find out before the first step whether a log can be written. Raises UserError; what a killed run left beside it goes."""
+    try:
+        probe(path)
+        sweep(path.parent)
+        if path.exists():
+            check_regular(path)
+    except OSError as error:
+        raise UserError(f"the log {path} cannot be written: {cause(error, path)} Then start again.") from None
+
+
 def read_events(path: Path, step_stride: int = 1) -> Iterator[dict]:
-    """Every event of a log, oldest first; lines that are no whole event are passed over. A missing file has none.
+    """Every event of a log, oldest first; lines that are no whole event are passed over. A file that cannot be read has none.
 
     step_stride   keep every so many-th of the `step` events, the others are not even decoded
     """
     steps = 0
     try:
+        check_regular(path)
         with open(path, "rb") as file:
             for line in file:
                 if line.startswith(b'{"event": "step"'):
                     steps += 1
                     if (steps - 1) % step_stride:
                         continue
-                try:
-                    event = json.loads(line)
-                except ValueError:
-                    continue
-                if isinstance(event, dict) and "event" in event:
+                event = _decoded(line)
+                if isinstance(event.get("event"), str) and all(type(event.get(key)) is int for key in ("step", "tokens")):
                     yield event
-    except FileNotFoundError:
+    except OSError:
         return
+
+
+def evaluation_is_missing(path: Path, step: int) -> bool:
+    """Whether the log ends at this step, without the end of an evaluation there: the program was ended before or in it."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
+            lines = file.read().splitlines()
+    except OSError:
+        return step == 0
+    for line in reversed(lines):
+        if _step_of(line) == step and line.startswith(b'{"event": "run_end"'):
+            if json.loads(line).get("reason") not in CUT_SHORT:
+                return False
+        elif line.startswith(b'{"event": "step"'):
+            return _step_of(line) == step
+    return step == 0
 
 
 def _plain(value: Any) -> Any:
@@ -191,8 +237,14 @@ def _plain(value: Any) -> Any:
 
 def _step_of(line: bytes) -> int:
     """The step of a line of the log; a line that is not ours counts as old."""
+    step = _decoded(line).get("step")
+    return step if type(step) is int else 0
+
+
+def _decoded(line: bytes) -> dict[str, Any]:
+    """A line's event; {} where it is none."""
     try:
-        step = json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return 0
-    return step if isinstance(step, int) else 0
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return event if isinstance(event, dict) else {}

@@ -228,7 +228,7 @@ def test_without_a_checkpoint_there_is_nothing_to_go_back_to(tmp_path: Path) -> 
     poison(built, lambda step: True)
     with pytest.raises(Diverged):
         finish(built)
-    assert built.trainer.progress.skipped == BAD_STEPS and not (tmp_path / "checkpoints").exists()
+    assert built.trainer.progress.skipped == BAD_STEPS and not list((tmp_path / "checkpoints").glob("*.pth"))
 
 
 # memory --------------------------------------------------------------------------------------------------------------
@@ -242,7 +242,7 @@ def limit_rows(built: TrainingSession, most: int) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory (a test)")
 
     built.trainer.model.register_forward_pre_hook(hook)
-    built.trainer._fitted = False
+    built.trainer.passes.fitted = False
 
 
 @pytest.mark.parametrize(("most", "fits", "curriculum"), [(8, 8, None), (5, 4, None), (3, 2, UPHILL), (1, 1, None)])
@@ -257,7 +257,7 @@ def test_too_large_micro_batches_are_halved_and_the_update_stays(
     finish(plain)
     limit_rows(small, most)
     finish(small)
-    assert small.trainer.micro_batch_rows == fits
+    assert small.trainer.passes.rows_at_once == fits
     assert_close(weights(plain), weights(small), SAME)
     norms = [[event["grad_norm"] for event in events(tmp_path / name, "step")] for name in ("plain", "small")]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
@@ -354,10 +354,13 @@ def test_epochs_are_counted_over_chained_runs(tmp_path: Path) -> None:
 
 
 def test_a_run_that_cannot_save_says_so_and_goes_on(tmp_path: Path) -> None:
-    """A warning at each failed save; at the end an error, for that work would be lost."""
-    (tmp_path / "checkpoints").write_text("in the way")
+    """What gets in the way only after the start: a warning at each failed save, an error at the end: that work would be lost."""
     built = session(tmp_path, train={"checkpoint_every_steps": 2})
-    with pytest.raises(CheckpointError, match="the end of the run could not be saved"):
+    (tmp_path / "checkpoints").rmdir()
+    (tmp_path / "checkpoints").write_text("in the way")
+    with pytest.raises(
+        CheckpointError, match=r"the end of the run could not be saved: .*checkpoints is no folder\. Move it away"
+    ):
         finish(built)
     assert [event["step"] for event in events(tmp_path, "step")] == [1, 2, 3, 4, 5]
     assert any("checkpoint not saved" in event["message"] for event in events(tmp_path, "warning"))
@@ -366,12 +369,16 @@ def test_a_run_that_cannot_save_says_so_and_goes_on(tmp_path: Path) -> None:
 def test_when_all_data_is_lost_the_run_saves_and_halts(tmp_path: Path) -> None:
     """NoData, with a checkpoint of the last step and the reason in the log."""
     built = session(tmp_path, train={"max_steps": 1000, "per_gpu_batch_size": 16})
-    for path in (tmp_path / "texts").iterdir():
-        path.unlink()
+
+    def lose_all() -> None:
+        for path in (tmp_path / "texts").iterdir():
+            path.unlink()
+
+    built.trainer.model.after_optimizer_step = lose_all
     with pytest.raises(NoData):
         finish(built)
     assert events(tmp_path, "run_end")[-1]["reason"] == "no_data"
-    assert Project(tmp_path).checkpoint()["progress"]["step"] == built.trainer.progress.step
+    assert Project(tmp_path).checkpoint()["progress"]["step"] == built.trainer.progress.step > 0
 
 
 def test_the_log_says_what_evaluation_measured(tmp_path: Path) -> None:

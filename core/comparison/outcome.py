@@ -69,7 +69,7 @@ def read_outcome(trial: Trial) -> Outcome:
     out = Outcome(trial)
     training: Curve = []
     speeds: list[float] = []
-    begun = last = None
+    begun = last = trained = None
     seconds, sampled_at = 0.0, None
     read: dict[str, float] = {}
     for event in read_events(trial.folder / "metrics.jsonl"):
@@ -83,7 +83,7 @@ def read_outcome(trial: Trial) -> Outcome:
             out.causal, out.objective = event.get("causal", True), event.get("objective", NEXT_TOKEN)
         elif kind == "step":
             loss = _number((event.get("losses") or {}).get("cross_entropy"))
-            out.trained_by_loss = loss is None
+            out.trained_by_loss, trained = loss is None, tokens
             loss = _number(event.get("loss")) if loss is None else loss
             if loss is not None and isinstance(tokens, int):
                 training.append((tokens, loss))
@@ -102,6 +102,8 @@ def read_outcome(trial: Trial) -> Outcome:
             out.samples.append((str(event.get("prompt", "")), str(event.get("text", ""))))
         elif kind == "run_end":
             out.receipt = event.get("receipt")
+    if trial.status == "finished" and trained is not None and out.tokens != trained:
+        out.metrics = {}  # its last evaluation failed: the one before is of less training than the others'
     out.training = _thinned(training)
     out.tokens_per_second = statistics.median(speeds) if speeds else None
     out.seconds = None if begun is None else seconds + last - begun

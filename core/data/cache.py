@@ -23,6 +23,7 @@ from core.data.documents import Document, Encoded
 from core.data.encoding import encode
 from core.data.sources.shards import ShardView
 from core.data.tokenizer import Tokenizer
+from core.files import check_regular, open_lock, write_file
 
 CACHE = ".cache/tokens"
 BLOCK = 256  # positions of a shard (rows, lines) in one file
@@ -49,8 +50,8 @@ class TokenCache:
         """A block and whether it is the shard's last; None when it is not there or not whole."""
         path = self._path(address, number)
         try:
-            data = path.read_bytes()
-            found = unpacked(data)
+            check_regular(path)
+            found = unpacked(path.read_bytes())
             os.utime(path)  # what was used last is deleted last
         except FileNotFoundError:
             return None
@@ -62,13 +63,11 @@ class TokenCache:
 
     def put(self, address: str, number: int, block: Block, last: bool) -> None:
         path = self._path(address, number)
-        aside = path.with_suffix(f".{os.getpid()}-{id(block)}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if shutil.disk_usage(path.parent).free < FREE_BYTES:
                 return
-            aside.write_bytes(packed(block, last))
-            os.replace(aside, path)
+            write_file(path, packed(block, last))
         except OSError:
             return
         self._written += 1
@@ -82,8 +81,7 @@ class TokenCache:
         try:
             import fcntl
 
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = path.open("w")
+            file = os.fdopen(open_lock(path), "r+b")
         except (ImportError, OSError):  # no locks here: at worst the work is done twice
             yield True
             return

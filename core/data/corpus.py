@@ -307,7 +307,7 @@ def data_position(saved: dict[str, Any] | None, fingerprint: str, contents: dict
         draws = {index: (source, tokens) for index, source, tokens in saved.get("draws", [])}
         factors = dict(saved.get("factors", []))
         past = saved["snapshot"], dict(saved["drops"]), list(saved["renewals"]), factors, draws, receipts
-        return Position(saved["rows"], lanes, *past), []
+        return Position(saved["rows"], lanes, *past, saved.get("passed_over", 0)), []
     cursors = dict((saved["snapshot"] or {}).get("cursors", {}))
     for name in changed:
         cursors[name] = {"epoch": cursors.get(name, {}).get("epoch", 0) + 1}

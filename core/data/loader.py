@@ -26,6 +26,7 @@ from core.contracts import Batch
 from core.data.mixing import SourceFailed
 from core.data.packing import Piece, Place, Row
 from core.data.pipeline import Position, share_of_lanes
+from core.data.unlearned import Unlearned
 from core.data.worker import MakePipeline, Stopped, Worker
 from core.errors import NoData, UserError
 
@@ -70,8 +71,7 @@ class Loader:
     """Iterates over optimizer steps.
 
     make_pipeline    (position, lanes) -> Pipeline; picklable when there are worker processes
-    describe         a row as text, for the error that says that nothing in it is learned
-    by_chance        whether it is chance what is learned: then a step without anything is passed over
+    describe         a row as text, where it is to be told that nothing in it is learned: not where that is chance
     parallel         world_size, rank, `sum(numbers)` and `gather(object)` over the ranks
     rows_per_step    global rows of one optimizer step; divisible by the number of ranks
     workers          processes per rank; 0 reads in a thread of this process
@@ -90,11 +90,10 @@ class Loader:
         workers: int = 0,
         pin_memory: bool = False,
         facts: dict[str, Any] | None = None,
-        describe: Callable[[Row], str] = repr,
-        by_chance: bool = False,
+        describe: Callable[[Row], str] | None = None,
     ):
         self.position = position
-        self._facts, self._describe, self._by_chance = facts or {}, describe, by_chance
+        self._facts, self._describe = facts or {}, describe
         self.source_names = source_names
         self._make_pipeline, self._parallel = make_pipeline, parallel
         self._rows_per_step, self._packed, self._pin_memory = rows_per_step, packed, pin_memory
@@ -106,6 +105,8 @@ class Loader:
         self._reader: _Reader | None = None
         self._behind = 0  # the draw that the snapshots of all ranks have reached
         self._empty_rows = 0  # global rows in a row without a document: a whole round of lanes of them is the end
+        self._taken: list[Row] = []  # of the step that was handed out last: the position moves past them once it is made
+        self.unlearned = Unlearned(position.rows > position.passed_over * rows_per_step, of_chance=describe is None)
         self.dropped: list[tuple[str, str]] = []  # (source, reason) since last asked: for the log
         self.skipped: dict[tuple[str, str, str], bool] = {}  # (source, file, why): whether it was logged
 
@@ -113,8 +114,10 @@ class Loader:
         """The next step's rows; None when the data has ended. Raises NoData when every source has failed.
 
         A source that fails on any rank is dropped on all of them, from the same draw on. Once any rank is to stop while it
-        waits for rows, all of them raise Stopped, with the position as it was.
+        waits for rows, all of them raise Stopped, with the position as it was; so it is with an error of any rank. A step in
+        which no token is learned is passed over and counted; UserError where there is no end of them.
         """
+        self._settle()
         waited = 0.0
         while True:
             if self._reader is None:
@@ -125,16 +128,20 @@ class Loader:
             item = self._reader.get(should_stop)
             waited += time.monotonic() - begun
             failed = item if isinstance(item, SourceFailed) else None
-            batch, rows = (None, []) if failed or item is None else item
+            broken = item if isinstance(item, BaseException) and failed is None else None
+            batch, rows = (None, []) if failed or broken or item is None else item
             failures = [float(failed is not None and failed.name == name) for name in self.source_names]
             targets = 0 if batch is None else int((batch.labels >= 0).sum())
             tokens = 0 if batch is None else int((batch.source_ids >= 0).sum())
             read = self._read_of(rows)
+            self.skipped = {**{each: False for row in rows for each in row.skipped}, **self.skipped}
             places = [0] * self._parallel.world_size  # where each rank's snapshot stands: a sum fills in the others'
             places[self._parallel.rank] = self._snapshot_index
-            own = [float(item is None), targets, tokens, *places, *failures, *read]
-            stops, targets, tokens, *numbers = self._parallel.sum(own)
+            own = [float(item is None), float(broken is not None), targets, tokens, *places, *failures, *read]
+            stops, errors, targets, tokens, *numbers = self._parallel.sum(own)
             self._behind, numbers = int(min(numbers[: len(places)])), numbers[len(places) :]
+            if errors:
+                raise broken or UserError("another process could not go on reading its data; its own message says why.")
             if stops:
                 raise Stopped
             failures, *read = np.array(numbers, dtype=np.int64).reshape(4, -1).tolist()
@@ -144,26 +151,31 @@ class Loader:
             if tokens == 0:
                 self._empty_rows += self._rows_per_step
                 if self._empty_rows >= self._num_lanes:
+                    self.unlearned.end()
                     return None
                 self._advance(rows)  # these lanes are empty, others may not be
                 continue
-            if targets == 0 and self._by_chance:
-                self._advance(rows)
-                continue
-            if targets == 0:
-                raise UserError(
-                    "no token of this step is learned: in its conversations the assistant says nothing, or only beyond the rows' "
-                    f"length. One row, learned tokens in [[ ]]:\n{self._describe(rows[0])}\n"
-                    "Check the conversations, or raise model.seq_length or train.per_gpu_batch_size."
-                )
             self._empty_rows = 0
-            first = self.position.rows
-            self._advance(rows)
+            if targets == 0:
+                if self._describe and self.unlearned.needs_example:
+                    self.unlearned.show(self._describe(rows[0]))
+                self.position.passed_over += 1
+                self._advance(rows)
+                self.unlearned.add(int(tokens))
+                continue
+            self.unlearned.learned()
+            first, self._taken = self.position.rows, rows
             own = [i for i in range(self._rows_per_step) if (first + i) % self._num_lanes in self._lanes]
             return StepRows(batch, int(targets), int(tokens), *read, waited, own)
 
+    def give_back(self) -> None:
+        """The step that was handed out last was not made: the position stays before it, and there is nothing to read but it."""
+        self._taken = []
+        self._stop_reading(None)
+
     def state(self) -> dict[str, Any]:
         """The position over all ranks, as JSON. Every rank must call it."""
+        self._settle()
         position = self.position
         own = {
             # of its own lanes only: after a resume it knows the others' as they were then
@@ -188,6 +200,7 @@ class Loader:
             "renewals": sorted({draw for part in parts for draw in part["renewals"]}),
             "factors": sorted({draw: factors for part in parts for draw, factors in part["factors"].items()}.items()),
             "draws": sorted({(index, *draw) for part in parts for index, draw in part["draws"].items() if index < used}),
+            "passed_over": position.passed_over,
             "receipts": receipts,
             "receipt": hashlib.blake2b(repr(sorted(receipts.items())).encode(), digest_size=8).hexdigest(),
             **self._facts,
@@ -198,6 +211,7 @@ class Loader:
 
         Every rank must call it, after the same step; the factors of rank 0 hold. Nothing happens where they hold already.
         """
+        self._settle()
         factors = self._parallel.broadcast(factors)
         if factors != self.position.latest_factors:
             self.position.factors[self._read_anew()] = factors
@@ -218,6 +232,12 @@ class Loader:
                 epochs[piece.source] += piece.opens_epoch
         return [*tokens.tolist(), *documents.tolist(), *epochs.tolist()]
 
+    def _settle(self) -> None:
+        """Count the rows of the last step as consumed."""
+        if self._taken:
+            rows, self._taken = self._taken, []
+            self._advance(rows)
+
     def _advance(self, rows: list[Row]) -> None:
         """Move the position past consumed rows."""
         position = self.position
@@ -227,8 +247,6 @@ class Loader:
             position.receipts[row.lane] = linked(position.receipts.get(row.lane, ""), row.pieces)
             self._snapshots += row.snapshots
             position.draws |= row.draws
-            for each in row.skipped:
-                self.skipped.setdefault(each, False)
         reached = min(position.lanes.get(lane, Place()).oldest for lane in self._lanes)
         while len(self._snapshots) > 1 and self._snapshots[1]["index"] <= reached:
             self._snapshots.pop(0)
@@ -326,20 +344,16 @@ class _Reader:
                 continue
 
     def get(self, should_stop: Callable[[], bool]) -> Any:
-        """The next (Batch, rows), or the SourceFailed that ended the reading. Any other error is raised here.
+        """The next (Batch, rows), or the error that ended the reading.
 
         None when it is time to stop before there is one: a source may be waiting for minutes.
         """
         while True:
             try:
-                item = self._queue.get(timeout=STOP_POLL_SECONDS)
-                break
+                return self._queue.get(timeout=STOP_POLL_SECONDS)
             except queue.Empty:
                 if should_stop():
                     return None
-        if isinstance(item, BaseException) and not isinstance(item, SourceFailed):
-            raise item
-        return item
 
     def close(self, patience: float | None = None) -> None:
         """Ends the reading; waits for it so long at most. What then still waits for a source ends with the process."""

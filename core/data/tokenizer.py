@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from core.errors import MissingPackage, SourceUnavailable, UserError
+from core.files import read_json, write_file
 from core.hub import check_reachable, explain
 from core.settings import TokenizerSettings
 
@@ -94,9 +95,16 @@ class Tokenizer:
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "Tokenizer":
+        """Of a checkpoint. Raises UserError."""
         import tokenizers
 
-        return cls(tokenizers.Tokenizer.from_str(state["json"]), state["eos_id"])
+        try:
+            backend = tokenizers.Tokenizer.from_str(state["json"])
+        except Exception as error:  # the library raises Exception itself
+            raise UserError(f"the tokenizer in a checkpoint cannot be read: {str(error)[:200]}") from None
+        if backend.id_to_token(state["eos_id"]) is None:
+            raise UserError(f"the tokenizer in a checkpoint has no token {state['eos_id']}, which is to end documents")
+        return cls(backend, state["eos_id"])
 
     def vocabulary_sha256(self, size: int) -> str:
         """Stands for the first `size` tokens and their ids, whatever version of the tokenizers library is asked."""
@@ -111,9 +119,7 @@ class Tokenizer:
         about = {"eos_token": self._backend.id_to_token(self.eos_id), "vocab_size": self.vocab_size, **facts}
         config = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
         for file, text in ((path.with_name(CONFIG), config), (path, self._backend.to_str())):  # `path` last: both are there then
-            aside = file.with_name(f"{file.name}.tmp")
-            aside.write_text(text, encoding="utf-8")
-            os.replace(aside, file)
+            write_file(file, text)
 
 
 def build_tokenizer(
@@ -157,7 +163,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
 def tokenizer_facts(path: Path) -> dict[str, Any]:
     """What stands in the tokenizer_config.json beside a tokenizer file; {} where there is none that can be read."""
     try:
-        facts = json.loads(path.with_name(CONFIG).read_text(encoding="utf-8"))
+        facts = read_json(path.with_name(CONFIG))
     except (OSError, ValueError):
         return {}
     return facts if isinstance(facts, dict) else {}

@@ -11,7 +11,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,10 @@ from core.checkpoint import CheckpointStore
 from core.comparison.results import Comparison, collect
 from core.comparison.trials import Trial, changed, plan, read_outcomes, write_json, write_outcomes
 from core.errors import Diverged, Interrupted, UserError
+from core.files import cause, read_json
 from core.jobs.train import train_to_the_end, views_of
-from core.metrics import read_events
+from core.lineage import owned
+from core.metrics import evaluation_is_missing, read_events
 from core.parallel import on_rank_zero
 from core.preset import decode_preset
 from core.runtime import Runtime, StopRequest, forget_peak_memory
@@ -39,8 +41,14 @@ NO_PEAK = "memory_mb counts earlier trials of this process as well: this system 
 
 
 def compare(preset: Any, runtime: Runtime, parallel: Any, root: Path, started: float, console: Any) -> None:
-    """Run every trial that is not done. Raises Interrupted after Ctrl-C or SIGTERM, with everything saved and reported."""
+    """Run every trial that is not done. Raises Interrupted after Ctrl-C, SIGTERM or SIGHUP, with all saved and reported."""
     on_rank_zero(parallel, lambda: refuse_variants(preset, root, runtime))
+    with ExitStack() as held:
+        on_rank_zero(parallel, lambda: held.enter_context(owned(root, preset.lineage, preset.job)))
+        _compare(preset, runtime, parallel, root, console)
+
+
+def _compare(preset: Any, runtime: Runtime, parallel: Any, root: Path, console: Any) -> None:
     trials = on_rank_zero(parallel, lambda: standing(preset, root, parallel.world_size))
     desk = Desk(preset, root, parallel.world_size, console) if parallel.rank == 0 else None
     with StopRequest() as stop, desk.view if desk else nullcontext():
@@ -133,10 +141,11 @@ def standing(preset: Any, root: Path, world_size: int | None = None) -> list[Tri
             trial = replace(trial, status=entry["status"], note=entry["note"])
         elif found is not None:
             progress, runs = found["progress"], trial.preset["train"]["runs"]
-            over = progress["finished"] and progress["horizon_runs"] >= runs
-            if over and not (trial.folder / "metrics.jsonl").exists():
-                differences.append((trial, f"its log {trial.folder / 'metrics.jsonl'} is gone"))
-            trial = replace(trial, status="finished" if over else "running")
+            over, log_file = progress["finished"] and progress["horizon_runs"] >= runs, trial.folder / "metrics.jsonl"
+            if over and not log_file.exists():
+                differences.append((trial, f"its log {log_file} is gone"))
+            unmeasured = progress.get("evaluation_due", False) and evaluation_is_missing(log_file, progress["step"])
+            trial = replace(trial, status="finished" if over and not unmeasured else "running")
         trials.append(trial)
     if differences:
         raise UserError(_refusal(preset, differences))
@@ -285,7 +294,7 @@ def _tokenizer_file(root: Path, lineage: str, trial: Trial) -> Path:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
+        return read_json(path)
     except (OSError, ValueError):
         return None
 
@@ -322,8 +331,8 @@ class Desk:
                 write_report(found, self._folder)
             except OSError as error:
                 raise UserError(
-                    f"the report in {self._folder} cannot be written: {error.strerror}. Every trial is saved; free some space, "
-                    "or mend that, and start again to go on."
+                    f"the report in {self._folder} cannot be written: {cause(error, self._folder / 'report.html')} "
+                    "Every trial is saved: start again to go on."
                 ) from None
 
     def finish(self, trials: list[Trial], nothing_was_done: bool) -> None:

@@ -21,6 +21,7 @@ import torch
 from core.contracts import plain_batch
 from core.data.corpus import open_held_out
 from core.errors import Interrupted, NoData, UserError
+from core.files import cause
 from core.generation import Voice
 from core.harness.library import version
 from core.harness.perplexity import held_out_rows, perplexity
@@ -49,7 +50,7 @@ SAMPLED = 1024
 
 
 def evaluate(preset: Any, runtime: Runtime, parallel: Any, root: Path, started: float, console: Any) -> None:
-    """Measure what is not measured yet. Raises Interrupted after Ctrl-C or SIGTERM, with every finished task kept."""
+    """Measure what is not measured yet. Raises Interrupted after Ctrl-C, SIGTERM or SIGHUP, with every finished task kept."""
     if parallel.rank != 0:
         return
     wanted = preset.evaluate
@@ -255,9 +256,8 @@ class Desk:
         try:
             write_findings(self._findings, self._folder)
         except OSError as error:
-            raise UserError(
-                f"{self._folder} cannot be written: {error.strerror}. Free some space, or mend that, and start again."
-            ) from None
+            place = self._folder / "evaluate.json"
+            raise UserError(f"{place} cannot be written: {cause(error, place)} Then start again.") from None
 
 
 def _now() -> str:

@@ -16,12 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from core.data.chunks import BadChunks, ChunkWriter, Manifest, read_manifest
+from core.data.chunks import MANIFEST, BadChunks, ChunkWriter, Manifest, read_manifest
 from core.data.corpus import Corpus, open_corpus
 from core.data.documents import Cursor, DocumentStream, Source
 from core.data.token_pool import Batch, TokenPool, usable_cores
 from core.data.tokenizer import SAMPLE_CHARACTERS, Tokenizer, build_tokenizer, read_tokenizer, tokenizer_facts
 from core.errors import Interrupted, NoData, SourceUnavailable, UserError
+from core.files import cause
 from core.names import file_name, is_file_name
 from core.parallel import Single
 from core.runtime import Runtime, StopRequest
@@ -58,7 +59,7 @@ class Task:
 
 
 def tokenize(preset: Any, runtime: Runtime, parallel: Any, root: Path, started: float, console: Any) -> None:
-    """Write every source, one after the other. Raises Interrupted after Ctrl-C or SIGTERM, with everything saved."""
+    """Write every source, one after the other. Raises Interrupted after Ctrl-C, SIGTERM or SIGHUP, with everything saved."""
     if parallel.rank != 0:  # one process does it all; its own helpers are no ranks
         return
     wanted = preset.tokenize
@@ -167,7 +168,7 @@ def _tokenizer(preset: Any, corpus: Corpus, root: Path, view: TokenizeView) -> T
         output.mkdir(parents=True, exist_ok=True)
         tokenizer.save(path, made_from=asked)
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}. Free some space, or mend that, and start again.") from None
+        raise UserError(f"{path} cannot be written: {cause(error, path)} Then start again.") from None
     return tokenizer
 
 
@@ -334,8 +335,8 @@ def _disk(task: Task) -> Iterator[None]:
         raise UserError(str(error)) from None
     except OSError as error:
         raise UserError(
-            f"{task.folder} cannot be written: {error.strerror}. {task.manifest.total_tokens:,} tokens of {task.source.name} are "
-            "safe; free some space, or mend that, and start again to go on."
+            f"{task.folder} cannot be written: {cause(error, task.folder / MANIFEST)} "
+            f"{task.manifest.total_tokens:,} tokens of {task.source.name} are safe: start again to go on."
         ) from None
 
 

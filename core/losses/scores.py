@@ -113,9 +113,12 @@ class LinearScores:
 
     def _new_buffer(self, rows: int) -> Tensor:
         """(rows, V) with every row at a multiple of 64 numbers. At the odd addresses that 50257 gives, a product in fp32 takes
-        1.5 times as long (512 x 50257 x 768: 335 instead of 225 ms); a tensor core minds as much."""
+        1.5 times as long (512 x 50257 x 768: 335 instead of 225 ms); a tensor core minds as much. The numbers between the rows
+        are 0: AMX reads them, too, and multiplies them by 0, which is NaN for what memory may hold."""
         vocab_size = len(self.weight)
-        return self.weight.new_empty(rows, -(-vocab_size // 64) * 64, dtype=self.dtype)[:, :vocab_size]
+        buffer = self.weight.new_empty(rows, -(-vocab_size // 64) * 64, dtype=self.dtype)
+        buffer[:, vocab_size:].zero_()
+        return buffer[:, :vocab_size]
 
 
 class SphereScores(LinearScores):

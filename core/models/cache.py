@@ -56,7 +56,8 @@ class KeyValueCache:
         if buffers is not None and buffers[0].shape[2] >= length:
             return buffers
         capacity = max(length, 2 * begin, FIRST_CAPACITY)
-        roomier = tuple(x.new_empty(*x.shape[:2], capacity, x.shape[3]) for x in (k, v))
+        # zeros, because a product of a part of a buffer may read what lies beside that part, and multiply it by 0
+        roomier = tuple(x.new_zeros(*x.shape[:2], capacity, x.shape[3]) for x in (k, v))
         if buffers is not None:
             for new, old in zip(roomier, buffers):
                 new[:, :, :begin] = old[:, :, :begin]

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from core.contracts import Batch, ModelOutput
 from core.errors import UserError
+from core.files import read_json
 from core.models.attention import Attention, DocumentMask, attend, choose_backend, compute_dtype
 from core.models.norm import rms_norm
 from core.models.published import find_file, place_of, refuse_new_tokenizer, tokenizer_hint
@@ -302,7 +303,7 @@ class NeoBERT(nn.Module):
         advice = "Check model.name and the network, or leave model.name out: random weights."
         path = find_file(name, "config.json", advice)
         try:
-            config = json.loads(path.read_text(encoding="utf-8"))
+            config = read_json(path)
         except (OSError, ValueError) as error:
             raise UserError(f'config.json of model "{name}" cannot be read: {error}. {advice}') from None
         config = config if isinstance(config, dict) else {}

@@ -108,9 +108,10 @@ def _values(event: dict) -> dict[str, Any]:
         out |= {f"curriculum/{name}": value for name, value in (event.get("curriculum") or {}).items()}
         out |= _of_sources(event)
     elif kind == "eval":
-        shown = {key: value for key, value in event.items() if key not in ("event", "step", "tokens", "time", "losses")}
-        out = {f"eval/{key}": value for key, value in {**shown, **(event.get("losses") or {}), **_of_sources(event)}.items()}
-        out |= {f"eval/heads/{name}": value for name, value in (event.get("heads") or {}).items()}
+        out = {f"eval/{key}": value for key, value in event.items() if key not in ("event", "step", "tokens", "time")}
+        out |= {f"eval/{key}": value for key, value in _of_sources(event).items()}
+        for group in ("losses", "heads"):  # their names are a user's choice, or those of other measures
+            out |= {f"eval/{group}/{name}": value for name, value in (event.get(group) or {}).items()}
         out["tokens"] = event.get("tokens")
     return {key: value for key, value in out.items() if isinstance(value, (int, float))}
 

@@ -17,8 +17,8 @@ from core.losses.cross_entropy import CrossEntropy, CrossEntropySettings
 from core.losses.stack import LossStack
 from core.models.initial import draw_weights
 from core.models.readout import LinearReadout
+from core.objective import Objective
 from core.settings import AuxiliarySettings
-from core.trainer import Objective
 from tests.models.test_models import T, V, build
 
 ON = {f"enable_{name}": True for name in HEADS}
