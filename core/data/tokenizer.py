@@ -155,8 +155,8 @@ def read_tokenizer(path: Path) -> Tokenizer:
         raise UserError(f"{path} is no tokenizer of the tokenizers library: {str(error)[:200]}") from None
     token = tokenizer_facts(path).get("eos_token")
     token = token.get("content") if isinstance(token, dict) else token  # the Hub knows both forms
-    if token is not None and backend.token_to_id(token) is None:
-        raise UserError(f'{path.with_name(CONFIG)} says "eos_token": "{token}", but {path.name} has no such token')
+    if token is not None and (not isinstance(token, str) or backend.token_to_id(token) is None):
+        raise UserError(f'{path.with_name(CONFIG)} says "eos_token": {json.dumps(token)}, but {path.name} has no such token')
     return Tokenizer(backend, backend.token_to_id(token) if token is not None else _end_of(backend))
 
 
