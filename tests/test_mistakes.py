@@ -329,5 +329,5 @@ def test_every_variant_that_cannot_be_trained_is_told_before_the_first_is(tmp_pa
 def test_an_end_token_that_is_none_is_told(token: Any, tmp_path: Path) -> None:
     build_tokenizer(TokenizerSettings(type="byte"), []).save(tmp_path / "tokenizer.json")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": token}))
-    with pytest.raises(UserError, match=r"eos_token.*has no such token"):
+    with pytest.raises(UserError, match="eos_token"):
         read_tokenizer(tmp_path / "tokenizer.json")

@@ -70,6 +70,9 @@ def tokenize(preset: Any, runtime: Runtime, parallel: Any, root: Path, started: 
         for name, reason in failed.items():
             view.tell(f"warning  source {name} left out, the others go on: {reason}")
         tokenizer = _tokenizer(preset, corpus, root, view)
+        notes, warnings = corpus.told_of(tokenizer)
+        for line in [f"note  {note}" for note in notes] + [f"warning  {warning}" for warning in warnings]:
+            view.tell(line)
         tasks = _tasks(preset, corpus, tokenizer, root)
         cores = usable_cores()
         workers = wanted.workers
