@@ -24,7 +24,7 @@ import torch
 
 from core.checkpoint_state import problem_of
 from core.errors import CheckpointError, first_line
-from core.files import cause, check_regular, free_name, link_file, probe, replacing, sweep, sync_folder
+from core.files import cause, check_regular, free_name, link_file, probe, replacing, standing, sweep, sync_folder
 
 FORMAT = 1
 """Raised when a checkpoint's layout changes in a way that older code cannot read."""
@@ -130,7 +130,7 @@ class CheckpointStore:
         current = self.slots[0]
         try:
             probe(current, size)
-            free = shutil.disk_usage(current.parent).free
+            free = shutil.disk_usage(standing(current.parent)).free
         except OSError as error:
             raise CheckpointError(
                 f"a checkpoint of {size / 1e6:,.1f} MB cannot be written to {current.parent}: {cause(error, current)}"
@@ -151,7 +151,7 @@ class CheckpointStore:
             thread = threading.Thread(target=self._write, args=(_copy(state),), name="checkpoint-writer")
             thread.start()
         except Exception as error:  # no memory for a copy, or for a thread: told as a failed write is
-            self._outcome = (None, 0.0, first_line(error))
+            self._outcome = (None, 0.0, f"{first_line(error)}.")
         else:
             self._thread = thread
 

@@ -24,7 +24,7 @@ _HUB_TOKEN = re.compile(r"(?<![\w/-])hf_(?:oauth_|jwt_|app_)?[A-Za-z0-9]{8,}[\w.
 
 def read_dotenv(path: Path) -> list[str]:
     """Puts the keys of a `.env` that the environment lacks into it. Returns what a person should know: never a line's content."""
-    if not os.path.lexists(path):
+    if not os.path.lexists(path) or path.is_dir():  # a folder of this name is a virtual environment
         return []
     try:
         lines = read_text(path, "utf-8-sig").split("\n")

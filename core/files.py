@@ -100,12 +100,15 @@ def sweep(folder: Path, start: str = "", unused_seconds: float = 0.0) -> None:
 
 
 def probe(path: Path, size: int = 0) -> None:
-    """Make a file's folder and find out whether one of `size` bytes may be written and renamed there. Raises OSError.
+    """Find out whether a file of `size` bytes may be written and renamed where `path` would be. Raises OSError.
 
-    Room on the disk is another question: see `shutil.disk_usage`.
+    Nothing is left behind: where its folder is yet to be made, the one that it will be made in is tried. Room on the disk is
+    another question, see `shutil.disk_usage`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    target = _aside(path)  # swept like the others, should this be killed
+    folder = standing(path.parent)
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    target = _aside(folder / path.name)
     try:
         with replacing(target) as file:
             file.write(PROBE)
@@ -115,6 +118,11 @@ def probe(path: Path, size: int = 0) -> None:
     finally:
         with contextlib.suppress(OSError):
             os.unlink(target)
+
+
+def standing(folder: Path) -> Path:
+    """The folder, or the nearest above it that is there."""
+    return next(each for each in (folder, *folder.absolute().parents) if os.path.lexists(each))
 
 
 def free_name(path: Path) -> Path:
@@ -141,11 +149,9 @@ def check_regular(path: Path) -> None:
 def read_bytes(path: Path) -> bytes:
     """The content of a regular file. Raises OSError, also for one of more than BIGGEST bytes."""
     check_regular(path)
-    with open(path, "rb") as file:
-        content = file.read(BIGGEST + 1)
-    if len(content) > BIGGEST:
+    if os.stat(path).st_size > BIGGEST:
         raise OSError(errno.EFBIG, f"it has more than {BIGGEST >> 20} MB", str(path))
-    return content
+    return path.read_bytes()
 
 
 def read_text(path: Path, encoding: str = "utf-8") -> str:

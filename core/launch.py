@@ -280,7 +280,10 @@ def _time_line(preset: Any, runtime: Runtime) -> str:
     size, speed = (card.get(key) for key in ("tokens_per_step", "tokens_per_second"))
     if facts != (preset.name, runtime.device_name, runtime.world_size) or not (is_positive(size) and is_positive(speed)):
         return ""
-    minutes = min(RUN_TOKENS, (preset.train.max_steps or RUN_TOKENS) * size) / speed / 60
+    tokens = min(RUN_TOKENS, (preset.train.max_steps or RUN_TOKENS) * size)
+    if preset.train.max_epochs and is_positive(end := card.get("end_tokens")):
+        tokens = min(tokens, end)
+    minutes = tokens / speed / 60
     return (
         f"; a run took about {minutes / 60:.1f} h here" if minutes > 90 else f"; a run took about {max(minutes, 1):.0f} min here"
     )

@@ -38,6 +38,7 @@ def owned(root: Path, lineage: str, job: str) -> Iterator[None]:
     names decides: one of this machine that still runs is in the way; of another machine nobody can tell, so it is not.
     """
     path = root / "checkpoints" / f"{lineage}.lock"
+    fresh = not path.parent.exists()
     descriptor = _locked(path, lineage)
     try:
         owner = {"process": os.getpid(), "began": _began(os.getpid()), "host": socket.gethostname(), "since": time.time()}
@@ -47,6 +48,8 @@ def owned(root: Path, lineage: str, job: str) -> Iterator[None]:
     finally:
         with suppress(OSError):  # while it is held: whoever comes next makes a new one
             os.unlink(path)
+            if fresh:
+                os.rmdir(path.parent)  # where it is empty: nothing came of this start
         os.close(descriptor)
 
 

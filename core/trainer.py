@@ -345,10 +345,10 @@ class Trainer:
         self._emit("run_end", reason=reason, receipt=self.loader.state()["receipt"])
 
     def _save_now(self) -> str | None:
-        """Save and wait for it; why it failed, if it did."""
+        """Save and wait for it; returns why it failed, if it did, on every rank."""
         self.save()
         self.store.wait()
-        return self._tell_saved()
+        return self.parallel.broadcast(self._tell_saved())
 
     def _tell_saved(self) -> str | None:
         """Log how a background save went; returns why it failed, if it did."""
@@ -363,7 +363,9 @@ class Trainer:
         return None
 
     def _tell_left_out(self) -> None:
-        """Sources that failed, and files that could not be read."""
+        """Sources that failed, files that could not be read, and what else the loader has to tell."""
+        while self.loader.told:
+            self._warn(self.loader.told.pop(0))
         while self.loader.dropped:
             name, reason = self.loader.dropped.pop(0)
             self._warn(f"source {name} dropped, the others go on: {reason}")

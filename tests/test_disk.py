@@ -100,7 +100,7 @@ def test_a_limit_on_the_size_of_files(tmp_path: Path) -> None:
             train_here(tiny_preset(), tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert list((tmp_path / "checkpoints").iterdir()) == []
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_the_cause_is_the_cause(tmp_path: Path) -> None:
@@ -181,8 +181,8 @@ def test_what_killed_writers_left_is_swept(tmp_path: Path) -> None:
 
 
 def test_a_probe_leaves_nothing(tmp_path: Path) -> None:
-    probe(tmp_path / "new" / "file", size=1 << 40)  # takes no room
-    assert list((tmp_path / "new").iterdir()) == []
+    probe(tmp_path / "new" / "er" / "file", size=1 << 40)  # takes no room
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_gets_another_name(tmp_path: Path) -> None:
@@ -205,8 +205,8 @@ def test_what_is_no_file_is_told_and_hangs_nobody(stand_in: Callable[[Path], Non
         stand_in(tmp_path / name)
     with pytest.raises(PresetError, match="cannot be read"):
         read_preset(tmp_path / "t.json", Preset)
-    (told,) = read_dotenv(tmp_path / ".env")
-    assert "cannot be read (" in told
+    told = read_dotenv(tmp_path / ".env")
+    assert told == [] if (tmp_path / ".env").is_dir() else "cannot be read (" in told[0]  # a folder is a virtual environment
     assert read_card(tmp_path) == {}
 
 
@@ -228,7 +228,6 @@ def test_a_checkpoint_that_fails_half_way_is_told_by_its_cause(tmp_path: Path) -
     """The folder was taken away in mid-run, and a file stands there."""
     store = CheckpointStore(tmp_path / "checkpoints", "t")
     store.prepare()
-    (tmp_path / "checkpoints").rmdir()
     (tmp_path / "checkpoints").write_text("in the way")
     store.save({"model": {"a": torch.zeros(3)}})
     store.wait()

@@ -20,6 +20,7 @@ import torch
 
 from core.contracts import plain_batch
 from core.data.corpus import open_held_out
+from core.data.validation import shortfall
 from core.errors import Interrupted, NoData, UserError
 from core.files import cause
 from core.generation import Voice
@@ -217,6 +218,8 @@ class Desk:
             if found is None:
                 self._note(f"{name} holds no document out; nothing to measure there")
                 continue
+            if message := shortfall(rows[name], preset.train.eval_tokens):
+                self._note(f"{name}: {message}")
             self._findings.sources[name] = {"made_from": mark, "date": _now(), "not_causal": self._findings.note, **found}
             self._keep()
 

@@ -410,7 +410,8 @@ def test_bad_rows_are_counted_once(tmp_path: Path) -> None:
     source.open()
     for epoch in (0, 1):
         assert [d.text for d in source.stream({"epoch": epoch})] == [f"x {i}?\nx {i}!" for i in range(3)]
-    assert source.notes == [f"skipped {len(bad) + 3} rows without readable text in x.jsonl"]
+    assert sum(int(note.split()[1]) for note in source.notes) == len(bad) + 3, source.notes
+    assert source.notes[0] == "skipped 2 rows: no JSON (the first: x.jsonl#1)"
 
 
 @pytest.mark.parametrize("values", [[ROWS["ShareGPT"]] * 3, [ROWS["a JSON string"]] * 3], ids=["ShareGPT", "JSON"])
@@ -436,7 +437,7 @@ def test_without_a_conversation_a_source_fails(tmp_path: Path) -> None:
     (tmp_path / "y.txt").write_text("plain text is no conversation")
     with pytest.raises(SourceUnavailable, match=r"no text in its only file .* skipped 2 rows"):
         build_source(ChatSettings(path="x.jsonl"), tmp_path, 1).open()
-    with pytest.raises(SourceUnavailable, match=r"y.txt is of no readable kind \(.jsonl .jsonl.gz .jsonl.zst .parquet\)"):
+    with pytest.raises(SourceUnavailable, match=r"y.txt is of no readable kind \(.jsonl .ndjson .json .csv .tsv .parquet, and"):
         build_source(ChatSettings(path="y.txt"), tmp_path, 1).open()
     with pytest.raises(SourceUnavailable, match="no row of it holds a conversation in messages"):
         next(build_source(ChatSettings(dataset="./x.jsonl"), tmp_path, 1).stream({}))
