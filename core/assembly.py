@@ -16,26 +16,29 @@ import torch
 from torch import nn
 
 from core.auxiliary import build_heads, check_heads, load_heads, output_of_one_token
-from core.checkpoint import FORMAT, LINEAGE_OF_ITS_OWN, CheckpointStore
+from core.checkpoint import FORMAT, LINEAGE_OF_ITS_OWN, CheckpointStore, stored_bytes
 from core.contracts import call_if_defined
 from core.curriculum import build_curriculum
+from core.data.agreement import agreed_contents
 from core.data.corpus import Corpus, PipelineFactory, data_position, open_corpus
 from core.data.encoding import shown
 from core.data.loader import Loader
+from core.data.packing import Row
 from core.data.pipeline import Position
 from core.data.source_weights import SourceWeights, check_adaptive
 from core.data.sources import NAMED_SOURCES, SOURCES
 from core.data.tokenizer import SAMPLE_CHARACTERS, Tokenizer, build_tokenizer
-from core.data.validation import hide_one
+from core.data.validation import hide_one, shortfall
 from core.errors import UserError
 from core.evaluation import Evaluator
 from core.filling import fill, neighbors, word_ids
 from core.freezing import train_only
 from core.generation import Voice, generate
 from core.horizon import Horizon, Progress, begin_next_run
+from core.lineage import changed_sources
 from core.losses import LOSSES
 from core.losses.stack import LossStack
-from core.metrics import MetricsLog, evaluation_is_missing
+from core.metrics import LOG, MetricsLog, check_log, evaluation_is_missing
 from core.models import MODELS
 from core.objective import Objective
 from core.optim import Optimizer
@@ -44,6 +47,7 @@ from core.preset import preset_class, preset_json
 from core.randomness import derive_seed
 from core.runtime import Runtime
 from core.settings import MASKED_TOKENS, RUN_TOKENS
+from core.size import SMALLEST_VOCABULARY, check_memory, size_of
 from core.trainer import Trainer, load_slot
 from core.weights import FITTING, Weights, find_weights
 
@@ -80,6 +84,22 @@ def build_stack(preset: Any) -> LossStack:
     return LossStack([LOSSES[settings.type][1](settings) for settings in preset.losses])
 
 
+def check_parts(preset: Any, runtime: Runtime) -> None:
+    """Raises UserError where the parts of a preset do not go together, as `build_training` would, before anything is read.
+
+    For a comparison, whose last variant would else say so after hours. A model of the Hub is left out: it would be downloaded.
+    """
+    check_adaptive(preset)
+    call_if_defined(preset.model, "check_tokenizer_section", preset.tokenizer)
+    check_memory(preset, SMALLEST_VOCABULARY, runtime)
+    if hasattr(preset.model, "num_layers"):
+        size_of(preset, SMALLEST_VOCABULARY)  # refuses names of parameters that there are not
+        one_layer = preset.model_copy(update={"model": preset.model.model_copy(update={"num_layers": 1})})
+        model, stack = build_model(one_layer, SMALLEST_VOCABULARY), build_stack(preset)
+        stack.check(output_of_one_token(model, torch.device("cpu")).readout)
+        check_heads(preset, model, stack)
+
+
 # the session ---------------------------------------------------------------------------------------------------------
 
 
@@ -100,6 +120,7 @@ def build_training(
     """
     adapting = check_adaptive(preset)
     call_if_defined(preset.model, "check_tokenizer_section", preset.tokenizer)
+    check_memory(preset, SMALLEST_VOCABULARY, runtime)  # before anything is read
     if preset.data.lanes % parallel.world_size:
         raise UserError(
             f"{parallel.world_size} processes do not divide data.lanes = {preset.data.lanes}; start with another "
@@ -110,11 +131,16 @@ def build_training(
     corpus = open_corpus(preset, root, parallel, (saved or {"data": {}})["data"].get("held_out"))
     masked = corpus.objective == MASKED_TOKENS
     warnings = [f"source {name} dropped, the others go on: {reason}" for name, reason in corpus.failed.items()]
+    if saved is not None:
+        (warnings if saved["preset"]["name"] == preset.name else notes).extend(changed_sources(saved, preset, corpus.failed))
     notes += corpus.notes + adapting
     tokenizer, told = _tokenizer(preset, weights, parallel, corpus, tokenizer_state)
-    notes += told + corpus.told_of(tokenizer)
     corpus.check_tokenizer(tokenizer)
+    of_tokens, loud = corpus.told_of(tokenizer)
+    notes, warnings = notes + told + of_tokens, warnings + loud
 
+    check_memory(preset, tokenizer.vocab_size, runtime)
+    repeats = runtime.keep_order(preset.train.deterministic)
     model = rank_zero_first(parallel, lambda: build_model(preset, tokenizer.vocab_size))
     if weights is None:
         rank_zero_first(parallel, lambda: call_if_defined(model, "load_published", notes))
@@ -141,12 +167,27 @@ def build_training(
     if saved is not None and (fresh := optimizer.load(saved["optimizer"])):
         notes.append(f"optimizer state starts afresh for {len(fresh)} parameters: {', '.join(fresh[:4])}")
 
-    log_file = root / "logs" / preset.lineage / "metrics.jsonl"
+    size = stored_bytes(model, heads) + optimizer.state_bytes() + len(tokenizer.state()["json"])
+    on_rank_zero(parallel, lambda: store.check_room(size))
+
+    log_file = root / "logs" / preset.lineage / LOG
     progress, told = _progress(preset, saved, lambda step: on_rank_zero(parallel, lambda: evaluation_is_missing(log_file, step)))
     notes += told
-    horizon = _horizon(preset, corpus, tokenizer)
+    facts = {
+        "fingerprint": corpus.pipeline_factory(tokenizer, preset.model.seq_length).fingerprint(),
+        "contents": agreed_contents(corpus, parallel),
+        "held_out": corpus.hold_out.state(),
+    }
+    kept = saved["data"] if saved is not None and progress.horizon_step > 0 else None
+    facts["epoch_tokens"], told = _epoch_tokens(preset, kept, facts, corpus, tokenizer, parallel)
+    notes += told
+    horizon = _horizon(preset, facts["epoch_tokens"])
     rows_per_step = preset.train.per_gpu_batch_size * preset.train.accumulation_steps * parallel.world_size
-    factory, position, facts, told = _data(preset, saved, progress, corpus, tokenizer, horizon, rows_per_step, parallel)
+    tokens_per_step = rows_per_step * preset.model.seq_length
+    if parallel.rank == 0 and progress.run_step == 0 and preset.train.max_epochs is None:
+        tokens = min(horizon.run_tokens, (horizon.run_steps or horizon.run_tokens) * tokens_per_step)
+        warnings += corpus.too_often(tokenizer, tokens * preset.train.candidates)
+    factory, position, told = _data(preset, saved, progress, corpus, tokenizer, horizon, tokens_per_step, facts, parallel)
     notes += told
     source_weights = SourceWeights(dict(zip(corpus.names, corpus.mix.weights)), preset.auxiliary, (saved or {}).get("adaptive"))
     if source_weights.factors != position.latest_factors:  # switched on or off, or the mix begins anew
@@ -170,10 +211,16 @@ def build_training(
     dtype = runtime.compute_dtype(preset.train.precision)
     curriculum = build_curriculum(preset.train, corpus.objective, len(corpus.names), parallel, runtime.device, dtype)
     notes += [curriculum.note] if curriculum is not None else []
+
+    def held_out_rows() -> list[Row]:
+        rows = corpus.validation_rows(tokenizer, preset.model.seq_length, preset.train.eval_tokens, validation_seed)
+        if message := shortfall(rows, preset.train.eval_tokens):
+            log.emit("warning", step=progress.step, tokens=progress.tokens, message=message)
+        return rows
+
     evaluator = Evaluator(
-        lambda: corpus.validation_rows(tokenizer, preset.model.seq_length, preset.train.eval_tokens, validation_seed),
+        held_out_rows,
         stack,
-        tokenizer.token_bytes(),
         preset.train.per_gpu_batch_size,
         parallel,
         runtime.device,
@@ -214,11 +261,13 @@ def build_training(
         "world_size": parallel.world_size,
         "device": runtime.device_name,
         "precision": "bf16" if dtype == torch.bfloat16 else "fp32",
+        "repeats": repeats,
         "budget_tokens": horizon.run_tokens,
+        "end_tokens": horizon.run_end(progress),
         "run_tokens": progress.run_tokens,
         "max_steps": preset.train.max_steps,
         "run_step": progress.run_step,
-        "tokens_per_step": rows_per_step * preset.model.seq_length,
+        "tokens_per_step": tokens_per_step,
         "compile": compile_told,
         "sources": corpus.names,
     }
@@ -226,7 +275,7 @@ def build_training(
     folder = root / "logs" / preset.lineage
     views = make_views(folder, start_event, resolved, wandb_id, notes) if rank_zero else []
     log = MetricsLog(log_file if rank_zero else None, views)
-    log.rewind(progress.step, evaluation_due=progress.evaluation_due)
+    notes += log.rewind(progress.step, evaluation_due=progress.evaluation_due)
     trainer = Trainer(
         Objective(model, stack, len(corpus.names), heads),
         optimizer,
@@ -264,7 +313,14 @@ def _beginning(
 
     The weights are those of the lineage's newest slot; where it has none, those that `init_from` names, if it does.
     """
-    state, path, notes = load_slot(store, parallel)
+
+    def prepare() -> list[str]:
+        check_log(root / "logs" / preset.lineage / LOG)
+        return store.prepare()
+
+    notes = on_rank_zero(parallel, prepare)
+    state, path, told = load_slot(store, parallel)
+    notes += told
     origin = preset.init_from
     if state is not None:
         notes += [f'init_from "{origin}" is not used again: the lineage goes on from its own checkpoint'] if origin else []
@@ -326,12 +382,25 @@ def _progress(preset: Any, saved: dict[str, Any] | None, is_missing: Callable[[i
     return progress, notes
 
 
-def _horizon(preset: Any, corpus: Corpus, tokenizer: Tokenizer) -> Horizon:
+def _epoch_tokens(
+    preset: Any, kept: dict[str, Any] | None, facts: dict[str, Any], corpus: Corpus, tokenizer: Tokenizer, parallel: Any
+) -> tuple[int | None, list[str]]:
+    """Tokens of one pass over the data, where epochs end a run; remarks. Decided by rank 0, once for each horizon: `kept`, of its
+    checkpoint, holds as long as it is of the same data."""
+    train = preset.train
+    if train.max_epochs is None:
+        return None, []
+    if kept is not None and kept.get("epoch_tokens") and all(kept.get(key) == facts[key] for key in ("fingerprint", "contents")):
+        return kept["epoch_tokens"], []
+    limit = -(-RUN_TOKENS * train.runs * train.candidates // train.max_epochs)  # with more, epochs do not end it
+    return on_rank_zero(parallel, lambda: corpus.epoch_tokens(tokenizer, limit))
+
+
+def _horizon(preset: Any, epoch_tokens: int | None) -> Horizon:
     train = preset.train
     tokens = RUN_TOKENS * train.runs
-    if train.max_epochs is not None:
-        once = corpus.epoch_tokens(tokenizer, tokens)
-        tokens = max(1, min(tokens, once * train.max_epochs // train.candidates))
+    if train.max_epochs is not None and epoch_tokens is not None:
+        tokens = max(1, min(tokens, epoch_tokens * train.max_epochs // train.candidates))
     steps = train.max_steps
     return Horizon(RUN_TOKENS, tokens, steps, steps * train.runs if steps else None)
 
@@ -343,18 +412,17 @@ def _data(
     corpus: Corpus,
     tokenizer: Tokenizer,
     horizon: Horizon,
-    rows_per_step: int,
+    tokens_per_step: int,
+    facts: dict[str, Any],
     parallel: Any,
-) -> tuple[PipelineFactory, Position, dict[str, Any], list[str]]:
-    """What rows are made from, where to go on, what the checkpoint keeps of it, and what is told."""
+) -> tuple[PipelineFactory, Position, list[str]]:
+    """What rows are made from, where to go on, and what is told. `facts`: of the data, as the checkpoint keeps them."""
     state = saved["data"] if saved is not None else None
     if state is not None and state["drops"] and (progress.run_step == 0 or set(corpus.names) <= set(state["drops"])):
         state = {**state, "fingerprint": ""}  # a new run, or one that had none left, gives failed sources another chance
     if preset.train.max_epochs is not None and progress.run_step == 0 and progress.horizon_runs == 0:
         state = None  # a new horizon counts its epochs from the first
-    fingerprint = corpus.pipeline_factory(tokenizer, preset.model.seq_length).fingerprint()
-    contents = parallel.broadcast(corpus.contents())  # as for the rates below, rank 0 speaks for all
-    position, notes = data_position(state, fingerprint, contents)
+    position, notes = data_position(state, facts["fingerprint"], facts["contents"])
     if progress.horizon_tokens == 0 and (first := position.first_unused()) > 0:
         position.renewals.append(first)
     begins = position.snapshot is None or "rates" not in position.snapshot or position.renewals
@@ -362,10 +430,9 @@ def _data(
     rates = parallel.broadcast(corpus.rates(tokenizer) if parallel.rank == 0 else None) if measured else ()
     tokens = horizon.horizon_tokens
     if horizon.horizon_steps is not None:
-        tokens = min(tokens, horizon.horizon_steps * rows_per_step * preset.model.seq_length)
+        tokens = min(tokens, horizon.horizon_steps * tokens_per_step)
     mix = replace(corpus.mix, rates=rates, horizon_tokens=tokens * preset.train.candidates)
-    facts = {"fingerprint": fingerprint, "contents": contents, "held_out": corpus.hold_out.state()}
-    return corpus.pipeline_factory(tokenizer, preset.model.seq_length, mix), position, facts, notes
+    return corpus.pipeline_factory(tokenizer, preset.model.seq_length, mix), position, notes
 
 
 def _compile_plan(

@@ -5,7 +5,7 @@ Out:   the progress that schedules are asked with; why a run is over
 State: Progress, kept in the checkpoint
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from core.settings import RUN_TOKENS
@@ -32,9 +32,10 @@ class Progress:
 
     @classmethod
     def of(cls, saved: dict[str, Any]) -> "Progress":
-        """From a checkpoint. Older ones counted the sources' tokens only."""
+        """From a checkpoint. Older ones counted the sources' tokens only; newer ones may count more."""
         counted = {name: {"tokens": count} for name, count in saved.get("source_tokens", {}).items()}
-        return cls(**{"ledger": counted, **{key: value for key, value in saved.items() if key != "source_tokens"}})
+        known = {each.name for each in fields(cls)}
+        return cls(**{"ledger": counted, **{key: value for key, value in saved.items() if key in known}})
 
     def expose(self, source: str, tokens: int, documents: int, epochs: int, loss: float | None) -> dict[str, Any]:
         """Enter in the ledger what a step has read of a source; returns the source's account."""
@@ -66,6 +67,10 @@ class Horizon:
         by_tokens = (done.horizon_tokens + left / 2) / self.horizon_tokens
         by_steps = (done.horizon_step + 0.5) / self.horizon_steps if self.horizon_steps else 0.0
         return min(max(by_tokens, by_steps), 1.0)
+
+    def run_end(self, done: Progress) -> int:
+        """Tokens at which this run ends, as far as is known: where the horizon does, if that is before its budget."""
+        return max(1, min(self.run_tokens, self.horizon_tokens - done.horizon_tokens + done.run_tokens))
 
     def end(self, done: Progress) -> str | None:
         """Why the run is over, or None."""

@@ -39,7 +39,8 @@ def preset_schema() -> Json:
 
 
 def _tidied(node: Any, names: bool = False) -> Any:
-    """Without generated titles and nested defaults; `anyOf` for `oneOf`, as a section that extends another may omit its `type`.
+    """Without generated titles, nested defaults and the bounds that every number has; `anyOf` for `oneOf`, as a section that
+    extends another may omit its `type`.
 
     `names`: the keys of this object are names of fields, not words of JSON Schema.
     """
@@ -49,11 +50,20 @@ def _tidied(node: Any, names: bool = False) -> Any:
         return node
     out = {}
     for key, value in node.items():
+        if not names and _is_usual(key, value):
+            continue
         if not names and (key == "title" or (key == "default" and (value is None or isinstance(value, dict)))):
             continue
         word = "anyOf" if key == "oneOf" and not names else key
         out[word] = _tidied(value, names=not names and key in ("properties", "$defs"))
     return out
+
+
+def _is_usual(key: str, value: Any) -> bool:
+    """Whether this is a bound that no field states: told once in the guide, and by the program."""
+    from core.bounds import LARGEST_WHOLE
+
+    return key in ("minimum", "maximum") and isinstance(value, int | float) and abs(value) >= LARGEST_WHOLE
 
 
 def presets() -> str:
@@ -144,8 +154,12 @@ def _value(field: Json) -> str:
     words = {"integer": "whole number", "boolean": "`true` or `false`", "object": "section"}
     word = words.get(field["type"], field["type"])
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-    limits = [f"{sign} {field[key]:g}" for key, sign in signs.items() if key in field]
+    limits = [f"{sign} {_plain(field[key])}" for key, sign in signs.items() if key in field and not _is_usual(key, field[key])]
     return f"{word} {', '.join(limits)}" if limits else word
+
+
+def _plain(number: float) -> str:
+    return f"{int(number):,}" if number == int(number) and number < 1e12 else f"{number:g}"
 
 
 def schema_text() -> str:

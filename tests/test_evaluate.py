@@ -183,7 +183,7 @@ def test_progress_is_told_in_rows_and_time(monkeypatch: pytest.MonkeyPatch) -> N
 def test_held_out_documents_are_those_of_the_training(root: Path) -> None:
     """Files that came later change nothing, and a preset that holds out more gets only what training held out."""
     state = open_corpus(asked(), root, Single()).hold_out.state()
-    for number in range(4):
+    for number in range(160):
         (root / "texts" / f"zz{number}.txt").write_text(
             f"A later story, number {number}: nobody has read it yet, and it is long enough."
         )

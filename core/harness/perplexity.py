@@ -22,16 +22,11 @@ KEPT = ("cross_entropy", "perplexity", "bits_per_byte", "token_accuracy")
 
 def held_out_rows(corpus: Corpus, tokenizer: Tokenizer, seq_length: int, tokens: int) -> dict[str, list[Row]]:
     """Held-out rows of each source, up to `tokens` tokens of each."""
-    rows = corpus.validation_rows(tokenizer, seq_length, tokens * len(corpus.sources))
-    found: dict[str, list[Row]] = {name: [] for name in corpus.names}
-    for row in rows:
-        found[corpus.names[int(row.source_ids.max())]].append(row)
-    return found
+    return {name: corpus.validation_rows(tokenizer, seq_length, tokens, only=name) for name in corpus.names}
 
 
 def perplexity(
     model: Any,
-    tokenizer: Tokenizer,
     rows: list[Row],
     batch_rows: int,
     alone: Any,
@@ -41,6 +36,6 @@ def perplexity(
 ) -> dict[str, Any] | None:
     """Cross-entropy in nats per token, its exponential, bits per byte, accuracy, and of how many tokens; None without any."""
     stack = LossStack([CrossEntropy(CrossEntropySettings(type="cross_entropy"))])
-    evaluator = Evaluator(lambda: rows, stack, tokenizer.token_bytes(), batch_rows, alone, device, dtype)
+    evaluator = Evaluator(lambda: rows, stack, batch_rows, alone, device, dtype)
     found = evaluator.run(model, 1.0, told)
     return None if found is None else {**{key: found[key] for key in KEPT}, "tokens": found["eval_tokens"]}

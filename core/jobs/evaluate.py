@@ -20,7 +20,9 @@ import torch
 
 from core.contracts import plain_batch
 from core.data.corpus import open_held_out
+from core.data.validation import shortfall
 from core.errors import Interrupted, NoData, UserError
+from core.files import cause
 from core.generation import Voice
 from core.harness.library import version
 from core.harness.perplexity import held_out_rows, perplexity
@@ -211,10 +213,12 @@ class Desk:
                 continue
             with self._view.turn(f"held-out documents of {name}"):
                 how = self._wanted.batch_size, Single(), self._device, self._dtype, self._told
-                found = perplexity(trained.model, trained.tokenizer, rows[name], *how)
+                found = perplexity(trained.model, rows[name], *how)
             if found is None:
                 self._note(f"{name} holds no document out; nothing to measure there")
                 continue
+            if message := shortfall(rows[name], preset.train.eval_tokens):
+                self._note(f"{name}: {message}")
             self._findings.sources[name] = {"made_from": mark, "date": _now(), "not_causal": self._findings.note, **found}
             self._keep()
 
@@ -255,9 +259,8 @@ class Desk:
         try:
             write_findings(self._findings, self._folder)
         except OSError as error:
-            raise UserError(
-                f"{self._folder} cannot be written: {error.strerror}. Free some space, or mend that, and start again."
-            ) from None
+            place = self._folder / "evaluate.json"
+            raise UserError(f"{place} cannot be written: {cause(error, place)} Then start again.") from None
 
 
 def _now() -> str:
