@@ -3,7 +3,7 @@
     python benchmarks/mixing.py [--short]
 
 3,000 draws of the standard library's source (0.9) and this project's documents (0.1) under a BPE of 8,192, made for them; --short
-draws 60 under a tokenizer of bytes. Prints the tokens drawn, and the mix's count of them as a ratio, after a sixth, two thirds and all.
+draws 60 under a tokenizer of bytes. Prints the tokens drawn, and what the mix counted as a ratio, after a sixth, two thirds, all.
 """
 
 import sys
