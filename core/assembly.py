@@ -7,7 +7,7 @@ State: none; everything lives in the objects it builds
 
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,7 @@ from core.data.tokenizer import SAMPLE_CHARACTERS, Tokenizer, build_tokenizer
 from core.data.validation import hide_one, shortfall
 from core.errors import UserError
 from core.evaluation import Evaluator
-from core.filling import fill, neighbors, word_ids
 from core.freezing import train_only
-from core.generation import Voice, generate
 from core.horizon import Horizon, Progress, begin_next_run
 from core.lineage import changed_sources
 from core.losses import LOSSES
@@ -46,6 +44,7 @@ from core.parallel import on_rank_zero, rank_zero_first
 from core.preset import preset_class, preset_json
 from core.randomness import derive_seed
 from core.runtime import Runtime
+from core.samples import build_samples
 from core.settings import MASKED_TOKENS, RUN_TOKENS
 from core.size import SMALLEST_VOCABULARY, check_memory, size_of
 from core.trainer import Trainer, load_slot
@@ -230,20 +229,8 @@ def build_training(
         preset.train.seed if validation_seed is None else validation_seed,
         corpus.names,
     )
-    words, unknown = word_ids(tokenizer, preset.generate.neighbors_of)
-    notes += [f"generate.neighbors_of: {', '.join(unknown)} left out, being more than one token each"] if unknown else []
-
-    def show(model: Any, step: int) -> Iterator[tuple[str, dict[str, Any]]]:
-        model.eval()
-        voice, seed = Voice(model, tokenizer, preset.model.seq_length), preset.train.seed
-        for i, prompt in enumerate(preset.generate.prompts):
-            if masked:
-                prompt, text = fill(model, tokenizer, prompt, voice.context)
-            else:
-                text = generate(voice, prompt, preset.generate, derive_seed(seed, "sample", step, i))
-            yield "sample", {"prompt": prompt, "text": text}
-        for each in neighbors(model, tokenizer, words):
-            yield "neighbors", each
+    show, told = build_samples(tokenizer, preset.generate, preset.model.seq_length, masked, preset.train.seed)
+    notes += told
 
     wandb_id = (saved or {}).get("wandb_id") or uuid.uuid4().hex[:12]
     init_from = saved.get("init_from") if saved is not None else str(weights) if weights is not None else None
