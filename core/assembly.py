@@ -5,9 +5,8 @@ Out:   TrainingSession: the trainer with its log, and what a person should know 
 State: none; everything lives in the objects it builds
 """
 
-import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,19 +18,20 @@ from core.auxiliary import build_heads, check_heads, load_heads, output_of_one_t
 from core.checkpoint import FORMAT, LINEAGE_OF_ITS_OWN, CheckpointStore, stored_bytes
 from core.contracts import call_if_defined
 from core.curriculum import build_curriculum
+from core.data.agreement import agreed_contents
 from core.data.corpus import Corpus, PipelineFactory, data_position, open_corpus
 from core.data.encoding import shown
 from core.data.loader import Loader
+from core.data.packing import Row
 from core.data.pipeline import Position
 from core.data.source_weights import SourceWeights, check_adaptive
 from core.data.sources import NAMED_SOURCES, SOURCES
 from core.data.tokenizer import SAMPLE_CHARACTERS, Tokenizer, build_tokenizer
-from core.data.validation import hide_one
+from core.data.validation import hide_one, shortfall
+from core.data.worker import stop_if
 from core.errors import UserError
 from core.evaluation import Evaluator
-from core.filling import fill, neighbors, word_ids
 from core.freezing import train_only
-from core.generation import Voice, generate
 from core.horizon import Horizon, Progress, begin_next_run
 from core.lineage import changed_sources
 from core.losses import LOSSES
@@ -41,11 +41,13 @@ from core.models import MODELS
 from core.objective import Objective
 from core.optim import Optimizer
 from core.parallel import on_rank_zero, rank_zero_first
+from core.passes import compile_plan
 from core.preset import preset_class, preset_json
 from core.randomness import derive_seed
 from core.runtime import Runtime
+from core.samples import build_samples
 from core.settings import MASKED_TOKENS, RUN_TOKENS
-from core.size import SMALLEST_VOCABULARY, check_memory
+from core.size import SMALLEST_VOCABULARY, check_memory, size_of
 from core.trainer import Trainer, load_slot
 from core.weights import FITTING, Weights, find_weights
 
@@ -53,9 +55,6 @@ JOBS = ["train", "tokenize", "compare", "evaluate", "interpret", "generate"]
 Preset = preset_class(MODELS, LOSSES, SOURCES, NAMED_SOURCES, JOBS)
 MIRRORS = {"lm": "simple_lm_trained.pth"}
 """Lineages whose newest checkpoint has another name as well (specification 003)."""
-
-COMPILE_PAYS_AFTER_SECONDS = 3600.0
-"""Compiling takes up to a minute on two cores; what it saves of a step on a CPU is a few hundredths at most (docs/LOG.md)."""
 
 
 @dataclass
@@ -80,6 +79,22 @@ def build_model(preset: Any, vocab_size: int) -> nn.Module:
 
 def build_stack(preset: Any) -> LossStack:
     return LossStack([LOSSES[settings.type][1](settings) for settings in preset.losses])
+
+
+def check_parts(preset: Any, runtime: Runtime) -> None:
+    """Raises UserError where the parts of a preset do not go together, as `build_training` would, before anything is read.
+
+    For a comparison, whose last variant would else say so after hours. A model of the Hub is left out: it would be downloaded.
+    """
+    check_adaptive(preset)
+    call_if_defined(preset.model, "check_tokenizer_section", preset.tokenizer)
+    check_memory(preset, SMALLEST_VOCABULARY, runtime)
+    if hasattr(preset.model, "num_layers"):
+        size_of(preset, SMALLEST_VOCABULARY)  # refuses names of parameters that there are not
+        one_layer = preset.model_copy(update={"model": preset.model.model_copy(update={"num_layers": 1})})
+        model, stack = build_model(one_layer, SMALLEST_VOCABULARY), build_stack(preset)
+        stack.check(output_of_one_token(model, torch.device("cpu")).readout)
+        check_heads(preset, model, stack)
 
 
 # the session ---------------------------------------------------------------------------------------------------------
@@ -122,6 +137,7 @@ def build_training(
     notes, warnings = notes + told + of_tokens, warnings + loud
 
     check_memory(preset, tokenizer.vocab_size, runtime)
+    repeats = runtime.keep_order(preset.train.deterministic)
     model = rank_zero_first(parallel, lambda: build_model(preset, tokenizer.vocab_size))
     if weights is None:
         rank_zero_first(parallel, lambda: call_if_defined(model, "load_published", notes))
@@ -154,9 +170,21 @@ def build_training(
     log_file = root / "logs" / preset.lineage / LOG
     progress, told = _progress(preset, saved, lambda step: on_rank_zero(parallel, lambda: evaluation_is_missing(log_file, step)))
     notes += told
-    horizon = _horizon(preset, corpus, tokenizer)
+    facts = {
+        "fingerprint": corpus.pipeline_factory(tokenizer, preset.model.seq_length).fingerprint(),
+        "contents": agreed_contents(corpus, parallel),
+        "held_out": corpus.hold_out.state(),
+    }
+    kept = saved["data"] if saved is not None and progress.horizon_step > 0 else None
+    facts["epoch_tokens"], told = _epoch_tokens(preset, kept, facts, corpus, tokenizer, parallel)
+    notes += told
+    horizon = _horizon(preset, facts["epoch_tokens"])
     rows_per_step = preset.train.per_gpu_batch_size * preset.train.accumulation_steps * parallel.world_size
-    factory, position, facts, told = _data(preset, saved, progress, corpus, tokenizer, horizon, rows_per_step, parallel)
+    tokens_per_step = rows_per_step * preset.model.seq_length
+    if parallel.rank == 0 and progress.run_step == 0 and preset.train.max_epochs is None:
+        tokens = min(horizon.run_tokens, (horizon.run_steps or horizon.run_tokens) * tokens_per_step)
+        warnings += corpus.too_often(tokenizer, tokens * preset.train.candidates)
+    factory, position, told = _data(preset, saved, progress, corpus, tokenizer, horizon, tokens_per_step, facts, parallel)
     notes += told
     source_weights = SourceWeights(dict(zip(corpus.names, corpus.mix.weights)), preset.auxiliary, (saved or {}).get("adaptive"))
     if source_weights.factors != position.latest_factors:  # switched on or off, or the mix begins anew
@@ -176,12 +204,19 @@ def build_training(
         describe=None if masked else lambda row: shown(tokenizer, row.input_ids, row.labels),
     )
     compile_failed = saved is not None and saved.get("compile_failed", False) and progress.run_step > 0  # of this run
-    compile_from_step, compile_told = _compile_plan(preset, runtime, saved, model, horizon, compile_failed)
+    compile_from_step, compile_told = compile_plan(preset, runtime, saved, model, horizon, compile_failed)
     dtype = runtime.compute_dtype(preset.train.precision)
     curriculum = build_curriculum(preset.train, corpus.objective, len(corpus.names), parallel, runtime.device, dtype)
     notes += [curriculum.note] if curriculum is not None else []
+
+    def held_out_rows() -> list[Row]:
+        rows = corpus.validation_rows(tokenizer, preset.model.seq_length, preset.train.eval_tokens, validation_seed)
+        if message := shortfall(rows, preset.train.eval_tokens):
+            log.emit("warning", step=progress.step, tokens=progress.tokens, message=message)
+        return rows
+
     evaluator = Evaluator(
-        lambda: corpus.validation_rows(tokenizer, preset.model.seq_length, preset.train.eval_tokens, validation_seed),
+        held_out_rows,
         stack,
         preset.train.per_gpu_batch_size,
         parallel,
@@ -192,20 +227,8 @@ def build_training(
         preset.train.seed if validation_seed is None else validation_seed,
         corpus.names,
     )
-    words, unknown = word_ids(tokenizer, preset.generate.neighbors_of)
-    notes += [f"generate.neighbors_of: {', '.join(unknown)} left out, being more than one token each"] if unknown else []
-
-    def show(model: Any, step: int) -> Iterator[tuple[str, dict[str, Any]]]:
-        model.eval()
-        voice, seed = Voice(model, tokenizer, preset.model.seq_length), preset.train.seed
-        for i, prompt in enumerate(preset.generate.prompts):
-            if masked:
-                prompt, text = fill(model, tokenizer, prompt, voice.context)
-            else:
-                text = generate(voice, prompt, preset.generate, derive_seed(seed, "sample", step, i))
-            yield "sample", {"prompt": prompt, "text": text}
-        for each in neighbors(model, tokenizer, words):
-            yield "neighbors", each
+    show, told = build_samples(tokenizer, preset.generate, preset.model.seq_length, masked, preset.train.seed)
+    notes += told
 
     wandb_id = (saved or {}).get("wandb_id") or uuid.uuid4().hex[:12]
     init_from = saved.get("init_from") if saved is not None else str(weights) if weights is not None else None
@@ -223,11 +246,13 @@ def build_training(
         "world_size": parallel.world_size,
         "device": runtime.device_name,
         "precision": "bf16" if dtype == torch.bfloat16 else "fp32",
+        "repeats": repeats,
         "budget_tokens": horizon.run_tokens,
+        "end_tokens": horizon.run_end(progress),
         "run_tokens": progress.run_tokens,
         "max_steps": preset.train.max_steps,
         "run_step": progress.run_step,
-        "tokens_per_step": rows_per_step * preset.model.seq_length,
+        "tokens_per_step": tokens_per_step,
         "compile": compile_told,
         "sources": corpus.names,
     }
@@ -247,7 +272,7 @@ def build_training(
         progress,
         log,
         store,
-        evaluate=lambda model, progress: evaluator.run(model, progress),
+        evaluate=lambda model, progress: evaluator.run(model, progress, lambda done, total: stop_if(should_stop())),
         show=show,
         extra_state={
             "format": FORMAT,
@@ -342,12 +367,25 @@ def _progress(preset: Any, saved: dict[str, Any] | None, is_missing: Callable[[i
     return progress, notes
 
 
-def _horizon(preset: Any, corpus: Corpus, tokenizer: Tokenizer) -> Horizon:
+def _epoch_tokens(
+    preset: Any, kept: dict[str, Any] | None, facts: dict[str, Any], corpus: Corpus, tokenizer: Tokenizer, parallel: Any
+) -> tuple[int | None, list[str]]:
+    """Tokens of one pass over the data, where epochs end a run; remarks. Decided by rank 0, once for each horizon: `kept`, of its
+    checkpoint, holds as long as it is of the same data."""
+    train = preset.train
+    if train.max_epochs is None:
+        return None, []
+    if kept is not None and kept.get("epoch_tokens") and all(kept.get(key) == facts[key] for key in ("fingerprint", "contents")):
+        return kept["epoch_tokens"], []
+    limit = -(-RUN_TOKENS * train.runs * train.candidates // train.max_epochs)  # with more, epochs do not end it
+    return on_rank_zero(parallel, lambda: corpus.epoch_tokens(tokenizer, limit))
+
+
+def _horizon(preset: Any, epoch_tokens: int | None) -> Horizon:
     train = preset.train
     tokens = RUN_TOKENS * train.runs
-    if train.max_epochs is not None:
-        once = corpus.epoch_tokens(tokenizer, tokens)
-        tokens = max(1, min(tokens, once * train.max_epochs // train.candidates))
+    if train.max_epochs is not None and epoch_tokens is not None:
+        tokens = max(1, min(tokens, epoch_tokens * train.max_epochs // train.candidates))
     steps = train.max_steps
     return Horizon(RUN_TOKENS, tokens, steps, steps * train.runs if steps else None)
 
@@ -359,18 +397,17 @@ def _data(
     corpus: Corpus,
     tokenizer: Tokenizer,
     horizon: Horizon,
-    rows_per_step: int,
+    tokens_per_step: int,
+    facts: dict[str, Any],
     parallel: Any,
-) -> tuple[PipelineFactory, Position, dict[str, Any], list[str]]:
-    """What rows are made from, where to go on, what the checkpoint keeps of it, and what is told."""
+) -> tuple[PipelineFactory, Position, list[str]]:
+    """What rows are made from, where to go on, and what is told. `facts`: of the data, as the checkpoint keeps them."""
     state = saved["data"] if saved is not None else None
     if state is not None and state["drops"] and (progress.run_step == 0 or set(corpus.names) <= set(state["drops"])):
         state = {**state, "fingerprint": ""}  # a new run, or one that had none left, gives failed sources another chance
     if preset.train.max_epochs is not None and progress.run_step == 0 and progress.horizon_runs == 0:
         state = None  # a new horizon counts its epochs from the first
-    fingerprint = corpus.pipeline_factory(tokenizer, preset.model.seq_length).fingerprint()
-    contents = parallel.broadcast(corpus.contents())  # as for the rates below, rank 0 speaks for all
-    position, notes = data_position(state, fingerprint, contents)
+    position, notes = data_position(state, facts["fingerprint"], facts["contents"])
     if progress.horizon_tokens == 0 and (first := position.first_unused()) > 0:
         position.renewals.append(first)
     begins = position.snapshot is None or "rates" not in position.snapshot or position.renewals
@@ -378,35 +415,6 @@ def _data(
     rates = parallel.broadcast(corpus.rates(tokenizer) if parallel.rank == 0 else None) if measured else ()
     tokens = horizon.horizon_tokens
     if horizon.horizon_steps is not None:
-        tokens = min(tokens, horizon.horizon_steps * rows_per_step * preset.model.seq_length)
+        tokens = min(tokens, horizon.horizon_steps * tokens_per_step)
     mix = replace(corpus.mix, rates=rates, horizon_tokens=tokens * preset.train.candidates)
-    facts = {"fingerprint": fingerprint, "contents": contents, "held_out": corpus.hold_out.state()}
-    return corpus.pipeline_factory(tokenizer, preset.model.seq_length, mix), position, facts, notes
-
-
-def _compile_plan(
-    preset: Any, runtime: Runtime, saved: dict | None, model: nn.Module, horizon: Horizon, failed: bool
-) -> tuple[int | None, str]:
-    """From which step of the lineage on to compile, and why. Decided once per lineage: a resumed run keeps it."""
-    wish = preset.train.compile
-    if wish == "never":
-        return None, "not compiled: the preset says never"
-    if failed:
-        return None, "not compiled: torch.compile failed earlier in this run; the next run tries it again"
-    if runtime.device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
-        return None, "not compiled: torch.compile needs a C++ compiler, and there is none"
-    if wish == "auto":
-        parameters = sum(p.numel() for p in model.parameters())
-        tokens = min(horizon.run_tokens, horizon.horizon_tokens)  # less where max_epochs ends it
-        if horizon.run_steps is not None:
-            rows = preset.train.per_gpu_batch_size * preset.train.accumulation_steps
-            tokens = min(tokens, horizon.run_steps * rows * preset.model.seq_length)
-        speed = 1e14 if runtime.device.type == "cuda" else 1.5e11  # multiply-adds a second this kind of device reaches, roughly
-        seconds = 6 * parameters * tokens / speed
-        if seconds < COMPILE_PAYS_AFTER_SECONDS:
-            return None, f"not compiled: the run takes about {seconds:.0f} s, too short to pay for compiling"
-    kept = saved.get("compile_from_step") if saved is not None else None
-    if kept is not None:
-        return kept, f"compiled from step {kept + 1} on"
-    first = 1 if saved is None else saved["progress"]["step"] + 1
-    return first, f"compiled from step {first + 1} on; the steps before it run at once"
+    return corpus.pipeline_factory(tokenizer, preset.model.seq_length, mix), position, notes

@@ -151,7 +151,7 @@ class CheckpointStore:
             thread = threading.Thread(target=self._write, args=(_copy(state),), name="checkpoint-writer")
             thread.start()
         except Exception as error:  # no memory for a copy, or for a thread: told as a failed write is
-            self._outcome = (None, 0.0, first_line(error))
+            self._outcome = (None, 0.0, f"{first_line(error)}.")
         else:
             self._thread = thread
 

@@ -138,6 +138,7 @@ class CheckpointState(TypedDict):
     wandb_id: NotRequired[str | None]
     init_from: NotRequired[str | None]
     compile_from_step: NotRequired[Count | None]
+    compile_failed: NotRequired[bool]
 
 
 OPTIMIZERS = ({"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"})

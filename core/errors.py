@@ -35,6 +35,10 @@ class SourceUnavailable(Exception):
     """One source cannot be read (any more). Never fatal by itself: the source is dropped and the others go on."""
 
 
+class ReadingFailed(UserError):
+    """The data cannot be read on: an error that nobody expected, or data workers that are killed again and again."""
+
+
 class NoData(UserError):
     """No source is left to read from."""
 

@@ -68,6 +68,10 @@ class Horizon:
         by_steps = (done.horizon_step + 0.5) / self.horizon_steps if self.horizon_steps else 0.0
         return min(max(by_tokens, by_steps), 1.0)
 
+    def run_end(self, done: Progress) -> int:
+        """Tokens at which this run ends, as far as is known: where the horizon does, if that is before its budget."""
+        return max(1, min(self.run_tokens, self.horizon_tokens - done.horizon_tokens + done.run_tokens))
+
     def end(self, done: Progress) -> str | None:
         """Why the run is over, or None."""
         if done.run_tokens >= self.run_tokens:

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -61,7 +62,7 @@ class MetricsLog:
                 view.update(record)
             except Exception as error:  # a view is a convenience: training goes on without it
                 self.views.remove(view)
-                failed.append(f"{type(view).__name__} stopped: {type(error).__name__}: {error}")
+                failed.append(f"{type(view).__name__} stopped, training goes on without it: {type(error).__name__}: {error}")
         for message in failed:
             self.emit("warning", step=step, tokens=tokens, message=message)
         return record
@@ -180,25 +181,36 @@ def check_log(path: Path) -> None:
         raise UserError(f"the log {path} cannot be written: {cause(error, path)} Then start again.") from None
 
 
-def read_events(path: Path, step_stride: int = 1) -> Iterator[dict]:
+def read_events(path: Path, most: int | None = None) -> Iterator[dict]:
     """Every event of a log, oldest first; lines that are no whole event are passed over. A file that cannot be read has none.
 
-    step_stride   keep every so many-th of the `step` events, the others are not even decoded
+    most   of each kind at most so many, spread evenly up to its last one; the others are not even decoded
     """
-    steps = 0
+    seen: Counter[bytes] = Counter()
     try:
         check_regular(path)
+        strides = {}
+        if most is not None:
+            with open(path, "rb") as file:
+                counts = Counter(map(_kind_of, file))
+            strides = {kind: (-(-count // most), count - 1) for kind, count in counts.items()}
         with open(path, "rb") as file:
             for line in file:
-                if line.startswith(b'{"event": "step"'):
-                    steps += 1
-                    if (steps - 1) % step_stride:
-                        continue
+                kind = _kind_of(line)
+                stride, last = strides.get(kind, (1, 0))
+                seen[kind] += 1
+                if (last - seen[kind] + 1) % stride:
+                    continue
                 event = _decoded(line)
                 if isinstance(event.get("event"), str) and all(type(event.get(key)) is int for key in ("step", "tokens")):
                     yield event
     except OSError:
         return
+
+
+def _kind_of(line: bytes) -> bytes:
+    """The beginning of a line that says what event it is, as `emit` writes it."""
+    return line[:40].partition(b",")[0]
 
 
 def evaluation_is_missing(path: Path, step: int) -> bool:

@@ -61,8 +61,9 @@ def explain(error: Any, data: Any, cls: type[BaseModel]) -> str:
 def _meant(key: str, known: list[str], cls: type[BaseModel]) -> str:
     """Which key was meant: by what others call it, by its letters, or by the section it belongs to."""
     ours = ELSEWHERE.get(key, key)
-    meant = [ours] if ours in known else difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    meant = meant or [f"{section}.{ours}" for section in cls.model_fields if ours in _known_keys(cls, (section,))]
+    meant = [ours] if ours in known else difflib.get_close_matches(key, known, n=1, cutoff=0.7)
+    meant = meant or [f"{name}.{ours}" for name in cls.model_fields if ours in _known_keys(cls, (name,))]
+    meant = meant or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     return f'did you mean "{meant[0]}"?' if meant else f"known are {', '.join(known)}"
 
 

@@ -23,8 +23,9 @@ def is_file_name(name: str) -> bool:
 
 def file_name(text: str, longest: int = 60) -> str:
     """The text, where a file may be called so; else what it has of letters, digits and . _ - with a hash: two never share one."""
+    text = unicodedata.normalize("NFC", text)  # systems write one name in several ways
     if is_file_name(text):
         return text
     kept = re.sub(r"[^A-Za-z0-9._-]+", "_", text)[:longest].strip("._")
-    digest = hashlib.sha256(unicodedata.normalize("NFC", text).encode("utf-8", "replace")).hexdigest()[:8]
+    digest = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:8]
     return f"{kept}-{digest}" if kept else digest

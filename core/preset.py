@@ -137,7 +137,7 @@ def preset_class(models: dict, losses: dict, sources: dict, source_names: dict[s
             Annotated[str, AfterValidator(_is_lineage)],
             Field(
                 "",
-                json_schema_extra={"pattern": f"^({NAME.pattern})?$", "maxLength": LONGEST},
+                json_schema_extra={"pattern": f"^({NAME.pattern})?$"},
                 description="Name of the checkpoints; left out, the file's.",
             ),
         ),

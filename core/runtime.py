@@ -21,6 +21,9 @@ import torch
 
 from core.errors import UserError
 
+WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
+"""What ONEDNN_MAX_CPU_ISA may hold the library of matrix products to that multiplies no bf16 in hardware."""
+
 
 @dataclass(frozen=True)
 class Runtime:
@@ -36,6 +39,8 @@ class Runtime:
         """Whether the device multiplies bf16 matrices in hardware (not emulated, which is slower than fp32)."""
         if self.device.type == "cuda":
             return torch.cuda.get_device_capability(self.device)[0] >= 8
+        if (os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "").upper() in WITHOUT_BF16:
+            return False  # the processor may, but its products are told not to
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
     @property
@@ -61,6 +66,19 @@ class Runtime:
             except (OSError, ValueError):  # no container, or "max"
                 pass
         return there
+
+    def keep_order(self, deterministic: bool) -> str:
+        """On a GPU, take only kernels that add in the same order each time, or whichever is fastest; a CPU's always do.
+
+        Returns what a second run would give, for the run card.
+        """
+        if self.device.type == "cuda":
+            torch.use_deterministic_algorithms(deterministic)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that writes everything twice
+            torch.backends.cudnn.deterministic = deterministic
+            if not deterministic:
+                return "nearly the same numbers: a GPU adds in any order, unless train.deterministic is true"
+        return "the same bits, on the same machine and versions, at the same precision and number of processes and threads"
 
     def memory_mb(self) -> float:
         """Peak memory of this process since it began, or since `forget_peak_memory`: on the device, or resident on a CPU."""
@@ -113,6 +131,7 @@ def _half_set(what: str) -> UserError:
 def prepare(runtime: Runtime) -> None:
     """Switch on what is safe and fast: TF32 on GPUs; on CPUs, memory that is reused instead of returned."""
     if runtime.device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts; `keep_order` needs it
         torch.cuda.set_device(runtime.device)
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True

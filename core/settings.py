@@ -151,6 +151,8 @@ class TrainSettings(Settings):
     """torch.compile: auto compiles when the run is long enough to pay for it."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 compute over fp32 weights where the device computes bf16 natively, fp32 elsewhere."""
+    deterministic: bool = False
+    """On a GPU, only kernels that give the same bits each time, which are slower; a CPU always does. See Checkpoints."""
     curriculum: CurriculumSettings | None = None
     """Reads more rows than are trained, and chooses among them by their loss. Left out: all rows are trained."""
     train_tokens: int | None = None

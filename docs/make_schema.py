@@ -1,7 +1,7 @@
-"""`python docs/make_schema.py`: writes configs/preset.schema.json, and the key reference in docs/guide.md, from the code.
+"""`python docs/make_schema.py`: writes configs/preset.schema.json, and the guide's list of presets and keys, from the code.
 
-In:    core.assembly.Preset: its fields, defaults and docstrings
-Out:   configs/preset.schema.json (JSON Schema, draft 2020-12); the text between the two `preset reference` marks of the guide
+In:    core.assembly.Preset: its fields, defaults and docstrings; configs/*.json
+Out:   configs/preset.schema.json (JSON Schema, draft 2020-12); the text between the marks `preset list` and `preset reference`
 State: none; the same code gives the same bytes. tests/test_docs.py fails when either file is not current.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA_PATH, GUIDE_PATH = ROOT / "configs" / "preset.schema.json", ROOT / "docs" / "guide.md"
-BEGIN, END = "<!-- preset reference: begin (python docs/make_schema.py) -->", "<!-- preset reference: end -->"
+MARKS = "<!-- preset {0}: begin (python docs/make_schema.py) -->", "<!-- preset {0}: end -->"
 
 Json = dict[str, Any]
 
@@ -64,6 +64,18 @@ def _is_usual(key: str, value: Any) -> bool:
     from core.bounds import LARGEST_WHOLE
 
     return key in ("minimum", "maximum") and isinstance(value, int | float) and abs(value) >= LARGEST_WHOLE
+
+
+def presets() -> str:
+    """The presets of configs/, as the menu tells of them."""
+    from core.assembly import Preset
+    from core.preset import read_preset
+
+    rows = ["| Preset | Name in the menu | What it does |", "|---|---|---|"]
+    for path in sorted((ROOT / "configs").glob("[0-9][0-9]_*.json")):
+        preset = read_preset(path, Preset)
+        rows.append(f"| `{path.stem}` | {preset.name} | {preset.description} |")
+    return "\n".join(rows)
 
 
 def reference() -> str:
@@ -155,16 +167,19 @@ def schema_text() -> str:
 
 
 def guide_text(guide: str) -> str:
-    """The guide with its reference made anew."""
-    before, rest = guide.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n\n{reference()}\n\n{END}{after}"
+    """The guide with its list of presets and its reference made anew."""
+    for what, made in (("list", presets()), ("reference", reference())):
+        begin, end = (mark.format(what) for mark in MARKS)
+        before, rest = guide.split(begin)
+        _, after = rest.split(end)
+        guide = f"{before}{begin}\n\n{made}\n\n{end}{after}"
+    return guide
 
 
 def main() -> None:
     SCHEMA_PATH.write_text(schema_text(), encoding="utf-8")
     GUIDE_PATH.write_text(guide_text(GUIDE_PATH.read_text(encoding="utf-8")), encoding="utf-8")
-    print(f"written: {SCHEMA_PATH.relative_to(ROOT)}, the reference in {GUIDE_PATH.relative_to(ROOT)}")
+    print(f"written: {SCHEMA_PATH.relative_to(ROOT)}, the lists in {GUIDE_PATH.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -89,7 +88,7 @@ def test_every_problem_is_reported_at_once() -> None:
         "train.learning_rate  -1: input should be greater than 0",
         'train.schedule.warm  unknown key; did you mean "warmup"?',
         "train.optimizer  \"adam\": input should be 'adamw' or 'muon'",
-        'train.max_steps  "3": input should be a valid integer',
+        'train.max_steps  "3": input should be a valid integer; write 3, without quotes',
         found[5],
     ]
     assert found[5].startswith('losses[0]  {"type": "cross_entropi"}: unknown type of loss; known are ')
@@ -183,8 +182,7 @@ def test_learning_rate_schedules_longer_than_the_run_are_refused() -> None:
 def test_epochs_may_end_a_chain_of_runs() -> None:
     """The schedules span what is there to read, or all runs where that is less."""
     for tokens, spanned in ((30_000_000, 60_000_000), (200_000_000, 300_000_000)):
-        corpus = SimpleNamespace(epoch_tokens=lambda tokenizer, limit, tokens=tokens: min(tokens, limit))
-        horizon = _horizon(decoded(train={"runs": 3, "max_epochs": 2}), corpus, None)
+        horizon = _horizon(decoded(train={"runs": 3, "max_epochs": 2}), tokens)
         assert (horizon.run_tokens, horizon.horizon_tokens) == (RUN_TOKENS, spanned)
 
 
@@ -196,7 +194,7 @@ def test_a_tokenizer_may_be_a_hub_name() -> None:
 def test_a_run_is_always_the_same_number_of_tokens() -> None:
     """train_tokens of old presets is accepted, in both sections, and overridden."""
     preset = decoded(train={"train_tokens": 5}, data={**DATA, "train_tokens": 7})
-    horizon = _horizon(preset, None, None)  # the corpus is asked only under max_epochs
+    horizon = _horizon(preset, None)
     assert horizon.run_tokens == horizon.horizon_tokens == RUN_TOKENS == 100_000_000
 
 
@@ -355,7 +353,7 @@ def shrunk(preset: Any, models: Path) -> dict:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_shipped_preset_takes_two_steps(path: Path, tmp_path: Path) -> None:
+def test_every_shipped_preset_that_trains_takes_two_steps(path: Path, tmp_path: Path) -> None:
     """Shrunk, on local text: it builds, trains, evaluates and saves. Of a comparison, every variant."""
     preset = read_preset(path, Preset)
     if preset.job not in ("train", "compare"):

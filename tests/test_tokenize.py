@@ -30,6 +30,7 @@ from core.preset import decode_preset
 from core.runtime import detect_runtime
 from core.settings import TokenizerSettings
 from core.ui.tokenizing import TokenizeView
+from tests.documents import GUIDE, block_of, files_named
 from tests.project import ROOT, Project, merged, story, train_here
 
 job = importlib.import_module("core.jobs.tokenize")
@@ -96,6 +97,9 @@ def test_the_files_hold_every_document_in_the_sources_order(tmp_path: Path) -> N
         manifest.eos_token_id == tokenizer.eos_id and manifest.vocab_size == 257 and manifest.num_chunks == len(manifest.chunks)
     )
     assert read_tokenizer(tmp_path / "tokens" / "tokenizer.json").state() == tokenizer.state()
+    for name in files_named(block_of(GUIDE, "data/tokens/tokenizer.json")):
+        name = name.replace("data/tokens/corpus/", "tokens/texts/").replace("data/", "")
+        assert (tmp_path / name).exists(), f"the guide says that the job writes {name}"
     assert f"texts: {len(expected):,} tokens, 41 documents in" in told and '"type": "tokens", "path": "tokens/texts"' in told
 
 
@@ -225,7 +229,7 @@ def test_a_source_that_fails_for_good_keeps_what_it_had_and_the_others_go_on(
     tmp_path: Path, small_batches: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that cannot be opened, one that breaks off half-way. The next start goes on where it broke off."""
-    sources = [{"type": "text", "path": "texts", "name": name} for name in ("a", "b")] + [{"type": "text", "path": "nowhere"}]
+    sources = [{"type": "text", "path": "texts", "name": name} for name in ("a", "b")] + ["pdf"]
     preset = preset_of(data={"sources": sources})
     real = job._batches
 
@@ -238,7 +242,7 @@ def test_a_source_that_fails_for_good_keeps_what_it_had_and_the_others_go_on(
     with monkeypatch.context() as patch:
         patch.setattr(job, "_batches", breaks)
         told = tokenize_here(preset, tmp_path)
-    assert "warning  source nowhere left out" in told and "warning  source a stopped, the others go on: the network" in told
+    assert "warning  source pdf left out" in told and "warning  source a stopped, the others go on: the network" in told
     a, b = (read_manifest(tmp_path / "tokens" / name) for name in "ab")
     assert 0 < a.total_tokens < b.total_tokens and (a.complete, b.complete) == (False, True)
     tokenize_here(preset, tmp_path)

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from core.data.amount import counter, tokens_of_pass, too_often
 from core.data.cache import Cached, TokenCache
 from core.data.chat import MARKERS, chat_note
 from core.data.documents import Document, Source
@@ -25,12 +26,13 @@ from core.data.objectives import build_objective, next_token
 from core.data.packing import Place, Row
 from core.data.pipeline import Pipeline, PipelineSettings, Position
 from core.data.shuffle import Shuffled
-from core.data.sources import build_source, open_sources
+from core.data.sources import build_source, is_own_path, open_sources
 from core.data.sources.shards import ShardSource, ShardView
 from core.data.tokenizer import MASK, Tokenizer
 from core.data.validation import HoldOut, held_out_documents, may_train, plan_hold_out, validation_rows
 from core.errors import NoData, SourceUnavailable, UserError
 from core.randomness import derive_seed
+from core.schedules import limits, value_at
 from core.settings import MASKED_TOKENS, NEXT_TOKEN, objective_of
 
 RATE_DOCUMENTS, RATE_FILES, RATE_STREAMS = 256, 64, 4
@@ -132,25 +134,39 @@ class Corpus:
             found.append(tokens / sum(len(d.text) for d in documents) if documents and tokens else USUAL_RATE)
         return tuple(found)
 
-    def epoch_tokens(self, tokenizer: Tokenizer, limit: int) -> int:
-        """Training tokens of one pass over all sources, counted; stops at `limit`. What schedules span under max_epochs."""
-        total, ends = 0, 2 if self.objective == MASKED_TOKENS else 1
-        for source in self.sources:
-            if not source.finite:
-                return limit
-            try:
-                for document in source.stream({}):
-                    if self.may_train(document):
-                        total += len(encode(tokenizer, [document])[0].ids) + ends
-                    if total >= limit:
-                        return limit
-            except SourceUnavailable:
+    def epoch_tokens(self, tokenizer: Tokenizer, limit: int) -> tuple[int, list[str]]:
+        """Training tokens of one pass over all sources, `limit` at most; remarks. What schedules span under max_epochs."""
+        total = 0.0
+        count = counter(tokenizer, self.may_train, 2 if self.objective == MASKED_TOKENS else 1)
+        # through the cache: what is fetched to be counted is not fetched again to be read
+        for source, weight in zip(cached(self.sources, self.root, self.settings.cache_gigabytes, tokenizer), self.mix.weights):
+            if self.mix.strategy == "weighted" and limits(weight)[1] <= 0:
                 continue
-        return total
+            held = tokens_of_pass(source, count, limit - total)
+            if held is None:
+                return limit, [f"nobody knows how large {source.name} is: schedules span {limit:,} tokens a pass"]
+            total += held
+            if total >= limit:
+                return limit, []
+        return round(total), []
 
-    def validation_rows(self, tokenizer: Tokenizer, seq_length: int, tokens: int, seed: int | None = None) -> list[Row]:
-        """Held-out rows, read in the order of `seed`; left out, the run's. Runs of several seeds are measured on one text so."""
-        sources = self.sources if seed in (None, self.seed) else [_reordered(source, seed) for source in self.sources]
+    def too_often(self, tokenizer: Tokenizer, tokens: int) -> list[str]:
+        """Sentences on the sources that a run of so many tokens reads over and over."""
+        strategy = self.mix.strategy
+        weights = [sum(value_at(weight, x / 10) for x in range(11)) for weight in self.mix.weights]  # over the run
+        given = None if strategy == "sequential" else weights if strategy == "weighted" else [1.0] * len(weights)
+        of_tokens = strategy == "weighted" and self.mix.unit == "tokens"
+        return list(too_often(self.sources, given, of_tokens, tokenizer, self.may_train, tokens))
+
+    def validation_rows(
+        self, tokenizer: Tokenizer, seq_length: int, tokens: int, seed: int | None = None, only: str | None = None
+    ) -> list[Row]:
+        """Held-out rows, read in the order of `seed`; left out, the run's. Runs of several seeds are measured on one text so.
+
+        only   of this source
+        """
+        sources = [source for source in self.sources if only in (None, source.name)]
+        sources = sources if seed in (None, self.seed) else [_reordered(source, seed) for source in sources]
         sources = cached(sources, self.root, self.settings.cache_gigabytes, tokenizer)
         masks = derive_seed(self.seed if seed is None else seed, "validation")
         objective = build_objective(self.objective, tokenizer, self.settings.mask_fraction, masks)
@@ -282,6 +298,9 @@ def open_corpus(preset: Any, root: Path, parallel: Any, held_out: dict[str, Any]
     if not sources:
         reasons = "\n".join(f"  {name}: {reason}" for name, reason in failed.items())
         raise NoData(f"no source of preset {preset.name} could be opened:\n{reasons}")
+    if own := [section for section in data.sources if section.name in failed and is_own_path(section)]:
+        reasons = "\n".join(f"  {section.name}: {failed[section.name]}" for section in own)
+        raise NoData(f"preset {preset.name} names paths that give no text. Mend them, or take them out of it:\n{reasons}")
     sections = [section for section in data.sources if section.name not in failed]
     weights = dict(zip((section.name for section in data.sources), data.source_weights or [1.0] * len(data.sources)))
     shares = tuple(weights[s.name] for s in sections)

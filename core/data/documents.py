@@ -51,6 +51,13 @@ class Document:
         content = self.text if self.messages is None else repr(self.messages) + repr(self.read_only or "")[: -2 or None]
         return digest_of(content.encode("utf-8", "surrogatepass"))
 
+    @property
+    def size(self) -> int:
+        """In characters; of tokens that never were a text about as many as would make them."""
+        if self.encoded is None:
+            return len(self.text)
+        return self.encoded.size or 4 * len(self.encoded.ids)
+
     def is_shorter_than(self, characters: int) -> bool:
         """Whether its text is; tokens that never had a text are not."""
         if self.encoded is None:

@@ -16,7 +16,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -27,8 +27,8 @@ from core.data.mixing import SourceFailed
 from core.data.packing import Piece, Place, Row
 from core.data.pipeline import Position, share_of_lanes
 from core.data.unlearned import Unlearned
-from core.data.worker import MakePipeline, Stopped, Worker
-from core.errors import NoData, UserError
+from core.data.worker import MakePipeline, ReadingBroke, Stopped, Worker, WorkerDied, broke_by
+from core.errors import NoData, ReadingFailed
 
 STEPS_AHEAD = 3
 STOP_POLL_SECONDS = 0.2
@@ -105,19 +105,21 @@ class Loader:
         self._reader: _Reader | None = None
         self._behind = 0  # the draw that the snapshots of all ranks have reached
         self._empty_rows = 0  # global rows in a row without a document: a whole round of lanes of them is the end
-        self._taken: list[Row] = []  # of the step that was handed out last: the position moves past them once it is made
+        self._replaced_at = -1  # the row at which a worker that died was replaced last
+        self._before: tuple[Position, list] | None = None  # where it stood before the step that was handed out last
         self.unlearned = Unlearned(position.rows > position.passed_over * rows_per_step, of_chance=describe is None)
         self.dropped: list[tuple[str, str]] = []  # (source, reason) since last asked: for the log
+        self.told: list[str] = []  # what else is to be warned of
         self.skipped: dict[tuple[str, str, str], bool] = {}  # (source, file, why): whether it was logged
 
     def next_step(self, should_stop: Callable[[], bool] = lambda: False) -> StepRows | None:
-        """The next step's rows; None when the data has ended. Raises NoData when every source has failed.
+        """The next step's rows; None when the data has ended. Raises NoData when every source has failed, ReadingFailed when
+        it cannot be read on, on all ranks and with the position as it was.
 
         A source that fails on any rank is dropped on all of them, from the same draw on. Once any rank is to stop while it
         waits for rows, all of them raise Stopped, with the position as it was; so it is with an error of any rank. A step in
         which no token is learned is passed over and counted; UserError where there is no end of them.
         """
-        self._settle()
         waited = 0.0
         while True:
             if self._reader is None:
@@ -127,21 +129,23 @@ class Loader:
             begun = time.monotonic()
             item = self._reader.get(should_stop)
             waited += time.monotonic() - begun
+            if isinstance(item, WorkerDied) and self._replaced_at != self.position.rows:
+                self._replace_workers(item)
+                continue
             failed = item if isinstance(item, SourceFailed) else None
-            broken = item if isinstance(item, BaseException) and failed is None else None
-            batch, rows = (None, []) if failed or broken or item is None else item
+            broke = broke_by(item) if isinstance(item, BaseException) and failed is None else None
+            batch, rows = (None, []) if isinstance(item, BaseException) or item is None else item
             failures = [float(failed is not None and failed.name == name) for name in self.source_names]
             targets = 0 if batch is None else int((batch.labels >= 0).sum())
             tokens = 0 if batch is None else int((batch.source_ids >= 0).sum())
             read = self._read_of(rows)
-            self.skipped = {**{each: False for row in rows for each in row.skipped}, **self.skipped}
             places = [0] * self._parallel.world_size  # where each rank's snapshot stands: a sum fills in the others'
             places[self._parallel.rank] = self._snapshot_index
-            own = [float(item is None), float(broken is not None), targets, tokens, *places, *failures, *read]
-            stops, errors, targets, tokens, *numbers = self._parallel.sum(own)
+            own = [float(item is None), float(broke is not None), targets, tokens, *places, *failures, *read]
+            stops, breaks, targets, tokens, *numbers = self._parallel.sum(own)
             self._behind, numbers = int(min(numbers[: len(places)])), numbers[len(places) :]
-            if errors:
-                raise broken or UserError("another process could not go on reading its data; its own message says why.")
+            if breaks:
+                raise self._cannot_go_on(broke) from (item if broke else None)
             if stops:
                 raise Stopped
             failures, *read = np.array(numbers, dtype=np.int64).reshape(4, -1).tolist()
@@ -164,18 +168,19 @@ class Loader:
                 self.unlearned.add(int(tokens))
                 continue
             self.unlearned.learned()
-            first, self._taken = self.position.rows, rows
+            first, self._before = self.position.rows, (self._copied_position(), list(self._snapshots))
+            self._advance(rows)
             own = [i for i in range(self._rows_per_step) if (first + i) % self._num_lanes in self._lanes]
             return StepRows(batch, int(targets), int(tokens), *read, waited, own)
 
     def give_back(self) -> None:
-        """The step that was handed out last was not made: the position stays before it, and there is nothing to read but it."""
-        self._taken = []
-        self._stop_reading(None)
+        """The step that was handed out last was not made: go back to before it."""
+        if self._before is not None:
+            self._stop_reading(CLOSE_SECONDS)
+            (self.position, self._snapshots), self._before = self._before, None
 
     def state(self) -> dict[str, Any]:
         """The position over all ranks, as JSON. Every rank must call it."""
-        self._settle()
         position = self.position
         own = {
             # of its own lanes only: after a resume it knows the others' as they were then
@@ -211,7 +216,6 @@ class Loader:
 
         Every rank must call it, after the same step; the factors of rank 0 hold. Nothing happens where they hold already.
         """
-        self._settle()
         factors = self._parallel.broadcast(factors)
         if factors != self.position.latest_factors:
             self.position.factors[self._read_anew()] = factors
@@ -219,8 +223,7 @@ class Loader:
     def close(self, patience: float | None = CLOSE_SECONDS) -> None:
         """Stop reading ahead, for good."""
         self._stop_reading(patience)
-        while self._workers:
-            self._workers.pop().close()
+        self._end_workers()
 
     def _read_of(self, rows: list[Row]) -> list[int]:
         """Of each source the tokens in these rows; then the documents, and then the epochs, that begin in them."""
@@ -232,11 +235,10 @@ class Loader:
                 epochs[piece.source] += piece.opens_epoch
         return [*tokens.tolist(), *documents.tolist(), *epochs.tolist()]
 
-    def _settle(self) -> None:
-        """Count the rows of the last step as consumed."""
-        if self._taken:
-            rows, self._taken = self._taken, []
-            self._advance(rows)
+    def _copied_position(self) -> Position:
+        """One that stays as it is when the position moves on."""
+        at = self.position
+        return replace(at, lanes=dict(at.lanes), draws=dict(at.draws), receipts=dict(at.receipts))
 
     def _advance(self, rows: list[Row]) -> None:
         """Move the position past consumed rows."""
@@ -247,6 +249,8 @@ class Loader:
             position.receipts[row.lane] = linked(position.receipts.get(row.lane, ""), row.pieces)
             self._snapshots += row.snapshots
             position.draws |= row.draws
+            for each in row.skipped:
+                self.skipped.setdefault(each, False)
         reached = min(position.lanes.get(lane, Place()).oldest for lane in self._lanes)
         while len(self._snapshots) > 1 and self._snapshots[1]["index"] <= reached:
             self._snapshots.pop(0)
@@ -259,6 +263,23 @@ class Loader:
     @property
     def _snapshot_index(self) -> int:
         return self.position.snapshot["index"] if self.position.snapshot else 0
+
+    def _replace_workers(self, died: WorkerDied) -> None:
+        """Start all of this rank's workers again, and read on from the consumed position. Once: one that dies again before a step
+        is made would do so for ever."""
+        self._replaced_at = self.position.rows
+        self._stop_reading(None)
+        self._end_workers()
+        self._snapshots = [self.position.snapshot] if self.position.snapshot else []
+        self.told.append(f"{died}; the workers are started again and read on from the same row")
+
+    def _cannot_go_on(self, broke: ReadingBroke | None) -> ReadingFailed:
+        """What to raise on every rank, with the first reason that any of them has."""
+        reason = next(each for each in self._parallel.gather(str(broke) if broke else None) if each)
+        return ReadingFailed(
+            f"reading the data failed: {reason}.\nStart again to go on from the newest checkpoint; with "
+            '"data": {"workers": 0} reading takes the least memory, and a source taken out of the preset is not read.'
+        )
 
     def _drop(self, names: list[str], failed: SourceFailed | None) -> None:
         """Leave sources out from the first draw that no rank has used yet, and read on from the consumed position."""
@@ -285,6 +306,10 @@ class Loader:
         if self._reader is not None:
             self._reader.close(patience)
             self._reader = None
+
+    def _end_workers(self) -> None:
+        while self._workers:
+            self._workers.pop().close()
 
     def _read(self, stopping: threading.Event) -> Iterator[Row]:
         """This rank's rows in global order, from here or from worker processes."""
@@ -333,7 +358,7 @@ class _Reader:
                     self._put((batch, rows))
             finally:
                 reading.close()
-        except BaseException as error:  # handed to the training thread, which raises or handles it
+        except BaseException as error:  # handed to the training thread, which handles it
             self._put(error)
 
     def _put(self, item: Any) -> None:

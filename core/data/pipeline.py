@@ -18,13 +18,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from core.data.documents import Document, Source
+from core.data.documents import Document, Encoded, Source
 from core.data.encoding import Remembering
 from core.data.mixing import Draw, Mixer, MixSettings, SourceFailed
 from core.data.objectives import build_objective
 from core.data.packing import PACKERS, Packer, Place, Row
 from core.data.tokenizer import Tokenizer
 from core.data.validation import HoldOut, may_train
+from core.environment import redacted
 from core.errors import SourceUnavailable
 from core.randomness import derive_seed
 from core.settings import NEXT_TOKEN
@@ -179,7 +180,28 @@ class Pipeline:
         for source in self._mixer.sources:
             for file, why in getattr(source, "skipped", list)():
                 self._skipped.setdefault((source.name, file, why), False)
-        encoded = self._encode([document for _, _, document in found])
-        for (packer, draw, _), document in zip(found, encoded):
+        for (packer, draw, _), document in zip(found, self._encoded(found)):
+            if document is None:
+                packer.lose(draw.index)
+                continue
             inputs, labels = self._objective(document, draw.index)
             packer.add(draw.index, draw.source, document.digest, draw.opens_epoch, inputs, labels)
+
+    def _encoded(self, found: list[tuple[Packer, Draw, Document]]) -> list[Encoded | None]:
+        """The documents as tokens; None for one that the tokenizer cannot do with: it is named, and left out."""
+        documents = [document for _, _, document in found]
+        encoded: list[Encoded | None] = []
+        try:
+            return [*self._encode(documents)]
+        except BaseException as error:  # a tokenizer that panics raises what is no Exception
+            failure = error
+        for _, draw, document in found:
+            try:
+                encoded += self._encode([document])
+            except BaseException as error:
+                why = redacted(f"cannot be tokenized: {type(error).__name__}: {error}")
+                self._skipped.setdefault((self._mixer.sources[draw.source].name, document.key, why), False)
+                encoded.append(None)
+        if len(encoded) > 1 and not any(encoded):  # then it is not the documents
+            raise failure
+        return encoded

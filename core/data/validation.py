@@ -5,6 +5,7 @@ Out:   HoldOut: is this document for validation?  and held-out documents, one by
 State: none; both are functions of the sources' content and the preset
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -19,25 +20,29 @@ from core.data.packing import Packer, Place, Row
 from core.data.tokenizer import MASK, Tokenizer
 from core.errors import SourceUnavailable
 
-SMALL_CORPUS = 300
-"""Documents below which a hash may well hold out none at all; such a source holds out its last ones instead."""
-SMALL_SHARE = 0.05
+SMALL_CORPUS = 1000
+"""Different texts below which a hash may hold out too few, or none at all: of those an exact share is held out."""
+SMALL_DOCUMENTS = 20_000
+"""Documents that are read to find so many different texts."""
 PSEUDO_TOKENS, PSEUDO_CONTEXT = 1024, 128
 """Tokens that are hidden one at a time, and of how many their context is made: each costs a row of its own."""
-SCAN_DOCUMENTS = 20_000
-"""Documents of a source searched for held-out ones; a stream would be read for hours otherwise."""
+SCAN_LOCAL, SCAN_STREAM = 2_000_000_000, 200_000_000
+"""Characters of a source that are searched for held-out documents: what comes over a network would be read for hours."""
+ENOUGH = 0.9
+"""Of the tokens asked for: with fewer it is told."""
 
 
 @dataclass
 class HoldOut:
-    """Validation by a stable hash of the text, or, for small sources, the last documents, by the digests of their texts.
+    """What is held out: the texts whose stable hash is below a fraction, and of a small source as many as that fraction of its
+    texts is, at least one and never all.
 
     A text is held out of every source or of none, wherever else it occurs.
     """
 
     fraction: float
     held: dict[str, list[int]] = field(default_factory=dict)  # small sources: digests of what they hold out
-    released: list[int] = field(default_factory=list)  # digests that the hash would hold out, and a small source needs
+    released: list[int] = field(default_factory=list)  # digests that the hash would hold out, and are trained on
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -45,7 +50,9 @@ class HoldOut:
         self._released = set(self.released)
 
     def holds(self, document: Document) -> bool:
-        digest = document.digest
+        return self.holds_digest(document.digest)
+
+    def holds_digest(self, digest: int) -> bool:
         return digest in self._held or (held_out_by_hash(digest, self.fraction) and digest not in self._released)
 
     def state(self) -> dict[str, Any]:
@@ -59,65 +66,78 @@ def may_train(hold_out: HoldOut, min_text_length: int, document: Document) -> bo
 
 
 def plan_hold_out(sources: list[Source], fraction: float, min_text_length: int, before: dict[str, Any] | None = None) -> HoldOut:
-    """Decide how each source is split. Finite sources are counted, but no further than SMALL_CORPUS documents.
+    """Decide how each source is split. Finite sources are looked through, but no further than SMALL_CORPUS different texts.
 
-    before  the state of an earlier plan: its choices stand for sources that still hold what they held out
+    before  the state of an earlier plan: its choices stand for sources that still hold what they held out, and of what was added
+            to them the hash decides
     """
-    before = before or {"held": {}, "released": []}
-    held: dict[str, list[int]] = {}
-    released, notes = set(before["released"]), []
-    for source in sources:
-        found = _small(source, min_text_length)
-        if not found:
+    known = before or {"held": {}, "released": []}
+    small = {source.name: texts for source in sources if (texts := _texts_of(source, min_text_length))}
+    chosen, released = {digest for digests in known["held"].values() for digest in digests}, set(known["released"])
+    new = [name for name, texts in small.items() if not texts.keys() & set(known["held"].get(name, ()))]
+    for name in sorted(new, key=lambda name: len(small[name])):
+        texts = small[name]
+        by_hash = [digest for digest in texts if held_out_by_hash(digest, fraction)]
+        if before is not None and name not in known["held"] and 0 < len(by_hash) < len(texts):
+            chosen |= set(by_hash) - released  # so it was split while it was larger
             continue
-        digests = {digest for _, digest in found}
-        earlier = before["held"].get(source.name)
-        if earlier is not None and (not earlier or digests & set(earlier)):
-            held[source.name] = earlier
-            chosen = [digest for digest in earlier if digest in digests]
-        else:
-            # by key, not by place: an epoch's order is shuffled, a key's order is that of the files and pages
-            ordered = [digest for _, digest in sorted(found, key=lambda each: _natural(each[0]))]
-            chosen = held[source.name] = ordered[len(ordered) - _small_share(len(ordered)) :]
-        left = digests - set(chosen)
-        if all(held_out_by_hash(digest, fraction) for digest in left):
-            released |= left
-        told = f"holds out its last {len(chosen)}" if chosen else "is too small to hold anything out"
-        notes.append(f"{source.name} has only {len(found)} documents; validation {told}")
-    return HoldOut(fraction, held, sorted(released), notes)
+        # of few copies first: held out with all of them, it would leave little to train on
+        for digest in sorted(texts.keys() - released, key=lambda digest: (texts[digest], digest)):
+            if len(texts.keys() & chosen) >= _share(len(texts), fraction):
+                break
+            if all(len(others.keys() - chosen) > 1 for others in small.values() if digest in others):
+                chosen.add(digest)
+        released |= {digest for digest in by_hash if digest not in chosen} | (set(texts) if len(texts) == 1 else set())
+    for texts in small.values():
+        if all(d in chosen or (held_out_by_hash(d, fraction) and d not in released) for d in texts):  # files were taken away
+            chosen -= texts.keys()
+            released |= texts.keys()
+    held = {name: [digest for digest in digests if digest in chosen] for name, digests in known["held"].items()}
+    held |= {name: sorted(small[name].keys() & chosen) for name in new}
+    plan = HoldOut(fraction, held, sorted(released))
+    plan.notes = [_note(name, texts, plan) for name, texts in small.items()]
+    return plan
 
 
-def _small(source: Source, min_text_length: int) -> list[tuple[str, int]]:
-    """(key, digest) of each document of a small finite source; none of another."""
-    found: list[tuple[str, int]] = []
+def _texts_of(source: Source, min_text_length: int) -> Counter[int]:
+    """{digest: documents} of the texts of a small finite source; none of another."""
+    found: Counter[int] = Counter()
     try:
-        for document in source.stream({}) if source.finite else ():
+        for document in islice(source.stream({}), SMALL_DOCUMENTS) if source.finite else ():
             if not document.is_shorter_than(min_text_length):
-                found.append((document.key, document.digest))
+                found[document.digest] += 1
             if len(found) >= SMALL_CORPUS:
-                return []
+                return Counter()
     except SourceUnavailable:  # training will meet the same error, and drop the source
-        return []
+        return Counter()
     return found
 
 
-def _small_share(count: int) -> int:
-    return 0 if count == 1 else max(1, round(count * SMALL_SHARE))
+def _share(texts: int, fraction: float) -> int:
+    """How many of so many different texts are held out: at least one, but not the only one."""
+    return min(max(1, round(texts * fraction)), texts - 1)
 
 
-def _natural(key: str) -> tuple[str, int]:
-    name, _, piece = key.rpartition("#")
-    return (name, int(piece)) if piece.isdigit() else (key, 0)
+def _note(name: str, texts: Counter[int], plan: HoldOut) -> str:
+    held, documents = sum(plan.holds_digest(digest) for digest in texts), texts.total()
+    copies = f" ({documents:,} documents)" if documents > len(texts) else ""
+    if len(texts) == 1:
+        return f"{name} has only one text{copies}: nothing of it can be held out for validation"
+    return f"{name} holds out {held:,} of its {len(texts):,} texts{copies} for validation"
 
 
 def held_out_documents(
     source: Source, hold_out: HoldOut, tokenizer: Tokenizer, min_text_length: int
 ) -> Iterator[tuple[int, Encoded]]:
-    """(its place among the source's documents, its tokens) of each document that is held out, among the first SCAN_DOCUMENTS."""
+    """(its place among the source's documents, its tokens) of each document that is held out, as far as a source is searched."""
+    left = SCAN_LOCAL if source.finite else SCAN_STREAM
     try:
-        for scanned, document in enumerate(islice(source.stream({}), SCAN_DOCUMENTS)):
+        for scanned, document in enumerate(source.stream({})):
             if not document.is_shorter_than(min_text_length) and hold_out.holds(document):
                 yield scanned, encode(tokenizer, [document])[0]
+            left -= document.size
+            if left <= 0:
+                return
     except SourceUnavailable:
         return  # what came before still measures; training reports the failure
 
@@ -131,24 +151,42 @@ def validation_rows(
     tokens: int,
     min_text_length: int,
 ) -> list[Row]:
-    """Packed rows of held-out documents: about `tokens` of them, shared evenly among the sources that have any."""
+    """Packed rows of held-out documents: about `tokens` of them, shared evenly among the sources that have so many."""
+    numbers = range(len(sources))
+    packers = [Packer(number, seq_length, tokenizer.eos_id, Place()) for number in numbers]
+    documents = [held_out_documents(source, hold_out, tokenizer, min_text_length) for source in sources]
+    collected, open_ones, wanted = [0] * len(sources), [*numbers], tokens // len(sources)
+    while open_ones:
+        for number in open_ones:
+            while collected[number] < wanted and (found := next(documents[number], None)) is not None:
+                scanned, encoded = found
+                inputs, labels = objective(encoded, scanned)
+                known = tokenizer.num_bytes(encoded.ids) if encoded.num_bytes is None else encoded.num_bytes
+                packers[number].add(scanned, number, encoded.digest, False, inputs, labels, known)
+                collected[number] += len(inputs)
+        full = [number for number in open_ones if collected[number] >= wanted]
+        # what some lack is taken of the others
+        more = (tokens - sum(collected)) // max(len(full), 1) if len(full) < len(open_ones) else 0
+        open_ones, wanted = (full, wanted + more) if more > 0 else ([], wanted)
     rows: list[Row] = []
-    for number, source in enumerate(sources):
-        wanted = tokens // len(sources)
-        packer = Packer(number, seq_length, tokenizer.eos_id, Place())
-        collected = 0
-        documents = held_out_documents(source, hold_out, tokenizer, min_text_length)
-        while collected < wanted and (found := next(documents, None)) is not None:
-            scanned, encoded = found
-            inputs, labels = objective(encoded, scanned)
-            known = tokenizer.num_bytes(encoded.ids) if encoded.num_bytes is None else encoded.num_bytes
-            packer.add(scanned, number, encoded.digest, False, inputs, labels, known)
-            collected += len(inputs)
-        while collected > 0:
+    for packer, left in zip(packers, collected):
+        while left > 0:
             row = packer.row()
-            collected -= int((row.source_ids >= 0).sum())
+            left -= int((row.source_ids >= 0).sum())
             rows.append(row)
     return rows
+
+
+def shortfall(rows: list[Row], asked: int) -> str | None:
+    """What to say where far fewer tokens were found than asked for."""
+    found = sum(int((row.source_ids >= 0).sum()) for row in rows)
+    if found >= ENOUGH * asked:
+        return None
+    return (
+        f"{found:,} tokens are evaluated, not the {asked:,} of train.eval_tokens: no more are held out in what is searched "
+        f"(all of a local source, up to {SCAN_LOCAL / 1e9:.0f} GB of text; {SCAN_STREAM / 1e6:.0f} MB of a stream). "
+        "For more, raise data.validation_fraction, or add text"
+    )
 
 
 def hide_one(rows: list[Row], tokenizer: Tokenizer) -> list[Row]:

@@ -10,17 +10,21 @@ import os
 import queue
 import signal
 import threading
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from core.data.mixing import SourceFailed
 from core.data.packing import Row
 from core.data.pipeline import Pipeline, Position
 from core.environment import redacted
+from core.errors import UserError
 
 ROWS_PER_MESSAGE = 16  # sent at once: fewer, larger messages cost less than the rows in them
 MESSAGES_AHEAD = 64
 POLL_SECONDS = 0.05
+CLOSE_SECONDS = 2.0
 
 MakePipeline = Callable[[Position, list[int]], Pipeline]
 
@@ -44,7 +48,7 @@ class Worker:
         self._positions.put(position)
 
     def next_row(self, stopping: threading.Event) -> Row:
-        """Raises SourceFailed as the pipeline does, Stopped once `stopping` is set."""
+        """Raises SourceFailed as the pipeline does, Stopped once `stopping` is set, ReadingBroke, and WorkerDied."""
         while not self._rows:
             try:
                 begun, item = self._queue.get(timeout=POLL_SECONDS)
@@ -52,7 +56,7 @@ class Worker:
                 if stopping.is_set():
                     raise Stopped from None
                 if not self._process.is_alive():
-                    raise RuntimeError(f"a data worker died (exit code {self._process.exitcode}); out of memory?") from None
+                    raise WorkerDied(_ending(self._process.exitcode)) from None
                 continue
             if begun != self._begun:
                 continue
@@ -62,14 +66,49 @@ class Worker:
         return self._rows.pop()
 
     def close(self) -> None:
+        """Ends the process: at once where it does not end by itself, as one that was frozen."""
         self._process.terminate()
-        self._process.join()
+        self._process.join(CLOSE_SECONDS)
+        self._process.kill()
+        self._process.join(CLOSE_SECONDS)  # what hangs in the kernel still ends with the program
         self._queue.cancel_join_thread()
         self._positions.cancel_join_thread()
 
 
 class Stopped(Exception):
-    """The reader was closed while it waited for a worker."""
+    """Somebody asked to stop while something else was waited for."""
+
+
+def stop_if(asked: bool) -> None:
+    """Raises Stopped."""
+    if asked:
+        raise Stopped
+
+
+class ReadingBroke(Exception):
+    """Reading met an error that nobody expected. Its text says which, and where."""
+
+
+class WorkerDied(Exception):
+    """A worker process is gone, and what it had read. All of it can be read again. Its text says how it ended."""
+
+
+def broke_by(error: BaseException) -> ReadingBroke:
+    """The error as a person should read it, with the place it comes from."""
+    if isinstance(error, ReadingBroke):
+        return error
+    if isinstance(error, UserError):
+        return ReadingBroke(str(error))
+    places = traceback.extract_tb(error.__traceback__)
+    place = f" ({Path(places[-1].filename).name}, line {places[-1].lineno})" if places else ""
+    return ReadingBroke(redacted(f"{type(error).__name__}: {error}{place}"))
+
+
+def _ending(exit_code: int | None) -> str:
+    if exit_code is None or exit_code >= 0:
+        return f"a data worker ended (exit code {exit_code})"
+    name = signal.Signals(-exit_code).name if -exit_code in set(signal.Signals) else f"signal {-exit_code}"
+    return f"a data worker was killed ({name})" + (", probably for want of memory" if -exit_code == signal.SIGKILL else "")
 
 
 def end_with_parent() -> None:
@@ -99,4 +138,4 @@ def _work(make_pipeline: MakePipeline, lanes: list[int], positions: Any, out: An
             out.put((begun, rows)) if rows else None
             out.put((begun, error))
         except BaseException as error:
-            out.put((begun, RuntimeError(redacted(f"a data worker failed: {type(error).__name__}: {error}"))))
+            out.put((begun, broke_by(error)))

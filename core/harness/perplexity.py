@@ -22,11 +22,7 @@ KEPT = ("cross_entropy", "perplexity", "bits_per_byte", "token_accuracy")
 
 def held_out_rows(corpus: Corpus, tokenizer: Tokenizer, seq_length: int, tokens: int) -> dict[str, list[Row]]:
     """Held-out rows of each source, up to `tokens` tokens of each."""
-    rows = corpus.validation_rows(tokenizer, seq_length, tokens * len(corpus.sources))
-    found: dict[str, list[Row]] = {name: [] for name in corpus.names}
-    for row in rows:
-        found[corpus.names[int(row.source_ids.max())]].append(row)
-    return found
+    return {name: corpus.validation_rows(tokenizer, seq_length, tokens, only=name) for name in corpus.names}
 
 
 def perplexity(

@@ -57,7 +57,8 @@ def train_to_the_end(session: TrainingSession, runs: int) -> str:
         log.emit("run_start", step=done.step, tokens=done.tokens, **session.start_event, notes=session.notes)
         while (reason := trainer.train()) != "interrupted" and done.horizon_runs < runs:
             begin_next_run(done, runs)
-            log.emit("run_start", step=done.step, tokens=done.tokens, **session.start_event | {"run": done.run}, notes=[])
+            now = {"run": done.run, "run_tokens": 0, "run_step": 0, "end_tokens": trainer.horizon.run_end(done)}
+            log.emit("run_start", step=done.step, tokens=done.tokens, **session.start_event | now, notes=[])
         return reason
     finally:
         trainer.store.wait()

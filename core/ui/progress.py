@@ -10,13 +10,17 @@ import math
 from core.ui import text
 
 FADE_SECONDS = 60.0
+FINISHED = ("budget", "max_steps", "max_epochs")
+NEARLY = 0.999
 
 
 class Progress:
-    """Progress towards the budget of tokens or of steps, whichever ends the run first."""
+    """Progress towards the end of the run by tokens or by steps, whichever comes first."""
 
     def __init__(self, start: dict):
-        self.budget_tokens = start.get("budget_tokens") or 0
+        self.budget_tokens = start.get("end_tokens") or start.get("budget_tokens") or 0
+        self._about = self.budget_tokens != start.get("budget_tokens")  # where epochs end a run, that is known about only
+        self._over = False
         self.max_steps = start.get("max_steps")
         self.tokens = start.get("run_tokens") or 0
         self.steps = start.get("run_step") or 0
@@ -29,6 +33,7 @@ class Progress:
 
     def update(self, event: dict) -> None:
         """Time is taken from the step's own tokens per second, which leaves evaluations and saving out, not from the clock."""
+        self._over = event.get("event") == "run_end" and event.get("reason") in FINISHED
         if event.get("event") != "step":
             return
         fraction, tokens = self.fraction, self.tokens
@@ -44,7 +49,9 @@ class Progress:
     @property
     def fraction(self) -> float:
         done, whole = (self.steps, self.max_steps) if self.by_steps else (self.tokens, self.budget_tokens)
-        return min(1.0, done / whole) if whole else 0.0
+        if self._over:
+            return 1.0
+        return min(NEARLY if self._about and not self.by_steps else 1.0, done / whole) if whole else 0.0
 
     @property
     def seconds_left(self) -> float | None:

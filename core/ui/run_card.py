@@ -8,12 +8,16 @@ State: the card so far
 import json
 import statistics
 import subprocess
+from collections import deque
 from pathlib import Path
 from typing import Any
 
 from core.files import read_json, write_file
 from core.runtime import versions
 from core.ui.report import plot_losses
+
+RECENT_STEPS = 10_000
+"""Of which the card tells the median speed: a long run keeps no more."""
 
 
 class RunCard:
@@ -23,7 +27,7 @@ class RunCard:
         """`started`: unix time at which main.py began, so that `seconds_to_first_step` counts everything."""
         self._folder, self._preset, self._started, self._root = folder, preset, started, root
         self._card: dict[str, Any] = {}
-        self._speeds: list[float] = []
+        self._speeds: deque[float] = deque(maxlen=RECENT_STEPS)
 
     def update(self, event: dict[str, Any]) -> None:
         kind = event["event"]

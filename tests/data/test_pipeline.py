@@ -12,17 +12,13 @@ import numpy as np
 import pytest
 
 from core.data import pipeline
-from core.data.documents import Document, digest_of, held_out_by_hash
 from core.data.loader import Loader
 from core.data.mixing import Mixer, MixSettings
 from core.data.pipeline import share_of_lanes
-from core.data.sources.text import TextSettings
-from core.data.validation import SMALL_CORPUS, HoldOut, plan_hold_out, validation_rows
+from core.data.validation import HoldOut
 from core.errors import NoData
 from tests.data.corpus import (
     LANES,
-    NEXT_TOKEN,
-    SEQ_LENGTH,
     Fails,
     Ranks,
     as_array,
@@ -52,7 +48,6 @@ def read_all(loader: Loader, count: int | None) -> list[np.ndarray]:
 
 def text_lines(folder: Path, name: str) -> list[str]:
     """The documents of a corpus, as written."""
-    import json
 
     return [json.loads(line)["text"] for line in (folder / f"{name}.jsonl").read_text().splitlines()]
 
@@ -275,107 +270,6 @@ def test_files_that_vanish_are_dropped_with_workers_too(tmp_path: Path) -> None:
     found = read_all(loader, 60)
     assert len(found) == 60 and without(found[-20:], 1)
     assert [name for name, _ in loader.dropped] == ["b"]
-
-
-# held-out documents --------------------------------------------------------------------------------------------------
-
-
-def test_held_out_documents_never_appear_in_training_rows(tmp_path: Path) -> None:
-    """By hash: no document is in both, none is in neither."""
-    sections = write_corpus(tmp_path, {"a": 400, "b": 350})
-    factory = make_factory(tmp_path, sections, max_epochs=2, hold_out=HoldOut(0.1))
-    trained = texts_of(read_all(make_loader(factory, start()), None))
-    rows = validation_rows(factory.sources, factory.hold_out, factory.tokenizer, NEXT_TOKEN, SEQ_LENGTH, 10**9, 1)
-    held = texts_of([np.stack([as_array(row)]) for row in rows], lanes=1)
-    everything = text_lines(tmp_path, "a") + text_lines(tmp_path, "b")
-    assert set(held) == {text for text in everything if held_out_by_hash(digest_of(text.encode()), 0.1)} and len(held) > 40
-    assert Counter(trained) == Counter(2 * [text for text in everything if text not in set(held)])
-
-
-def test_small_corpora_hold_out_their_last_pieces(tmp_path: Path) -> None:
-    """Too few for a hash: the last twentieth in the order of the file, never in training, and the run is told so."""
-    sections = write_corpus(tmp_path, {"a": 60, "b": SMALL_CORPUS + 50})
-    factory = make_factory(tmp_path, sections)
-    plan = plan_hold_out(factory.sources, 1e-9, 1)
-    assert plan.held == {"a": [digest_of(text.encode()) for text in text_lines(tmp_path, "a")[57:]]}
-    assert plan.notes == ["a has only 60 documents; validation holds out its last 3"]
-    factory = make_factory(tmp_path, sections, max_epochs=1, hold_out=plan)
-    trained = [text for text in texts_of(read_all(make_loader(factory, start()), None)) if text.startswith("a ")]
-    assert sorted(trained) == sorted(text_lines(tmp_path, "a")[:57])
-    rows = validation_rows(factory.sources[:1], plan, factory.tokenizer, NEXT_TOKEN, SEQ_LENGTH, 10**9, 1)
-    assert texts_of([np.stack([as_array(row)]) for row in rows], lanes=1) == text_lines(tmp_path, "a")[57:]
-
-
-def test_a_single_document_is_trained_on(tmp_path: Path) -> None:
-    """Holding it out would leave nothing to learn from."""
-    factory = make_factory(tmp_path, write_corpus(tmp_path, {"a": 1}))
-    plan = plan_hold_out(factory.sources, 0.01, 1)
-    assert plan.held == {"a": []} and plan.notes == ["a has only 1 documents; validation is too small to hold anything out"]
-    plan = plan_hold_out(factory.sources, 0.9999999, 1)  # the hash would hold it out
-    assert not plan.holds(next(factory.sources[0].stream({})))
-
-
-def test_a_text_is_held_out_of_every_source_or_of_none(tmp_path: Path) -> None:
-    """What a small source holds out is not trained on from a large one either, and the other way round."""
-    sections = write_corpus(tmp_path, {"small": 40, "large": SMALL_CORPUS + 60})
-    small, large = text_lines(tmp_path, "small"), text_lines(tmp_path, "large")
-    by_hash = [text for text in large if held_out_by_hash(digest_of(text.encode()), 0.05)]
-    with (tmp_path / "large.jsonl").open("a") as out:
-        out.writelines(json.dumps({"text": text}) + "\n" for text in small[-4:])
-    (tmp_path / "small.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [by_hash[0], *small]))
-    plan = plan_hold_out(make_factory(tmp_path, sections).sources, 0.05, 1)
-    trained = set(texts_of(read_all(make_loader(make_factory(tmp_path, sections, max_epochs=1, hold_out=plan), start()), None)))
-    assert len(plan.held["small"]) == 2 and not trained & {*small[-2:], *by_hash}
-    assert trained >= set(small[:20]) - set(by_hash)
-
-
-def test_what_was_held_out_stays_so_when_files_are_added(tmp_path: Path) -> None:
-    """Otherwise an evaluation would meet documents that were trained on before."""
-    write_corpus(tmp_path, {"a": 60})
-    section = TextSettings(path="*.jsonl", name="a")
-    before = plan_hold_out(make_factory(tmp_path, [section]).sources, 0.01, 1)
-    write_corpus(tmp_path, {"b": 100})
-    saved = json.loads(json.dumps(before.state()))
-    after = plan_hold_out(make_factory(tmp_path, [section]).sources, 0.01, 1, saved)
-    assert after.held == before.held and len(after.held["a"]) == 3
-    assert plan_hold_out(make_factory(tmp_path, [section]).sources, 0.01, 1).held != before.held
-    (tmp_path / "a.jsonl").unlink()  # and when nothing of it is left, the source is planned anew
-    assert len(plan_hold_out(make_factory(tmp_path, [section]).sources, 0.01, 1, saved).held["a"]) == 5
-
-
-def test_the_hash_never_changes() -> None:
-    """A changed hash would put trained documents into validation: these stay as they are for ever."""
-    texts = [f"document number {i}" for i in range(2000)]
-    held = [i for i, text in enumerate(texts) if held_out_by_hash(digest_of(text.encode()), 0.01)]
-    assert held == HELD_AT_ONE_PERCENT
-    assert set(held) < {i for i, text in enumerate(texts) if held_out_by_hash(digest_of(text.encode()), 0.05)}
-    assert not any(held_out_by_hash(digest_of(text.encode()), 0.0) for text in texts)
-    assert Document("\ud800 lone surrogate", "").digest > 0
-
-
-HELD_AT_ONE_PERCENT = [
-    144,
-    163,
-    219,
-    314,
-    376,
-    446,
-    482,
-    563,
-    588,
-    652,
-    801,
-    979,
-    1006,
-    1124,
-    1173,
-    1176,
-    1401,
-    1413,
-    1427,
-    1483,
-    1652,
-]
 
 
 # epochs --------------------------------------------------------------------------------------------------------------

@@ -1,9 +1,22 @@
-"""The processes that read: they end with the program, however it ends."""
+"""The processes that read: they end with the program, however it ends; and when they end before, nothing is lost."""
 
+import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import Any
+
+import pytest
+
+from core.data.encoding import Remembering
+from core.data.loader import Loader
+from core.data.sources.text import TextSource
+from core.data.worker import CLOSE_SECONDS, Worker
+from core.errors import ReadingFailed
+from tests.data.corpus import Ranks, make_factory, make_loader, same, start, steps, write_corpus
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
@@ -36,3 +49,111 @@ def test_a_worker_ends_with_a_program_that_was_killed() -> None:
     while is_running(pid):
         assert time.monotonic() < until, "it outlived the program"
         time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_is_started_again(tmp_path: Path) -> None:
+    """As by the out-of-memory killer, once idle and once reading: the same rows come, and it is told. One that dies again before
+    a step is made ends the run, with what to do."""
+    factory = make_factory(tmp_path, write_corpus(tmp_path, {"a": 300, "b": 200}), "weighted")
+    straight = make_loader(factory, start())
+    expected = steps(straight, 60)
+    loader = make_loader(factory, start(), workers=2)
+    found = steps(loader, 10)
+    for count in (0, 20):
+        found += steps(loader, count)
+        os.kill(loader._workers[1]._process.pid, signal.SIGKILL)
+        loader._settle()
+        loader._read_anew()  # what was read ahead is not there: the next step needs the process that is gone
+        found += steps(loader, 15)
+    assert same(found, expected)
+    assert [told.split(";")[0] for told in loader.told] == ["a data worker was killed (SIGKILL), probably for want of memory"] * 2
+    straight.next_step(), loader.next_step()
+    assert loader.state()["receipts"] == straight.state()["receipts"]
+
+    kill = Worker.begin
+
+    def killed(self: Worker, position: Any) -> None:
+        self._process.kill()
+        kill(self, position)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Worker, "begin", killed)
+        loader._settle()
+        loader._read_anew()
+        with pytest.raises(ReadingFailed, match=r"(?s)was killed \(SIGKILL\).*Start again.*\"workers\": 0"):
+            steps(loader, 1)
+    state = loader.state()
+    loader.close()
+    straight.close()
+    assert state["rows"] == straight.state()["rows"]
+
+
+@pytest.mark.slow
+def test_a_frozen_worker_does_not_hold_up_the_end(tmp_path: Path) -> None:
+    """SIGSTOP leaves it deaf to SIGTERM; the run has other things to do than to wait for it."""
+    loader: Loader = make_loader(make_factory(tmp_path, write_corpus(tmp_path, {"a": 300})), start(), workers=1)
+    steps(loader, 2)
+    process = loader._workers[0]._process
+    os.kill(process.pid, signal.SIGSTOP)
+    begun = time.monotonic()
+    loader.close()
+    assert time.monotonic() - begun < 3 * CLOSE_SECONDS and not process.is_alive()
+
+
+def test_an_error_that_nobody_expected_ends_every_rank_with_its_reason(tmp_path: Path) -> None:
+    """On one rank only, in the thread that reads: none waits for it, and the position is as it was."""
+    sections = write_corpus(tmp_path, {"a": 300})
+
+    def job(parallel: Any) -> tuple[str, int]:
+        loader = make_loader(make_factory(tmp_path, sections), start(), parallel=parallel)
+        if parallel.rank == 1:
+            reading = loader._read
+
+            def breaks(stopping: threading.Event) -> Any:
+                for number, row in enumerate(reading(stopping)):
+                    if number == 12:
+                        raise LookupError("an odd thing")
+                    yield row
+
+            loader._read = breaks
+        count = 0
+        with pytest.raises(ReadingFailed) as told:
+            while True:
+                count += len(steps(loader, 1))
+        loader.close()
+        return str(told.value), count
+
+    ended = Ranks(2).run(job)
+    assert {count for _, count in ended} == {4}
+    assert all("LookupError: an odd thing (test_worker.py, line " in told and "Start again" in told for told, _ in ended)
+
+
+def test_an_odd_file_or_text_costs_no_more_than_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it makes a library raise; named with the reason, and the rows are those without it."""
+    sections = write_corpus(tmp_path, {"a": 60, "b": 60, "c": 60})
+    for name in ("b", "c"):
+        (tmp_path / f"{name}.jsonl").rename(tmp_path / f"a{name}.jsonl")
+    section = sections[0].model_copy(update={"path": ["a.jsonl", "a?.jsonl"]})
+    read, encode = TextSource.read, Remembering.__call__
+
+    def odd_read(self: TextSource, unit: Any, at: int) -> Any:
+        if unit.label == "ab.jsonl":
+            raise RecursionError("too deep")
+        return read(self, unit, at)
+
+    def odd_encode(self: Remembering, documents: Any) -> Any:
+        if any(document.text.startswith("c 7:") for document in documents):
+            raise BaseException("a panic of the tokenizer")
+        return encode(self, documents)
+
+    monkeypatch.setattr(TextSource, "read", odd_read)
+    monkeypatch.setattr(Remembering, "__call__", odd_encode)
+    loader = make_loader(make_factory(tmp_path, [section], max_epochs=2), start())
+    found = steps(loader)
+    assert sorted(loader.skipped) == [
+        ("a", "ab.jsonl", "unreadable (RecursionError: too deep)"),
+        ("a", "ac.jsonl#7", "cannot be tokenized: BaseException: a panic of the tokenizer"),
+    ]
+    loader.close()
+    assert len(found) > 20

@@ -1,14 +1,18 @@
 """The picture of a run."""
 
+import json
 import struct
 import subprocess
 import sys
+import tracemalloc
 import zlib
 
 import pytest
 
 from core.metrics import MetricsLog
+from core.ui.picture import PLOTTED, events_of
 from core.ui.report import plot_losses
+from core.ui.run_card import RECENT_STEPS, RunCard
 from tests.ui import stream
 
 
@@ -34,6 +38,7 @@ def colours(path):
     return width, height, len(set(zlib.decompress(body)))
 
 
+@pytest.mark.skips_updates
 @pytest.mark.parametrize("steps", [200, 10])
 def test_the_curves_are_drawn(tmp_path, steps):
     written(tmp_path / "metrics.jsonl", stream.run(steps=steps))
@@ -63,6 +68,28 @@ def test_a_name_may_hold_dollars_and_letters_the_font_lacks(tmp_path):
     written(tmp_path / "m.jsonl", stream.run(steps=10, preset=r"costs $5 \and $x_{ 狐"))
     plot_losses(tmp_path / "m.jsonl", tmp_path / "loss.png")
     assert (tmp_path / "loss.png").exists()
+
+
+def test_drawing_takes_no_more_memory_for_a_longer_log(tmp_path):
+    """Nor the card: what a view keeps of a run is bounded, whatever the number of steps and evaluations."""
+    step = json.dumps({"event": "step", "step": 1, "tokens": 10, "loss": 2.5, "losses": {"x" * 300: 1.0}})
+    peaks = []
+    for count in (3000, 60_000):
+        path = tmp_path / f"{count}.jsonl"
+        path.write_text("".join(f'{step}\n{{"event": "eval", "step": 1, "number": {i}}}\n' for i in range(1, count + 1)))
+        tracemalloc.start()
+        events = events_of(path)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        numbers = [event["number"] for event in events if event["event"] == "eval"]
+        assert PLOTTED / 2 < len(numbers) <= PLOTTED and numbers[-1] == count
+        assert len({b - a for a, b in zip(numbers, numbers[1:])}) == 1
+    assert peaks[1] < 2 * peaks[0], peaks
+    card = RunCard(tmp_path / "logs", {}, 0.0, tmp_path)
+    card.update({"event": "run_start"})
+    for _ in range(3 * RECENT_STEPS):
+        card.update({"event": "step", "time": 1.0, "tokens_per_second": 1.0})
+    assert len(card._speeds) == RECENT_STEPS
 
 
 def test_importing_draws_in_nothing_heavy():

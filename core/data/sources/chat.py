@@ -16,7 +16,8 @@ from pydantic import Field, model_validator
 
 from core.data.documents import ASSISTANT, Document, SkipRow
 from core.data.sources.hf import HfSource
-from core.data.sources.text import JSON_LINES, PARQUET, TextSource, named_by, path_name
+from core.data.sources.tables import TABLES
+from core.data.sources.text import TextSource, named_by, path_name
 from core.settings import Settings
 
 ROLE_NAMES = {
@@ -48,7 +49,8 @@ class ChatSettings(Settings):
     type: Literal["chat"] = "chat"
     """Conversations. What assistants say in them is learned, the rest is only read."""
     path: str | Annotated[list[str], Field(min_length=1)] | None = None
-    """Files, folders or globs, relative to the project: .jsonl .jsonl.gz .jsonl.zst .parquet. This or `dataset`."""
+    """Files, folders or patterns, relative to the project: .jsonl .json .csv .tsv .parquet, and .gz .bz2 .xz .zst of any but the
+    last. This or `dataset`."""
     dataset: str | None = Field(None, min_length=1)
     """Repository on the Hugging Face Hub, or a local dataset folder. This or `path`."""
     config: str | None = None
@@ -92,14 +94,14 @@ class _Chat:
 class ChatFiles(_Chat, TextSource):
     """Conversations in local files."""
 
-    readable = (*JSON_LINES, *PARQUET)
+    readable = TABLES
 
 
 class ChatDataset(_Chat, HfSource):
     """Conversations in a dataset."""
 
     def nothing(self, order: list[int]) -> str:
-        return f"no row of it holds a conversation in {self.columns[0]}"
+        return f"no row of it holds a conversation in {self.columns[0]}" + "".join(f"; {note}" for note in self.notes)
 
 
 def chat_source(settings: ChatSettings, root: Path, seed: int) -> ChatFiles | ChatDataset:
