@@ -222,7 +222,7 @@ def _named_tokens(path: Path) -> dict[str, list[str]]:
     """The control tokens that the tokenizer_config.json beside a tokenizer file names, by their keys. Raises UserError."""
     config, found = path.with_name(CONFIG), {}
     try:
-        facts = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
+        facts = read_json(config) if config.exists() else {}
         items = facts.items()
     except (OSError, ValueError, RecursionError, AttributeError):
         raise UserError(
