@@ -41,6 +41,7 @@ FLOORS = {
     "core.continuation": 2,
     "core.drafting": 2,
     "core.filling": 2,
+    "core.samples": 2,
     "core.ui": 2,
     "core.contracts": 1,
     "core.preset": 1,
