@@ -245,7 +245,7 @@ class HfSource(ShardSource):
         self._files, self._tables, self._rows = files, False, dataset.select_columns(self.columns)
 
     def _listed(self, folder: Path) -> list[str]:
-        """The tables of a folder whose path `datasets` would take for a pattern: of those named for a split, the one asked for."""
+        """The tables of a folder whose path `datasets` would take for a pattern: of those named for a split, its own."""
         found = Found()
         names = {path.relative_to(folder).as_posix().lower(): str(path) for path in walk(folder, found)}
         tables_there = {name: path for name, path in names.items() if tables.kind_of(name)}
