@@ -161,6 +161,15 @@ def test_a_changed_file_is_read_anew(corpus: Path) -> None:
     assert read(cached(corpus)) == read(plain(corpus))
 
 
+def test_another_reader_reads_anew(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an older program made of the same files is not taken."""
+    monkeypatch.setattr("core.data.sources.text.READER", 1)
+    monkeypatch.setattr(TextSource, "document", lambda self, values, key: Document("as it was read before", key))
+    read(cached(corpus))
+    monkeypatch.undo()
+    assert read(cached(corpus)) == read(plain(corpus))
+
+
 @pytest.mark.parametrize("vocabulary", [300, 70_000])
 def test_a_block_comes_back_as_it_was(vocabulary: int) -> None:
     """Masks, empty documents and wide ids included."""
