@@ -15,6 +15,7 @@ def main() -> int:
     """Choose a preset on rank 0, hand it to every rank, run its job. Returns the exit code (see docs/guide.md)."""
     from core.errors import UserError
     from core.screen import guard_streams
+    from core.terminal import tell
 
     guard_streams()
     try:
@@ -24,10 +25,10 @@ def main() -> int:
 
         launch(STARTED)
     except UserError as error:
-        print(f"\n{error}", file=sys.stderr, flush=True)
+        tell(f"\n{error}")
         return error.exit_code
     except KeyboardInterrupt:
-        print("\nstopped at once; the newest checkpoint is as it was", file=sys.stderr, flush=True)
+        tell("\nstopped at once; the newest checkpoint is as it was")
         return 130
     return 0
 

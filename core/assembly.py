@@ -7,7 +7,7 @@ State: none; everything lives in the objects it builds
 
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from core.auxiliary import build_heads, check_heads, load_heads, output_of_one_token
-from core.checkpoint import FORMAT, LINEAGE_OF_ITS_OWN, CheckpointStore
+from core.checkpoint import FORMAT, LINEAGE_OF_ITS_OWN, CheckpointStore, stored_bytes
 from core.contracts import call_if_defined
 from core.curriculum import build_curriculum
 from core.data.agreement import agreed_contents
@@ -31,13 +31,12 @@ from core.data.tokenizer import SAMPLE_CHARACTERS, Tokenizer, build_tokenizer
 from core.data.validation import hide_one, shortfall
 from core.errors import UserError
 from core.evaluation import Evaluator
-from core.filling import fill, neighbors, word_ids
 from core.freezing import train_only
-from core.generation import Voice, generate
 from core.horizon import Horizon, Progress, begin_next_run
+from core.lineage import changed_sources
 from core.losses import LOSSES
 from core.losses.stack import LossStack
-from core.metrics import MetricsLog, evaluation_is_missing
+from core.metrics import LOG, MetricsLog, check_log, evaluation_is_missing
 from core.models import MODELS
 from core.objective import Objective
 from core.optim import Optimizer
@@ -45,7 +44,9 @@ from core.parallel import on_rank_zero, rank_zero_first
 from core.preset import preset_class, preset_json
 from core.randomness import derive_seed
 from core.runtime import Runtime
+from core.samples import build_samples
 from core.settings import MASKED_TOKENS, RUN_TOKENS
+from core.size import SMALLEST_VOCABULARY, check_memory, size_of
 from core.trainer import Trainer, load_slot
 from core.weights import FITTING, Weights, find_weights
 
@@ -82,6 +83,22 @@ def build_stack(preset: Any) -> LossStack:
     return LossStack([LOSSES[settings.type][1](settings) for settings in preset.losses])
 
 
+def check_parts(preset: Any, runtime: Runtime) -> None:
+    """Raises UserError where the parts of a preset do not go together, as `build_training` would, before anything is read.
+
+    For a comparison, whose last variant would else say so after hours. A model of the Hub is left out: it would be downloaded.
+    """
+    check_adaptive(preset)
+    call_if_defined(preset.model, "check_tokenizer_section", preset.tokenizer)
+    check_memory(preset, SMALLEST_VOCABULARY, runtime)
+    if hasattr(preset.model, "num_layers"):
+        size_of(preset, SMALLEST_VOCABULARY)  # refuses names of parameters that there are not
+        one_layer = preset.model_copy(update={"model": preset.model.model_copy(update={"num_layers": 1})})
+        model, stack = build_model(one_layer, SMALLEST_VOCABULARY), build_stack(preset)
+        stack.check(output_of_one_token(model, torch.device("cpu")).readout)
+        check_heads(preset, model, stack)
+
+
 # the session ---------------------------------------------------------------------------------------------------------
 
 
@@ -102,6 +119,7 @@ def build_training(
     """
     adapting = check_adaptive(preset)
     call_if_defined(preset.model, "check_tokenizer_section", preset.tokenizer)
+    check_memory(preset, SMALLEST_VOCABULARY, runtime)  # before anything is read
     if preset.data.lanes % parallel.world_size:
         raise UserError(
             f"{parallel.world_size} processes do not divide data.lanes = {preset.data.lanes}; start with another "
@@ -112,11 +130,16 @@ def build_training(
     corpus = open_corpus(preset, root, parallel, (saved or {"data": {}})["data"].get("held_out"))
     masked = corpus.objective == MASKED_TOKENS
     warnings = [f"source {name} dropped, the others go on: {reason}" for name, reason in corpus.failed.items()]
+    if saved is not None:
+        (warnings if saved["preset"]["name"] == preset.name else notes).extend(changed_sources(saved, preset, corpus.failed))
     notes += corpus.notes + adapting
     tokenizer, told = _tokenizer(preset, weights, parallel, corpus, tokenizer_state)
-    notes += told + corpus.told_of(tokenizer)
     corpus.check_tokenizer(tokenizer)
+    of_tokens, loud = corpus.told_of(tokenizer)
+    notes, warnings = notes + told + of_tokens, warnings + loud
 
+    check_memory(preset, tokenizer.vocab_size, runtime)
+    repeats = runtime.keep_order(preset.train.deterministic)
     model = rank_zero_first(parallel, lambda: build_model(preset, tokenizer.vocab_size))
     if weights is None:
         rank_zero_first(parallel, lambda: call_if_defined(model, "load_published", notes))
@@ -143,7 +166,10 @@ def build_training(
     if saved is not None and (fresh := optimizer.load(saved["optimizer"])):
         notes.append(f"optimizer state starts afresh for {len(fresh)} parameters: {', '.join(fresh[:4])}")
 
-    log_file = root / "logs" / preset.lineage / "metrics.jsonl"
+    size = stored_bytes(model, heads) + optimizer.state_bytes() + len(tokenizer.state()["json"])
+    on_rank_zero(parallel, lambda: store.check_room(size))
+
+    log_file = root / "logs" / preset.lineage / LOG
     progress, told = _progress(preset, saved, lambda step: on_rank_zero(parallel, lambda: evaluation_is_missing(log_file, step)))
     notes += told
     facts = {
@@ -194,7 +220,6 @@ def build_training(
     evaluator = Evaluator(
         held_out_rows,
         stack,
-        tokenizer.token_bytes(),
         preset.train.per_gpu_batch_size,
         parallel,
         runtime.device,
@@ -204,20 +229,8 @@ def build_training(
         preset.train.seed if validation_seed is None else validation_seed,
         corpus.names,
     )
-    words, unknown = word_ids(tokenizer, preset.generate.neighbors_of)
-    notes += [f"generate.neighbors_of: {', '.join(unknown)} left out, being more than one token each"] if unknown else []
-
-    def show(model: Any, step: int) -> Iterator[tuple[str, dict[str, Any]]]:
-        model.eval()
-        voice, seed = Voice(model, tokenizer, preset.model.seq_length), preset.train.seed
-        for i, prompt in enumerate(preset.generate.prompts):
-            if masked:
-                prompt, text = fill(model, tokenizer, prompt, voice.context)
-            else:
-                text = generate(voice, prompt, preset.generate, derive_seed(seed, "sample", step, i))
-            yield "sample", {"prompt": prompt, "text": text}
-        for each in neighbors(model, tokenizer, words):
-            yield "neighbors", each
+    show, told = build_samples(tokenizer, preset.generate, preset.model.seq_length, masked, preset.train.seed)
+    notes += told
 
     wandb_id = (saved or {}).get("wandb_id") or uuid.uuid4().hex[:12]
     init_from = saved.get("init_from") if saved is not None else str(weights) if weights is not None else None
@@ -235,6 +248,7 @@ def build_training(
         "world_size": parallel.world_size,
         "device": runtime.device_name,
         "precision": "bf16" if dtype == torch.bfloat16 else "fp32",
+        "repeats": repeats,
         "budget_tokens": horizon.run_tokens,
         "end_tokens": horizon.run_end(progress),
         "run_tokens": progress.run_tokens,
@@ -248,7 +262,7 @@ def build_training(
     folder = root / "logs" / preset.lineage
     views = make_views(folder, start_event, resolved, wandb_id, notes) if rank_zero else []
     log = MetricsLog(log_file if rank_zero else None, views)
-    log.rewind(progress.step, evaluation_due=progress.evaluation_due)
+    notes += log.rewind(progress.step, evaluation_due=progress.evaluation_due)
     trainer = Trainer(
         Objective(model, stack, len(corpus.names), heads),
         optimizer,
@@ -286,7 +300,14 @@ def _beginning(
 
     The weights are those of the lineage's newest slot; where it has none, those that `init_from` names, if it does.
     """
-    state, path, notes = load_slot(store, parallel)
+
+    def prepare() -> list[str]:
+        check_log(root / "logs" / preset.lineage / LOG)
+        return store.prepare()
+
+    notes = on_rank_zero(parallel, prepare)
+    state, path, told = load_slot(store, parallel)
+    notes += told
     origin = preset.init_from
     if state is not None:
         notes += [f'init_from "{origin}" is not used again: the lineage goes on from its own checkpoint'] if origin else []

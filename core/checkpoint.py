@@ -10,9 +10,9 @@ Out:   the newest slot that can be read
 State: the files
 """
 
-import contextlib
 import errno
 import os
+import shutil
 import threading
 import time
 import zipfile
@@ -22,7 +22,9 @@ from typing import Any
 
 import torch
 
+from core.checkpoint_state import problem_of
 from core.errors import CheckpointError, first_line
+from core.files import cause, check_regular, free_name, link_file, probe, replacing, standing, sweep, sync_folder
 
 FORMAT = 1
 """Raised when a checkpoint's layout changes in a way that older code cannot read."""
@@ -32,29 +34,31 @@ class Damaged(Exception):
     """A file that is no whole checkpoint; says why."""
 
 
-def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
-    """The state in a file that a CheckpointStore wrote, every byte of it checked.
+def read_checkpoint(path: Path, mmap: bool = False, whole: bool = True) -> dict[str, Any]:
+    """The state in a file that a CheckpointStore wrote, held against what a state must be.
 
-    mmap   leave tensors on the disk until they are used
+    mmap    leave tensors on the disk until they are used
+    whole   check every byte
     Raises Damaged, or CheckpointError where this program may not or cannot read it.
     """
     try:
+        check_regular(path)
         with zipfile.ZipFile(path) as file:
-            if file.testzip() is not None:  # torch itself reads on over flipped bits
+            if whole and file.testzip() is not None:  # torch itself reads on over flipped bits
                 raise ValueError("a checksum does not match")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        if not isinstance(state, dict) or "model" not in state:
-            raise ValueError("it holds no model")
     except Exception as error:  # whatever reading a damaged file may raise
         if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)):
             raise CheckpointError(f"{path} cannot be read: {error}. Mend that, or move the file away.") from None
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise Damaged(reason[:120]) from None
-    if state.get("format", 0) > FORMAT:
+    if isinstance(state, dict) and type(state.get("format")) is int and state["format"] > FORMAT:
         raise CheckpointError(
             f"{path} has format {state['format']}, this program reads up to {FORMAT}. Update the program, "
             "or set another lineage in the preset."
         )
+    if (problem := problem_of(state)) is not None:
+        raise Damaged(problem[:120])
     return state
 
 
@@ -66,7 +70,6 @@ class CheckpointStore:
         self.folder, self.lineage = folder, lineage
         self.slots = [folder / f"{lineage}_{slot}.pth" for slot in ("current", "prev", "prev2")]
         self._mirror = folder / mirror if mirror else None
-        self._aside = folder / f"{lineage}_current.pth.tmp"
         self._thread: threading.Thread | None = None
         self._outcome: tuple[Path | None, float, str] | None = None
 
@@ -90,24 +93,56 @@ class CheckpointStore:
             except Damaged as reason:
                 told = f"{path.name} is damaged ({reason})"
             if not read_only:
-                aside = _free_name(path.with_name(path.name + ".damaged"))
-                os.replace(path, aside)
-                told += f"; it is now {aside.name}"
+                told += f"; it is now {_set_aside(path).name}"
             notes.append(f"{told}, and an older slot is taken")
         return None, None, notes
 
     def peek(self) -> dict[str, Any] | None:
-        """Progress and preset of the newest slot, without reading its tensors; None when there is none to read."""
+        """Progress, preset and place in the data of the newest slot, without its tensors; None when there is none to read."""
         for path in self.slots:
             if path.exists():
                 try:
-                    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-                    return {"path": path, "progress": state["progress"], "preset": state["preset"]}
-                except Exception:  # a preview never judges a slot: loading it for real will say what is wrong
+                    state = read_checkpoint(path, mmap=True, whole=False)
+                except (Damaged, CheckpointError):  # a preview judges no slot: loading it for real will say what is wrong
                     continue
+                return {"path": path, **{key: state[key] for key in ("progress", "preset", "data")}}
         return None
 
     # writing ---------------------------------------------------------------------------------------------------------
+
+    def prepare(self) -> list[str]:
+        """Find out before the first step what would keep the last one from being saved; returns remarks.
+
+        Only for who owns the lineage: what a killed run left half-written is deleted. Raises CheckpointError.
+        """
+        current = self.slots[0]
+        try:
+            probe(current)
+            sweep(current.parent, current.name)
+            current.with_name(f"{current.name}.tmp").unlink(missing_ok=True)  # as earlier versions called it
+            odd = [path for path in self.slots if path.exists() and not path.is_file()]
+            return [f"{path.name} is no file; it is now {_set_aside(path).name}" for path in odd]
+        except OSError as error:
+            raise CheckpointError(f"checkpoints cannot be written to {current.parent}: {cause(error, current)}") from None
+
+    def check_room(self, size: int) -> None:
+        """Raises CheckpointError where the disk has no room for the slots of a run whose checkpoints have so many bytes."""
+        current = self.slots[0]
+        try:
+            probe(current, size)
+            free = shutil.disk_usage(standing(current.parent)).free
+        except OSError as error:
+            raise CheckpointError(
+                f"a checkpoint of {size / 1e6:,.1f} MB cannot be written to {current.parent}: {cause(error, current)}"
+            ) from None
+        there = sum(path.stat().st_size for path in self.slots if path.exists())
+        files = len(self.slots) + 1  # one more is being written while the slots are full
+        if free + there < files * size:
+            raise CheckpointError(
+                f"{current.parent} has {free / 1e6:,.1f} MB free, and this run needs {(files * size - there) / 1e6:,.1f} MB: "
+                f"{len(self.slots)} checkpoints of {size / 1e6:,.1f} MB and the one being written, less what is there already. "
+                "Free some space, or make the folder a link to one on a larger disk."
+            )
 
     def save(self, state: dict[str, Any]) -> None:
         """Copy `state` and write it in the background; `outcome()` tells how it went."""
@@ -116,7 +151,7 @@ class CheckpointStore:
             thread = threading.Thread(target=self._write, args=(_copy(state),), name="checkpoint-writer")
             thread.start()
         except Exception as error:  # no memory for a copy, or for a thread: told as a failed write is
-            self._outcome = (None, 0.0, first_line(error))
+            self._outcome = (None, 0.0, f"{first_line(error)}.")
         else:
             self._thread = thread
 
@@ -143,65 +178,42 @@ class CheckpointStore:
     def _write(self, state: dict[str, Any]) -> None:
         started = time.monotonic()
         try:
-            self._aside.parent.mkdir(parents=True, exist_ok=True)
-            with open(self._aside, "wb") as file:
+            self.slots[0].parent.mkdir(parents=True, exist_ok=True)
+            with replacing(self.slots[0], durable=True) as file:
                 torch.save(state, file)
                 file.flush()
                 os.fsync(file.fileno())
-            self._rotate()
+                self._make_way()
+            if self._mirror is not None:
+                link_file(self.slots[0], self._mirror)
+                sync_folder(self._mirror.parent)
         except Exception as error:  # whatever it is, a save that failed must be told: nobody sees this thread die
-            cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch wraps a failed write
-            self._outcome = (None, time.monotonic() - started, first_line(cause))
-            with contextlib.suppress(OSError):
-                self._aside.unlink(missing_ok=True)
+            true = error.__context__ if isinstance(error.__context__, OSError) else error  # torch wraps a failed write
+            told = cause(true, self.slots[0]) if isinstance(true, OSError) else f"{first_line(true)}."
+            self._outcome = (None, time.monotonic() - started, told.splitlines()[0])
             return
         self._outcome = (self.slots[0], time.monotonic() - started, "")
 
-    def _rotate(self) -> None:
+    def _make_way(self) -> None:
+        """Move the slots on, once the new checkpoint is safe on the disk."""
         current, prev, prev2 = self.slots
         if prev.exists():
             os.replace(prev, prev2)
         if current.exists():
             os.replace(current, prev)
-        os.replace(self._aside, current)
-        if self._mirror is not None:
-            _link(current, self._mirror)
-        _sync_folder(current.parent)
 
 
-def _link(source: Path, target: Path) -> None:
-    """`target` becomes another name of `source`; a copy where the file system has no hard links."""
-    aside = target.with_name(target.name + ".tmp")
-    aside.unlink(missing_ok=True)
-    try:
-        os.link(source, aside)
-    except OSError:
-        import shutil
-
-        shutil.copyfile(source, aside)
-    os.replace(aside, target)
+def _set_aside(path: Path) -> Path:
+    """Where a slot that cannot be used is kept from now on."""
+    aside = free_name(path.with_name(path.name + ".damaged"))
+    os.replace(path, aside)
+    return aside
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make renames in a folder survive a power cut (not every platform can)."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass
-    finally:
-        os.close(descriptor)
-
-
-def _free_name(path: Path) -> Path:
-    number = 2
-    free = path
-    while free.exists():
-        free, number = path.with_name(f"{path.name}{number}"), number + 1
-    return free
+def stored_bytes(*modules: torch.nn.Module | None) -> int:
+    """What the tensors of modules take in a checkpoint, those with several names counted once."""
+    tensors = {t.data_ptr(): t.nbytes for module in modules if module is not None for t in module.state_dict().values()}
+    return sum(tensors.values())
 
 
 def _copy(value: Any) -> Any:

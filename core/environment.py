@@ -9,6 +9,8 @@ import os
 import re
 from pathlib import Path
 
+from core.files import read_text
+
 SECRETS = ("HF_TOKEN", "WANDB_API_KEY")
 """All that is taken from `.env`: no file decides about the rest of a process."""
 
@@ -22,17 +24,19 @@ _HUB_TOKEN = re.compile(r"(?<![\w/-])hf_(?:oauth_|jwt_|app_)?[A-Za-z0-9]{8,}[\w.
 
 def read_dotenv(path: Path) -> list[str]:
     """Puts the keys of a `.env` that the environment lacks into it. Returns what a person should know: never a line's content."""
-    if not path.is_file():
+    if not os.path.lexists(path) or path.is_dir():  # a folder of this name is a virtual environment
         return []
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        return [f"{path} cannot be read ({type(error).__name__}); the keys in it are not used"]
+        lines = read_text(path, "utf-8-sig").split("\n")
+    except UnicodeDecodeError:
+        return [f"{path} is no UTF-8 text; save it as UTF-8. The keys in it are not used"]
+    except OSError as error:
+        return [f"{path} cannot be read ({error.strerror}); the keys in it are not used"]
     found, malformed = {}, []
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
-        if (match := _LINE.fullmatch(line)) is None:
+        if (match := _LINE.fullmatch(line)) is None or not line.replace("\t", " ").rstrip("\r").isprintable():
             malformed.append(str(number))
         else:
             found[match["key"]] = match["single"] or match["double"] or match["bare"] or ""

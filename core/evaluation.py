@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,8 +43,8 @@ OF_DECODER = {
 class Evaluator:
     """Evaluates a model on the same rows each time.
 
-    make_rows     -> held-out rows; called once, at the first evaluation
-    token_bytes   (V,) bytes each token stands for: bits per byte can be compared between tokenizers, loss per token cannot
+    make_rows     -> held-out rows, each with the bytes of text in it: bits per byte can be compared between tokenizers, loss per
+                  token cannot; called once, at the first evaluation
     sources       names, by the rows' numbers: where there are several, the first loss is told of each
     hide_one      of a model that predicts masked tokens: those rows -> rows in each of which one token is hidden
     """
@@ -54,7 +53,6 @@ class Evaluator:
         self,
         make_rows: Callable[[], list[Row]],
         stack: LossStack,
-        token_bytes: np.ndarray,
         batch_rows: int,
         parallel: Any,
         device: torch.device,
@@ -68,7 +66,7 @@ class Evaluator:
         self._hide_one, self._heads, self._seed = hide_one, heads, seed
         self._sources = sources if len(sources) > 1 else ()
         self._make_rows, self._stack, self._batch_rows = make_rows, stack, batch_rows
-        self._token_bytes = torch.from_numpy(token_bytes)
+        self._num_bytes = 0
         self._parallel, self._device, self._dtype = parallel, device, dtype
         self._baseline = LossStack([CrossEntropy(CrossEntropySettings())])
         self._batches: list[Batch] | None = None
@@ -91,7 +89,7 @@ class Evaluator:
             model.train(was_training)  # type: ignore[attr-defined]
         if failures := [line for line in self._parallel.gather(failure and first_line(failure)) if line]:
             raise failure or RuntimeError(f"on another process: {failures[0]}")
-        means, count, num_bytes = self._means(sums)
+        means, count = self._means(sums)
         of_heads = self._means_of_heads()
         if not count:
             return None
@@ -106,8 +104,9 @@ class Evaluator:
             if self._hide_one is None:
                 # the token-weighted mean; perplexity is its exponential, never a mean of exponentials
                 numbers["perplexity"] = _perplexity(cross_entropy)
-                numbers["bits_per_byte"] = cross_entropy * count / math.log(2) / max(num_bytes, 1.0)
-        alone, _, _ = self._means(singles)
+                bits = cross_entropy * count / math.log(2)
+                numbers["bits_per_byte"] = bits / self._num_bytes if self._num_bytes else None
+        alone, _ = self._means(singles)
         numbers |= {PSEUDO[name]: _perplexity(value) for name, value in alone.items() if name in PSEUDO}
         return {
             **numbers,
@@ -128,6 +127,7 @@ class Evaluator:
         """Sums over this rank's rows, those over the rows in each of which one token is hidden, and what the tables are like."""
         if self._batches is None:
             rows = self._make_rows()
+            self._num_bytes = sum(row.num_bytes for row in rows)
             batches = [self._with_places(batch, i) for i, batch in enumerate(self._share(rows, self._batch_rows))]
             if self._hide_one and (singles := self._hide_one(rows)):  # shorter: as many tokens at once as in the others
                 longer = len(rows[0].input_ids) // len(singles[0].input_ids)
@@ -171,18 +171,17 @@ class Evaluator:
             told(done)
         return sums, readout
 
-    def _means(self, sums: dict[str, float]) -> tuple[dict[str, float], float, float]:
-        """Over all ranks: per target; the number of targets, and the bytes they stand for."""
+    def _means(self, sums: dict[str, float]) -> tuple[dict[str, float], float]:
+        """Over all ranks: per target; the number of targets."""
         everyones = self._parallel.gather(sums)
         names = dict.fromkeys(name for sums in everyones for name in sums)
         totals = {name: sum(sums.get(name, 0.0) for sums in everyones) for name in names}
-        count, num_bytes = totals.pop("count", 0.0), totals.pop("bytes", 0.0)
-        return {name: value / count for name, value in totals.items()} if count else {}, count, num_bytes
+        count = totals.pop("count", 0.0)
+        return {name: value / count for name, value in totals.items()} if count else {}, count
 
     @torch.no_grad()
     def _measure(self, model: LanguageModel, batch: Batch, progress: float) -> tuple[dict[str, float], Readout]:
         """Sums over the targets of one batch; the readout."""
-        targets = batch.labels[batch.labels >= 0]
         moved = batch.to(self._device)
         num_sources = max(len(self._sources), 1 + int(batch.source_ids.max()))
         with torch.autocast(self._device.type, dtype=self._dtype, enabled=self._dtype != torch.float32):
@@ -202,7 +201,7 @@ class Evaluator:
         for i in range(len(self._sources)):
             sums |= {f"sources/{i}": measures.terms.source_sums[i], f"targets/{i}": measures.terms.source_counts[i]}
         numbers = torch.stack([value.double() for value in sums.values()]).tolist()
-        return {**dict(zip(sums, numbers)), "bytes": float(self._token_bytes[targets].sum())}, output.readout
+        return dict(zip(sums, numbers)), output.readout
 
 
 def _of_tables(readout: Readout) -> dict[str, float]:
@@ -212,5 +211,6 @@ def _of_tables(readout: Readout) -> dict[str, float]:
     return found
 
 
-def _perplexity(nats: float) -> float:
-    return math.exp(min(nats, 700.0))
+def _perplexity(nats: float) -> float | None:
+    """None beyond what a float holds."""
+    return math.exp(nats) if nats < 709.0 else None

@@ -5,7 +5,7 @@ Out:   the progress that schedules are asked with; why a run is over
 State: Progress, kept in the checkpoint
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from core.settings import RUN_TOKENS
@@ -32,9 +32,10 @@ class Progress:
 
     @classmethod
     def of(cls, saved: dict[str, Any]) -> "Progress":
-        """From a checkpoint. Older ones counted the sources' tokens only."""
+        """From a checkpoint. Older ones counted the sources' tokens only; newer ones may count more."""
         counted = {name: {"tokens": count} for name, count in saved.get("source_tokens", {}).items()}
-        return cls(**{"ledger": counted, **{key: value for key, value in saved.items() if key != "source_tokens"}})
+        known = {each.name for each in fields(cls)}
+        return cls(**{"ledger": counted, **{key: value for key, value in saved.items() if key in known}})
 
     def expose(self, source: str, tokens: int, documents: int, epochs: int, loss: float | None) -> dict[str, Any]:
         """Enter in the ledger what a step has read of a source; returns the source's account."""

@@ -206,6 +206,12 @@ def is_passing(error: Exception) -> bool:
     return not _is_refusal(root) and (_is_broken_line(root) or _status(root) in (408, 429) or _status(root) >= 500)
 
 
+def is_of_the_line(error: Exception) -> bool:
+    """Whether the Hub, or the way to it, has to do with an error; else it is what the bytes say."""
+    root = _root(error)
+    return _is_broken_line(root) or getattr(root, "response", None) is not None
+
+
 def is_permanent(error: Exception) -> bool:
     """Whether trying again is useless. A bare 401 or 403 is not: storage behind the Hub answers so in passing, too."""
     lost = isinstance(error, FileNotFoundError | PermissionError) and not is_passing(error)

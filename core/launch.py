@@ -8,6 +8,9 @@ State: none
 import json
 import os
 import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,18 +22,22 @@ from core.assembly import MIRRORS, Preset
 from core.checkpoint import CheckpointStore
 from core.data.tokenizer import KNOWN_VOCABULARIES, tokenizer_facts
 from core.environment import read_dotenv
-from core.errors import PresetError, UserError
+from core.errors import Interrupted, PresetError, UserError
 from core.jobs import JOBS, PREVIEWS
+from core.lineage import changed_sources
 from core.parallel import DDP, Single
 from core.preset import decode_preset, preset_json, read_preset
 from core.runtime import Runtime, detect_runtime, prepare
 from core.settings import RUN_TOKENS
-from core.size import memory_estimate, size_of
-from core.ui.menu import PresetCard, choose
+from core.size import check_memory, memory_estimate, size_of
+from core.terminal import tell
+from core.ui.menu import PresetCard, can_pick, choose
+from core.ui.resuming import offer_fresh
+from core.ui.run_card import is_positive, read_card
 from core.weights import preview_weights
 
 ROOT = Path(__file__).resolve().parent.parent
-DEFAULT = "00_best_general"
+DEFAULT, SCHEMA = "00_best_general", "preset.schema.json"
 GROUPS = {
     "0": "Baseline language model",
     "1": "NeoBERT with harmonic loss",
@@ -55,29 +62,53 @@ def launch(started: float) -> None:
     prepare(runtime)
     for note in read_dotenv(ROOT / ".env"):  # on every rank, and before any library looks for a token
         if runtime.rank == 0:
-            print(note, file=sys.stderr)
-    store = _store() if runtime.world_size > 1 else None
+            tell(note)
+    if runtime.world_size == 1:
+        return _run_until_one_starts(runtime, started)
+    store = _store()
     preset = _agree_on_preset(runtime, store)
     if preset is None:  # rank 0 has said why
         sys.exit(2)
-    parallel = DDP(runtime.device, store, runtime.rank, runtime.world_size) if store is not None else Single()
+    parallel = DDP(runtime.device, store, runtime.rank, runtime.world_size)
     try:
         JOBS[preset.job](preset, runtime, parallel, ROOT, started, sys.stdout)
     finally:
         parallel.close()
 
 
+def _run_until_one_starts(runtime: Runtime, started: float) -> None:
+    """Run what is chosen. Where a menu is open, what is refused before it has done anything leads back to it."""
+    refused: tuple[str, str] | None = None
+    while True:
+        stem, preset = _ask(runtime, refused)
+        before = _work_of(preset)
+        try:
+            return JOBS[preset.job](preset, runtime, Single(), ROOT, started, sys.stdout)
+        except UserError as error:
+            if isinstance(error, Interrupted) or not can_pick() or _work_of(preset) != before:
+                raise
+            tell(f"\n{error}")
+            refused, started = (stem, str(error)), time.time()
+
+
+def _work_of(preset: Any) -> dict[Path, int]:
+    """What runs of a preset have left behind: its files, and when each was last written."""
+    checkpoints, tokens = ROOT / "checkpoints", ROOT / Path(preset.tokenize.output).expanduser()
+    files = [*checkpoints.glob(f"{preset.lineage}_*.pth"), *(checkpoints / preset.lineage).rglob("*.pth")]
+    files += (ROOT / "logs" / preset.lineage).rglob("metrics.jsonl")
+    files += tokens.glob("*/*.bin") if preset.job == "tokenize" else []
+    return {path: path.stat().st_mtime_ns for path in files if path.is_file()}
+
+
 def _agree_on_preset(runtime: Runtime, store: Any) -> Any:
     """Rank 0 asks; the others get the JSON text through the rendezvous store, before any process group has a clock running."""
     if runtime.rank == 0:
         try:
-            preset = _ask(runtime)
+            _, preset = _ask(runtime)
         except BaseException:
-            if store is not None:
-                store.set("zeroarg/preset", "")
+            store.set("zeroarg/preset", "")
             raise
-        if store is not None:
-            store.set("zeroarg/preset", json.dumps(preset_json(preset)))
+        store.set("zeroarg/preset", json.dumps(preset_json(preset)))
         return preset
     text = store.get("zeroarg/preset").decode()
     return decode_preset(json.loads(text), Preset, "the preset from rank 0", "preset") if text else None
@@ -88,38 +119,86 @@ def _store() -> Any:
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     agent_has_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     is_host = not agent_has_it and os.environ["RANK"] == "0"
-    store = dist.TCPStore(address, port, int(os.environ["WORLD_SIZE"]), is_host, timeout=timedelta(minutes=5))
+    try:
+        store: Any = dist.TCPStore(address, port, int(os.environ["WORLD_SIZE"]), is_host, timeout=timedelta(minutes=5))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"the processes cannot meet at {address}:{port} (MASTER_ADDR, MASTER_PORT): {str(error).splitlines()[0][:200]}. "
+            "Start all of them, with the address of the machine that has RANK 0, and a port that is free there."
+        ) from None
     store = dist.PrefixStore(f"zeroarg/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     store.set_timeout(PATIENCE)
     return store
 
 
-def _ask(runtime: Runtime) -> Any:
-    """The preset a person, or the first line of standard input, chooses."""
-    paths = sorted((ROOT / "configs").glob("*.json"))
-    paths = [path for path in paths if path.name != "preset.schema.json"]
+def _ask(runtime: Runtime, refused: tuple[str, str] | None = None) -> tuple[str, Any]:
+    """File stem and preset that a person, or the first line of standard input, chooses.
+
+    refused   a preset that was chosen before and could not start, and why
+    """
+    while True:
+        presets, cards = _read_presets(runtime)
+        default = DEFAULT if refused is None else refused[0]
+        stem = choose(
+            [replace(card, refusal=refused[1]) if refused and card.stem == default else card for card in cards], default
+        )
+        if stem in presets:
+            _offer_fresh(presets[stem])
+            return stem, presets[stem]
+        refused = (stem, "")  # it has a problem, which the menu shows: perhaps it is mended meanwhile
+
+
+def _offer_fresh(preset: Any) -> None:
+    """Where the chosen preset would go on from a checkpoint, ask whether it shall."""
+    if preset.job in ("train", "compare"):
+        resumes = PREVIEWS.get(preset.job, lambda preset, root: _resume_line(preset).split("\n"))
+        offer_fresh(ROOT, preset.lineage, lambda: resumes(preset, ROOT))
+
+
+def _read_presets(runtime: Runtime) -> tuple[dict[str, Any], list[PresetCard]]:
+    """Every preset that can be read, and a card for each file."""
+    paths = [path for path in sorted((ROOT / "configs").glob("*.json")) if path.name[0] != "." and path.name != SCHEMA]
     if not paths:
         raise UserError(f"there are no presets in {ROOT / 'configs'}")
     presets: dict[str, Any] = {}
     cards = []
     for path in paths:
+        group = GROUPS.get(path.stem[0], "Your own")
         try:
-            presets[path.stem] = read_preset(path, Preset)
-            cards.append(_card(path.stem, presets[path.stem], runtime))
-        except PresetError as error:
-            cards.append(PresetCard(path.stem, GROUPS.get(path.stem[0], "Your own"), path.stem, "", "", str(error)))
-    return presets[choose(cards, DEFAULT)]
+            preset = read_preset(path, Preset)
+        except Exception as error:  # whatever is wrong with one file, the others can be chosen
+            why = str(error) if isinstance(error, PresetError) else f"{path} cannot be read: {type(error).__name__}: {error}"
+            cards.append(PresetCard(path.stem, group, path.stem, "", problem=why))
+        else:
+            presets[path.stem] = preset
+            cards.append(_card(path.stem, preset, runtime))
+    return presets, cards
 
 
 def _card(stem: str, preset: Any, runtime: Runtime) -> PresetCard:
     """What the menu tells about a preset before it is chosen."""
-    trains = preset.job in ("train", "compare")
-    lines = PREVIEWS[preset.job](preset, ROOT) if preset.job in PREVIEWS else [_resume_line(preset) + _time_line(preset, runtime)]
-    if trains:
-        lines = [*_training_lines(preset, runtime), *lines]
-    short = trains and (preset.train.max_steps is not None or preset.train.max_epochs is not None)
+    short = preset.job in ("train", "compare") and (preset.train.max_steps is not None or preset.train.max_epochs is not None)
     description = ("short · " if short else "") + preset.description
-    return PresetCard(stem, GROUPS.get(stem[0], "Your own"), preset.name, description, "\n".join(lines), None)
+    group = GROUPS.get(stem[0], "Your own")
+    return PresetCard(stem, group, preset.name, description, lambda: "\n".join(_preview(preset, runtime)))
+
+
+def _preview(preset: Any, runtime: Runtime) -> list[str]:
+    """What a preset would do. Each part stands for itself: one that cannot be told leaves the others."""
+    parts: list[Callable[[], list[str]]] = []
+    if preset.job in ("train", "compare"):
+        parts.append(lambda: _training_lines(preset, runtime))
+    if preset.job in PREVIEWS:
+        parts.append(lambda: PREVIEWS[preset.job](preset, ROOT))
+    else:
+        parts.append(lambda: [_resume_line(preset) + _time_line(preset, runtime)])
+    lines = []
+    for part in parts:
+        try:
+            lines += part()
+        except Exception as error:  # a preview judges nothing: the job will say what is wrong
+            lines.append(f"cannot tell more: {type(error).__name__}: {error}"[:300])
+    return lines
 
 
 def _training_lines(preset: Any, runtime: Runtime) -> list[str]:
@@ -128,6 +207,7 @@ def _training_lines(preset: Any, runtime: Runtime) -> list[str]:
     train = preset.train
     try:
         model = size_of(preset, vocab_size)
+        check_memory(preset, vocab_size, runtime)
     except UserError as error:
         return [f"cannot start yet: {str(error).splitlines()[0]}"]
     bf16 = runtime.compute_dtype(train.precision) == torch.bfloat16
@@ -176,8 +256,10 @@ def _resume_line(preset: Any) -> str:
         return _beginning_line(preset)
     progress, where = found["progress"], found["path"].name
     if progress["finished"] or found["preset"]["name"] != preset.name:
-        return f"starts run {progress['run'] + 1} from step {progress['step']:,} in {where}"
-    return f"resumes run {progress['run']} at step {progress['step']:,}, {progress['run_tokens']:,} tokens, from {where}"
+        line = f"starts run {progress['run'] + 1} from step {progress['step']:,} in {where}"
+    else:
+        line = f"resumes run {progress['run']} at step {progress['step']:,}, {progress['run_tokens']:,} tokens, from {where}"
+    return "\n".join([*changed_sources(found, preset), line])
 
 
 def _beginning_line(preset: Any) -> str:
@@ -193,15 +275,15 @@ def _beginning_line(preset: Any) -> str:
 
 def _time_line(preset: Any, runtime: Runtime) -> str:
     """How long a run takes, when this machine has trained the preset before."""
-    try:
-        card = json.loads((ROOT / "logs" / preset.lineage / "run.json").read_text())
-        if (card["preset"], card["device"], card["world_size"]) != (preset.name, runtime.device_name, runtime.world_size):
-            return ""
-        tokens = min(RUN_TOKENS, (preset.train.max_steps or RUN_TOKENS) * card["tokens_per_step"])
-        tokens = min(tokens, card.get("end_tokens", tokens) if preset.train.max_epochs else tokens)
-        minutes = tokens / card["tokens_per_second"] / 60
-    except (OSError, ValueError, KeyError):
+    card = read_card(ROOT / "logs" / preset.lineage)
+    facts = tuple(card.get(key) for key in ("preset", "device", "world_size"))
+    size, speed = (card.get(key) for key in ("tokens_per_step", "tokens_per_second"))
+    if facts != (preset.name, runtime.device_name, runtime.world_size) or not (is_positive(size) and is_positive(speed)):
         return ""
+    tokens = min(RUN_TOKENS, (preset.train.max_steps or RUN_TOKENS) * size)
+    if preset.train.max_epochs and is_positive(end := card.get("end_tokens")):
+        tokens = min(tokens, end)
+    minutes = tokens / speed / 60
     return (
         f"; a run took about {minutes / 60:.1f} h here" if minutes > 90 else f"; a run took about {max(minutes, 1):.0f} min here"
     )

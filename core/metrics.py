@@ -8,13 +8,17 @@ State: the open file and its length up to the last whole line
 import json
 import math
 import os
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from core.errors import UserError
+from core.files import cause, check_regular, probe, sweep
+from core.terminal import tell
+
+LOG = "metrics.jsonl"
 BLOCK = 1 << 16
 TAIL = 1 << 22
 """Bytes at the end of a log that hold its last step, and what came after."""
@@ -68,23 +72,33 @@ class MetricsLog:
         if self._file is not None:
             self._guarded(lambda: os.fsync(self._file.fileno()))
 
-    def rewind(self, step: int, evaluation_due: bool = False) -> None:
+    def rewind(self, step: int, evaluation_due: bool = False) -> list[str]:
         """Drop every line of a later step, so that a resumed run leaves no step twice; nor an evaluation at `step`, if it is due.
+        Returns what a person should know.
 
         Going back to step 0 means that there is no checkpoint: nothing is dropped then, the old log is set aside.
         """
+        notes: list[str] = []
         if self._file is not None:
-            self._guarded(lambda: self._rewind(step, evaluation_due))
+            self._guarded(lambda: notes.extend(self._rewind(step, evaluation_due)))
+        return notes
 
-    def _rewind(self, step: int, evaluation_due: bool) -> None:
-        self._file.seek(0)
-        kept = 0
-        for line in self._file.read().splitlines(keepends=True):  # steps never go down: the first later line ends it
-            if _step_of(line) > step or (evaluation_due and _step_of(line) == step and line.startswith(OF_EVALUATION)):
-                break
-            kept += len(line)
-        if kept == self._length:
-            return
+    def _rewind(self, step: int, evaluation_due: bool) -> list[str]:
+        kept = reached = 0
+        with open(self.path, "rb") as lines:
+            for line in lines:  # steps never go down: the first later line ends it
+                of_line = _step_of(line)
+                if of_line > step or (evaluation_due and of_line == step and line.startswith(OF_EVALUATION)):
+                    break
+                kept, reached = kept + len(line), max(reached, of_line)
+        if kept != self._length:
+            self._drop_after(kept, step)
+        if reached == step:
+            return []
+        there = f"ends at step {reached:,}" if reached else "is gone, or holds no step"
+        return [f"{self.path} {there}, the checkpoint is of step {step:,}: what the log held between is lost, curves have a gap"]
+
+    def _drop_after(self, kept: int, step: int) -> None:
         if step == 0:
             number = 1
             while (aside := self.path.with_name(f"{self.path.stem}.before-{number}{self.path.suffix}")).exists():
@@ -101,7 +115,7 @@ class MetricsLog:
             try:
                 getattr(view, "close", lambda: None)()
             except Exception as error:
-                print(f"{type(view).__name__} did not close: {error}", file=sys.stderr)
+                tell(f"{type(view).__name__} did not close: {error}")
         self.views = []
         if self._file is not None:
             self._guarded(self._file.close)
@@ -115,6 +129,8 @@ class MetricsLog:
 
     def _open(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            check_regular(self.path)
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         self._file = os.fdopen(descriptor, "r+b", buffering=0)  # unbuffered: a killed run loses no line it has shown
         self._cut(os.fstat(descriptor).st_size)
@@ -151,41 +167,57 @@ class MetricsLog:
         except OSError as error:
             if not self._warned:
                 self._warned = True
-                print(f"warning: the metrics log {self.path} cannot be written ({error}); training goes on", file=sys.stderr)
+                tell(f"warning: the metrics log {self.path} cannot be written ({error}); training goes on")
+
+
+def check_log(path: Path) -> None:
+    """Find out before the first step whether a log can be written. Raises UserError; what a killed run left beside it goes."""
+    try:
+        probe(path)
+        sweep(path.parent)
+        if path.exists():
+            check_regular(path)
+    except OSError as error:
+        raise UserError(f"the log {path} cannot be written: {cause(error, path)} Then start again.") from None
 
 
 def read_events(path: Path, most: int | None = None) -> Iterator[dict]:
-    """Every event of a log, oldest first; lines that are no whole event are passed over. A missing file has none.
+    """Every event of a log, oldest first; lines that are no whole event are passed over. A file that cannot be read has none.
 
-    most   of each kind at most so many, spread evenly up to its last one; the others are not even decoded
+    most   of each kind at most so many, every n-th and the last; the others are not even decoded
     """
-    seen: Counter[bytes] = Counter()
     try:
-        strides = {}
-        if most is not None:
-            with open(path, "rb") as file:
-                counts = Counter(map(_kind_of, file))
-            strides = {kind: (-(-count // most), count - 1) for kind, count in counts.items()}
+        check_regular(path)
         with open(path, "rb") as file:
-            for line in file:
-                kind = _kind_of(line)
-                stride, last = strides.get(kind, (1, 0))
-                seen[kind] += 1
-                if (last - seen[kind] + 1) % stride:
-                    continue
-                try:
-                    event = json.loads(line)
-                except ValueError:
-                    continue
-                if isinstance(event, dict) and "event" in event:
+            for line in file if most is None else _thinned(file, most):
+                event = _decoded(line)
+                if isinstance(event.get("event"), str) and all(type(event.get(key)) is int for key in ("step", "tokens")):
                     yield event
-    except FileNotFoundError:
+    except OSError:
         return
+
+
+def _thinned(file: Iterable[bytes], most: int) -> list[bytes]:
+    """Of each kind of line every n-th and the last, so that there are at most so many, in order."""
+    kept: dict[bytes, list[tuple[int, bytes]]] = {}
+    counts: Counter[bytes] = Counter()
+    every: dict[bytes, int] = {}
+    last: dict[bytes, tuple[int, bytes]] = {}
+    for number, line in enumerate(file):
+        kind = _kind_of(line)
+        last[kind] = number, line
+        if counts[kind] % every.setdefault(kind, 1) == 0:
+            lines = kept.setdefault(kind, [])
+            lines.append(last[kind])
+            if len(lines) > most - 1:
+                kept[kind], every[kind] = lines[::2], 2 * every[kind]
+        counts[kind] += 1
+    return [line for _, line in sorted({each for lines in [*kept.values(), last.values()] for each in lines})]
 
 
 def _kind_of(line: bytes) -> bytes:
     """The beginning of a line that says what event it is, as `emit` writes it."""
-    return line[:40].partition(b",")[0]
+    return line[:40].partition(b",")[0] if line.startswith(b'{"event"') else b""
 
 
 def evaluation_is_missing(path: Path, step: int) -> bool:
@@ -224,8 +256,14 @@ def _plain(value: Any) -> Any:
 
 def _step_of(line: bytes) -> int:
     """The step of a line of the log; a line that is not ours counts as old."""
+    step = _decoded(line).get("step")
+    return step if type(step) is int else 0
+
+
+def _decoded(line: bytes) -> dict[str, Any]:
+    """A line's event; {} where it is none."""
     try:
-        step = json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return 0
-    return step if isinstance(step, int) else 0
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return event if isinstance(event, dict) else {}

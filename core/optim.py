@@ -79,6 +79,11 @@ class Optimizer:
         """{parameter name: its tensors and numbers}."""
         return {self._names[id(p)]: dict(state) for o in self._optimizers for p, state in o.state.items()}
 
+    def state_bytes(self) -> int:
+        """What `state()` takes once every parameter has been updated."""
+        tables = [(1 if isinstance(o, Muon) else 2, group["params"]) for o in self._optimizers for group in o.param_groups]
+        return sum(count * p.numel() * p.element_size() for count, params in tables for p in params)
+
     def load(self, saved: dict[str, dict[str, Any]]) -> list[str]:
         """Take what fits by name and shape; returns the parameters that start with fresh state."""
         fresh = []

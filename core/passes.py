@@ -14,7 +14,7 @@ from torch import nn
 
 from core.contracts import Batch
 from core.data.loader import StepRows
-from core.errors import Diverged, first_line
+from core.errors import Diverged
 from core.losses.stack import LossTerms
 from core.randomness import derive_seed
 from core.runtime import Runtime, signals_held
@@ -109,7 +109,9 @@ class Passes:
         """Why, if there is another way to go on: fewer rows at once, or no compiler (which may fail with any error)."""
         if isinstance(error, torch.OutOfMemoryError):
             return OUT_OF_MEMORY
-        return first_line(error) if self._is_compiled else None
+        if not self._is_compiled:
+            return None
+        return " ".join(str(error).split("\n")[:2]).strip()[:300] or type(error).__name__  # the first line says little of it
 
     def _give_way(self, failures: list[str]) -> None:
         if of_compiler := [f for f in failures if f != OUT_OF_MEMORY]:

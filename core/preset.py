@@ -7,6 +7,8 @@ State: none
 
 import difflib
 import json
+import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,8 +23,13 @@ from pydantic import (
     create_model,
 )
 
+from core.comparison.measures import metrics_of
 from core.errors import PresetError
+from core.json_file import read_json, shown
+from core.mistakes import explain
+from core.names import LONGEST, NAME, file_name, is_file_name
 from core.settings import (
+    RUN_TOKENS,
     AuxiliarySettings,
     CompareSettings,
     DataSettingsBase,
@@ -30,6 +37,7 @@ from core.settings import (
     GenerateSettings,
     InterpretSettings,
     LoggingSettings,
+    Seed,
     Settings,
     TokenizerSettings,
     TokenizeSettings,
@@ -37,8 +45,8 @@ from core.settings import (
     VariantSettings,
 )
 
-WORD = "[A-Za-z0-9._-]"
-"""A character of a lineage."""
+PLAIN_HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+"""What may be a repository of the Hub, as well as a path."""
 
 NOT_IN_VARIANTS = {
     "train.seed": 'seeds are given by "seeds", the same for all variants',
@@ -55,7 +63,16 @@ def _union(
     """A field type that picks its section class from a table by `type`; a string, one of `names`, is expanded by `text_is`."""
 
     def expand(value: Any) -> Any:
-        return text_is(value) if text_is is not None and isinstance(value, str) else value
+        """A section. Raises ValueError for what has a type that is none of ours, or is no section."""
+        if isinstance(value, str) and text_is is not None:
+            return text_is(value)
+        found = value.get("type") if isinstance(value, dict) else value
+        if isinstance(found, str) and found not in table and (near := difflib.get_close_matches(found, table, n=1)):
+            near_one = f'"{near[0]}"' if isinstance(value, dict) else f'{{"type": "{near[0]}"}}'
+            raise ValueError(f"unknown type of {what}; known are {known}; did you mean {near_one}?")
+        if isinstance(value, str):
+            raise ValueError(f'a {what} is a section: {{"type": "{value if value in table else next(iter(table))}"}}')
+        return value
 
     def kind(value: Any) -> str | None:
         found = value.get("type", default) if isinstance(value, dict) else getattr(value, "type", None)
@@ -68,9 +85,8 @@ def _union(
         union = union | member
     picked = Discriminator(kind, custom_error_type="kind", custom_error_message=f"unknown type of {what}; known are {known}")
     section = Annotated[union, picked]
-    if not names:
-        return Annotated[section, BeforeValidator(expand)]
-    return Annotated[section, BeforeValidator(expand, json_schema_input_type=section | Literal[names])]
+    accepted = section | Literal[names] if names else section
+    return Annotated[section, BeforeValidator(expand, json_schema_input_type=accepted)]
 
 
 def preset_class(models: dict, losses: dict, sources: dict, source_names: dict[str, dict], jobs: list[str]) -> type[BaseModel]:
@@ -86,6 +102,12 @@ def preset_class(models: dict, losses: dict, sources: dict, source_names: dict[s
             return {"name": name, **source_names[name]}
         known = sorted(source_names)
         near = difflib.get_close_matches(name, known, n=1)
+        if not near and re.search(r"[/\\.*~]", name):
+            hub = (
+                f', and a dataset of the Hub {{"type": "hf", "dataset": {json.dumps(name)}}}' if PLAIN_HUB.fullmatch(name) else ""
+            )
+            kind = "pdf" if name.lower().rstrip("/").endswith("pdf") else "text"
+            raise ValueError(f'local files are a section: {{"type": "{kind}", "path": {json.dumps(name)}}}{hub}')
         hint = f'; did you mean "{near[0]}"?' if near else f"; known are {', '.join(known)}"
         raise ValueError(f'no source is called "{name}"{hint}')
 
@@ -112,11 +134,10 @@ def preset_class(models: dict, losses: dict, sources: dict, source_names: dict[s
         extends=(str | None, Field(None, description="Another preset; this one states only what differs.")),
         job=(Literal[tuple(jobs)], Field(jobs[0], description="What to do.")),
         lineage=(
-            str,
+            Annotated[str, AfterValidator(_is_lineage)],
             Field(
                 "",
-                pattern=f"^({WORD}+(/{WORD}+)*)?$",  # a trial of a comparison has a folder for itself: <lineage>/<variant>/<seed>
-                json_schema_extra={"pattern": f"^{WORD}*$"},
+                json_schema_extra={"pattern": f"^({NAME.pattern})?$"},
                 description="Name of the checkpoints; left out, the file's.",
             ),
         ),
@@ -145,7 +166,7 @@ def preset_class(models: dict, losses: dict, sources: dict, source_names: dict[s
         evaluate=(EvaluateSettings, Field(EvaluateSettings(), description="What the evaluate job measures.")),
         interpret=(InterpretSettings, Field(InterpretSettings(), description="How much the interpret job reads.")),
         variants=(list[VariantSettings], Field([], description="What the compare job compares; the first is the baseline.")),
-        seeds=(list[int], Field([42, 43, 44], min_length=1, description="Seeds that each variant is trained with.")),
+        seeds=(list[Seed], Field([42, 43, 44], min_length=1, description="Seeds that each variant is trained with.")),
         compare=(CompareSettings, Field(CompareSettings(), description="How the compare job decides.")),
         logging=(LoggingSettings, Field(LoggingSettings(), description="Where metrics go besides logs/.")),
     )
@@ -158,53 +179,70 @@ def _named_apart(losses: list[Any]) -> list[Any]:
     return losses
 
 
+def _is_lineage(name: str) -> str:
+    """Raises ValueError. A trial of a comparison has a folder for itself: <lineage>/<variant>/<seed>."""
+    if name and not all(is_file_name(part) for part in name.split("/")):
+        raise ValueError(
+            f"names files: at most {LONGEST} letters, digits and . _ -, no dot at either end, and no name that Windows keeps, "
+            f'such as CON; "{file_name(name)}" would do'
+        )
+    return name
+
+
 def read_preset(path: Path, cls: type[BaseModel]) -> Any:
     """The preset in a file, with what it extends merged in.
 
     Raises PresetError with every problem: JSON syntax with line and column, unknown keys with the nearest known one,
     wrong values with path, value and what would be right.
     """
-    data = _read_json(path)
+    data, problems = read_json(path)
     seen = [path.stem]
     while isinstance(data, dict) and isinstance(parent := data.get("extends"), str):
         parent_path = path.parent / f"{parent.removesuffix('.json')}.json"
         if parent_path.stem in seen:
             raise PresetError(str(path), [f"extends  goes in a circle: {' -> '.join([*seen, parent_path.stem])}"])
-        if not parent_path.exists():
+        if not os.path.exists(parent_path):
             near = difflib.get_close_matches(parent, [p.stem for p in path.parent.glob("*.json")], n=1)
             hint = f'; did you mean "{near[0]}"?' if near else ""
-            raise PresetError(str(path), [f'extends  "{parent}" is no preset in {path.parent}{hint}'])
+            raise PresetError(str(path), [*problems, f"extends  {shown(parent)} is no preset in {path.parent}{hint}"])
         seen.append(parent_path.stem)
-        base = _read_json(parent_path)
+        base, of_base = read_json(parent_path)
         if not isinstance(base, dict):
             raise PresetError(str(parent_path), ["a preset is a JSON object: { ... }"])
+        if of_base:
+            raise PresetError(str(parent_path), of_base)
         own = {key: value for key, value in data.items() if key != "extends"}
         data = merge({key: value for key, value in base.items() if key not in ("name", "description", "lineage")}, own)
     if isinstance(data, dict) and "/" in str(lineage := data.get("lineage", "")):
-        raise PresetError(str(path), [f"lineage  {json.dumps(lineage)}: letters, digits and . _ - only"])
-    return decode_preset(data, cls, str(path), path.stem)
+        problems.append(f"lineage  {json.dumps(lineage)}: letters, digits and . _ - only")
+        data = {**data, "lineage": ""}
+    return decode_preset(data, cls, str(path), path.stem, problems)
 
 
-def decode_preset(data: Any, cls: type[BaseModel], where: str, stem: str) -> Any:
-    """A preset from decoded JSON; `stem` names it and its lineage where it does not itself. Raises PresetError.
+def decode_preset(data: Any, cls: type[BaseModel], where: str, stem: str, found: list[str] | None = None) -> Any:
+    """A preset from decoded JSON; `stem` names it and its lineage where it does not itself. Raises PresetError, for what was
+    `found` before as well.
 
     What a variant sets comes out as the difference it makes to the resolved preset, so that a resolved preset decodes to itself.
     """
     if not isinstance(data, dict):
         raise PresetError(where, ["a preset is a JSON object: { ... }"])
-    filled = {**data, "name": data.get("name") or stem, "lineage": data.get("lineage") or stem}
+    filled = {**data, "name": data.get("name") or stem, "lineage": data.get("lineage") or file_name(stem)}
     preset, problems = _validated(filled, cls)
     variants, of_variants = _variants(filled, cls, known=problems)
     problems += _compare_problems(filled) + of_variants
+    if variants and preset is not None:
+        problems += _metric_problems(preset.compare.metric, variants)
     if filled.get("init_from") == filled["lineage"]:
         problems.append(f'init_from  "{filled["lineage"]}" is its own lineage, which a preset goes on with anyway; leave it out')
-    if problems:
+    if problems := [*(found or []), *problems]:
         raise PresetError(where, problems)
     if not variants:
         return preset
     base = preset_json(preset)
     sets = [
-        {key: value for key, value in difference(base, variant).items() if key not in NOT_IN_VARIANTS} for variant in variants
+        {key: value for key, value in difference(base, preset_json(variant)).items() if key not in NOT_IN_VARIANTS}
+        for variant in variants
     ]
     return preset.model_copy(
         update={"variants": [VariantSettings(name=v.name, set=own) for v, own in zip(preset.variants, sets)]}
@@ -214,13 +252,28 @@ def decode_preset(data: Any, cls: type[BaseModel], where: str, stem: str) -> Any
 def _validated(data: dict, cls: type[BaseModel]) -> tuple[Any, list[str]]:
     """The preset, or every problem."""
     try:
-        return cls.model_validate_json(json.dumps(data)), []
+        preset: Any = cls.model_validate_json(json.dumps(data))
     except ValidationError as error:
-        return None, [_explain(e, data, cls) for e in error.errors()]
+        return None, [explain(e, data, cls) for e in error.errors()]
+    problems = _relations(preset)
+    return None if problems else preset, problems
 
 
-def _variants(data: dict, cls: type[BaseModel], known: list[str]) -> tuple[list[dict], list[str]]:
-    """Each variant's whole preset as JSON, and the problems that variants have of their own."""
+def _relations(preset: Any) -> list[str]:
+    """What each section allows, but not beside the others."""
+    train, found = preset.train, []
+    tokens = train.per_gpu_batch_size * train.accumulation_steps * preset.model.seq_length
+    if tokens > train.runs * RUN_TOKENS:
+        rows, times, T = train.per_gpu_batch_size, train.accumulation_steps, preset.model.seq_length
+        found.append(
+            f"train.per_gpu_batch_size  {rows:,}: with accumulation_steps {times:,} and model.seq_length {T:,} one step would be "
+            f"{tokens:,} tokens, and the whole run has {train.runs * RUN_TOKENS:,}; make one of them smaller"
+        )
+    return found
+
+
+def _variants(data: dict, cls: type[BaseModel], known: list[str]) -> tuple[list[Any], list[str]]:
+    """Each variant's whole preset, and the problems that variants have of their own."""
     found, problems = [], []
     listed = data.get("variants")
     for i, variant in enumerate(listed if isinstance(listed, list) else []):
@@ -237,8 +290,18 @@ def _variants(data: dict, cls: type[BaseModel], known: list[str]) -> tuple[list[
         if preset is not None and preset.train.eval_tokens == 0:
             problems.append(f"{where}.train.eval_tokens  0: what is never evaluated cannot be compared; set it above 0")
         if preset is not None:
-            found.append(preset_json(preset))
+            found.append(preset)
     return found, problems
+
+
+def _metric_problems(metric: str, variants: list[Any]) -> list[str]:
+    """A metric that no evaluation of any variant gives would be missed only after the last trial."""
+    known = sorted(set().union(*map(metrics_of, variants)))
+    if metric in known:
+        return []
+    near = difflib.get_close_matches(metric, known, n=1, cutoff=0.5)
+    hint = f'did you mean "{near[0]}"?' if near else f"they are {', '.join(known)}"
+    return [f"compare.metric  {json.dumps(metric)}: is none of the numbers that these variants' evaluations give; {hint}"]
 
 
 def _compare_problems(data: dict) -> list[str]:
@@ -264,25 +327,6 @@ def preset_json(preset: BaseModel) -> dict:
     return preset.model_dump(mode="json", by_alias=True, exclude={"schema_", "extends"})
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=lambda pairs: _object(pairs, path))
-    except json.JSONDecodeError as error:
-        raise PresetError(
-            str(path), [f"line {error.lineno} column {error.colno}: {error.msg}; the file is not valid JSON"]
-        ) from None
-    except (OSError, UnicodeDecodeError, RecursionError) as error:
-        raise PresetError(str(path), [f"cannot be read: {error}"]) from None
-
-
-def _object(pairs: list[tuple[str, Any]], path: Path) -> dict:
-    """A JSON object. Of a key given twice, JSON readers drop the first value without a word."""
-    keys = [key for key, _ in pairs]
-    if twice := sorted({key for key in keys if keys.count(key) > 1}):
-        raise PresetError(str(path), [f'"{key}" stands twice in one object; keep one of them' for key in twice])
-    return dict(pairs)
-
-
 def merge(base: Any, own: Any) -> Any:
     """`own` over `base`: objects are merged key by key (unless their `type` changes), everything else is replaced."""
     if not (isinstance(base, dict) and isinstance(own, dict)) or own.get("type", base.get("type")) != base.get("type"):
@@ -301,58 +345,3 @@ def difference(base: dict, other: dict) -> dict:
         alike = both and before.keys() <= value.keys() and before.get("type") == value.get("type")
         found[key] = difference(before, value) if alike else value
     return found
-
-
-def _explain(error: Any, data: Any, cls: type[BaseModel]) -> str:
-    """One line: path, value, what is wrong and what would be right."""
-    path, node, missing = [], data, error["type"] == "missing"
-    for depth, part in enumerate(error["loc"]):  # union tags in loc are not part of the user's path
-        if isinstance(part, int) and isinstance(node, list) and part < len(node):
-            path[-1:] = [f"{path[-1]}[{part}]"]
-            node = node[part]
-        elif isinstance(node, dict) and part in node:
-            path.append(str(part))
-            node = node[part]
-        elif missing and depth == len(error["loc"]) - 1:
-            path.append(str(part))
-    where = ".".join(path) or "the preset"
-    if missing:
-        return f"{where}  is missing; it has no default"
-    if error["type"] == "extra_forbidden":
-        known = _known_keys(cls, error["loc"][:-1])
-        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.5)
-        return f"{where}  unknown key; " + (f'did you mean "{near[0]}"?' if near else f"known are {', '.join(known)}")
-    message = error["msg"].removeprefix("Value error, ")
-    shown = json.dumps(node, default=str)
-    return f"{where}  {shown if len(shown) <= 60 else shown[:57] + '...'}: {message[0].lower() + message[1:]}"
-
-
-def _known_keys(cls: type[BaseModel], loc: tuple) -> list[str]:
-    """The keys allowed where an unknown one was found, from the JSON Schema."""
-    schema = cls.model_json_schema(by_alias=True)
-    nodes = [schema]
-    for part in loc:
-        found = []
-        for node in _resolved(nodes, schema):
-            if isinstance(part, int):
-                found += [node["items"]] if "items" in node else []
-            elif part in node.get("properties", {}):
-                found.append(node["properties"][part])
-            else:  # a union tag: keep the members of that type
-                kinds = node.get("properties", {}).get("type", {})
-                found += [node] if kinds.get("const") in (part, None) else []
-        nodes = found or nodes
-    return sorted({key for node in _resolved(nodes, schema) for key in node.get("properties", {})})
-
-
-def _resolved(nodes: list[dict], schema: dict) -> list[dict]:
-    """Nodes with `$ref` followed and unions opened."""
-    out = []
-    for node in nodes:
-        if "$ref" in node:
-            out += _resolved([schema["$defs"][node["$ref"].rsplit("/", 1)[1]]], schema)
-        elif "oneOf" in node or "anyOf" in node:
-            out += _resolved(node.get("oneOf", []) + node.get("anyOf", []), schema)
-        else:
-            out.append(node)
-    return out

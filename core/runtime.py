@@ -9,6 +9,7 @@ import ctypes
 import gc
 import os
 import platform
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from core.errors import UserError
+
+WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
+"""What ONEDNN_MAX_CPU_ISA may hold the library of matrix products to that multiplies no bf16 in hardware."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,8 @@ class Runtime:
         """Whether the device multiplies bf16 matrices in hardware (not emulated, which is slower than fp32)."""
         if self.device.type == "cuda":
             return torch.cuda.get_device_capability(self.device)[0] >= 8
+        if (os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "").upper() in WITHOUT_BF16:
+            return False  # the processor may, but its products are told not to
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
     @property
@@ -45,6 +53,32 @@ class Runtime:
         """The dtype of matrix products for a preset's `precision`; weights and sums stay fp32."""
         bf16 = precision == "bf16" or (precision == "auto" and self.bf16_is_native)
         return torch.bfloat16 if bf16 else torch.float32
+
+    def memory_bytes(self) -> int:
+        """What the device has: a GPU its own; a CPU the machine's, or what this container may use of it."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_properties(self.device).total_memory
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+            try:
+                with open(limit) as file:
+                    there = min(there, int(file.read()))
+            except (OSError, ValueError):  # no container, or "max"
+                pass
+        return there
+
+    def keep_order(self, deterministic: bool) -> str:
+        """On a GPU, take only kernels that add in the same order each time, or whichever is fastest; a CPU's always do.
+
+        Returns what a second run would give, for the run card.
+        """
+        if self.device.type == "cuda":
+            torch.use_deterministic_algorithms(deterministic)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that writes everything twice
+            torch.backends.cudnn.deterministic = deterministic
+            if not deterministic:
+                return "nearly the same numbers: a GPU adds in any order, unless train.deterministic is true"
+        return "the same bits, on the same machine and versions, at the same precision and number of processes and threads"
 
     def memory_mb(self) -> float:
         """Peak memory of this process since it began, or since `forget_peak_memory`: on the device, or resident on a CPU."""
@@ -60,16 +94,44 @@ class Runtime:
 
 
 def detect_runtime() -> Runtime:
-    """Read torchrun's variables and look for a GPU."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    """Read torchrun's variables and look for a GPU. Raises UserError where they are half set, or do not fit each other."""
+    world_size = _launcher_number("WORLD_SIZE", 1, 1, 2**20)
+    several = world_size > 1
+    rank = _launcher_number("RANK", None if several else 0, 0, world_size - 1)
+    local_rank = _launcher_number("LOCAL_RANK", None if several else 0, 0, world_size - 1)
+    if several:
+        _launcher_number("MASTER_PORT", None, 1, 65535)
+        if not os.environ.get("MASTER_ADDR", "").strip():
+            raise _half_set("MASTER_ADDR, where the processes meet, is not set")
+    if torch.cuda.is_available() and local_rank >= torch.cuda.device_count():
+        raise _half_set(f"LOCAL_RANK is {local_rank}, and this machine has {torch.cuda.device_count()} GPUs, counted from 0")
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     return Runtime(device, rank, local_rank, world_size)
+
+
+def _launcher_number(name: str, default: int | None, low: int, high: int) -> int:
+    """A variable of the launcher; `default` where it is not set, None: it has to be."""
+    value = os.environ.get(name)
+    if value is None and default is not None:
+        return default
+    if value is None:
+        raise _half_set(f"WORLD_SIZE is {os.environ.get('WORLD_SIZE')}, but {name} is not set")
+    if re.fullmatch(r"\s*\d{1,9}\s*", value) is None or not low <= int(value) <= high:
+        raise _half_set(f"{name} is {value!r}; it has to be a whole number from {low} to {high}")
+    return int(value)
+
+
+def _half_set(what: str) -> UserError:
+    return UserError(
+        f"the launcher's variables do not fit: {what}. `torchrun --nproc_per_node=N main.py` sets them all; to train in one "
+        "process, unset WORLD_SIZE, RANK and LOCAL_RANK."
+    )
 
 
 def prepare(runtime: Runtime) -> None:
     """Switch on what is safe and fast: TF32 on GPUs; on CPUs, memory that is reused instead of returned."""
     if runtime.device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts; `keep_order` needs it
         torch.cuda.set_device(runtime.device)
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True

@@ -8,10 +8,12 @@ State: none
 import math
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+
+from core.bounds import Bounded
 
 
-class Piece(BaseModel):
+class Piece(Bounded):
     """One stretch of a schedule: from one value to another between two fractions of the run."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, serialize_by_alias=True)

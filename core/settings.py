@@ -5,20 +5,24 @@ Out:   frozen pydantic classes, from which preset.py makes the Preset and its JS
 State: none
 """
 
+from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from core.bounds import Bounded
 from core.schedules import Schedule, turns, value_at
 
 RUN_TOKENS = 100_000_000
 """Training tokens of one run, over all ranks, padding not counted."""
+Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 NEXT_TOKEN, MASKED_TOKENS = "next_token", "masked_tokens"
 """What a model can learn: its objective, as its settings and a run's events name it."""
 
 
-class Settings(BaseModel):
-    """The base of every section: unknown keys are errors, values are not coerced, nothing changes after decoding."""
+class Settings(Bounded, BaseModel):
+    """The base of every section: unknown keys are errors, values are not coerced, numbers have bounds, nothing changes after
+    decoding."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True, use_attribute_docstrings=True)
 
@@ -41,11 +45,11 @@ class TokenizerSettings(Settings):
     type: Literal["bpe", "byte", "hub", "file"] = "bpe"
     """bpe: byte-level BPE trained on a sample of the preset's own sources. byte: 256 bytes. hub: a Hugging Face tokenizer.
     file: a tokenizer.json on this machine."""
-    vocab_size: int = Field(8192, ge=260)
+    vocab_size: int = Field(8192, ge=260, le=1_000_000)
     """Vocabulary of a trained BPE."""
-    name: str | None = None
+    name: str | None = Field(None, min_length=1)
     """Hub repository of a `hub` tokenizer, such as "gpt2"."""
-    path: str | None = None
+    path: str | None = Field(None, min_length=1)
     """The tokenizer.json of a `file` tokenizer, relative to the project, such as "./data/tokens/tokenizer.json". What ends a
     document is read from the tokenizer_config.json beside it."""
 
@@ -82,7 +86,7 @@ class ScheduleSettings(Settings):
 class CurriculumSettings(Settings):
     """Which of the rows that are read are trained, by how difficult the model finds them: their loss among that of the others."""
 
-    candidates: int = Field(2, ge=2)
+    candidates: int = Field(2, ge=2, le=1_000)
     """Rows read, and scored by a forward pass, for each that is trained."""
     bucket_weights: list[Schedule] = Field([1.0, 1.0, 1.0, 1.0], min_length=2)
     """The candidates of a step are put into so many buckets of equal size by their loss, the easiest first. For each a number or
@@ -97,33 +101,37 @@ class CurriculumSettings(Settings):
         return self
 
 
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+"""A factor of a running average."""
+
+
 class TrainSettings(Settings):
-    per_gpu_batch_size: int = Field(32, ge=1)
+    per_gpu_batch_size: int = Field(32, ge=1, le=1_000_000)
     """Rows of one forward pass on each device."""
-    accumulation_steps: int = Field(1, ge=1)
+    accumulation_steps: int = Field(1, ge=1, le=1_000_000)
     """Forward passes of one optimizer step."""
-    learning_rate: float = Field(6e-4, gt=0.0)
+    learning_rate: float = Field(6e-4, gt=0.0, le=100.0)
     """Peak learning rate."""
     schedule: ScheduleSettings = ScheduleSettings()
     """Shape of the learning rate over the run."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: Muon for the matrices of the trunk, AdamW for everything else."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     """AdamW's averaging factors."""
-    eps: float = Field(1e-8, gt=0.0)
+    eps: float = Field(1e-8, gt=0.0, le=1.0)
     """AdamW's epsilon."""
-    weight_decay: float = Field(0.1, ge=0.0)
+    weight_decay: float = Field(0.1, ge=0.0, le=100.0)
     """Decoupled weight decay, on matrices only (biases, norms and the position table are exempt)."""
-    muon_learning_rate: float = Field(0.02, gt=0.0)
+    muon_learning_rate: float = Field(0.02, gt=0.0, le=100.0)
     """Peak learning rate of the matrices under Muon."""
     max_grad_norm: float = Field(1.0, gt=0.0)
     """Global norm the gradient is clipped to."""
     trainable: list[str] | None = Field(None, min_length=1)
     """Parameters to train, all others stay as they are: parts of names, such as "transformer_encoder.27", "*" for anything
     between two dots. Left out: all."""
-    seed: int = 42
+    seed: Seed = 42
     """Seed of everything random."""
-    runs: int = Field(1, ge=1)
+    runs: int = Field(1, ge=1, le=1_000_000)
     """Runs of 100,000,000 tokens chained into one horizon."""
     max_steps: int | None = Field(None, ge=1)
     """Shortens a run to so many optimizer steps."""
@@ -135,7 +143,7 @@ class TrainSettings(Settings):
     """Training tokens between evaluations."""
     eval_at_start: bool = False
     """Also evaluate before the first update: what trained weights could do before."""
-    checkpoint_every_minutes: float = Field(10.0, gt=0.0)
+    checkpoint_every_minutes: float = Field(10.0, gt=0.0, le=1_000_000.0)
     """Minutes between checkpoints. One is always written after the first steps, at the end and on Ctrl-C."""
     checkpoint_every_steps: int | None = Field(None, ge=1)
     """Also write a checkpoint every so many steps."""
@@ -143,6 +151,8 @@ class TrainSettings(Settings):
     """torch.compile: auto compiles when the run is long enough to pay for it."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 compute over fp32 weights where the device computes bf16 natively, fp32 elsewhere."""
+    deterministic: bool = False
+    """On a GPU, only kernels that give the same bits each time, which are slower; a CPU always does. See Checkpoints."""
     curriculum: CurriculumSettings | None = None
     """Reads more rows than are trained, and chooses among them by their loss. Left out: all rows are trained."""
     train_tokens: int | None = None
@@ -169,7 +179,7 @@ class AuxiliarySettings(Settings):
     """Weight of the policy head's divergence."""
     value_weight: Schedule = 0.05
     """Weight of the value head's error."""
-    value_span_tokens: int = Field(16, ge=1)
+    value_span_tokens: int = Field(16, ge=1, le=1_000_000)
     """Tokens of the span whose average loss the value head predicts."""
     dynamics_weight: Schedule = 0.05
     """Weight of the dynamics head's error."""
@@ -193,7 +203,7 @@ class AuxiliarySettings(Settings):
     heads; `generate.planner` uses it."""
     planner_weight: Schedule = 0.05
     """Weight of the planner's loss. Only the planner learns from it."""
-    planner_positions: int = Field(4, ge=1)
+    planner_positions: int = Field(4, ge=1, le=1_000_000)
     """Places of a row at which it learns."""
     planner_candidates: int = Field(8, ge=2, le=256)
     """Likeliest tokens the planner rolls out."""
@@ -203,9 +213,9 @@ class AuxiliarySettings(Settings):
     """Learn to compress what was read into summary tokens, and to read on behind them: for texts longer than model.seq_length."""
     memory_weight: Schedule = 0.2
     """Weight of the memory head's loss."""
-    memory_tokens_after: int = Field(64, ge=1)
+    memory_tokens_after: int = Field(64, ge=1, le=1_000_000)
     """Tokens that are read behind a summary, twice in a row; model.seq_length must be more than twice as many."""
-    memory_slots: int = Field(1, ge=1)
+    memory_slots: int = Field(1, ge=1, le=1_000_000)
     """Summary tokens."""
     memory_reconstruction_weight: float = Field(0.1, ge=0.0)
     """Share of the reconstruction loss in the memory head's loss."""
@@ -215,7 +225,7 @@ class AuxiliarySettings(Settings):
     """Weight of the draft head's divergence. Its gradient reaches the head alone."""
     draft_tokens: int = Field(4, ge=1, le=16)
     """Tokens guessed one after the other, in training and at most in generation."""
-    draft_positions: int = Field(8, ge=1)
+    draft_positions: int = Field(8, ge=1, le=1_000_000)
     """Places of a row from which it guesses: more cost time and memory, and teach faster."""
     enable_adaptive_sources: bool = False
     """Draw more from sources with a higher loss (mix_strategy weighted)."""
@@ -247,7 +257,7 @@ class GenerateSettings(Settings):
     """Beginnings continued at each evaluation; a model that predicts masked tokens (neobert) fills in each [MASK] instead."""
     neighbors_of: list[str] = []
     """Words whose nearest neighbours among the readout's vectors are told at each evaluation. Each has to be one token."""
-    max_tokens: int = Field(60, ge=1)
+    max_tokens: int = Field(60, ge=1, le=1_000_000)
     """New tokens of a sample, or of an answer."""
     temperature: float = Field(0.9, ge=0.0)
     """Divides the scores before sampling. 0: always the likeliest token."""
@@ -270,12 +280,19 @@ class GenerateSettings(Settings):
     summary of its beginning. false: its oldest tokens are left out, as without that head."""
 
 
+def _below_a_folder(output: str) -> str:
+    parts = PurePath(output).parts
+    if parts in ((), ("/",), ("~",)) or parts[-1] == "..":
+        raise ValueError('is no folder of its own: files would land in the project itself, or above it; "./data/tokens" is one')
+    return output
+
+
 class TokenizeSettings(Settings):
     """The tokenize job: every source of `data` to a folder of chunks, which a source of type `tokens` reads."""
 
-    output: str = "./data/tokens"
+    output: Annotated[str, AfterValidator(_below_a_folder)] = Field("./data/tokens", min_length=1)
     """Folder that gets the tokenizer, and a folder of chunks for each source."""
-    chunk_tokens: int = Field(100_000_000, ge=1)
+    chunk_tokens: int = Field(100_000_000, ge=1, le=10_000_000_000)
     """Tokens of a chunk: 4 bytes each."""
     max_tokens: Annotated[int, Field(ge=1)] | Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] | None = None
     """Tokens after which a source is left, at the end of a document: one number, or one per source. Left out: read to the end."""
@@ -286,15 +303,15 @@ class TokenizeSettings(Settings):
 class EvaluateSettings(Settings):
     """The evaluate job: a trained model on tasks of lm-evaluation-harness, and on text held out from training."""
 
-    tasks: list[str] = []
+    tasks: list[Annotated[str, Field(min_length=1)]] = []
     """Tasks by the harness's names, such as "gsm8k" or "mmlu_stem", or by those of files in `task_path`."""
-    task_path: str | None = None
+    task_path: str | None = Field(None, min_length=1)
     """Folder of task files of your own (YAML), relative to the project. Paths in them begin in this folder."""
     limit: int | None = Field(None, ge=1)
     """Examples of a task; left out, all of them."""
-    num_fewshot: int | None = Field(None, ge=0)
+    num_fewshot: int | None = Field(None, ge=0, le=1_000)
     """Solved examples before each question; left out, what the task says. A task that says 0 keeps it."""
-    batch_size: int = Field(16, ge=1)
+    batch_size: int = Field(16, ge=1, le=1_000_000)
     """Rows of one forward pass. The results are the same for any."""
     domain_perplexity: bool = True
     """Also measure loss, perplexity and bits per byte on each source's held-out documents, `train.eval_tokens` of each."""
@@ -305,7 +322,7 @@ class InterpretSettings(Settings):
 
     tokens_per_category: int = Field(50_000, ge=1)
     """Held-out tokens read of each source: more give narrower intervals."""
-    positions_per_row: int = Field(8, ge=1)
+    positions_per_row: int = Field(8, ge=1, le=1_000_000)
     """Places of a row at which every neuron is looked at; what does not depend on neurons is taken from every token."""
 
 
@@ -332,7 +349,7 @@ class CompareSettings(Settings):
 class LoggingSettings(Settings):
     wandb: bool = False
     """Mirror the metrics log to Weights & Biases; offline when there is no key."""
-    wandb_project: str = "zeroarg"
+    wandb_project: str = Field("zeroarg", min_length=1)
     """Project name there."""
 
 
@@ -357,7 +374,7 @@ class DataSettingsBase(Settings):
     """Share of the documents held out for evaluation, chosen by a hash of their text."""
     workers: int | None = Field(None, ge=0, le=64)
     """Processes that read and tokenize, per rank; 0: a thread. Left out: a thread on CPU, one process on a GPU."""
-    cache_gigabytes: float = Field(20.0, ge=0.0)
+    cache_gigabytes: float = Field(20.0, ge=0.0, le=1_000_000.0)
     """Disk space for tokens of streams and compressed files, in .cache/ (safe to delete); 0: no cache."""
     lanes: int = Field(24, ge=1, le=4096)
     """Parallel lanes the order of documents is laid over. The number of ranks must divide it."""

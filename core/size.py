@@ -1,7 +1,8 @@
-"""How large a preset's model is, and what memory training it takes, before anything is made: what the menu tells.
+"""How large a preset's model is, and what memory training it takes, before anything is made: what the menu tells, and what
+stops a run that could only fail.
 
 In:    a preset, the size of its vocabulary
-Out:   Size; bytes
+Out:   Size; bytes; UserError for what no memory holds
 State: none
 """
 
@@ -12,9 +13,20 @@ import torch
 from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
-from core.assembly import build_model
 from core.contracts import call_if_defined
+from core.errors import UserError
 from core.freezing import share_with_graph, train_only
+from core.models import MODELS
+from core.runtime import Runtime
+
+SMALLEST_VOCABULARY = 257
+"""That of bytes; others are known only when their tokenizer is there."""
+ROW_BYTES = 16
+"""What a position of a row takes while it waits: tokens, targets, places, documents."""
+ROUGH = 8
+"""How much less a forward pass may take than `memory_estimate` says: nothing that fits is refused."""
+FEWER_ROWS = "Set train.per_gpu_batch_size, train.accumulation_steps or model.seq_length lower."
+SMALLER_MODEL = "Set model.hidden_size, model.num_layers or the size of the vocabulary lower."
 
 
 @dataclass(frozen=True)
@@ -47,7 +59,7 @@ def size_of(preset: Any, vocab_size: int) -> Size | None:
             frozen = call_if_defined(settings, "num_frozen", vocab_size) or 0
             return None if count is None else Size(count, count - frozen, 1.0)
     with torch.device("meta"), _Undrawn():
-        model = build_model(preset, vocab_size)
+        model = MODELS[settings.type][1](settings, vocab_size)
     train_only(model, wish)
     parameters = list(model.parameters())
     return Size(
@@ -72,3 +84,25 @@ def memory_estimate(preset: Any, size: Size, vocab_size: int, bf16: bool) -> tup
     weights = (6 if bf16 else 4) * size.parameters + 12 * size.trained + 16 * policy
     kept = min(1.0, size.share_with_graph + 1 / model.num_layers) if size.share_with_graph < 1.0 else 1.0
     return weights + readout, int(kept * position) * model.seq_length
+
+
+def check_memory(preset: Any, vocab_size: int, runtime: Runtime) -> None:
+    """Raises UserError where a run cannot fit, by what it needs at the least. Nothing is made to find that out.
+
+    On a GPU too large a micro-batch is none of that: the first step halves it until it fits.
+    """
+    train, there = preset.train, runtime.memory_bytes()
+    everything = preset.model_copy(update={"train": train.model_copy(update={"trainable": None})})
+    size = size_of(everything, vocab_size)  # of all weights, also where some are frozen: counted at once
+    rows = train.per_gpu_batch_size * train.accumulation_steps * train.candidates
+    needs = [(ROW_BYTES * rows * preset.model.seq_length, f"the {rows:,} rows of a step", FEWER_ROWS)]
+    if size is not None:
+        states = (12 if train.optimizer == "adamw" else 8) * size.trained if train.trainable is None else 0
+        needs.append((4 * size.parameters + states, f"{size.parameters:,} weights and what trains them", SMALLER_MODEL))
+    if size is not None and runtime.device.type == "cpu" and train.trainable is None:
+        bf16 = runtime.compute_dtype(train.precision) == torch.bfloat16
+        row = memory_estimate(preset, size, vocab_size, bf16)[1]
+        needs.append((row * train.per_gpu_batch_size // ROUGH, f"a pass of {train.per_gpu_batch_size:,} rows", FEWER_ROWS))
+    for needed, what, advice in needs:
+        if needed > there:
+            raise UserError(f"{what} take {needed:,} bytes of memory or more, and {runtime.device_name} has {there:,}. {advice}")

@@ -115,7 +115,7 @@ class Trainer:
         if failed := self._end(reason):
             raise CheckpointError(
                 f"the end of the run could not be saved: {failed}\n"
-                f"The older checkpoints in {self.store.folder} are untouched. Free some space there and start again."
+                f"The older checkpoints in {self.store.folder} are untouched. Mend that and start again."
             )
         return reason
 
@@ -345,10 +345,10 @@ class Trainer:
         self._emit("run_end", reason=reason, receipt=self.loader.state()["receipt"])
 
     def _save_now(self) -> str | None:
-        """Save and wait for it; why it failed, if it did."""
+        """Save and wait for it; returns why it failed, if it did, on every rank."""
         self.save()
         self.store.wait()
-        return self._tell_saved()
+        return self.parallel.broadcast(self._tell_saved())
 
     def _tell_saved(self) -> str | None:
         """Log how a background save went; returns why it failed, if it did."""
@@ -357,7 +357,7 @@ class Trainer:
             return None
         path, seconds, failed = outcome
         if path is None:
-            self._warn(f"checkpoint not saved: {failed}; the older ones are untouched, training goes on")
+            self._warn(f"checkpoint not saved: {failed} The older ones are untouched, training goes on")
             return failed
         self._emit("checkpoint", path=path.relative_to(self.store.folder.parent).as_posix(), seconds=seconds)
         return None

@@ -1,7 +1,7 @@
-"""`python docs/make_schema.py`: writes configs/preset.schema.json, and the key reference in docs/guide.md, from the code.
+"""`python docs/make_schema.py`: writes configs/preset.schema.json, and the guide's list of presets and keys, from the code.
 
-In:    core.assembly.Preset: its fields, defaults and docstrings
-Out:   configs/preset.schema.json (JSON Schema, draft 2020-12); the text between the two `preset reference` marks of the guide
+In:    core.assembly.Preset: its fields, defaults and docstrings; configs/*.json
+Out:   configs/preset.schema.json (JSON Schema, draft 2020-12); the text between the marks `preset list` and `preset reference`
 State: none; the same code gives the same bytes. tests/test_docs.py fails when either file is not current.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA_PATH, GUIDE_PATH = ROOT / "configs" / "preset.schema.json", ROOT / "docs" / "guide.md"
-BEGIN, END = "<!-- preset reference: begin (python docs/make_schema.py) -->", "<!-- preset reference: end -->"
+MARKS = "<!-- preset {0}: begin (python docs/make_schema.py) -->", "<!-- preset {0}: end -->"
 
 Json = dict[str, Any]
 
@@ -39,7 +39,8 @@ def preset_schema() -> Json:
 
 
 def _tidied(node: Any, names: bool = False) -> Any:
-    """Without generated titles and nested defaults; `anyOf` for `oneOf`, as a section that extends another may omit its `type`.
+    """Without generated titles, nested defaults and the bounds that every number has; `anyOf` for `oneOf`, as a section that
+    extends another may omit its `type`.
 
     `names`: the keys of this object are names of fields, not words of JSON Schema.
     """
@@ -49,11 +50,32 @@ def _tidied(node: Any, names: bool = False) -> Any:
         return node
     out = {}
     for key, value in node.items():
+        if not names and _is_usual(key, value):
+            continue
         if not names and (key == "title" or (key == "default" and (value is None or isinstance(value, dict)))):
             continue
         word = "anyOf" if key == "oneOf" and not names else key
         out[word] = _tidied(value, names=not names and key in ("properties", "$defs"))
     return out
+
+
+def _is_usual(key: str, value: Any) -> bool:
+    """Whether this is a bound that no field states: told once in the guide, and by the program."""
+    from core.bounds import LARGEST_WHOLE
+
+    return key in ("minimum", "maximum") and isinstance(value, int | float) and abs(value) >= LARGEST_WHOLE
+
+
+def presets() -> str:
+    """The presets of configs/, as the menu tells of them."""
+    from core.assembly import Preset
+    from core.preset import read_preset
+
+    rows = ["| Preset | Name in the menu | What it does |", "|---|---|---|"]
+    for path in sorted((ROOT / "configs").glob("[0-9][0-9]_*.json")):
+        preset = read_preset(path, Preset)
+        rows.append(f"| `{path.stem}` | {preset.name} | {preset.description} |")
+    return "\n".join(rows)
 
 
 def reference() -> str:
@@ -132,8 +154,12 @@ def _value(field: Json) -> str:
     words = {"integer": "whole number", "boolean": "`true` or `false`", "object": "section"}
     word = words.get(field["type"], field["type"])
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-    limits = [f"{sign} {field[key]:g}" for key, sign in signs.items() if key in field]
+    limits = [f"{sign} {_plain(field[key])}" for key, sign in signs.items() if key in field and not _is_usual(key, field[key])]
     return f"{word} {', '.join(limits)}" if limits else word
+
+
+def _plain(number: float) -> str:
+    return f"{int(number):,}" if number == int(number) and number < 1e12 else f"{number:g}"
 
 
 def schema_text() -> str:
@@ -141,16 +167,19 @@ def schema_text() -> str:
 
 
 def guide_text(guide: str) -> str:
-    """The guide with its reference made anew."""
-    before, rest = guide.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n\n{reference()}\n\n{END}{after}"
+    """The guide with its list of presets and its reference made anew."""
+    for what, made in (("list", presets()), ("reference", reference())):
+        begin, end = (mark.format(what) for mark in MARKS)
+        before, rest = guide.split(begin)
+        _, after = rest.split(end)
+        guide = f"{before}{begin}\n\n{made}\n\n{end}{after}"
+    return guide
 
 
 def main() -> None:
     SCHEMA_PATH.write_text(schema_text(), encoding="utf-8")
     GUIDE_PATH.write_text(guide_text(GUIDE_PATH.read_text(encoding="utf-8")), encoding="utf-8")
-    print(f"written: {SCHEMA_PATH.relative_to(ROOT)}, the reference in {GUIDE_PATH.relative_to(ROOT)}")
+    print(f"written: {SCHEMA_PATH.relative_to(ROOT)}, the lists in {GUIDE_PATH.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """Fixtures every test may use."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.project import Project
+from tests.project import Project, skipped_updates
 
 
 @pytest.fixture
@@ -19,3 +19,14 @@ def make_project(tmp_path: Path) -> Callable[..., Project]:
 def one_thread() -> None:
     """Torch with one thread: tiny models run faster so, and a busy machine slows them less."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def no_update_is_skipped(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A run whose loss or gradient is not finite skips that update and goes on: no test passes so that has not asked for it."""
+    own = {request.getfixturevalue("tmp_path")} if "tmp_path" in request.fixturenames else set()
+    yield
+    folders = own | Project.used
+    Project.used.clear()
+    if request.node.get_closest_marker("skips_updates") is None:
+        assert (skipped := skipped_updates(folders)) == {}, f"updates were skipped: {skipped}; see the marker skips_updates"

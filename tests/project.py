@@ -11,15 +11,16 @@ import functools
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import torch
@@ -79,6 +80,11 @@ class Project:
     """A copy of main.py, core/ and some presets; `texts/` holds 40 short stories."""
 
     folder: Path
+    used: ClassVar[set[Path]] = set()
+    """The folders since a test began: no update may have been skipped in them."""
+
+    def __post_init__(self) -> None:
+        self.used.add(self.folder)
 
     @classmethod
     def make(cls, folder: Path, presets: dict[str, dict | str]) -> "Project":
@@ -178,6 +184,15 @@ class Project:
 
     def checkpoint(self, slot: str = "current", lineage: str = "t") -> dict[str, Any]:
         return torch.load(self.folder / "checkpoints" / f"{lineage}_{slot}.pth", weights_only=True)
+
+
+def skipped_updates(folders: Iterable[Path]) -> dict[str, int]:
+    """How many updates the runs in these folders skipped because a number was not finite, by the log that tells of it."""
+    found = {}
+    for log in {log for folder in folders for log in folder.rglob("metrics.jsonl")}:
+        told = [int(count) for count in re.findall(rb'"skipped": (\d+)', log.read_bytes())]
+        found |= {str(log): max(told)} if any(told) else {}
+    return found
 
 
 @functools.cache

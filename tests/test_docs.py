@@ -5,6 +5,7 @@ When a test here says that a file is not current, run `python docs/make_schema.p
 
 import ast
 import json
+import os
 import re
 import runpy
 import subprocess
@@ -17,9 +18,11 @@ from typing import Any
 import pytest
 
 from core.assembly import Preset
-from core.data.sources import NAMED_SOURCES
-from core.preset import decode_preset, read_preset
-from tests.project import ROOT, Project
+from core.preset import read_preset
+from tests.documents import block_of, files_named
+from tests.project import NO_HUB, ROOT, Project
+from tests.test_listings import RUN
+from tests.test_preset import AUXILIARY_003, QA_PLUS_WIKI_003
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PLAYBOOKS = sorted((ROOT / "docs" / "playbooks").glob("*.md"))
@@ -28,6 +31,7 @@ SCHEMA = json.loads((ROOT / "configs" / "preset.schema.json").read_text())
 MAKE = "run: python docs/make_schema.py && python docs/make_pdf.py"
 
 make_schema = runpy.run_path(str(ROOT / "docs" / "make_schema.py"))
+captures = runpy.run_path(str(ROOT / "docs" / "captures.py"))
 make_pdf = runpy.run_path(str(ROOT / "docs" / "make_pdf.py"))
 
 
@@ -132,15 +136,6 @@ def schema_keys() -> set[str]:
 def test_every_key_is_in_the_guide() -> None:
     missing = [key for key in sorted(schema_keys()) if f"`{key}`" not in GUIDE]
     assert not missing, f"{missing} not in docs/guide.md; {MAKE}"
-    assert not [name for name in NAMED_SOURCES if f"| `{name}` |" not in GUIDE]
-
-
-def test_every_event_and_exit_code_is_in_the_guide() -> None:
-    emitted = re.findall(r'emit\(\s*"(\w+)"', "".join(path.read_text() for path in (ROOT / "core").rglob("*.py")))
-    assert emitted and not [event for event in set(emitted) if f"| `{event}` |" not in GUIDE]
-    codes = set(re.findall(r"exit_code = (\d+)", (ROOT / "core" / "errors.py").read_text())) | {"0"}
-    for text in (README, GUIDE):
-        assert not [code for code in codes if f"\n| {code} |" not in text]
 
 
 def json_examples() -> list[Any]:
@@ -164,30 +159,11 @@ def test_examples_are_presets(code: str, tmp_path: Path) -> None:
     read_preset(tmp_path / "example.json", Preset)
 
 
-def test_the_seed_preset_decodes() -> None:
-    """Specification 003's own example, auxiliary section included, as it stands there."""
-    preset = {
-        "name": "qa_plus_wiki",
-        "model": {"hidden_size": 256, "num_layers": 3, "num_heads": 4, "seq_length": 256},
-        "train": {"per_gpu_batch_size": 128, "accumulation_steps": 4, "eval_tokens": 2000000},
-        "data": {
-            "sources": [
-                {
-                    "type": "hf",
-                    "dataset": "sentence-transformers/natural-questions",
-                    "split": "train",
-                    "fields": ["question", "answer"],
-                    "format": "Q: {question}\nA: {answer}",
-                },
-                "wikipedia",
-            ],
-            "mix_strategy": "round_robin",
-            "min_text_length": 50,
-        },
-        "auxiliary": {"enable_policy": True, "policy_kl_weight": 0.05, "span_l2_normalize": True, "adaptive_smoothing": 0.9},
-    }
-    assert decode_preset(preset, Preset, "003", "003").model.type == "simple_lm"
+def test_the_schema_accepts_the_examples_of_specification_003() -> None:
+    """Both of them, word for word: the preset, and the auxiliary section in it. tests/test_preset.py decodes them."""
+    preset = json.loads(QA_PLUS_WIKI_003)
     assert not problems(preset, SCHEMA)
+    assert not problems(preset | json.loads(f"{{{AUXILIARY_003}}}"), SCHEMA)
 
 
 # the schema ----------------------------------------------------------------------------------------------------------
@@ -376,17 +352,33 @@ def test_playbooks_work(make_project: Callable[..., Project]) -> None:
 
 
 @pytest.mark.slow
-def test_the_quick_test_and_the_code_of_the_guide(make_project: Callable[..., Project]) -> None:
-    """The preset of the README's command runs without a network, and its checkpoint is used as the guide shows."""
-    project = make_project({"90_quick_test": (ROOT / "configs" / "90_quick_test.json").read_text()})
-    (project.folder / "pdfs" / "guide.pdf").write_bytes((ROOT / "pdfs" / "zeroarg_guide.pdf").read_bytes())
-    result = project.run("90_quick_test")
-    assert result.code == 0, result.text
+def test_the_quick_test_and_the_code_of_the_guide(tmp_path: Path) -> None:
+    """The README's command runs without a network, on a terminal shows what README shows, and leaves the files that the documents
+    name; the guide's conversation, its Python and its shell commands work with the model."""
+    project = Project(captures["copy_of_the_project"](tmp_path / "project"))
+    shown = {name: lines for text in (README, GUIDE) for name, lines in captures["blocks"](text).items()}
+    for name in ("quick_test", "conversation"):
+        assert captures["shape"](captures[name](project.folder)) == captures["shape"](shown[name]), "run: python docs/captures.py"
     assert project.steps("90_quick_test") == list(range(1, 21))
     assert set(project.events("step", "90_quick_test")[-1]["sources"]) == {"python_stdlib", "pdf"}
     (code,) = [code for info, code in blocks(GUIDE, "python") if info == "run=after-quick-test"]
-    shown = subprocess.run([sys.executable, "-c", code], cwd=project.folder, capture_output=True, text=True, timeout=120)
-    assert shown.returncode == 0 and shown.stdout.strip(), shown.stderr
+    printed = subprocess.run([sys.executable, "-c", code], cwd=project.folder, capture_output=True, text=True, timeout=120)
+    assert printed.returncode == 0 and printed.stdout.strip(), printed.stderr
+    (paragraph,) = [part for part in GUIDE.split("\n\n") if part.startswith("A checkpoint is a dict")]
+    assert [key for key in project.checkpoint(lineage="90_quick_test") if f"`{key}`" not in paragraph] == []
+    logs = project.folder / "logs"
+    left = {path.relative_to(project.folder).as_posix() for path in [*logs.glob("*/*"), *project.folder.glob("checkpoints/*")]}
+    for text, first_words in ((README, "checkpoints/"), (GUIDE, "checkpoints/<lineage>_current.pth, ")):
+        named = files_named(block_of(text, first_words), lineage="90_quick_test")
+        assert left <= set(named), "a file of a run is not named"
+        later = {"prev.pth", "prev2.pth", "masked.png", "wandb", "tokens", "pdf"}  # other presets', or a second start's
+        assert all((project.folder / name).exists() or re.split(r"[/_]", name)[-1] in later for name in named), named
+    for lineage in ("my_mix", "first", "second"):
+        (logs / lineage).symlink_to(logs / "90_quick_test")
+    (project.folder / ".venv").symlink_to(sys.prefix)
+    for command in RUN:
+        done = subprocess.run(command, shell=True, cwd=project.folder, env=os.environ | NO_HUB, capture_output=True, text=True)
+        assert done.stdout.strip() and "rror" not in done.stdout + done.stderr.replace("No such file", ""), (command, done)
     fields = {event["event"]: set(event) for event in project.events(lineage="90_quick_test")}
     for name, keys in fields.items():
         (row,) = [line for line in GUIDE.splitlines() if line.startswith(f"| `{name}` |")]

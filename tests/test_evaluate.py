@@ -22,6 +22,7 @@ from core.parallel import Single
 from core.preset import decode_preset
 from core.runtime import detect_runtime
 from core.ui.evaluating import EvaluateView
+from tests.documents import GUIDE, block_of, files_named
 from tests.harness.tiny import SEQUENCE
 from tests.project import ROOT, Project, merged, tiny_preset, train_here
 from tests.test_tokenize import Terminal
@@ -85,6 +86,7 @@ def test_everything_is_measured_once_and_told(root: Path, monkeypatch: pytest.Mo
     assert texts["tokens"] == last["eval_tokens"]
     for key in ("cross_entropy", "perplexity", "bits_per_byte", "token_accuracy"):
         assert texts[key] == pytest.approx(last[key], rel=1e-5), key
+    assert all((root / name).exists() for name in files_named(block_of(GUIDE, "logs/<lineage>/evaluate.md"), lineage="e"))
     report = (root / "logs" / "e" / "evaluate.md").read_text()
     for text in (told, report):
         assert "python_facts" in text and "exact_match (first-number)" in text and f"{texts['bits_per_byte']:.4f}" in text

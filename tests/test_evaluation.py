@@ -28,20 +28,19 @@ def small_model() -> SimpleLM:
     return model
 
 
-def held_rows(folder: Path) -> tuple[list[Row], np.ndarray]:
-    """The packed rows of a small corpus, and how many bytes each token stands for."""
+def held_rows(folder: Path) -> list[Row]:
+    """The packed rows of a small corpus, with the bytes of text in each."""
     factory = make_factory(folder, write_corpus(folder, {"a": 9, "b": 6}, low=3, high=90), max_epochs=1)
     rows = [row for row, _ in zip(factory(start(), [0, 1, 2]), range(40)) if row.pieces]
-    return rows, factory.tokenizer.token_bytes()
+    for row in rows:  # of the byte tokenizer every token is a byte, but the end of a document
+        row.num_bytes = int(((row.labels >= 0) & (row.labels != factory.tokenizer.eos_id)).sum())
+    return rows
 
 
-def evaluator(
-    held: tuple[list[Row], np.ndarray], batch_rows: int, parallel: Any = None, heads: HeadStack | None = None
-) -> Evaluator:
-    rows, sizes = held
+def evaluator(rows: list[Row], batch_rows: int, parallel: Any = None, heads: HeadStack | None = None) -> Evaluator:
     stack, device = LossStack([CrossEntropy(CrossEntropySettings())]), torch.device("cpu")
     where = parallel or Single(), device, torch.float32
-    return Evaluator(lambda: rows, stack, sizes, batch_rows, *where, heads=heads, seed=1, sources=("a", "b"))
+    return Evaluator(lambda: rows, stack, batch_rows, *where, heads=heads, seed=1, sources=("a", "b"))
 
 
 def by_hand(rows: list[Row], model: SimpleLM, source: int | None = None) -> dict[str, float]:
@@ -70,13 +69,13 @@ def by_hand(rows: list[Row], model: SimpleLM, source: int | None = None) -> dict
 def test_evaluation_equals_its_definitions(tmp_path: Path) -> None:
     """Perplexity is the exponential of the token-weighted mean, never a mean of exponentials; bits per byte by hand."""
     model, held = small_model(), held_rows(tmp_path)
-    expected = by_hand(held[0], model)
+    expected = by_hand(held, model)
     found = evaluator(held, 4).run(model, 0.0)
     assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-5)
     assert found["losses"] == pytest.approx({"cross_entropy": expected["cross_entropy"]}, rel=1e-5)
     assert found["perplexity"] == math.exp(found["cross_entropy"])
     for number, name in enumerate(("a", "b")):
-        assert found["sources"][name]["loss"] == pytest.approx(by_hand(held[0], model, number)["cross_entropy"], rel=1e-5)
+        assert found["sources"][name]["loss"] == pytest.approx(by_hand(held, model, number)["cross_entropy"], rel=1e-5)
     assert found["sources"]["a"] != found["sources"]["b"]
 
 
@@ -121,8 +120,7 @@ def test_evaluating_twice_gives_the_same_bits_and_changes_nothing(tmp_path: Path
 
 
 def test_nothing_held_out_is_no_evaluation(tmp_path: Path) -> None:
-    rows, sizes = held_rows(tmp_path)
-    assert evaluator((rows[:0], sizes), 4).run(small_model(), 0.0) is None
+    assert evaluator(held_rows(tmp_path)[:0], 4).run(small_model(), 0.0) is None
 
 
 def test_heads_are_measured_on_held_out_rows(tmp_path: Path) -> None:

@@ -248,7 +248,7 @@ def test_the_menu_tells(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("core.launch.ROOT", root)
 
     def told(**changes: Any) -> str:
-        return _card("2_b", decode_preset(merged(SOURCE, changes), Preset, "b", "b"), detect_runtime()).preview.splitlines()[-1]
+        return _card("2_b", decode_preset(merged(SOURCE, changes), Preset, "b", "b"), detect_runtime()).preview().splitlines()[-1]
 
     assert told(init_from="t") == "starts from the weights of t_current.pth, step 3"
     assert told(init_from="./checkpoints/t_current.pth") == "starts from the weights of ./checkpoints/t_current.pth, step 3"

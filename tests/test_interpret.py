@@ -17,6 +17,7 @@ from core.parallel import Single
 from core.preset import decode_preset
 from core.runtime import StopRequest, detect_runtime
 from core.ui.interpretation.content import CAPTIONS
+from tests.documents import GUIDE, block_of, files_named
 from tests.project import TINY_SIZES, Project, merged, story, tiny_preset, train_here
 
 ROUTED = {"type": "polychromatic", **TINY_SIZES, "seq_length": 32}
@@ -68,6 +69,8 @@ def test_a_trained_model_is_interpreted(root: Path) -> None:
     said = look(root)
     folder = root / "logs" / "look" / "interpret"
     assert {path.name for path in folder.iterdir()} == {*CAPTIONS, "entropy_stats.json", "interpret.json", "index.html"}
+    named = files_named(block_of(GUIDE, "logs/<lineage>/interpret/index.html"), lineage="look")
+    assert {root / name for name in named} == set(folder.iterdir()), "the guide names what it leaves"
     assert "page: logs/look/interpret/index.html" in said and "layer" in said and "most weight" in said
     told = json.loads((folder / "interpret.json").read_text())
     assert (told["weights"], told["step"], told["pool"], told["tau"]) == ("t_current.pth", 2, "causal", pytest.approx(0.1))

@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from core.metrics import MetricsLog, read_events
+from core.errors import UserError
+from core.metrics import MetricsLog, check_log, read_events
 
 
 def steps(path):
@@ -22,7 +23,7 @@ def filled(path, n=5):
     return log
 
 
-def test_every_event_has_the_common_fields(tmp_path):
+def test_an_event_has_the_common_fields_and_its_own(tmp_path):
     log = MetricsLog(tmp_path / "deep" / "metrics.jsonl")
     returned = log.emit("eval", step=3, tokens=300, losses={"cosine": 0.5})
     (line,) = (tmp_path / "deep" / "metrics.jsonl").read_text().splitlines()
@@ -219,7 +220,41 @@ def test_reading_passes_over_what_is_no_event(tmp_path):
     path = tmp_path / "metrics.jsonl"
     filled(path, 9).close()
     with open(path, "ab") as file:
-        file.write(b'not json\n[1]\n{"no": "event"}\n\xff\xfe\n{"event": "eval", "step": 9}\n{"event": "st')
+        file.write(b'not json\n[1]\n{"no": "event"}\n\xff\xfe\n{"event": "eval"}\n{"event": 5, "step": 9, "tokens": 9}\n')
+        file.write(bytes(5000) + b"\n" + b"[" * 100_000 + b'\n{"event": "eval", "step": true, "tokens": 9}\n')
+        file.write(b'{"event": "eval", "step": 9, "tokens": 9}\n{"event": "st')
     assert [event["event"] for event in read_events(path)] == ["step"] * 9 + ["eval"]
-    assert [event["step"] for event in read_events(path, most=3)] == [3, 6, 9, 9]
+    assert [event["step"] for event in read_events(path, most=4)] == [1, 5, 9, 9]
     assert list(read_events(tmp_path / "none.jsonl")) == []
+
+
+def test_what_is_no_file_has_no_events_and_hangs_nobody(tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "folder"):
+        assert list(read_events(tmp_path / name)) == []
+        log = MetricsLog(tmp_path / name)
+        log.emit("step", step=1, tokens=1)
+        assert log.rewind(1) == []
+        log.close()
+        with pytest.raises(UserError, match=r"the log .* cannot be written: .* Then start again"):
+            check_log(tmp_path / name)
+    assert capsys.readouterr().err.count("it is no file but a folder, a pipe or a device") == 2
+
+
+@pytest.mark.parametrize("content", [None, b"", bytes(9000), b"\xff\n[1]\n"])
+def test_a_log_that_was_deleted_is_told(tmp_path, content):
+    """The checkpoint is of step 7, the log holds nothing of it."""
+    path = tmp_path / "metrics.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    (note,) = MetricsLog(path).rewind(7)
+    assert "is gone" in note and "the checkpoint is of step 7" in note and str(path) in note
+
+
+def test_a_log_that_ends_before_the_checkpoint_is_told(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = filled(path, 5)
+    (note,) = log.rewind(7)
+    assert "ends at step 5, the checkpoint is of step 7" in note
+    assert log.rewind(5) == [] == log.rewind(3), "whole logs are not remarked on"

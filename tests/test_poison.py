@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,6 +62,7 @@ if "child" not in sys.argv:
 """
 
 
+@pytest.mark.slow
 def test_the_mode_shows_what_nobody_wrote() -> None:
     found = poisoned(SEEN)
     assert found.returncode == 0 and found.stderr == "", found.stderr
@@ -90,6 +92,7 @@ for length in (5, 3, 80):
 """
 
 
+@pytest.mark.slow
 def test_scores_and_caches_leave_nothing_unwritten_beside_what_is_read() -> None:
     """On AMX, bf16 products read the room between rows: gradients were NaN at every vocabulary that is no multiple of 64."""
     found = poisoned(WALKED)

@@ -88,7 +88,7 @@ def test_every_problem_is_reported_at_once() -> None:
         "train.learning_rate  -1: input should be greater than 0",
         'train.schedule.warm  unknown key; did you mean "warmup"?',
         "train.optimizer  \"adam\": input should be 'adamw' or 'muon'",
-        'train.max_steps  "3": input should be a valid integer',
+        'train.max_steps  "3": input should be a valid integer; write 3, without quotes',
         found[5],
     ]
     assert found[5].startswith('losses[0]  {"type": "cross_entropi"}: unknown type of loss; known are ')
@@ -353,7 +353,7 @@ def shrunk(preset: Any, models: Path) -> dict:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_shipped_preset_takes_two_steps(path: Path, tmp_path: Path) -> None:
+def test_every_shipped_preset_that_trains_takes_two_steps(path: Path, tmp_path: Path) -> None:
     """Shrunk, on local text: it builds, trains, evaluates and saves. Of a comparison, every variant."""
     preset = read_preset(path, Preset)
     if preset.job not in ("train", "compare"):

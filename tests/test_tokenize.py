@@ -30,6 +30,7 @@ from core.preset import decode_preset
 from core.runtime import detect_runtime
 from core.settings import TokenizerSettings
 from core.ui.tokenizing import TokenizeView
+from tests.documents import GUIDE, block_of, files_named
 from tests.project import ROOT, Project, merged, story, train_here
 
 job = importlib.import_module("core.jobs.tokenize")
@@ -96,6 +97,9 @@ def test_the_files_hold_every_document_in_the_sources_order(tmp_path: Path) -> N
         manifest.eos_token_id == tokenizer.eos_id and manifest.vocab_size == 257 and manifest.num_chunks == len(manifest.chunks)
     )
     assert read_tokenizer(tmp_path / "tokens" / "tokenizer.json").state() == tokenizer.state()
+    for name in files_named(block_of(GUIDE, "data/tokens/tokenizer.json")):
+        name = name.replace("data/tokens/corpus/", "tokens/texts/").replace("data/", "")
+        assert (tmp_path / name).exists(), f"the guide says that the job writes {name}"
     assert f"texts: {len(expected):,} tokens, 41 documents in" in told and '"type": "tokens", "path": "tokens/texts"' in told
 
 
@@ -210,7 +214,8 @@ def test_a_full_disk_is_told_and_loses_nothing(tmp_path: Path, small_batches: No
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, before[1]))
     try:
         with pytest.raises(
-            UserError, match=r"cannot be written: File too large. [\d,]+ tokens of texts are safe; free some space"
+            UserError,
+            match=r"cannot be written: File too large\. A limit .*[\d,]+ tokens of texts are safe: start again to go on",
         ):
             tokenize_here(big, tmp_path)
     finally:
@@ -224,7 +229,7 @@ def test_a_source_that_fails_for_good_keeps_what_it_had_and_the_others_go_on(
     tmp_path: Path, small_batches: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that cannot be opened, one that breaks off half-way. The next start goes on where it broke off."""
-    sources = [{"type": "text", "path": "texts", "name": name} for name in ("a", "b")] + [{"type": "text", "path": "nowhere"}]
+    sources = [{"type": "text", "path": "texts", "name": name} for name in ("a", "b")] + ["pdf"]
     preset = preset_of(data={"sources": sources})
     real = job._batches
 
@@ -237,7 +242,7 @@ def test_a_source_that_fails_for_good_keeps_what_it_had_and_the_others_go_on(
     with monkeypatch.context() as patch:
         patch.setattr(job, "_batches", breaks)
         told = tokenize_here(preset, tmp_path)
-    assert "warning  source nowhere left out" in told and "warning  source a stopped, the others go on: the network" in told
+    assert "warning  source pdf left out" in told and "warning  source a stopped, the others go on: the network" in told
     a, b = (read_manifest(tmp_path / "tokens" / name) for name in "ab")
     assert 0 < a.total_tokens < b.total_tokens and (a.complete, b.complete) == (False, True)
     tokenize_here(preset, tmp_path)
@@ -306,14 +311,23 @@ def test_a_tokenizer_file_is_what_was_saved_and_what_others_write(tmp_path: Path
     settings = TokenizerSettings(type="file", path="tokenizer.json")
     assert build_tokenizer(settings, [], root=tmp_path).state() == own.state()
     config = tmp_path / "tokenizer_config.json"
-    config.write_text(json.dumps({"eos_token": {"content": "e"}}))  # the form in which the Hub keeps added tokens
-    assert build_tokenizer(settings, [], root=tmp_path).eos_id == own._backend.token_to_id("e")
+    config.write_text(json.dumps({"eos_token": {"content": "ap"}}))  # the form in which the Hub keeps added tokens
+    assert build_tokenizer(settings, [], root=tmp_path).eos_id == own._backend.token_to_id("ap") is not None
     config.unlink()
     assert build_tokenizer(settings, [], root=tmp_path).eos_id == own.eos_id
     config.write_text(json.dumps({"eos_token": "<gone>"}))
     for path, told in (("tokenizer.json", 'says "eos_token": "<gone>"'), ("none.json", "does not exist.*91_tokenize_local")):
         with pytest.raises(UserError, match=told):
             build_tokenizer(TokenizerSettings(type="file", path=path), [], root=tmp_path)
+    for odd in (5, "", [], {"x": 1}, ["a", "b"], {"content": 3}, "e"):
+        config.write_text(json.dumps({"eos_token": odd}))
+        for kind, name in (("file", {"path": "tokenizer.json"}), ("hub", {"name": str(tmp_path)})):
+            with pytest.raises(UserError, match=r"eos_token.*(is no token|a character of texts)"):
+                build_tokenizer(TokenizerSettings(type=kind, **name), [], root=tmp_path)
+    config.write_text('{"eos_token": "<|endoft')
+    with pytest.raises(UserError, match="cannot be read as JSON, and it says which token ends a document"):
+        build_tokenizer(settings, [], root=tmp_path)
+    config.unlink()
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="is no tokenizer"):
         build_tokenizer(settings, [], root=tmp_path)
@@ -325,8 +339,9 @@ def test_a_tokenizer_file_is_what_was_saved_and_what_others_write(tmp_path: Path
 def test_the_menu_shows_what_is_written_and_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     preset = decode_preset(preset_of(tokenize={"max_tokens": 9000}), Preset, "t", "t")
     card = _card("91_t", preset, detect_runtime())
-    assert "parameters" not in card.preview and "tokenizes texts; tokenizer: bytes" in card.preview
-    assert "writes tokens/<source>/chunk_00000.bin ..., 5,000 tokens each, at most 9,000 of a source" in card.preview
+    preview = card.preview()
+    assert "parameters" not in preview and "tokenizes texts; tokenizer: bytes" in preview
+    assert "writes tokens/<source>/chunk_00000.bin ..., 5,000 tokens each, at most 9,000 of a source" in preview
     assert PREVIEWS["tokenize"](preset, tmp_path)[-1] == "starts fresh"
     tokenize_here(preset_of(tokenize={"max_tokens": 9000}), tmp_path)
     total = read_manifest(tmp_path / "tokens" / "texts").total_tokens

@@ -1,11 +1,14 @@
 """What is known of each metric: its name, its unit, and whether lower or higher is better.
 
 In:    a key of an `eval` event, "loss: <name>", "head: <name>", "held out of: <source>" or "read of: <source>"
-Out:   a Measure
+Out:   a Measure; the metrics there can be
 State: none
 """
 
 from dataclasses import dataclass
+from typing import Any
+
+from core.settings import MASKED_TOKENS, objective_of
 
 LOSS = "loss: "
 """What stands before the name of a loss among the metrics."""
@@ -85,6 +88,24 @@ def measure(key: str) -> Measure:
     if key.startswith(READ):
         return Measure(key, f"share of “{key.removeprefix(READ)}” in training", "", 0)
     return _KNOWN.get(key) or Measure(key, key.replace("_", " "))
+
+
+def metrics_of(preset: Any) -> set[str]:
+    """Every metric that evaluations of a preset may give."""
+    model, sources = preset.model, [source.name for source in preset.data.sources]
+    found = {"token_accuracy", "top5_accuracy", "table_cosine"}
+    masked, distances = objective_of(model) == MASKED_TOKENS, getattr(model, "head", None) == "distance"
+    if distances:
+        found |= {key for key in _KNOWN if key.startswith(("nll_", "prototype_", "pseudo_perplexity_"))}
+    else:
+        found |= {"cross_entropy", "entropy", "max_probability", "embedding_cosine"}
+        found |= {"pseudo_perplexity"} if masked else {"perplexity", "bits_per_byte"}
+    if getattr(model, "keep_decoder", False):
+        found |= {key for key in _KNOWN if key.startswith("decoder_")}
+    found |= {f"{LOSS}{loss.name or loss.type}" for loss in preset.losses}
+    for head in (HEAD + key.removeprefix("enable_") for key in preset.auxiliary.heads):
+        found |= {head, *(key for key in _KNOWN if key.startswith(f"{head}."))}
+    return found | {f"{what}{name}" for what in (HELD_OUT, READ) for name in sources if len(sources) > 1}
 
 
 def ordered(keys: set[str]) -> list[str]:

@@ -7,13 +7,14 @@ State: logs/<lineage>/state.json: the outcomes that no checkpoint tells of
 
 import hashlib
 import json
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from core.errors import UserError
+from core.files import cause, read_json, write_file
+from core.names import is_file_name
 from core.preset import decode_preset, merge, preset_json
 from core.settings import CompareSettings, VariantSettings
 
@@ -76,7 +77,7 @@ def slugs(names: list[str]) -> dict[str, str]:
     found = {}
     for name in names:
         slug = re.sub(r"[^A-Za-z0-9._-]+", "_", name)[:SLUG_LENGTH].strip("._") or "variant"
-        if slug.casefold() in taken:
+        if slug.casefold() in taken or not is_file_name(slug):
             slug += "-" + hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()[:8]
         taken.add(slug.casefold())
         found[name] = slug
@@ -119,7 +120,7 @@ class Outcomes:
 def read_outcomes(folder: Path, world_size: int) -> Outcomes:
     """As `write_outcomes` left them in logs/<lineage>. None there, or none that can be read: nothing has happened yet."""
     try:
-        state = json.loads((folder / STATE).read_text())
+        state = read_json(folder / STATE)
         known = {key: entry for key, entry in state["trials"].items() if (folder / key).is_dir()}
         return Outcomes(int(state["world_size"]), known)
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
@@ -132,13 +133,7 @@ def write_outcomes(folder: Path, outcomes: Outcomes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Whole or not at all, whatever ends the process. Raises UserError when it cannot be written."""
-    aside = path.with_name(f"{path.name}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(aside, "w") as file:
-            json.dump(value, file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
+        write_file(path, json.dumps(value, indent=2), durable=True)
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}. Free some space, or mend that, and start again.") from None
+        raise UserError(f"{path} cannot be written: {cause(error, path)} Then start again.") from None

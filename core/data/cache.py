@@ -23,8 +23,11 @@ from core.data.documents import Document, Encoded
 from core.data.encoding import encode
 from core.data.sources.shards import ShardView
 from core.data.tokenizer import Tokenizer
+from core.files import check_regular, open_lock, write_file
 
 CACHE = ".cache/tokens"
+VERSION = 2
+"""Part of every address: raised when the same text and tokenizer give other tokens, or a block holds other things."""
 BLOCK = 256  # positions of a shard (rows, lines) in one file
 GRACE_SECONDS = 0.5
 """How long the others leave the next block to whoever made the one before, as only they need not seek."""
@@ -49,8 +52,8 @@ class TokenCache:
         """A block and whether it is the shard's last; None when it is not there or not whole."""
         path = self._path(address, number)
         try:
-            data = path.read_bytes()
-            found = unpacked(data)
+            check_regular(path)
+            found = unpacked(path.read_bytes())
             os.utime(path)  # what was used last is deleted last
         except FileNotFoundError:
             return None
@@ -62,13 +65,11 @@ class TokenCache:
 
     def put(self, address: str, number: int, block: Block, last: bool) -> None:
         path = self._path(address, number)
-        aside = path.with_suffix(f".{os.getpid()}-{id(block)}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if shutil.disk_usage(path.parent).free < FREE_BYTES:
                 return
-            aside.write_bytes(packed(block, last))
-            os.replace(aside, path)
+            write_file(path, packed(block, last))
         except OSError:
             return
         self._written += 1
@@ -82,8 +83,7 @@ class TokenCache:
         try:
             import fcntl
 
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = path.open("w")
+            file = os.fdopen(open_lock(path), "r+b")
         except (ImportError, OSError):  # no locks here: at worst the work is done twice
             yield True
             return
@@ -134,7 +134,8 @@ class Cached(ShardView):
         if content is None:
             yield from self._source.read(shard, start)
             return
-        address = hashlib.blake2b(f"{content}\n{self._fingerprint}\n{BLOCK}".encode(*NAMES), digest_size=20).hexdigest()
+        facts = f"{content}\n{self._fingerprint}\n{BLOCK}\n{VERSION}"
+        address = hashlib.blake2b(facts.encode(*NAMES), digest_size=20).hexdigest()
         maker = _Maker(self._source, shard, self._tokenizer)
         number, last, first = start // BLOCK, False, True
         while not last:
@@ -211,6 +212,7 @@ def packed(block: Block, last: bool) -> bytes:
         positions=np.array([position for position, _ in block], dtype=np.int64),
         digests=np.array([t.digest for t in tokens], dtype=np.uint64),
         sizes=np.array([t.size for t in tokens], dtype=np.int64),
+        num_bytes=np.array([-1 if t.num_bytes is None else t.num_bytes for t in tokens], dtype=np.int64),
         learned=np.concatenate(learned) if learned else np.zeros(0, dtype=bool),
         keys=np.frombuffer("\0".join(document.key for _, document in block).encode(*NAMES), dtype=np.uint8),
         last=np.array(last),
@@ -232,7 +234,9 @@ def unpacked(data: bytes) -> tuple[Block, bool]:
     begin = 0
     for i, end in enumerate(ends):
         mask = learned[begin:end] if len(learned) else None
-        tokens = Encoded(ids[begin:end], mask, int(fields["digests"][i]), int(fields["sizes"][i]))
+        num_bytes = int(fields["num_bytes"][i])
+        facts = int(fields["digests"][i]), int(fields["sizes"][i]), None if num_bytes < 0 else num_bytes
+        tokens = Encoded(ids[begin:end], mask, *facts)
         block.append((int(fields["positions"][i]), Document("", keys[i], encoded=tokens)))
         begin = end
     return block, bool(fields["last"])

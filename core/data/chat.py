@@ -1,7 +1,7 @@
 """Conversations as ChatML: the text of one, its tokens, and which of them are learned.
 
 In:    messages: (role, content) in order
-Out:   ids and a mask, without the end-of-document token, which objectives.py adds
+Out:   ids, a mask and a number of bytes, without the end-of-document token, which objectives.py adds
 State: none
 
     <|im_start|>user⏎What is 2+2?<|im_end|>⏎<|im_start|>assistant⏎It is 4.<|im_end|>⏎
@@ -11,43 +11,51 @@ A message cannot leave its place: where the markers are special tokens, the toke
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 
 import numpy as np
 
-from core.data.documents import ASSISTANT, ROLES, Messages
-from core.data.tokenizer import Tokenizer
+from core.data.documents import ASSISTANT, ROLES, Messages, num_bytes_of
+from core.data.tokenizer import MARKERS, Tokenizer
 
-START, STOP = MARKERS = ("<|im_start|>", "<|im_end|>")
+START, STOP = MARKERS
 
 _WRITTEN_OUT = re.compile(rf"{re.escape(START)}(\w+)\n(.*?){re.escape(STOP)}\n", re.DOTALL)
 
 
 def render_chat(messages: Messages) -> str:
     """A conversation as a person would see it; not for encoding, since a message may hold what looks like a marker."""
-    return "".join(f"{START}{role}\n{content}{STOP}\n" for role, content in _kept(messages))
+    return _rendered(_turns(messages))
 
 
-def encode_chat(tokenizer: Tokenizer, conversations: list[Messages]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(ids (n,) int32, learned (n,) bool) of each conversation, all of them tokenized in one call.
+def encode_chat(
+    tokenizer: Tokenizer, conversations: Sequence[Messages], read_only: Sequence[tuple[int, ...]] = ()
+) -> list[tuple[np.ndarray, np.ndarray, int]]:
+    """(ids (n,) int32, learned (n,) bool, UTF-8 bytes that are learned) of each conversation, all of them tokenized in one call.
 
-    Learned are the tokens that lie wholly inside what an assistant says and the marker and line end that close it.
+    Learned are the tokens that lie wholly inside what an assistant says and the marker and line end that close it; a marker
+    that is a special token has no bytes.
+
+    read_only   of each conversation, the numbers of the assistant's messages that are not learned
     """
+    talks = [_turns(messages, *skipped) for messages, *skipped in zip_longest(conversations, read_only, fillvalue=())]
     if chat_note(tokenizer) is not None:
-        return _encode_spelled_out(tokenizer, conversations)
+        return _encode_spelled_out(tokenizer, talks)
     start, stop = (np.array([tokenizer.special_id(marker)], dtype=np.int32) for marker in MARKERS)
     # special tokens cut a text before anything else looks at it: its pieces give the tokens that the whole would
-    pieces = [f"{role}\n{content}" for messages in conversations for role, content in _kept(messages)]
+    pieces = [f"{role}\n{content}" for turns in talks for role, content, _ in turns]
     (line_end, _), *rest = tokenizer.encode_with_spans(["\n", *pieces])
-    encoded, out = iter(rest), []
-    for messages in conversations:
-        ids, learned = [np.empty(0, np.int32)], [np.empty(0, np.bool_)]
-        for role, _ in _kept(messages):
-            piece, spans = next(encoded)
-            own = role == ASSISTANT
+    encoded, out = iter(zip(pieces, rest)), []
+    for turns in talks:
+        ids, learned, total = [np.empty(0, np.int32)], [np.empty(0, np.bool_)], 0
+        for role, _, own in turns:
+            text, (piece, spans) = next(encoded)
+            inside, num_bytes = _inside(text, spans, len(role) + 1, len(text))
             ids += [start, piece, stop, line_end]
-            learned += [np.zeros(1, np.bool_), own & (spans[:, 0] > len(role)), np.full(1 + len(line_end), own)]
-        out.append((np.concatenate(ids), np.concatenate(learned)))
+            learned += [np.zeros(1, np.bool_), own & inside, np.full(1 + len(line_end), own)]
+            total += own * (num_bytes + 1)
+        out.append((np.concatenate(ids), np.concatenate(learned), total))
     return out
 
 
@@ -55,7 +63,7 @@ def encode_turn(tokenizer: Tokenizer, messages: Messages) -> list[int]:
     """The ids of a conversation up to where the assistant begins to say its next message."""
     if chat_note(tokenizer) is not None:
         return tokenizer.encode_batch([f"{render_chat(messages)}{START}{ASSISTANT}\n"])[0].tolist()
-    ((ids, _),) = encode_chat(tokenizer, [messages])
+    ((ids, _, _),) = encode_chat(tokenizer, [messages])
     opening = tokenizer.encode_batch([f"{ASSISTANT}\n"])[0].tolist()
     return [*ids.tolist(), tokenizer.special_id(START), *opening]
 
@@ -75,26 +83,43 @@ def chat_note(tokenizer: Tokenizer) -> str | None:
     return f"the tokenizer has no special tokens {START} and {STOP}: conversations spell them out as text"
 
 
-def _encode_spelled_out(tokenizer: Tokenizer, conversations: list[Messages]) -> list[tuple[np.ndarray, np.ndarray]]:
-    out = []
-    texts = [render_chat(messages) for messages in conversations]
-    for messages, (ids, spans) in zip(conversations, tokenizer.encode_with_spans(texts)):
-        learned = np.zeros(len(ids), np.bool_)
-        for begin, end in _bodies(messages):
-            learned |= (spans[:, 0] >= begin) & (spans[:, 1] <= end)
-        out.append((ids, learned))
+Turns = list[tuple[str, str, bool]]
+"""(role, content, whether it is learned) in order."""
+
+
+def _turns(messages: Messages, read_only: tuple[int, ...] = ()) -> Turns:
+    numbered = enumerate(messages)
+    return [(role, said, role == ASSISTANT and i not in read_only) for i, (role, said) in numbered if role in ROLES]
+
+
+def _rendered(turns: Turns) -> str:
+    return "".join(f"{START}{role}\n{content}{STOP}\n" for role, content, _ in turns)
+
+
+def _encode_spelled_out(tokenizer: Tokenizer, talks: list[Turns]) -> list[tuple[np.ndarray, np.ndarray, int]]:
+    out, texts = [], [_rendered(turns) for turns in talks]
+    for turns, text, (ids, spans) in zip(talks, texts, tokenizer.encode_with_spans(texts)):
+        learned, total = np.zeros(len(ids), np.bool_), 0
+        for begin, end in _bodies(turns):
+            inside, num_bytes = _inside(text, spans, begin, end)
+            learned, total = learned | inside, total + num_bytes
+        out.append((ids, learned, total))
     return out
 
 
-def _bodies(messages: Messages) -> Iterator[tuple[int, int]]:
-    """[begin, end) in the rendered text of what each assistant message says, its closing marker and line end included."""
+def _inside(text: str, spans: np.ndarray, begin: int, end: int) -> tuple[np.ndarray, int]:
+    """Which tokens (n,) lie wholly inside [begin, end) of the text, and the bytes that no token reaches into from outside."""
+    first, last = spans[:, 0], spans[:, 1]
+    before, after = last[(first < begin) & (last > begin)], first[(first < end) & (last > end)]
+    text = text[max([begin, *before.tolist()]) : min([end, *after.tolist()])]
+    return (first >= begin) & (last <= end), num_bytes_of(text)
+
+
+def _bodies(turns: Turns) -> Iterator[tuple[int, int]]:
+    """[begin, end) in the rendered text of what each learned message says, its closing marker and line end included."""
     end = 0
-    for role, content in _kept(messages):
+    for role, content, own in turns:
         begin = end + len(f"{START}{role}\n")
         end = begin + len(f"{content}{STOP}\n")
-        if role == ASSISTANT:
+        if own:
             yield begin, end
-
-
-def _kept(messages: Messages) -> Messages:
-    return tuple(message for message in messages if message[0] in ROLES)

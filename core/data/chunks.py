@@ -10,7 +10,6 @@ Out:   the folder; documents, or plain tokens in any order of chunks
 State: the manifest, which never records a token that is not safely on the disk: whoever was killed goes on from it
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from core.files import read_json, write_file
 
 FORMAT = 1
 """Raised when the layout changes in a way that older code cannot read."""
@@ -74,17 +75,7 @@ class Manifest:
 
     def save(self, folder: Path) -> None:
         """Written aside, flushed, renamed. Raises OSError; the manifest before is whole then."""
-        aside = folder / f"{MANIFEST}.tmp"
-        try:
-            with aside.open("w", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(self), indent=2) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, folder / MANIFEST)
-        except OSError:
-            aside.unlink(missing_ok=True)
-            raise
-        _sync(folder)
+        write_file(folder / MANIFEST, json.dumps(asdict(self), indent=2) + "\n", durable=True)
 
 
 def chunk_name(index: int) -> str:
@@ -95,7 +86,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Raises BadChunks where there is none, or none that can be used. One of specification 001 lists no files: they are added."""
     path = folder / MANIFEST
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
         known = {f.name for f in fields(Manifest)}
         manifest = Manifest(**{key: value for key, value in found.items() if key in known})
         manifest.chunks = [Chunk(**chunk) for chunk in found.get("chunks", [])]
@@ -347,13 +338,3 @@ def _lock(folder: Path) -> int | None:
         os.close(descriptor)
         return None
     return descriptor
-
-
-def _sync(folder: Path) -> None:
-    """Make a rename survive a power cut (not every system can)."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -26,11 +26,11 @@ from core.data.objectives import build_objective, next_token
 from core.data.packing import Place, Row
 from core.data.pipeline import Pipeline, PipelineSettings, Position
 from core.data.shuffle import Shuffled
-from core.data.sources import build_source, open_sources
+from core.data.sources import build_source, is_own_path, open_sources
 from core.data.sources.shards import ShardSource, ShardView
 from core.data.tokenizer import MASK, Tokenizer
 from core.data.validation import HoldOut, held_out_documents, may_train, plan_hold_out, validation_rows
-from core.errors import NoData, SourceUnavailable
+from core.errors import NoData, SourceUnavailable, UserError
 from core.randomness import derive_seed
 from core.schedules import limits, value_at
 from core.settings import MASKED_TOKENS, NEXT_TOKEN, objective_of
@@ -38,6 +38,10 @@ from core.settings import MASKED_TOKENS, NEXT_TOKEN, objective_of
 RATE_DOCUMENTS, RATE_FILES, RATE_STREAMS = 256, 64, 4
 """What is read of a source to measure its tokens per character: so many documents, spread over so many files, or, of what
 comes over a network, so many shards. Neighbours are alike: the first 256 documents of source code were 6 % off (docs/LOG.md)."""
+
+MUCH_UNREAD = 0.01
+"""Share of a source's characters without a token that is no mishap of single characters any more."""
+OTHER_TOKENIZER = 'take a tokenizer made for such text, or "tokenizer": {"type": "bpe", "vocab_size": 8192}, which can write any'
 
 
 @dataclass
@@ -95,10 +99,25 @@ class Corpus:
         for source in self.sources:
             getattr(source, "check_tokenizer", lambda tokenizer: None)(tokenizer)
 
-    def told_of(self, tokenizer: Tokenizer) -> list[str]:
-        """What a person should know of its documents under this tokenizer."""
+    def told_of(self, tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
+        """(notes, warnings): what a person should know of its documents under this tokenizer.
+
+        Raises UserError where it has tokens for nothing that a source says.
+        """
         note = chat_note(tokenizer) if any(section.type == "chat" for section in self.sections) else None
-        return [note] if note else []
+        notes, warnings = [note] if note else [], []
+        if chunks := [s.name for s in self.sections if s.type == "tokens" and not tokenizer.is_lossless]:
+            notes.append(
+                f"bits per byte of {', '.join(chunks)} are approximate: tokens under such a tokenizer do not say their bytes"
+            )
+        for source in self.sources if not tokenizer.is_complete else ():
+            unread = tokenizer.unread([document.text for document in _spread(source) if document.text])
+            told = f"{source.name}: {unread}. They are read as unknown: {OTHER_TOKENIZER}"
+            if unread.characters and unread.characters == unread.of:
+                raise UserError(f"the tokenizer has no token for anything that {source.name} says ({unread}); {OTHER_TOKENIZER}.")
+            if unread.characters:
+                (warnings if unread.share >= MUCH_UNREAD else notes).append(told)
+        return notes, warnings
 
     @property
     def needs_rates(self) -> bool:
@@ -279,6 +298,9 @@ def open_corpus(preset: Any, root: Path, parallel: Any, held_out: dict[str, Any]
     if not sources:
         reasons = "\n".join(f"  {name}: {reason}" for name, reason in failed.items())
         raise NoData(f"no source of preset {preset.name} could be opened:\n{reasons}")
+    if own := [section for section in data.sources if section.name in failed and is_own_path(section)]:
+        reasons = "\n".join(f"  {section.name}: {failed[section.name]}" for section in own)
+        raise NoData(f"preset {preset.name} names paths that give no text. Mend them, or take them out of it:\n{reasons}")
     sections = [section for section in data.sources if section.name not in failed]
     weights = dict(zip((section.name for section in data.sources), data.source_weights or [1.0] * len(data.sources)))
     shares = tuple(weights[s.name] for s in sections)

@@ -30,6 +30,7 @@ class Encoded:
     learned: np.ndarray | None  # (n,) bool: tokens that are predicted, not only read; None: all, and the document's end
     digest: int  # of the document it was made from
     size: int  # characters of that document; 0 where there never were any
+    num_bytes: int | None = None  # UTF-8 bytes of the text that is learned; None where there is no text with it
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,7 @@ class Document:
     text: str  # of a conversation: what is said in it; of tokens: empty
     key: str  # stable identity inside the source, for logs and hold-out: "pathlib.py#3", "guide.pdf#12"
     messages: Messages | None = None  # of a conversation
+    read_only: tuple[int, ...] = ()  # numbers of the assistant's messages that are not learned
     encoded: Encoded | None = None  # already tokenized: nothing else is looked at then
 
     @property
@@ -46,7 +48,7 @@ class Document:
         """64 bits that stand for its content, the same on every machine."""
         if self.encoded is not None:
             return self.encoded.digest
-        content = self.text if self.messages is None else repr(self.messages)
+        content = self.text if self.messages is None else repr(self.messages) + repr(self.read_only or "")[: -2 or None]
         return digest_of(content.encode("utf-8", "surrogatepass"))
 
     @property
@@ -100,6 +102,11 @@ class Source(Protocol):
 
     def stream(self, cursor: Cursor) -> DocumentStream:
         """The documents of epoch `cursor.get("epoch", 0)` from the cursor on, in an order fixed by seed and epoch."""
+
+
+def num_bytes_of(text: str) -> int:
+    """In UTF-8: what bits per byte divides by."""
+    return len(text.encode("utf-8", "surrogatepass"))  # half a surrogate pair: as long as what stands for it
 
 
 def digest_of(content: bytes) -> int:

@@ -7,11 +7,12 @@ State: none, but for what a Remembering keeps
 
 from collections.abc import Sequence
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 
 from core.data.chat import encode_chat
-from core.data.documents import Document, Encoded
+from core.data.documents import Document, Encoded, num_bytes_of
 from core.data.tokenizer import Tokenizer
 
 KEPT_TOKENS = 4_000_000
@@ -23,10 +24,12 @@ def encode(tokenizer: Tokenizer, documents: Sequence[Document]) -> list[Encoded]
     found: list[Encoded | None] = [document.encoded for document in documents]
     texts = [i for i, d in enumerate(documents) if d.encoded is None and d.messages is None]
     for i, ids in zip(texts, tokenizer.encode_batch([documents[i].text for i in texts]) if texts else []):
-        found[i] = Encoded(ids, None, documents[i].digest, len(documents[i].text))
+        text = documents[i].text
+        found[i] = Encoded(ids, None, documents[i].digest, len(text), num_bytes_of(text))
     chats = [i for i, d in enumerate(documents) if d.encoded is None and d.messages is not None]
-    for i, (ids, learned) in zip(chats, encode_chat(tokenizer, [documents[i].messages or () for i in chats]) if chats else []):
-        found[i] = Encoded(ids, learned, documents[i].digest, len(documents[i].text))
+    talks, read_only = [documents[i].messages or () for i in chats], [documents[i].read_only for i in chats]
+    for i, (ids, learned, num_bytes) in zip(chats, encode_chat(tokenizer, talks, read_only) if chats else []):
+        found[i] = Encoded(ids, learned, documents[i].digest, len(documents[i].text), num_bytes)
     return found  # type: ignore[return-value]  # every place is filled: a document is of exactly one kind
 
 
@@ -35,12 +38,12 @@ class Remembering:
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        self._kept: dict[tuple[int, bool], Encoded] = {}  # by content, and whether that is a conversation; the oldest first
+        self._kept: dict[tuple[int, Any], Encoded] = {}  # by content, and what of a conversation is only read; the oldest first
         self._tokens = 0
 
     def __call__(self, documents: Sequence[Document]) -> list[Encoded]:
         """As `encode`."""
-        keys = [(document.digest, document.messages is not None) for document in documents]
+        keys = [(document.digest, document.messages and document.read_only) for document in documents]
         known = [d.encoded or self._kept.get(key) for d, key in zip(documents, keys)]
         encoded = iter(encode(self._tokenizer, [d for d, found in zip(documents, known) if found is None]))
         result = [found or next(encoded) for found in known]

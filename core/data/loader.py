@@ -16,7 +16,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -106,7 +106,7 @@ class Loader:
         self._behind = 0  # the draw that the snapshots of all ranks have reached
         self._empty_rows = 0  # global rows in a row without a document: a whole round of lanes of them is the end
         self._replaced_at = -1  # the row at which a worker that died was replaced last
-        self._taken: list[Row] = []  # of the step that was handed out last: the position moves past them once it is made
+        self._before: tuple[Position, list] | None = None  # where it stood before the step that was handed out last
         self.unlearned = Unlearned(position.rows > position.passed_over * rows_per_step, of_chance=describe is None)
         self.dropped: list[tuple[str, str]] = []  # (source, reason) since last asked: for the log
         self.told: list[str] = []  # what else is to be warned of
@@ -120,7 +120,6 @@ class Loader:
         waits for rows, all of them raise Stopped, with the position as it was; so it is with an error of any rank. A step in
         which no token is learned is passed over and counted; UserError where there is no end of them.
         """
-        self._settle()
         waited = 0.0
         while True:
             if self._reader is None:
@@ -140,7 +139,6 @@ class Loader:
             targets = 0 if batch is None else int((batch.labels >= 0).sum())
             tokens = 0 if batch is None else int((batch.source_ids >= 0).sum())
             read = self._read_of(rows)
-            self.skipped = {**{each: False for row in rows for each in row.skipped}, **self.skipped}
             places = [0] * self._parallel.world_size  # where each rank's snapshot stands: a sum fills in the others'
             places[self._parallel.rank] = self._snapshot_index
             own = [float(item is None), float(broke is not None), targets, tokens, *places, *failures, *read]
@@ -170,18 +168,19 @@ class Loader:
                 self.unlearned.add(int(tokens))
                 continue
             self.unlearned.learned()
-            first, self._taken = self.position.rows, rows
+            first, self._before = self.position.rows, (self._copied_position(), list(self._snapshots))
+            self._advance(rows)
             own = [i for i in range(self._rows_per_step) if (first + i) % self._num_lanes in self._lanes]
             return StepRows(batch, int(targets), int(tokens), *read, waited, own)
 
     def give_back(self) -> None:
-        """The step that was handed out last was not made: the position stays before it, and there is nothing to read but it."""
-        self._taken = []
-        self._stop_reading(None)
+        """The step that was handed out last was not made: go back to before it."""
+        if self._before is not None:
+            self._stop_reading(CLOSE_SECONDS)
+            (self.position, self._snapshots), self._before = self._before, None
 
     def state(self) -> dict[str, Any]:
         """The position over all ranks, as JSON. Every rank must call it."""
-        self._settle()
         position = self.position
         own = {
             # of its own lanes only: after a resume it knows the others' as they were then
@@ -217,7 +216,6 @@ class Loader:
 
         Every rank must call it, after the same step; the factors of rank 0 hold. Nothing happens where they hold already.
         """
-        self._settle()
         factors = self._parallel.broadcast(factors)
         if factors != self.position.latest_factors:
             self.position.factors[self._read_anew()] = factors
@@ -237,11 +235,10 @@ class Loader:
                 epochs[piece.source] += piece.opens_epoch
         return [*tokens.tolist(), *documents.tolist(), *epochs.tolist()]
 
-    def _settle(self) -> None:
-        """Count the rows of the last step as consumed."""
-        if self._taken:
-            rows, self._taken = self._taken, []
-            self._advance(rows)
+    def _copied_position(self) -> Position:
+        """One that stays as it is when the position moves on."""
+        at = self.position
+        return replace(at, lanes=dict(at.lanes), draws=dict(at.draws), receipts=dict(at.receipts))
 
     def _advance(self, rows: list[Row]) -> None:
         """Move the position past consumed rows."""
@@ -252,6 +249,8 @@ class Loader:
             position.receipts[row.lane] = linked(position.receipts.get(row.lane, ""), row.pieces)
             self._snapshots += row.snapshots
             position.draws |= row.draws
+            for each in row.skipped:
+                self.skipped.setdefault(each, False)
         reached = min(position.lanes.get(lane, Place()).oldest for lane in self._lanes)
         while len(self._snapshots) > 1 and self._snapshots[1]["index"] <= reached:
             self._snapshots.pop(0)

@@ -69,6 +69,7 @@ class Row:
     snapshots: list[dict[str, Any]] = field(default_factory=list)  # of the mixer, taken since the row before
     draws: dict[int, tuple[int, int]] = field(default_factory=dict)  # index: (source, tokens), made since the row before
     skipped: list[tuple[str, str, str]] = field(default_factory=list)  # (source, file, why), found since the row before
+    num_bytes: int = 0  # of what is learned of the documents that end in it, where `Packer.add` was told
 
 
 @dataclass(slots=True)
@@ -82,6 +83,7 @@ class _Item:
     inputs: np.ndarray
     labels: np.ndarray
     start: int = 0
+    num_bytes: int = 0
 
     @property
     def left(self) -> int:
@@ -102,8 +104,17 @@ class Packer:
         """Whether a document lies ahead of this lane's place."""
         return index >= self._next or index in self._resumed
 
-    def add(self, index: int, source: int, digest: int, opens_epoch: bool, inputs: np.ndarray, labels: np.ndarray) -> None:
-        item = _Item(index, source, digest, opens_epoch, inputs, labels, self._resumed.pop(index, 0))
+    def add(
+        self,
+        index: int,
+        source: int,
+        digest: int,
+        opens_epoch: bool,
+        inputs: np.ndarray,
+        labels: np.ndarray,
+        num_bytes: int = 0,
+    ) -> None:
+        item = _Item(index, source, digest, opens_epoch, inputs, labels, self._resumed.pop(index, 0), num_bytes)
         self._items.append(item)
         self._positions += item.left
 
@@ -124,7 +135,7 @@ class Packer:
         position_ids = np.zeros(T, dtype=np.int32)
         document_ids = np.zeros(T, dtype=np.int32)
         source_ids = np.full(T, -1, dtype=np.int32)
-        filled = 0
+        filled = num_bytes = 0
         pieces: list[Piece] = []
         while filled < T and (item := self._take(T - filled)) is not None:
             start, stop = item.start, min(item.start + T - filled, len(item.inputs))
@@ -137,10 +148,12 @@ class Packer:
             pieces.append(Piece(item.index, item.source, item.digest, start, stop - start, item.opens_epoch and start == 0))
             self._used(item, stop)
             filled = end
+            num_bytes += item.num_bytes if item.left == 0 else 0
         if filled < T:
             position_ids[filled:] = np.arange(T - filled)
             document_ids[filled:] = len(pieces)
-        return Row(self.lane, input_ids, labels, position_ids, document_ids, source_ids, self._place(), pieces)
+        found = input_ids, labels, position_ids, document_ids, source_ids
+        return Row(self.lane, *found, self._place(), pieces, num_bytes=num_bytes)
 
     def _take(self, room: int) -> _Item | None:
         """The document that the next `room` positions of the row begin with; None leaves them empty."""

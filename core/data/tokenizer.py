@@ -1,8 +1,12 @@
 """Text to token ids and back, by one kind of object whatever its origin.
 
 In:    a tokenizer section of a preset; for a BPE, sample texts of the preset's own sources
-Out:   Tokenizer: encode_batch, decode, token_bytes, and `state()` for the checkpoint
+Out:   Tokenizer: encode_batch, decode, and `state()` for the checkpoint
 State: the tokenizers-library JSON and the id of the end-of-document token
+
+No text acts as a control token, whatever the tokenizer calls it: the end of a document, a mask, a marker of conversations, and
+all that is special. Where one of them is not marked special, it is here; where a model's own vocabulary knows its name as a
+word, the word is spelled in smaller pieces.
 """
 
 import hashlib
@@ -15,14 +19,20 @@ from typing import Any
 
 import numpy as np
 
+from core.data.vocabulary import Unread, is_complete, mended, unknown_of, unread
 from core.errors import MissingPackage, SourceUnavailable, UserError
+from core.files import read_json, write_file
 from core.hub import check_reachable, explain
 from core.settings import TokenizerSettings
 
 END = "<|endoftext|>"
 MASK = "[MASK]"
 """What stands where a token is hidden, for models that learn to find it; BERT's name for it."""
+MARKERS = ("<|im_start|>", "<|im_end|>")
+"""What stands around each message of a conversation (ChatML)."""
 CONFIG = "tokenizer_config.json"
+NAMED = ("bos_token", "eos_token", "pad_token", "mask_token", "cls_token", "sep_token", "unk_token", "additional_special_tokens")
+"""Keys of a tokenizer_config.json that name control tokens."""
 KNOWN_VOCABULARIES = {
     "gpt2": 50_257,
     "distilgpt2": 50_257,
@@ -42,16 +52,32 @@ class Tokenizer:
 
     def __init__(self, backend: Any, eos_id: int):
         self._backend = backend
-        self._backend.encode_special_tokens = True  # "<|endoftext|>" inside a text is text, never the end of a document
         self._backend.no_truncation()
         self._backend.no_padding()
         self.eos_id = eos_id
+        _mark_special(backend, (backend.id_to_token(eos_id), END, MASK, *MARKERS))
+        self._json = backend.to_str()
+        backend.encode_special_tokens = True  # "<|endoftext|>" inside a text is text, never the end of a document
+        backend.post_processor = None  # what it would add is not wanted; what it would cut off the spans of tokens is
+        facts = json.loads(self._json)
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.is_complete = is_complete(facts)
+        """Whether every text can be written."""
+        plain = facts["normalizer"] is None and '"add_prefix_space": true' not in json.dumps(facts["pre_tokenizer"])
+        self.is_lossless = self.is_complete and plain and "ByteLevel" in json.dumps(facts["decoder"])
+        """Whether every text comes back from its tokens, to the byte."""
+        unknown = unknown_of(facts["model"])
+        self.unknown_id = None if unknown is None else backend.token_to_id(unknown)
         self._special = {token.content: i for i, token in backend.get_added_tokens_decoder().items() if token.special}
+        self._control = np.zeros(self.vocab_size, dtype=bool)  # by id: what no text may be encoded to
+        self._control[[i for name, i in self._special.items() if i != self.unknown_id and len(name) > 1]] = True
+        self._control[eos_id] = True
+        self._spelled: dict[int, list[int]] = {}
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """Token ids of each text, int32, without special tokens."""
-        return [np.array(encoding.ids, dtype=np.int32) for encoding in _encode(self._backend.encode_batch_fast, texts)]
+        found = [np.array(encoding.ids, dtype=np.int32) for encoding in _encode(self._backend.encode_batch_fast, texts)]
+        return [self._spell(ids, None)[0] if self._control[ids].any() else ids for ids in found]
 
     def encode_with_spans(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """As `encode_batch`, with the characters [begin, end) of the text that each token stands for: (n,) and (n, 2) int32.
@@ -59,7 +85,28 @@ class Tokenizer:
         The bytes of one character all have its span.
         """
         encodings = _encode(self._backend.encode_batch, texts)
-        return [(np.array(e.ids, np.int32), np.array(e.offsets, np.int32).reshape(-1, 2)) for e in encodings]
+        found = [(np.array(e.ids, np.int32), np.array(e.offsets, np.int32).reshape(-1, 2)) for e in encodings]
+        return [self._spell(ids, spans) if self._control[ids].any() else (ids, spans) for ids, spans in found]
+
+    def _spell(self, ids: np.ndarray, spans: np.ndarray | None) -> tuple[np.ndarray, Any]:
+        """The tokens with each control token, which a text only looks like, in smaller pieces; they have its span."""
+        pieces = [self._spelling(token) if self._control[token] else [token] for token in ids.tolist()]
+        sizes = [len(piece) for piece in pieces]
+        return np.array([i for piece in pieces for i in piece], np.int32), spans if spans is None else np.repeat(
+            spans, sizes, axis=0
+        )
+
+    def _spelling(self, token: int) -> list[int]:
+        """The ids of a control token's name as text: of its first character, and of the rest of it."""
+        if token not in self._spelled:
+            name, found = self._backend.id_to_token(token), []
+            for part in (name[:1], name[1:]) if len(name) > 1 and token != self.unknown_id else ():
+                for piece in _pieces(self._backend.model, part):
+                    shorter = piece != token and len(self._backend.id_to_token(piece)) < len(name)
+                    found += [piece] if not self._control[piece] else self._spelling(piece) if shorter else []
+            unknown = [self.unknown_id] if self.unknown_id is not None and not self._control[self.unknown_id] else []
+            self._spelled[token] = found or unknown
+        return self._spelled[token]
 
     def special_id(self, token: str) -> int | None:
         """The id of a special token, which no text is ever encoded to; None when there is no such token."""
@@ -73,20 +120,16 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         return self._backend.decode(ids, skip_special_tokens=False)
 
-    def token_bytes(self) -> np.ndarray:
-        """(V,) int64: UTF-8 bytes each token stands for, 0 for special tokens: what bits per byte divides by."""
-        special = set(self._special.values())
-        vocabulary = self._backend.get_vocab(with_added_tokens=True)
-        byte_level = "ByteLevel" in json.dumps(json.loads(self._backend.to_str()).get("decoder") or {})
-        lengths = np.zeros(self.vocab_size, dtype=np.int64)
-        for token, index in vocabulary.items():
-            # a byte-level token has one character per byte; other kinds are measured by what they decode to
-            size = len(token) if byte_level else len(self._backend.decode([index]).encode())
-            lengths[index] = 0 if index in special or index == self.eos_id else size
-        return lengths
+    def num_bytes(self, ids: np.ndarray) -> int:
+        """UTF-8 bytes of the text that tokens come back as: for those whose own text is not at hand."""
+        return len(self.decode(ids.tolist()).encode())
+
+    def unread(self, texts: list[str]) -> Unread:
+        """What of some texts has no token."""
+        return unread(texts, self.encode_with_spans(texts), self.unknown_id)
 
     def state(self) -> dict[str, Any]:
-        return {"json": self._backend.to_str(), "eos_id": self.eos_id}
+        return {"json": self._json, "eos_id": self.eos_id}
 
     def fingerprint(self) -> str:
         """Equal exactly when the tokens of every text are."""
@@ -94,9 +137,16 @@ class Tokenizer:
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "Tokenizer":
+        """Of a checkpoint. Raises UserError."""
         import tokenizers
 
-        return cls(tokenizers.Tokenizer.from_str(state["json"]), state["eos_id"])
+        try:
+            backend = tokenizers.Tokenizer.from_str(state["json"])
+        except Exception as error:  # the library raises Exception itself
+            raise UserError(f"the tokenizer in a checkpoint cannot be read: {str(error)[:200]}") from None
+        if backend.id_to_token(state["eos_id"]) is None:
+            raise UserError(f"the tokenizer in a checkpoint has no token {state['eos_id']}, which is to end documents")
+        return cls(backend, state["eos_id"])
 
     def vocabulary_sha256(self, size: int) -> str:
         """Stands for the first `size` tokens and their ids, whatever version of the tokenizers library is asked."""
@@ -110,10 +160,8 @@ class Tokenizer:
         """
         about = {"eos_token": self._backend.id_to_token(self.eos_id), "vocab_size": self.vocab_size, **facts}
         config = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
-        for file, text in ((path.with_name(CONFIG), config), (path, self._backend.to_str())):  # `path` last: both are there then
-            aside = file.with_name(f"{file.name}.tmp")
-            aside.write_text(text, encoding="utf-8")
-            os.replace(aside, file)
+        for file, text in ((path.with_name(CONFIG), config), (path, self._json)):  # `path` last: both are there then
+            write_file(file, text)
 
 
 def build_tokenizer(
@@ -143,21 +191,57 @@ def read_tokenizer(path: Path) -> Tokenizer:
             f"the tokenizer file {path} does not exist. Correct tokenizer.path, or write it first: run a preset with "
             '"job": "tokenize" (91_tokenize_local writes ./data/tokens/tokenizer.json).'
         )
+    named = _named_tokens(path)
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
+        facts = json.loads(path.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises Exception itself
         raise UserError(f"{path} is no tokenizer of the tokenizers library: {str(error)[:200]}") from None
-    token = tokenizer_facts(path).get("eos_token")
-    token = token.get("content") if isinstance(token, dict) else token  # the Hub knows both forms
-    if token is not None and backend.token_to_id(token) is None:
-        raise UserError(f'{path.with_name(CONFIG)} says "eos_token": "{token}", but {path.name} has no such token')
-    return Tokenizer(backend, backend.token_to_id(token) if token is not None else _end_of(backend))
+    control = [name for names in named.values() for name in names]
+    return _made_of(backend, facts, named.get("eos_token", [None])[0], control, str(path))
+
+
+def _made_of(backend: Any, facts: dict[str, Any], end: str | None, control: list[str], where: str) -> Tokenizer:
+    """From a tokenizers-library JSON, also as a dict, and what others call its control tokens. Raises UserError."""
+    if end is not None and backend.token_to_id(end) is None:
+        raise UserError(f'{where}: {CONFIG} says "eos_token": "{end}", but the tokenizer has no such token')
+    if end is not None and len(end) == 1 and end.isascii():
+        raise UserError(f'{where}: "eos_token": "{end}" is a character of texts: take one that no text is, such as "{END}"')
+    if (better := mended(facts, end or END, where)) is not None:
+        backend = type(backend).from_str(json.dumps(better))
+    _mark_special(backend, [name for name in control if len(name) > 1])
+    eos_id = _end_of(backend) if end is None else backend.token_to_id(end)
+    if len(twice := [name for name, i in backend.get_vocab(with_added_tokens=True).items() if i == eos_id]) > 1:
+        raise UserError(
+            f"{where} gives {' and '.join(sorted(twice))} one id, {eos_id}, and a document ends with it: number them apart"
+        )
+    return Tokenizer(backend, eos_id)
+
+
+def _named_tokens(path: Path) -> dict[str, list[str]]:
+    """The control tokens that the tokenizer_config.json beside a tokenizer file names, by their keys. Raises UserError."""
+    config, found = path.with_name(CONFIG), {}
+    try:
+        facts = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
+        items = facts.items()
+    except (OSError, ValueError, RecursionError, AttributeError):
+        raise UserError(
+            f"{config} cannot be read as JSON, and it says which token ends a document: mend it, or delete it"
+        ) from None
+    for key, value in items:
+        tokens = value if isinstance(value, list) else [value]
+        names = [token.get("content") if isinstance(token, dict) else token for token in tokens]  # the Hub knows both forms
+        if key == "eos_token" and value is not None and not (len(names) == 1 and isinstance(names[0], str) and names[0]):
+            raise UserError(f'{config} says "eos_token": {json.dumps(value)[:80]}, which is no token: write its text, as "</s>"')
+        if key in NAMED:
+            found |= {key: [name for name in names if isinstance(name, str) and name]}
+    return {key: names for key, names in found.items() if names}
 
 
 def tokenizer_facts(path: Path) -> dict[str, Any]:
     """What stands in the tokenizer_config.json beside a tokenizer file; {} where there is none that can be read."""
     try:
-        facts = json.loads(path.with_name(CONFIG).read_text(encoding="utf-8"))
+        facts = read_json(path.with_name(CONFIG))
     except (OSError, ValueError):
         return {}
     return facts if isinstance(facts, dict) else {}
@@ -172,11 +256,31 @@ def _end_of(backend: Any) -> int:
     return backend.token_to_id(END)
 
 
+def _mark_special(backend: Any, names: Iterable[str]) -> None:
+    """Those of these tokens that it has become special ones: no text is searched for them then."""
+    from tokenizers import AddedToken
+
+    special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    there = [name for name in dict.fromkeys(names) if name not in special and backend.token_to_id(name) is not None]
+    backend.add_special_tokens([AddedToken(name, special=True) for name in there])
+
+
 def _encode(encode: Any, texts: list[str]) -> list[Any]:
     try:
         return encode(texts, add_special_tokens=False)
     except TypeError:  # half a surrogate pair: JSON may hold one, UTF-8 may not
         return encode([_SURROGATE.sub("\ufffd", text) for text in texts], add_special_tokens=False)
+    except Exception as error:  # the library raises Exception itself; what a file lacks was mended when it was read
+        raise UserError(
+            f"the tokenizer of this lineage cannot read a text ({error}); start a new lineage with another one"
+        ) from None
+
+
+def _pieces(model: Any, text: str) -> list[int]:
+    try:
+        return [token.id for token in model.tokenize(text)]
+    except Exception:  # so the library says that it does not know a character
+        return []
 
 
 def _byte_level(sample: Iterable[str], vocab_size: int, markers: tuple[str, ...] = ()) -> Tokenizer:
@@ -203,15 +307,18 @@ def _from_hub(name: str) -> Tokenizer:
         from transformers import AutoTokenizer
     except ImportError:
         raise MissingPackage(f'tokenizer "{name}" needs the package transformers: pip install transformers') from None
-    unreachable = ""
+    unreachable, here = "", Path(name).is_dir()
+    if here:
+        _named_tokens(Path(name) / "tokenizer.json")
     try:
         check_reachable()
     except SourceUnavailable as error:  # it may be in the cache; asking the Hub would take a minute of retries
         unreachable = str(error)
     try:
         loaded = AutoTokenizer.from_pretrained(name, use_fast=True, local_files_only=bool(unreachable))
-    except (OSError, ValueError) as error:
-        reason = unreachable or explain(error, name, kind="")
+    except Exception as error:  # transformers raises whatever a file's odd content made it stumble over
+        asked = isinstance(error, OSError | ValueError) and not here
+        reason = unreachable or explain(error, name, kind="") if asked else f"{type(error).__name__}: {str(error)[:200]}"
         raise UserError(
             f'tokenizer "{name}" could not be loaded from the Hugging Face Hub: {reason}\n'
             'Check the name and the network, or write "tokenizer": {"type": "bpe", "vocab_size": 8192} to train one here.'
@@ -219,5 +326,5 @@ def _from_hub(name: str) -> Tokenizer:
     backend = getattr(loaded, "backend_tokenizer", None)
     if backend is None:
         raise UserError(f'tokenizer "{name}" has no fast version (tokenizer.json); choose another, or train a "bpe".')
-    eos_id = next((i for i in (loaded.eos_token_id, loaded.sep_token_id) if i is not None), None)
-    return Tokenizer(backend, _end_of(backend) if eos_id is None else eos_id)
+    end = next((token for token in (loaded.eos_token, loaded.sep_token) if token), None)
+    return _made_of(backend, json.loads(backend.to_str()), end, list(loaded.all_special_tokens), f'tokenizer "{name}"')

@@ -161,7 +161,8 @@ def validation_rows(
             while collected[number] < wanted and (found := next(documents[number], None)) is not None:
                 scanned, encoded = found
                 inputs, labels = objective(encoded, scanned)
-                packers[number].add(scanned, number, encoded.digest, False, inputs, labels)
+                known = tokenizer.num_bytes(encoded.ids) if encoded.num_bytes is None else encoded.num_bytes
+                packers[number].add(scanned, number, encoded.digest, False, inputs, labels, known)
                 collected[number] += len(inputs)
         full = [number for number in open_ones if collected[number] >= wanted]
         # what some lack is taken of the others

@@ -27,7 +27,6 @@ def held_out_rows(corpus: Corpus, tokenizer: Tokenizer, seq_length: int, tokens:
 
 def perplexity(
     model: Any,
-    tokenizer: Tokenizer,
     rows: list[Row],
     batch_rows: int,
     alone: Any,
@@ -37,6 +36,6 @@ def perplexity(
 ) -> dict[str, Any] | None:
     """Cross-entropy in nats per token, its exponential, bits per byte, accuracy, and of how many tokens; None without any."""
     stack = LossStack([CrossEntropy(CrossEntropySettings(type="cross_entropy"))])
-    evaluator = Evaluator(lambda: rows, stack, tokenizer.token_bytes(), batch_rows, alone, device, dtype)
+    evaluator = Evaluator(lambda: rows, stack, batch_rows, alone, device, dtype)
     found = evaluator.run(model, 1.0, told)
     return None if found is None else {**{key: found[key] for key in KEPT}, "tokens": found["eval_tokens"]}

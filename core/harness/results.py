@@ -7,10 +7,11 @@ State: evaluate.json
 
 import json
 import math
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from core.files import read_json, write_file
 
 NOT_CAUSAL = (
     "not causal: every position of this model sees the whole row, so its probability of a token depends on the tokens after it, "
@@ -39,7 +40,7 @@ class Findings:
 def read_findings(folder: Path, about: dict[str, Any]) -> Findings:
     """What earlier starts found that still stands: `made_from` says of what model, data and settings each number is."""
     try:
-        found = json.loads((folder / "evaluate.json").read_text())
+        found = read_json(folder / "evaluate.json")
         return Findings(about, dict(found["tasks"]), dict(found["domain_perplexity"]))
     except (OSError, ValueError, KeyError, TypeError):
         return Findings(about)
@@ -48,11 +49,8 @@ def read_findings(folder: Path, about: dict[str, Any]) -> Findings:
 def write_findings(findings: Findings, folder: Path) -> None:
     """Both files; whoever reads one never sees half of it. Raises OSError."""
     whole = {**findings.about, "tasks": findings.tasks, "domain_perplexity": findings.sources}
-    folder.mkdir(parents=True, exist_ok=True)
     for name, text in (("evaluate.json", json.dumps(plain(whole), indent=2)), ("evaluate.md", markdown(findings))):
-        aside = folder / f"{name}.tmp"
-        aside.write_text(text + "\n", encoding="utf-8")
-        os.replace(aside, folder / name)
+        write_file(folder / name, text + "\n")
 
 
 def plain(value: Any) -> Any:

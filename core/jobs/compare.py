@@ -11,17 +11,19 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from core.assembly import build_training
+from core.assembly import build_training, check_parts
 from core.checkpoint import CheckpointStore
 from core.comparison.results import Comparison, collect
 from core.comparison.trials import Trial, changed, plan, read_outcomes, write_json, write_outcomes
 from core.errors import Diverged, Interrupted, UserError
+from core.files import cause, read_json
 from core.jobs.train import train_to_the_end, views_of
+from core.lineage import owned
 from core.metrics import evaluation_is_missing, read_events
 from core.parallel import on_rank_zero
 from core.preset import decode_preset
@@ -40,6 +42,13 @@ NO_PEAK = "memory_mb counts earlier trials of this process as well: this system 
 
 def compare(preset: Any, runtime: Runtime, parallel: Any, root: Path, started: float, console: Any) -> None:
     """Run every trial that is not done. Raises Interrupted after Ctrl-C, SIGTERM or SIGHUP, with all saved and reported."""
+    with ExitStack() as held:
+        on_rank_zero(parallel, lambda: held.enter_context(owned(root, preset.lineage, preset.job)))
+        _compare(preset, runtime, parallel, root, console)
+
+
+def _compare(preset: Any, runtime: Runtime, parallel: Any, root: Path, console: Any) -> None:
+    on_rank_zero(parallel, lambda: refuse_variants(preset, root, runtime))
     trials = on_rank_zero(parallel, lambda: standing(preset, root, parallel.world_size))
     desk = Desk(preset, root, parallel.world_size, console) if parallel.rank == 0 else None
     with StopRequest() as stop, desk.view if desk else nullcontext():
@@ -77,6 +86,18 @@ def _load_libraries() -> None:
     import matplotlib.backends.backend_agg
     import matplotlib.backends.backend_svg  # noqa: F401
     import scipy.stats  # noqa: F401
+
+
+def refuse_variants(preset: Any, root: Path, runtime: Runtime) -> None:
+    """Raises UserError with every variant that cannot be trained, before the first one is."""
+    problems = []
+    for trial in plan(preset, root)[: len(preset.variants)]:  # those of the first seed
+        try:
+            check_parts(decode_preset(trial.preset, type(preset), trial.variant, preset.lineage), runtime)
+        except UserError as error:
+            problems.append(f"  {trial.variant}: {error}")
+    if problems:
+        raise UserError("nothing was trained, as this could not be:\n" + "\n".join(problems))
 
 
 def preview_compare(preset: Any, root: Path) -> list[str]:
@@ -273,7 +294,7 @@ def _tokenizer_file(root: Path, lineage: str, trial: Trial) -> Path:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
+        return read_json(path)
     except (OSError, ValueError):
         return None
 
@@ -288,6 +309,7 @@ class Desk:
         self._preset, self._root, self._folder = preset, root, root / "logs" / preset.lineage
         self._outcomes = replace(read_outcomes(self._folder, world_size), world_size=world_size)
         self._shown: Comparison | None = None
+        self._failure: Exception | None = None
         self.view: ComparisonDashboard | ComparisonLines = comparison_view(console, preset.name)
         write_outcomes(self._folder, self._outcomes)
 
@@ -299,23 +321,26 @@ class Desk:
         write_outcomes(self._folder, self._outcomes)
 
     def show(self, trials: list[Trial]) -> None:
-        """Show where the comparison stands, and write the report once there is something to tell."""
-        preset = self._preset
+        """Show where the comparison stands, and write the report once there is something to tell. A failure waits for the end."""
+        preset, self._failure = self._preset, None
         about = {"name": preset.name, "description": preset.description}
-        found = collect(trials, **about, metric=preset.compare.metric, confidence=preset.compare.confidence)
-        self._shown = found
-        self.view.show(found)
-        if any(trial.status != "waiting" for trial in trials):
-            try:
-                write_report(found, self._folder)
-            except OSError as error:
-                raise UserError(
-                    f"the report in {self._folder} cannot be written: {error.strerror}. Every trial is saved; free some space, "
-                    "or mend that, and start again to go on."
-                ) from None
+        try:
+            self._shown = collect(trials, **about, metric=preset.compare.metric, confidence=preset.compare.confidence)
+            self.view.show(self._shown)
+            if any(trial.status != "waiting" for trial in trials):
+                write_report(self._shown, self._folder)
+        except Exception as error:  # the trials that are left need no report
+            self._failure = error
 
     def finish(self, trials: list[Trial], nothing_was_done: bool) -> None:
-        """Say what came of it."""
+        """Say what came of it. Raises what kept the report from being written."""
+        if isinstance(self._failure, OSError):
+            raise UserError(
+                f"the report in {self._folder} cannot be written: {cause(self._failure, self._folder / 'report.html')} "
+                "Every trial is saved: start again for the report."
+            ) from None
+        if self._failure is not None:
+            raise self._failure
         found = self._shown
         assert found is not None
         lines = [verdict.sentence for verdict in found.verdicts] + [f"warning  {warning}" for warning in found.warnings]

@@ -22,6 +22,7 @@ from core.contracts import plain_batch
 from core.data.corpus import open_held_out
 from core.data.validation import shortfall
 from core.errors import Interrupted, NoData, UserError
+from core.files import cause
 from core.generation import Voice
 from core.harness.library import version
 from core.harness.perplexity import held_out_rows, perplexity
@@ -212,7 +213,7 @@ class Desk:
                 continue
             with self._view.turn(f"held-out documents of {name}"):
                 how = self._wanted.batch_size, Single(), self._device, self._dtype, self._told
-                found = perplexity(trained.model, trained.tokenizer, rows[name], *how)
+                found = perplexity(trained.model, rows[name], *how)
             if found is None:
                 self._note(f"{name} holds no document out; nothing to measure there")
                 continue
@@ -258,9 +259,8 @@ class Desk:
         try:
             write_findings(self._findings, self._folder)
         except OSError as error:
-            raise UserError(
-                f"{self._folder} cannot be written: {error.strerror}. Free some space, or mend that, and start again."
-            ) from None
+            place = self._folder / "evaluate.json"
+            raise UserError(f"{place} cannot be written: {cause(error, place)} Then start again.") from None
 
 
 def _now() -> str:

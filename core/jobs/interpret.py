@@ -22,6 +22,7 @@ from torch import Tensor
 from core.contracts import plain_batch
 from core.data.corpus import open_held_out
 from core.errors import Interrupted, UserError
+from core.files import cause
 from core.interpretation.results import Interpretation, interpret_routing
 from core.interpretation.routing import Reading, Router, static_routing
 from core.models.polyglu import NAMES
@@ -76,7 +77,7 @@ def _interpret(preset: Any, runtime: Runtime, root: Path, view: EvaluateView, st
     try:
         write_interpretation(found, folder)
     except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror}. Free some space, and start again.") from None
+        raise UserError(f"{folder} cannot be written: {cause(error, folder / 'index.html')} Then start again.") from None
     table = layer_table(found)
     view.table("entropy in nats, and shift between categories", table.head, table.rows)
     for line in [*findings(found), *(f"caution  {warning}" for warning in warnings(found))]:

@@ -16,12 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from core.data.chunks import BadChunks, ChunkWriter, Manifest, read_manifest
+from core.data.chunks import MANIFEST, BadChunks, ChunkWriter, Manifest, read_manifest
 from core.data.corpus import Corpus, open_corpus
 from core.data.documents import Cursor, DocumentStream, Source
 from core.data.token_pool import Batch, TokenPool, usable_cores
 from core.data.tokenizer import SAMPLE_CHARACTERS, Tokenizer, build_tokenizer, read_tokenizer, tokenizer_facts
 from core.errors import Interrupted, NoData, SourceUnavailable, UserError
+from core.files import cause
+from core.names import file_name, is_file_name
 from core.parallel import Single
 from core.runtime import Runtime, StopRequest
 from core.ui.tokenizing import TokenizeView
@@ -68,6 +70,9 @@ def tokenize(preset: Any, runtime: Runtime, parallel: Any, root: Path, started: 
         for name, reason in failed.items():
             view.tell(f"warning  source {name} left out, the others go on: {reason}")
         tokenizer = _tokenizer(preset, corpus, root, view)
+        notes, warnings = corpus.told_of(tokenizer)
+        for line in [f"note  {note}" for note in notes] + [f"warning  {warning}" for warning in warnings]:
+            view.tell(line)
         tasks = _tasks(preset, corpus, tokenizer, root)
         cores = usable_cores()
         workers = wanted.workers
@@ -114,8 +119,9 @@ def limits_of(preset: Any) -> dict[str, int]:
 
 def folder_of(preset: Any, root: Path, source: str = "") -> Path:
     """The output folder, or a source's folder in it."""
-    name = re.sub(r"[^A-Za-z0-9._-]+", "_", source).lstrip(".")
-    return root / Path(preset.tokenize.output).expanduser() / name
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "_", source).lstrip(".")
+    name = plain if is_file_name(plain) and source.isascii() else file_name(source)
+    return root / Path(preset.tokenize.output).expanduser() / (name if source else "")
 
 
 # before anything is written ------------------------------------------------------------------------------------------
@@ -165,7 +171,7 @@ def _tokenizer(preset: Any, corpus: Corpus, root: Path, view: TokenizeView) -> T
         output.mkdir(parents=True, exist_ok=True)
         tokenizer.save(path, made_from=asked)
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}. Free some space, or mend that, and start again.") from None
+        raise UserError(f"{path} cannot be written: {cause(error, path)} Then start again.") from None
     return tokenizer
 
 
@@ -332,8 +338,8 @@ def _disk(task: Task) -> Iterator[None]:
         raise UserError(str(error)) from None
     except OSError as error:
         raise UserError(
-            f"{task.folder} cannot be written: {error.strerror}. {task.manifest.total_tokens:,} tokens of {task.source.name} are "
-            "safe; free some space, or mend that, and start again to go on."
+            f"{task.folder} cannot be written: {cause(error, task.folder / MANIFEST)} "
+            f"{task.manifest.total_tokens:,} tokens of {task.source.name} are safe: start again to go on."
         ) from None
 
 

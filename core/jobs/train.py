@@ -6,12 +6,15 @@ State: none
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from core.assembly import TrainingSession, build_training
 from core.errors import Interrupted
 from core.horizon import begin_next_run
+from core.lineage import owned
+from core.parallel import on_rank_zero
 from core.runtime import Runtime, StopRequest
 from core.ui.dashboard import view_for
 from core.ui.masked import MaskedPlot
@@ -20,7 +23,8 @@ from core.ui.run_card import LossPlot, RunCard
 
 def train(preset: Any, runtime: Runtime, parallel: Any, root: Path, started: float, console: Any) -> None:
     """Train to the end of the preset's runs. Raises Interrupted after Ctrl-C, SIGTERM or SIGHUP, with everything saved."""
-    with StopRequest() as stop:
+    with ExitStack() as held, StopRequest() as stop:
+        on_rank_zero(parallel, lambda: held.enter_context(owned(root, preset.lineage, preset.job)))
         views = views_of(preset, root, started, lambda: [view_for(console)])
         session = build_training(preset, runtime, parallel, root, views, stop)
         if train_to_the_end(session, preset.train.runs) == "interrupted":

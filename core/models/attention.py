@@ -222,7 +222,8 @@ def _attend_ragged(q: Tensor, k: Tensor, v: Tensor, mask: DocumentMask) -> Tenso
     lengths = mask.offsets, mask.offsets, mask.longest, mask.longest  # of queries and of keys
     run = _ragged_function(mask.backend)
     if mask.backend == "flash":
-        out = run(q, k, v, *lengths, causal=mask.causal)  # (B T, H, Dh)
+        exact = torch.are_deterministic_algorithms_enabled()
+        out = run(q, k, v, *lengths, causal=mask.causal, deterministic=exact)  # (B T, H, Dh)
     else:
         out = run(q, k, v, *lengths, window_size=(-1, 0 if mask.causal else -1), enable_gqa=grouped)
     return out.unflatten(0, (B, T)).transpose(1, 2)  # (B, H, T, Dh)

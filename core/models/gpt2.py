@@ -17,15 +17,15 @@ class GPT2Settings(Settings):
     """GPT-2's architecture with random weights, at any size. The defaults are those of the smallest published one."""
 
     type: Literal["gpt2"] = "gpt2"
-    hidden_size: int = Field(768, ge=1)
+    hidden_size: int = Field(768, ge=1, le=131_072)
     """Width of the hidden states."""
-    num_layers: int = Field(12, ge=1)
+    num_layers: int = Field(12, ge=1, le=1_000)
     """Transformer blocks."""
-    num_heads: int = Field(12, ge=1)
+    num_heads: int = Field(12, ge=1, le=16_384)
     """Attention heads; must divide hidden_size."""
-    intermediate_size: int | None = Field(None, ge=1)
+    intermediate_size: int | None = Field(None, ge=1, le=1_000_000)
     """Width inside the feed-forward layers; left out, 4 x hidden_size."""
-    seq_length: int = Field(1024, ge=2)
+    seq_length: int = Field(1024, ge=2, le=10_000_000)
     """Tokens a row of training text has, and positions the model knows."""
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
     """Dropout probability of embeddings, attention and residual connections."""

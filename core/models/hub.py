@@ -31,7 +31,7 @@ class HubSettings(Settings):
     """Repository, such as "distilgpt2", or a folder with config.json and weights, relative to the project, such as "./mine"."""
     pretrained: bool = True
     """Start from the published weights; false: from random ones."""
-    seq_length: int = Field(512, ge=2)
+    seq_length: int = Field(512, ge=2, le=10_000_000)
     """Tokens a row of training text has: at most the positions the model knows."""
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
     """Dropout probability, wherever the architecture has dropout."""

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from core.contracts import Batch, ModelOutput
 from core.errors import UserError
+from core.files import read_json
 from core.models.attention import Attention, DocumentMask, attend, choose_backend, compute_dtype
 from core.models.norm import rms_norm
 from core.models.published import find_file, place_of, refuse_new_tokenizer, tokenizer_hint
@@ -50,19 +51,19 @@ class NeoBERTSettings(Settings):
     name: str | None = Field(None, min_length=1)
     """Hub repository, such as "chandar-lab/NeoBERT", or a folder with config.json and model.safetensors, relative to the
     project, such as "./mine", whose weights it starts from; left out, it starts from random ones."""
-    hidden_size: int = Field(768, ge=2)
+    hidden_size: int = Field(768, ge=2, le=131_072)
     """Width of the hidden states."""
-    num_layers: int = Field(28, ge=1)
+    num_layers: int = Field(28, ge=1, le=1_000)
     """Transformer blocks."""
-    num_heads: int = Field(12, ge=1)
+    num_heads: int = Field(12, ge=1, le=16_384)
     """Attention heads; must divide hidden_size."""
-    intermediate_size: int = Field(3072, ge=2)
+    intermediate_size: int = Field(3072, ge=2, le=1_000_000)
     """The feed-forward layers are 2/3 of it wide, rounded up to a multiple of 8: their gate is a third matrix."""
-    norm_eps: float = Field(1e-5, gt=0.0)
+    norm_eps: float = Field(1e-5, gt=0.0, le=1.0)
     """Added to the mean square in every RMSNorm."""
-    rope_theta: float = Field(10_000.0, gt=0.0)
+    rope_theta: float = Field(10_000.0, ge=1.0, le=1e15)
     """Base of the rotary positions' wavelengths."""
-    seq_length: int = Field(4096, ge=2)
+    seq_length: int = Field(4096, ge=2, le=10_000_000)
     """Tokens a row of training text has."""
     head: Literal["decoder", "distance"] = "decoder"
     """decoder: a matrix and a bias give logits, as published. distance: squared distances to a prototype of each token on the
@@ -302,7 +303,7 @@ class NeoBERT(nn.Module):
         advice = "Check model.name and the network, or leave model.name out: random weights."
         path = find_file(name, "config.json", advice)
         try:
-            config = json.loads(path.read_text(encoding="utf-8"))
+            config = read_json(path)
         except (OSError, ValueError) as error:
             raise UserError(f'config.json of model "{name}" cannot be read: {error}. {advice}') from None
         config = config if isinstance(config, dict) else {}

@@ -57,23 +57,23 @@ class PolychromaticSettings(Settings):
     """PolychromaticLM. The defaults are those of the published model, 597,153,888 parameters."""
 
     type: Literal["polychromatic"] = "polychromatic"
-    hidden_size: int = Field(1024, ge=1)
+    hidden_size: int = Field(1024, ge=1, le=131_072)
     """Width of the hidden states."""
-    intermediate_size: int | None = Field(None, ge=1)
+    intermediate_size: int | None = Field(None, ge=1, le=1_000_000)
     """Neurons of a feed-forward layer; left out, 4 x hidden_size."""
-    num_layers: int = Field(28, ge=1)
+    num_layers: int = Field(28, ge=1, le=1_000)
     """Transformer blocks."""
-    num_heads: int = Field(16, ge=1)
+    num_heads: int = Field(16, ge=1, le=16_384)
     """Query heads."""
-    num_kv_heads: int = Field(8, ge=1)
+    num_kv_heads: int = Field(8, ge=1, le=16_384)
     """Key-value heads, each shared by num_heads / num_kv_heads query heads."""
-    head_dim: int = Field(64, ge=2)
+    head_dim: int = Field(64, ge=2, le=16_384)
     """Width of a head."""
-    seq_length: int = Field(4096, ge=2)
+    seq_length: int = Field(4096, ge=2, le=10_000_000)
     """Tokens a row of training text has, and positions the model knows."""
-    norm_eps: float = Field(1e-6, gt=0.0)
+    norm_eps: float = Field(1e-6, gt=0.0, le=1.0)
     """Added to the mean square in every RMSNorm."""
-    rope_theta: float = Field(10_000.0, gt=0.0)
+    rope_theta: float = Field(10_000.0, ge=1.0, le=1e15)
     """Base of the rotary positions' wavelengths."""
     feed_forward: Literal["polyglu", "swiglu"] = "polyglu"
     """polyglu: four activations, routed. swiglu: SiLU alone, the baseline of the same shape."""

@@ -26,15 +26,15 @@ class SimpleLMSettings(Settings):
     """The baseline LM."""
 
     type: Literal["simple_lm"] = "simple_lm"
-    hidden_size: int = Field(256, ge=1)
+    hidden_size: int = Field(256, ge=1, le=131_072)
     """Width of the hidden states."""
-    num_layers: int = Field(4, ge=1)
+    num_layers: int = Field(4, ge=1, le=1_000)
     """Transformer blocks."""
-    num_heads: int = Field(4, ge=1)
+    num_heads: int = Field(4, ge=1, le=16_384)
     """Attention heads; must divide hidden_size."""
-    intermediate_size: int | None = Field(None, ge=1)
+    intermediate_size: int | None = Field(None, ge=1, le=1_000_000)
     """Width inside the feed-forward layers; left out, 4 x hidden_size."""
-    seq_length: int = Field(256, ge=2)
+    seq_length: int = Field(256, ge=2, le=10_000_000)
     """Tokens a row of training text has, and positions the model knows."""
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
     """Dropout probability after attention and feed-forward layers."""

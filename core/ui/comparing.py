@@ -14,10 +14,11 @@ from rich.text import Text
 
 from core.comparison.results import Comparison, Variant
 from core.comparison.trials import Trial
+from core.terminal import write_line
 from core.ui import text
 from core.ui.dashboard import Dashboard, can_draw
 from core.ui.frame import RunState, apart, bar, rule
-from core.ui.plain import PlainLines, write_line
+from core.ui.plain import PlainLines
 from core.ui.progress import Progress
 
 CELL, MEAN, DIFFERENCE = 10, 11, 12

@@ -29,7 +29,7 @@ class EvaluateView(WorkView):
 
             table = Table(title=Text(text.clean(title)), title_justify="left")
             for i, name in enumerate(header):
-                table.add_column(name, justify="left" if i < 2 else "right", no_wrap=i == 0)
+                table.add_column(Text(text.clean(name)), justify="left" if i < 2 else "right", no_wrap=i == 0)
             for row in rows:
                 table.add_row(*(Text(text.clean(cell)) for cell in row))
             self._bar.console.print(table)

@@ -9,13 +9,19 @@ import difflib
 import os
 import sys
 import textwrap
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from rich.cells import cell_len
 from rich.text import Text
 
 from core.errors import UserError
+from core.terminal import tell
 from core.ui import text
+
+PREVIEW_LINES = 8
+"""What previews of shipped presets take on a screen of usual width."""
 
 STYLE = {
     "qmark": "bold ansicyan",
@@ -36,26 +42,33 @@ class PresetCard:
     group: str  # heading it stands under; groups come in the order of their first card
     title: str  # the preset's `name`
     description: str  # one line
-    preview: str  # what it would do, some lines
+    preview: Callable[[], str] = str  # what it would do, some lines: worked out only when it is looked at
     problem: str | None = None  # why it cannot be run; the first line is shown in the list, all of it when chosen
+    refusal: str = ""  # why it could not start when it was chosen
 
 
 def choose(cards: list[PresetCard], default: str) -> str:
     """The stem of the preset to run.
 
-    Raises KeyboardInterrupt when the user leaves the menu, UserError for a name that is no preset and for a preset that
-    has a problem (with all of the problem's text).
+    Raises KeyboardInterrupt when the user leaves the menu. Where there is no menu, UserError for a name that is no preset and for
+    a preset that has a problem (with all of the problem's text); in the menu, that stands below the list.
     """
     if not cards:
         raise UserError("there are no presets: configs/ holds no .json file")
     if default not in {card.stem for card in cards}:
         default = cards[0].stem
-    drawable = _is_terminal(sys.stdin) and _is_terminal(sys.stdout) and os.environ.get("TERM", "") not in ("", "dumb", "unknown")
-    stem = _pick(cards, default) if drawable else _named(cards, default, _first_line(cards, default))
+    if can_pick():
+        return _pick(cards, default)
+    stem = _named(cards, default, _first_line(cards, default))
     card = next(card for card in cards if card.stem == stem)
     if card.problem is not None:
         raise UserError(card.problem)
     return stem
+
+
+def can_pick() -> bool:
+    """Whether there is a terminal that a menu can be drawn on, and somebody at it."""
+    return _is_terminal(sys.stdin) and _is_terminal(sys.stdout) and os.environ.get("TERM", "") not in ("", "dumb", "unknown")
 
 
 def _is_terminal(stream: object) -> bool:
@@ -67,8 +80,8 @@ def _first_line(cards: list[PresetCard], default: str) -> str:
     if sys.stdin is None or sys.stdin.closed:
         return ""
     if sys.stdin.isatty():
-        names = "".join(f"  {card.stem}  {text.clean(card.description)}\n" for card in cards)
-        print(f"Presets:\n{names}Name of a preset (Enter takes {default}): ", end="", file=sys.stderr, flush=True)
+        names = "".join(f"  {text.clean(card.stem)}  {text.clean(card.description)}\n" for card in cards)
+        tell(f"Presets:\n{names}Name of a preset (Enter takes {default}):")
     try:
         return sys.stdin.readline()
     except UnicodeDecodeError:  # something was asked for, so this must not count as asking for nothing
@@ -79,6 +92,10 @@ def _named(cards: list[PresetCard], default: str, line: str) -> str:
     """The preset that a line of text means: by file stem, file name, or `name`, in upper or lower case."""
     wanted = line.strip().strip("\ufeff")
     if not wanted:
+        tell(
+            f"No preset was named, so {default} starts. To choose another, run main.py on a terminal, or name one in the first "
+            f"line of its input: echo {cards[-1].stem} | python main.py"
+        )
         return default
     key = wanted.removesuffix(".json").removeprefix("configs/").casefold()
     if by_stem := [card.stem for card in cards if card.stem.casefold() == key]:
@@ -110,12 +127,13 @@ def _pick(cards: list[PresetCard], default: str) -> str:
 
     by_stem = {card.stem: card for card in cards}
     screen = get_app_session().output.get_size
+    previews = Previews()
     columns = screen().columns
     name_width = min(max(cell_len(text.clean(card.title)) for card in cards), columns // 2)
 
     def choice(card: PresetCard) -> questionary.Choice:
-        name, says = text.clean(card.title), text.clean((card.problem or card.description).split("\n")[0])
-        styles = ("class:broken", "class:broken") if card.problem else ("", "class:beside")
+        name, says = text.clean(card.title), text.clean((card.problem or card.refusal or card.description).split("\n")[0])
+        styles = ("class:broken", "class:broken") if card.problem or card.refusal else ("", "class:beside")
         widths = (name_width, columns - name_width - 8)
         return questionary.Choice([(s, "  " + _fitted(part, w)) for s, part, w in zip(styles, (name, says), widths)], card.stem)
 
@@ -141,16 +159,17 @@ def _pick(cards: list[PresetCard], default: str) -> str:
         return by_stem[window.content.get_pointed_at().value]
 
     def lines(card: PresetCard) -> list[str]:
-        whole = card.problem or f"{card.description}\n{card.preview}"
+        whole = card.problem or card.refusal or f"{card.description}\n{previews.of(card)}"
         width = max(10, screen().columns - 4)
         return [piece for line in whole.splitlines() for piece in textwrap.wrap(text.clean(line), width, subsequent_indent="  ")]
 
     def preview() -> list[tuple[str, str]]:
-        return [("class:broken" if here().problem else "", "\n".join(f"  {line}" for line in lines(here())))]
+        return [("class:broken" if here().problem or here().refusal else "", "\n".join(f"  {line}" for line in lines(here())))]
 
     def height() -> Dimension:
         """The same for every preset, so that nothing moves; at most two fifths of the screen."""
-        return Dimension.exact(min(max(0, screen().rows - 2) * 2 // 5, max(len(lines(card)) for card in cards)))
+        told = max((len(lines(card)) for card in cards if card.problem or card.refusal), default=0)
+        return Dimension.exact(min(max(0, screen().rows - 2) * 2 // 5, max(PREVIEW_LINES, told)))
 
     def leave(event) -> None:
         event.app.exit(exception=KeyboardInterrupt)
@@ -162,12 +181,36 @@ def _pick(cards: list[PresetCard], default: str) -> str:
     pane = Window(FormattedTextControl(preview, focusable=True, show_cursor=False), height=height, wrap_lines=True)
     ruler = Window(rule, height=1, char="─", style="class:beside")
     everything = HSplit([asked.layout.container, ruler, pane], align=VerticalAlign.TOP)
-    return Application(
+    application: Application = Application(
         Layout(everything, focused_element=pane),  # not questionary's hidden input line, which has keys of its own
         key_bindings=merge_key_bindings([asked.key_bindings, keys]),
         style=asked.style,
         full_screen=True,
-    ).run()
+    )
+    previews.changed = application.invalidate
+    return application.run()
+
+
+class Previews:
+    """What presets would do, each worked out beside the menu when it is looked at: one that is slow or fails disturbs nobody."""
+
+    def __init__(self) -> None:
+        self.changed: Callable[[], None] = lambda: None
+        self._texts: dict[str, str] = {}
+
+    def of(self, card: PresetCard) -> str:
+        """As far as it is known."""
+        if card.stem not in self._texts:
+            self._texts[card.stem] = "..."
+            threading.Thread(target=self._work_out, args=(card,), daemon=True).start()
+        return self._texts[card.stem]
+
+    def _work_out(self, card: PresetCard) -> None:
+        try:
+            self._texts[card.stem] = card.preview()
+        except Exception as error:
+            self._texts[card.stem] = f"cannot tell what it would do: {type(error).__name__}: {error}"
+        self.changed()
 
 
 def _fitted(line: str, width: int) -> str:

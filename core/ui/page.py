@@ -1,15 +1,13 @@
 """What reports are made of: one HTML file that needs nothing else, no network, no script, no other file.
 
 In:    text that may hold anything, tables, the body of a page
-Out:   HTML; files that are replaced whole
+Out:   HTML
 State: none
 """
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from html import escape
-from pathlib import Path
 
 from core.ui.style import STYLE
 from core.ui.text import clean
@@ -54,14 +52,3 @@ def html_text(words: str) -> str:
 def html_lines(words: str) -> str:
     """Foreign text of several lines."""
     return "\n".join(html_text(line) for line in words.split("\n"))
-
-
-def replace_file(path: Path, content: str | bytes) -> None:
-    """Written aside and renamed: nobody ever reads half a report."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        # a lone surrogate is legal in a name, not in UTF-8
-        aside.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "replace"))
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)

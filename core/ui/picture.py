@@ -5,11 +5,11 @@ Out:   matplotlib figures, and a PNG of each
 State: none
 """
 
-import os
 import warnings
 from pathlib import Path
 from typing import Any
 
+from core.files import replacing
 from core.metrics import read_events
 from core.ui.plain import remark
 
@@ -62,15 +62,10 @@ def mark_beginnings(panels: list[Any], events: list[dict]) -> None:
 
 def save(figure: Any, out: Path) -> None:
     """As a PNG, replaced whole or not at all."""
-    aside = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # a letter that the font lacks is drawn as a box
-            figure.savefig(aside, format="png")
-        os.replace(aside, out)
-    finally:
-        aside.unlink(missing_ok=True)
+    with replacing(out) as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a letter that the font lacks is drawn as a box
+        figure.savefig(file, format="png")
 
 
 def number(value: Any) -> float | None:

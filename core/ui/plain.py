@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TextIO
 
 from core.settings import MASKED_TOKENS
+from core.terminal import write_line
 from core.ui import text
 from core.ui.progress import Progress
 
@@ -92,13 +93,6 @@ class PlainLines:
 
     def _write(self, line: str) -> None:
         write_line(self.stream, line)
-
-
-def write_line(stream: TextIO, line: str) -> None:
-    """At once, and with a question mark for what the stream's encoding lacks."""
-    encoding = getattr(stream, "encoding", None) or "utf-8"
-    stream.write(line.encode(encoding, "replace").decode(encoding) + "\n")
-    stream.flush()
 
 
 def describe(event: dict, previous_eval: dict) -> list[str]:

@@ -6,13 +6,13 @@ State: the card so far
 """
 
 import json
-import os
 import statistics
 import subprocess
 from collections import deque
 from pathlib import Path
 from typing import Any
 
+from core.files import read_json, write_file
 from core.runtime import versions
 from core.ui.report import plot_losses
 
@@ -47,8 +47,22 @@ class RunCard:
         else:
             return
         if self._speeds:
-            self._card["tokens_per_second"] = round(statistics.median(self._speeds), 1)
+            self._card["tokens_per_second"] = float(f"{statistics.median(self._speeds):.4g}")  # a slow one is not 0
         _write(self._folder / "run.json", self._card)
+
+
+def read_card(folder: Path) -> dict[str, Any]:
+    """The run card that an earlier run left; {} where there is none that can be read. Its values may be anything."""
+    try:
+        card = read_json(folder / "run.json")
+    except (OSError, ValueError):
+        return {}
+    return card if isinstance(card, dict) else {}
+
+
+def is_positive(value: Any) -> bool:
+    """Whether it is a number above zero that can be reckoned with."""
+    return isinstance(value, int | float) and 1e-9 < value < 1e18
 
 
 class LossPlot:
@@ -63,10 +77,7 @@ class LossPlot:
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(aside, path)
+    write_file(path, json.dumps(value, indent=2) + "\n")
 
 
 def _git_commit(root: Path) -> str | None:

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from typing import TextIO
 
 from core.errors import UserError
+from core.terminal import write_line
 from core.ui import text
-from core.ui.plain import write_line
 
 PROMPT = "> "
 

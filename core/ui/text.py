@@ -5,13 +5,12 @@ Out:   strings
 State: none
 """
 
-import re
-import unicodedata
 from collections.abc import Sequence
 
+from core.terminal import clean as clean
+from core.terminal import clean_lines as clean_lines
+
 BLOCKS = " ▁▂▃▄▅▆▇█"
-# Colour and cursor sequences (CSI), window titles (OSC, up to bell or ST), and two-character escapes.
-ESCAPES = re.compile(r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b[\]PX^_].*?(?:\x07|\x1b\\|$)|\x1b[@-Z\\-_]?", re.DOTALL)
 
 
 def count(value: float | None) -> str:
@@ -63,27 +62,6 @@ def memory(megabytes: float | None) -> str:
     if megabytes is None:
         return "–"
     return f"{megabytes:.0f} MB" if megabytes < 1000 else f"{megabytes / 1024:.1f} GB"
-
-
-def clean(text: object) -> str:
-    """Text that cannot move the cursor, colour or reorder the screen: one line, without control characters."""
-    text = str(text)
-    if text.isprintable():  # the usual case, and this is called for every name in every picture
-        return text
-    without = ESCAPES.sub("", text.replace("\r\n", "\n"))
-    kept = []
-    for character in without:
-        if character in "\n\t\r\v\f\x85\u2028\u2029":
-            kept.append(" ")
-        elif unicodedata.category(character) not in ("Cc", "Cf", "Cs"):
-            kept.append(character)
-    return "".join(kept)
-
-
-def clean_lines(text: str) -> str:
-    """As `clean`, but lines stay lines: for text that comes in pieces, of which an escape sequence may be in two."""
-    kept = [c for c in text.replace("\t", "    ") if c == "\n" or unicodedata.category(c) not in ("Cc", "Cf", "Cs")]
-    return "".join(kept)
 
 
 def chart(values: Sequence[float], width: int, rows: int = 1) -> list[str]:

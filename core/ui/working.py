@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Self, TextIO
 
+from core.terminal import write_line
 from core.ui import text
 from core.ui.dashboard import can_draw
 
@@ -37,13 +38,10 @@ class WorkView:
 
     def tell(self, line: str) -> None:
         """A line that stays."""
-        line = text.clean(line)
         if self._bar is not None:
-            self._bar.console.print(line, markup=False, soft_wrap=True)
-            return
-        encoding = getattr(self._stream, "encoding", None) or "utf-8"
-        self._stream.write(line.encode(encoding, "replace").decode(encoding) + "\n")
-        self._stream.flush()
+            self._bar.console.print(text.clean(line), markup=False, soft_wrap=True)
+        else:
+            write_line(self._stream, text.clean(line))
 
     def start(self, name: str) -> None:
         """Its turn begins."""

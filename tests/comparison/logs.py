@@ -22,7 +22,7 @@ def preset(seed: int, **sections: Any) -> dict[str, Any]:
 
 
 def write_log(folder: Path, final: float, *, steps: int = 40, evals: int = 4, extra: Mapping[str, Any] | None = None,
-              speed: float = 1000.0, memory: float = 500.0, receipt: str | None = "r", text: str = "a tree",
+              speed: float = 1000.0, memory: float = 500.0, skipped: int = 0, receipt: str | None = "r", text: str = "a tree",
               start: Mapping[str, Any] | None = None) -> None:  # fmt: skip
     """A run whose cross-entropy falls to `final`; `extra` goes into every evaluation, `start` into its beginning."""
     with MetricsLog(folder / "metrics.jsonl") as log:
@@ -30,7 +30,7 @@ def write_log(folder: Path, final: float, *, steps: int = 40, evals: int = 4, ex
         for step in range(1, steps + 1):
             at = {"step": step, "tokens": 100 * step}
             loss = final + 2 * math.exp(-5 * step / steps) - 2 * math.exp(-5)
-            log.emit("step", **at, loss=2 * loss, losses={"cross_entropy": loss}, tokens_per_second=speed, skipped=1,
+            log.emit("step", **at, loss=2 * loss, losses={"cross_entropy": loss}, tokens_per_second=speed, skipped=skipped,
                      memory_mb=memory)  # fmt: skip
             if step % (steps // evals) == 0:
                 log.emit("eval", **at, **{"cross_entropy": loss, "perplexity": math.exp(loss), "bits_per_byte": loss / 3,

@@ -181,8 +181,8 @@ def test_a_failed_write_leaves_the_report_before(tmp_path, monkeypatch) -> None:
     def full(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("core.ui.page.os.replace", full)
+    monkeypatch.setattr("core.files.os.replace", full)
     with pytest.raises(OSError):
         write_report(compared(made, name="other"), tmp_path / "out")
     assert (tmp_path / "out" / "report.html").read_bytes() == before
-    assert not list((tmp_path / "out").glob("*.tmp"))
+    assert not list((tmp_path / "out").glob("*.tmp")) + list((tmp_path / "out").glob(".*.tmp"))

@@ -5,6 +5,7 @@ import json
 import random
 from itertools import accumulate, product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ import tokenizers
 
 from core.assembly import Preset
 from core.data.chat import MARKERS, START, STOP, chat_note, encode_chat, render_chat
-from core.data.documents import Document, Encoded, Messages
+from core.data.documents import Document, Encoded, Messages, SkipRow
+from core.data.encoding import Remembering, encode
 from core.data.loader import collate
 from core.data.objectives import IGNORE_INDEX, next_token
 from core.data.packing import PACKERS, Place
@@ -67,14 +69,14 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
 
 
 def one(tokenizer: Tokenizer, *messages: tuple[str, str]) -> tuple[np.ndarray, np.ndarray]:
-    return encode_chat(tokenizer, [messages])[0]
+    return encode_chat(tokenizer, [messages])[0][:2]
 
 
 def test_the_golden_tokens_and_mask() -> None:
     """Ids, targets and loss mask of the original's dataset, to the token; its limit cuts, which ours leaves to packing."""
     tokenizer = golden_tokenizer()
     encoded = encode_chat(tokenizer, [messages_of(example) for example in EXAMPLES])
-    for example, (ids, learned) in zip(EXAMPLES, encoded, strict=True):
+    for example, (ids, learned, _) in zip(EXAMPLES, encoded, strict=True):
         assert render_chat(messages_of(example)) + END == example["text"]
         size, mask = example["max_seq_length"], [bool(x) for x in example["loss_mask"]]
         assert ids[:size].tolist() == example["input_ids"]
@@ -94,7 +96,7 @@ def test_the_golden_batch() -> None:
     golden, tokenizer = json.loads((GOLDEN / "sft_expected.json").read_text())["collated_first_two"], golden_tokenizer()
     width = len(golden["input_ids"][0])
     packer = PACKERS["padding"](0, width + 1, tokenizer.eos_id, Place())
-    for index, (ids, learned) in enumerate(encode_chat(tokenizer, [messages_of(example) for example in EXAMPLES[:2]])):
+    for index, (ids, learned, _) in enumerate(encode_chat(tokenizer, [messages_of(example) for example in EXAMPLES[:2]])):
         packer.add(index, 0, 0, False, *next_token(Encoded(ids, learned, 0, 0), tokenizer.eos_id))
     batch = collate([packer.row(), packer.row()], packed=False)
     for row, ids, targets, mask in zip(range(2), golden["input_ids"], golden["targets"], golden["loss_mask"], strict=True):
@@ -112,7 +114,7 @@ def test_pieces_give_the_tokens_of_the_whole(kind: str) -> None:
     tokenizer = make_tokenizer(kind)
     whole = tokenizers.Tokenizer.from_str(tokenizer.state()["json"])
     whole.encode_special_tokens = False
-    for messages, (ids, learned) in zip(HARD, encode_chat(tokenizer, HARD), strict=True):
+    for messages, (ids, learned, _) in zip(HARD, encode_chat(tokenizer, HARD), strict=True):
         encoding = whole.encode(render_chat(messages), add_special_tokens=False)
         assert ids.tolist() == encoding.ids
         bodies = body_spans(messages)
@@ -129,7 +131,7 @@ def body_spans(messages: Messages) -> list[tuple[int, int]]:
 
 def test_what_is_learned_is_what_the_assistant_says(tokenizer: Tokenizer) -> None:
     """All of it decodes to the text; the learned tokens to the bodies, bar a token that the header reaches into."""
-    for messages, (ids, learned) in zip(HARD, encode_chat(tokenizer, HARD), strict=True):
+    for messages, (ids, learned, _) in zip(HARD, encode_chat(tokenizer, HARD), strict=True):
         assert tokenizer.decode(ids.tolist()) == render_chat(messages)
         said = "".join(f"{content}{STOP}\n" for role, content in messages if role == "assistant")
         got = tokenizer.decode(ids[learned].tolist())
@@ -170,7 +172,7 @@ def test_other_roles_are_left_out(tokenizer: Tokenizer) -> None:
     for got, expected in zip(one(tokenizer, *mixed), one(tokenizer, *kept), strict=True):
         assert np.array_equal(got, expected)
     empty = encode_chat(tokenizer, [(("tool", "x"),), (), kept])
-    assert [len(ids) for ids, _ in empty[:2]] == [0, 0] and len(empty[2][0])
+    assert [len(ids) for ids, _, _ in empty[:2]] == [0, 0] and len(empty[2][0])
     assert encode_chat(tokenizer, []) == []
 
 
@@ -194,14 +196,13 @@ def test_half_a_surrogate_pair_is_replaced(tokenizer: Tokenizer) -> None:
 
 
 def test_a_trained_bpe_gets_the_markers() -> None:
-    """As special tokens inside the size asked for, of no bytes, and kept through a checkpoint."""
+    """As special tokens inside the size asked for, and kept through a checkpoint."""
     marked, plain = make_tokenizer("marked bpe"), make_tokenizer("plain bpe")
     assert marked.vocab_size == plain.vocab_size == 400
     ids = [marked.special_id(marker) for marker in MARKERS]
-    sizes = marked.token_bytes()
-    assert None not in ids and sizes[ids].tolist() == [0, 0] and sizes[marked.eos_id] == 0
+    assert None not in ids
     for text, tokens in zip(texts := [TYPED, story(3)], marked.encode_batch(texts)):
-        assert sizes[tokens].sum() == len(text.encode()) and marked.decode(tokens.tolist()) == text
+        assert not {*ids, marked.eos_id} & set(tokens.tolist()) and marked.decode(tokens.tolist()) == text
     again = Tokenizer.from_state(json.loads(json.dumps(marked.state())))
     assert [again.special_id(marker) for marker in MARKERS] == ids
     assert chat_note(marked) is None and chat_note(golden_tokenizer()) is None
@@ -218,7 +219,7 @@ def test_the_shipped_chats() -> None:
     assert len(lines) == len(set(lines)) == 64 and None not in documents
     sample = [render_chat(document.messages) for document in documents if document is not None and document.messages]
     tokenizer = build_tokenizer(TokenizerSettings(vocab_size=2048), sample, MARKERS)
-    assert max(len(ids) for ids, _ in encode_chat(tokenizer, [d.messages for d in documents if d and d.messages])) < 128
+    assert max(len(ids) for ids, _, _ in encode_chat(tokenizer, [d.messages for d in documents if d and d.messages])) < 128
 
 
 # The source
@@ -283,7 +284,22 @@ ROWS = {
     "a JSON string": json.dumps(SAID),
     "ShareGPT as a JSON string": json.dumps([{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]),
     "columns of the other form": [{**message, "from": None, "value": None} for message in SAID],
-    "a call of a tool": [SAID[0], {"role": "tool", "content": None}, {"role": "tool", "content": [1]}, SAID[1]],
+    "a row inside a row": {"conversations": SAID, "id": 7},
+    "parts of a message": [{"role": "user", "content": [{"type": "text", "text": "q", "image_url": None}]}, SAID[1]],
+    "Gemini": [{"role": "user", "parts": [{"text": "q"}]}, {"role": "model", "parts": ["a"]}],
+    "empty calls of tools": [{**message, "tool_calls": [], "function_call": None} for message in SAID],
+    "weights of one": [SAID[0], {**SAID[1], "weight": 1, "train": True}],
+    "a weight of what is only read": [{**SAID[0], "weight": 0.5}, SAID[1]],
+    **{
+        f"{user} and {other}": [{"role": user, "content": "q"}, {"role": other, "content": "a"}]
+        for user, other in [
+            ("User", "Assistant"),
+            ("human", "gpt"),
+            ("Human", "bot"),
+            ("prompter", "model"),
+            (" USER ", "chatbot"),
+        ]
+    },
 }
 
 
@@ -292,9 +308,76 @@ def test_forms_of_a_row(form: str) -> None:
     assert conversation(ROWS[form], "k") == Document("q\na", "k", messages=(("user", "q"), ("assistant", "a")))
 
 
+OTHER = "a message has a role that is none of system, user, assistant, nor another name for one"
+TOOLS = "an assistant calls tools in it, which are not read"
+FORMLESS = "it is no list of messages with a role and a content each"
+REASONS = [
+    ([SAID[0], {"role": "assistant", "content": None}], "a message has no content (null)"),
+    ([{"role": "user", "content": None}, SAID[1]], "a message has no content (null)"),
+    ([SAID[0], {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}], TOOLS),
+    ([SAID[0], {"role": "assistant", "content": "", "function_call": {"name": "f"}}, SAID[1]], TOOLS),
+    ([SAID[0], {"role": "tool", "content": "42"}, SAID[1]], TOOLS),
+    ([SAID[0], {"from": "function_call", "value": "{}"}, {"from": "observation", "value": "42"}, SAID[1]], TOOLS),
+    ([SAID[0], {"role": "narrator", "content": "42"}, SAID[1]], OTHER),
+    (
+        [{"role": "user", "content": [{"type": "image_url", "image_url": {}}, {"type": "text", "text": "what?"}]}, SAID[1]],
+        "image",
+    ),
+    ([{"role": "user", "content": 7}, SAID[1]], "something else than text"),
+    ([SAID[0], {**SAID[1], "weight": 0.5}], "a weight that is neither 0 nor 1"),
+    ([SAID[0], {**SAID[1], "weight": float("nan")}], "a weight that is neither 0 nor 1"),
+    ([SAID[0], {**SAID[1], "weight": "0"}], "a weight that is neither 0 nor 1"),
+    ([SAID[0], {**SAID[1], "weight": 0}], "all that the assistant says has weight 0"),
+    ([SAID[0]], "no assistant says anything in it"),
+    ([SAID[0], {"role": "assistant", "content": " "}], "no assistant says anything in it"),
+    ([{"content": "q"}, SAID[1]], "a message has no role"),
+    ("plain text", "it is text, not a list of messages"),
+    (None, "it has no messages"),
+    ([], "it has no messages"),
+    (["q", "a"], FORMLESS),
+    ([["q", "a"]], FORMLESS),
+    (7, FORMLESS),
+]
+
+
+@pytest.mark.parametrize("value, reason", REASONS)
+def test_a_row_that_is_not_read_says_why(value: Any, reason: str) -> None:
+    """Whole conversations: an answer to something that was left out would be no answer."""
+    for row in (value, json.dumps(value)) if isinstance(value, list) else (value,):
+        with pytest.raises(SkipRow) as skipped:
+            conversation(row, "k")
+        assert reason in str(skipped.value)
+
+
+def test_a_message_of_weight_0_is_read_and_not_learned(tokenizer: Tokenizer) -> None:
+    """OpenAI's `weight`, and `train` of others: the tokens of the whole, and a mask and bytes of the other answers alone."""
+    said = [*SAID, {"role": "user", "content": "more"}, {"role": "assistant", "content": "b π"}]
+    every = encode(tokenizer, [document_of({"messages": said}, "k")])[0]
+    for mark in ({"weight": 0}, {"weight": 0.0}, {"weight": False}, {"train": False}, {"training": 0, "weight": 1}):
+        document = conversation([said[0], {**said[1], **mark}, *said[2:]], "k")
+        found = Remembering(tokenizer)([document_of({"messages": said}, "k"), document])[1]
+        assert found.ids.tolist() == every.ids.tolist() and found.learned is not None and document.read_only == (1,)
+        assert tokenizer.decode(found.ids[found.learned].tolist()) == f"b π{STOP}\n"
+        marker = 0 if tokenizer.special_id(STOP) is not None else len(STOP)
+        assert found.num_bytes == len("b π\n".encode()) + marker and every.num_bytes == found.num_bytes + 2 + marker
+
+
 def test_a_system_message_of_sharegpt() -> None:
     document = conversation([{"from": "system", "value": "s"}, *ROWS["ShareGPT"]], "k")
     assert document is not None and document.messages == (("system", "s"), ("user", "q"), ("assistant", "a"))
+
+
+def test_a_system_message_in_a_column_of_its_own(tmp_path: Path) -> None:
+    said = [SAID[0], {**SAID[1], "weight": 0}, SAID[0], SAID[1]]
+    rows = [{"messages": said, "before": before} for before in ("Be brief.", None, " ", 7)]
+    write_jsonl(tmp_path / "x.jsonl", rows)
+    source = build_source(ChatSettings(path="x.jsonl", system_field="before"), tmp_path, 1)
+    source.open()
+    plain = (("user", "q"), ("assistant", "a")) * 2
+    expected = [((("system", "Be brief."), *plain), (2,)), (plain, (1,)), (plain, (1,))]
+    assert [(document.messages, document.read_only) for document in source.stream({})] == expected
+    with pytest.raises(SkipRow, match="its system message is no text"):
+        conversation(said, "k", 7)
 
 
 BAD = [
@@ -310,7 +393,6 @@ BAD = [
     [{"role": "user", "content": "q"}],
     [{"role": "user", "content": "q"}, {"role": "assistant", "content": " \n"}],
     [{"role": "user", "content": None}, {"role": "assistant", "content": "a"}],
-    [{"role": "user", "content": "q"}, {"role": "assistant", "content": ["a"]}],
     [{"role": "user", "content": "q"}, {"role": "assistant"}],
     [{"role": ["assistant"], "content": "a"}],
     [{"from": {}, "value": "a"}],
@@ -328,7 +410,8 @@ def test_bad_rows_are_counted_once(tmp_path: Path) -> None:
     source.open()
     for epoch in (0, 1):
         assert [d.text for d in source.stream({"epoch": epoch})] == [f"x {i}?\nx {i}!" for i in range(3)]
-    assert source.notes == [f"skipped {len(bad) + 3} rows without readable text in x.jsonl"]
+    assert sum(int(note.split()[1]) for note in source.notes) == len(bad) + 3, source.notes
+    assert source.notes[0] == "skipped 2 rows: no JSON (the first: x.jsonl#1)"
 
 
 @pytest.mark.parametrize("values", [[ROWS["ShareGPT"]] * 3, [ROWS["a JSON string"]] * 3], ids=["ShareGPT", "JSON"])
@@ -354,7 +437,7 @@ def test_without_a_conversation_a_source_fails(tmp_path: Path) -> None:
     (tmp_path / "y.txt").write_text("plain text is no conversation")
     with pytest.raises(SourceUnavailable, match=r"no text in its only file .* skipped 2 rows"):
         build_source(ChatSettings(path="x.jsonl"), tmp_path, 1).open()
-    with pytest.raises(SourceUnavailable, match=r"y.txt is of no readable kind \(.jsonl .jsonl.gz .jsonl.zst .parquet\)"):
+    with pytest.raises(SourceUnavailable, match=r"y.txt is of no readable kind \(.jsonl .ndjson .json .csv .tsv .parquet, and"):
         build_source(ChatSettings(path="y.txt"), tmp_path, 1).open()
     with pytest.raises(SourceUnavailable, match="no row of it holds a conversation in messages"):
         next(build_source(ChatSettings(dataset="./x.jsonl"), tmp_path, 1).stream({}))

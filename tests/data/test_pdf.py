@@ -60,7 +60,7 @@ def all_of(source: PdfSource, cursor: dict | None = None) -> list[Document]:
 
 def skipped(source: PdfSource) -> dict[str, str]:
     """{file: kind} of all that were skipped; the notes show only the first few names."""
-    return {name: kind for kind, names in source._skipped.items() for name in names}
+    return {name: kind for kind, names in source.skips.files.items() for name in names}
 
 
 def paragraph(text: str, y: float = 70) -> bytes:

@@ -169,6 +169,7 @@ def test_what_is_hard_is_read_more_up_to_the_limit(tmp_path: Path) -> None:
     assert [e["loss"] for e in steps[: changes[0]["step"]]] == [e["loss"] for e in plain[: changes[0]["step"]]]
 
 
+@pytest.mark.skips_updates
 def test_bad_steps_do_not_spoil_the_factors(tmp_path: Path) -> None:
     """Losses that are not a number, up to going back to a checkpoint: the intervals go on, and no factor is spoiled."""
     write_easy_and_hard(tmp_path)

@@ -48,14 +48,6 @@ def test_a_text_cannot_write_the_special_token(tokenizer: Tokenizer) -> None:
         assert tokenizer.eos_id not in ids
 
 
-def test_token_bytes_sum_to_the_length_of_the_text(tokenizer: Tokenizer) -> None:
-    """What bits per byte divides by: UTF-8 bytes, the end-of-document token counting none."""
-    sizes = tokenizer.token_bytes()
-    assert sizes.shape == (tokenizer.vocab_size,) and sizes[tokenizer.eos_id] == 0
-    for text, ids in zip(HARD_TEXTS, tokenizer.encode_batch(HARD_TEXTS)):
-        assert sizes[ids].sum() == len(text.encode())
-
-
 def test_the_state_is_all_there_is(tokenizer: Tokenizer) -> None:
     """A tokenizer from a checkpoint (JSON and a number) does what the first one did."""
     again = Tokenizer.from_state(json.loads(json.dumps(tokenizer.state())))

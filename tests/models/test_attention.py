@@ -127,8 +127,9 @@ def ragged(q: Tensor, k: Tensor, v: Tensor, of_q: Tensor, of_k: Tensor, max_q: i
     return naive(q, k, v, numbers, causal)[0].transpose(0, 1).contiguous()
 
 
-def flash_stand_in(*args: Any, causal: bool = False) -> Tensor:
-    """flash_attn_varlen_func's first seven arguments and `causal`, as flash-attn 2 has them."""
+def flash_stand_in(*args: Any, causal: bool = False, deterministic: bool = False) -> Tensor:
+    """flash_attn_varlen_func's first seven arguments, `causal` and `deterministic`, as flash-attn 2 has them."""
+    assert deterministic == torch.are_deterministic_algorithms_enabled()
     return ragged(*args, causal=causal)
 
 

@@ -4,6 +4,7 @@ import io
 import os
 import subprocess
 import sys
+import time
 
 import pexpect
 import pytest
@@ -11,21 +12,46 @@ import pytest
 from core.errors import UserError
 from core.ui.menu import PresetCard, choose
 
+LOOKED_AT = []
+"""The presets of MANY whose previews were asked for."""
 CARDS = [
-    PresetCard("00_best_general", "Baseline", "Best general", "the default", "PREVIEW-A\nsecond line of A"),
-    PresetCard("10_harmonic", "Harmonic", "Harmonic", "another", "PREVIEW-B"),
-    PresetCard("01_best_qa", "Baseline", "Best QA", "questions", "PREVIEW-C"),
-    PresetCard("20_broken", "Harmonic", "Broken", "", "", problem="20_broken.json has 1 problem\n  model.num_layer  unknown"),
-    PresetCard("90_quick", "Tests", "Quick", "the last", "PREVIEW-E"),
+    PresetCard("00_best_general", "Baseline", "Best general", "the default", lambda: "PREVIEW-A\nsecond line of A"),
+    PresetCard("10_harmonic", "Harmonic", "Harmonic", "another", lambda: "PREVIEW-B"),
+    PresetCard("01_best_qa", "Baseline", "Best QA", "questions", lambda: "PREVIEW-C"),
+    PresetCard("20_broken", "Harmonic", "Broken", "", problem="20_broken.json has 1 problem\n  model.num_layer  unknown"),
+    PresetCard("90_quick", "Tests", "Quick", "the last", lambda: "PREVIEW-E"),
 ]  # fmt: skip
-MANY = [PresetCard(f"{i:02}_preset", f"Group {i // 6}", f"Preset {i:02}", f"SAYS-{i:02}", f"PREVIEW-{i:02}") for i in range(30)]
+
+
+def looked_at(i):
+    LOOKED_AT.append(f"{i:02}_preset")
+    return f"PREVIEW-{i:02}"
+
+
+MANY = [
+    PresetCard(f"{i:02}_preset", f"Group {i // 6}", f"Preset {i:02}", f"SAYS-{i:02}", lambda i=i: looked_at(i)) for i in range(30)
+]
+HARD = [
+    PresetCard("00_slow", "g", "Slow", "takes a minute", lambda: time.sleep(60) or "LATE"),
+    PresetCard("01_fails", "g", "Fails", "has a fault", lambda: str(1 // 0)),
+    PresetCard("02_fine", "g", "Fine", "works", lambda: "FINE"),
+]
+REFUSED = [PresetCard("00_refused", "g", "Refused", "says", refusal="no such file: x.txt"), *HARD]
+
+
+def cards_for(default):
+    """The list that a default stands in."""
+    return next(cards for cards in (CARDS, MANY, HARD, REFUSED) if default in {card.stem for card in cards})
+
+
 SCRIPT = """
 import sys
 from core.errors import UserError
 from core.ui.menu import choose
-from tests.ui.test_menu import CARDS, MANY
+from tests.ui.test_menu import LOOKED_AT, cards_for
 try:
-    print("CHOSEN", choose(MANY if sys.argv[1][3:] == "preset" else CARDS, sys.argv[1]))
+    print("CHOSEN", choose(cards_for(sys.argv[1]), sys.argv[1]))
+    print("LOOKED AT", LOOKED_AT) if LOOKED_AT else None
 except UserError as error:
     print("ERROR", error)
     sys.exit(2)
@@ -113,14 +139,42 @@ def test_letters_do_nothing(menu):
     ends_with(child, "CHOSEN 00_best_general", 0)
 
 
-def test_a_broken_preset_shows_its_problem_and_cannot_be_run(menu):
+def test_a_broken_preset_shows_its_problem(menu):
     child = menu()
     child.expect_exact("20_broken.json has 1 problem")
     child.send(DOWN * 3)
     child.expect_exact("model.num_layer")
     child.send("\r")
-    child.expect_exact("ERROR 20_broken.json has 1 problem")
-    ends_with(child, "model.num_layer", 2)
+    ends_with(child, "CHOSEN 20_broken", 0)  # whoever opened the menu reads it again: it may be mended now
+
+
+def test_a_preview_that_never_comes_or_fails_disturbs_nobody(menu):
+    """The keys go on, and what is chosen starts."""
+    child = menu("00_slow")
+    child.expect_exact("...")
+    child.send(DOWN)
+    child.expect_exact("ZeroDivisionError")
+    child.send(DOWN)
+    child.expect_exact("FINE")
+    child.send("\r")
+    ends_with(child, "CHOSEN 02_fine", 0)
+
+
+def test_only_what_is_looked_at_is_worked_out(menu):
+    child = menu("00_preset")
+    child.expect_exact("PREVIEW-00")
+    child.send(DOWN)
+    child.expect("(PREVIEW-)?01")
+    child.send("\r")
+    child.expect_exact("CHOSEN 01_preset")
+    ends_with(child, "LOOKED AT ['00_preset', '01_preset']", 0)
+
+
+def test_what_could_not_start_is_said_below_the_list(menu):
+    child = menu("00_refused")
+    child.expect_exact("no such file")
+    child.send("\r")
+    ends_with(child, "CHOSEN 00_refused", 0)
 
 
 @pytest.mark.slow
@@ -189,7 +243,7 @@ def test_a_broken_preset_named_by_a_pipe_tells_everything():
 
 
 def test_two_presets_of_one_name_must_be_told_apart(monkeypatch):
-    cards = [PresetCard(stem, "g", "Same", "", "") for stem in ("a", "b")]
+    cards = [PresetCard(stem, "g", "Same", "") for stem in ("a", "b")]
     monkeypatch.setattr(sys, "stdin", io.StringIO("same\n"))
     with pytest.raises(UserError, match="say which: a, b"):
         choose(cards, "a")

@@ -109,6 +109,28 @@ def test_numbers_go_under_our_step(fake, tmp_path):
     assert fake.run.finished == 1
 
 
+def test_each_number_of_an_evaluation_has_a_key_of_its_own(fake, tmp_path):
+    """Losses, heads and sources may be called what a measure is called: none overwrites another."""
+    groups = {"losses": {"accuracy": 1.0, "seconds": 2.0}, "heads": {"accuracy": 3.0}, "sources": {"accuracy": {"loss": 4.0}}}
+    event = {"event": "eval", "step": 7, "tokens": 70, "time": 0.0, "accuracy": 0.5, "seconds": 6.0, **groups}
+    mirror, _ = opened(tmp_path)
+    mirror.update(event)
+    assert fake.run.logged == [
+        (
+            7,
+            {
+                "tokens": 70,
+                "eval/accuracy": 0.5,
+                "eval/seconds": 6.0,
+                "eval/losses/accuracy": 1.0,
+                "eval/losses/seconds": 2.0,
+                "eval/heads/accuracy": 3.0,
+                "eval/sources/accuracy/loss": 4.0,
+            },
+        )
+    ]
+
+
 def test_an_error_in_it_does_not_reach_training(fake, tmp_path):
     def lost(values, step):
         raise ConnectionError("gone")

@@ -56,6 +56,17 @@ def build_source(settings: Any, root: Path, seed: int) -> Source:
     return SOURCES[settings.type][1](settings, root, seed)
 
 
+def is_own_path(section: Any) -> bool:
+    """Whether a section names a path on this machine: that nothing there can be read is a mistake, not an outage.
+
+    The text that a person means to train on would be missing. The folder `pdfs` is named by default only.
+    """
+    path = getattr(section, "path", None)
+    if section.type == "hf":
+        return section.dataset.startswith(("./", "../", "/", "~"))
+    return path is not None and (section.type, path) != ("pdf", PdfSettings().path)
+
+
 def open_sources(sources: list[Source], deadline_seconds: float = 12.0) -> tuple[list[Source], dict[str, str]]:
     """Opens all sources side by side.
 

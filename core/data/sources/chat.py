@@ -1,9 +1,11 @@
 """Conversations: rows of local files, or of a dataset on the Hub.
 
 In:    a column of messages: [{"role": "user", "content": "..."}, ...], ShareGPT's [{"from": "human", "value": "..."}, ...],
-       or either of them as a JSON string
-Out:   one document per conversation in which an assistant says something
+       Gemini's [{"role": "model", "parts": [{"text": "..."}]}, ...], or any of them as a JSON string
+Out:   one document per conversation in which an assistant says something that is learned; of any other row, the reason
 State: none of its own (files.py, hf.py)
+
+A conversation is read whole or not at all: what an assistant answers to something that is left out is no answer to learn.
 """
 
 import json
@@ -12,20 +14,43 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from core.data.documents import ASSISTANT, ROLES, Document
+from core.data.documents import ASSISTANT, Document, SkipRow
 from core.data.sources.hf import HfSource
-from core.data.sources.text import JSON_LINES, PARQUET, TextSource, named_by, path_name
+from core.data.sources.tables import TABLES
+from core.data.sources.text import TextSource, named_by, path_name
 from core.settings import Settings
 
-SHAREGPT = {"human": "user", "gpt": ASSISTANT}
-"""Other names for roles."""
+ROLE_NAMES = {
+    "system": ("system", "developer"),
+    "user": ("user", "human", "prompter"),
+    ASSISTANT: (ASSISTANT, "gpt", "model", "bot", "chatbot", "ai"),
+}
+"""What other programs call the roles, in letters of any case."""
+TOOLS = (
+    "tool",
+    "tools",
+    "tool_call",
+    "tool_response",
+    "function",
+    "function_call",
+    "function_response",
+    "observation",
+    "ipython",
+)
+CALLS = ("tool_calls", "function_call")
+CONTENT = ("content", "value", "parts", "text")
+"""Keys of a message that may hold what is said; a table gives every message the keys of all, empty where they are not its own."""
+WEIGHTS = ("weight", "train", "training")
+"""Keys that say of an assistant's message whether it is learned: 1 or true, or 0 or false (OpenAI's, Mistral's and Axolotl's)."""
+WRAPPERS = ("messages", "conversations", "conversation")
 
 
 class ChatSettings(Settings):
     type: Literal["chat"] = "chat"
     """Conversations. What assistants say in them is learned, the rest is only read."""
     path: str | Annotated[list[str], Field(min_length=1)] | None = None
-    """Files, folders or globs, relative to the project: .jsonl .jsonl.gz .jsonl.zst .parquet. This or `dataset`."""
+    """Files, folders or patterns, relative to the project: .jsonl .json .csv .tsv .parquet, and .gz .bz2 .xz .zst of any but the
+    last. This or `dataset`."""
     dataset: str | None = Field(None, min_length=1)
     """Repository on the Hugging Face Hub, or a local dataset folder. This or `path`."""
     config: str | None = None
@@ -34,6 +59,8 @@ class ChatSettings(Settings):
     """Split of the dataset."""
     messages_field: str = "messages"
     """The column that holds the messages."""
+    system_field: str | None = Field(None, min_length=1)
+    """A column that holds the system message of a conversation, where it is not among the messages."""
     name: str = ""
     """Name in logs and weights; left out, the file's, the folder's or the dataset's."""
 
@@ -52,7 +79,7 @@ class ChatSettings(Settings):
 
     @property
     def columns(self) -> list[str]:
-        return [self.messages_field]
+        return [self.messages_field, *([self.system_field] if self.system_field is not None else [])]
 
 
 class _Chat:
@@ -60,14 +87,14 @@ class _Chat:
 
     column_hint = 'set "messages_field" to one of them'
 
-    def document(self, values: tuple, key: str) -> Document | None:
-        return conversation(values[0], key)
+    def document(self, values: tuple, key: str) -> Document:
+        return conversation(values[0], key, *values[1:])
 
 
 class ChatFiles(_Chat, TextSource):
     """Conversations in local files."""
 
-    readable = (*JSON_LINES, *PARQUET)
+    readable = TABLES
 
 
 class ChatDataset(_Chat, HfSource):
@@ -81,34 +108,75 @@ def chat_source(settings: ChatSettings, root: Path, seed: int) -> ChatFiles | Ch
     return (ChatFiles if settings.dataset is None else ChatDataset)(settings, root, seed)
 
 
-def conversation(value: Any, key: str) -> Document | None:
-    """The document of one row; None when it is no conversation, or one without anything to learn."""
+def conversation(value: Any, key: str, system: Any = None) -> Document:
+    """The document of one row. Raises SkipRow where it is no conversation, or one without anything to learn.
+
+    system   what a column of its own says before the messages; None or blank: nothing
+    """
+    if not isinstance(system, str | None):
+        raise SkipRow("its system message is no text")
+    first = [{"role": "system", "content": system}] if system and system.strip() else []
+    messages, read_only, said = [], [], False
+    for number, message in enumerate([*first, *_messages(value)]):
+        role, content = _role(message), _content(message)
+        messages.append((role, content))
+        if role == ASSISTANT and content.strip():
+            said = True
+        if role == ASSISTANT and not _is_learned(message):
+            read_only.append(number)
+    if not said:
+        raise SkipRow("no assistant says anything in it")
+    document = Document("\n".join(text for _, text in messages), key, tuple(messages), read_only=tuple(read_only))
+    if not any(role == ASSISTANT and text.strip() and i not in read_only for i, (role, text) in enumerate(messages)):
+        raise SkipRow("all that the assistant says has weight 0")
+    return document
+
+
+def _messages(value: Any) -> list[dict]:
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
-            return None
-    if not isinstance(value, list):
-        return None
-    messages = []
-    for message in value:
-        if not isinstance(message, dict):
-            return None
-        # a table gives every message all columns, so the keys of the other form may be there, empty
-        role, content = message.get("role"), message.get("content")
-        if role is None:
-            role, content = message.get("from"), message.get("value")
-        if not isinstance(role, str):
-            return None
-        role = SHAREGPT.get(role, role)
-        if role not in ROLES:  # calls of tools and the like: what they hold need not even be text
-            continue
-        if not isinstance(content, str):
-            return None
-        messages.append((role, content))
-    if not any(role == ASSISTANT and content.strip() for role, content in messages):
-        return None
-    return Document("\n".join(content for _, content in messages), key, messages=tuple(messages))
+            raise SkipRow("it is text, not a list of messages") from None
+    if isinstance(value, dict):
+        value = next((value[name] for name in WRAPPERS if name in value), value)
+    if value is None or value == []:
+        raise SkipRow("it has no messages")
+    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+        raise SkipRow("it is no list of messages with a role and a content each")
+    return value
+
+
+def _role(message: dict) -> str:
+    name = next((message[key] for key in ("role", "from") if message.get(key) is not None), None)
+    if not isinstance(name, str):
+        raise SkipRow("a message has no role")
+    name = name.strip().lower()
+    if name in TOOLS or any(message.get(key) for key in CALLS):
+        raise SkipRow("an assistant calls tools in it, which are not read")
+    role = next((role for role, names in ROLE_NAMES.items() if name in names), None)
+    if role is None:
+        raise SkipRow(f"a message has a role that is none of {', '.join(ROLE_NAMES)}, nor another name for one")
+    return role
+
+
+def _content(message: dict) -> str:
+    content = next((message[key] for key in CONTENT if message.get(key) is not None), None)
+    parts = content if isinstance(content, list) else [content]
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    if content is None:
+        raise SkipRow("a message has no content (null)")
+    if not all(isinstance(text, str) for text in texts):
+        raise SkipRow("a message holds something else than text, such as an image")
+    return "".join(texts)
+
+
+def _is_learned(message: dict) -> bool:
+    """Of an assistant's message."""
+    given = [message[key] for key in WEIGHTS if message.get(key) is not None]
+    if not all(isinstance(weight, int | float) and weight in (0, 1) for weight in given):
+        raise SkipRow("a message has a weight that is neither 0 nor 1")
+    return all(given)
 
 
 def _dataset_name(data: dict) -> str:

@@ -9,23 +9,19 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from core.data.documents import Document
+from core.data.sources import decode
+from core.data.sources.decode import PIECE, as_utf8, compression, first_of_character, unpacked, wide_encoding
+from core.data.sources.finding import Found
 from core.data.sources.shards import ShardSource
-from core.environment import redacted
+from core.data.sources.skips import Damaged
 
 SEGMENT_BYTES = 16 * 1024 * 1024
 """Long plain files are read in stretches of this size: bounds the memory, makes resuming quick and the order less uniform."""
-
-_NAMES_SHOWN = 5
-
-
-class Damaged(Exception):
-    """A unit that cannot be read (any further). It is skipped and named in the notes; the others go on."""
-
-    def __init__(self, kind: str):
-        self.kind = kind  # completes "skipped 2 ... files"
-        super().__init__(kind)
+LINE_BYTES = 1 << 20
+"""How far the end of a line of plain text is looked for, where a stretch begins or ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +37,47 @@ class Unit:
     def key(self) -> str:
         return f"{self.label}@{self.begin}" if self.begin else self.label
 
-    def read_bytes(self) -> bytes:
+    def pieces(self, rows: bool) -> Iterator[bytes]:
+        """Its bytes, unpacked and in UTF-8. Raises OSError or Damaged.
+
+        rows  whether a line is a row, and never cut; else one of over LINE_BYTES may be, between two stretches
+        """
         with self.path.open("rb") as file:
-            if self.begin:  # the line that runs into this stretch belongs to the one before
-                file.seek(self.begin - 1)
-                file.readline()
-            if self.end is None:
-                return file.read()
-            data = file.read(max(0, self.end - file.tell()))
-            return data if data.endswith(b"\n") or not data else data + file.readline()
+            if self.begin == 0 and self.end is None:
+                yield from as_utf8(unpacked(file, compression(self.path.name)))
+            else:
+                stretch = self._stretch(file, rows)
+                yield from stretch if self.begin else as_utf8(stretch)
+
+    def _stretch(self, file: BinaryIO, rows: bool) -> Iterator[bytes]:
+        begin = _edge(file, self.begin, rows)
+        if begin is None:  # all of it is inside a line that is too long to be read
+            return
+        end = None if self.end is None else _edge(file, self.end, rows)
+        if end is None and self.end is not None:
+            end = self.end + decode.RECORD_BYTES + 1  # so that its last line is seen to be too long
+        file.seek(begin)
+        while data := file.read(PIECE if end is None else min(PIECE, max(0, end - begin))):
+            yield data
+            begin += len(data)
+
+
+def _edge(file: BinaryIO, at: int, rows: bool) -> int | None:
+    """Where the first line that begins at `at` or later does. None: a row runs on from before for more than RECORD_BYTES."""
+    if at == 0:
+        return 0
+    file.seek(at - 1)
+    read, most = 0, decode.RECORD_BYTES if rows else LINE_BYTES
+    while read <= most:
+        data = file.read(min(PIECE, LINE_BYTES))
+        if (cut := data.find(b"\n") + 1) or not data:
+            return at - 1 + read + cut
+        read += len(data)
+    if rows:
+        return None
+    file.seek(max(0, at - 4))
+    around = file.read(8)
+    return at - min(4, at) + first_of_character(around, min(4, at))
 
 
 def split_into_units(path: Path, label: str) -> list[Unit]:
@@ -57,6 +85,9 @@ def split_into_units(path: Path, label: str) -> list[Unit]:
     size = path.stat().st_size
     if size <= 2 * SEGMENT_BYTES:
         return [Unit(path, label)]
+    with path.open("rb") as file:
+        if wide_encoding(file.read(4)):
+            return [Unit(path, label)]
     begins = list(range(0, size, SEGMENT_BYTES))
     return [Unit(path, label, begin, end) for begin, end in zip(begins, [*begins[1:], None])]
 
@@ -74,8 +105,6 @@ class FileSource(ShardSource):
     def __init__(self, name: str, seed: int):
         super().__init__(name, seed)
         self._units: list[Unit] | None = None
-        self._skipped: dict[str, dict[str, None]] = {}  # kind -> labels, in the order found
-        self._bad_rows: dict[str, int] = {}
 
     def list_units(self) -> list[Unit]:
         """All units in one stable order. Raises SourceUnavailable when there is none."""
@@ -105,12 +134,7 @@ class FileSource(ShardSource):
 
     def recover(self, unit: Unit, error: Exception, failures: int) -> bool:
         """A file that cannot be read is left out and named, the others go on."""
-        if isinstance(error, OSError):
-            self.skip(unit, "missing" if isinstance(error, FileNotFoundError) else "unreadable")
-        elif isinstance(error, Damaged):
-            self.skip(unit, error.kind)
-        else:  # whatever a library makes of a file that nobody has thought of
-            self.skip(unit, redacted(f"unreadable ({type(error).__name__}: {error})"))
+        self.skips.file(unit.label, error)
         return False
 
     def nothing(self, order: list[Unit]) -> str:
@@ -118,25 +142,15 @@ class FileSource(ShardSource):
         count = "its only file" if len(order) == 1 else f"any of its {len(order)} files"
         return f"no text in {count} ({order[0].label} ...){told}"
 
-    @property
-    def notes(self) -> list[str]:
-        """What was passed over so far. Grows while reading: not every file is looked into at opening."""
-        notes = []
-        for kind, labels in self._skipped.items():
-            shown = ", ".join(list(labels)[:_NAMES_SHOWN])
-            more = f" and {len(labels) - _NAMES_SHOWN} more" if len(labels) > _NAMES_SHOWN else ""
-            notes.append(f"skipped {len(labels)} {kind} {'file' if len(labels) == 1 else 'files'}: {shown}{more}")
-        for key, count in self._bad_rows.items():
-            notes.append(f"skipped {count} {'row' if count == 1 else 'rows'} without readable text in {key}")
-        return notes
-
-    def skipped(self) -> list[tuple[str, str]]:
-        return [(label, kind) for kind, labels in self._skipped.items() for label in labels]
-
     def skip(self, unit: Unit, kind: str) -> None:
-        self._skipped.setdefault(kind, {})[unit.label] = None
+        self.skips.file(unit.label, Damaged(kind))
 
-    def skip_rows(self, unit: Unit, count: int) -> None:
-        """Later passes over the same file do not count twice; a resumed one may see only the rest of it."""
-        if count > self._bad_rows.get(unit.key, 0):
-            self._bad_rows[unit.key] = count
+    def note_found(self, found: Found, root: Path, advice: str) -> None:
+        """What a look for files met beside them."""
+        self.skips.remarks |= dict.fromkeys(found.remarks(advice))
+        for path, error in found.closed.items():
+            self.skips.file(label_of(Path(path), root), error)
+
+
+def label_of(path: Path, root: Path) -> str:
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()

@@ -4,11 +4,10 @@ In:    a repository (data files only: `datasets` runs no scripts), its config an
 Out:   one document per row: shards in an order permuted by seed and epoch, rows in order inside a shard
 State: its cursor (shards.py); a position in a shard is how many rows of it are behind
 
-`datasets` finds the files and reads them, except Parquet: PyArrow reads that here, only the columns asked for and from any
-row group on. `datasets` would resume in a shard by downloading it again up to the row.
+`datasets` finds the files. Tables are read here (tables.py): a row or a shard that cannot be read costs itself, what is held at
+once has a bound, and of Parquet only the columns asked for are fetched, from any row group on. `datasets` reads the other kinds.
 """
 
-import os
 import string
 import time
 from collections.abc import Iterator
@@ -18,13 +17,20 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from core import hub
-from core.data.documents import Document
+from core.data.documents import Document, SkipRow
+from core.data.sources import tables
+from core.data.sources.decode import as_utf8, compression, unpacked
 from core.data.sources.shards import ShardSource
-from core.data.sources.text import TextSettings, TextSource, named_by
+from core.data.sources.skips import Damaged, NoColumn
+from core.data.sources.text import READER, TextSettings, TextSource, named_by, text_of
 from core.errors import SourceUnavailable
 from core.packages import need
 from core.settings import Settings
 
+CHECKED_AT_OPEN = 3
+"""Files that are looked into, until one is whole and has the columns."""
+TRIES_AT_DAMAGE = 2
+"""Reads of a shard that end in damage: what seems so may be a line that broke."""
 LOCAL_BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text", ".arrow": "arrow"}
 START_SECONDS = 8.0
 """How long a Hub that answers, but with an error of its own, is asked again at the start of a run."""
@@ -63,18 +69,25 @@ class HfSettings(Settings):
             raise ValueError('"text_field" and "fields" exclude each other; keep one')
         if self.fields is not None and self.format is not None:
             try:
-                used = [name for _, name, _, _ in string.Formatter().parse(self.format) if name is not None]
+                fields = [field for field in string.Formatter().parse(self.format) if field[1] is not None]
             except ValueError as error:
                 raise ValueError(f'"format" {self.format!r}: {error}; write a brace that is text twice') from None
-            if wrong := [name for name in used if name not in self.fields]:
+            if wrong := [name for _, name, _, _ in fields if name not in self.fields]:
                 raise ValueError(f'"format" uses {{{wrong[0]}}}, which is not among its "fields" ({", ".join(self.fields)})')
-            if not used:
+            if how := [name for _, name, spec, conversion in fields if spec or conversion]:
+                raise ValueError(f'"format" holds the names of fields only; write {{{how[0]}}}, with nothing behind : or !')
+            if not fields:
                 raise ValueError('"format" uses none of its "fields"; put them in braces')
         return self
 
     @property
     def columns(self) -> list[str]:
         return self.fields or [self.text_field or "text"]
+
+
+def _formatted(form: str, row: dict[str, Any]) -> str:
+    """Each {name} of the form as the row's text there. Not `str.format`, to which {a.b} and {0} mean something else."""
+    return "".join(text + ("" if name is None else str(row[name])) for text, name, _, _ in string.Formatter().parse(form))
 
 
 def hf_source(settings: HfSettings, root: Path, seed: int) -> ShardSource:
@@ -100,9 +113,9 @@ class HfSource(ShardSource):
         local = path.exists() or settings.dataset.startswith(("./", "../", "/", "~"))
         self._path = path if local else None
         self.finite = local
-        self._rows: Any = None  # the streaming dataset
+        self._rows: Any = None  # the streaming dataset, or, of tables, anything once they were found
         self._files: list[str] = []  # the data files; hf://... names the commit too
-        self._parquet = False  # whether they are all Parquet, one a shard
+        self._tables = False  # whether they are all tables, one a shard
 
     def open(self) -> None:
         """Finds the files, checks the columns, and fetches a few bytes of data. Raises SourceUnavailable."""
@@ -111,25 +124,35 @@ class HfSource(ShardSource):
 
     def shards(self) -> list[int]:
         self._load()
-        return list(range(self._rows.num_shards))
+        return list(range(self._num_shards))
 
     def read(self, shard: int, start: int) -> Iterator[tuple[int, Document]]:
-        """Rows without text are passed over."""
-        rows = self._read_parquet(self._files[shard], start) if self._parquet else self._read_any(shard, start)
-        label = self._files[shard].rsplit("/", 1)[-1] if self._parquet else f"shard{shard}"
-        for row, values in enumerate(rows, start):
-            if (document := self.document(values, f"{label}#{row}")) is not None:
-                yield row + 1, document
+        """Rows without text are passed over, and counted."""
+        rows = self._read_table(self._files[shard], start) if self._tables else self._read_any(shard, start)
+        return self.skips.documents(f"{shard}", rows, self.document, self._label(shard))
 
-    def document(self, values: tuple, key: str) -> Document | None:
-        """One row, its values in the order of `columns`; None when it holds no text."""
-        if not all(isinstance(v, (str, int, float)) and str(v).strip() for v in values):
-            return None
+    def document(self, values: tuple, key: str) -> Document:
+        """One row, its values in the order of `columns`. Raises SkipRow when it holds no text."""
         form = self._settings.format
-        return Document(form.format(**dict(zip(self.columns, values))) if form else str(values[0]), key)
+        if form is None:
+            return Document(text_of(values[0], self.columns[0]) if not _is_number(values[0]) else str(values[0]), key)
+        found = {column: _blank_or(value, column) for column, value in zip(self.columns, values)}
+        if not any(str(value).strip() for value in found.values()):
+            raise SkipRow(f"no text in any of {', '.join(self.columns)}")
+        return Document(text_of(_formatted(form, found), "format"), key)
+
+    def _label(self, shard: int) -> str:
+        return self._files[shard].rsplit("/", 1)[-1] if self._tables else f"shard{shard}"
 
     def recover(self, shard: int, error: Exception, failures: int) -> bool:
-        """Wait, longer each time, and try again. HTTP, gzip and Arrow all have their own ways to say that the line broke."""
+        """Wait, longer each time, and try again: HTTP, gzip and Arrow all have their own ways to say that the line broke.
+
+        What stays wrong without the line being the cause costs its shard.
+        """
+        tries = 1 if self.finite or isinstance(error, NoColumn) else TRIES_AT_DAMAGE if isinstance(error, Damaged) else self.tries
+        if failures >= tries and not hub.is_of_the_line(error):
+            self.skips.file(self._label(shard), error)
+            return False
         reason = hub.explain(error, self.dataset)
         if hub.is_permanent(error):
             raise SourceUnavailable(reason) from None
@@ -143,23 +166,23 @@ class HfSource(ShardSource):
 
     def contents(self) -> str:
         self._load()
-        return f"{len(self._files)} files, {self._rows.num_shards} shards"
+        return f"{len(self._files)} files, {self._num_shards} shards"
 
     def address(self, shard: int) -> str | None:
         """Data files are named with their commit: their names stand for their content."""
         if self._path is not None:
             return None
-        files = [self._files[shard]] if self._parquet else [*self._files, str(shard)]
-        return "\n".join([type(self).__name__, self._settings.model_dump_json(exclude={"name"}), *files])
+        files = [self._files[shard]] if self._tables else [*self._files, str(shard)]
+        return "\n".join([type(self).__name__, str(READER), self._settings.model_dump_json(exclude={"name"}), *files])
 
     def seeks(self, shard: int) -> bool:
-        return self._parquet
+        return self._tables and tables.kind_of(self._files[shard]) == tables.PARQUET
 
     size_is_positions = True
 
     def size(self, shard: int) -> int | None:
         """Its rows, where the file says how many."""
-        if not self._parquet:
+        if not self.seeks(shard):
             return None
         try:
             with hub.open_file(self._files[shard]) as data:
@@ -168,7 +191,11 @@ class HfSource(ShardSource):
             return None
 
     def nothing(self, order: list[int]) -> str:
-        return f"no row of it holds text in {', '.join(self.columns)}"
+        return f"no row of it holds text in {', '.join(self.columns)}" + "".join(f"; {note}" for note in self.notes)
+
+    @property
+    def _num_shards(self) -> int:
+        return len(self._files) if self._tables else self._rows.num_shards
 
     def _load(self) -> None:
         """The dataset, found once. Raises SourceUnavailable."""
@@ -188,22 +215,46 @@ class HfSource(ShardSource):
         """Ask for the files, check the columns, fetch a few bytes."""
         if self._path is None:
             hub.check_reachable()
-        datasets = hub.quiet_datasets()
-        try:
-            builder = datasets.load_dataset_builder(**self._where())
-            split = self._settings.split
-            dataset = builder.as_streaming_dataset(split=split)
-            columns = dataset.column_names or list(next(dataset.iter(batch_size=1), {}))
-            self._files = list((builder.config.data_files or {}).get(split, []))
-            self._check_columns(columns)
-            self._parquet = len(self._files) == dataset.num_shards and all(f.endswith(".parquet") for f in self._files)
-            if self._parquet:
-                self._touch(self._files[0])
-        except SourceUnavailable:
-            raise
-        except Exception as error:  # the library lets through whatever its HTTP, YAML and Arrow layers raise
-            raise hub.trouble(error, self.dataset) from None
-        self._rows = dataset.select_columns(self.columns)
+        if self._path is not None and self._path.is_file() and tables.kind_of(self._path.name):
+            files = [str(self._path)]
+        else:
+            datasets = hub.quiet_datasets()
+            try:
+                builder = datasets.load_dataset_builder(**self._where())
+                split = self._settings.split
+                files = list((builder.config.data_files or {}).get(split, []))
+                if not files or not all(tables.kind_of(file) for file in files):
+                    return self._find_others(builder.as_streaming_dataset(split=split), files)
+            except SourceUnavailable:
+                raise
+            except Exception as error:  # the library lets through whatever its HTTP, YAML and Arrow layers raise
+                raise hub.trouble(error, self.dataset) from None
+        self._look_into(files)
+        self._files, self._tables, self._rows = files, True, ()
+
+    def _find_others(self, dataset: Any, files: list[str]) -> None:
+        columns = dataset.column_names or list(next(dataset.iter(batch_size=1), {}))
+        if missing := [column for column in self.columns if column not in columns]:
+            raise SourceUnavailable(f"{self.dataset} has {NoColumn(missing[0], columns).text}: {self.column_hint}")
+        self._files, self._tables, self._rows = files, False, dataset.select_columns(self.columns)
+
+    def _look_into(self, files: list[str]) -> None:
+        """Raises SourceUnavailable unless one of the first files has the columns.
+
+        It is fetched for that: the Hub answering for a repository does not yet mean that its storage does.
+        """
+        problem = ""
+        for file in files[:CHECKED_AT_OPEN]:
+            try:
+                next(self._read_table(file, 0, check_only=True), None)
+                return
+            except NoColumn as error:
+                problem = f"{self.dataset} has {error.text}: {self.column_hint}"
+            except Damaged as error:
+                problem = problem or f"{self.dataset} holds {error.kind} files: {file.rsplit('/', 1)[-1]}"
+            except Exception as error:
+                raise hub.trouble(error, self.dataset) from None
+        raise SourceUnavailable(problem)
 
     def _where(self) -> dict[str, Any]:
         """What `datasets` is asked for. Raises SourceUnavailable for a local path that is not there."""
@@ -220,35 +271,31 @@ class HfSource(ShardSource):
             raise SourceUnavailable(f"{path} is of no readable kind ({known})")
         return {"path": kind, "data_files": {self._settings.split: str(path)}}
 
-    def _check_columns(self, there: list[str]) -> None:
-        if missing := [column for column in self.columns if column not in there]:
-            raise SourceUnavailable(
-                f'{self.dataset} has no column "{missing[0]}"; its columns are {", ".join(there)}: {self.column_hint}'
-            )
-
-    def _touch(self, file: str) -> None:
-        """The last bytes of one file: the Hub answering for a repository does not yet mean that its storage does."""
+    def _read_table(self, file: str, row: int, check_only: bool = False) -> tables.Rows:
+        kind = tables.kind_of(file)
+        if kind == tables.PARQUET:
+            yield from tables.parquet_rows(lambda: hub.open_file(file), self.columns, row, check_only)
+            return
         with hub.open_file(file) as data:
-            data.seek(-4, os.SEEK_END)
-            data.read(4)
+            yield from tables.read_rows(kind, as_utf8(unpacked(data, compression(file))), self.columns, row)
 
-    def _read_parquet(self, file: str, row: int) -> Iterator[tuple]:
-        parquet = need("pyarrow.parquet", "pyarrow")
-        with hub.open_file(file) as data:
-            table = parquet.ParquetFile(data, pre_buffer=True)
-            counts = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
-            first = 0
-            while first < len(counts) and row >= counts[first]:
-                row -= counts[first]
-                first += 1
-            for group in range(first, len(counts)):
-                for batch in table.iter_batches(batch_size=256, row_groups=[group], columns=self.columns):
-                    skipped, row = min(row, batch.num_rows), max(0, row - batch.num_rows)
-                    yield from zip(*(batch.column(c).to_pylist()[skipped:] for c in self.columns))
-
-    def _read_any(self, shard: int, row: int) -> Iterator[tuple]:
+    def _read_any(self, shard: int, row: int) -> tables.Rows:
+        begin = row
         dataset = self._rows.shard(num_shards=self._rows.num_shards, index=shard)
         for batch in dataset.iter(batch_size=256):  # unlike iter(dataset), never divided among torch's workers
             columns = [batch[column] for column in self.columns]
             skipped, row = min(row, len(columns[0])), max(0, row - len(columns[0]))
-            yield from zip(*(column[skipped:] for column in columns))
+            for values in zip(*(column[skipped:] for column in columns)):
+                yield begin, values
+                begin += 1
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+
+
+def _blank_or(value: Any, column: str) -> Any:
+    """A value as a format takes it: what is null is blank. Raises SkipRow for what is neither text nor a number."""
+    if value is None or value != value or (isinstance(value, str) and not value.strip()):
+        return ""
+    return value if _is_number(value) else text_of(value, column)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from core.data.documents import Cursor, Document
+from core.data.sources.skips import Skips
 from core.errors import SourceUnavailable
 from core.randomness import derive_seed
 
@@ -18,20 +19,22 @@ class ShardSource:
     """Base of the sources. A subclass gives `shards`, `read` and `recover`, and says what of it is worth caching."""
 
     finite = True
+    column_hint = ""  # what to do where a column is not there
     window = 1024
     """Positions inside which the documents of a shard are shuffled: a few megabytes of text."""
 
     def __init__(self, name: str, seed: int):
         self.name, self.seed = name, seed
+        self.skips = Skips(self.column_hint)
 
     @property
     def notes(self) -> list[str]:
-        """What a person should know of what was read so far."""
-        return []
+        """What was passed over so far. Grows while reading: not every file is looked into at opening."""
+        return self.skips.notes
 
     def skipped(self) -> list[tuple[str, str]]:
-        """(file, why) of everything that was left out so far."""
-        return []
+        """(file or row, why) of everything that was left out so far."""
+        return self.skips.told()
 
     def open(self) -> None:
         """Make sure that documents can be read, within seconds. Raises SourceUnavailable."""

@@ -1,51 +1,54 @@
-"""Local text: plain files and rows of JSON or Parquet, and the standard library of the running Python.
+"""Local text: plain files, web pages and rows of tables, and the standard library of the running Python.
 
-In:    files, folders or globs
-Out:   plain files cut at paragraph, sentence or line ends; a row of .jsonl(.gz, .zst) or .parquet is one document
+In:    files, folders or patterns
+Out:   plain files and web pages cut at paragraph, sentence or line ends; a row of a table is one document
 State: none of its own (files.py)
 """
 
 import glob
-import gzip
-import io
-import json
 import os
 import re
 import sysconfig
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from core.data.documents import Document, split_text
-from core.data.sources.files import Damaged, FileSource, Unit, split_into_units
+from core.data.documents import Document, SkipRow, split_text
+from core.data.sources import decode, tables
+from core.data.sources.decode import blocks, compression, decoded, is_mostly_damage
+from core.data.sources.files import SEGMENT_BYTES, FileSource, Unit, label_of, split_into_units
+from core.data.sources.finding import Found, find
+from core.data.sources.skips import CutShort, Damaged
+from core.data.sources.tables import JSON_LINES, PARQUET, TABLES
+from core.data.sources.webpage import page_text
 from core.errors import SourceUnavailable
-from core.packages import need
 from core.settings import Settings
 
 PLAIN = (".txt", ".md", ".py")
-JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
-PARQUET = (".parquet",)
-SEEKABLE = (*PLAIN, ".jsonl")  # can be read from any line on
-COMPRESSED = (".jsonl.gz", ".jsonl.zst")  # to get to a line, all before it have to be read
-READABLE = (*PLAIN, *JSON_LINES, *PARQUET)
+PAGES = (".html", ".htm", ".xhtml")
+READABLE = (*PLAIN, *PAGES, *TABLES)
+SEEKABLE = (*PLAIN, *JSON_LINES)  # can be read from any line on, unless compressed
+
+READER = 2
+"""Changes when the same file would give other documents: tokens that were cached before are made again."""
 
 LOW, HIGH = 8000, 16000
 """Characters of a document cut from a plain file: a few rows of a long context."""
 
 CHECKED_AT_OPEN = 500
-"""Files whose columns are looked at before training starts; the others are when their turn comes."""
+"""Files that are looked into before training starts; the others are when their turn comes."""
 
 
 class TextSettings(Settings):
     type: Literal["text"] = "text"
     """Local text files."""
     path: str | Annotated[list[str], Field(min_length=1)]
-    """Files, folders or globs, relative to the project: .txt .md .py .jsonl .jsonl.gz .jsonl.zst .parquet."""
+    """Files, folders or patterns, relative to the project: .txt .md .py .html .jsonl .json .csv .tsv .parquet, and .gz .bz2 .xz
+    .zst of any but the last."""
     text_field: str = "text"
-    """The column that holds the text (.jsonl, .parquet)."""
+    """The column that holds the text, in tables (.jsonl, .json, .csv, .tsv, .parquet)."""
     name: str = ""
     """Name in logs and weights; left out, the file's or the folder's."""
 
@@ -67,13 +70,31 @@ class PythonStdlibSettings(Settings):
 
 
 class PlainSource(FileSource):
-    """Plain files, cut into documents."""
+    """Plain files and web pages, cut into documents. A position is a piece."""
 
     def read(self, unit: Unit, start: int) -> Iterator[tuple[int, Document]]:
-        text = unit.read_bytes().decode("utf-8-sig", errors="replace").replace("\r\n", "\n")
-        for index, piece in enumerate(split_text(text, LOW, HIGH)):
-            if index >= start and piece.strip():
-                yield index + 1, Document(piece, f"{unit.key}#{index}")
+        index = 0
+        for text in self._texts(unit):
+            for piece in split_text(text, LOW, HIGH):
+                if index >= start and piece.strip():
+                    yield index + 1, Document(piece, f"{unit.key}#{index}")
+                index += 1
+
+    def _texts(self, unit: Unit) -> Iterator[str]:
+        """The text, in blocks where it is long. Raises Damaged where it is none."""
+        page = _kind(unit.path) in PAGES
+        for number, block in enumerate(blocks(unit.pieces(rows=False), 2 * SEGMENT_BYTES)):
+            if page and number:
+                raise CutShort(f"the first {2 * SEGMENT_BYTES >> 20} MB")
+            found = page_text(block) if page else decoded(block)
+            if is_mostly_damage(block, found):
+                raise CutShort() if number else no_text()
+            self.skips.text(unit.label, f"{unit.key}#{number}", found.replaced, found.other)
+            yield found.text.replace("\r\n", "\n")
+
+
+def no_text() -> Damaged:
+    return Damaged("textless (binary, or of an unknown encoding)")
 
 
 class TextSource(PlainSource):
@@ -88,141 +109,101 @@ class TextSource(PlainSource):
         self.columns, self._root = settings.columns, root
 
     def list_units(self) -> list[Unit]:
-        found: dict[Path, str] = {}
+        found: dict[str, Path] = {}
         for pattern in self._patterns:
-            found |= dict.fromkeys(self._matches(pattern), "")
-        labels = {_label(path, self._root): path for path in found}
+            found = self._matches(pattern) | found
+        labels = {label_of(path, self._root): path for path in found.values()}
         units: list[Unit] = []
         for label in sorted(labels):
             path = labels[label]
             try:
-                units += split_into_units(path, label) if _suffix(path) in SEEKABLE else [Unit(path, label)]
+                seekable = _kind(path) in SEEKABLE and not compression(path.name)
+                units += split_into_units(path, label) if seekable else [Unit(path, label)]
             except OSError:
                 units.append(Unit(path, label))  # reading it will fail too, and be noted there
         return units
 
     def open(self) -> None:
         super().open()
-        firsts = [unit for unit in self._units or [] if unit.begin == 0 and _suffix(unit.path) not in PLAIN]
-        for unit in firsts[:CHECKED_AT_OPEN]:
+        for unit in [unit for unit in self._units or [] if unit.begin == 0][:CHECKED_AT_OPEN]:
             try:
-                if _suffix(unit.path) in PARQUET:
-                    self._parquet(unit).close()
-                else:
-                    self._row(unit, 0, next(_lines(unit), b""))
-            except OSError:
-                self.skip(unit, "unreadable")
-            except Damaged as error:
-                self.skip(unit, error.kind)
+                self._look_into(unit)
+            except Exception as error:  # its turn would tell the same
+                self.recover(unit, error, 1)
 
     def read(self, unit: Unit, start: int) -> Iterator[tuple[int, Document]]:
-        suffix = _suffix(unit.path)
-        if suffix in PLAIN:
+        if _kind(unit.path) not in TABLES:
             return super().read(unit, start)
-        return self._read_parquet(unit, start) if suffix in PARQUET else self._read_lines(unit, start)
+        return self.skips.documents(unit.key, self._rows(unit, start), self.document)
 
-    def document(self, values: tuple, key: str) -> Document | None:
-        """One row, its values in the order of `columns`; None when it is not readable."""
-        return Document(values[0], key) if isinstance(values[0], str) else None
+    def document(self, values: tuple, key: str) -> Document:
+        """One row, its values in the order of `columns`. Raises SkipRow when it holds no text."""
+        return Document(text_of(values[0], self.columns[0]), key)
 
     def address(self, unit: Unit) -> str | None:
-        if _suffix(unit.path) not in COMPRESSED:
+        """Of what cannot be read from any place on."""
+        if not compression(unit.path.name) and (_kind(unit.path) not in TABLES or _kind(unit.path) in (*SEEKABLE, PARQUET)):
             return None
         try:
             stat = unit.path.stat()
         except OSError:
             return None
-        return "\n".join([type(self).__name__, *self.columns, str(unit.path), str(stat.st_size), str(stat.st_mtime_ns)])
+        facts = [type(self).__name__, str(READER), *self.columns, str(unit.path), str(stat.st_size), str(stat.st_mtime_ns)]
+        return "\n".join(facts)
 
-    def _matches(self, pattern: str) -> list[Path]:
-        """The files a path, folder or glob stands for. Raises SourceUnavailable."""
-        path = self._root / Path(pattern).expanduser()
-        known = " ".join(self.readable)
+    def nothing(self, order: list[Unit]) -> str:
+        if not self.skips.lacking:
+            return super().nothing(order)
+        others = [note for note in self.notes if note != self.skips.lacking] if len(order) > 1 else []
+        return "; ".join([self.skips.lacking, *others])
 
-        def fits(path: Path) -> bool:
-            return _suffix(path) in self.readable and path.is_file()
+    def _matches(self, pattern: str) -> dict[str, Path]:
+        """The files a path, folder or pattern stands for, by their real places. Raises SourceUnavailable."""
+        found = Found()
+        path, what = find(pattern, self._root, lambda path: _kind(path) in self.readable, found)
+        if what != "a file":
+            self.note_found(found, self._root, 'convert them to text; PDFs are read by a source of type "pdf"')
+        if not found.paths:
+            known = f"({' '.join(self.readable)}, and {' '.join(decode.COMPRESSIONS)} of them)"
+            problem = {
+                "a folder": f"the folder {path} holds no readable file {known}",
+                "a file": f"{path} is of no readable kind {known}",
+                "a pattern": f"no readable file matches {path} {known}",
+            }.get(what, f"{path} does not exist")
+            told = "".join(f"; {note}" for note in self.notes)
+            raise SourceUnavailable(f'{problem}; correct the "path" of this source{told}')
+        return found.paths
 
-        if path.is_dir():
-            files = [p for p in path.rglob("*") if fits(p) and not _hidden(p.relative_to(path))]
-            problem = f"the folder {path} holds no readable file ({known})"
-        elif path.is_file():
-            files, problem = [path] if fits(path) else [], f"{path} is of no readable kind ({known})"
-        elif glob.has_magic(pattern):
-            files = [p for p in map(Path, glob.glob(str(path), recursive=True)) if fits(p)]
-            problem = f"no readable file matches {path} ({known})"
-        else:
-            files, problem = [], f"{path} does not exist"
-        if not files:
-            raise SourceUnavailable(f'{problem}; correct the "path" of this source')
-        return files
+    def _rows(self, unit: Unit, start: int, check_only: bool = False) -> tables.Rows:
+        kind = _kind(unit.path)
+        if kind == PARQUET:
+            return tables.parquet_rows(lambda: unit.path.open("rb"), self.columns, start, check_only)
+        tell = lambda line: self.skips.text(unit.label, unit.key, 0, line.other)  # noqa: E731
+        return tables.read_rows(kind, unit.pieces(rows=True), self.columns, start, unit.begin == 0, tell)
 
-    def _read_lines(self, unit: Unit, start: int) -> Iterator[tuple[int, Document]]:
-        bad = 0
-        for index, line in enumerate(_lines(unit)):
-            if index < start or not line.strip():
-                continue
-            values = self._row(unit, index, line)
-            document = None if values is None else self.document(values, f"{unit.key}#{index}")
-            bad += document is None
-            if document is not None and document.text.strip():
-                yield index + 1, document
-        self.skip_rows(unit, bad)
+    def _look_into(self, unit: Unit) -> None:
+        """Raises what reading the file would, where its beginning tells."""
+        if _kind(unit.path) in TABLES:
+            next(self._rows(unit, 0, check_only=True), None)
+        elif is_mostly_damage(data := next(unit.pieces(rows=False), b""), decoded(data)):
+            raise no_text()
 
-    def _row(self, unit: Unit, index: int, line: bytes) -> tuple | None:
-        """The columns of a line of JSON; None where it has none. A first line that lacks one is the preset's mistake."""
+
+def text_of(value: Any, column: str) -> str:
+    """The text in a cell. Raises SkipRow where there is none."""
+    if isinstance(value, bytes):
         try:
-            row = json.loads(line.decode("utf-8-sig"))
-        except (ValueError, RecursionError):  # no UTF-8, no JSON, a number or a nesting beyond what Python reads
-            return None
-        if not isinstance(row, dict):
-            return None
-        if index == 0 and unit.begin == 0:
-            self._check_columns(unit, list(row))
-        return tuple(row.get(column) for column in self.columns)
-
-    def _parquet(self, unit: Unit) -> Any:
-        """The open Parquet file, its columns checked."""
-        pyarrow, parquet = need("pyarrow", "pyarrow"), need("pyarrow.parquet", "pyarrow")
-        try:
-            file = parquet.ParquetFile(unit.path)
-        except pyarrow.ArrowInvalid:
-            raise Damaged("damaged") from None
-        try:
-            self._check_columns(unit, file.schema_arrow.names)
-        except SourceUnavailable:
-            file.close()
-            raise
-        return file
-
-    def _read_parquet(self, unit: Unit, start: int) -> Iterator[tuple[int, Document]]:
-        index, bad = 0, 0
-        with self._parquet(unit) as file:
-            for group in range(file.num_row_groups):
-                rows = file.metadata.row_group(group).num_rows
-                if index + rows <= start:  # a resume reads no row group that it has behind it
-                    index += rows
-                    continue
-                for values in self._rows(file, group):
-                    index += 1
-                    if index > start:
-                        document = self.document(values, f"{unit.key}#{index - 1}")
-                        bad += document is None
-                        if document is not None and document.text.strip():
-                            yield index, document
-        self.skip_rows(unit, bad)
-
-    def _rows(self, file: Any, group: int) -> Iterator[tuple]:
-        pyarrow = need("pyarrow", "pyarrow")
-        try:
-            for batch in file.iter_batches(batch_size=256, row_groups=[group], columns=self.columns):
-                yield from zip(*(batch.column(column).to_pylist() for column in self.columns))
-        except pyarrow.ArrowInvalid:
-            raise Damaged("damaged") from None
-
-    def _check_columns(self, unit: Unit, there: list[str]) -> None:
-        if missing := [column for column in self.columns if column not in there]:
-            known = ", ".join(there) or "none"
-            raise SourceUnavailable(f'{unit.label} has no column "{missing[0]}"; its columns are {known}: {self.column_hint}')
+            value = value.decode()
+        except UnicodeDecodeError:
+            raise SkipRow("not UTF-8") from None
+    if not isinstance(value, str):
+        kind = {dict: "an object", list: "a list", bool: "true or false"}.get(type(value), "a number, a date or the like")
+        raise SkipRow(f'"{column}" is {"missing or null" if value is None else f"{kind}, no text"}')
+    if not value.strip():
+        raise SkipRow(f'"{column}" is blank')
+    if len(value) > decode.RECORD_BYTES:
+        raise tables.too_long()
+    return value
 
 
 class PythonStdlibSource(PlainSource):
@@ -253,7 +234,8 @@ class PythonStdlibSource(PlainSource):
 def named_by(data: Any, name: Callable[[dict], str]) -> Any:
     """`data` with the name filled in where the preset leaves it out; wrong types are left for pydantic to report."""
     if isinstance(data, dict) and not data.get("name"):
-        return {**data, "name": re.sub(r"[^A-Za-z0-9._-]+", "_", name(data)).strip("_") or data.get("type", "source")}
+        plain = re.sub(r"[^A-Za-z0-9._-]+", "_", name(data)).strip("_")
+        return {**data, "name": plain or re.sub(r"[^\w.-]+", "_", name(data)).strip("_") or data.get("type", "source")}
     return data
 
 
@@ -263,36 +245,12 @@ def path_name(path: Any) -> str:
         return "text"
     plain = [part for part in Path(first).parts if not glob.has_magic(part) and part not in ("/", ".", "..")]
     name = plain[-1] if plain else "text"
-    return name.removesuffix(_suffix(Path(name)))
+    plain = name.removesuffix(compression(name))
+    return plain.removesuffix(_kind(Path(plain)))
 
 
-def _suffix(path: Path) -> str:
-    return next((s for s in sorted(READABLE, key=len, reverse=True) if path.name.lower().endswith(s)), "")
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
-
-
-def _label(path: Path, root: Path) -> str:
-    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
-
-
-def _lines(unit: Unit) -> Iterator[bytes]:
-    """The lines of a JSON file, compressed or not. Raises Damaged where a compressed file breaks off."""
-    suffix = _suffix(unit.path)
-    if suffix == ".jsonl":
-        yield from io.BytesIO(unit.read_bytes())
-    elif suffix == ".jsonl.gz":
-        try:
-            with gzip.open(unit.path, "rb") as lines:
-                yield from lines
-        except (EOFError, zlib.error, gzip.BadGzipFile):
-            raise Damaged("damaged") from None
-    else:
-        zstandard = need("zstandard", "zstandard")
-        try:
-            with unit.path.open("rb") as raw:
-                yield from io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
-        except zstandard.ZstdError:
-            raise Damaged("damaged") from None
+def _kind(path: Path) -> str:
+    """The suffix that says how a file is read, in small letters and without that of a compression; "" where it is not."""
+    name = path.name.lower()
+    plain = name.removesuffix(compression(name))
+    return tables.kind_of(name) or next((kind for kind in (*PLAIN, *PAGES) if plain.endswith(kind)), "")

@@ -8,7 +8,7 @@ State: none
 from pathlib import Path
 
 from core.comparison.results import Comparison
-from core.ui.page import replace_file
+from core.files import write_file
 
 
 def write_report(comparison: Comparison, folder: Path) -> None:
@@ -17,7 +17,6 @@ def write_report(comparison: Comparison, folder: Path) -> None:
     from core.ui.comparison.markdown import markdown_report
     from core.ui.comparison.numbers import json_report
 
-    folder.mkdir(parents=True, exist_ok=True)
-    replace_file(folder / "metrics.json", json_report(comparison))
-    replace_file(folder / "report.md", markdown_report(comparison))
-    replace_file(folder / "report.html", html_report(comparison))
+    write_file(folder / "metrics.json", json_report(comparison))
+    write_file(folder / "report.md", markdown_report(comparison))
+    write_file(folder / "report.html", html_report(comparison))

@@ -8,8 +8,8 @@ State: none
 import json
 from pathlib import Path
 
+from core.files import write_file
 from core.interpretation.results import Interpretation, numbers
-from core.ui.page import replace_file
 
 
 def write_interpretation(found: Interpretation, folder: Path) -> None:
@@ -17,10 +17,9 @@ def write_interpretation(found: Interpretation, folder: Path) -> None:
     from core.ui.interpretation.figures import pictures
     from core.ui.interpretation.html import html_page
 
-    folder.mkdir(parents=True, exist_ok=True)
     drawn = pictures(found)
     for name, picture in drawn.items():
-        replace_file(folder / name, picture)
+        write_file(folder / name, picture)
     for name, values in (("entropy_stats.json", found.static.stats()), ("interpret.json", numbers(found))):
-        replace_file(folder / name, json.dumps(values, indent=1, allow_nan=False) + "\n")
-    replace_file(folder / "index.html", html_page(found, drawn))
+        write_file(folder / name, json.dumps(values, indent=1, allow_nan=False) + "\n")
+    write_file(folder / "index.html", html_page(found, drawn))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from core.data.sources.pdf.messages import GOOD, LASTING
+from core.files import check_regular, open_lock, sweep, write_file
 
 try:
     import fcntl
@@ -30,6 +31,7 @@ EXTRACTOR_VERSION = 1
 """To be raised with every change of what is made of a PDF."""
 
 _POLL = 0.05
+_ABANDONED = 3600.0  # seconds after which nobody is still writing a file
 
 
 class Outcome(NamedTuple):
@@ -72,10 +74,12 @@ class PdfCache:
 
     def __init__(self, root: Path):
         self._folder = root / CACHE
+        sweep(self._folder, unused_seconds=_ABANDONED)
 
     def get(self, digest: str) -> Outcome | None:
         try:
-            found = json.loads(gzip.decompress(self._path(digest).read_bytes()))
+            check_regular(path := self._path(digest))
+            found = json.loads(gzip.decompress(path.read_bytes()))
             outcome = Outcome(found["kind"], found["text"])
         except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError):  # absent, or cut off, or not ours
             return None
@@ -86,15 +90,9 @@ class PdfCache:
         if outcome.kind not in LASTING:
             return
         path = self._path(digest)
-        aside = path.with_name(f"{path.name}.{os.getpid()}-{time.monotonic_ns()}")
         data = gzip.compress(json.dumps(outcome._asdict()).encode(), compresslevel=3, mtime=0)
         with suppress(OSError):
-            try:
-                self._folder.mkdir(parents=True, exist_ok=True)
-                aside.write_bytes(data)
-                os.replace(aside, path)
-            except OSError:
-                aside.unlink(missing_ok=True)
+            write_file(path, data)
 
     @contextmanager
     def lock(self, digest: str, seconds: float) -> Iterator["Lock"]:
@@ -121,8 +119,7 @@ class PdfCache:
 
     def _lock_file(self, digest: str) -> int | None:
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            return os.open(self._lock_path(digest), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            return open_lock(self._lock_path(digest))
         except OSError:
             return None
 

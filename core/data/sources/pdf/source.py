@@ -18,7 +18,8 @@ from typing import Literal
 from pydantic import Field
 
 from core.data.documents import Document, split_text
-from core.data.sources.files import Damaged, FileSource, Unit
+from core.data.sources.files import Damaged, FileSource, Unit, label_of
+from core.data.sources.finding import Found, walk
 from core.data.sources.pdf.cache import Outcome, PdfCache
 from core.data.sources.pdf.messages import CRASH, GOOD, LARGE, PASSING, SLOW
 from core.data.sources.pdf.pool import Limits, Pool
@@ -42,11 +43,11 @@ PEEK_SECONDS = (0.5, 4.0)
 class PdfSettings(Settings):
     type: Literal["pdf"] = "pdf"
     """PDF files of a folder."""
-    path: str = "./pdfs"
+    path: str = Field("./pdfs", min_length=1)
     """The folder, relative to the project; looked through to any depth."""
-    name: str = "pdf"
+    name: str = Field("pdf", min_length=1)
     """Name in logs and weights."""
-    file_seconds: float = Field(default=60.0, gt=0)
+    file_seconds: float = Field(default=60.0, gt=0, le=86_400.0)
     """Longest time that reading one file may take; one that takes longer is skipped."""
 
 
@@ -71,11 +72,14 @@ class PdfSource(FileSource):
     def list_units(self) -> list[Unit]:
         if self._folder.is_file():
             return [Unit(self._folder, self._folder.name)]
-        paths = [p for p in self._folder.rglob("*") if p.suffix.lower() == ".pdf" and p.is_file()]
-        if not paths:
+        found = Found()
+        for path in walk(self._folder, found):
+            found.add(path, lambda path: path.suffix.lower() == ".pdf")
+        self.note_found(found, self._folder, 'a source of type "text" reads text, web pages and tables')
+        if not found.paths:
             state = "holds no PDF" if self._folder.is_dir() else "does not exist"
             raise SourceUnavailable(f"the folder {self._folder} {state}; put PDF files there")
-        units = [Unit(path, path.relative_to(self._folder).as_posix()) for path in paths]
+        units = [Unit(path, label_of(path, self._folder)) for path in found.paths.values()]
         return sorted(units, key=lambda unit: unit.label)
 
     def order(self, epoch: int) -> list[Unit]:

@@ -1,0 +1,241 @@
+"""From the bytes of a file to lines and text: compression, encodings, and bounds on what is held at once.
+
+    file ──► unpacked (.gz .bz2 .xz .zst) ──► as_utf8 (UTF-16 and UTF-32, by their mark) ──► lines, or blocks ──► decoded
+
+In:    an open file, or pieces of one
+Out:   iterators of bytes; text, and how much of it is replacement characters
+State: none
+"""
+
+import bz2
+import codecs
+import lzma
+import zlib
+from collections.abc import Callable, Iterator
+from itertools import chain
+from typing import Any, BinaryIO, NamedTuple
+
+from core.data.sources.skips import CutShort, Damaged
+from core.packages import need
+
+PIECE = 1 << 18
+"""Bytes read at once."""
+PACKED_PIECE = 1 << 11
+"""Bytes that are unpacked at once: of zstd, they may become 30,000 times as many."""
+UNPACKED_PIECE = 1 << 14
+"""What was unpacked last before damage may be lost: so many bytes at most, or a block of bzip2 or zstd."""
+RECORD_BYTES = 32 << 20
+"""A row or line longer than this is passed over: while it is read and tokenized it takes ten times as much memory."""
+
+BOMS = (
+    (codecs.BOM_UTF32_LE, "utf-32-le"),  # begins like that of UTF-16
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+    (codecs.BOM_UTF8, ""),
+)
+CONTROLS = bytes(set(range(32)) - set(b"\t\n\v\f\r\x1b"))
+MOST_DAMAGE = 0.1
+"""Share of characters that may be control or replacement characters; what has more is no text."""
+MOST_ACCENTS = 0.3
+"""Share of a text's bytes beyond ASCII up to which it may be Windows-1252: a language of Western Europe."""
+
+
+class Decoded(NamedTuple):
+    """A text, and how it was found."""
+
+    text: str
+    replaced: int = 0  # replacement characters, which stand for bytes that are no text
+    other: bool = False  # whether it was Windows-1252
+
+
+# compression ---------------------------------------------------------------------------------------------------------
+
+
+class _Gzip:
+    """zlib's reader of one member, with the interface of those of bz2 and lzma."""
+
+    def __init__(self) -> None:
+        self._reader = zlib.decompressobj(31)
+
+    def decompress(self, data: bytes, most: int) -> bytes:
+        return self._reader.decompress(self._reader.unconsumed_tail + data, most)
+
+    @property
+    def needs_input(self) -> bool:
+        return not self._reader.unconsumed_tail
+
+    @property
+    def eof(self) -> bool:
+        return self._reader.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._reader.unused_data
+
+
+class _Zstd:
+    """The same for one frame of zstd; windows may be as long as `--long=31` makes them."""
+
+    needs_input = True
+
+    def __init__(self) -> None:
+        self._reader = need("zstandard", "zstandard").ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+
+    def decompress(self, data: bytes, most: int) -> bytes:
+        return self._reader.decompress(data)
+
+    @property
+    def eof(self) -> bool:
+        return self._reader.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._reader.unused_data
+
+
+READERS: dict[str, Callable[[], Any]] = {
+    ".gz": _Gzip,
+    ".bz2": bz2.BZ2Decompressor,
+    ".xz": lzma.LZMADecompressor,
+    ".zst": _Zstd,
+}
+COMPRESSIONS = tuple(READERS)
+
+
+def compression(name: str) -> str:
+    """The suffix of a compressed file; "" of any other."""
+    return next((suffix for suffix in COMPRESSIONS if name.lower().endswith(suffix)), "")
+
+
+def unpacked(file: BinaryIO, suffix: str) -> Iterator[bytes]:
+    """What a file holds, all members or frames of it. Raises CutShort or Damaged, once all that is whole has been given."""
+    if not suffix:
+        while data := file.read(PIECE):
+            yield data
+        return
+    any_given = False
+    data = file.read(PACKED_PIECE)
+    while data:
+        reader, ended = READERS[suffix](), False
+        while not reader.eof:
+            try:
+                found = reader.decompress(data, UNPACKED_PIECE)
+            except Exception:  # each library has an error of its own
+                raise (CutShort() if any_given else Damaged("damaged")) from None
+            if found:
+                any_given = True
+                yield found
+            elif ended and not reader.eof:  # the file is over, the member is not
+                raise CutShort() if any_given else Damaged("damaged")
+            data = b""
+            if reader.needs_input and not reader.eof:
+                data = file.read(PACKED_PIECE)
+                ended = not data
+        data = reader.unused_data
+        while not data.strip(b"\0") and (more := file.read(PACKED_PIECE)):  # padding between members, or after them
+            data = more
+        data = data.lstrip(b"\0")
+
+
+# encodings -----------------------------------------------------------------------------------------------------------
+
+
+def wide_encoding(head: bytes) -> str:
+    """UTF-16 or UTF-32, by the mark that a file begins with; "" of any other."""
+    return next((name for mark, name in BOMS if head.startswith(mark)), "")
+
+
+def as_utf8(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """The same text in UTF-8 and without a byte-order mark, where one says what it is; anything else as it is."""
+    head = b""
+    for piece in pieces:
+        head += piece
+        if len(head) >= 4:
+            break
+    mark, name = next(((mark, name) for mark, name in BOMS if head.startswith(mark)), (b"", ""))
+    rest = chain([head[len(mark) :]], pieces)
+    if not name:
+        yield from rest
+        return
+    decoder = codecs.getincrementaldecoder(name)("replace")
+    for piece in rest:
+        yield decoder.decode(piece).encode()
+    yield decoder.decode(b"", True).encode()
+
+
+def decoded(data: bytes) -> Decoded:
+    """UTF-8; or Windows-1252 (and so Latin-1), if it looks like that; or UTF-8 with replacement characters."""
+    try:
+        return Decoded(text := data.decode(), text.count("\ufffd"))
+    except UnicodeDecodeError:
+        text = data.decode(errors="replace")
+    replaced = text.count("\ufffd")
+    beyond_ascii = len(text) - len(text.encode("ascii", "ignore"))
+    accents = len(data) - len(data.decode("ascii", "ignore"))
+    if beyond_ascii - replaced < replaced and accents <= MOST_ACCENTS * len(data) + 4 and not controls(data):
+        try:
+            return Decoded(data.decode("cp1252"), 0, True)
+        except UnicodeDecodeError:  # five of its bytes mean nothing
+            pass
+    return Decoded(text, replaced)
+
+
+def controls(data: bytes) -> int:
+    """Control characters, NUL among them, in bytes of UTF-8."""
+    return len(data) - len(data.translate(None, CONTROLS))
+
+
+def is_mostly_damage(data: bytes, found: Decoded) -> bool:
+    """Whether it is no text: a picture or a program under another name, UTF-16 without a mark, another alphabet's encoding."""
+    return controls(data) + found.replaced > MOST_DAMAGE * len(found.text)
+
+
+# lines and blocks ----------------------------------------------------------------------------------------------------
+
+
+def lines(pieces: Iterator[bytes]) -> Iterator[bytes | None]:
+    """Each line, without its end; None stands for one that is longer than RECORD_BYTES, which is not kept."""
+    begun: list[bytes] = []
+    size = 0
+    for piece in pieces:
+        *ended, rest = piece.split(b"\n")
+        for part in ended:
+            size += len(part)
+            yield b"".join([*begun, part]) if size <= RECORD_BYTES else None
+            begun, size = [], 0
+        size += len(rest)
+        begun.append(rest)
+        if size > RECORD_BYTES:
+            begun.clear()
+    if size:
+        yield b"".join(begun) if size <= RECORD_BYTES else None
+
+
+def blocks(pieces: Iterator[bytes], size: int) -> Iterator[bytes]:
+    """The same bytes in blocks of at most `size`, each ending with a line, or, where that is too long, with a character.
+
+    What precedes damage is given before that is raised.
+    """
+    held, damage = bytearray(), None
+    try:
+        for piece in pieces:
+            held += piece
+            while len(held) > size:
+                cut = held.rfind(b"\n", 0, size) + 1 or first_of_character(held, size)
+                yield bytes(held[:cut])
+                del held[:cut]
+    except Damaged as error:
+        damage = error
+    if held:
+        yield bytes(held)
+    if damage is not None:
+        raise damage
+
+
+def first_of_character(data: bytes | bytearray, at: int) -> int:
+    """`at`, or, where that is inside a character of UTF-8, where that one begins."""
+    begin = at
+    while begin > max(0, at - 4) and begin < len(data) and data[begin] & 0xC0 == 0x80:
+        begin -= 1
+    return begin if begin < len(data) and data[begin] & 0xC0 != 0x80 else at

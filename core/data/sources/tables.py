@@ -1,0 +1,336 @@
+"""Rows of tables: JSON Lines, JSON, CSV and Parquet.
+
+In:    pieces of a file in UTF-8 (decode.py), or an open Parquet file; the columns that are asked for
+Out:   (index, values in the order of the columns), or (index, SkipRow) for a row that cannot be read
+State: none; an index is a line, or a row
+"""
+
+import codecs
+import csv
+import json
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, BinaryIO
+
+from core.data.documents import SkipRow
+from core.data.sources import decode
+from core.data.sources.decode import Decoded, compression, decoded, lines
+from core.data.sources.skips import CutShort, Damaged, NoColumn, Row
+from core.packages import need
+
+JSON_LINES = (".jsonl", ".ndjson")
+CSV = {".csv": ",;\t|", ".tsv": "\t"}
+KINDS = (*JSON_LINES, ".json", *CSV)
+PARQUET = ".parquet"
+TABLES = (*KINDS, PARQUET)
+
+HEAD = 1000
+"""Rows among which each column must be once: JSON leaves out what a row does not have."""
+LONGEST = 2 * decode.RECORD_BYTES
+"""Characters of JSON that are read to find where a value ends, outside of lines."""
+BATCH_ROWS, BATCH_BYTES = 256, 16 << 20
+"""Rows of Parquet that are taken at once: so many, or fewer where they are long."""
+
+Rows = Iterator[tuple[int, Row]]
+
+
+def kind_of(name: str) -> str:
+    """The suffix that says how a table is read, in small letters; "" where it is none."""
+    name = name.lower()
+    plain = name.removesuffix(compression(name))
+    return next((kind for kind in KINDS if plain.endswith(kind)), PARQUET if name.endswith(PARQUET) else "")
+
+
+def read_rows(
+    kind: str,
+    pieces: Iterator[bytes],
+    columns: list[str],
+    start: int,
+    whole: bool = True,
+    tell: Callable[[Decoded], None] = lambda line: None,
+) -> Rows:
+    """Rows from `start` on of any kind but Parquet. Raises Damaged, NoColumn among them.
+
+    whole  whether the pieces begin where the file does
+    tell   is called with each line of CSV
+    """
+    if kind in CSV:
+        return _csv(pieces, columns, start, CSV[kind], tell)
+    rows = _json(pieces, columns) if kind == ".json" else _json_lines(pieces, start)
+    return _columns_of(((i, row) for i, row in rows if i >= start), columns, whole and start == 0)
+
+
+def too_long() -> SkipRow:
+    return SkipRow(f"longer than {decode.RECORD_BYTES >> 20} MB")
+
+
+# JSON ----------------------------------------------------------------------------------------------------------------
+
+
+def _columns_of(rows: Iterator[tuple[int, Any]], columns: list[str], begins: bool) -> Rows:
+    """Values for objects. Raises NoColumn where, from the table's beginning on, a column is in none of the first rows."""
+    missing, seen, held = set(columns) if begins else set(), {}, []
+    for index, row in rows:
+        if isinstance(row, dict):
+            missing -= row.keys()
+            if missing:
+                seen |= dict.fromkeys(row)
+            held.append((index, tuple(row.get(column) for column in columns)))
+        else:
+            held.append((index, row if isinstance(row, SkipRow) else SkipRow("no object of JSON")))
+        if not missing or len(held) >= HEAD:
+            if missing and seen:
+                break
+            yield from held
+            missing, held = set(), []
+    if missing and seen:
+        raise NoColumn(next(column for column in columns if column in missing), list(seen))
+    yield from held
+
+
+def _json_lines(pieces: Iterator[bytes], start: int) -> Iterator[tuple[int, Any]]:
+    for index, line in enumerate(lines(pieces)):
+        if index < start or (line is not None and not line.strip()):
+            continue
+        if line is None:
+            yield index, too_long()
+            continue
+        try:
+            yield index, json.loads(line.decode("utf-8-sig"))
+        except UnicodeDecodeError:
+            yield index, SkipRow("not UTF-8")
+        except (ValueError, RecursionError):  # no JSON, a number or a nesting beyond what Python reads
+            yield index, SkipRow("no JSON")
+
+
+class _TooLong(ValueError):
+    """A value of more than LONGEST characters."""
+
+
+class _Text:
+    """JSON that is read on as it is needed. Bytes that are no UTF-8 are lone surrogates in it."""
+
+    DECODER = json.JSONDecoder()
+
+    def __init__(self, pieces: Iterator[bytes]):
+        self._pieces, self._decode = pieces, codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
+        self._buffer, self._at, self._over = "", 0, False
+
+    def _read(self, characters: int) -> None:
+        """At least so many more, unless that is all."""
+        parts = [self._buffer[self._at :]]
+        while characters > 0 and not self._over:
+            piece = next(self._pieces, None)
+            self._over = piece is None
+            parts.append(self._decode(piece or b"", self._over))
+            characters -= len(parts[-1])
+        self._buffer, self._at = "".join(parts), 0
+
+    def peek(self) -> str:
+        """The next character that is no space; "" at the end."""
+        while True:
+            rest = len(self._buffer)
+            while self._at < rest and self._buffer[self._at].isspace():
+                self._at += 1
+            if self._at < rest or self._over:
+                return self._buffer[self._at : self._at + 1]
+            self._read(1)
+
+    def skip(self) -> None:
+        self._at += 1
+
+    def value(self) -> Any:
+        """The value that begins here; SkipRow where its bytes are no UTF-8. Raises ValueError or RecursionError, or _TooLong."""
+        while True:
+            try:
+                value, end = self.DECODER.raw_decode(self._buffer, self._at)
+                if self._over or end < len(self._buffer):  # a number may go on
+                    break
+            except json.JSONDecodeError as error:
+                may_go_on = error.pos + len("\\ud83d\\ude42") >= len(self._buffer) or error.msg.startswith("Unterminated")
+                if self._over or not may_go_on:
+                    raise
+            held = len(self._buffer) - self._at
+            if held > LONGEST:
+                raise _TooLong
+            self._read(held + decode.PIECE)
+        raw, self._at = self._buffer[self._at : end], end
+        if len(raw) > decode.RECORD_BYTES:
+            return too_long()
+        try:
+            raw.encode()
+        except UnicodeEncodeError:
+            return SkipRow("not UTF-8")
+        return value
+
+    def skip_line(self) -> None:
+        while (end := self._buffer.find("\n", self._at)) < 0 and not self._over:
+            self._at = len(self._buffer)
+            self._read(1)
+        self._at = end + 1 if end >= 0 else len(self._buffer)
+
+
+def _json(pieces: Iterator[bytes], columns: list[str]) -> Iterator[tuple[int, Any]]:
+    """Rows of a file of JSON: an array of them, one after another, one object that holds them, or one that is one."""
+    text, index = _Text(pieces), 0
+    while (first := text.peek()) != "":
+        if first == "[":
+            for row in _array(text, index > 0):
+                yield index, row
+                index += 1
+            continue
+        try:
+            row = text.value()
+        except _TooLong:
+            raise (CutShort(f"a row {too_long()}") if index else Damaged(f"too large ({too_long()} in one; split it)")) from None
+        except (ValueError, RecursionError):  # as a line of JSON Lines under another name
+            row = SkipRow("no JSON")
+            text.skip_line()
+        if index == 0 and isinstance(row, dict) and text.peek() == "":
+            yield from enumerate(_rows_inside(row, columns))
+            return
+        yield index, row
+        index += 1
+
+
+def _array(text: _Text, any_given: bool) -> Iterator[Any]:
+    """The elements of the array that begins here. Raises CutShort, or Damaged."""
+    text.skip()
+    try:
+        while text.peek() != "]":
+            yield text.value()
+            any_given = True
+            if text.peek() == ",":
+                text.skip()
+            elif text.peek() != "]":
+                raise ValueError
+        text.skip()
+    except _TooLong:
+        raise CutShort(f"a row {too_long()}") from None
+    except (ValueError, RecursionError):
+        raise (CutShort() if any_given else Damaged("damaged")) from None
+
+
+def _rows_inside(whole: dict, columns: list[str]) -> Iterable[Any]:
+    """The rows of one object: its columns, a list of rows under some key, or the object itself."""
+    values = [whole.get(column) for column in columns]
+    values = [list(value.values()) if isinstance(value, dict) else value for value in values]
+    if all(isinstance(value, list) and value and not isinstance(value[0], dict) for value in values):
+        return (dict(zip(columns, row)) for row in zip(*values))  # type: ignore[arg-type]
+    lists = [value for value in whole.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    if lists and not any(column in whole for column in columns):
+        return max(lists, key=len)
+    return [whole]
+
+
+# CSV -----------------------------------------------------------------------------------------------------------------
+
+
+def _csv(pieces: Iterator[bytes], columns: list[str], start: int, delimiters: str, tell: Callable[[Decoded], None]) -> Rows:
+    """Rows below the header. Windows-1252 is read too: many programs write it."""
+    odd: list[SkipRow] = []  # what is wrong with the lines of the row being read
+
+    def texts() -> Iterator[str]:
+        for line in lines(pieces):
+            found = decoded(line or b"")
+            if line is None:
+                odd.append(too_long())
+            elif found.replaced:
+                odd.append(SkipRow("not UTF-8"))
+            tell(found)
+            yield found.text + "\n"
+
+    csv.field_size_limit(decode.RECORD_BYTES)
+    rest = texts()
+    header = next((line for line in rest if line.strip()), "")
+    try:
+        tried = [next(csv.reader([header], delimiter=delimiter), []) for delimiter in delimiters]
+    except csv.Error:
+        raise Damaged("damaged") from None
+    names = next((names for names in tried if all(column in names for column in columns)), max(tried, key=len))
+    delimiter = delimiters[tried.index(names)]
+    check_columns(names, columns)
+    places = [names.index(column) for column in columns]
+    reader, index = csv.reader(rest, delimiter=delimiter), -1
+    while True:
+        odd.clear()
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error:
+            row = []
+            odd.append(SkipRow("no row of CSV"))
+        index += 1
+        if index >= start and (row or odd):
+            yield index, odd[0] if odd else tuple(row[place] if place < len(row) else None for place in places)
+
+
+def check_columns(there: list[str], columns: list[str]) -> None:
+    """Raises NoColumn, or Damaged for a column that is there twice."""
+    for column in columns:
+        if there.count(column) > 1:
+            raise Damaged(f'with the column "{column}" twice')
+        if column not in there:
+            raise NoColumn(column, there)
+
+
+# Parquet -------------------------------------------------------------------------------------------------------------
+
+
+def parquet_rows(open_file: Callable[[], BinaryIO], columns: list[str], start: int, check_only: bool = False) -> Rows:
+    """Rows of a Parquet file from `start` on; no row group behind it is read. Raises Damaged, or what reading raises."""
+    parquet = need("pyarrow.parquet", "pyarrow")
+    index = 0
+    with open_file() as handle:
+        try:
+            with parquet.ParquetFile(handle, pre_buffer=True, page_checksum_verification=True) as file:
+                check_columns(file.schema_arrow.names, columns)
+                for group in range(0 if check_only else file.num_row_groups):
+                    count = file.metadata.row_group(group).num_rows
+                    if index + count <= start:
+                        index += count
+                        continue
+                    for row in _group(file, group, columns):
+                        if index >= start:
+                            yield index, row
+                        index += 1
+        except Exception as error:
+            if not _is_damage(error):
+                raise
+            raise (CutShort() if index else Damaged("damaged")) from None
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether an error is about what the bytes say. Arrow calls much of that an OSError, without a number."""
+    arrow = need("pyarrow", "pyarrow").ArrowException
+    return isinstance(error, arrow | UnicodeDecodeError) or (type(error) is OSError and error.errno is None)
+
+
+def _group(file: Any, group: int, columns: list[str]) -> Iterator[Row]:
+    facts = file.metadata.row_group(group)
+    chunks = [facts.column(i) for i in range(facts.num_columns)]
+    size = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns)
+    rows = max(1, min(BATCH_ROWS, facts.num_rows * BATCH_BYTES // max(size, 1)))
+    for batch in file.iter_batches(batch_size=rows, row_groups=[group], columns=columns):
+        found = [_values(batch.column(column)) for column in columns]
+        for row in zip(*found):
+            yield next((value for value in row if isinstance(value, SkipRow)), row)
+
+
+def _values(column: Any) -> list[Any]:
+    """A column's values; SkipRow in place of those that are too long, or text that is no UTF-8."""
+    if column.nbytes <= decode.RECORD_BYTES:
+        try:
+            return column.to_pylist()
+        except UnicodeDecodeError:
+            pass
+    return [_value(column, i) for i in range(len(column))]
+
+
+def _value(column: Any, index: int) -> Any:
+    if column.slice(index, 1).nbytes > decode.RECORD_BYTES:
+        return too_long()
+    try:
+        return column[index].as_py()
+    except UnicodeDecodeError:
+        return SkipRow("not UTF-8")

@@ -1,0 +1,49 @@
+"""The one way to a terminal: what is written there can neither move the cursor, nor colour, reorder or hide anything.
+
+In:    texts of anybody: names, keys, data, errors of libraries
+Out:   lines on a stream
+State: none
+"""
+
+import re
+import sys
+import unicodedata
+from typing import TextIO
+
+# Colour and cursor sequences (CSI), window titles (OSC, up to bell or ST), and two-character escapes.
+ESCAPES = re.compile(r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b[\]PX^_].*?(?:\x07|\x1b\\|$)|\x1b[@-Z\\-_]?", re.DOTALL)
+
+
+def clean(text: object) -> str:
+    """Text that cannot move the cursor, colour or reorder the screen: one line, without control characters."""
+    text = str(text)
+    if text.isprintable():  # the usual case, and this is called for every name in every picture
+        return text
+    without = ESCAPES.sub("", text.replace("\r\n", "\n"))
+    kept = []
+    for character in without:
+        if character in "\n\t\r\v\f\x85\u2028\u2029":
+            kept.append(" ")
+        elif unicodedata.category(character) not in ("Cc", "Cf", "Cs"):
+            kept.append(character)
+    return "".join(kept)
+
+
+def clean_lines(text: str) -> str:
+    """As `clean`, but lines stay lines: for text that comes in pieces, of which an escape sequence may be in two."""
+    kept = [c for c in text.replace("\t", "    ") if c == "\n" or unicodedata.category(c) not in ("Cc", "Cf", "Cs")]
+    return "".join(kept)
+
+
+def write_line(stream: TextIO, line: str) -> None:
+    """At once, cleaned, and with a question mark for what the stream's encoding lacks. Lines in it stay lines."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    lines = "\n".join(clean(each) for each in str(line).split("\n"))
+    stream.write(lines.encode(encoding, "replace").decode(encoding) + "\n")
+    stream.flush()
+
+
+def tell(message: object) -> None:
+    """Something a person should know, beside what a job writes: on standard error, where there is one."""
+    if sys.stderr is not None and not sys.stderr.closed:
+        write_line(sys.stderr, str(message))

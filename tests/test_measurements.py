@@ -1,0 +1,59 @@
+"""Every number in README and guide that was measured has a command that measures it again, and an entry in docs/LOG.md."""
+
+import re
+
+from tests.documents import GUIDE, README, named, table
+from tests.project import ROOT
+
+LOG = (ROOT / "docs" / "LOG.md").read_text()
+ROWS = table((ROOT / "docs" / "measurements.md").read_text(), "What is said", "Command", "Entry of LOG.md")
+SAID = [" ".join(row[0].split()) for row in ROWS]
+UNIT = r"(?:x |times (?:as|the|a)\b|times here|nats\b|s[.,;]| s\b| %)"
+CLAIM = re.compile(rf"\d[\d.,]*(?: to \d[\d.,]*)? ?{UNIT}")
+
+
+def flat(text: str) -> str:
+    return " ".join(text.split())
+
+
+def paragraphs(text: str) -> list[str]:
+    """Paragraphs and items of lists, each in one line; without code and tables."""
+    text = re.sub(r"^ *```.*?^ *```$|^\|.*$", "", text, flags=re.MULTILINE | re.DOTALL)
+    return [flat(part) for part in re.split(r"\n\n+|\n(?=- )", text) if part.strip()]
+
+
+def test_every_sentence_stands_in_a_document() -> None:
+    both = flat(README) + flat(GUIDE)
+    gone = [said for said in SAID if said not in both]
+    assert len(SAID) > 20 and not gone, f"correct docs/measurements.md: no longer said: {gone}"
+
+
+def test_every_command_and_entry_is_there() -> None:
+    entries = {heading: body for heading, body in re.findall(r"^## (.*)\n((?:(?!## ).*\n)*)", LOG, re.MULTILINE)}
+    for said, commands, entry in ROWS:
+        assert entry in entries, f"{said}: LOG.md has no entry {entry}"
+        names = [name for name in named(commands) if name != "seconds_to_first_step"]
+        assert names, said
+        for name in names:
+            path = ROOT / (name if "/" in name else f"configs/{name}.json")
+            assert path.exists(), f"{said}: there is no {path}"
+
+
+def test_every_measured_number_of_the_readme_is_listed() -> None:
+    measured = README.split("## Measured")[1].split("\n## ")[0]
+    items = [item for item in paragraphs(measured) if item.startswith("- ")]
+    assert len(items) >= 8
+    for item in items:
+        covered = [said for said in SAID if said in item]
+        rest = item
+        for said in covered:
+            rest = rest.replace(said, "")
+        assert covered and not CLAIM.search(rest), f"not in docs/measurements.md: {CLAIM.findall(rest) or item}"
+
+
+def test_what_refers_to_the_log_is_listed() -> None:
+    """A sentence of README or guide that sends its reader to LOG.md claims a measurement."""
+    for text in (README.split("## Measured")[0], GUIDE):
+        for part in paragraphs(text):
+            if "LOG.md" in part and "has measurements" not in part:
+                assert any(said in part for said in SAID), f"not in docs/measurements.md: {part}"
