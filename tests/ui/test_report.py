@@ -76,10 +76,8 @@ def test_drawing_takes_no_more_memory_for_a_longer_log(tmp_path):
     peaks = []
     for count in (3000, 40_000):
         path = tmp_path / f"{count}.jsonl"
-        path.write_text(
         evaluation = '{"event": "eval", "step": 1, "tokens": 10, "number": %d}'
         path.write_text("".join(f"{step}\n{evaluation % i}\n" for i in range(1, count + 1)))
-        )
         tracemalloc.start()
         events = events_of(path)
         peaks.append(tracemalloc.get_traced_memory()[1])
