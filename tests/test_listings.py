@@ -13,6 +13,7 @@ from core import errors
 from core.data.chat import encode_chat, render_chat
 from core.data.sources import NAMED_SOURCES, SOURCES
 from core.data.sources.chat import ChatFiles, conversation
+from core.data.sources.decode import COMPRESSIONS
 from core.data.sources.hf import LOCAL_BUILDERS
 from core.data.sources.text import TextSource
 from core.data.tokenizer import build_tokenizer
@@ -61,12 +62,13 @@ def test_the_keys_in_the_tables_of_losses_and_heads_are_theirs() -> None:
 def test_the_kinds_of_files_are_those_that_are_read() -> None:
     """In the guide's table of sources, and in the meaning of the keys that name files."""
     rows = {named(row[0])[0]: row for row in table(GUIDE, "`type`", "Reads")}
-    readable = {"text": set(TextSource.readable), "chat": set(ChatFiles.readable), "hf": set(LOCAL_BUILDERS)}
-    for kind, suffixes in readable.items():
+    compressed = {kind: {*source.readable, *COMPRESSIONS} for kind, source in (("text", TextSource), ("chat", ChatFiles))}
+    for kind, suffixes in {**compressed, "hf": set(LOCAL_BUILDERS)}.items():
         assert {name for name in named(rows[kind][1]) if name.startswith(".")} == suffixes, kind
-    for kind in ("text", "chat"):
+    for kind, suffixes in compressed.items():
         meaning = SOURCES[kind][0].model_json_schema()["properties"]["path"]["description"]
-        assert {word.rstrip(".") for word in meaning.split() if re.match(r"\.\w", word)} == readable[kind], kind
+        others = {".ndjson", ".htm", ".xhtml"}  # other names for kinds that are there
+        assert set(re.findall(r"\.\w+", meaning)) == suffixes - others, kind
 
 
 def test_named_sources() -> None:
@@ -175,11 +177,11 @@ def test_chats_become_what_the_guide_shows() -> None:
     """Both forms of a row, the text they become, and what of it is learned."""
     rows = [json.loads(line) for line in block_of(GUIDE, '{"messages": [').splitlines()]
     documents = [conversation(next(iter(row.values())), "key") for row in rows]
-    assert documents[0] is not None and documents[1] is not None and documents[0].messages == documents[1].messages
+    assert documents[0] is not None and all(d is not None and d.messages == documents[0].messages for d in documents)
     *shown, marks = block_of(GUIDE, "<|im_start|>user").splitlines()
     assert render_chat(documents[0].messages).splitlines() == shown
     tokenizer = build_tokenizer(TokenizerSettings(type="byte"), [])
-    ((ids, learned),) = encode_chat(tokenizer, [documents[0].messages])
+    ((ids, learned, _),) = encode_chat(tokenizer, [documents[0].messages])
     assert tokenizer.decode(ids[learned].tolist()) == f"{shown[-1]}\n" and marks == f"{'~' * len(shown[-1])} learned"
 
 
