@@ -14,9 +14,10 @@ import pytest
 from core.data.encoding import Remembering
 from core.data.loader import Loader
 from core.data.sources.text import TextSource
+from core.data.token_pool import Batch, TokenPool
 from core.data.worker import CLOSE_SECONDS, Worker
 from core.errors import ReadingFailed
-from tests.data.corpus import Ranks, make_factory, make_loader, same, start, steps, write_corpus
+from tests.data.corpus import Ranks, byte_tokenizer, make_factory, make_loader, same, start, steps, write_corpus
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
@@ -99,6 +100,23 @@ def test_a_frozen_worker_does_not_hold_up_the_end(tmp_path: Path) -> None:
     begun = time.monotonic()
     loader.close()
     assert time.monotonic() - begun < 3 * CLOSE_SECONDS and not process.is_alive()
+
+
+@pytest.mark.slow
+def test_a_frozen_tokenizing_process_does_not_hold_up_the_end(tmp_path: Path) -> None:
+    batches = (Batch(["some text"] * 8, [{}] * 8) for _ in range(50))
+    stopping = threading.Event()
+    with TokenPool(byte_tokenizer(), 1) as pool:
+        results = pool.run(batches, stopping.is_set)
+        next(results)
+        (process,) = pool._executor._processes.values()  # type: ignore[attr-defined]
+        os.kill(process.pid, signal.SIGSTOP)
+        stopping.set()
+        begun = time.monotonic()
+        assert len(list(results)) < 49
+    assert time.monotonic() - begun < 10
+    process.join(5)
+    assert not process.is_alive()
 
 
 def test_an_error_that_nobody_expected_ends_every_rank_with_its_reason(tmp_path: Path) -> None:
