@@ -10,7 +10,7 @@ from tests.project import ROOT
 LOG = (ROOT / "docs" / "LOG.md").read_text()
 ROWS = table((ROOT / "docs" / "measurements.md").read_text(), "What is said", "Command", "Entry of LOG.md")
 SAID = [" ".join(row[0].split()) for row in ROWS]
-UNIT = r"(?:x |times (?:as|the|a)\b|times here|nats\b|s[.,;]| s\b| %)"
+UNIT = r"(?:x |times (?:as|the|a)\b|times here|nats\b|s[.,;]| s\b| % of\b| % real)"
 REFERENCES = ("has measurements", "has details, spreads and limits")  # which say what LOG.md is
 CLAIM = re.compile(rf"\d[\d.,]*(?: to \d[\d.,]*)? ?{UNIT}")
 
@@ -21,7 +21,7 @@ def flat(text: str) -> str:
 
 def paragraphs(text: str) -> list[str]:
     """Paragraphs and items of lists, each in one line; without code and tables."""
-    text = re.sub(r"^ *```.*?^ *```$|^\|.*$", "", text, flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"^ *```[\s\S]*?^ *```$|^\|.*$", "", text, flags=re.MULTILINE)
     return [flat(part) for part in re.split(r"\n\n+|\n(?=- )", text) if part.strip()]
 
 
