@@ -102,6 +102,8 @@ def test_events_and_why_a_run_ends() -> None:
     emitted = set(re.findall(r'emit\(\s*"(\w+)"', everything))
     rows = {named(row[0])[0]: row[1] for row in table(GUIDE, "Event", "Fields")}
     assert emitted <= set(rows) and all(f'"{event}"' in everything for event in rows)
+    for event, fields in rows.items():
+        assert [name for name in named(fields) if name.isidentifier() and not re.search(rf"\b{name}\b", everything)] == [], event
     loop = "".join(text for path, text in sources.items() if path.name in ("trainer.py", "horizon.py", "train.py"))
     reasons = {"budget", *re.findall(r'reason = "(\w+)"|reason="(\w+)"|return "(max_\w+|budget)"', loop)}
     found = {word for each in reasons for word in ([each] if isinstance(each, str) else each) if word}
