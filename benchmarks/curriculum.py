@@ -15,9 +15,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.measuring import sized
+
 ROOT = Path(__file__).resolve().parent.parent
-CANDIDATES = (None, 2, 3, 4)
-ROUNDS, WARM_UP = 16, 4
+CANDIDATES = sized((None, 2, 3, 4), (None, 2))
+ROUNDS, WARM_UP = sized((16, 4), (1, 1))
+SIZES = sized({"seq_length": 256}, {"seq_length": 32, "hidden_size": 32, "num_heads": 2})
+VOCAB_SIZE = sized(8192, 300)
 
 
 def make_step(candidates: int | None, root: Path, tokenizer: dict | None) -> tuple[Callable[[], float], dict]:
@@ -30,7 +36,8 @@ def make_step(candidates: int | None, root: Path, tokenizer: dict | None) -> tup
     from core.runtime import detect_runtime
 
     train = {"per_gpu_batch_size": 16, "eval_tokens": 0, "curriculum": {"candidates": candidates} if candidates else None}
-    sections = {"model": {"seq_length": 256}, "train": train, "data": {"sources": ["python_stdlib"]}}
+    bpe = {"type": "bpe", "vocab_size": VOCAB_SIZE}
+    sections = {"model": SIZES, "tokenizer": bpe, "train": train, "data": {"sources": ["python_stdlib"]}}
     preset = decode_preset(sections, Preset, "benchmark", f"{candidates}")
     runtime = detect_runtime()
     built = build_training(preset, runtime, Single(), root, lambda *_: [], lambda: False, tokenizer)
@@ -54,7 +61,6 @@ def make_step(candidates: int | None, root: Path, tokenizer: dict | None) -> tup
 
 
 def main(rounds: int) -> None:
-    sys.path.insert(0, str(ROOT))
     from core.runtime import detect_runtime, keep_freed_memory
 
     if detect_runtime().device.type == "cpu":

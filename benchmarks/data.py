@@ -19,13 +19,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-ROWS, SEQ_LENGTH, VOCAB_SIZE = 32, 1024, 8192
-DOCUMENTS = 12_000
-REPETITIONS = 5
-TRAIN_STEPS = 60
+from benchmarks.measuring import sized
+
+ROOT = Path(__file__).resolve().parent.parent
+ROWS, SEQ_LENGTH, VOCAB_SIZE = sized((32, 1024, 8192), (4, 64, 300))
+DOCUMENTS = sized(12_000, 60)
+REPETITIONS = sized(5, 1)
+TRAIN_STEPS = sized(60, 2)
 LEAST_RATIO, LEAST_FILL = 1.0, 0.97
 
 
@@ -157,7 +159,8 @@ def waits(folder: Path) -> list[float]:
             (project / name).mkdir()
         preset = {
             "lineage": "waits",
-            "train": {"per_gpu_batch_size": 32, "max_steps": TRAIN_STEPS, "eval_tokens": 0},
+            "model": sized({}, {"seq_length": 32, "hidden_size": 32, "num_heads": 2}),
+            "train": {"per_gpu_batch_size": sized(32, 2), "max_steps": TRAIN_STEPS, "eval_tokens": 0},
             "data": {"sources": [{"type": "text", "path": str(folder / "corpus.jsonl"), "name": "corpus"}]},
         }
         (project / "configs" / "waits.json").write_text(json.dumps(preset))

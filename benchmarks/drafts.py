@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+from benchmarks.measuring import sized
 from core.assembly import Preset
 from core.data.sources import PythonStdlibSettings, build_source
 from core.drafting import Drafter
@@ -30,18 +31,19 @@ from core.preset import decode_preset
 from core.runtime import detect_runtime
 from core.trained import Trained, load_trained
 
-STEPS, CONTEXT, PROMPT, NEW_TOKENS, TEXTS, ROUNDS = 300, 256, 48, 192, 4, 3
+STEPS, CONTEXT, PROMPT, NEW_TOKENS, TEXTS, ROUNDS = sized((300, 256, 48, 192, 4, 3), (2, 32, 8, 8, 2, 1))
+SHAPE = sized({"hidden_size": 192, "num_layers": 6, "num_heads": 4}, {"hidden_size": 32, "num_layers": 1, "num_heads": 2})
 LENGTHS = (2, 4)
 PRESET = {
     "name": "drafts",
-    "model": {"type": "simple_lm", "hidden_size": 192, "num_layers": 6, "num_heads": 4, "seq_length": CONTEXT},
-    "tokenizer": {"type": "bpe", "vocab_size": 1024},
+    "model": {"type": "simple_lm", **SHAPE, "seq_length": CONTEXT},
+    "tokenizer": {"type": "bpe", "vocab_size": sized(1024, 300)},
     "train": {
         "per_gpu_batch_size": 16,
         "learning_rate": 2e-3,
         "schedule": {"type": "wsd", "warmup": 0.05, "decay": 0.3},
         "max_steps": STEPS,
-        "eval_tokens": 30000,
+        "eval_tokens": sized(30_000, 500),
         "eval_every_tokens": 500_000,
     },
     "auxiliary": {"enable_draft": True, "draft_tokens": 4, "draft_positions": 16},

@@ -15,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.measuring import in_a_process, now, peak_bytes
+from benchmarks.measuring import in_a_process, now, peak_bytes, sized
 from core.contracts import IGNORE_INDEX, Batch
 from core.freezing import train_only
 from core.losses.harmonic import Harmonic, HarmonicSettings
@@ -23,9 +23,12 @@ from core.losses.stack import LossStack
 from core.models.neobert import NeoBERT, NeoBERTSettings
 from core.runtime import detect_runtime
 
-SIDES = {"everything": None, "block 27 and prototypes": ["transformer_encoder.27", "dist_head"]}
-REPETITIONS, STEPS = 3, 3
-VOCAB_SIZE, MASKED = 30_522, 0.2
+SIZES = sized({}, {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64})
+LAST = sized(27, 1)
+SIDES = {"everything": None, f"block {LAST} and prototypes": [f"transformer_encoder.{LAST}", "dist_head"]}
+REPETITIONS, STEPS = sized((3, 3), (1, 1))
+VOCAB_SIZE, MASKED = sized(30_522, 300), 0.2
+SHAPE = sized(("2", "512"), ("2", "64"))
 
 
 def measure(side: str, rows: int, seq_length: int) -> dict[str, float]:
@@ -33,7 +36,7 @@ def measure(side: str, rows: int, seq_length: int) -> dict[str, float]:
     runtime = detect_runtime()
     torch.manual_seed(0)
     dtype, device = runtime.compute_dtype("auto"), runtime.device
-    model = NeoBERT(NeoBERTSettings(head="distance", prototypes="decoder"), VOCAB_SIZE).to(device)
+    model = NeoBERT(NeoBERTSettings(head="distance", prototypes="decoder", **SIZES), VOCAB_SIZE).to(device)
     train_only(model, SIDES[side])
     stack = LossStack([Harmonic(HarmonicSettings())])
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -76,7 +79,7 @@ def measure(side: str, rows: int, seq_length: int) -> dict[str, float]:
 
 
 def main() -> None:
-    rows, seq_length = (int(text) for text in (*sys.argv[1:], *("2", "512")[len(sys.argv) - 1 :]))
+    rows, seq_length = (int(text) for text in (*sys.argv[1:], *SHAPE[len(sys.argv) - 1 :]))
     print(f"{rows} x {seq_length} tokens")
     found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     for _ in range(REPETITIONS):

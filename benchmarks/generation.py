@@ -18,13 +18,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+from benchmarks.measuring import sized
 from core.data.tokenizer import Tokenizer, build_tokenizer
 from core.generation import Row, Voice, Wish, advance
 from core.models.polychromatic import PolychromaticLM, PolychromaticSettings
 from core.models.simple_lm import SimpleLM, SimpleLMSettings
 from core.settings import TokenizerSettings
 
-REPETITIONS, NEW_TOKENS, PROMPT, CONTEXT, ROWS = 3, 256, 32, 512, 8
+REPETITIONS, NEW_TOKENS, PROMPT, CONTEXT, ROWS = sized((3, 256, 32, 512, 8), (1, 8, 32, 64, 2))
 MODELS = {
     "simple_lm, 4 x 256": (SimpleLM, SimpleLMSettings(seq_length=CONTEXT), 8192),
     "polychromatic, 4 x 256": (

@@ -15,6 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.measuring import sized
+
 ROOT = Path(__file__).resolve().parent.parent
 ON = {
     "off": (),
@@ -29,10 +33,11 @@ ON = {
     "draft": ("draft",),
 }
 
-ROUNDS, WARM_UP = 12, 2
-ROWS, SEQ_LENGTH, DOCUMENT = 32, 256, 100
+ROUNDS, WARM_UP = sized((12, 2), (1, 1))
+ROWS, SEQ_LENGTH, DOCUMENT = sized((32, 256, 100), (2, 128, 100))
+SIZES = sized({}, {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "seq_length": 128})
 AFTER = 32  # tokens behind a summary: twice as many fit into a document
-VOCAB_SIZES = {"default": 8192, "gpt2": 50257}
+VOCAB_SIZES = {"default": sized(8192, 257), "gpt2": 50257}
 
 
 def make_step(variant: str, vocab_size: int) -> Callable[[int], float]:
@@ -52,7 +57,7 @@ def make_step(variant: str, vocab_size: int) -> Callable[[int], float]:
     runtime = detect_runtime()
     device, dtype = runtime.device, runtime.compute_dtype("auto")
     torch.manual_seed(0)
-    settings = SimpleLMSettings()
+    settings = SimpleLMSettings(**SIZES)
     model, stack = SimpleLM(settings, vocab_size), LossStack([CrossEntropy(CrossEntropySettings())])
     wanted: Any = {f"enable_{name}": True for name in ON[variant]} | {"memory_tokens_after": AFTER}
     heads = HeadStack(HEADS, AuxiliarySettings(**wanted), settings.hidden_size, vocab_size) if ON[variant] else None
@@ -87,7 +92,6 @@ def make_step(variant: str, vocab_size: int) -> Callable[[int], float]:
 
 
 def main(vocab_size: int) -> None:
-    sys.path.insert(0, str(ROOT))
     from core.runtime import detect_runtime, keep_freed_memory
 
     if detect_runtime().device.type == "cpu":

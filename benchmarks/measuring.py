@@ -1,17 +1,32 @@
-"""What the benchmarks measure with: time that waits for the device, memory at its peak, a process of its own.
+"""What the benchmarks measure with: time that waits for the device, memory at its peak, a process of its own, and sizes.
 
-Used by scripts that have put the project's folder on sys.path.
+Used by scripts that have put the project's folder on sys.path. Each of them takes `--short`: the same at sizes that take
+seconds, to see that it runs (tests/test_benchmarks.py); its numbers mean nothing.
 """
 
+import io
 import multiprocessing
+import os
 import resource
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+T = TypeVar("T")
+PRESETS = Path(__file__).resolve().parent.parent / "configs"
+
+if "--short" in sys.argv:
+    sys.argv.remove("--short")
+    os.environ["BENCHMARK_SHORT"] = "1"  # for the processes that a benchmark starts, too
+
+
+def sized(usual: T, short: T) -> T:
+    """What a benchmark takes, or takes under `--short`."""
+    return short if os.environ.get("BENCHMARK_SHORT") else usual
 
 
 def now() -> float:
@@ -22,28 +37,47 @@ def now() -> float:
 
 
 def in_a_process(function: Callable, *arguments: Any) -> Any:
-    """What `function` returns in a new process, so that neither side sees the other's heap."""
+    """What `function` returns in a new process, so that neither side sees the other's heap; under `--short` in this one."""
+    if sized(False, True):
+        return function(*arguments)
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         return pool.apply(function, arguments)
 
 
+def trained_by(stem: str, root: Path) -> Any:
+    """The model that a preset has trained in `root`; under `--short` one that it trains there for two steps."""
+    from core.assembly import Preset
+    from core.jobs.train import train
+    from core.parallel import Single
+    from core.preset import read_preset
+    from core.runtime import detect_runtime
+    from core.trained import load_trained
+
+    preset, runtime = read_preset(PRESETS / f"{stem}.json", Preset), detect_runtime()
+    if sized(False, True):
+        few = {"max_steps": 2, "eval_tokens": 500}
+        preset = preset.model_copy(update={"train": preset.train.model_copy(update=few)})
+        train(preset, runtime, Single(), root, 0.0, io.StringIO())
+    return load_trained(preset, root, runtime)
+
+
 def peak_bytes(run: Callable[[], Any]) -> int:
-    """The most memory `run` adds to what there is before it."""
+    """The most memory `run` adds to what there is before it; at least a byte, so that there are ratios."""
     if torch.cuda.is_available():
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         run()
-        return torch.cuda.max_memory_allocated() - before
+        return max(1, torch.cuda.max_memory_allocated() - before)
     clear, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
     if not clear.exists():  # not Linux: the highest so far, which was hardly raised before
         unit = 1 if sys.platform == "darwin" else 1024
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         run()
-        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
+        return max(1, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit)
     clear.write_text("5")  # forget the peak so far
     before = _status_bytes(status, "VmRSS")
     run()
-    return _status_bytes(status, "VmHWM") - before
+    return max(1, _status_bytes(status, "VmHWM") - before)
 
 
 def _status_bytes(status: Path, field: str) -> int:

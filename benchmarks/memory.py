@@ -18,6 +18,7 @@ a preset that was trained with the head: on held-out documents longer than three
 import random
 import statistics
 import sys
+import tempfile
 import time
 from itertools import chain, islice
 from pathlib import Path
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.generation import Numbers
+from benchmarks.measuring import sized, trained_by
 from core.contracts import plain_batch
 from core.data.tokenizer import build_tokenizer
 from core.generation import Row, Voice, Wish, advance, full_scores
@@ -37,8 +39,8 @@ from core.models.simple_lm import SimpleLM, SimpleLMSettings
 from core.settings import AuxiliarySettings, TokenizerSettings
 
 ROOT = Path(__file__).resolve().parent.parent
-REPETITIONS, NEW_TOKENS, CONTEXT, VOCAB = 5, 256, 256, 8192
-DOCUMENTS, WINDOWS = 40, 6
+REPETITIONS, NEW_TOKENS, CONTEXT, VOCAB = sized((5, 256, 256, 8192), (1, 8, 64, 300))
+DOCUMENTS, WINDOWS = sized((40, 6), (2, 1))
 
 
 def speed() -> None:
@@ -62,18 +64,14 @@ def speed() -> None:
     print(f"tokens/s {told}   x {statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})")
 
 
-def long_documents(name: str) -> None:
-    from core.assembly import Preset
+def long_documents(name: str, root: Path = ROOT) -> None:
     from core.data.corpus import open_held_out
     from core.parallel import Single
-    from core.preset import read_preset
-    from core.runtime import detect_runtime
-    from core.trained import load_trained
 
-    trained = load_trained(read_preset(ROOT / "configs" / f"{name}.json", Preset), ROOT, detect_runtime())
+    trained = trained_by(name, root)
     heads = trained.heads()
     assert heads is not None and "memory" in heads, f"{name} was trained without the memory head"
-    corpus, _ = open_held_out(trained.preset, ROOT, Single(), trained.made_with, trained.held_out)
+    corpus, _ = open_held_out(trained.preset, root, Single(), trained.made_with, trained.held_out)
     context = trained.preset.model.seq_length
     documents = chain.from_iterable(corpus.held_out_inputs(trained.tokenizer).values())
     long = islice((torch.from_numpy(ids).long() for ids in documents if len(ids) > 3 * context), DOCUMENTS)
@@ -130,6 +128,11 @@ def interval(found: list[tuple[float, int]]) -> tuple[float, float]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    if sized(False, True):
+        speed()
+        with tempfile.TemporaryDirectory() as folder:
+            long_documents("62_memory_cpu", Path(folder))
+        sys.exit()
     if len(sys.argv) != 2:
         sys.exit(__doc__)
     speed() if sys.argv[1] == "speed" else long_documents(sys.argv[1])

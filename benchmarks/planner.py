@@ -11,6 +11,7 @@ planner of the checkpoint. Below: tokens per second of processor time, with the 
 
 import statistics
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,15 +23,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from core.assembly import Preset
+from benchmarks.measuring import sized, trained_by
 from core.contracts import plain_batch
 from core.data.corpus import open_held_out
 from core.generation import Row, Voice, Wish, advance
 from core.heads.planner import WIDTH, look_ahead
 from core.parallel import Single
-from core.preset import read_preset
-from core.runtime import detect_runtime
-from core.trained import Trained, load_trained
+from core.trained import Trained
 from core.voice import voice_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,10 +37,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 DOCUMENT_ROWS = 8
 """A document's first rows: many documents tell more than one long one."""
-SHARE = 0.1
+SHARE = sized(0.1, 0.01)
 """Of the documents."""
-STEPS, BATCH, LEARNING_RATE = 1500, 256, 2e-3
-REPETITIONS, NEW_TOKENS, PROMPT = 5, 100, 16
+STEPS, BATCH, LEARNING_RATE = sized(1500, 2), 256, 2e-3
+REPETITIONS, NEW_TOKENS, PROMPT = sized((5, 100, 16), (1, 4, 16))
 
 
 def read(trained: Trained, documents: list[np.ndarray]) -> dict[str, Tensor]:
@@ -125,10 +124,10 @@ def speeds(trained: Trained) -> None:
     print(f"ratio    {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
 
 
-def main(stem: str) -> None:
+def main(stem: str, root: Path) -> None:
     torch.set_num_threads(1)
-    trained = load_trained(read_preset(ROOT / "configs" / f"{stem}.json", Preset), ROOT, detect_runtime())
-    corpus, _ = open_held_out(trained.preset, ROOT, Single(), trained.made_with, trained.held_out)
+    trained = trained_by(stem, root)
+    corpus, _ = open_held_out(trained.preset, root, Single(), trained.made_with, trained.held_out)
     corpus.hold_out = replace(corpus.hold_out, fraction=SHARE)
     documents = [each for own in corpus.held_out_inputs(trained.tokenizer).values() for each in own]
     fit, test = read(trained, documents[0::2]), read(trained, documents[1::2])
@@ -151,4 +150,5 @@ def main(stem: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "59_planner_cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        main(sys.argv[1] if len(sys.argv) > 1 else "59_planner_cpu", sized(ROOT, Path(folder)))

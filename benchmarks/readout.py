@@ -23,7 +23,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.measuring import in_a_process, now, peak_bytes
+from benchmarks.measuring import in_a_process, now, peak_bytes, sized
 from core.contracts import Batch, ModelOutput
 from core.losses import LOSSES
 from core.losses.chunk import Chunk, Gradient, Scratch
@@ -59,7 +59,8 @@ class Case:
 CASES = [Case(mix=mix) for mix in MIXES]
 CASES += [Case(vocab_size=151936, mix=mix, plain_pieces=4) for mix in MIXES]
 CASES += [Case(hidden_size=768), Case(precision="bf16"), Case(hidden_size=768, precision="bf16")]
-REPETITIONS = 3
+CASES = sized(CASES, [Case(tokens=1024, vocab_size=5000, hidden_size=16, plain_pieces=pieces) for pieces in (1, 2)])
+REPETITIONS = sized(3, 1)
 
 
 @dataclass
@@ -256,7 +257,7 @@ def main() -> None:
             flush=True,
         )
     print("what one more loss adds to cross-entropy, microseconds a position at 50,257, without the products:")
-    print("  " + ", ".join(f"{name} {value:.1f}" for name, value in cost_of_one_more(50257, 100).items()))
+    print("  " + ", ".join(f"{name} {value:.1f}" for name, value in cost_of_one_more(*sized((50257, 100), (300, 1))).items()))
     met = worst_time <= MAX_TIME_RATIO and worst_memory <= MAX_MEMORY_RATIO
     wanted = f"time at most {MAX_TIME_RATIO:g} and memory at most {MAX_MEMORY_RATIO:g} of plain"
     print(f"wanted: {wanted}; {'met' if met else 'NOT MET'}, with {worst_time:.3f} and {worst_memory:.3f} at worst")

@@ -14,15 +14,19 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.measuring import sized
+
 ROOT = Path(__file__).resolve().parent.parent
-VARIANTS = ("as shipped", "memory returned", "SDPA's flash kernel", "compiled")
-REPETITIONS, STEPS, WARM_UP = 3, 6, 2
-ROWS, SEQ_LENGTH, VOCAB_SIZE = 32, 256, 8192
+VARIANTS = ("as shipped", "memory returned", "SDPA's flash kernel", *sized(("compiled",), ()))
+REPETITIONS, STEPS, WARM_UP = sized((3, 6, 2), (1, 1, 1))
+ROWS, SEQ_LENGTH, VOCAB_SIZE = sized((32, 256, 8192), (2, 32, 300))
+SIZES = sized({}, {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "seq_length": 32})
 
 
 def step_seconds(variant: str) -> float:
     """Median seconds of a step, in this process."""
-    sys.path.insert(0, str(ROOT))
     import torch
 
     from core.contracts import Batch
@@ -38,7 +42,7 @@ def step_seconds(variant: str) -> float:
         attention.EXPLICIT_UP_TO = 0
     torch.manual_seed(0)
     dtype = detect_runtime().compute_dtype("auto")
-    model, stack = SimpleLM(SimpleLMSettings(), VOCAB_SIZE), LossStack([CrossEntropy(CrossEntropySettings())])
+    model, stack = SimpleLM(SimpleLMSettings(**SIZES), VOCAB_SIZE), LossStack([CrossEntropy(CrossEntropySettings())])
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     ids = torch.randint(0, VOCAB_SIZE, (ROWS, SEQ_LENGTH))
     positions = torch.arange(SEQ_LENGTH).expand(ROWS, SEQ_LENGTH)

@@ -2,12 +2,14 @@
 
     python benchmarks/throughput.py
 
-Both sides train a GPT-2-shaped network (pre-norm, GELU, learned positions, tied readout) on the same packed text, each run in
-a process of its own, the sides taking turns: ours, the Trainer with its defaults (fp32, no compile), the Trainer with its best
-settings here (bf16, torch.compile, fused AdamW). Needs `pip install accelerate`. The rate is taken over the steps after the
-first ones, so that nobody's start-up or compiling counts; start-up is printed beside it.
+Both sides train a GPT-2-shaped network (pre-norm, GELU, learned positions, tied readout) on the standard library's source with
+the same tokenizer, each run in a process of its own, the sides taking turns: ours, the Trainer with its defaults (fp32, no
+compile), the Trainer with its best settings here (bf16, torch.compile, fused AdamW). Ours is the training session that main.py
+makes: it reads and tokenizes while it trains; the Trainer's rows lie ready in memory. Needs `pip install accelerate`; without,
+ours runs alone. The rate is taken over the steps after the first ones, so that nobody's start-up or compiling counts; start-up
+is printed beside it.
 
-Prints a row per pair of runs and the ratios' median and spread.
+Prints a row per run, and the ratios' median and spread.
 """
 
 import json
@@ -16,132 +18,82 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.measuring import sized
+
 ROOT = Path(__file__).resolve().parent.parent
-REPETITIONS = 3
-STEPS, WARM_UP = 18, 6
-ROWS, SEQ_LENGTH = 16, 256
-SHAPE = {"hidden_size": 256, "num_layers": 4, "num_heads": 4}
-VOCABULARIES = (8192, 50_257)
-SIDES = ("ours", "trainer_defaults", "trainer_best")
+REPETITIONS = sized(3, 1)
+STEPS, WARM_UP = sized((18, 6), (3, 1))
+ROWS, SEQ_LENGTH = sized((16, 256), (2, 32))
+SHAPE = sized({"hidden_size": 256, "num_layers": 4, "num_heads": 4}, {"hidden_size": 32, "num_layers": 1, "num_heads": 2})
+VOCABULARIES = sized((8192, 50_257), (300,))
+SIDES = ("ours", "trainer_defaults", *sized(("trainer_best",), ())) if find_spec("accelerate") else ("ours",)
 
 
-def token_rows(vocab_size: int) -> Any:
-    """(STEPS * ROWS, SEQ_LENGTH + 1) token ids of the standard library, spread over the vocabulary."""
+def preset_of(vocab_size: int) -> Any:
+    from core.assembly import Preset
+    from core.preset import decode_preset
+
+    sections = {
+        "model": {**SHAPE, "seq_length": SEQ_LENGTH, "activation": "gelu_tanh"},
+        "tokenizer": {"type": "bpe", "vocab_size": vocab_size},
+        "train": {
+            "per_gpu_batch_size": ROWS,
+            "learning_rate": 5e-5,
+            "eval_tokens": 0,
+            "max_steps": STEPS,
+            "compile": sized("always", "never"),
+        },
+        "data": {"sources": ["python_stdlib"]},
+    }
+    return decode_preset(sections, Preset, "benchmark", "benchmark")
+
+
+def make_text(vocab_size: int, folder: Path) -> None:
+    """Writes the tokenizer for both sides, and the Trainer's rows: (STEPS * ROWS, SEQ_LENGTH) token ids."""
     import numpy as np
 
-    sys.path.insert(0, str(ROOT))
-    from core.assembly import Preset
     from core.data.corpus import open_corpus
     from core.data.tokenizer import build_tokenizer
     from core.parallel import Single
-    from core.preset import decode_preset
-    from core.settings import TokenizerSettings
 
-    preset = decode_preset({"data": {"sources": ["python_stdlib"]}}, Preset, "benchmark", "benchmark")
-    texts = open_corpus(preset, ROOT, Single()).sample_texts(3_000_000)
-    tokenizer = build_tokenizer(TokenizerSettings(type="bpe", vocab_size=8192), texts)
+    preset = preset_of(vocab_size)
+    texts = open_corpus(preset, ROOT, Single()).sample_texts(sized(10_000_000, 100_000))
+    tokenizer = build_tokenizer(preset.tokenizer, texts)
     ids = np.concatenate(tokenizer.encode_batch(texts)).astype(np.int64)
-    needed = STEPS * ROWS * (SEQ_LENGTH + 1)
-    return (np.resize(ids, needed) * (vocab_size // 8192)).reshape(STEPS * ROWS, SEQ_LENGTH + 1)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer.state()))
+    np.save(folder / "rows.npy", np.resize(ids, (STEPS * ROWS, SEQ_LENGTH)))
 
 
 def ours(vocab_size: int, folder: Path) -> list[float]:
-    """The end of every step, in seconds, of the project's own trainer, fed with the rows."""
-    import torch
-
-    sys.path.insert(0, str(ROOT))
-    from core.assembly import Preset, build_model, build_stack
-    from core.checkpoint import CheckpointStore
-    from core.contracts import Batch
-    from core.data.loader import StepRows
-    from core.data.pipeline import Position
-    from core.data.source_weights import SourceWeights
-    from core.horizon import Horizon, Progress
-    from core.metrics import MetricsLog
-    from core.objective import Objective
-    from core.optim import Optimizer
+    """The end of every step, in seconds, of a training session as main.py makes it."""
+    from core.assembly import build_training
+    from core.jobs.train import train_to_the_end
     from core.parallel import Single
-    from core.preset import decode_preset
     from core.runtime import detect_runtime, prepare
-    from core.settings import AuxiliarySettings
-    from core.trainer import Trainer
 
-    preset = decode_preset(
-        {
-            "model": {**SHAPE, "seq_length": SEQ_LENGTH, "activation": "gelu_tanh"},
-            "train": {
-                "per_gpu_batch_size": ROWS,
-                "learning_rate": 5e-5,
-                "eval_tokens": 0,
-                "max_steps": STEPS,
-                "compile": "always",
-            },
-            "data": {"sources": ["python_stdlib"]},
-        },
-        Preset,
-        "benchmark",
-        "benchmark",
-    )
     runtime = detect_runtime()
     prepare(runtime)
-    rows = torch.from_numpy(token_rows(vocab_size))
-
-    class Rows:
-        """The loader's interface over rows in memory, as the Trainer's data set is."""
-
-        source_names, dropped, skipped, position = ("text",), (), {}, Position()
-
-        def __init__(self) -> None:
-            self.step = 0
-
-        def next_step(self, should_stop: Any) -> StepRows:
-            ids = rows[self.step * ROWS : (self.step + 1) * ROWS]
-            self.step += 1
-            zeros = torch.zeros(ROWS, SEQ_LENGTH, dtype=torch.int32)
-            positions = torch.arange(SEQ_LENGTH).expand(ROWS, SEQ_LENGTH)
-            batch = Batch(ids[:, :-1], ids[:, 1:], positions, zeros, zeros, True)
-            tokens = ROWS * SEQ_LENGTH
-            return StepRows(batch, tokens, tokens, [tokens], [0], [0])
-
-        def state(self) -> dict:
-            return {}
-
-    model = build_model(preset, vocab_size)
-    tables = {"embedding.weight", "lm_head.weight"}
-    log = MetricsLog(folder / "metrics.jsonl")
-    horizon = Horizon(10**9, 10**9, STEPS, STEPS)
-    Trainer(
-        Objective(model, build_stack(preset), 1),
-        Optimizer(list(model.named_parameters()), tables, preset.train),
-        Rows(),
-        Single(),
-        runtime,
-        preset.train,
-        horizon,
-        Progress(),
-        log,
-        CheckpointStore(folder, "benchmark"),
-        evaluate=lambda model, progress: None,
-        show=lambda model, step: [],
-        extra_state={},
-        should_stop=lambda: False,
-        source_weights=SourceWeights({"text": 1.0}, AuxiliarySettings()),
-        compile_from_step=1,
-    ).train()
-    log.close()
-    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [event["time"] for event in events if event["event"] == "step"]
+    state = json.loads((folder / "tokenizer.json").read_text())
+    with tempfile.TemporaryDirectory() as root:
+        session = build_training(preset_of(vocab_size), runtime, Single(), Path(root), lambda *_: [], lambda: False, state)
+        train_to_the_end(session, 1)
+        lines = (Path(root) / "logs" / "benchmark" / "metrics.jsonl").read_text().splitlines()
+    return [event["time"] for event in map(json.loads, lines) if event["event"] == "step"]
 
 
 def trainer(vocab_size: int, folder: Path, best: bool) -> list[float]:
     """The same of transformers.Trainer."""
+    import numpy as np
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
-    rows = torch.from_numpy(token_rows(vocab_size))
+    rows = torch.from_numpy(np.load(folder / "rows.npy"))
     config = GPT2Config(
         vocab_size=vocab_size,
         n_positions=SEQ_LENGTH,
@@ -160,7 +112,7 @@ def trainer(vocab_size: int, folder: Path, best: bool) -> list[float]:
 
     settings = {"bf16": True, "torch_compile": True} if best else {}
     arguments = TrainingArguments(
-        output_dir=str(folder),
+        output_dir=str(folder / "trainer"),
         per_device_train_batch_size=ROWS,
         max_steps=STEPS,
         save_strategy="no",
@@ -169,32 +121,31 @@ def trainer(vocab_size: int, folder: Path, best: bool) -> list[float]:
         use_cpu=not torch.cuda.is_available(),
         **settings,
     )
-    ids = rows[:, :-1]  # the Trainer shifts inside the model: same inputs, same positions
-    data = [{"input_ids": row, "labels": row} for row in ids]
+    data = [{"input_ids": row, "labels": row} for row in rows]  # the Trainer shifts inside the model
     Trainer(model=GPT2LMHeadModel(config), args=arguments, train_dataset=data, callbacks=[Clock()]).train()
     return ends
 
 
-def measure(side: str, vocab_size: int) -> dict[str, float]:
+def measure(side: str, vocab_size: int, folder: Path) -> dict[str, float]:
     """One run in a fresh process: tokens per second after the warm-up, and seconds before it was over."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, __file__, side, str(vocab_size), folder]
-        finished = subprocess.run(command, capture_output=True, text=True)
-        if finished.returncode:
-            sys.exit(f"{side} failed:\n{finished.stderr[-3000:]}")
-        return json.loads(finished.stdout.splitlines()[-1])
+    finished = subprocess.run([sys.executable, __file__, side, str(vocab_size), str(folder)], capture_output=True, text=True)
+    if finished.returncode:
+        sys.exit(f"{side} failed:\n{finished.stderr[-3000:]}")
+    return json.loads(finished.stdout.splitlines()[-1])
 
 
 def main() -> None:
     for vocab_size in VOCABULARIES:
         print(f"\n{SHAPE}, {ROWS} x {SEQ_LENGTH} tokens a step, vocabulary {vocab_size:,}")
         rates: dict[str, list[float]] = {side: [] for side in SIDES}
-        for repetition in range(REPETITIONS):
-            for side in SIDES:
-                result = measure(side, vocab_size)
-                rates[side].append(result["tokens_per_second"])
-                numbers = f"{result['tokens_per_second']:9,.0f} tokens/s  warm after {result['warm']:.0f} s"
-                print(f"  {repetition + 1} {side:18s} {numbers}", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            make_text(vocab_size, Path(folder))
+            for repetition in range(REPETITIONS):
+                for side in SIDES:
+                    result = measure(side, vocab_size, Path(folder))
+                    rates[side].append(result["tokens_per_second"])
+                    numbers = f"{result['tokens_per_second']:9,.0f} tokens/s  warm after {result['warm']:.0f} s"
+                    print(f"  {repetition + 1} {side:18s} {numbers}", flush=True)
         for side in SIDES[1:]:
             ratios = [a / b for a, b in zip(rates["ours"], rates[side])]
             print(f"  ours / {side:18s} {statistics.median(ratios):.2f}  ({min(ratios):.2f} to {max(ratios):.2f})")

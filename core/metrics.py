@@ -62,7 +62,7 @@ class MetricsLog:
                 view.update(record)
             except Exception as error:  # a view is a convenience: training goes on without it
                 self.views.remove(view)
-                failed.append(f"{type(view).__name__} stopped: {type(error).__name__}: {error}")
+                failed.append(f"{type(view).__name__} stopped, training goes on without it: {type(error).__name__}: {error}")
         for message in failed:
             self.emit("warning", step=step, tokens=tokens, message=message)
         return record

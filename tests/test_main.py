@@ -177,6 +177,8 @@ def test_an_empty_line_takes_the_default_from_any_folder(from_elsewhere: tuple[P
     project, elsewhere, result = from_elsewhere
     assert_ended(result, 0)
     assert project.steps() == [1, 2, 3, 4, 5] and list(elsewhere.iterdir()) == []
+    told = [line for line in result.err.splitlines() if not line.startswith("import time:")]
+    assert told[0].startswith("No preset was named, so 00_best_general starts.") and "echo 00_best_general | python" in told[0]
 
 
 def test_sources_that_cannot_be_had_are_dropped_with_a_warning(from_elsewhere: tuple[Project, Path, Result]) -> None:

@@ -96,10 +96,10 @@ def test_what_fails_in_looking_at_the_model_is_told_once_and_costs_nothing(part:
 
 
 def test_sampling_settings_that_no_float_holds_lose_no_run(tmp_path: Path) -> None:
-    """Case 13: a temperature that divides scores to infinity."""
-    preset = tiny_preset(generate={"temperature": 1e-40})
-    found = train_here(preset, tmp_path)
+    """Case 13: a temperature that divides scores to infinity. Nor does it lose the samples."""
+    found = train_here(tiny_preset(generate={"temperature": 1e-40}), tmp_path)
     assert found[-1]["reason"] == "max_steps" and slot(tmp_path)["finished"] and slot(tmp_path)["step"] == 5
+    assert len(events(tmp_path, "sample")) == 1 and told(tmp_path) == []
 
 
 def test_an_end_without_its_evaluation_is_evaluated_by_the_next_start_and_not_trained_again(tmp_path: Path) -> None:
@@ -145,6 +145,31 @@ def test_an_evaluation_that_was_ended_is_made_again_where_training_goes_on(tmp_p
         assert slot(root)["step"] == at
     finish(session(root, **MEASURED))
     assert same_log(tmp_path / "straight", root)
+    assert differences(*(Project(folder).checkpoint() for folder in (tmp_path / "straight", root))) == []
+
+
+def test_who_asks_to_stop_does_not_wait_for_an_evaluation(tmp_path: Path) -> None:
+    """In the middle of a run and at its end: saved, evaluated by the next start, and then as if nothing had happened."""
+    finish(session(tmp_path / "straight", **MEASURED))
+    root, reasons = tmp_path / "stopped", []
+    for at in (4, 10, 99):
+        built: list[Any] = []
+        batches: list[int] = []
+
+        def asked(built: list[Any] = built, batches: list[int] = batches, at: int = at) -> bool:
+            if (evaluating := not built[0].trainer.model.training) and built[0].trainer.progress.step == at:
+                batches.append(1)
+            return len(batches) > 0 and (evaluating or at < 10)
+
+        built.append(session(root, asked, **MEASURED))
+        reasons.append(finish(built[0]))
+        assert len(batches) <= 1, "the first batch of an evaluation is the last"
+        assert slot(root)["step"] == min(at, 10)
+    assert reasons == ["interrupted", "interrupted", "max_steps"]
+    ends = [(event["step"], event["reason"]) for event in events(root, "run_end")]
+    assert ends == [(4, "interrupted"), (10, "interrupted"), (10, "max_steps")]
+    evaluations = [[(e["step"], e["cross_entropy"]) for e in events(folder, "eval")] for folder in (tmp_path / "straight", root)]
+    assert evaluations[0] == evaluations[1]
     assert differences(*(Project(folder).checkpoint() for folder in (tmp_path / "straight", root))) == []
 
 
@@ -317,7 +342,7 @@ def breaks(at: int, built: Any) -> Any:
 
 def test_a_compiler_that_fails_is_left_out_and_that_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The checkpoint says what was really run: the run that goes on does not compile, the next run tries again."""
-    monkeypatch.setattr("core.assembly.shutil.which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr("core.passes.shutil.which", lambda name: f"/usr/bin/{name}")
     settings = {"train": {"max_steps": 6, "compile": "always"}}
     built: list[Any] = []
     built.append(session(tmp_path, lambda: built[0].trainer.progress.step >= 4, **settings))

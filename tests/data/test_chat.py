@@ -414,6 +414,22 @@ def test_bad_rows_are_counted_once(tmp_path: Path) -> None:
     assert source.notes[0] == "skipped 2 rows: no JSON (the first: x.jsonl#1)"
 
 
+@pytest.mark.parametrize("origin", ["path", "dataset"])
+def test_rows_that_are_not_read_are_counted_by_reason(tmp_path: Path, origin: str) -> None:
+    """With the first of each; where none is left, they are why the source is refused."""
+    calls = [SAID[0], {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "function": {"name": "f"}}]}]
+    mute = [SAID[0], {**SAID[1], "weight": 0}]
+    write_jsonl(tmp_path / "calls.jsonl", [{"messages": calls}] * 30)
+    write_jsonl(tmp_path / "some.jsonl", [{"messages": messages} for messages in (calls, SAID, mute, SAID, calls)])
+    with pytest.raises(SourceUnavailable, match=r"skipped 30 rows: an assistant calls tools in it.*the first: \S*#0"):
+        next(build_source(ChatSettings(**{origin: "./calls.jsonl"}), tmp_path, 1).stream({}))
+    source = build_source(ChatSettings(**{origin: "./some.jsonl"}), tmp_path, 1)
+    assert [document.text for document in source.stream({})] == ["q\na"] * 2
+    (tools, weights) = source.notes
+    assert tools.startswith("skipped 2 rows: an assistant calls tools in it, which are not read (the first: ") and "#0)" in tools
+    assert weights.startswith("skipped 1 row: all that the assistant says has weight 0 (the first: ") and "#2)" in weights
+
+
 @pytest.mark.parametrize("values", [[ROWS["ShareGPT"]] * 3, [ROWS["a JSON string"]] * 3], ids=["ShareGPT", "JSON"])
 @pytest.mark.parametrize("origin", ["path", "dataset"])
 def test_forms_in_parquet(tmp_path: Path, values: list, origin: str) -> None:

@@ -101,7 +101,7 @@ class ChatDataset(_Chat, HfSource):
     """Conversations in a dataset."""
 
     def nothing(self, order: list[int]) -> str:
-        return f"no row of it holds a conversation in {self.columns[0]}"
+        return f"no row of it holds a conversation in {self.columns[0]}" + "".join(f"; {note}" for note in self.notes)
 
 
 def chat_source(settings: ChatSettings, root: Path, seed: int) -> ChatFiles | ChatDataset:
