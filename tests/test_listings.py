@@ -63,7 +63,8 @@ def test_the_kinds_of_files_are_those_that_are_read() -> None:
     """In the guide's table of sources, and in the meaning of the keys that name files."""
     rows = {named(row[0])[0]: row for row in table(GUIDE, "`type`", "Reads")}
     compressed = {kind: {*source.readable, *COMPRESSIONS} for kind, source in (("text", TextSource), ("chat", ChatFiles))}
-    for kind, suffixes in {**compressed, "hf": set(LOCAL_BUILDERS)}.items():
+    assert "messages in tables, as `text` reads them" in rows["chat"][1] and set(ChatFiles.readable) < set(TextSource.readable)
+    for kind, suffixes in {"text": compressed["text"], "hf": set(LOCAL_BUILDERS)}.items():
         assert {name for name in named(rows[kind][1]) if name.startswith(".")} == suffixes, kind
     for kind, suffixes in compressed.items():
         meaning = SOURCES[kind][0].model_json_schema()["properties"]["path"]["description"]
