@@ -15,6 +15,7 @@ from core.data.sources import NAMED_SOURCES, SOURCES
 from core.data.sources.chat import ChatFiles, conversation
 from core.data.sources.decode import COMPRESSIONS
 from core.data.sources.hf import LOCAL_BUILDERS
+from core.data.sources.tables import TABLES
 from core.data.sources.text import TextSource
 from core.data.tokenizer import build_tokenizer
 from core.environment import read_dotenv
@@ -63,9 +64,10 @@ def test_the_kinds_of_files_are_those_that_are_read() -> None:
     """In the guide's table of sources, and in the meaning of the keys that name files."""
     rows = {named(row[0])[0]: row for row in table(GUIDE, "`type`", "Reads")}
     compressed = {kind: {*source.readable, *COMPRESSIONS} for kind, source in (("text", TextSource), ("chat", ChatFiles))}
-    assert "messages in tables, as `text` reads them" in rows["chat"][1] and set(ChatFiles.readable) < set(TextSource.readable)
-    for kind, suffixes in {"text": compressed["text"], "hf": set(LOCAL_BUILDERS)}.items():
-        assert {name for name in named(rows[kind][1]) if name.startswith(".")} == suffixes, kind
+    suffixes = {kind: {name for name in named(rows[kind][1]) if name.startswith(".")} for kind in ("text", "chat", "hf")}
+    assert suffixes["text"] == compressed["text"] and set(ChatFiles.readable) == set(TABLES) and not suffixes["chat"]
+    assert suffixes["hf"] == set(LOCAL_BUILDERS) - set(TABLES)
+    assert all("tables, as `text` reads them" in rows[kind][1] for kind in ("chat", "hf"))
     for kind, suffixes in compressed.items():
         meaning = SOURCES[kind][0].model_json_schema()["properties"]["path"]["description"]
         others = {".ndjson", ".htm", ".xhtml"}  # other names for kinds that are there
