@@ -5,7 +5,6 @@ Out:   TrainingSession: the trainer with its log, and what a person should know 
 State: none; everything lives in the objects it builds
 """
 
-import shutil
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -29,6 +28,7 @@ from core.data.source_weights import SourceWeights, check_adaptive
 from core.data.sources import NAMED_SOURCES, SOURCES
 from core.data.tokenizer import SAMPLE_CHARACTERS, Tokenizer, build_tokenizer
 from core.data.validation import hide_one, shortfall
+from core.data.worker import stop_if
 from core.errors import UserError
 from core.evaluation import Evaluator
 from core.freezing import train_only
@@ -41,6 +41,7 @@ from core.models import MODELS
 from core.objective import Objective
 from core.optim import Optimizer
 from core.parallel import on_rank_zero, rank_zero_first
+from core.passes import compile_plan
 from core.preset import preset_class, preset_json
 from core.randomness import derive_seed
 from core.runtime import Runtime
@@ -54,9 +55,6 @@ JOBS = ["train", "tokenize", "compare", "evaluate", "interpret", "generate"]
 Preset = preset_class(MODELS, LOSSES, SOURCES, NAMED_SOURCES, JOBS)
 MIRRORS = {"lm": "simple_lm_trained.pth"}
 """Lineages whose newest checkpoint has another name as well (specification 003)."""
-
-COMPILE_PAYS_AFTER_SECONDS = 3600.0
-"""Compiling takes up to a minute on two cores; what it saves of a step on a CPU is a few hundredths at most (docs/LOG.md)."""
 
 
 @dataclass
@@ -206,7 +204,7 @@ def build_training(
         describe=None if masked else lambda row: shown(tokenizer, row.input_ids, row.labels),
     )
     compile_failed = saved is not None and saved.get("compile_failed", False) and progress.run_step > 0  # of this run
-    compile_from_step, compile_told = _compile_plan(preset, runtime, saved, model, horizon, compile_failed)
+    compile_from_step, compile_told = compile_plan(preset, runtime, saved, model, horizon, compile_failed)
     dtype = runtime.compute_dtype(preset.train.precision)
     curriculum = build_curriculum(preset.train, corpus.objective, len(corpus.names), parallel, runtime.device, dtype)
     notes += [curriculum.note] if curriculum is not None else []
@@ -274,7 +272,7 @@ def build_training(
         progress,
         log,
         store,
-        evaluate=lambda model, progress: evaluator.run(model, progress),
+        evaluate=lambda model, progress: evaluator.run(model, progress, lambda done, total: stop_if(should_stop())),
         show=show,
         extra_state={
             "format": FORMAT,
@@ -420,31 +418,3 @@ def _data(
         tokens = min(tokens, horizon.horizon_steps * tokens_per_step)
     mix = replace(corpus.mix, rates=rates, horizon_tokens=tokens * preset.train.candidates)
     return corpus.pipeline_factory(tokenizer, preset.model.seq_length, mix), position, notes
-
-
-def _compile_plan(
-    preset: Any, runtime: Runtime, saved: dict | None, model: nn.Module, horizon: Horizon, failed: bool
-) -> tuple[int | None, str]:
-    """From which step of the lineage on to compile, and why. Decided once per lineage: a resumed run keeps it."""
-    wish = preset.train.compile
-    if wish == "never":
-        return None, "not compiled: the preset says never"
-    if failed:
-        return None, "not compiled: torch.compile failed earlier in this run; the next run tries it again"
-    if runtime.device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
-        return None, "not compiled: torch.compile needs a C++ compiler, and there is none"
-    if wish == "auto":
-        parameters = sum(p.numel() for p in model.parameters())
-        tokens = min(horizon.run_tokens, horizon.horizon_tokens)  # less where max_epochs ends it
-        if horizon.run_steps is not None:
-            rows = preset.train.per_gpu_batch_size * preset.train.accumulation_steps
-            tokens = min(tokens, horizon.run_steps * rows * preset.model.seq_length)
-        speed = 1e14 if runtime.device.type == "cuda" else 1.5e11  # multiply-adds a second this kind of device reaches, roughly
-        seconds = 6 * parameters * tokens / speed
-        if seconds < COMPILE_PAYS_AFTER_SECONDS:
-            return None, f"not compiled: the run takes about {seconds:.0f} s, too short to pay for compiling"
-    kept = saved.get("compile_from_step") if saved is not None else None
-    if kept is not None:
-        return kept, f"compiled from step {kept + 1} on"
-    first = 1 if saved is None else saved["progress"]["step"] + 1
-    return first, f"compiled from step {first + 1} on; the steps before it run at once"

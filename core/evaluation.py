@@ -18,6 +18,7 @@ from torch import Tensor
 from core.contracts import Batch, LanguageModel, ModelOutput, Readout, call_if_defined
 from core.data.loader import collate
 from core.data.packing import Row
+from core.data.worker import Stopped
 from core.errors import first_line
 from core.geometry import geometry, mean_pairwise_cosine
 from core.heads.stack import HeadStack
@@ -87,8 +88,10 @@ class Evaluator:
             failure = error
         finally:
             model.train(was_training)  # type: ignore[attr-defined]
-        if failures := [line for line in self._parallel.gather(failure and first_line(failure)) if line]:
-            raise failure or RuntimeError(f"on another process: {failures[0]}")
+        told_by_all = self._parallel.gather(None if failure is None else (isinstance(failure, Stopped), first_line(failure)))
+        if failures := [each for each in told_by_all if each is not None]:
+            stopped, line = max(failures)
+            raise Stopped if stopped else failure or RuntimeError(f"on another process: {line}")
         means, count = self._means(sums)
         of_heads = self._means_of_heads()
         if not count:

@@ -52,6 +52,10 @@ class Voice:
     """What compresses the oldest tokens, where they would be left out."""
 
 
+COLDEST, HOTTEST = 1e-20, 1e20
+"""Scores divided by less or more are not finite in fp32; long before, the likeliest token is certain, or all are alike."""
+
+
 @dataclass(frozen=True)
 class Wish:
     """What is wanted after a prompt."""
@@ -68,6 +72,13 @@ class Wish:
     @classmethod
     def of(cls, settings: GenerateSettings) -> "Wish":
         return cls(tuple(settings.stop), settings.max_tokens, settings.temperature, settings.top_p, settings.no_repeat_ngram)
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature < COLDEST
+
+    def tempered(self, scores: Tensor) -> Tensor:
+        return scores / min(self.temperature, HOTTEST)
 
 
 class Row:
@@ -102,9 +113,9 @@ class Row:
         if not torch.isfinite(scores.max()):
             raise UserError("the model's scores are not finite: its weights are damaged, or its training diverged")
         self._block(scores, self._repeats)
-        if self._wish.temperature == 0.0:
+        if self._wish.is_greedy:
             return int(scores.argmax())
-        return sample_top_p(scores / self._wish.temperature, self._wish.top_p, self._random)
+        return sample_top_p(self._wish.tempered(scores), self._wish.top_p, self._random)
 
     def foresee(self) -> Callable[[Tensor], int]:
         """Chooses as the row will, one token after the other, from scores (V,) that are changed; nothing is said. It looks at few
@@ -114,11 +125,11 @@ class Row:
 
         def choose(scores: Tensor) -> int:
             self._block(scores, repeats)
-            if self._wish.temperature == 0.0:
+            if self._wish.is_greedy:
                 token = int(scores.argmax())
             else:
                 best, ids = scores.topk(min(LIKELY, len(scores)))
-                shares = torch.softmax(best / self._wish.temperature, dim=-1)
+                shares = torch.softmax(self._wish.tempered(best), dim=-1)
                 token = race(shares, ids, self._wish.top_p, len(scores), random)
             repeats.add(token)
             return token

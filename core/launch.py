@@ -25,6 +25,7 @@ from core.environment import read_dotenv
 from core.errors import Interrupted, PresetError, UserError
 from core.jobs import JOBS, PREVIEWS
 from core.lineage import changed_sources
+from core.metrics import evaluation_is_missing
 from core.parallel import DDP, Single
 from core.preset import decode_preset, preset_json, read_preset
 from core.runtime import Runtime, detect_runtime, prepare
@@ -83,6 +84,7 @@ def _run_until_one_starts(runtime: Runtime, started: float) -> None:
         stem, preset = _ask(runtime, refused)
         before = _work_of(preset)
         try:
+            _offer_fresh(preset)
             return JOBS[preset.job](preset, runtime, Single(), ROOT, started, sys.stdout)
         except UserError as error:
             if isinstance(error, Interrupted) or not can_pick() or _work_of(preset) != before:
@@ -105,6 +107,7 @@ def _agree_on_preset(runtime: Runtime, store: Any) -> Any:
     if runtime.rank == 0:
         try:
             _, preset = _ask(runtime)
+            _offer_fresh(preset)
         except BaseException:
             store.set("zeroarg/preset", "")
             raise
@@ -139,11 +142,10 @@ def _ask(runtime: Runtime, refused: tuple[str, str] | None = None) -> tuple[str,
     while True:
         presets, cards = _read_presets(runtime)
         default = DEFAULT if refused is None else refused[0]
-        stem = choose(
-            [replace(card, refusal=refused[1]) if refused and card.stem == default else card for card in cards], default
-        )
+        if refused is not None:
+            cards = [replace(card, refusal=refused[1]) if card.stem == default else card for card in cards]
+        stem = choose(cards, default)
         if stem in presets:
-            _offer_fresh(presets[stem])
             return stem, presets[stem]
         refused = (stem, "")  # it has a problem, which the menu shows: perhaps it is mended meanwhile
 
@@ -151,8 +153,7 @@ def _ask(runtime: Runtime, refused: tuple[str, str] | None = None) -> tuple[str,
 def _offer_fresh(preset: Any) -> None:
     """Where the chosen preset would go on from a checkpoint, ask whether it shall."""
     if preset.job in ("train", "compare"):
-        resumes = PREVIEWS.get(preset.job, lambda preset, root: _resume_line(preset).split("\n"))
-        offer_fresh(ROOT, preset.lineage, lambda: resumes(preset, ROOT))
+        offer_fresh(ROOT, preset.lineage, lambda: _whatever_can_be_told(lambda: _standing_lines(preset)))
 
 
 def _read_presets(runtime: Runtime) -> tuple[dict[str, Any], list[PresetCard]]:
@@ -185,20 +186,26 @@ def _card(stem: str, preset: Any, runtime: Runtime) -> PresetCard:
 
 def _preview(preset: Any, runtime: Runtime) -> list[str]:
     """What a preset would do. Each part stands for itself: one that cannot be told leaves the others."""
-    parts: list[Callable[[], list[str]]] = []
-    if preset.job in ("train", "compare"):
-        parts.append(lambda: _training_lines(preset, runtime))
-    if preset.job in PREVIEWS:
-        parts.append(lambda: PREVIEWS[preset.job](preset, ROOT))
-    else:
-        parts.append(lambda: [_resume_line(preset) + _time_line(preset, runtime)])
     lines = []
-    for part in parts:
-        try:
-            lines += part()
-        except Exception as error:  # a preview judges nothing: the job will say what is wrong
-            lines.append(f"cannot tell more: {type(error).__name__}: {error}"[:300])
+    if preset.job in ("train", "compare"):
+        lines += _whatever_can_be_told(lambda: _training_lines(preset, runtime))
+    lines += _whatever_can_be_told(lambda: _standing_lines(preset))
+    if preset.job not in PREVIEWS and (time_told := _whatever_can_be_told(lambda: [_time_line(preset, runtime)])[0]):
+        lines[-1] += time_told
     return lines
+
+
+def _standing_lines(preset: Any) -> list[str]:
+    """Where a preset stands, and goes on."""
+    return PREVIEWS[preset.job](preset, ROOT) if preset.job in PREVIEWS else _resume_line(preset).split("\n")
+
+
+def _whatever_can_be_told(lines: Callable[[], list[str]]) -> list[str]:
+    """The lines; or one that says why not: a preview judges nothing, and the job will say what is wrong."""
+    try:
+        return lines()
+    except Exception as error:
+        return [f"cannot tell more: {type(error).__name__}: {error}".splitlines()[0][:300]]
 
 
 def _training_lines(preset: Any, runtime: Runtime) -> list[str]:
@@ -255,7 +262,10 @@ def _resume_line(preset: Any) -> str:
     if found is None:
         return _beginning_line(preset)
     progress, where = found["progress"], found["path"].name
-    if progress["finished"] or found["preset"]["name"] != preset.name:
+    same, log_file = found["preset"]["name"] == preset.name, ROOT / "logs" / preset.lineage / "metrics.jsonl"
+    if same and progress["finished"] and progress.get("evaluation_due") and evaluation_is_missing(log_file, progress["step"]):
+        line = f"evaluates run {progress['run']}, which was trained to its end, step {progress['step']:,}, from {where}"
+    elif progress["finished"] or not same:
         line = f"starts run {progress['run'] + 1} from step {progress['step']:,} in {where}"
     else:
         line = f"resumes run {progress['run']} at step {progress['step']:,}, {progress['run_tokens']:,} tokens, from {where}"

@@ -5,6 +5,7 @@ Out:   gradients in the parameters; the terms of the losses
 State: rows at once; whether the model is compiled
 """
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -15,12 +16,15 @@ from torch import nn
 from core.contracts import Batch
 from core.data.loader import StepRows
 from core.errors import Diverged
+from core.horizon import Horizon
 from core.losses.stack import LossTerms
 from core.randomness import derive_seed
 from core.runtime import Runtime, signals_held
 from core.settings import TrainSettings
 
 OUT_OF_MEMORY = "out of memory"
+COMPILE_PAYS_AFTER_SECONDS = 3600.0
+"""Compiling takes up to a minute on two cores; what it saves of a step on a CPU is a few hundredths at most (docs/LOG.md)."""
 
 
 class Passes:
@@ -123,3 +127,31 @@ class Passes:
             raise Diverged("not even one row fits the device's memory; make the model or model.seq_length smaller")
         self.rows_at_once = (self.rows_at_once + 1) // 2
         self._warn(f"out of memory: micro-batches have {self.rows_at_once} rows now, and there are more of them")
+
+
+def compile_plan(
+    preset: Any, runtime: Runtime, saved: dict | None, model: nn.Module, horizon: Horizon, failed: bool
+) -> tuple[int | None, str]:
+    """From which step of the lineage on to compile, and why. Decided once per lineage: a resumed run keeps it."""
+    wish = preset.train.compile
+    if wish == "never":
+        return None, "not compiled: the preset says never"
+    if failed:
+        return None, "not compiled: torch.compile failed earlier in this run; the next run tries it again"
+    if runtime.device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
+        return None, "not compiled: torch.compile needs a C++ compiler, and there is none"
+    if wish == "auto":
+        parameters = sum(p.numel() for p in model.parameters())
+        tokens = min(horizon.run_tokens, horizon.horizon_tokens)  # less where max_epochs ends it
+        if horizon.run_steps is not None:
+            rows = preset.train.per_gpu_batch_size * preset.train.accumulation_steps
+            tokens = min(tokens, horizon.run_steps * rows * preset.model.seq_length)
+        speed = 1e14 if runtime.device.type == "cuda" else 1.5e11  # multiply-adds a second this kind of device reaches, roughly
+        seconds = 6 * parameters * tokens / speed
+        if seconds < COMPILE_PAYS_AFTER_SECONDS:
+            return None, f"not compiled: the run takes about {seconds:.0f} s, too short to pay for compiling"
+    kept = saved.get("compile_from_step") if saved is not None else None
+    if kept is not None:
+        return kept, f"compiled from step {kept + 1} on"
+    first = 1 if saved is None else saved["progress"]["step"] + 1
+    return first, f"compiled from step {first + 1} on; the steps before it run at once"

@@ -98,8 +98,7 @@ class Trainer:
         self._step_started = time.monotonic()
         if self.progress.finished:  # and saved as such, but the program was ended before it was evaluated
             reason = self.horizon.end(self.progress) or "max_epochs"
-            self._close(reason)
-            return reason
+            return self._close(reason)
         try:
             reason = self._train_on()
         except Stopped:
@@ -112,7 +111,8 @@ class Trainer:
             else:
                 self._emit("run_end", reason=reason)
             raise
-        if failed := self._end(reason):
+        reason, failed = self._end(reason)
+        if failed:
             raise CheckpointError(
                 f"the end of the run could not be saved: {failed}\n"
                 f"The older checkpoints in {self.store.folder} are untouched. Mend that and start again."
@@ -268,22 +268,21 @@ class Trainer:
         self._tell_saved()
         return False
 
-    def evaluate_and_sample(self) -> dict[str, Any] | None:
-        """An evaluation and samples, as events; returns the evaluation's numbers. What fails of it is told, and ends nothing."""
+    def evaluate_and_sample(self) -> None:
+        """An evaluation and samples, as events. What fails of it is told and ends nothing; where it is stopped, it stays due."""
         self.progress.evaluation_due = False
         if self.settings.eval_tokens == 0:
-            return None
+            return
         started = time.monotonic()
         call_if_defined(self.model, "set_progress", self.progress.fraction)  # a run that goes on has made no step yet
         with uncompiled(self.runtime.device):  # other shapes and modes
             numbers = self._look("evaluation", lambda: self.evaluate(self.model, self.progress.fraction))
             if numbers is not None:
                 self._emit("eval", **numbers, seconds=time.monotonic() - started)
-            if self.parallel.rank == 0:
+            if self.parallel.rank == 0 and not self.progress.evaluation_due:
                 self._look("samples", self._show)
         self.model.train()
         self._step_started += time.monotonic() - started  # tokens per second are of training
-        return numbers
 
     def _show(self) -> None:
         for event, fields in self.show(self.model, self.progress.step):
@@ -293,11 +292,13 @@ class Trainer:
         """What `action` finds at the model; None where it fails, which is told once for each way to fail."""
         try:
             return action()
+        except Stopped:  # on every rank
+            self.progress.evaluation_due = True
         except Exception as error:
             if (kind := (what, type(error))) not in self._told:
                 self._told.add(kind)
                 self._warn(f"{what} failed, the run goes on without: {first_line(error)}")
-            return None
+        return None
 
     def save(self) -> dict[str, Any]:
         """Write a checkpoint in the background; returns it. Every rank must call it."""
@@ -326,8 +327,8 @@ class Trainer:
             **self.extra_state,
         }
 
-    def _end(self, reason: str) -> str | None:
-        """Save, then evaluate unless the run goes on at the next start, and say why it stops; returns why saving failed."""
+    def _end(self, reason: str) -> tuple[str, str | None]:
+        """Save, then evaluate unless the run goes on at the next start; returns why it stops, and why it could not be saved."""
         done = self.progress
         if reason not in CUT_SHORT:
             done.evaluation_due = True
@@ -335,14 +336,16 @@ class Trainer:
             if done.finished:  # once all is read, no run of the chain is left
                 done.horizon_runs = self.settings.runs if reason == "max_epochs" else done.horizon_runs + 1
         failed = self._save_now()
-        self._close(reason)
-        return failed and self._save_now()  # there may be room by now
+        reason = self._close(reason)
+        return reason, failed and self._save_now()  # there may be room by now
 
-    def _close(self, reason: str) -> None:
-        """The evaluation of a run that is over, and the last event of any."""
+    def _close(self, reason: str) -> str:
+        """The evaluation of a run that is over, and the last event of any; returns why it stops."""
         if reason not in CUT_SHORT:
             self.evaluate_and_sample()
+            reason = "interrupted" if self.progress.evaluation_due else reason
         self._emit("run_end", reason=reason, receipt=self.loader.state()["receipt"])
+        return reason
 
     def _save_now(self) -> str | None:
         """Save and wait for it; returns why it failed, if it did, on every rank."""

@@ -154,6 +154,16 @@ def test_the_same_seed_gives_the_same_text(tokenizer: Tokenizer) -> None:
     assert texts[0] == texts[1] != texts[2]
 
 
+@pytest.mark.parametrize(("temperature", "winners"), [(1e-40, {7}), (1e40, set(range(200)))])
+def test_a_temperature_that_no_float_can_divide_by(temperature: float, winners: set[int], tokenizer: Tokenizer) -> None:
+    """The likeliest token, as with 0; and any that is not blocked."""
+    row = Row(tokenizer, [3], Wish(temperature=temperature), 0)
+    for number in range(50):
+        found = torch.linspace(-1, 1, tokenizer.vocab_size)
+        found[7], found[200:] = 5.0, float("-inf")
+        assert (row.choose if number % 2 else row.foresee())(found) in winners
+
+
 def test_a_temperature_of_zero_takes_the_likeliest(tokenizer: Tokenizer) -> None:
     model = Scripted(lambda ids: scores(a=1.0, b=1.01))
     settings = GenerateSettings(max_tokens=20, temperature=0.0, no_repeat_ngram=0)

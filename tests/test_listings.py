@@ -13,7 +13,9 @@ from core import errors
 from core.data.chat import encode_chat, render_chat
 from core.data.sources import NAMED_SOURCES, SOURCES
 from core.data.sources.chat import ChatFiles, conversation
+from core.data.sources.decode import COMPRESSIONS
 from core.data.sources.hf import LOCAL_BUILDERS
+from core.data.sources.tables import TABLES
 from core.data.sources.text import TextSource
 from core.data.tokenizer import build_tokenizer
 from core.environment import read_dotenv
@@ -61,12 +63,15 @@ def test_the_keys_in_the_tables_of_losses_and_heads_are_theirs() -> None:
 def test_the_kinds_of_files_are_those_that_are_read() -> None:
     """In the guide's table of sources, and in the meaning of the keys that name files."""
     rows = {named(row[0])[0]: row for row in table(GUIDE, "`type`", "Reads")}
-    readable = {"text": set(TextSource.readable), "chat": set(ChatFiles.readable), "hf": set(LOCAL_BUILDERS)}
-    for kind, suffixes in readable.items():
-        assert {name for name in named(rows[kind][1]) if name.startswith(".")} == suffixes, kind
-    for kind in ("text", "chat"):
+    compressed = {kind: {*source.readable, *COMPRESSIONS} for kind, source in (("text", TextSource), ("chat", ChatFiles))}
+    suffixes = {kind: {name for name in named(rows[kind][1]) if name.startswith(".")} for kind in ("text", "chat", "hf")}
+    assert suffixes["text"] == compressed["text"] and set(ChatFiles.readable) == set(TABLES) and not suffixes["chat"]
+    assert suffixes["hf"] == set(LOCAL_BUILDERS) - set(TABLES)
+    assert all("tables, as `text` reads them" in rows[kind][1] for kind in ("chat", "hf"))
+    for kind, suffixes in compressed.items():
         meaning = SOURCES[kind][0].model_json_schema()["properties"]["path"]["description"]
-        assert {word.rstrip(".") for word in meaning.split() if re.match(r"\.\w", word)} == readable[kind], kind
+        others = {".ndjson", ".htm", ".xhtml"}  # other names for kinds that are there
+        assert set(re.findall(r"\.\w+", meaning)) == suffixes - others, kind
 
 
 def test_named_sources() -> None:
@@ -100,6 +105,8 @@ def test_events_and_why_a_run_ends() -> None:
     emitted = set(re.findall(r'emit\(\s*"(\w+)"', everything))
     rows = {named(row[0])[0]: row[1] for row in table(GUIDE, "Event", "Fields")}
     assert emitted <= set(rows) and all(f'"{event}"' in everything for event in rows)
+    for event, fields in rows.items():
+        assert [name for name in named(fields) if name.isidentifier() and not re.search(rf"\b{name}\b", everything)] == [], event
     loop = "".join(text for path, text in sources.items() if path.name in ("trainer.py", "horizon.py", "train.py"))
     reasons = {"budget", *re.findall(r'reason = "(\w+)"|reason="(\w+)"|return "(max_\w+|budget)"', loop)}
     found = {word for each in reasons for word in ([each] if isinstance(each, str) else each) if word}
@@ -175,11 +182,11 @@ def test_chats_become_what_the_guide_shows() -> None:
     """Both forms of a row, the text they become, and what of it is learned."""
     rows = [json.loads(line) for line in block_of(GUIDE, '{"messages": [').splitlines()]
     documents = [conversation(next(iter(row.values())), "key") for row in rows]
-    assert documents[0] is not None and documents[1] is not None and documents[0].messages == documents[1].messages
+    assert documents[0] is not None and all(d is not None and d.messages == documents[0].messages for d in documents)
     *shown, marks = block_of(GUIDE, "<|im_start|>user").splitlines()
     assert render_chat(documents[0].messages).splitlines() == shown
     tokenizer = build_tokenizer(TokenizerSettings(type="byte"), [])
-    ((ids, learned),) = encode_chat(tokenizer, [documents[0].messages])
+    ((ids, learned, _),) = encode_chat(tokenizer, [documents[0].messages])
     assert tokenizer.decode(ids[learned].tolist()) == f"{shown[-1]}\n" and marks == f"{'~' * len(shown[-1])} learned"
 
 

@@ -128,7 +128,7 @@ def test_no_room_for_a_checkpoint_is_told_before_the_first_step_and_the_next_sta
     assert "run 2 begins from the weights of step 5" in result.out
     assert project.steps("lm") == list(range(1, 11))
     starts = project.events("run_start", "lm")
-    assert [(e["run"], e["resumed_from"]) for e in starts] == [(1, None), (2, "step 5"), (2, "step 5")]
+    assert [(e["run"], e["resumed_from"]) for e in starts] == [(1, None), (2, "step 5")]
     # the data went on, too: nothing of the first run's place in it was lost
     first, second = (each.checkpoint(lineage="lm") for each in (finished, project))
     assert second["progress"]["step"] == 10 and second["data"]["rows"] == 2 * first["data"]["rows"]
@@ -177,6 +177,8 @@ def test_an_empty_line_takes_the_default_from_any_folder(from_elsewhere: tuple[P
     project, elsewhere, result = from_elsewhere
     assert_ended(result, 0)
     assert project.steps() == [1, 2, 3, 4, 5] and list(elsewhere.iterdir()) == []
+    told = [line for line in result.err.splitlines() if not line.startswith("import time:")]
+    assert told[0].startswith("No preset was named, so 00_best_general starts.") and "echo 00_best_general | python" in told[0]
 
 
 def test_sources_that_cannot_be_had_are_dropped_with_a_warning(from_elsewhere: tuple[Project, Path, Result]) -> None:

@@ -11,9 +11,14 @@ import pytest
 from core.assembly import Preset
 from core.bounds import Bounded
 from core.data.sources.hf import HfSettings, _formatted
-from core.errors import PresetError
+from core.data.tokenizer import build_tokenizer, read_tokenizer
+from core.errors import PresetError, UserError
+from core.jobs.compare import refuse_variants
 from core.names import file_name, is_file_name
 from core.preset import decode_preset, read_preset
+from core.runtime import detect_runtime
+from core.settings import TokenizerSettings
+from tests.project import tiny_preset
 
 DATA = '"data": {"sources": ["pdf"]}'
 ABSURD = ["NaN", "Infinity", "-Infinity", "1e400", "9" * 5000, "-" + "9" * 5000]
@@ -294,3 +299,35 @@ def test_a_metric_that_nothing_measures_is_told_before_the_first_trial(metric: s
         decode_preset(data, Preset, "p", "p")
     (problem,) = caught.value.problems
     assert problem.startswith(f'compare.metric  "{metric}"') and told in problem
+
+
+def test_every_variant_that_cannot_be_trained_is_told_before_the_first_is(tmp_path: Path) -> None:
+    """Not after the hours of those before it: heads, losses, names of parameters, tokenizers."""
+    sets = {
+        "fine": {"auxiliary": {"enable_policy": True}},
+        "planner": {"auxiliary": {"enable_planner": True}},
+        "harmonic": {"losses": [{"type": "harmonic"}]},
+        "frozen": {"train": {"trainable": ["layers.7"]}},
+        "memory": {"auxiliary": {"enable_memory": True, "memory_tokens_after": 500}},
+    }
+    variants = [{"name": name, "set": own} for name, own in sets.items()]
+    preset = decode_preset(tiny_preset(job="compare", variants=variants), Preset, "t", "t")
+    with pytest.raises(UserError) as caught:
+        refuse_variants(preset, tmp_path, detect_runtime())
+    message = str(caught.value)
+    for name, why in (
+        ("planner", "builds on heads"),
+        ("harmonic", "needs distances"),
+        ("frozen", "layers.7"),
+        ("memory", "rows of"),
+    ):
+        assert f"  {name}: " in message and why in message
+    assert "fine: " not in message and not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("token", [5, ["</s>"], {"content": 5}, "gone", True])
+def test_an_end_token_that_is_none_is_told(token: Any, tmp_path: Path) -> None:
+    build_tokenizer(TokenizerSettings(type="byte"), []).save(tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": token}))
+    with pytest.raises(UserError, match="eos_token"):
+        read_tokenizer(tmp_path / "tokenizer.json")

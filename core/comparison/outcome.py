@@ -82,7 +82,7 @@ def read_outcome(trial: Trial) -> Outcome:
             out.parameters, out.device, out.init_from = event.get("parameters"), event.get("device"), event.get("init_from")
             out.causal, out.objective = event.get("causal", True), event.get("objective", NEXT_TOKEN)
         elif kind == "step":
-            loss = _number((event.get("losses") or {}).get("cross_entropy"))
+            loss = _number(_dict(event.get("losses")).get("cross_entropy"))
             out.trained_by_loss, trained = loss is None, tokens
             loss = _number(event.get("loss")) if loss is None else loss
             if loss is not None and isinstance(tokens, int):
@@ -115,15 +115,14 @@ def _metrics(event: dict[str, Any]) -> dict[str, float]:
     loss of each source as "held out of: <source>"."""
     groups = [(prefix, event.get(key)) for prefix, key in ((LOSS, "losses"), (HEAD, "heads"))]
     named = {prefix + name: value for prefix, group in groups if isinstance(group, dict) for name, value in group.items()}
-    sources = event.get("sources")
-    named |= {f"{HELD_OUT}{name}": each["loss"] for name, each in sources.items()} if isinstance(sources, dict) else {}
+    named |= {f"{HELD_OUT}{name}": _dict(each).get("loss") for name, each in _dict(event.get("sources")).items()}
     found = {key: _number(value) for key, value in (event | named).items() if key not in NOT_METRICS}
     return {key: value for key, value in found.items() if value is not None}
 
 
 def _read(event: dict[str, Any]) -> dict[str, float]:
     """Of a `step` event, the shares of the tokens so far as "read of: <source>", where there are several sources."""
-    tokens = {name: each.get("tokens") or 0 for name, each in (event.get("sources") or {}).items()}
+    tokens = {name: _number(_dict(each).get("tokens")) or 0 for name, each in _dict(event.get("sources")).items()}
     total = sum(tokens.values())
     return {f"{READ}{name}": count / total for name, count in tokens.items()} if len(tokens) > 1 and total else {}
 
@@ -135,6 +134,10 @@ def _thinned(points: Curve) -> Curve:
         return points
     edges = [n * i // CURVE_POINTS for i in range(CURVE_POINTS + 1)]
     return [(points[b - 1][0], statistics.fmean(value for _, value in points[a:b])) for a, b in zip(edges, edges[1:])]
+
+
+def _dict(value: Any) -> dict:
+    return value if isinstance(value, dict) else {}
 
 
 def _number(value: Any) -> float | None:

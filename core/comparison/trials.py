@@ -121,10 +121,14 @@ def read_outcomes(folder: Path, world_size: int) -> Outcomes:
     """As `write_outcomes` left them in logs/<lineage>. None there, or none that can be read: nothing has happened yet."""
     try:
         state = read_json(folder / STATE)
-        known = {key: entry for key, entry in state["trials"].items() if (folder / key).is_dir()}
+        known = {key: entry for key, entry in state["trials"].items() if (folder / key).is_dir() and _is_outcome(entry)}
         return Outcomes(int(state["world_size"]), known)
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return Outcomes(world_size, {})
+
+
+def _is_outcome(entry: dict[str, Any]) -> bool:
+    return all(isinstance(entry.get(key), kind) for key, kind in (("status", str), ("note", str), ("preset", dict)))
 
 
 def write_outcomes(folder: Path, outcomes: Outcomes) -> None:

@@ -34,6 +34,7 @@ def mended(facts: dict[str, Any], end: str, where: str) -> dict[str, Any] | None
     that is absurd.
     """
     facts = copy.deepcopy(facts)
+    facts["added_tokens"] = facts.get("added_tokens") or []
     model, added = facts["model"], facts["added_tokens"]
     vocabulary = _ids_of(model)
     ids = {token["content"]: token["id"] for token in added} | vocabulary
@@ -79,7 +80,7 @@ def is_complete(facts: dict[str, Any]) -> bool:
 
     model, vocabulary = facts["model"], _ids_of(facts["model"])
     in_bytes = any('"ByteLevel"' in json.dumps(facts.get(part)) for part in ("pre_tokenizer", "normalizer"))
-    if model["type"] == "BPE" and in_bytes and vocabulary.keys() >= set(ByteLevel.alphabet()):
+    if model.get("type", "BPE") == "BPE" and in_bytes and vocabulary.keys() >= set(ByteLevel.alphabet()):
         return not model.get("end_of_word_suffix") or all(
             c + model["end_of_word_suffix"] in vocabulary for c in ByteLevel.alphabet()
         )
@@ -93,7 +94,7 @@ def _ids_of(model: dict[str, Any]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Unread:
-    """What of some texts a tokenizer has no token for; white space is not counted."""
+    """What of some texts a tokenizer has no token for; white space counts only where it is lost."""
 
     characters: int
     of: int
@@ -104,23 +105,29 @@ class Unread:
         return self.characters / self.of if self.of else 0.0
 
     def __str__(self) -> str:
-        return f'{100 * self.share:.3g} % of the characters have no token (first: "{self.example}")'
+        return f"{100 * self.share:.3g} % of the characters have no token (first: {json.dumps(self.example, ensure_ascii=False)})"
 
 
 def unread(texts: Sequence[str], encoded: Spans, unknown_id: int | None) -> Unread:
-    """`encoded`: (ids, spans) of each of the texts. Lost is what the unknown token stands for, and what no token does."""
+    """`encoded`: (ids, spans) of each of the texts. Lost is what the unknown token stands for, and what no token does; but white
+    space that no token stands for is what a tokenizer may pass over."""
     lost, of, example = 0, 0, ""
     for text, (ids, spans) in zip(texts, encoded):
-        known = np.zeros(len(text) + 1, dtype=np.int64)
-        kept = spans[ids != unknown_id] if unknown_id is not None else spans
-        np.add.at(known, kept[:, 0], 1)
-        np.add.at(known, kept[:, 1], -1)
-        is_lost = np.cumsum(known)[:-1] <= 0
+        is_unknown = ids == (-1 if unknown_id is None else unknown_id)
+        unknown, known = _covered(len(text), spans[is_unknown]), _covered(len(text), spans[~is_unknown])
         blank = np.array([character.isspace() for character in text], dtype=bool)
-        of += len(text) - int(blank.sum())
-        lost += int((is_lost & ~blank).sum())
-        if not example and (is_lost & ~blank).any():
-            begin = int(np.argmax(is_lost & ~blank))
-            length = int(np.argmin(np.append((is_lost & ~blank)[begin:], False)))
+        is_lost = ~known & (unknown | ~blank)
+        lost, of = lost + int(is_lost.sum()), of + int((is_lost | ~blank).sum())
+        if not example and is_lost.any():
+            begin = int(np.argmax(is_lost))
+            length = int(np.argmin(np.append(is_lost[begin:], False)))
             example = text[begin : begin + min(length, EXAMPLE_CHARACTERS)]
     return Unread(lost, of, example)
+
+
+def _covered(length: int, spans: np.ndarray) -> np.ndarray:
+    """(length,) whether any of the spans (n, 2) covers a character."""
+    open_spans = np.zeros(length + 1, dtype=np.int64)
+    np.add.at(open_spans, spans[:, 0], 1)
+    np.add.at(open_spans, spans[:, 1], -1)
+    return np.cumsum(open_spans)[:-1] > 0

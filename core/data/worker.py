@@ -76,7 +76,13 @@ class Worker:
 
 
 class Stopped(Exception):
-    """The reader was closed while it waited for a worker."""
+    """Somebody asked to stop while something else was waited for."""
+
+
+def stop_if(asked: bool) -> None:
+    """Raises Stopped."""
+    if asked:
+        raise Stopped
 
 
 class ReadingBroke(Exception):

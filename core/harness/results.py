@@ -41,8 +41,9 @@ def read_findings(folder: Path, about: dict[str, Any]) -> Findings:
     """What earlier starts found that still stands: `made_from` says of what model, data and settings each number is."""
     try:
         found = read_json(folder / "evaluate.json")
-        return Findings(about, dict(found["tasks"]), dict(found["domain_perplexity"]))
-    except (OSError, ValueError, KeyError, TypeError):
+        tasks, sources = ({k: v for k, v in found[key].items() if isinstance(v, dict)} for key in ("tasks", "domain_perplexity"))
+        return Findings(about, tasks, sources)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return Findings(about)
 
 

@@ -193,7 +193,8 @@ class Desk:
         if preset.train.eval_tokens == 0:
             self._note("train.eval_tokens is 0: no held-out documents are measured")
             return
-        mark = self._mark(data=preset_json(preset)["data"], tokens=preset.train.eval_tokens, seed=preset.train.seed)
+        how = {"tokens": preset.train.eval_tokens, "seed": preset.train.seed, "bytes": "of the text"}  # not of each token alone
+        mark = self._mark(data=preset_json(preset)["data"], **how)
         kept = self._findings.sources
         self._findings.sources = {name: found for name, found in kept.items() if found.get("made_from") == mark}
         if {source.name for source in preset.data.sources} <= set(self._findings.sources):
@@ -205,7 +206,7 @@ class Desk:
                 raise
             self._note(f"no held-out documents: {' '.join(str(error).split())}")
             return
-        for note in notes:
+        for note in [*notes, *(told for kind in corpus.told_of(trained.tokenizer) for told in kind)]:
             self._note(note)
         rows = held_out_rows(corpus, trained.tokenizer, self._context, preset.train.eval_tokens)
         for name in corpus.names:

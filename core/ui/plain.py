@@ -152,6 +152,7 @@ REASONS = {
     "interrupted": "interrupted; start again to go on from here",
     "no_data": "stopped: no source is left to read from",
     "diverged": "stopped: training diverged",
+    "failed": "stopped by an error; the next start goes on from what is saved",
 }
 
 

@@ -218,3 +218,16 @@ def test_training_curves_of_different_losses_are_told_apart(tmp_path) -> None:
     log.write_text(log.read_text().replace('"losses": {"cross_entropy"', '"losses": {"harmonic"'))
     (said,) = [warning for warning in compared(made).warnings if "training curve" in warning]
     assert said.startswith("Of distances there is no cross-entropy") and "another scale" in said
+
+
+def test_a_log_of_odd_lines_is_read_past(tmp_path) -> None:
+    """Whatever somebody has put into it: what is whole counts, the rest is passed over."""
+    write_log(tmp_path, 3.0)
+    whole = read_outcome(Trial("CE", 1, PRESET, tmp_path, "finished"))
+    odd = [b'{"event": "eval"}', b"\0\0\0", b"[" * 100_000, b'{"event": "step", "step": "1", "tokens": 1}', b'["event"]']
+    odd += [b'{"event": "step", "step": 41, "tokens": 4000, "losses": [1], "sources": {"a": 5, "b": {"tokens": "x"}}}']
+    odd += [b'{"event": "step", "step": 41, "tokens": 4000, "losses": "x", "sources": 7, "tokens_per_second": "fast"}']
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(b"\n".join(odd) + b"\n")
+    out = read_outcome(Trial("CE", 1, PRESET, tmp_path, "finished"))
+    assert (out.metrics, out.curves, out.samples) == (whole.metrics, whole.curves, whole.samples)

@@ -117,9 +117,11 @@ def test_outcomes_are_kept_until_their_folder_is_deleted(tmp_path: Path) -> None
     assert read_outcomes(tmp_path, 1) == Outcomes(2, {})
     (tmp_path / "b" / "1").mkdir(parents=True)
     assert read_outcomes(tmp_path, 1) == outcomes
-    for text in ("", "[]", '{"trials": 3}', "{"):
+    for text in ("", "[]", '{"trials": 3}', "{", "[" * 100_000, '{"trials": {"b/1": 5}, "world_size": 1}'):
         (tmp_path / "state.json").write_text(text)
         assert read_outcomes(tmp_path, 1) == Outcomes(1, {})
+    (tmp_path / "state.json").write_text('{"trials": {"b/1": {"status": "diverged"}}, "world_size": 1}')
+    assert read_outcomes(tmp_path, 1) == Outcomes(1, {})
 
 
 # mistakes ------------------------------------------------------------------------------------------------------------

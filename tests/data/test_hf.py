@@ -206,6 +206,49 @@ print(json.dumps([d.text for d in s.stream({})]))
 
 
 @pytest.mark.slow
+def test_what_is_odd_in_a_dataset_costs_itself(tmp_path: Path) -> None:
+    """A row that is none, a file without the column, a flipped block, a cut file: counted and named; the other shards go on."""
+    whole = [{"text": f"{i} " + random.Random(i).randbytes(30).hex()} for i in range(300)]
+    how = {"row_group_size": 100, "write_page_checksum": True, "use_dictionary": False}
+    flipped, packed = bytearray(parquet(whole, **how)), gzip.compress(lines(whole))
+    for at in range(len(flipped) // 2, len(flipped) // 2 + 40):
+        flipped[at] ^= 0xFF
+    bad = lines(whole[:2]) + b'{"text": null}\n{not json\n{"text": "\xff"}\n' + lines(whole[2:4])
+    with Hub() as hub:
+        hub.add_dataset("me/tables", {"train-0.parquet": bytes(flipped), "train-1.parquet": parquet(whole, **how)})
+        files = {"train-0.json.gz": packed[: len(packed) // 2], "train-1.json.gz": gzip.compress(bad)}
+        hub.add_dataset("me/lines", files | {"train-2.json.gz": gzip.compress(lines([{"body": "x"}]))})
+        found = hub.run(
+            PROLOGUE
+            + """
+HfSource.first_wait_seconds = 0.01
+out = []
+for name in ("me/tables", "me/lines"):
+    s = source(name)
+    s.open()
+    out.append([[d.key for d in s.stream({})], sorted(s.notes)])
+print(json.dumps(out))
+""",
+            tmp_path,
+        )
+    (tables, told), (rows, said) = found
+    assert (
+        sum(key.startswith("train-1") for key in tables) == 300 and 100 <= sum(key.startswith("train-0") for key in tables) < 300
+    )
+    assert told == ["used 1 file up to the damage: train-0.parquet"]
+    assert sum(key.startswith("train-1") for key in rows) == 4 and 50 < sum(key.startswith("train-0") for key in rows) < 300
+    hint = 'set "text_field" to one of them, or "fields" and "format"'
+    assert said == [
+        'skipped 1 file without the column "text": train-2.json.gz',
+        'skipped 1 row: "text" is missing or null (the first: train-1.json.gz#2)',
+        "skipped 1 row: no JSON (the first: train-1.json.gz#3)",
+        "skipped 1 row: not UTF-8 (the first: train-1.json.gz#4)",
+        f'train-2.json.gz has no column "text"; its columns are body: {hint}',
+        "used 1 file up to the damage: train-0.json.gz",
+    ]
+
+
+@pytest.mark.slow
 def test_a_line_that_stays_broken_ends_the_source(hub: Hub, tmp_path: Path) -> None:
     code = (
         PROLOGUE

@@ -227,9 +227,10 @@ def lines_of(count: int) -> bytes:
     return b"".join(json.dumps({"text": f"{i} " + draw.randbytes(40).hex()}).encode() + b"\n" for i in range(count))
 
 
+@pytest.mark.parametrize("kind", [".jsonl", ".json"])  # which may both be lines
 @pytest.mark.parametrize("packed", [".gz", ".bz2", ".xz", ".zst"])
 @pytest.mark.parametrize("harm", ["later member", "cut", "junk after", "flip"])
-def test_what_is_whole_before_damage_is_used(tmp_path: Path, packed: str, harm: str) -> None:
+def test_what_is_whole_before_damage_is_used(tmp_path: Path, packed: str, harm: str, kind: str) -> None:
     pack = PACK[packed]
     members = [pack(lines_of(400)), pack(lines_of(400)), pack(lines_of(400))]
     data = b"".join(members)
@@ -244,14 +245,14 @@ def test_what_is_whole_before_damage_is_used(tmp_path: Path, packed: str, harm: 
         broken[len(members[0]) + len(members[1]) // 2] ^= 0x55
         data = bytes(broken)
     least = {"later member": 400, "cut": 800, "junk after": 1200, "flip": 400}[harm]
-    (tmp_path / f"a.jsonl{packed}").write_bytes(data)
-    source = opened("a.jsonl" + packed, tmp_path)
+    (tmp_path / f"a{kind}{packed}").write_bytes(data)
+    source = opened(f"a{kind}{packed}", tmp_path)
     expected = [json.loads(line)["text"] for line in lines_of(400)[:-1].split(b"\n")] * 3
     found = texts(source)
     assert found[:least] == expected[:least] and (harm == "flip" or found == expected[: len(found)])
-    assert source.notes[0] == f"used 1 file up to the damage: a.jsonl{packed}"
+    assert source.notes[0] == f"used 1 file up to the damage: a{kind}{packed}"
     assert len(source.notes) == 1 or harm == "flip"  # whose rows may be no JSON, before the checksum tells
-    assert source.skipped()[0] == (f"a.jsonl{packed}", "used up to the damage")
+    assert source.skipped()[0] == (f"a{kind}{packed}", "used up to the damage")
 
 
 def test_long_windows_of_zstd(tmp_path: Path) -> None:
@@ -391,13 +392,6 @@ def test_rows_with_a_blank_column_are_kept(tmp_path: Path, kind: str) -> None:
     assert source.notes == notes
 
 
-def test_a_format_that_does_not_fit_costs_its_row(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"n": 1}\n{"n": "x"}\n{"n": null}\n{"n": 22}\n')
-    source = build_source(HfSettings(dataset="./a.jsonl", name="s", fields=["n"], format="{n:04d}"), tmp_path, 1)
-    assert [d.text for d in source.stream({})] == ["0001", "0022"]
-    assert source.notes[0].startswith('skipped 1 row: "format" does not fit its values')
-
-
 def test_later_passes_count_nothing_twice(tmp_path: Path) -> None:
     """And the log is told again when a count has grown tenfold."""
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n' + '{"text": ""}\n' * 9)
@@ -458,6 +452,18 @@ def test_brackets_in_a_name_are_no_pattern(tmp_path: Path, folder: str) -> None:
         (str(root / "in [x]" / "*.txt"), ["a\n"]),
     ):
         assert sorted(texts(opened(path, root))) == expected, path
+
+
+def test_a_dataset_in_a_folder_with_brackets(tmp_path: Path) -> None:
+    """As in one without."""
+    for name in ("plain", "br [1]"):
+        (tmp_path / name / "data/sub").mkdir(parents=True)
+        for file, text in (("train-0", "a"), ("sub/train-1", "b"), ("test", "t")):
+            (tmp_path / name / f"data/{file}.jsonl").write_text(json.dumps({"text": text}))
+        for split, expected in (("train", ["a", "b"]), ("test", ["t"])):
+            source = build_source(HfSettings(dataset="./data", split=split, name="s"), tmp_path / name, 1)
+            source.open()
+            assert sorted(document.text for document in source.stream({})) == expected
 
 
 # lengths -------------------------------------------------------------------------------------------------------------
@@ -548,6 +554,7 @@ STDLIB = {"type": "python_stdlib"}
         ({"type": "pdf", "path": "./my_pdfs"}, "does not exist"),
         ({"type": "tokens", "path": "data/tokens"}, "holds no manifest.json"),
         ({"type": "hf", "dataset": "./nowhere.jsonl"}, "does not exist"),
+        ({"type": "chat", "dataset": "./odd.jsonl"}, './odd.jsonl has no column "messages"; its columns are body'),
     ],
 )
 def test_an_own_path_without_text_ends_the_start(tmp_path: Path, section: dict, reason: str) -> None:

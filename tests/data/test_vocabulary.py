@@ -148,6 +148,20 @@ def test_a_gap_becomes_an_unknown_token(tmp_path: Path, kind: str) -> None:
     assert read_tokenizer(tmp_path / "again" / "tokenizer.json").state() == tokenizer.state()
 
 
+def test_white_space_counts_where_it_is_lost(tmp_path: Path) -> None:
+    """Between words that a tokenizer cuts at white space, it is passed over; where it would be a token of its own, it is not."""
+    for before, lost, of in ((SPLIT, 0, 96), (None, 95, 191)):
+        letters = read(backend_of(models.BPE({"a": 0, "b": 1}, []), before), tmp_path)
+        unread = letters.unread([" ".join("ab" * 48)])
+        assert (unread.characters, unread.of, unread.example) == (lost, of, " " if lost else "")
+
+
+def test_a_file_may_leave_out_what_it_has_not(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps({"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "?"}}))
+    assert read_tokenizer(path).encode_batch(["a"])[0].tolist() == [0]
+
+
 def test_what_can_write_everything_has_no_gap(tmp_path: Path) -> None:
     for settings in (TokenizerSettings(type="byte"), TokenizerSettings(vocab_size=300)):
         tokenizer = build_tokenizer(settings, ["some text"] * 9)

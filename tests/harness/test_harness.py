@@ -12,7 +12,7 @@ from core.errors import MissingPackage, NoData, UserError
 from core.generation import Voice, Wish
 from core.harness import tasks as tasks_module
 from core.harness.library import harness
-from core.harness.results import of_harness
+from core.harness.results import Findings, of_harness, read_findings
 from core.harness.scoring import Scorer
 from core.harness.tasks import open_tasks, run_task
 from core.harness.wrapper import as_harness_model, wish_of
@@ -268,3 +268,9 @@ def test_the_tasks_of_the_presets_are_the_harness_own() -> None:
         strict=True,
     ):
         assert f"{kind}: {name}" in (folder / file).read_text().splitlines()
+
+
+@pytest.mark.parametrize("content", ["", "[]", "[" * 100_000, '{"tasks": [], "domain_perplexity": {}}', '{"tasks": {"a": 5}}'])
+def test_findings_that_are_none_are_measured_anew(content: str, tmp_path: Path) -> None:
+    (tmp_path / "evaluate.json").write_text(content)
+    assert read_findings(tmp_path, {}) == Findings({})

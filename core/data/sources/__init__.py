@@ -61,9 +61,9 @@ def is_own_path(section: Any) -> bool:
 
     The text that a person means to train on would be missing. The folder `pdfs` is named by default only.
     """
-    path = getattr(section, "path", None)
-    if section.type == "hf":
-        return section.dataset.startswith(("./", "../", "/", "~"))
+    path, dataset = (getattr(section, key, None) for key in ("path", "dataset"))
+    if dataset is not None:
+        return dataset.startswith(("./", "../", "/", "~"))
     return path is not None and (section.type, path) != ("pdf", PdfSettings().path)
 
 

@@ -114,12 +114,16 @@ class _Text:
     def __init__(self, pieces: Iterator[bytes]):
         self._pieces, self._decode = pieces, codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
         self._buffer, self._at, self._over = "", 0, False
+        self._damage: Damaged | None = None  # what ended the pieces; told once what precedes it is read
 
     def _read(self, characters: int) -> None:
         """At least so many more, unless that is all."""
         parts = [self._buffer[self._at :]]
         while characters > 0 and not self._over:
-            piece = next(self._pieces, None)
+            try:
+                piece = next(self._pieces, None)
+            except Damaged as error:
+                piece, self._damage = None, error
             self._over = piece is None
             parts.append(self._decode(piece or b"", self._over))
             characters -= len(parts[-1])
@@ -131,15 +135,19 @@ class _Text:
             rest = len(self._buffer)
             while self._at < rest and self._buffer[self._at].isspace():
                 self._at += 1
-            if self._at < rest or self._over:
-                return self._buffer[self._at : self._at + 1]
+            if self._at < rest:
+                return self._buffer[self._at]
+            if self._damage is not None:
+                raise self._damage
+            if self._over:
+                return ""
             self._read(1)
 
     def skip(self) -> None:
         self._at += 1
 
     def value(self) -> Any:
-        """The value that begins here; SkipRow where its bytes are no UTF-8. Raises ValueError or RecursionError, or _TooLong."""
+        """The value that begins here; SkipRow where its bytes are no UTF-8. Raises ValueError, RecursionError or Damaged."""
         while True:
             try:
                 value, end = self.DECODER.raw_decode(self._buffer, self._at)
@@ -147,6 +155,8 @@ class _Text:
                     break
             except json.JSONDecodeError as error:
                 may_go_on = error.pos + len("\\ud83d\\ude42") >= len(self._buffer) or error.msg.startswith("Unterminated")
+                if self._damage is not None and may_go_on:
+                    raise self._damage from None
                 if self._over or not may_go_on:
                     raise
             held = len(self._buffer) - self._at
@@ -322,7 +332,7 @@ def _values(column: Any) -> list[Any]:
     if column.nbytes <= decode.RECORD_BYTES:
         try:
             return column.to_pylist()
-        except UnicodeDecodeError:
+        except (ValueError, ArithmeticError):  # text that is no UTF-8, a date beyond Python's
             pass
     return [_value(column, i) for i in range(len(column))]
 
@@ -334,3 +344,5 @@ def _value(column: Any, index: int) -> Any:
         return column[index].as_py()
     except UnicodeDecodeError:
         return SkipRow("not UTF-8")
+    except (ValueError, ArithmeticError) as error:
+        return SkipRow(f"not to be read ({type(error).__name__})")
