@@ -184,23 +184,12 @@ def check_log(path: Path) -> None:
 def read_events(path: Path, most: int | None = None) -> Iterator[dict]:
     """Every event of a log, oldest first; lines that are no whole event are passed over. A file that cannot be read has none.
 
-    most   of each kind at most so many, spread evenly up to its last one; the others are not even decoded
+    most   of each kind at most so many, every n-th and the last; the others are not even decoded
     """
-    seen: Counter[bytes] = Counter()
     try:
         check_regular(path)
-        strides = {}
-        if most is not None:
-            with open(path, "rb") as file:
-                counts = Counter(map(_kind_of, file))
-            strides = {kind: (-(-count // most), count - 1) for kind, count in counts.items()}
         with open(path, "rb") as file:
-            for line in file:
-                kind = _kind_of(line)
-                stride, last = strides.get(kind, (1, 0))
-                seen[kind] += 1
-                if (last - seen[kind] + 1) % stride:
-                    continue
+            for line in file if most is None else _thinned(file, most):
                 event = _decoded(line)
                 if isinstance(event.get("event"), str) and all(type(event.get(key)) is int for key in ("step", "tokens")):
                     yield event
@@ -208,9 +197,27 @@ def read_events(path: Path, most: int | None = None) -> Iterator[dict]:
         return
 
 
+def _thinned(file: Iterable[bytes], most: int) -> list[bytes]:
+    """Of each kind of line every n-th and the last, so that there are at most so many, in order."""
+    kept: dict[bytes, list[tuple[int, bytes]]] = {}
+    counts: Counter[bytes] = Counter()
+    every: dict[bytes, int] = {}
+    last: dict[bytes, tuple[int, bytes]] = {}
+    for number, line in enumerate(file):
+        kind = _kind_of(line)
+        last[kind] = number, line
+        if counts[kind] % every.setdefault(kind, 1) == 0:
+            lines = kept.setdefault(kind, [])
+            lines.append(last[kind])
+            if len(lines) > most - 1:
+                kept[kind], every[kind] = lines[::2], 2 * every[kind]
+        counts[kind] += 1
+    return [line for _, line in sorted({each for lines in [*kept.values(), last.values()] for each in lines})]
+
+
 def _kind_of(line: bytes) -> bytes:
     """The beginning of a line that says what event it is, as `emit` writes it."""
-    return line[:40].partition(b",")[0]
+    return line[:40].partition(b",")[0] if line.startswith(b'{"event"') else b""
 
 
 def evaluation_is_missing(path: Path, step: int) -> bool:

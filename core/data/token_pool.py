@@ -9,9 +9,10 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,8 @@ from core.data.documents import Cursor
 from core.data.tokenizer import Tokenizer
 from core.data.worker import end_with_parent
 from core.errors import UserError
+
+POLL_SECONDS, CLOSE_SECONDS = 0.2, 2.0
 
 
 @dataclass
@@ -63,10 +66,16 @@ class TokenPool:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._executor.shutdown(wait=True, cancel_futures=True)
+        processes = list((getattr(self._executor, "_processes", None) or {}).values())
+        self._executor.shutdown(wait=not processes, cancel_futures=True)
+        end = time.monotonic() + CLOSE_SECONDS
+        for process in processes:  # one that was frozen does not end by itself
+            process.join(max(0.0, end - time.monotonic()))
+            process.kill()
 
-    def run(self, batches: Iterable[Batch]) -> Iterator[Tokens]:
-        """Each batch tokenized. What `batches` raises is raised here, after everything that came before it.
+    def run(self, batches: Iterable[Batch], stop: Callable[[], bool] = lambda: False) -> Iterator[Tokens]:
+        """Each batch tokenized. What `batches` raises is raised here, after everything that came before it. Ends early, between
+        two batches, where it waits and `stop` says so.
 
         Raises UserError when a process died.
         """
@@ -83,6 +92,9 @@ class TokenPool:
                     waiting.append((self._submit(batch.texts), batch.cursors))
                 if waiting and (batch is None or len(waiting) > self._ahead):
                     future, cursors = waiting.popleft()
+                    while not wait([future], POLL_SECONDS).done:
+                        if stop():
+                            return
                     yield Tokens(*future.result(), cursors)
                 elif batch is None:
                     break

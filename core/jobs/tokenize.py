@@ -253,7 +253,7 @@ def _write(task: Task, preset: Any, pool: TokenPool, view: TokenizeView, stop: C
             writer.save()  # before the first chunk: a folder of chunks always has a manifest
         view.begin(name, writer.tokens)
         cursor, saved, outcome = manifest.writer["cursor"], time.monotonic(), "end"
-        results = pool.run(_batches(task.source.stream(cursor), preset.data.min_text_length))
+        results = pool.run(_batches(task.source.stream(cursor), preset.data.min_text_length), stop)
         try:
             for batch in results:
                 kept = len(batch.ends)
@@ -271,6 +271,8 @@ def _write(task: Task, preset: Any, pool: TokenPool, view: TokenizeView, stop: C
                     outcome = "stopped"
                 if outcome != "end":
                     break
+            if outcome == "end" and stop():
+                outcome = "stopped"
         except SourceUnavailable as error:
             failure, outcome = error, "failed"
         finally:

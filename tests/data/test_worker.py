@@ -14,9 +14,10 @@ import pytest
 from core.data.encoding import Remembering
 from core.data.loader import Loader
 from core.data.sources.text import TextSource
+from core.data.token_pool import Batch, TokenPool
 from core.data.worker import CLOSE_SECONDS, Worker
 from core.errors import ReadingFailed
-from tests.data.corpus import Ranks, make_factory, make_loader, same, start, steps, write_corpus
+from tests.data.corpus import Ranks, byte_tokenizer, make_factory, make_loader, same, start, steps, write_corpus
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
@@ -101,6 +102,23 @@ def test_a_frozen_worker_does_not_hold_up_the_end(tmp_path: Path) -> None:
     assert time.monotonic() - begun < 3 * CLOSE_SECONDS and not process.is_alive()
 
 
+@pytest.mark.slow
+def test_a_frozen_tokenizing_process_does_not_hold_up_the_end(tmp_path: Path) -> None:
+    batches = (Batch(["some text"] * 8, [{}] * 8) for _ in range(50))
+    stopping = threading.Event()
+    with TokenPool(byte_tokenizer(), 1) as pool:
+        results = pool.run(batches, stopping.is_set)
+        next(results)
+        (process,) = pool._executor._processes.values()  # type: ignore[attr-defined]
+        os.kill(process.pid, signal.SIGSTOP)
+        stopping.set()
+        begun = time.monotonic()
+        assert len(list(results)) < 49
+    assert time.monotonic() - begun < 10
+    process.join(5)
+    assert not process.is_alive()
+
+
 def test_an_error_that_nobody_expected_ends_every_rank_with_its_reason(tmp_path: Path) -> None:
     """On one rank only, in the thread that reads: none waits for it, and the position is as it was."""
     sections = write_corpus(tmp_path, {"a": 300})
@@ -152,7 +170,7 @@ def test_an_odd_file_or_text_costs_no_more_than_itself(tmp_path: Path, monkeypat
     loader = make_loader(make_factory(tmp_path, [section], max_epochs=2), start())
     found = steps(loader)
     assert sorted(loader.skipped) == [
-        ("a", "ab.jsonl", "unreadable (RecursionError: too deep)"),
+        ("a", "ab.jsonl", "unreadable (RecursionError)"),
         ("a", "ac.jsonl#7", "cannot be tokenized: BaseException: a panic of the tokenizer"),
     ]
     loader.close()
