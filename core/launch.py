@@ -25,6 +25,7 @@ from core.environment import read_dotenv
 from core.errors import Interrupted, PresetError, UserError
 from core.jobs import JOBS, PREVIEWS
 from core.lineage import changed_sources
+from core.metrics import evaluation_is_missing
 from core.parallel import DDP, Single
 from core.preset import decode_preset, preset_json, read_preset
 from core.runtime import Runtime, detect_runtime, prepare
@@ -261,7 +262,10 @@ def _resume_line(preset: Any) -> str:
     if found is None:
         return _beginning_line(preset)
     progress, where = found["progress"], found["path"].name
-    if progress["finished"] or found["preset"]["name"] != preset.name:
+    same, log_file = found["preset"]["name"] == preset.name, ROOT / "logs" / preset.lineage / "metrics.jsonl"
+    if same and progress["finished"] and progress.get("evaluation_due") and evaluation_is_missing(log_file, progress["step"]):
+        line = f"evaluates run {progress['run']}, which was trained to its end, step {progress['step']:,}, from {where}"
+    elif progress["finished"] or not same:
         line = f"starts run {progress['run'] + 1} from step {progress['step']:,} in {where}"
     else:
         line = f"resumes run {progress['run']} at step {progress['step']:,}, {progress['run_tokens']:,} tokens, from {where}"

@@ -5,8 +5,10 @@ Out:   the lines on the screen, and the exit code
 State: none
 """
 
+import contextlib
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -94,7 +96,7 @@ class Screen:
 
 
 def show(
-    command: str, folder: Path, rows: int = 24, columns: int = 100, keys: list[tuple[str, str]] | None = None, limit: float = 1800
+    command: str, folder: Path, rows: int = 24, columns: int = 100, keys: list[tuple[str, str]] | None = None, limit: float = 3600
 ) -> tuple[list[str], int | None]:
     """(what is on the screen at the end, exit code) of a shell command, run without a network.
 
@@ -121,8 +123,11 @@ def show(
             child.send(pressed)
         child.expect(pexpect.EOF)
         written += child.before
+        child.wait()
     finally:
-        child.close(force=True)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)  # the shell, and what it has started
+        child.close()
     screen.show(written)
     return screen.lines(), child.exitstatus
 

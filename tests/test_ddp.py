@@ -12,6 +12,7 @@ import pexpect
 import pytest
 
 from tests.project import Project, Result, differences, kill_group, merged, tiny_preset, train_here
+from tests.test_lineage import Holder
 
 pytestmark = pytest.mark.slow
 
@@ -140,13 +141,20 @@ def test_one_two_one_ranks_read_the_same_documents(two_ranks: Project, make_proj
 
 
 def test_mistakes_end_every_rank(make_project: Callable[..., Project]) -> None:
-    """A preset that is none, and a number of ranks that does not divide the lanes: told once, nobody waits for ever."""
-    project = make_project({"t": tiny_preset(data={"lanes": 3})})
+    """A preset that is none, a number of ranks that does not divide the lanes, a lineage that another process writes to:
+    told, and nobody waits for ever."""
+    project = make_project({"t": tiny_preset(data={"lanes": 3}), "held": tiny_preset()})
     for line, told in (("nonsense", 'no preset is called "nonsense"'), ("t", "2 processes do not divide data.lanes = 3")):
         result = on_two(project, line, timeout=120)
         assert result.code != 0 and told in result.err
         assert "Traceback" not in result.err.split("torch.distributed.run")[0].split("failed (exitcode")[0]
     assert not (project.folder / "checkpoints").exists()
+    holder = Holder(project.folder, "held")
+    try:
+        result = on_two(project, "held", timeout=120)
+    finally:
+        holder.end(signal.SIGKILL)
+    assert result.code != 0 and f'"held" is in use by process {holder.process.pid}' in result.err
 
 
 def test_the_menu_under_torchrun(make_project: Callable[..., Project]) -> None:

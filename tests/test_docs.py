@@ -93,7 +93,7 @@ def test_requirements_are_complete() -> None:
                 imported |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
                 imported.add(node.module.split(".")[0])
-    ours = {path.name for path in ROOT.iterdir() if path.is_dir()}
+    ours = {path.name for path in ROOT.iterdir() if path.is_dir()} | {path.stem for path in ROOT.glob("*.py")}
     needed = imported - set(sys.stdlib_module_names) - ours - {"wandb", "flash_attn"}  # optional
     pinned = {line.split("==")[0] for line in (ROOT / "requirements.txt").read_text().splitlines()}
     assert needed <= pinned, needed - pinned

@@ -321,6 +321,9 @@ def test_keys_of_a_file_of_any_bytes(
     assert found == key and told in notes and bool(notes) == bool(told)
 
 
-def test_a_folder_in_the_place_of_keys_is_told(tmp_path: Path) -> None:
-    (tmp_path / ".env").mkdir()
-    assert "is no file" in read_dotenv(tmp_path / ".env")[0]
+def test_a_pipe_in_the_place_of_keys_is_told_and_never_read(tmp_path: Path) -> None:
+    """A folder of that name is a virtual environment."""
+    os.mkfifo(tmp_path / ".env")
+    assert "cannot be read" in read_dotenv(tmp_path / ".env")[0]
+    (tmp_path / "venv" / ".env").mkdir(parents=True)
+    assert read_dotenv(tmp_path / "venv" / ".env") == []

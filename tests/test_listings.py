@@ -15,6 +15,7 @@ from core.data.sources import NAMED_SOURCES, SOURCES
 from core.data.sources.chat import ChatFiles, conversation
 from core.data.sources.decode import COMPRESSIONS
 from core.data.sources.hf import LOCAL_BUILDERS
+from core.data.sources.tables import TABLES
 from core.data.sources.text import TextSource
 from core.data.tokenizer import build_tokenizer
 from core.environment import read_dotenv
@@ -63,8 +64,10 @@ def test_the_kinds_of_files_are_those_that_are_read() -> None:
     """In the guide's table of sources, and in the meaning of the keys that name files."""
     rows = {named(row[0])[0]: row for row in table(GUIDE, "`type`", "Reads")}
     compressed = {kind: {*source.readable, *COMPRESSIONS} for kind, source in (("text", TextSource), ("chat", ChatFiles))}
-    for kind, suffixes in {**compressed, "hf": set(LOCAL_BUILDERS)}.items():
-        assert {name for name in named(rows[kind][1]) if name.startswith(".")} == suffixes, kind
+    suffixes = {kind: {name for name in named(rows[kind][1]) if name.startswith(".")} for kind in ("text", "chat", "hf")}
+    assert suffixes["text"] == compressed["text"] and set(ChatFiles.readable) == set(TABLES) and not suffixes["chat"]
+    assert suffixes["hf"] == set(LOCAL_BUILDERS) - set(TABLES)
+    assert all("tables, as `text` reads them" in rows[kind][1] for kind in ("chat", "hf"))
     for kind, suffixes in compressed.items():
         meaning = SOURCES[kind][0].model_json_schema()["properties"]["path"]["description"]
         others = {".ndjson", ".htm", ".xhtml"}  # other names for kinds that are there
@@ -102,6 +105,8 @@ def test_events_and_why_a_run_ends() -> None:
     emitted = set(re.findall(r'emit\(\s*"(\w+)"', everything))
     rows = {named(row[0])[0]: row[1] for row in table(GUIDE, "Event", "Fields")}
     assert emitted <= set(rows) and all(f'"{event}"' in everything for event in rows)
+    for event, fields in rows.items():
+        assert [name for name in named(fields) if name.isidentifier() and not re.search(rf"\b{name}\b", everything)] == [], event
     loop = "".join(text for path, text in sources.items() if path.name in ("trainer.py", "horizon.py", "train.py"))
     reasons = {"budget", *re.findall(r'reason = "(\w+)"|reason="(\w+)"|return "(max_\w+|budget)"', loop)}
     found = {word for each in reasons for word in ([each] if isinstance(each, str) else each) if word}

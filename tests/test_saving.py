@@ -17,18 +17,21 @@ from typing import Any
 import pytest
 import torch
 
+from core.assembly import Preset
 from core.checkpoint import CheckpointStore
 from core.comparison.outcome import read_outcome
 from core.comparison.trials import Trial
 from core.data.unlearned import Unlearned
 from core.errors import NoData, UserError
 from core.evaluation import Evaluator
+from core.launch import _resume_line
 from core.metrics import evaluation_is_missing
+from core.preset import decode_preset
 from core.runtime import STOP_SIGNALS, StopRequest, signals_held
 from core.trainer import BAD_STEPS
 from tests.project import Project, differences, merged, story, tiny_preset, train_here
 from tests.test_compare import compare_here, job, preset_of
-from tests.test_trainer import events, finish, limit_rows, poison, session
+from tests.test_trainer import EXACT, events, finish, limit_rows, poison, session
 
 MEASURED = {"train": {"eval_tokens": 200, "eval_every_tokens": 512, "max_steps": 10, "checkpoint_every_steps": 4}}
 """An evaluation at steps 4, 8 and 10, each where a checkpoint is due."""
@@ -45,7 +48,9 @@ def slot(root: Path) -> dict[str, Any] | None:
 
 
 def told(root: Path) -> list[str]:
-    return [event["message"] for event in events(root, "warning")]
+    """The warnings, but for the one that so little text holds less out than is asked for."""
+    messages = [event["message"] for event in events(root, "warning")]
+    return [message for message in messages if "train.eval_tokens" not in message]
 
 
 def same_log(one: Path, other: Path) -> bool:
@@ -102,9 +107,12 @@ def test_sampling_settings_that_no_float_holds_lose_no_run(tmp_path: Path) -> No
     assert len(events(tmp_path, "sample")) == 1 and told(tmp_path) == []
 
 
-def test_an_end_without_its_evaluation_is_evaluated_by_the_next_start_and_not_trained_again(tmp_path: Path) -> None:
+def test_an_end_without_its_evaluation_is_evaluated_by_the_next_start_and_not_trained_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The program is ended in each part of the last evaluation; then it is as if nothing had happened, and then comes run 2."""
     finish(session(tmp_path / "straight", **MEASURED))
+    preset = decode_preset(tiny_preset(**merged(EXACT, MEASURED)), Preset, "t", "t")
     for part in ("evaluate", "show"):
         root = tmp_path / part
         built = session(root, **MEASURED)
@@ -119,10 +127,13 @@ def test_an_end_without_its_evaluation_is_evaluated_by_the_next_start_and_not_tr
         with pytest.raises(Gone):
             finish(built)
         assert slot(root)["finished"] and not events(root, "run_end")
+        monkeypatch.setattr("core.launch.ROOT", root)
+        assert "evaluates run 1, which was trained to its end, step 10" in _resume_line(preset)
         built = session(root, **MEASURED)
         assert any("not evaluated" in note for note in built.notes)
         assert finish(built) == "max_steps" and same_log(tmp_path / "straight", root)
         assert differences(*(Project(folder).checkpoint() for folder in (tmp_path / "straight", root))) == []
+        assert "starts run 2" in _resume_line(preset)
         assert session(root, **MEASURED).trainer.progress.run == 2
 
 
@@ -257,6 +268,7 @@ def test_before_the_first_update_there_is_nothing_to_save(tmp_path: Path) -> Non
 # weights that are not finite -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.skips_updates
 def test_an_evaluation_waits_for_a_finite_step(tmp_path: Path) -> None:
     """It falls due among bad steps: weights are rolled back, then it is made, and the run ends as it would have."""
     built = session(
@@ -278,6 +290,7 @@ def test_an_evaluation_waits_for_a_finite_step(tmp_path: Path) -> None:
     assert any("weights are back" in message for message in told(tmp_path))
 
 
+@pytest.mark.skips_updates
 def test_an_evaluation_of_weights_that_are_not_finite_ends_nothing(tmp_path: Path) -> None:
     """They are ruined by the update after a finite step, so nothing waits: the samples cannot be drawn, and that is all."""
     built = session(tmp_path, **merged(MEASURED, {"train": {"max_steps": 14, "checkpoint_every_steps": 3}}))
@@ -297,6 +310,7 @@ def test_an_evaluation_of_weights_that_are_not_finite_ends_nothing(tmp_path: Pat
     assert sum("samples failed" in message and "not finite" in message for message in told(tmp_path)) == 1
 
 
+@pytest.mark.skips_updates
 def test_bad_steps_are_counted_on_after_a_stop(tmp_path: Path) -> None:
     """Three before it and two after it are five in a row."""
     settings = {"train": {"max_steps": 12, "checkpoint_every_steps": 3}}
@@ -365,7 +379,7 @@ def test_a_compiler_that_fails_is_left_out_and_that_is_kept(tmp_path: Path, monk
 def write_chats(root: Path, learned: Collection[int], count: int = 40) -> dict[str, Any]:
     """Rows of one conversation each, most of them longer than a row before the assistant says a word."""
     chats = [
-        {"messages": [{"role": "user", "content": (f"Hi {i}. " if i in learned else f"{i} " + "Listen to me. " * 40)}, YES]}
+        {"messages": [{"role": "user", "content": (f"Hi {i}. " if i in learned else f"{i} " + "Listen to me. " * 100)}, YES]}
         for i in range(count)
     ]
     root.mkdir(parents=True, exist_ok=True)
@@ -459,14 +473,15 @@ def test_a_signal_that_nohup_keeps_away_stays_away() -> None:
 # comparisons ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.skips_updates
 def test_a_comparison_survives_what_its_trials_and_its_report_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A variant whose evaluations fall due while its weights are not finite is recorded as diverged; a report that cannot be
     written is told after the last trial; a trial that was ended before its last evaluation is evaluated, not counted without."""
-    wild = {"name": "wild", "set": {"train": {"learning_rate": 1e30}}}
+    wild = {"name": "wild", "set": {"train": {"learning_rate": 100.0, "weight_decay": 100.0}}}
     calm = {"name": "calm", "set": {"train": {"learning_rate": 1e-4}}}
     train = {"max_steps": 12, "eval_every_tokens": 128}
     preset = preset_of(seeds=[1], variants=[{"name": "as it is"}, wild, calm], train=train)
-    for place in ("core.ui.run_card.plot_losses", "core.ui.masked.plot_masked", "core.assembly.neighbors"):
+    for place in ("core.ui.run_card.plot_losses", "core.ui.masked.plot_masked"):
         monkeypatch.setattr(place, lambda *_: [])
     monkeypatch.setattr(job, "forget_peak_memory", lambda runtime: True)
 

@@ -91,10 +91,8 @@ class Tokenizer:
     def _spell(self, ids: np.ndarray, spans: np.ndarray | None) -> tuple[np.ndarray, Any]:
         """The tokens with each control token, which a text only looks like, in smaller pieces; they have its span."""
         pieces = [self._spelling(token) if self._control[token] else [token] for token in ids.tolist()]
-        sizes = [len(piece) for piece in pieces]
-        return np.array([i for piece in pieces for i in piece], np.int32), spans if spans is None else np.repeat(
-            spans, sizes, axis=0
-        )
+        spelled = np.array([token for piece in pieces for token in piece], np.int32)
+        return spelled, None if spans is None else np.repeat(spans, [len(piece) for piece in pieces], axis=0)
 
     def _spelling(self, token: int) -> list[int]:
         """The ids of a control token's name as text: of its first character, and of the rest of it."""
@@ -222,7 +220,7 @@ def _named_tokens(path: Path) -> dict[str, list[str]]:
     """The control tokens that the tokenizer_config.json beside a tokenizer file names, by their keys. Raises UserError."""
     config, found = path.with_name(CONFIG), {}
     try:
-        facts = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
+        facts = read_json(config) if config.exists() else {}
         items = facts.items()
     except (OSError, ValueError, RecursionError, AttributeError):
         raise UserError(

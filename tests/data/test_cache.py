@@ -161,6 +161,15 @@ def test_a_changed_file_is_read_anew(corpus: Path) -> None:
     assert read(cached(corpus)) == read(plain(corpus))
 
 
+def test_another_reader_reads_anew(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an older program made of the same files is not taken."""
+    monkeypatch.setattr("core.data.sources.text.READER", 1)
+    monkeypatch.setattr(TextSource, "document", lambda self, values, key: Document("as it was read before", key))
+    read(cached(corpus))
+    monkeypatch.undo()
+    assert read(cached(corpus)) == read(plain(corpus))
+
+
 @pytest.mark.parametrize("vocabulary", [300, 70_000])
 def test_a_block_comes_back_as_it_was(vocabulary: int) -> None:
     """Masks, empty documents and wide ids included."""
@@ -178,3 +187,20 @@ def test_a_block_comes_back_as_it_was(vocabulary: int) -> None:
         assert np.array_equal(found.encoded.ids, document.encoded.ids) and found.encoded.ids.dtype == np.int32
     assert block[2][1].encoded.learned.tolist() == [True, False, True] and block[0][1].encoded.learned.all()
     assert unpacked(packed([], False)) == ([], False)
+
+
+def test_bytes_of_the_text_are_kept(corpus: Path) -> None:
+    """What bits per byte divide by comes from the cache as from the text; a document that never had a text has none."""
+    expected = [len(document.text.encode()) for document in plain(corpus).stream({})]
+    for _ in range(2):
+        assert [d.encoded.num_bytes for d in cached(corpus).stream({}) if d.encoded is not None] == expected
+    block = [(1, Document("", "k", encoded=Encoded(np.array([5], np.int32), None, 7, 0)))]
+    ((_, document),), _ = unpacked(packed(block, True))
+    assert document.encoded is not None and document.encoded.num_bytes is None
+
+
+def test_blocks_of_another_version_are_made_again(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an older program encoded or kept otherwise is never read as this one's."""
+    expected, before = read(cached(corpus)), len(blocks(corpus))
+    monkeypatch.setattr(cache, "VERSION", cache.VERSION + 1)
+    assert read(cached(corpus)) == expected and len(blocks(corpus)) == 2 * before

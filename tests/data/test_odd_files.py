@@ -454,6 +454,18 @@ def test_brackets_in_a_name_are_no_pattern(tmp_path: Path, folder: str) -> None:
         assert sorted(texts(opened(path, root))) == expected, path
 
 
+def test_a_dataset_in_a_folder_with_brackets(tmp_path: Path) -> None:
+    """As in one without."""
+    for name in ("plain", "br [1]"):
+        (tmp_path / name / "data/sub").mkdir(parents=True)
+        for file, text in (("train-0", "a"), ("sub/train-1", "b"), ("test", "t")):
+            (tmp_path / name / f"data/{file}.jsonl").write_text(json.dumps({"text": text}))
+        for split, expected in (("train", ["a", "b"]), ("test", ["t"])):
+            source = build_source(HfSettings(dataset="./data", split=split, name="s"), tmp_path / name, 1)
+            source.open()
+            assert sorted(document.text for document in source.stream({})) == expected
+
+
 # lengths -------------------------------------------------------------------------------------------------------------
 
 

@@ -85,7 +85,10 @@ class ChatSettings(Settings):
 class _Chat:
     """What makes a source of rows one of conversations."""
 
-    column_hint = 'set "messages_field" to one of them'
+    column_hint = (
+        'set "messages_field" to one of them; a question and its answer in columns of their own are text for a source '
+        'of type "hf" with "fields" and "format"'
+    )
 
     def document(self, values: tuple, key: str) -> Document:
         return conversation(values[0], key, *values[1:])

@@ -8,6 +8,8 @@ State: its cursor (shards.py); a position in a shard is how many rows of it are 
 once has a bound, and of Parquet only the columns asked for are fetched, from any row group on. `datasets` reads the other kinds.
 """
 
+import glob
+import re
 import string
 import time
 from collections.abc import Iterator
@@ -20,6 +22,7 @@ from core import hub
 from core.data.documents import Document, SkipRow
 from core.data.sources import tables
 from core.data.sources.decode import as_utf8, compression, unpacked
+from core.data.sources.finding import Found, walk
 from core.data.sources.shards import ShardSource
 from core.data.sources.skips import Damaged, NoColumn
 from core.data.sources.text import READER, TextSettings, TextSource, named_by, text_of
@@ -27,6 +30,7 @@ from core.errors import SourceUnavailable
 from core.packages import need
 from core.settings import Settings
 
+SPLITS = ("train", "test", "validation", "valid", "dev", "eval")
 CHECKED_AT_OPEN = 3
 """Files that are looked into, until one is whole and has the columns."""
 TRIES_AT_DAMAGE = 2
@@ -217,6 +221,8 @@ class HfSource(ShardSource):
             hub.check_reachable()
         if self._path is not None and self._path.is_file() and tables.kind_of(self._path.name):
             files = [str(self._path)]
+        elif self._path is not None and self._path.is_dir() and glob.has_magic(str(self._path)):
+            files = self._listed(self._path)
         else:
             datasets = hub.quiet_datasets()
             try:
@@ -237,6 +243,17 @@ class HfSource(ShardSource):
         if missing := [column for column in self.columns if column not in columns]:
             raise SourceUnavailable(f"{self.dataset} has {NoColumn(missing[0], columns).text}: {self.column_hint}")
         self._files, self._tables, self._rows = files, False, dataset.select_columns(self.columns)
+
+    def _listed(self, folder: Path) -> list[str]:
+        """The tables of a folder whose path `datasets` would take for a pattern: of those named for a split, its own."""
+        found = Found()
+        names = {path.relative_to(folder).as_posix().lower(): str(path) for path in walk(folder, found)}
+        tables_there = {name: path for name, path in names.items() if tables.kind_of(name)}
+        of_split = {split: [p for name, p in tables_there.items() if split in re.split("[^a-z]+", name)] for split in SPLITS}
+        files = of_split.get(self._settings.split, []) if any(of_split.values()) else list(tables_there.values())
+        if not files:
+            raise SourceUnavailable(f'{folder} holds no table of the "split" {self._settings.split}; correct this source')
+        return sorted(files)
 
     def _look_into(self, files: list[str]) -> None:
         """Raises SourceUnavailable unless one of the first files has the columns.

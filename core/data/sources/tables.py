@@ -332,7 +332,7 @@ def _values(column: Any) -> list[Any]:
     if column.nbytes <= decode.RECORD_BYTES:
         try:
             return column.to_pylist()
-        except UnicodeDecodeError:
+        except (ValueError, ArithmeticError):  # text that is no UTF-8, a date beyond Python's
             pass
     return [_value(column, i) for i in range(len(column))]
 
@@ -344,3 +344,5 @@ def _value(column: Any, index: int) -> Any:
         return column[index].as_py()
     except UnicodeDecodeError:
         return SkipRow("not UTF-8")
+    except (ValueError, ArithmeticError) as error:
+        return SkipRow(f"not to be read ({type(error).__name__})")
