@@ -133,6 +133,19 @@ def test_no_pdfs_says_where_to_put_them(make_source: Callable[..., PdfSource], t
     assert str(tmp_path / "pdfs") in failed["pdf"] and "put PDF files there" in failed["pdf"]
 
 
+def test_what_is_left_out_is_not_read(tmp_path: Path) -> None:
+    """So the default presets take a person's own PDFs, and not the program's guide; without any, it is as if there were none."""
+    (tmp_path / "pdfs").mkdir()
+    (tmp_path / "pdfs" / "guide.pdf").write_bytes(pdfs.pdf_of_lines([pdfs.column("The guide of the program.", 72, 72, 60)]))
+    source = PdfSource(PdfSettings(leave_out=["guide.pdf"]), tmp_path, 1)
+    _, failed = open_sources([source])
+    assert "holds no PDF but guide.pdf; put PDF files there" in failed["pdf"]
+    (tmp_path / "pdfs" / "mine.pdf").write_bytes(pdfs.pdf_of_lines([pdfs.column("A text of my own.", 72, 72, 60)]))
+    opened, _ = open_sources([source])
+    assert [d.key for d in all_of(opened[0])] == ["mine.pdf#0"] and source.notes == []
+    source._pool.close()
+
+
 def test_only_bad_pdfs_fail_with_their_reasons(make_source: Callable[..., PdfSource]) -> None:
     source = make_source({"a.pdf": b"", "b.pdf": b"junk"})
     with pytest.raises(SourceUnavailable, match="no text in any of its 2 files") as error:

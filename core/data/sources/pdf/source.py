@@ -47,6 +47,8 @@ class PdfSettings(Settings):
     """The folder, relative to the project; looked through to any depth."""
     name: str = Field("pdf", min_length=1)
     """Name in logs and weights."""
+    leave_out: list[str] = Field([])
+    """Names of files that are not read."""
     file_seconds: float = Field(default=60.0, gt=0, le=86_400.0)
     """Longest time that reading one file may take; one that takes longer is skipped."""
 
@@ -62,7 +64,7 @@ class PdfSource(FileSource):
     def __init__(self, settings: PdfSettings, root: Path, seed: int):
         super().__init__(settings.name, seed)
         self._folder = root / Path(settings.path).expanduser()
-        self._seconds = settings.file_seconds
+        self._seconds, self._leave_out = settings.file_seconds, settings.leave_out
         self._pool = Pool(PdfCache(root))
         self._lock = threading.Lock()  # a source may have several readers
         self._following: dict[Unit, tuple[Unit, ...]] = {}  # what comes after each file in the order asked for last
@@ -74,10 +76,13 @@ class PdfSource(FileSource):
             return [Unit(self._folder, self._folder.name)]
         found = Found()
         for path in walk(self._folder, found):
-            found.add(path, lambda path: path.suffix.lower() == ".pdf")
+            if path.name not in self._leave_out:
+                found.add(path, lambda path: path.suffix.lower() == ".pdf")
         self.note_found(found, self._folder, 'a source of type "text" reads text, web pages and tables')
         if not found.paths:
-            state = "holds no PDF" if self._folder.is_dir() else "does not exist"
+            state = "does not exist"
+            if self._folder.is_dir():
+                state = " but ".join(["holds no PDF", *self._leave_out])
             raise SourceUnavailable(f"the folder {self._folder} {state}; put PDF files there")
         units = [Unit(path, label_of(path, self._folder)) for path in found.paths.values()]
         return sorted(units, key=lambda unit: unit.label)
