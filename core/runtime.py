@@ -12,7 +12,6 @@ import platform
 import re
 import signal
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -225,7 +224,6 @@ class StopRequest:
     def __init__(self) -> None:
         self._asked = False
         self._before: dict[int, Any] = {}
-        self._over = threading.Event()
 
     def __call__(self) -> bool:
         return self._asked
@@ -234,26 +232,9 @@ class StopRequest:
         for number in STOP_SIGNALS:
             if number in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(number) != signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._ask)
-        self._keep_hangup_from_children()
         return self
 
-    def _keep_hangup_from_children(self) -> None:
-        """Processes started from here on inherit that SIGHUP waits, which a terminal sends to all; a thread takes it."""
-        hangup = [number for number in self._before if number not in (signal.SIGINT, signal.SIGTERM)]
-        self._over.clear()
-
-        def take() -> None:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, hangup)
-            self._over.wait()
-
-        if hangup:
-            signal.pthread_sigmask(signal.SIG_BLOCK, hangup)
-            threading.Thread(target=take, name="hangup", daemon=True).start()
-
     def __exit__(self, *_: Any) -> None:
-        self._over.set()
-        if hasattr(signal, "SIGHUP") and signal.SIGHUP in self._before:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGHUP])
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

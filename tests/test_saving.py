@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Collection
 from contextlib import nullcontext
 from pathlib import Path
@@ -452,26 +451,10 @@ def test_what_asks_the_program_to_stop_does_not_end_its_compiler() -> None:
                 assert child.stdout is not None and child.stdout.readline() == b"begun\n"
                 child.send_signal(number)
                 os.kill(os.getpid(), number)
-            end = time.monotonic() + 30
-            while not stop():
-                assert time.monotonic() < end, "what is held is let go"
+            assert stop(), "once what is held is let go"
             child.communicate(b"\n", timeout=60)
             assert child.returncode == 0, f"ended by {number}"
     assert len(STOP_SIGNALS) == 3
-
-
-def test_a_terminal_that_is_closed_ends_no_child_of_a_job() -> None:
-    """Workers, pools and their trackers: each started as usual, and none ended by the SIGHUP that goes to all of them."""
-    with StopRequest() as stop:
-        child = subprocess.Popen([sys.executable, "-c", "print('begun', flush=True); input()"], stdin=-1, stdout=-1)
-        assert child.stdout is not None and child.stdout.readline() == b"begun\n"
-        child.send_signal(signal.SIGHUP)
-        os.kill(os.getpid(), signal.SIGHUP)
-        end = time.monotonic() + 30
-        while not stop():
-            assert time.monotonic() < end, "the program itself is asked"
-        child.communicate(b"\n", timeout=60)
-    assert child.returncode == 0 and signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
 
 
 def test_a_signal_that_nohup_keeps_away_stays_away() -> None:
