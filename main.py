@@ -14,8 +14,7 @@ STARTED = time.time()
 def main() -> int:
     """Choose a preset on rank 0, hand it to every rank, run its job. Returns the exit code (see docs/guide.md)."""
     from core.errors import UserError
-    from core.screen import guard_streams
-    from core.terminal import tell
+    from core.terminal import guard_streams, tell
 
     guard_streams()
     try:

@@ -19,8 +19,9 @@ from core.errors import Diverged
 from core.horizon import Horizon
 from core.losses.stack import LossTerms
 from core.randomness import derive_seed
-from core.runtime import Runtime, signals_held
+from core.runtime import Runtime
 from core.settings import TrainSettings
+from core.signals import signals_held
 
 OUT_OF_MEMORY = "out of memory"
 COMPILE_PAYS_AFTER_SECONDS = 3600.0

@@ -10,10 +10,8 @@ import gc
 import os
 import platform
 import re
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -199,46 +197,3 @@ def versions() -> dict[str, Any]:
         except PackageNotFoundError:
             found[package] = None
     return found
-
-
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-
-
-@contextmanager
-def signals_held() -> Iterator[None]:
-    """Processes started inside, such as compilers, are not ended by what asks this one to stop: a terminal sends it to all."""
-    if not hasattr(signal, "pthread_sigmask"):  # no such platform is trained on, but it may be tried
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # children inherit it; another thread takes the signal
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-class StopRequest:
-    """Turns Ctrl-C, SIGTERM and SIGHUP (a terminal that is closed, a connection that is lost) into a question the trainer asks
-    between steps. A second Ctrl-C stops at once. Under nohup a SIGHUP stays without effect."""
-
-    def __init__(self) -> None:
-        self._asked = False
-        self._before: dict[int, Any] = {}
-
-    def __call__(self) -> bool:
-        return self._asked
-
-    def __enter__(self) -> "StopRequest":
-        for number in STOP_SIGNALS:
-            if number in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(number) != signal.SIG_IGN:
-                self._before[number] = signal.signal(number, self._ask)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, _: Any) -> None:
-        if self._asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self._asked = True

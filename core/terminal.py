@@ -1,14 +1,16 @@
-"""The one way to a terminal: what is written there can neither move the cursor, nor colour, reorder or hide anything.
+"""The one way to a terminal: what is written there cannot move the cursor, colour, reorder or hide anything, and never fails.
 
 In:    texts of anybody: names, keys, data, errors of libraries
 Out:   lines on a stream
-State: none
+State: sys.stdout and sys.stderr, once `guard_streams` has put others in their place
 """
 
+import io
+import os
 import re
 import sys
 import unicodedata
-from typing import TextIO
+from typing import Any, TextIO
 
 # Colour and cursor sequences (CSI), window titles (OSC, up to bell or ST), and two-character escapes.
 ESCAPES = re.compile(r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b[\]PX^_].*?(?:\x07|\x1b\\|$)|\x1b[@-Z\\-_]?", re.DOTALL)
@@ -47,3 +49,34 @@ def tell(message: object) -> None:
     """Something a person should know, beside what a job writes: on standard error, where there is one."""
     if sys.stderr is not None and not sys.stderr.closed:
         write_line(sys.stderr, str(message))
+
+
+# streams that may be gone ---------------------------------------------------------------------------------------------
+
+
+class _Unbreakable(io.FileIO):
+    """A closed terminal, a pipe that nobody reads, a full disk: what cannot be shown is lost, the work is not."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return memoryview(data).nbytes
+
+
+def never_fails(stream: TextIO | None, descriptor: int) -> TextIO:
+    """The stream of that descriptor, none of whose writes raises for want of somebody to read it."""
+    try:
+        os.fstat(descriptor)
+    except OSError:  # started with it closed: the next file to be opened would get its number, and what is printed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    binary = io.BufferedWriter(_Unbreakable(descriptor, "w", closefd=False))
+    if stream is None:
+        return io.TextIOWrapper(binary, "utf-8", "replace")
+    by_lines = stream.line_buffering or getattr(stream, "write_through", False)
+    return io.TextIOWrapper(binary, stream.encoding, stream.errors, line_buffering=by_lines)
+
+
+def guard_streams() -> None:
+    """Call it before anything is printed."""
+    sys.stdout, sys.stderr = never_fails(sys.stdout, 1), never_fails(sys.stderr, 2)

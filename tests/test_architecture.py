@@ -49,6 +49,7 @@ FLOORS = {
     "core.schedules": 1,
     "core.randomness": 1,
     "core.runtime": 1,
+    "core.signals": 0,
     "core.environment": 1,
     "core.hub": 1,
     "core.packages": 1,
@@ -63,7 +64,6 @@ FLOORS = {
     "core.bounds": 0,
     "core.names": 0,
     "core.errors": 0,
-    "core.screen": 0,
 }
 MAX_LINES = 450
 SLOW_PACKAGES = ["torch", "datasets", "transformers", "tokenizers", "pyarrow", "pymupdf", "matplotlib", "scipy", "wandb"]

@@ -117,7 +117,7 @@ def test_a_stop_does_not_wait_for_a_source(tmp_path: Path, monkeypatch: pytest.M
     from core.data.loader import Loader
     from core.data.sources.text import TextSource
     from core.errors import Interrupted
-    from core.runtime import StopRequest
+    from core.signals import StopRequest
 
     answers, asked = threading.Event(), threading.Event()
     read = TextSource.read

@@ -15,7 +15,8 @@ from core.errors import Interrupted, UserError
 from core.jobs.interpret import interpret, preview_interpret, rows_of
 from core.parallel import Single
 from core.preset import decode_preset
-from core.runtime import StopRequest, detect_runtime
+from core.runtime import detect_runtime
+from core.signals import StopRequest
 from core.ui.interpretation.content import CAPTIONS
 from tests.documents import GUIDE, block_of, files_named
 from tests.project import TINY_SIZES, Project, merged, story, tiny_preset, train_here

@@ -27,7 +27,7 @@ from core.evaluation import Evaluator
 from core.launch import _resume_line
 from core.metrics import evaluation_is_missing
 from core.preset import decode_preset
-from core.runtime import STOP_SIGNALS, StopRequest, signals_held
+from core.signals import STOP_SIGNALS, StopRequest, signals_held
 from core.trainer import BAD_STEPS
 from tests.project import Project, differences, merged, story, tiny_preset, train_here
 from tests.test_compare import compare_here, job, preset_of

@@ -23,6 +23,7 @@ from core.data.documents import Cursor
 from core.data.tokenizer import Tokenizer
 from core.data.worker import end_with_parent
 from core.errors import UserError
+from core.signals import HANG_UP, STOP_SIGNALS, signals_held
 
 POLL_SECONDS, CLOSE_SECONDS = 0.2, 2.0
 
@@ -58,7 +59,8 @@ class TokenPool:
         self._executor: Executor
         if workers:
             context = multiprocessing.get_context("spawn")  # a fork would copy a process that has threads
-            self._executor = ProcessPoolExecutor(workers, context, _begin, (tokenizer.state(),))
+            with signals_held(HANG_UP):  # by the process that multiprocessing keeps for its queues
+                self._executor = ProcessPoolExecutor(workers, context, _begin, (tokenizer.state(),))
         else:
             self._executor = ThreadPoolExecutor(1)
 
@@ -136,7 +138,7 @@ def _begin(state: dict[str, Any]) -> None:
     """Runs first in each process."""
     global _own
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core is enough
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # meant for the job, which ends its processes itself
     threading.Thread(target=end_with_parent, daemon=True).start()
     _own = Tokenizer.from_state(state)

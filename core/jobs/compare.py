@@ -27,7 +27,8 @@ from core.lineage import owned
 from core.metrics import evaluation_is_missing, read_events
 from core.parallel import on_rank_zero
 from core.preset import decode_preset
-from core.runtime import Runtime, StopRequest, forget_peak_memory
+from core.runtime import Runtime, forget_peak_memory
+from core.signals import StopRequest
 from core.ui.comparing import ComparisonDashboard, ComparisonLines, comparison_view
 from core.ui.comparison import write_report
 

@@ -40,8 +40,9 @@ from core.harness.wrapper import as_harness_model
 from core.harness.writing import Writer
 from core.parallel import Single
 from core.preset import preset_json
-from core.runtime import Runtime, StopRequest
+from core.runtime import Runtime
 from core.settings import NEXT_TOKEN, objective_of
+from core.signals import StopRequest
 from core.trained import Trained, load_trained
 from core.ui.evaluating import EvaluateView
 from core.weights import preview_weights

@@ -27,7 +27,8 @@ from core.interpretation.results import Interpretation, interpret_routing
 from core.interpretation.routing import Reading, Router, static_routing
 from core.models.polyglu import NAMES
 from core.parallel import Single
-from core.runtime import Runtime, StopRequest, uncompiled
+from core.runtime import Runtime, uncompiled
+from core.signals import StopRequest
 from core.trained import Trained, load_trained
 from core.ui.evaluating import EvaluateView
 from core.ui.interpretation import write_interpretation

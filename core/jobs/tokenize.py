@@ -25,7 +25,8 @@ from core.errors import Interrupted, NoData, SourceUnavailable, UserError
 from core.files import cause
 from core.names import file_name, is_file_name
 from core.parallel import Single
-from core.runtime import Runtime, StopRequest
+from core.runtime import Runtime
+from core.signals import StopRequest
 from core.ui.tokenizing import TokenizeView
 
 SAVE_SECONDS = 5.0

@@ -15,7 +15,8 @@ from core.errors import Interrupted
 from core.horizon import begin_next_run
 from core.lineage import owned
 from core.parallel import on_rank_zero
-from core.runtime import Runtime, StopRequest
+from core.runtime import Runtime
+from core.signals import StopRequest
 from core.ui.dashboard import view_for
 from core.ui.masked import MaskedPlot
 from core.ui.run_card import LossPlot, RunCard

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from core.screen import never_fails
+from core.terminal import never_fails
 from tests.project import Project, tiny_preset
 
 SHORT = tiny_preset(train={"max_steps": 3, "eval_tokens": 0})
