@@ -316,8 +316,9 @@ def _compare_problems(data: dict) -> list[str]:
     names = [v.get("name") for v in variants]
     for name in dict.fromkeys(name for name in names if isinstance(name, str) and names.count(name) > 1):
         found.append(f"variants  {names.count(name)} of them are called {json.dumps(name)}; give each a name of its own")
-    seeds = data.get("seeds")
-    if isinstance(seeds, list) and (twice := [seed for seed in dict.fromkeys(seeds) if seeds.count(seed) > 1]):
+    listed = data.get("seeds")
+    seeds = [seed for seed in listed if isinstance(seed, int)] if isinstance(listed, list) else []
+    if twice := [seed for seed in dict.fromkeys(seeds) if seeds.count(seed) > 1]:
         found.append(f"seeds  {', '.join(map(str, twice))} stands there twice; every seed is one run of each variant")
     return found
 

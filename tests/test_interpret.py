@@ -62,7 +62,7 @@ def trained(root: Path, **changes: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trained(tmp_path_factory.mktemp("interpret"))
+    return trained(tmp_path_factory.mktemp("interpret"), data={"validation_fraction": 0.05})
 
 
 def test_a_trained_model_is_interpreted(root: Path) -> None:
@@ -75,7 +75,7 @@ def test_a_trained_model_is_interpreted(root: Path) -> None:
     told = json.loads((folder / "interpret.json").read_text())
     assert (told["weights"], told["step"], told["pool"], told["tau"]) == ("t_current.pth", 2, "causal", pytest.approx(0.1))
     stories, figures = told["categories"]
-    assert (stories["name"], stories["documents"]) == ("stories", 2), "the last 5 % of 40 documents are held out"
+    assert (stories["name"], stories["documents"]) == ("stories", 2), "5 % of 40 documents are held out"
     assert figures["name"] == "numbers" and figures["documents"] >= 6
     assert 600 <= stories["tokens"] < 632 and told["noise_over"] == "rows"
     saved = torch.load(root / "checkpoints" / "t_current.pth", weights_only=True)["model"]

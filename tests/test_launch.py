@@ -22,7 +22,7 @@ from core.preset import decode_preset
 from core.runtime import Runtime, detect_runtime
 from core.size import check_memory, size_of
 from core.terminal import tell, write_line
-from tests.project import NO_HUB, Project, merged, tiny_preset
+from tests.project import NO_HUB, Project, merged, tiny_preset, train_here
 
 CPU = Runtime(torch.device("cpu"), 0, 0, 1)
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -327,3 +327,11 @@ def test_a_pipe_in_the_place_of_keys_is_told_and_never_read(tmp_path: Path) -> N
     assert "cannot be read" in read_dotenv(tmp_path / ".env")[0]
     (tmp_path / "venv" / ".env").mkdir(parents=True)
     assert read_dotenv(tmp_path / "venv" / ".env") == []
+
+
+def test_a_model_that_no_memory_holds_stops_before_anything_is_read(tmp_path: Path) -> None:
+    """Not as an error of the allocator, and not after minutes of reading."""
+    model = {"type": "polychromatic", "hidden_size": 131_072, "num_layers": 1_000, "seq_length": 32}
+    with pytest.raises(UserError, match=r"[\d,]+ weights and what trains them take [\d,]+ bytes of memory or more"):
+        train_here({**tiny_preset(), "model": model}, tmp_path)
+    assert not (tmp_path / "logs" / "t" / "metrics.jsonl").exists()

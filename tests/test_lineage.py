@@ -16,6 +16,7 @@ import pytest
 from core import lineage as lineage_module
 from core.errors import UserError
 from core.lineage import has_checkpoints, owned, put_aside
+from tests.data.pdfs import column, pdf_of_lines
 from tests.project import ROOT, tiny_preset, train_here
 
 HOLD = """
@@ -136,8 +137,9 @@ def test_two_starts_of_one_lineage(make_project: Any) -> None:
 # what it was learned from --------------------------------------------------------------------------------------------
 
 
-def sources(*names: str) -> dict[str, Any]:
-    return {"sources": [{"type": "text", "path": f"more/{name}" if name != "texts" else name, "name": name} for name in names]}
+MINE = {"type": "pdf", "path": "./pdfs", "name": "mine"}
+"""A source that may be missing: a run goes on without the folder that presets name by default."""
+TEXTS = {"type": "text", "path": "texts"}
 
 
 def told(events: list[dict]) -> list[str]:
@@ -151,18 +153,19 @@ def told(events: list[dict]) -> list[str]:
 
 def test_a_mended_source_is_told(tmp_path: Path) -> None:
     """Missing in the first run, there in the second: the weights are not what the preset says they are."""
-    train_here(tiny_preset(data=sources("texts", "mine")), tmp_path)
-    (tmp_path / "more" / "mine").mkdir(parents=True)
-    for number in range(40):
-        (tmp_path / "more" / "mine" / f"{number}.txt").write_text(f"My text, number {number}, is of some length. " * 20)
-    (line,) = told(train_here(tiny_preset(data=sources("texts", "mine")), tmp_path))
+    both = tiny_preset(data={"sources": [TEXTS, MINE]})
+    train_here(both, tmp_path)
+    (tmp_path / "pdfs").mkdir()
+    for number in range(12):
+        lines = column(f"My text, number {number}, is of some length and goes on. " * 30, 50, 780, 80)
+        (tmp_path / "pdfs" / f"{number}.pdf").write_bytes(pdf_of_lines([lines]))
+    (line,) = told(train_here(both, tmp_path))
     assert "the weights of step 5 were learned without mine, which could not be read then" in line and "start fresh" in line
-    assert told(train_here(tiny_preset(data=sources("texts", "mine")), tmp_path)) == [], "from now on it is as the preset says"
-    (line,) = told(train_here(tiny_preset(data=sources("mine")), tmp_path))
+    assert told(train_here(both, tmp_path)) == [], "from now on it is as the preset says"
+    (line,) = told(train_here(tiny_preset(data={"sources": [MINE]}), tmp_path))
     assert "with texts, which the preset no longer names" in line
-    changed = tiny_preset(data={"sources": [{"type": "text", "path": "texts", "name": "mine"}]})
-    (line,) = told(train_here(changed, tmp_path))
-    assert "with another mine (path changed)" in line
+    (line,) = told(train_here(tiny_preset(data={"sources": [{**TEXTS, "name": "mine"}]}), tmp_path))
+    assert "with another mine (type, path changed)" in line
 
 
 # put aside -----------------------------------------------------------------------------------------------------------

@@ -189,6 +189,8 @@ def test_keys_and_texts_that_no_file_should_hold(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sections", "line"),
     [
+        ('"seeds": [{}]', "seeds[0]  {}: input should be a valid integer"),
+        ('"seeds": [1, 1, [2]]', "seeds[2]  [2]: input should be a valid integer"),
         ('"losses": ["crossentropy"]', 'did you mean {"type": "cross_entropy"}?'),
         ('"losses": ["cosine"]', 'a loss is a section: {"type": "cosine"}'),
         ('"losses": [{"type": "crossentropy"}]', 'did you mean "cross_entropy"?'),
@@ -210,7 +212,7 @@ def test_keys_and_texts_that_no_file_should_hold(tmp_path: Path) -> None:
     ],
 )
 def test_each_mistake_has_path_value_and_fix(sections: str, line: str, tmp_path: Path) -> None:
-    (problem,) = told(tmp_path, f"{{{sections}, {DATA}}}")
+    problem, *_ = told(tmp_path, f"{{{sections}, {DATA}}}")
     assert line in problem
 
 

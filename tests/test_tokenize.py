@@ -284,6 +284,9 @@ def test_what_cannot_be_tokenized_is_refused(tmp_path: Path) -> None:
     twins = [{"type": "text", "path": "texts", "name": name} for name in ("a b", "a_b")]
     with pytest.raises(UserError, match="a b and a_b would share tokens/a_b"):
         tokenize_here(preset_of(data={"sources": twins}), tmp_path)
+    for output in (str(tmp_path), f"../{tmp_path.name}", str(tmp_path.parent)):  # nothing lands in the project, or above it
+        with pytest.raises(UserError, match="holds the project itself"):
+            tokenize_here(preset_of(tokenize={"output": output}), tmp_path)
     (tmp_path / "tokens" / "texts").mkdir(parents=True)
     (tmp_path / "tokens" / "texts" / "chunk_00000.bin").write_bytes(b"somebody's")
     with pytest.raises(UserError, match="holds chunks without a manifest"):

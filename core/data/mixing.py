@@ -221,7 +221,7 @@ class Mixer:
                 if self._wanted(document):
                     return document
             if fresh:
-                raise SourceUnavailable("it holds no document to train on: all are too short or held out")
+                raise SourceUnavailable("it has no document to train on: all are shorter than data.min_text_length, or held out")
             epoch = self._cursors[name].get("epoch", 0) + 1
             self._cursors[name] = {"epoch": epoch}
             del self._streams[choice]

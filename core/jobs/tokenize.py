@@ -64,7 +64,7 @@ def tokenize(preset: Any, runtime: Runtime, parallel: Any, root: Path, started: 
         return
     wanted = preset.tokenize
     with TokenizeView(console) as view, StopRequest() as stop:
-        _refuse(preset)
+        _refuse(preset, root)
         corpus = open_corpus(preset, root, Single())
         failed = dict(corpus.failed)
         for name, reason in failed.items():
@@ -127,8 +127,11 @@ def folder_of(preset: Any, root: Path, source: str = "") -> Path:
 # before anything is written ------------------------------------------------------------------------------------------
 
 
-def _refuse(preset: Any) -> None:
+def _refuse(preset: Any, root: Path) -> None:
     """Raises UserError for what cannot be tokenized."""
+    output, project = folder_of(preset, root).resolve(), root.resolve()
+    if project.is_relative_to(output):
+        raise UserError(f"tokenize.output is {output}, which holds the project itself; name a folder of its own: ./data/tokens")
     limits, count = preset.tokenize.max_tokens, len(preset.data.sources)
     if isinstance(limits, list) and len(limits) != count:
         raise UserError(f"tokenize.max_tokens has {len(limits)} numbers for {count} sources; give one for each, or one for all.")

@@ -11,6 +11,7 @@ In that process, and in all that it starts:
 """
 
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -58,7 +59,7 @@ def _watch(library: torch.library.Library, name: str) -> None:
     library.impl(name, product, "CPU", with_keyset=True)
 
 
-def _poisoned(empty: type(np.empty)) -> object:
+def _poisoned(empty: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
     def filled(*args: object, **kwargs: object) -> np.ndarray:
         array = empty(*args, **kwargs)
         if array.dtype.kind in "fciu":
