@@ -127,7 +127,7 @@ def test_every_seed_is_measured_on_the_same_text(finished: Path) -> None:
     """The held-out documents that come first would be others with each seed."""
 
     def measured(seed: int, validation_seed: int | None) -> list[int]:
-        preset = decode_preset(tiny_preset(train={"seed": seed}), Preset, "t", "t")
+        preset = decode_preset(tiny_preset(train={"seed": seed}, data={"validation_fraction": 0.2}), Preset, "t", "t")
         corpus = open_corpus(preset, finished, Single())
         rows = corpus.validation_rows(
             Tokenizer.from_state(build_tokenizer(preset.tokenizer, []).state()), 32, 200, validation_seed

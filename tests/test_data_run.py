@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from core.data.validation import HoldOut
-from core.errors import UserError
 from tests.project import story, tiny_preset, train_here
 
 
@@ -39,17 +38,6 @@ def test_chats_teach_what_the_assistant_says(tmp_path: Path) -> None:
     assert next(e for e in events if e["event"] == "eval")["cross_entropy"] > 0
     vocabulary = json.loads(saved(tmp_path)["tokenizer"]["json"])["added_tokens"]
     assert {"<|im_start|>", "<|im_end|>"} <= {token["content"] for token in vocabulary}
-
-
-def test_a_step_that_teaches_nothing_is_an_error_with_an_example(tmp_path: Path) -> None:
-    """A conversation that begins with more than a row of the user's words, read in rows of one piece each."""
-    chats = [[("user", f"{number} " + "Listen to me. " * 40), ("assistant", "Yes.")] for number in range(40)]
-    rows = [{"messages": [{"role": role, "content": content} for role, content in chat]} for chat in chats]
-    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    preset = tiny_preset(data={"sources": [{"type": "chat", "path": "chats.jsonl"}], "packing": "padding"})
-    with pytest.raises(UserError, match="no token of this step is learned") as told:
-        train_here(preset, tmp_path)
-    assert "Listen to m" in str(told.value) and "[[Yes" not in str(told.value)
 
 
 def test_weights_move_along_their_schedules(tmp_path: Path) -> None:

@@ -209,7 +209,7 @@ def test_only_two_keys_of_dotenv_are_taken_and_never_over_the_environment(
     assert note == f"{path}: lines 2, 3, 4 are passed over; a line is KEY=VALUE"
     assert os.environ == {"HF_TOKEN": "hf_mine", "WANDB_API_KEY": ""}
     path.write_bytes(b"HF_TOKEN=\xff\xfe")
-    assert read_dotenv(path) == [f"{path} cannot be read (UnicodeDecodeError); the keys in it are not used"]
+    assert read_dotenv(path) == [f"{path} is no UTF-8 text; save it as UTF-8. The keys in it are not used"]
     assert read_dotenv(tmp_path) == read_dotenv(tmp_path / "absent") == []  # a folder .env is a virtual environment
 
 

@@ -158,13 +158,11 @@ def from_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> tuple[Project, P
     Both optimizers; Python tells in standard error what it imports.
     """
     folder = tmp_path_factory.mktemp("from_elsewhere")
-    sources = ["pdf", {"type": "pdf", "path": "broken", "name": "broken"}, "wikipedia", {"type": "text", "path": "texts"}]
-    weights = [0.2, 0.2, 0.2, 0.4]
+    sources, weights = ["pdf", "wikipedia", {"type": "text", "path": "texts"}], [0.3, 0.3, 0.4]
     data = {"sources": sources, "mix_strategy": "weighted", "source_weights": weights}
     preset = tiny_preset(data=data, train={"optimizer": "muon"}, lineage="t")
     project = Project.make(folder / "project", {"00_best_general": preset})
-    (project.folder / "broken").mkdir()
-    (project.folder / "broken" / "torn.pdf").write_bytes(b"%PDF-1.7\n" + bytes(range(256)) * 20)
+    (project.folder / "pdfs" / "torn.pdf").write_bytes(b"%PDF-1.7\n" + bytes(range(256)) * 20)
     (folder / "elsewhere").mkdir()
     run = [sys.executable, "-X", "importtime", str(project.folder / "main.py")]
     env = {**os.environ, **NO_HUB, "OMP_NUM_THREADS": "1"}
@@ -182,12 +180,11 @@ def test_an_empty_line_takes_the_default_from_any_folder(from_elsewhere: tuple[P
 
 
 def test_sources_that_cannot_be_had_are_dropped_with_a_warning(from_elsewhere: tuple[Project, Path, Result]) -> None:
-    """A corrupt PDF, an empty folder of PDFs, no network: each is named, and the run goes on with what is left."""
+    """A corrupt PDF in pdfs/, no network: each is named, and the run goes on with what is left."""
     project, _, result = from_elsewhere
     assert_ended(result, 0)
     told = {e["message"].split()[1]: e["message"] for e in project.events("warning") if e["message"].startswith("source ")}
-    assert set(told) == {"pdf", "broken", "wikipedia"}
-    assert "holds no PDF" in told["pdf"] and "torn.pdf" in told["broken"] and "cannot reach" in told["wikipedia"]
+    assert set(told) == {"pdf", "wikipedia"} and "torn.pdf" in told["pdf"] and "cannot reach" in told["wikipedia"]
     assert all(f"source {name} dropped" in result.out for name in told)
     last = project.events("step")[-1]
     assert last["sources"].keys() == {"texts"} and last["sources"]["texts"]["weight"] == 1.0
