@@ -23,6 +23,8 @@ from tests.test_trainer import UPHILL, assert_close, equal, events, finish, pois
 
 BY_ROW = {key: value for key, value in ALL.items() if key != "enable_span_contrastive"}
 """The heads whose loss in one row does not depend on the other rows."""
+FOLLOWING = ("policy", "draft")
+"""Those that learn to say what the model says, which changes as it learns."""
 
 
 def head_weights(built: Any) -> dict[str, torch.Tensor]:
@@ -84,10 +86,10 @@ def test_each_head_learns(tmp_path: Path) -> None:
     built = session(tmp_path, train=train, auxiliary=ALL | weights_of)
     finish(built)
     told = events(tmp_path, "step")
-    for name in ("cross_entropy", *(name for name in HEADS if name != "draft")):
+    for name in ("cross_entropy", *(name for name in HEADS if name not in FOLLOWING)):
         values = [event["losses"][name] for event in told]
-        # these begin beside the model, which knows nothing yet either, and have to catch up first
-        first = max(values[:30]) if name in ("policy", "value") else sum(values[:5]) / 5
+        # it begins beside the model, which knows nothing yet either, and has to catch up first
+        first = max(values[:30]) if name == "value" else sum(values[:5]) / 5
         last = sum(values[-5:]) / 5
         assert last < 0.9 * first, f"{name}: {first} to {last}"
     for event, value_weight in ((told[0], 0.1), (told[-1], 0.05)):
@@ -97,14 +99,15 @@ def test_each_head_learns(tmp_path: Path) -> None:
         assert event["loss"] == pytest.approx(sum(of[name] * value for name, value in event["losses"].items()), rel=1e-6)
 
 
-def test_the_draft_head_learns(tmp_path: Path) -> None:
-    """The model it guesses at knows nothing at first, so its loss may rise: a head that has not learned is asked to guess now."""
+def test_heads_that_follow_the_model_learn(tmp_path: Path) -> None:
+    """It knows nothing at first, so their losses may rise as it learns: heads that have not learned are measured beside them."""
     train = {"max_steps": 60, "learning_rate": 3e-3, "per_gpu_batch_size": 16, "eval_tokens": 500}
-    finish(built := session(tmp_path, train=train, auxiliary={"enable_draft": True}))
+    finish(built := session(tmp_path, train=train, auxiliary={f"enable_{name}": True for name in FOLLOWING}))
     learned = built.trainer.evaluate(built.trainer.model, 1.0)["heads"]
-    built.trainer.objective.heads["draft"].apply(draw_weights)
+    built.trainer.objective.heads.apply(draw_weights)
     ignorant = built.trainer.evaluate(built.trainer.model, 1.0)["heads"]
-    assert learned["draft"] < 0.7 * ignorant["draft"] and learned["draft.first"] > ignorant["draft.first"], (learned, ignorant)
+    assert all(learned[name] < 0.7 * ignorant[name] for name in FOLLOWING), (learned, ignorant)
+    assert learned["draft.first"] > ignorant["draft.first"], (learned, ignorant)
 
 
 def test_the_value_head_begins_where_a_model_begins(tmp_path: Path) -> None:
