@@ -23,6 +23,7 @@ from core.checkpoint import CheckpointStore
 from core.data.tokenizer import KNOWN_VOCABULARIES, tokenizer_facts
 from core.environment import read_dotenv
 from core.errors import Interrupted, PresetError, UserError
+from core.files import own_path
 from core.jobs import JOBS, PREVIEWS
 from core.lineage import changed_sources
 from core.metrics import evaluation_is_missing
@@ -95,7 +96,7 @@ def _run_until_one_starts(runtime: Runtime, started: float) -> None:
 
 def _work_of(preset: Any) -> dict[Path, int]:
     """What runs of a preset have left behind: its files, and when each was last written."""
-    checkpoints, tokens = ROOT / "checkpoints", ROOT / Path(preset.tokenize.output).expanduser()
+    checkpoints, tokens = ROOT / "checkpoints", own_path(preset.tokenize.output, ROOT)
     files = [*checkpoints.glob(f"{preset.lineage}_*.pth"), *(checkpoints / preset.lineage).rglob("*.pth")]
     files += (ROOT / "logs" / preset.lineage).rglob("metrics.jsonl")
     files += tokens.glob("*/*.bin") if preset.job == "tokenize" else []
@@ -251,7 +252,7 @@ def _cards_line(fixed: int, row: int, wanted: int) -> str:
 def _vocab_size(tokenizer: Any) -> int:
     """Of a preset's tokenizer, as far as it is known before it is made or loaded."""
     if tokenizer.type == "file":
-        return tokenizer_facts(ROOT / Path(tokenizer.path).expanduser()).get("vocab_size", 50_257)
+        return tokenizer_facts(own_path(tokenizer.path, ROOT)).get("vocab_size", 50_257)
     if tokenizer.type == "hub":
         return KNOWN_VOCABULARIES.get(tokenizer.name, 50_257)
     return {"bpe": tokenizer.vocab_size, "byte": 257}[tokenizer.type]

@@ -23,6 +23,7 @@ from core.comparison.trials import changed
 from core.contracts import call_if_defined
 from core.data.tokenizer import build_tokenizer
 from core.errors import UserError
+from core.files import own_path
 from core.settings import Settings, TokenizerSettings
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
@@ -92,13 +93,13 @@ def is_file(origin: str) -> bool:
 def find_weights(origin: str, root: Path) -> Weights:
     """What `init_from` names. Raises UserError saying what there is, or what to run first."""
     if is_file(origin):
-        return read_weights(root / Path(origin).expanduser(), origin)
+        return read_weights(own_path(origin, root), origin)
     return newest_weights(origin, root)
 
 
 def preview_weights(origin: str, root: Path) -> str:
     """What the menu calls the weights that `init_from` names; quick, as nothing but the step is read. Raises UserError."""
-    path = root / Path(origin).expanduser()
+    path = own_path(origin, root)
     if is_file(origin):
         if not path.is_file():
             raise _no_file(origin)

@@ -200,7 +200,7 @@ def test_a_run_that_compiles_nothing_never_loads_the_compiler(from_elsewhere: tu
 # mistakes ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("--max-steps", "5"), ("configs/t.json",)])
+@pytest.mark.parametrize("arguments", [("--help",), ("--max-steps", "5"), ("configs/t.json",), ("",)])
 def test_arguments_are_refused_in_one_line(arguments: tuple[str, ...], make_project: Callable[..., Project]) -> None:
     project = make_project({"t": tiny_preset()})
     result = project.run("t", *arguments)
