@@ -30,6 +30,11 @@ def test_no_other_place_decides_where_a_path_leads() -> None:
     assert [path.name for path in sorted((ROOT / "core").rglob("*.py")) if "expanduser" in path.read_text()] == ["files.py"]
 
 
+@pytest.mark.parametrize("name, place", [('"metrics.jsonl"', "metrics.py"), ('"prev2"', "names.py"), ('_current.pth"', None)])
+def test_the_names_of_files_that_many_look_for_stand_in_one_place(name: str, place: str | None) -> None:
+    assert [path.name for path in (ROOT / "core").rglob("*.py") if name in path.read_text()] == ([place] if place else [])
+
+
 @pytest.mark.parametrize(
     "section",
     [
