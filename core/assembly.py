@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -38,6 +38,7 @@ from core.losses import LOSSES
 from core.losses.stack import LossStack
 from core.metrics import LOG, MetricsLog, check_log, evaluation_is_missing
 from core.models import MODELS
+from core.names import slot_name
 from core.objective import Objective
 from core.optim import Optimizer
 from core.parallel import on_rank_zero, rank_zero_first
@@ -309,7 +310,7 @@ def _beginning(
     origin = preset.init_from
     if state is not None:
         notes += [f'init_from "{origin}" is not used again: the lineage goes on from its own checkpoint'] if origin else []
-        return state, Weights.of(state, path, f"{preset.lineage}_*.pth"), notes
+        return state, Weights.of(state, path, slot_name(preset.lineage, "*")), notes
     if origin is None:
         return None, None, notes
     weights = rank_zero_first(parallel, lambda: find_weights(origin, root))
@@ -351,20 +352,30 @@ def _progress(preset: Any, saved: dict[str, Any] | None, is_missing: Callable[[i
     if saved is None:
         return Progress(evaluation_due=preset.train.eval_at_start), []
     progress = Progress.of(saved["progress"])
-    same = saved["preset"]["name"] == preset.name
     progress.evaluation_due = progress.evaluation_due and is_missing(progress.step)
-    if not progress.finished and same:
+    does = what_goes_on(preset, saved, lambda: progress.evaluation_due)
+    if does == "run":
         return progress, [f"run {progress.run} goes on from step {progress.step}, {progress.run_tokens:,} tokens into it"]
+    if does == "evaluation":
+        return progress, [f"run {progress.run} was trained to its end and saved, but not evaluated: that is done now"]
     notes = []
     if progress.evaluation_due and progress.finished:
-        if same:
-            return progress, [f"run {progress.run} was trained to its end and saved, but not evaluated: that is done now"]
         notes.append(f'run {progress.run} of "{saved["preset"]["name"]}" was ended before its last evaluation')
     if not progress.finished:
         notes.append(f'run {progress.run} of "{saved["preset"]["name"]}" was left at {progress.run_tokens:,} tokens')
-    begin_next_run(progress, preset.train.runs if same else 1)
+    begin_next_run(progress, preset.train.runs if saved["preset"]["name"] == preset.name else 1)
     notes.append(f"run {progress.run} begins from the weights of step {progress.step}")
     return progress, notes
+
+
+def what_goes_on(preset: Any, saved: dict[str, Any], is_missing: Callable[[], bool]) -> Literal["run", "evaluation", "next run"]:
+    """What a start does with a lineage's checkpoint. `is_missing`: whether the log lacks the evaluation at its step."""
+    progress = saved["progress"]
+    if saved["preset"]["name"] != preset.name:
+        return "next run"
+    if not progress["finished"]:
+        return "run"
+    return "evaluation" if progress.get("evaluation_due") and is_missing() else "next run"
 
 
 def _epoch_tokens(

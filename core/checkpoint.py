@@ -25,6 +25,7 @@ import torch
 from core.checkpoint_state import problem_of
 from core.errors import CheckpointError, first_line
 from core.files import cause, check_regular, free_name, link_file, probe, replacing, standing, sweep, sync_folder
+from core.names import SLOTS, slot_name
 
 FORMAT = 1
 """Raised when a checkpoint's layout changes in a way that older code cannot read."""
@@ -69,7 +70,7 @@ class CheckpointStore:
     def __init__(self, folder: Path, lineage: str, mirror: str | None = None):
         """`lineage`: may be a path below the folder. `mirror`: another file name that always holds what `current` holds."""
         self.folder, self.lineage = folder, lineage
-        self.slots = [folder / f"{lineage}_{slot}.pth" for slot in ("current", "prev", "prev2")]
+        self.slots = [folder / slot_name(lineage, slot) for slot in SLOTS]
         self._mirror = folder / mirror if mirror else None
         self._thread: threading.Thread | None = None
         self._outcome: tuple[Path | None, float, str] | None = None

@@ -27,6 +27,11 @@ NO_FILE = "it is no file but a folder, a pipe or a device"
 _ASIDE = re.compile(r"\.(?P<of>.+)\.[0-9a-f]{16}\.tmp")
 
 
+def own_path(path: str, root: Path) -> Path:
+    """Where a path of a preset leads: relative to the project, "~" at a user's home. "~name" without such a user is a folder."""
+    return root / os.path.expanduser(path)
+
+
 # writing -------------------------------------------------------------------------------------------------------------
 
 

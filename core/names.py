@@ -15,6 +15,14 @@ NAME = re.compile(r"[A-Za-z0-9_-]([A-Za-z0-9._-]*[A-Za-z0-9_-])?")
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 """What Windows keeps for devices."""
 
+SLOTS = ("current", "prev", "prev2")
+"""What a lineage's checkpoints are called, the newest first."""
+
+
+def slot_name(lineage: str, slot: str = SLOTS[0]) -> str:
+    """The file of a lineage's checkpoint; with "*" a pattern."""
+    return f"{lineage}_{slot}.pth"
+
 
 def is_file_name(name: str) -> bool:
     """Whether a file may be called so everywhere: never hidden, never a way up, never a device."""

@@ -285,7 +285,7 @@ def test_nothing_that_is_told_moves_the_cursor(monkeypatch: pytest.MonkeyPatch, 
         raise UserError("one \x1b[31mred\x1b[0m\x1b]0;title\x07\n  two\x00 \u202egnp.exe \x9b2Jthree\rfour\ttabs é")
 
     monkeypatch.setattr(launch, "launch", refuse)
-    monkeypatch.setattr("core.screen.guard_streams", lambda: None)  # it would put its own in the place of pytest's
+    monkeypatch.setattr("core.terminal.guard_streams", lambda: None)  # it would put its own in the place of pytest's
     monkeypatch.setattr("sys.argv", ["main.py"])
     assert main.main() == 2
     assert capsys.readouterr().err == "\none red\n  two gnp.exe three four tabs é\n"

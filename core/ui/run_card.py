@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from core.files import read_json, write_file
+from core.metrics import LOG
 from core.runtime import versions
 from core.ui.report import plot_losses
 
@@ -73,7 +74,7 @@ class LossPlot:
 
     def update(self, event: dict[str, Any]) -> None:
         if event["event"] in ("eval", "run_end"):
-            plot_losses(self._folder / "metrics.jsonl", self._folder / "loss.png")
+            plot_losses(self._folder / LOG, self._folder / "loss.png")
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:
