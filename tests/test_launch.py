@@ -4,6 +4,7 @@ import io
 import json
 import os
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -22,7 +23,7 @@ from core.preset import decode_preset
 from core.runtime import Runtime, detect_runtime
 from core.size import check_memory, size_of
 from core.terminal import tell, write_line
-from tests.project import NO_HUB, Project, merged, tiny_preset, train_here
+from tests.project import NO_HUB, ROOT, Project, merged, tiny_preset, train_here
 
 CPU = Runtime(torch.device("cpu"), 0, 0, 1)
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -91,6 +92,23 @@ def test_a_speed_of_nothing_and_slots_that_lack_everything(root: Path, monkeypat
     assert "parameters" in launch._preview(preset, CPU)[0]
     monkeypatch.setattr(launch, "_resume_line", lambda preset: 1 // 0)
     assert launch._preview(preset, CPU)[-1].startswith("cannot tell more: ZeroDivisionError")
+
+
+def test_small_models_are_counted_and_a_preset_without_words_shows_none() -> None:
+    preset = decoded()
+    assert launch._card("t", preset, CPU).description == "short", "nothing stands behind it"
+    assert launch._card("t", preset.model_copy(update={"description": "Tiny."}), CPU).description == "short · Tiny."
+    model = size_of(preset, launch._vocab_size(preset.tokenizer))
+    assert launch._training_lines(preset, CPU)[0].startswith(f"{model.parameters / 1000:.1f}k parameters, ")
+
+
+def test_without_the_packages_one_message_says_how_to_install_them() -> None:
+    """Of packages that requirements.txt names only: a fault of the program's own is shown as it is."""
+    for missing, code in (("", 2), ("sys.modules['core.launch'] = None; ", 1)):
+        run = f"import runpy, sys; sys.path.insert(0, '.'); {missing}runpy.run_path('main.py', run_name='__main__')"
+        done = subprocess.run([sys.executable, "-I", "-S", "-c", run], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == code and ("Traceback" in done.stderr) == (code == 1), done
+        assert ("pip install -r requirements.txt" in done.stderr) == (code == 2)
 
 
 # refusals ------------------------------------------------------------------------------------------------------------
@@ -285,7 +303,7 @@ def test_nothing_that_is_told_moves_the_cursor(monkeypatch: pytest.MonkeyPatch, 
         raise UserError("one \x1b[31mred\x1b[0m\x1b]0;title\x07\n  two\x00 \u202egnp.exe \x9b2Jthree\rfour\ttabs é")
 
     monkeypatch.setattr(launch, "launch", refuse)
-    monkeypatch.setattr("core.screen.guard_streams", lambda: None)  # it would put its own in the place of pytest's
+    monkeypatch.setattr("core.terminal.guard_streams", lambda: None)  # it would put its own in the place of pytest's
     monkeypatch.setattr("sys.argv", ["main.py"])
     assert main.main() == 2
     assert capsys.readouterr().err == "\none red\n  two gnp.exe three four tabs é\n"
