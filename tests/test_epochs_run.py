@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import random
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,8 @@ def test_a_source_that_has_ended_has_no_weight(tmp_path: Path) -> None:
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": story(n, 2)}) + "\n" for n in range(count)))
     sources = [{"type": "text", "path": f"{name}.jsonl", "name": name} for name in ("few", "many")]
     events = train_here(merged(EPOCHS, {"data": {"sources": sources}}), tmp_path)
+    assert events[0]["eval_every_tokens"] == 10_000_000 and events[0]["compile_from_step"] is None
+    assert re.search("multiplying takes about 0 s of the run", events[0]["compile"])
     steps = [{name: each["weight"] for name, each in event["sources"].items()} for event in events if event["event"] == "step"]
     assert steps[0] == {"few": 0.5, "many": 0.5} and steps[-1] == {"few": 0.0, "many": 1.0}
 

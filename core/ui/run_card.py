@@ -20,7 +20,7 @@ from core.ui.report import plot_losses
 RECENT_STEPS = 10_000
 """Of which the card tells the median speed: a long run keeps no more."""
 
-SAME_RUNS = ("preset", "device", "world_size", "compile")
+SAME_RUNS = ("preset", "device", "world_size")
 """What two runs have in common of which one takes as long as the other."""
 
 
