@@ -255,6 +255,8 @@ def build_training(
         "run_step": progress.run_step,
         "tokens_per_step": tokens_per_step,
         "compile": compile_told,
+        "compile_from_step": compile_from_step,
+        "eval_every_tokens": preset.train.eval_every_tokens,
         "sources": corpus.names,
     }
     rank_zero = parallel.rank == 0

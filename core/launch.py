@@ -37,6 +37,7 @@ from core.terminal import tell
 from core.ui.menu import PresetCard, can_pick, choose
 from core.ui.resuming import offer_fresh
 from core.ui.run_card import is_positive, read_card
+from core.ui.text import count
 from core.weights import preview_weights
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,6 +56,8 @@ LARGE = 100_000_000
 """Parameters from which on the menu tells which cards a model fits."""
 CARDS, USABLE = (24, 80, 141), 0.92
 """Gigabytes of usual cards, and the share of them that a program gets."""
+SAME = 0.05
+"""By how much runs of the same length may differ: the last step goes beyond the end."""
 PATIENCE = timedelta(days=7)
 """How long the other ranks wait for a person at the menu."""
 
@@ -181,7 +184,7 @@ def _read_presets(runtime: Runtime) -> tuple[dict[str, Any], list[PresetCard]]:
 def _card(stem: str, preset: Any, runtime: Runtime) -> PresetCard:
     """What the menu tells about a preset before it is chosen."""
     short = preset.job in ("train", "compare") and (preset.train.max_steps is not None or preset.train.max_epochs is not None)
-    description = ("short · " if short else "") + preset.description
+    description = " · ".join(part for part in ("short" * short, preset.description) if part)
     group = GROUPS.get(stem[0], "Your own")
     return PresetCard(stem, group, preset.name, description, lambda: "\n".join(_preview(preset, runtime)))
 
@@ -223,8 +226,8 @@ def _training_lines(preset: Any, runtime: Runtime) -> list[str]:
     if model is None:  # of the Hub: the menu downloads nothing
         size, memory = preset.model.summary(), ""
     else:
-        size = f"{model.parameters / 1e6:.1f}M parameters"
-        size += f" ({model.trained / 1e6:.1f}M trained)" if model.trained < model.parameters else ""
+        size = f"{count(model.parameters)} parameters"
+        size += f" ({count(model.trained)} trained)" if model.trained < model.parameters else ""
         fixed, row = memory_estimate(preset, model, vocab_size, bf16)
         memory = f", about {(fixed + row * train.per_gpu_batch_size) / 2**30:.1f} GB of memory"
     rows = train.per_gpu_batch_size * train.accumulation_steps * runtime.world_size
@@ -296,7 +299,11 @@ def _time_line(preset: Any, runtime: Runtime) -> str:
     tokens = min(RUN_TOKENS, (preset.train.max_steps or RUN_TOKENS) * size)
     if preset.train.max_epochs and is_positive(end := card.get("end_tokens")):
         tokens = min(tokens, end)
-    minutes = tokens / speed / 60
-    return (
-        f"; a run took about {minutes / 60:.1f} h here" if minutes > 90 else f"; a run took about {max(minutes, 1):.0f} min here"
-    )
+    whole = card.get("whole_run")
+    took = [whole.get(key) for key in ("seconds", "tokens")] if isinstance(whole, dict) else []
+    seconds, said = tokens / speed, "would take"  # without evaluations, as long as no run was whole
+    if took and all(map(is_positive, took)):
+        seconds = took[0] * tokens / took[1]
+        said = "took" if abs(tokens / took[1] - 1) < SAME else said
+    minutes = seconds / 60
+    return f"; a run {said} about " + (f"{minutes / 60:.1f} h here" if minutes > 90 else f"{max(minutes, 1):.0f} min here")

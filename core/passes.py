@@ -150,7 +150,7 @@ def compile_plan(
         speed = 1e14 if runtime.device.type == "cuda" else 1.5e11  # multiply-adds a second this kind of device reaches, roughly
         seconds = 6 * parameters * tokens / speed
         if seconds < COMPILE_PAYS_AFTER_SECONDS:
-            return None, f"not compiled: the run takes about {seconds:.0f} s, too short to pay for compiling"
+            return None, f"not compiled: multiplying takes about {seconds:.0f} s of the run, too little for compiling to pay"
     kept = saved.get("compile_from_step") if saved is not None else None
     if kept is not None:
         return kept, f"compiled from step {kept + 1} on"

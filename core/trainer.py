@@ -215,7 +215,7 @@ class Trainer:
         done.tokens += rows.num_tokens
         done.run_tokens += rows.num_tokens
         done.horizon_tokens += rows.num_tokens
-        shares = self.source_weights.shares(progress, self.loader.position.drops)
+        shares = self.source_weights.shares(progress, self.loader.position.gone)
         sources = {}
         read = zip(rows.source_tokens, rows.documents, rows.epochs)
         for (name, loss, count), (tokens, documents, epochs) in zip(report["by_source"], read):
@@ -245,7 +245,7 @@ class Trainer:
         """Other shares for the sources, where they follow how well each is learned and it is time."""
         if (losses := self.source_weights.after_step(report["by_source"], rows.num_tokens)) is not None:
             self.loader.reweight(self.source_weights.factors)
-            shares = self.source_weights.shares(progress, self.loader.position.drops)
+            shares = self.source_weights.shares(progress, self.loader.position.gone)
             self._emit("reweighted", sources={name: {"loss": losses.get(name), **share} for name, share in shares.items()})
 
     # between steps ---------------------------------------------------------------------------------------------------

@@ -145,6 +145,8 @@ def test_values_are_not_coerced(wrong: Any) -> None:
         ({"sources": []}, "at least 1 item"),
         ({"sources": ["pdf", "pdf"]}, "two sources are called pdf"),
         ({"sources": ["pdf"], "mix_strategy": "weighted"}, 'needs "source_weights"'),
+        ({"sources": ["pdf", "wikipedia"], "source_weights": [0.9, 0.1]}, 'source_weights need "mix_strategy": "weighted"'),
+        ({"sources": ["pdf"], "mix_strategy": "sequential", "source_weights": [1.0]}, 'and it is "sequential"'),
         ({"sources": ["pdf"], "source_weights": [1.0, 2.0]}, "2 source_weights for 1 sources"),
         ({"sources": ["pdf", "wikipedia"], "source_weights": [-1.0, 2.0]}, "must not be negative"),
         ({"sources": ["pdf", "wikipedia"], "source_weights": [0.0, 0.0]}, "not all zero"),

@@ -156,7 +156,11 @@ class Corpus:
         weights = [sum(value_at(weight, x / 10) for x in range(11)) for weight in self.mix.weights]  # over the run
         given = None if strategy == "sequential" else weights if strategy == "weighted" else [1.0] * len(weights)
         of_tokens = strategy == "weighted" and self.mix.unit == "tokens"
-        return list(too_often(self.sources, given, of_tokens, tokenizer, self.may_train, tokens))
+        advice = {
+            "weighted": "give it a smaller share in data.source_weights, ",
+            "round_robin": 'give it a smaller share ("mix_strategy": "weighted", with source_weights), ',
+        }.get(strategy if len(self.sources) > 1 else "", "")
+        return list(too_often(self.sources, given, of_tokens, tokenizer, self.may_train, tokens, advice))
 
     def validation_rows(
         self, tokenizer: Tokenizer, seq_length: int, tokens: int, seed: int | None = None, only: str | None = None

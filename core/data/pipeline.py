@@ -66,6 +66,11 @@ class Position:
         return max((place.next for place in self.lanes.values()), default=0)
 
     @property
+    def gone(self) -> set[str]:
+        """Sources that failed, or came to the end of their last epoch: the latter as far as the snapshot knows."""
+        return {*self.drops, *(self.snapshot or {}).get("ended", [])}
+
+    @property
     def latest_factors(self) -> dict[str, float]:
         """On the sources' weights, from the first unused draw on; 1 where none is named."""
         return self.factors[max(self.factors)] if self.factors else (self.snapshot or {}).get("factors", {})

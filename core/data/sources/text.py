@@ -37,6 +37,9 @@ READER = 2
 LOW, HIGH = 8000, 16000
 """Characters of a document cut from a plain file: a few rows of a long context."""
 
+PROJECT = Path(__file__).resolve().parents[3]
+"""What the paths of a preset are relative to."""
+
 CHECKED_AT_OPEN = 500
 """Files that are looked into before training starts; the others are when their turn comes."""
 
@@ -186,7 +189,7 @@ class TextSource(PlainSource):
         if _kind(unit.path) in TABLES:
             next(self._rows(unit, 0, check_only=True), None)
         elif is_mostly_damage(data := next(unit.pieces(rows=False), b""), decoded(data)):
-            raise no_text()
+            next(self._texts(unit), None)  # a longer block may be text, and a page may declare its encoding
 
 
 def text_of(value: Any, column: str) -> str:
@@ -240,11 +243,14 @@ def named_by(data: Any, name: Callable[[dict], str]) -> Any:
 
 
 def path_name(path: Any) -> str:
+    """The last part that is no pattern. What is there is none, whatever brackets stand in it."""
     first = path[0] if isinstance(path, list) and path else path
     if not isinstance(first, str):
         return "text"
-    plain = [part for part in Path(first).parts if not glob.has_magic(part) and part not in ("/", ".", "..")]
-    name = plain[-1] if plain else "text"
+    parts = Path(first).parts
+    real = [os.path.exists(PROJECT / os.path.expanduser(Path(*parts[: i + 1]))) for i in range(len(parts))]
+    named = [part for part, there in zip(parts, real) if (there or not glob.has_magic(part)) and part not in ("/", ".", "..")]
+    name = named[-1] if named else "text"
     plain = name.removesuffix(compression(name))
     return plain.removesuffix(_kind(Path(plain)))
 
