@@ -420,7 +420,7 @@ def _data(
         state = {**state, "fingerprint": ""}  # a new run, or one that had none left, gives failed sources another chance
     if preset.train.max_epochs is not None and progress.run_step == 0 and progress.horizon_runs == 0:
         state = None  # a new horizon counts its epochs from the first
-    position, notes = data_position(state, facts["fingerprint"], facts["contents"])
+    position, notes = data_position(state, facts["fingerprint"], facts["contents"], preset.train.max_epochs)
     if progress.horizon_tokens == 0 and (first := position.first_unused()) > 0:
         position.renewals.append(first)
     begins = position.snapshot is None or "rates" not in position.snapshot or position.renewals

@@ -9,6 +9,8 @@ once has a bound, and of Parquet only the columns asked for are fetched, from an
 """
 
 import glob
+import hashlib
+import os
 import re
 import string
 import time
@@ -22,6 +24,7 @@ from core import hub
 from core.data.documents import Document, SkipRow
 from core.data.sources import tables
 from core.data.sources.decode import as_utf8, compression, unpacked
+from core.data.sources.files import file_size
 from core.data.sources.finding import Found, walk
 from core.data.sources.shards import ShardSource
 from core.data.sources.skips import Damaged, NoColumn
@@ -123,9 +126,12 @@ class HfSource(ShardSource):
         self._tables = False  # whether they are all tables, one a shard
 
     def open(self) -> None:
-        """Finds the files, checks the columns, and fetches a few bytes of data. Raises SourceUnavailable."""
+        """Finds the files, checks the columns, and fetches a few bytes of data; of a local one, a document. Raises
+        SourceUnavailable."""
         self._rows = None
         self._load()
+        if self.finite:
+            next(self.stream({}))
 
     def shards(self) -> list[int]:
         self._load()
@@ -171,6 +177,9 @@ class HfSource(ShardSource):
 
     def contents(self) -> str:
         self._load()
+        if self._path is not None:
+            facts = [(os.path.relpath(file, self._path), file_size(Path(file))) for file in self._files]
+            return hashlib.blake2b(repr(facts).encode("utf-8", "backslashreplace"), digest_size=8).hexdigest()
         return f"{len(self._files)} files, {self._num_shards} shards"
 
     def address(self, shard: int) -> str | None:
