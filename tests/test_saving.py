@@ -184,6 +184,36 @@ def test_who_asks_to_stop_does_not_wait_for_an_evaluation(tmp_path: Path) -> Non
     assert differences(*(Project(folder).checkpoint() for folder in (tmp_path / "straight", root))) == []
 
 
+@pytest.mark.parametrize("moment", ["held-out rows", "samples"])
+def test_who_asks_to_stop_waits_neither_for_rows_nor_for_samples(moment: str, tmp_path: Path) -> None:
+    """Asked while the first evaluation looks for its rows, or between two tokens of a sample: the next start evaluates."""
+    settings = merged(MEASURED, {"generate": {"prompts": ["The ", "A "], "max_tokens": 60}})
+    finish(session(tmp_path / "straight", **settings))
+    root, asked = tmp_path / "stopped", []
+    built = session(root, lambda: bool(asked), **settings)
+    after = []
+    if moment == "samples":
+
+        def pass_made(module: Any, inputs: Any) -> None:
+            if not module.training and built.trainer.progress.step == 4 and len(inputs[0].labels) == 1:
+                after.append(1)
+                asked.extend([1] * (len(after) == 3))
+
+        built.trainer.model.register_forward_pre_hook(pass_made)
+    else:
+        built.trainer.evaluate = lambda *how, evaluate=built.trainer.evaluate: asked.append(1) or evaluate(*how)
+        built.trainer.model.register_forward_pre_hook(lambda module, _: None if module.training else after.append(1))
+    assert finish(built) == "interrupted" and slot(root)["step"] == 4 and slot(root)["evaluation_due"]
+    assert len(after) == (3 if moment == "samples" else 0), "no pass more is made"
+    finish(session(root, **settings))
+    looked = [
+        [(e["step"], e.get("cross_entropy"), e.get("text")) for kind in ("eval", "sample") for e in events(folder, kind)]
+        for folder in (tmp_path / "straight", root)
+    ]
+    assert looked[0] == looked[1]
+    assert differences(*(Project(folder).checkpoint() for folder in (tmp_path / "straight", root))) == []
+
+
 def test_what_the_log_says_of_an_evaluation(tmp_path: Path) -> None:
     """Missing only where the log ends at that step; a log that is gone says nothing."""
     log = tmp_path / "metrics.jsonl"
@@ -321,6 +351,25 @@ def test_bad_steps_are_counted_on_after_a_stop(tmp_path: Path) -> None:
         finish(built[0])
     (back,) = [event for event in events(tmp_path, "warning") if "weights are back" in event["message"]]
     assert back["step"] == 4 + BAD_STEPS - 1 and built[0].trainer.progress.skipped == BAD_STEPS
+
+
+def test_a_mirror_that_cannot_be_made_is_told_and_the_run_is_saved(tmp_path: Path) -> None:
+    """A folder in its place: set aside before the first step, and where it comes later, a warning; the run is finished."""
+    mirror = tmp_path / "checkpoints" / "simple_lm_trained.pth"
+    mirror.mkdir(parents=True)
+    (mirror / "notes").write_text("somebody's")
+    settings = merged(EXACT, {"lineage": "lm", "train": {"max_steps": 2}})
+    train_here(tiny_preset(**settings), tmp_path)
+    assert mirror.samefile(tmp_path / "checkpoints" / "lm_current.pth")
+    assert (tmp_path / "checkpoints" / "simple_lm_trained.pth.damaged" / "notes").read_text() == "somebody's"
+    built = session(tmp_path, **settings)
+    mirror.unlink()
+    mirror.mkdir()
+    assert finish(built) == "max_steps"
+    (warning,) = [e["message"] for e in Project(tmp_path).events("warning", "lm")]
+    assert warning.startswith("the checkpoint is saved, but simple_lm_trained.pth does not hold what lm_current.pth does: ")
+    assert Project(tmp_path).finished("lm") and Project(tmp_path).checkpoint(lineage="lm")["progress"]["run"] == 2
+    assert [path.name for path in mirror.parent.iterdir() if path.name.startswith(".")] == []
 
 
 # memory and the compiler ---------------------------------------------------------------------------------------------
