@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from core.assembly import Preset
+from core.assembly import Preset, build_training
 from core.checkpoint import CheckpointStore
 from core.comparison.outcome import read_outcome
 from core.comparison.trials import Trial
@@ -26,9 +26,12 @@ from core.errors import NoData, UserError
 from core.evaluation import Evaluator
 from core.launch import _resume_line
 from core.metrics import evaluation_is_missing
+from core.parallel import Single
 from core.preset import decode_preset
+from core.runtime import detect_runtime
 from core.signals import STOP_SIGNALS, StopRequest, signals_held
 from core.trainer import BAD_STEPS
+from tests.data.corpus import Ranks
 from tests.project import Project, differences, merged, story, tiny_preset, train_here
 from tests.test_compare import compare_here, job, preset_of
 from tests.test_trainer import EXACT, events, finish, limit_rows, poison, session
@@ -370,6 +373,33 @@ def test_a_mirror_that_cannot_be_made_is_told_and_the_run_is_saved(tmp_path: Pat
     assert warning.startswith("the checkpoint is saved, but simple_lm_trained.pth does not hold what lm_current.pth does: ")
     assert Project(tmp_path).finished("lm") and Project(tmp_path).checkpoint(lineage="lm")["progress"]["run"] == 2
     assert [path.name for path in mirror.parent.iterdir() if path.name.startswith(".")] == []
+
+
+class TwoRanks(Single):
+    """What a trainer asks of its ranks; gradients stay each one's own, as nothing here is about them."""
+
+    def __init__(self, rank: Any):
+        self.rank, self.world_size = rank.rank, rank.world_size
+        self.sum, self.gather, self.broadcast = rank.sum, rank.gather, rank.broadcast
+
+
+def test_what_another_rank_alone_meets_is_told_in_the_log(tmp_path: Path) -> None:
+    """A worker that was replaced there, a file that only its lanes met: once, with the rank; the log is rank 0's."""
+    (tmp_path / "texts").mkdir()
+    for number in range(40):
+        (tmp_path / "texts" / f"{number}.txt").write_text(story(number))
+    preset = decode_preset(tiny_preset(**EXACT), Preset, "t", "t")
+
+    def job(rank: Any) -> None:
+        built = build_training(preset, detect_runtime(), TwoRanks(rank), tmp_path, lambda *_: [], lambda: False)
+        if rank.rank == 1:
+            built.trainer.loader.told.append("a data worker was ended; it is started again")
+            built.trainer.loader.skipped[("texts", "a.txt", "has no text")] = False
+        assert finish(built) == "max_steps"
+
+    Ranks(2).run(job)
+    assert told(tmp_path) == ["process 1: a data worker was ended; it is started again"]
+    assert [(e["source"], e["file"], e["reason"]) for e in events(tmp_path, "skipped")] == [("texts", "a.txt", "has no text")]
 
 
 # memory and the compiler ---------------------------------------------------------------------------------------------
