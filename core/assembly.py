@@ -210,8 +210,12 @@ def build_training(
     curriculum = build_curriculum(preset.train, corpus.objective, len(corpus.names), parallel, runtime.device, dtype)
     notes += [curriculum.note] if curriculum is not None else []
 
+    def stop_when_asked(*_: int) -> None:
+        stop_if(should_stop())
+
     def held_out_rows() -> list[Row]:
-        rows = corpus.validation_rows(tokenizer, preset.model.seq_length, preset.train.eval_tokens, validation_seed)
+        how = preset.model.seq_length, preset.train.eval_tokens, validation_seed
+        rows = corpus.validation_rows(tokenizer, *how, between=stop_when_asked)
         if message := shortfall(rows, preset.train.eval_tokens):
             log.emit("warning", step=progress.step, tokens=progress.tokens, message=message)
         return rows
@@ -228,7 +232,8 @@ def build_training(
         preset.train.seed if validation_seed is None else validation_seed,
         corpus.names,
     )
-    show, told = build_samples(tokenizer, preset.generate, preset.model.seq_length, masked, preset.train.seed)
+    of_samples = preset.generate, preset.model.seq_length, masked, preset.train.seed
+    show, told = build_samples(tokenizer, *of_samples, stop_when_asked)
     notes += told
 
     wandb_id = (saved or {}).get("wandb_id") or uuid.uuid4().hex[:12]
@@ -275,7 +280,7 @@ def build_training(
         progress,
         log,
         store,
-        evaluate=lambda model, progress: evaluator.run(model, progress, lambda done, total: stop_if(should_stop())),
+        evaluate=lambda model, progress: evaluator.run(model, progress, stop_when_asked),
         show=show,
         extra_state={
             "format": FORMAT,

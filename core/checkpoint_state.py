@@ -94,6 +94,7 @@ class DataState(TypedDict):
     receipt: str
     fingerprint: str
     contents: NotRequired[dict[str, str]]
+    epoch_tokens: NotRequired[Count | None]
     held_out: NotRequired[HeldOutState | None]
     draws: NotRequired[list[Annotated[tuple[Count, Count, Count] | tuple[Count, Count, Count, Count], Listed]]]
     factors: NotRequired[list[Annotated[tuple[Count, dict[str, float]], Listed]]]

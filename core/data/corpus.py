@@ -8,7 +8,7 @@ State: none; where a run stands is a Position
 import copy
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -163,18 +163,26 @@ class Corpus:
         return list(too_often(self.sources, given, of_tokens, tokenizer, self.may_train, tokens, advice))
 
     def validation_rows(
-        self, tokenizer: Tokenizer, seq_length: int, tokens: int, seed: int | None = None, only: str | None = None
+        self,
+        tokenizer: Tokenizer,
+        seq_length: int,
+        tokens: int,
+        seed: int | None = None,
+        only: str | None = None,
+        between: Callable[[], None] = lambda: None,
     ) -> list[Row]:
         """Held-out rows, read in the order of `seed`; left out, the run's. Runs of several seeds are measured on one text so.
 
-        only   of this source
+        only      of this source
+        between   called after each document that is read; may raise, to stop
         """
         sources = [source for source in self.sources if only in (None, source.name)]
         sources = sources if seed in (None, self.seed) else [_reordered(source, seed) for source in sources]
         sources = cached(sources, self.root, self.settings.cache_gigabytes, tokenizer)
         masks = derive_seed(self.seed if seed is None else seed, "validation")
         objective = build_objective(self.objective, tokenizer, self.settings.mask_fraction, masks)
-        return validation_rows(sources, self.hold_out, tokenizer, objective, seq_length, tokens, self.settings.min_text_length)
+        shortest = self.settings.min_text_length
+        return validation_rows(sources, self.hold_out, tokenizer, objective, seq_length, tokens, shortest, between)
 
     def held_out_inputs(self, tokenizer: Tokenizer) -> dict[str, Iterator[np.ndarray]]:
         """Of each source, its held-out documents one by one, as a model reads them: (its tokens,) each, in the run's order."""

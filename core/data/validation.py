@@ -6,7 +6,7 @@ State: none; both are functions of the sources' content and the preset
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
@@ -136,12 +136,13 @@ def _note(name: str, texts: Counter[int], plan: HoldOut) -> str:
 
 
 def held_out_documents(
-    source: Source, hold_out: HoldOut, tokenizer: Tokenizer, min_text_length: int
+    source: Source, hold_out: HoldOut, tokenizer: Tokenizer, min_text_length: int, between: Callable[[], None] = lambda: None
 ) -> Iterator[tuple[int, Encoded]]:
     """(its place among the source's documents, its tokens) of each document that is held out, as far as a source is searched."""
     left = SCAN_LOCAL if source.finite else SCAN_STREAM
     try:
         for scanned, document in enumerate(source.stream({})):
+            between()
             if not document.is_shorter_than(min_text_length) and hold_out.holds(document):
                 yield scanned, encode(tokenizer, [document])[0]
             left -= document.size
@@ -159,11 +160,15 @@ def validation_rows(
     seq_length: int,
     tokens: int,
     min_text_length: int,
+    between: Callable[[], None] = lambda: None,
 ) -> list[Row]:
-    """Packed rows of held-out documents: about `tokens` of them, shared evenly among the sources that have so many."""
+    """Packed rows of held-out documents: about `tokens` of them, shared evenly among the sources that have so many.
+
+    between   called after each document that is read; may raise, to stop
+    """
     numbers = range(len(sources))
     packers = [Packer(number, seq_length, tokenizer.eos_id, Place()) for number in numbers]
-    documents = [held_out_documents(source, hold_out, tokenizer, min_text_length) for source in sources]
+    documents = [held_out_documents(source, hold_out, tokenizer, min_text_length, between) for source in sources]
     collected, open_ones, wanted = [0] * len(sources), [*numbers], tokens // len(sources)
     while open_ones:
         for number in open_ones:
