@@ -25,9 +25,10 @@ from pydantic import (
 
 from core.comparison.measures import metrics_of
 from core.errors import PresetError
-from core.json_file import read_json, shown
+from core.json_file import UNREADABLE, read_json, shown
 from core.mistakes import explain
 from core.names import LONGEST, NAME, file_name, is_file_name
+from core.schedules import limits
 from core.settings import (
     RUN_TOKENS,
     AuxiliarySettings,
@@ -195,6 +196,9 @@ def read_preset(path: Path, cls: type[BaseModel]) -> Any:
     Raises PresetError with every problem: JSON syntax with line and column, unknown keys with the nearest known one,
     wrong values with path, value and what would be right.
     """
+    if UNREADABLE.search(path.stem):
+        told = path.with_name(UNREADABLE.sub("?", path.name))
+        raise PresetError(str(told), ["the file's name holds bytes that are no UTF-8 text; rename the file"])
     data, problems = read_json(path)
     seen = {os.path.realpath(path): path.stem}
     while isinstance(data, dict) and isinstance(parent := data.get("extends"), str):
@@ -269,6 +273,12 @@ def _relations(preset: Any) -> list[str]:
         found.append(
             f"train.per_gpu_batch_size  {rows:,}: with accumulation_steps {times:,} and model.seq_length {T:,} one step would be "
             f"{tokens:,} tokens, and the whole run has {train.runs * RUN_TOKENS:,}; make one of them smaller"
+        )
+    heads = [getattr(preset.auxiliary, f"{key.removeprefix('enable_')}_weight", 0.0) for key in preset.auxiliary.heads]
+    if all(limits(weight)[1] <= 0 for weight in [*(loss.weight for loss in preset.losses), *heads]):
+        found.append(
+            "losses  none of them has a weight above 0 at any moment of the run: nothing would be learned; give one of them a "
+            "weight, or leave it out"
         )
     return found
 

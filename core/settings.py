@@ -38,7 +38,7 @@ class LossSettings(Settings):
     name: str | None = Field(None, min_length=1)
     """Name in logs; left out, its type. Two losses of one type need different ones."""
     weight: Schedule = 1.0
-    """Factor in the sum of losses. 0: only reported."""
+    """Factor in the sum of losses. 0: only reported. Below 0: rewarded; one of the losses has to be above 0 at some moment."""
 
 
 class TokenizerSettings(Settings):

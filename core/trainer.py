@@ -128,7 +128,10 @@ class Trainer:
                 self.evaluate_and_sample()
                 if any(self.parallel.sum([float(self.should_stop())])):
                     return "interrupted"
-            rows = self.loader.next_step(self.should_stop)
+            try:
+                rows = self.loader.next_step(self.should_stop)
+            finally:  # steps may have been passed over, however it ends
+                self._enter_passed_over()
             self._tell_left_out()
             if rows is None:
                 if bad := self.progress.bad_in_a_row:
@@ -352,7 +355,7 @@ class Trainer:
         if reason not in CUT_SHORT:
             self.evaluate_and_sample()
             reason = "interrupted" if self.progress.evaluation_due else reason
-        self._emit("run_end", reason=reason, receipt=self.loader.state()["receipt"])
+        self._emit("run_end", reason=reason, receipt=self.loader.state()["receipt"], ledger=self.progress.ledger)
         return reason
 
     def _save_now(self) -> str | None:
@@ -374,6 +377,13 @@ class Trainer:
             self._warn(f"the checkpoint is saved, but {failed}")
         self._emit("checkpoint", path=path.relative_to(self.store.folder.parent).as_posix(), seconds=seconds)
         return None
+
+    def _enter_passed_over(self) -> None:
+        """What began in steps that taught nothing goes into the ledger: it was read, though its tokens were not trained."""
+        while self.loader.begun:
+            name, documents, epochs = self.loader.begun.pop()
+            if documents or epochs:
+                self.progress.expose(name, 0, documents, epochs, None)
 
     def _tell_left_out(self) -> None:
         """Sources that failed, files that could not be read, and what else the loader has to tell."""

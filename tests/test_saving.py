@@ -21,6 +21,7 @@ from core.assembly import Preset, build_training
 from core.checkpoint import CheckpointStore
 from core.comparison.outcome import read_outcome
 from core.comparison.trials import Trial
+from core.data.pipeline import Dealer
 from core.data.unlearned import Unlearned
 from core.errors import NoData, UserError
 from core.evaluation import Evaluator
@@ -484,6 +485,10 @@ def test_a_step_that_teaches_nothing_is_passed_over_and_counted(tmp_path: Path) 
     assert differences(one.checkpoint(), other.checkpoint()) == []
     passed_over = [event["passed_over"] for event in one.events("step")]
     assert passed_over == sorted(passed_over) and passed_over[-1] > 6
+    saved, dealer = one.checkpoint(), Dealer(4, 42)
+    begun = [dealer.lane(i) == int(lane) for lane, (following, _) in saved["data"]["lanes"].items() for i in range(following)]
+    ledger = saved["progress"]["ledger"]["chats"]
+    assert (ledger["documents"], ledger["epochs"]) == (sum(begun), 1) and one.events("run_end")[-1]["ledger"]["chats"] == ledger
     (warning,) = told(tmp_path / "straight")
     assert "no token of it is learned" in warning and "Listen to m" in warning and "[[Yes" not in warning
 

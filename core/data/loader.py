@@ -108,6 +108,7 @@ class Loader:
         self._replaced_at = -1  # the row at which a worker that died was replaced last
         self._before: tuple[Position, list] | None = None  # where it stood before the step that was handed out last
         self.unlearned = Unlearned(position.rows > position.passed_over * rows_per_step, of_chance=describe is None)
+        self.begun: list[tuple[str, int, int]] = []  # (source, documents, epochs) in steps passed over, since last asked
         self.dropped: list[tuple[str, str]] = []  # (source, reason) since last asked: for the log
         self.told: list[str] = []  # what else is to be warned of
         self.skipped: dict[tuple[str, str, str], bool] = {}  # (source, file, why): whether it was logged
@@ -164,6 +165,7 @@ class Loader:
                 if self._describe and self.unlearned.needs_example:
                     self.unlearned.show(self._describe(rows[0]))
                 self.position.passed_over += 1
+                self.begun += zip(self.source_names, *read[1:])
                 self._advance(rows)
                 self.unlearned.add(int(tokens))
                 continue

@@ -59,7 +59,7 @@ class HfSettings(Settings):
     """Columns put together by `format`, instead of one text column."""
     format: str | None = None
     """How `fields` become a document: "Q: {question}\\nA: {answer}"."""
-    local: str | None = None
+    local: str | None = Field(None, min_length=1)
     """Text on this machine, as of a source of type `text`, that is read instead where it exists: "./data/book.txt"."""
     name: str = ""
     """Name in logs and weights; left out, the dataset's and its config's."""

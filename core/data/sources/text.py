@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from core.data.documents import Document, SkipRow, split_text
 from core.data.sources import decode, tables
@@ -44,10 +44,20 @@ CHECKED_AT_OPEN = 500
 """Files that are looked into before training starts; the others are when their turn comes."""
 
 
+def _none_is_empty(paths: str | list[str]) -> str | list[str]:
+    if "" in ([paths] if isinstance(paths, str) else paths):
+        raise ValueError("an empty path would be the whole project; name a file, a folder or a pattern")
+    return paths
+
+
+Paths = Annotated[str | Annotated[list[str], Field(min_length=1)], AfterValidator(_none_is_empty)]
+"""One path or several."""
+
+
 class TextSettings(Settings):
     type: Literal["text"] = "text"
     """Local text files."""
-    path: str | Annotated[list[str], Field(min_length=1)]
+    path: Paths
     """Files, folders or patterns, relative to the project: .txt .md .py .html .jsonl .json .csv .tsv .parquet, and .gz .bz2 .xz
     .zst of any but the last."""
     text_field: str = "text"

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from core.data.chunks import MANIFEST, BadChunks, Chunks, DamagedChunk
 from core.data.documents import Document, Encoded, digest_of
@@ -24,7 +24,7 @@ from core.settings import Settings
 class TokensSettings(Settings):
     type: Literal["tokens"] = "tokens"
     """Tokens on disk, as the tokenize job writes them."""
-    path: str
+    path: str = Field(min_length=1)
     """Folder that holds manifest.json and the chunks, relative to the project."""
     seed: int | None = None
     """Seed of the order of chunks alone (specification 001: 42, 43, 44); left out, it follows from the run's."""
