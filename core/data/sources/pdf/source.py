@@ -125,7 +125,7 @@ class PdfSource(FileSource):
             if index >= start:
                 yield index + 1, Document(piece, f"{unit.key}#{index}")
         if outcome.damaged:
-            raise CutShort("its damage, as far as that could be repaired")
+            raise CutShort("the damage, as far as that could be repaired")
 
     def _outcome(self, unit: Unit) -> Outcome:
         """What a file holds; while it is read and used, the files after it are read ahead. Raises OSError, SourceUnavailable."""
