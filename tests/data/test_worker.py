@@ -64,7 +64,6 @@ def test_a_worker_that_is_killed_is_started_again(tmp_path: Path) -> None:
     for count in (0, 20):
         found += steps(loader, count)
         os.kill(loader._workers[1]._process.pid, signal.SIGKILL)
-        loader._settle()
         loader._read_anew()  # what was read ahead is not there: the next step needs the process that is gone
         found += steps(loader, 15)
     assert same(found, expected)
@@ -80,7 +79,6 @@ def test_a_worker_that_is_killed_is_started_again(tmp_path: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Worker, "begin", killed)
-        loader._settle()
         loader._read_anew()
         with pytest.raises(ReadingFailed, match=r"(?s)was killed \(SIGKILL\).*Start again.*\"workers\": 0"):
             steps(loader, 1)
