@@ -41,7 +41,7 @@ from core.models import MODELS
 from core.names import slot_name
 from core.objective import Objective
 from core.optim import Optimizer
-from core.parallel import on_rank_zero, rank_zero_first
+from core.parallel import load_slot, on_rank_zero, rank_zero_first
 from core.passes import compile_plan
 from core.preset import preset_class, preset_json
 from core.randomness import derive_seed
@@ -49,7 +49,7 @@ from core.runtime import Runtime
 from core.samples import build_samples
 from core.settings import MASKED_TOKENS, RUN_TOKENS
 from core.size import SMALLEST_VOCABULARY, check_memory, size_of
-from core.trainer import Trainer, load_slot
+from core.trainer import Trainer
 from core.weights import FITTING, Weights, find_weights
 
 JOBS = ["train", "tokenize", "compare", "evaluate", "interpret", "generate"]

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ from core.losses.stack import LossTerms
 from core.metrics import CUT_SHORT, MetricsLog
 from core.objective import Objective
 from core.optim import Optimizer
-from core.parallel import on_rank_zero
+from core.parallel import load_slot
 from core.passes import Passes
 from core.runtime import Runtime, uncompiled
 from core.schedules import learning_rate_schedule, value_at
@@ -434,20 +433,3 @@ class Trainer:
 
     def _emit(self, event: str, **fields: Any) -> None:
         self.log.emit(event, step=self.progress.step, tokens=self.progress.tokens, **fields)
-
-
-def load_slot(
-    store: CheckpointStore, parallel: Any, skip: int = 0, settled: bool = False
-) -> tuple[dict[str, Any] | None, Path | None, list[str]]:
-    """`store.load` on every rank; rank 0 alone judges slots and moves damaged ones aside."""
-    state: dict[str, Any] | None = None
-
-    def judge() -> tuple[Path | None, list[str]]:
-        nonlocal state
-        state, path, notes = store.load(skip, settled=settled)
-        return path, notes
-
-    path, notes = on_rank_zero(parallel, judge)
-    if path is not None and state is None:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    return state, path, notes
