@@ -248,4 +248,8 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
 def measured(events: Iterable[dict]) -> list[dict]:
     """The lines of a log that say how training went, in order, with all they say but times, speeds and memory."""
     kinds = ("step", "eval", "sample", "neighbors", "reweighted")
-    return [{k: v for k, v in event.items() if k not in OF_THE_MACHINE} for event in events if event["event"] in kinds]
+
+    def kept(value: Any) -> Any:  # a curriculum's seconds stand in a section of their own
+        return {k: kept(v) for k, v in value.items() if k not in OF_THE_MACHINE} if isinstance(value, dict) else value
+
+    return [kept(event) for event in events if event["event"] in kinds]
