@@ -200,16 +200,17 @@ def read_preset(path: Path, cls: type[BaseModel]) -> Any:
         told = path.with_name(UNREADABLE.sub("?", path.name))
         raise PresetError(str(told), ["the file's name holds bytes that are no UTF-8 text; rename the file"])
     data, problems = read_json(path)
-    seen = [path.stem]
+    seen = {os.path.realpath(path): path.stem}
     while isinstance(data, dict) and isinstance(parent := data.get("extends"), str):
-        parent_path = path.parent / f"{parent.removesuffix('.json')}.json"
-        if parent_path.stem in seen:
-            raise PresetError(str(path), [f"extends  goes in a circle: {' -> '.join([*seen, parent_path.stem])}"])
+        stem = parent.removesuffix(".json")
+        parent_path = path.parent / f"{stem}.json"
         if not os.path.exists(parent_path):
             near = difflib.get_close_matches(parent, [p.stem for p in path.parent.glob("*.json")], n=1)
             hint = f'; did you mean "{near[0]}"?' if near else ""
             raise PresetError(str(path), [*problems, f"extends  {shown(parent)} is no preset in {path.parent}{hint}"])
-        seen.append(parent_path.stem)
+        if (real := os.path.realpath(parent_path)) in seen:
+            raise PresetError(str(path), [f"extends  goes in a circle: {' -> '.join([*seen.values(), stem])}"])
+        seen[real] = stem
         base, of_base = read_json(parent_path)
         if not isinstance(base, dict):
             raise PresetError(str(parent_path), ["a preset is a JSON object: { ... }"])

@@ -227,6 +227,8 @@ def test_keys_and_texts_that_no_file_should_hold(tmp_path: Path) -> None:
         ('"model": "gpt2"', 'a model is a section: {"type": "gpt2"}'),
         ('"train": {"max_steps": "100"}', "write 100, without quotes"),
         ('"train": {"max_steps": 100.0}', "write 100"),
+        ('"train": {"max_steps": "1e3"}', "write 1000, without quotes"),
+        ('"train": {"learning_rate": "3e-4"}', "write 3e-4, without quotes"),
         ('"train": {"max_steps": true}', "input should be a valid integer"),
         ('"train": {"eval_at_start": "true"}', "write true, without quotes"),
         ('"train": {"lr": 1}', 'did you mean "learning_rate"?'),

@@ -21,7 +21,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 
-from core.files import read_json, write_file
+from core.files import read_json, sweep, write_file
 
 FORMAT = 1
 """Raised when the layout changes in a way that older code cannot read."""
@@ -255,6 +255,7 @@ class ChunkWriter:
         self._lock = _lock(folder)
         self._file: int | None = None  # descriptor of the chunk that is not yet full
         self._hash = hashlib.sha256()
+        sweep(folder)
         try:
             for path in folder.glob("chunk_*.bin"):  # begun after the manifest was last saved
                 if path.name not in {chunk.file for chunk in manifest.chunks}:

@@ -175,6 +175,21 @@ class Loader:
             own = [i for i in range(self._rows_per_step) if (first + i) % self._num_lanes in self._lanes]
             return StepRows(batch, int(targets), int(tokens), *read, waited, own)
 
+    @property
+    def has_untold(self) -> bool:
+        """Whether this rank alone has met something, which rank 0, where the log is, does not know."""
+        return self._parallel.rank > 0 and (bool(self.told) or not all(self.skipped.values()))
+
+    def gather_told(self) -> None:
+        """Rank 0 takes over what the others have to tell. Every rank must call it."""
+        everyones = self._parallel.gather((self.told, self.skipped))
+        if self._parallel.rank > 0:
+            self.told, self.skipped = [], dict.fromkeys(self.skipped, True)
+            return
+        for rank, (told, skipped) in enumerate(everyones[1:], 1):
+            self.told += [f"process {rank}: {message}" for message in told]
+            self.skipped = {**dict.fromkeys(skipped, False), **self.skipped}
+
     def give_back(self) -> None:
         """The step that was handed out last was not made: go back to before it."""
         if self._before is not None:

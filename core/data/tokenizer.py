@@ -21,7 +21,7 @@ import numpy as np
 
 from core.data.vocabulary import Unread, is_complete, mended, unknown_of, unread
 from core.errors import MissingPackage, SourceUnavailable, UserError
-from core.files import read_json, write_file
+from core.files import own_path, read_json, write_file
 from core.hub import check_reachable, explain
 from core.settings import TokenizerSettings
 
@@ -181,7 +181,7 @@ def build_tokenizer(
     if settings.type == "hub":
         return _from_hub(str(settings.name))
     if settings.type == "file":
-        return read_tokenizer(root / Path(str(settings.path)).expanduser())
+        return read_tokenizer(own_path(str(settings.path), root))
     if settings.type == "byte":
         masks = tuple(marker for marker in markers if marker == MASK)
         return _byte_level([], 257 + len(masks), masks)

@@ -17,6 +17,7 @@ from core.data.documents import Document, Encoded, digest_of
 from core.data.sources.files import Damaged, FileSource, Unit
 from core.data.sources.text import named_by, path_name
 from core.errors import SourceUnavailable, UserError
+from core.files import own_path
 from core.settings import Settings
 
 
@@ -43,7 +44,7 @@ class TokensSource(FileSource):
 
     def __init__(self, settings: TokensSettings, root: Path, seed: int):
         super().__init__(settings.name, seed if settings.seed is None else settings.seed)
-        self._folder = root / Path(settings.path).expanduser()
+        self._folder = own_path(settings.path, root)
         self._given_order = settings.seed is not None
         self._chunks: Chunks | None = None
         self._index: dict[str, int] = {}
