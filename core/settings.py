@@ -363,7 +363,7 @@ class DataSettingsBase(Settings):
     weights_of: Literal["documents", "tokens"] = "documents"
     """What source_weights are shares of: documents drawn, or their tokens (a source of long documents is drawn less often)."""
     min_text_length: int = Field(50, ge=1)
-    """Documents of fewer characters are passed over."""
+    """Texts of fewer characters are left out, and counted; conversations may be as short as they are."""
     mask_fraction: float = Field(0.2, gt=0.0, lt=1.0)
     """Share of the tokens that are hidden behind [MASK] and predicted, where the model learns that (neobert)."""
     packing: Literal["documents", "best_fit", "padding"] = "documents"
@@ -377,7 +377,7 @@ class DataSettingsBase(Settings):
     cache_gigabytes: float = Field(20.0, ge=0.0, le=1_000_000.0)
     """Disk space for tokens of streams and compressed files, in .cache/ (safe to delete); 0: no cache."""
     lanes: int = Field(24, ge=1, le=4096)
-    """Parallel lanes the order of documents is laid over. The number of ranks must divide it."""
+    """Parallel lanes the order of documents is laid over. The number of ranks must divide it. 1 for a handful of texts."""
     train_tokens: int | None = None
     """Accepted for old presets and overridden: one run is always 100,000,000 tokens."""
 
