@@ -34,7 +34,6 @@ class RunCard:
         if kind == "run_start":
             facts = {k: v for k, v in event.items() if k not in ("event", "time", "step", "tokens")}
             self._card = {**facts, "started": self._started, "git_commit": _git_commit(self._root), "versions": versions()}
-            _write(self._folder / "preset.json", self._preset)
         elif kind == "step":
             self._speeds.append(event["tokens_per_second"])
             if "seconds_to_first_step" in self._card:
@@ -49,6 +48,8 @@ class RunCard:
         if self._speeds:
             self._card["tokens_per_second"] = float(f"{statistics.median(self._speeds):.4g}")  # a slow one is not 0
         _write(self._folder / "run.json", self._card)
+        if kind == "run_start" or not (self._folder / "preset.json").exists():  # the folder may have been removed since
+            _write(self._folder / "preset.json", self._preset)
 
 
 def read_card(folder: Path) -> dict[str, Any]:
