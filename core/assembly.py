@@ -162,7 +162,7 @@ def build_training(
     embeddings = {name for name, p in model.named_parameters() if id(p) in tables}
     of_heads = [(f"heads.{name}", p) for name, p in heads.named_parameters()] if heads is not None else []
     optimizer = Optimizer([*model.named_parameters(), *of_heads], embeddings | dict(of_heads).keys(), preset.train)
-    if saved is not None and (fresh := optimizer.load(saved["optimizer"])):
+    if saved is not None and (fresh := optimizer.load(saved["optimizer"])) and saved["progress"]["step"]:
         notes.append(f"optimizer state starts afresh for {len(fresh)} parameters: {', '.join(fresh[:4])}")
 
     size = stored_bytes(model, heads) + optimizer.state_bytes() + len(tokenizer.state()["json"])

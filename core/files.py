@@ -196,6 +196,10 @@ def cause(error: OSError, path: Path) -> str:
         if part != path and part.exists() and not part.is_dir():
             return f"{part} is no folder. Move it away."
     reason = error.strerror or str(error)
+    if error.errno == errno.ELOOP and path.is_symlink():
+        return f"{path} is a link. Remove it."
+    if reason == NO_FILE or error.errno in (errno.EISDIR, errno.ENXIO):
+        return f"{NO_FILE}. Remove it, or move it away."
     if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
         return f"{reason}. Free some space there."
     if error.errno == errno.EFBIG:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from core.checkpoint import CheckpointStore, Damaged, load_model, read_checkpoint
+from core.checkpoint_state import not_finite, tensor_problem
 from core.comparison.trials import changed
 from core.contracts import call_if_defined
 from core.data.tokenizer import build_tokenizer
@@ -67,8 +68,22 @@ class Weights:
     def load_into(self, model: nn.Module, advice: str = FITTING) -> list[str]:
         """Put them into a model; returns remarks. Raises CheckpointError naming everything that does not fit."""
         notes: list[str] = []
+        self._check_kinds({})
         call_if_defined(model, "prepare_load", self.model, notes)
+        self._check_kinds(model.state_dict())
+        if odd := not_finite(self.model | {f"heads.{name}": tensor for name, tensor in self.heads.items()}):
+            names = ", ".join(odd[:4]) + (", ..." if len(odd) > 4 else "")
+            notes.append(f"not finite in {self.where}: {names}: nothing is learned from such weights; take an older checkpoint")
         return notes + load_model(model, self.model, self.where, advice=advice)
+
+    def _check_kinds(self, own: dict[str, Tensor]) -> None:
+        """Raises UserError where a tensor is of a kind that copying would turn into other weights, or cannot copy."""
+        for name, tensor in self.model.items():
+            problem = tensor_problem(tensor)
+            if problem is None and name in own and own[name].is_floating_point() and not tensor.is_floating_point():
+                problem = f"is {tensor.dtype}; weights are floating-point"
+            if problem is not None:
+                raise UserError(f"{self.where}: {name} {problem}. Save it anew as plain floating-point weights, or name another.")
 
     def other_settings(self, model: Settings) -> list[str]:
         """What their `model` section said otherwise than this one: "model.seq_length was 128, is 256"."""

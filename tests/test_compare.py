@@ -210,8 +210,9 @@ def test_deleted_trials_run_anew(finished: Path) -> None:
     """What the refusal says to delete is enough; a log that was deleted alone is missed."""
     changed = preset_of(variants=[{"name": "as it is"}, {"name": "higher", "set": {"train": {"learning_rate": 0.02}}}])
     shutil.rmtree(finished / "logs" / "t" / "higher")
-    with pytest.raises(UserError, match="is gone"):
+    with pytest.raises(UserError, match=r"(?s)has runs that are over.* is gone.*delete these folders.*put the logs back") as told:
         compare_here(preset_of(), finished)
+    assert "other settings" not in str(told.value)
     shutil.rmtree(finished / "checkpoints" / "t" / "higher")
     before = files(finished)
     compare_here(changed, finished)

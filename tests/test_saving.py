@@ -235,6 +235,8 @@ def test_what_the_log_says_of_an_evaluation(tmp_path: Path) -> None:
         assert evaluation_is_missing(log, 7) == missing, text
     log.unlink()
     assert not evaluation_is_missing(log, 7) and evaluation_is_missing(log, 0)
+    os.mkfifo(log)
+    assert not evaluation_is_missing(log, 7) and evaluation_is_missing(log, 0), "a pipe hangs nobody"
 
 
 # stops ---------------------------------------------------------------------------------------------------------------

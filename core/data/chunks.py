@@ -10,6 +10,7 @@ Out:   the folder; documents, or plain tokens in any order of chunks
 State: the manifest, which never records a token that is not safely on the disk: whoever was killed goes on from it
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -21,7 +22,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 
-from core.files import read_json, sweep, write_file
+from core.files import check_regular, read_json, sweep, write_file
 
 FORMAT = 1
 """Raised when the layout changes in a way that older code cannot read."""
@@ -334,8 +335,11 @@ def _joined(pieces: list[np.ndarray]) -> list[np.ndarray]:
 
 def _size(path: Path) -> int:
     try:
+        check_regular(path)
         return path.stat().st_size
-    except OSError:
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            raise BadChunks(f"{path}: {error.strerror}; copy it again, or tokenize anew") from None
         raise BadChunks(f"{path} is missing, but the manifest lists it: copy it again, or tokenize anew") from None
 
 
