@@ -104,8 +104,11 @@ class MetricsLog:
             while (aside := self.path.with_name(f"{self.path.stem}.before-{number}{self.path.suffix}")).exists():
                 number += 1
             self._file.close()
-            os.replace(self.path, aside)
-            self._open()
+            self._file = None  # where neither name can be opened, events go to the views alone
+            try:
+                os.replace(self.path, aside)
+            finally:
+                self._open()
         else:
             self._cut(kept)
 

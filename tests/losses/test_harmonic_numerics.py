@@ -29,7 +29,7 @@ all is finite is promised."""
 
 LANES = 2.5e-6
 """Where the target is all but certain, the softmax's sum is 1 and a thousand numbers below its last digit. Those that are added
-in the same lane as the 1 are lost: a sixteenth of them in AVX512, an eighth in AVX2 (1.1e-6 and 2.1e-6 of the longest gradient)."""
+in the same lane as the 1 are lost: a sixteenth of them in AVX512, an eighth in AVX2 (1.1e-6, 2.1e-6 of the longest row)."""
 
 
 def values_of(hidden: Tensor, prototypes: Tensor, targets: Tensor, h_exp: float, distance: str) -> tuple[Tensor, Tensor, Tensor]:
