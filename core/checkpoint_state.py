@@ -59,10 +59,11 @@ class RandomState(TypedDict):
 
 
 class SnapshotState(TypedDict):
-    """core/data/mixing.py, Mixer.snapshot. After a change of the data section only the first two are kept."""
+    """core/data/mixing.py, Mixer.snapshot. After a change of the data section the first four are kept."""
 
     index: Count
     cursors: dict[str, dict[str, Any]]
+    passed: NotRequired[dict[str, Count]]
     current: NotRequired[Count]
     ended: NotRequired[list[str]]
     drawn: NotRequired[dict[str, list[int]]]
@@ -77,6 +78,8 @@ class HeldOutState(TypedDict):
 
     held: dict[str, list[int]]
     released: list[int]
+    sources: NotRequired[list[str]]
+    fraction: NotRequired[Annotated[float, Field(ge=0, le=1)]]
 
 
 class DataState(TypedDict):
@@ -92,8 +95,9 @@ class DataState(TypedDict):
     receipt: str
     fingerprint: str
     contents: NotRequired[dict[str, str]]
+    epoch_tokens: NotRequired[Count | None]
     held_out: NotRequired[HeldOutState | None]
-    draws: NotRequired[list[Annotated[tuple[Count, Count, Count], Listed]]]
+    draws: NotRequired[list[Annotated[tuple[Count, Count, Count] | tuple[Count, Count, Count, Count], Listed]]]
     factors: NotRequired[list[Annotated[tuple[Count, dict[str, float]], Listed]]]
 
 

@@ -151,8 +151,11 @@ class MetricsLog:
     def _drop_after(self, kept: int, step: int) -> None:
         if step == 0:
             self._file.close()
-            self._set_aside()
-            self._open()
+            self._file = None  # where neither name can be opened, events go to the views alone
+            try:
+                self._set_aside()
+            finally:
+                self._open()
         else:
             self._cut(kept)
 

@@ -38,7 +38,7 @@ class LossSettings(Settings):
     name: str | None = Field(None, min_length=1)
     """Name in logs; left out, its type. Two losses of one type need different ones."""
     weight: Schedule = 1.0
-    """Factor in the sum of losses. 0: only reported."""
+    """Factor in the sum of losses. 0: only reported. Below 0: rewarded; one of the losses has to be above 0 at some moment."""
 
 
 class TokenizerSettings(Settings):
@@ -396,4 +396,9 @@ class DataSettingsBase(Settings):
                 shares = [value_at(weight, moment) for weight in self.source_weights]
                 if min(shares) < 0 or sum(shares) <= 0:
                     raise ValueError(f"source_weights must not be negative, and not all zero; at {moment:g} they are {shares}")
+            if self.mix_strategy != "weighted":
+                raise ValueError(
+                    f'source_weights need "mix_strategy": "weighted", and it is "{self.mix_strategy}", which does not use them; '
+                    "set it, or leave them out"
+                )
         return self

@@ -24,6 +24,8 @@ from core.comparison.trials import changed
 from core.contracts import call_if_defined
 from core.data.tokenizer import build_tokenizer
 from core.errors import UserError
+from core.files import own_path
+from core.names import slot_name
 from core.settings import Settings, TokenizerSettings
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
@@ -107,13 +109,13 @@ def is_file(origin: str) -> bool:
 def find_weights(origin: str, root: Path) -> Weights:
     """What `init_from` names. Raises UserError saying what there is, or what to run first."""
     if is_file(origin):
-        return read_weights(root / Path(origin).expanduser(), origin)
+        return read_weights(own_path(origin, root), origin)
     return newest_weights(origin, root)
 
 
 def preview_weights(origin: str, root: Path) -> str:
     """What the menu calls the weights that `init_from` names; quick, as nothing but the step is read. Raises UserError."""
-    path = root / Path(origin).expanduser()
+    path = own_path(origin, root)
     if is_file(origin):
         if not path.is_file():
             raise _no_file(origin)
@@ -175,9 +177,9 @@ def _no_file(where: str) -> UserError:
 
 def _no_lineage(lineage: str, root: Path) -> UserError:
     whose = f'the preset "{lineage}"' if (root / "configs" / f"{lineage}.json").exists() else f'a preset of lineage "{lineage}"'
-    names = sorted(path.name.removesuffix("_current.pth") for path in (root / "checkpoints").glob("*_current.pth"))
+    names = sorted(path.name.removesuffix(slot_name("")) for path in (root / "checkpoints").glob(slot_name("*")))
     others = f" There are checkpoints of {', '.join(names)}." if names else ""
-    return UserError(f"checkpoints/{lineage}_current.pth is not there: run {whose} first.{others}")
+    return UserError(f"checkpoints/{slot_name(lineage)} is not there: run {whose} first.{others}")
 
 
 def _read_torch(path: Path, where: str) -> dict[str, Any]:

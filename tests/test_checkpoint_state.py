@@ -134,6 +134,7 @@ WRONG: dict[str, tuple[Change, str]] = {
     "a tokenizer that is none": (put("tokenizer", "json", value="{}"), "tokenizer.json is '{}': is no tokenizer"),
     "a tokenizer nested too deeply": (put("tokenizer", "json", value="[" * 99_999), "is no tokenizer"),
     "a tokenizer that is no JSON": (put("tokenizer", "json", value="?"), "tokenizer.json is '?'"),
+    "tokens of an epoch in text": (put("data", "epoch_tokens", value="9"), "data.epoch_tokens is '9'"),
     "no preset": (without("preset"), "preset: field required"),
     "an empty preset": (put("preset", value={}), "preset.name: field required"),
     "a preset without a model": (without("preset", "model"), "preset.model: field required"),
@@ -191,7 +192,7 @@ def test_what_the_program_writes_and_wrote_is_whole(trained: Path) -> None:
         assert problem_of(state) is None
     for key in ("adaptive", "init_from", "wandb_id", "compile_from_step", "format"):
         assert problem_of({k: v for k, v in state.items() if k != key}) is None, key
-    for key in ("contents", "held_out", "draws", "factors"):
+    for key in ("contents", "epoch_tokens", "held_out", "draws", "factors"):
         assert problem_of(without("data", key)({**state, "data": {**state["data"]}})) is None, key
     old = {key: value for key, value in state["progress"].items() if key not in ("ledger", "fraction")}
     assert problem_of({**state, "progress": {**old, "source_tokens": {"texts": 640}}}) is None

@@ -267,7 +267,7 @@ def test_a_variant_that_diverges_is_recorded_and_the_others_go_on(tmp_path: Path
 def test_a_hopeless_variant_is_stopped_and_not_run_with_other_seeds(tmp_path: Path, no_plots: None) -> None:
     """From a third of the budget on, compared with the baseline at the same tokens; never the baseline."""
     slow = {"name": "slow", "set": {"train": {"learning_rate": 1e-9}}}
-    changes = {"max_steps": 12, "learning_rate": 0.02, "eval_every_tokens": 256, "schedule": {"type": "constant", "warmup": 0.0}}
+    changes = {"max_steps": 12, "learning_rate": 0.005, "eval_every_tokens": 256, "schedule": {"type": "constant", "warmup": 0.0}}
     preset = preset_of(variants=[{"name": "as it is"}, slow], train=changes, compare={"stop_worse_by": 0.2})
     told = compare_here(preset, tmp_path)
     project = Project(tmp_path)

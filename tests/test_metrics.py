@@ -211,6 +211,27 @@ def test_a_full_disk_stops_nothing_and_leaves_no_torn_line(tmp_path, capsys):
     assert capsys.readouterr().err.count("No space left") == 1
 
 
+@pytest.mark.parametrize("again", [True, False])
+def test_an_old_log_that_cannot_be_set_aside_stops_nothing(again, tmp_path, capsys, monkeypatch):
+    """Where it can be opened again events follow in it; where it cannot they are shown, and no more."""
+    path = tmp_path / "metrics.jsonl"
+    log = filled(path, 2)
+
+    def refuse(*_):
+        raise OSError("no renaming here")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", refuse)
+        if not again:
+            patch.setattr(os, "open", refuse)
+        log.rewind(0)
+    assert log.emit("step", step=3, tokens=1)["step"] == 3
+    log.sync()
+    log.close()
+    assert steps(path) == ([1, 2, 3] if again else [1, 2])
+    assert "cannot be written" in capsys.readouterr().err
+
+
 def test_a_log_that_cannot_be_opened_stops_nothing(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     log = MetricsLog(tmp_path / "file" / "metrics.jsonl")

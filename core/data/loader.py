@@ -108,6 +108,7 @@ class Loader:
         self._replaced_at = -1  # the row at which a worker that died was replaced last
         self._before: tuple[Position, list] | None = None  # where it stood before the step that was handed out last
         self.unlearned = Unlearned(position.rows > position.passed_over * rows_per_step, of_chance=describe is None)
+        self.begun: list[tuple[str, int, int]] = []  # (source, documents, epochs) in steps passed over, since last asked
         self.dropped: list[tuple[str, str]] = []  # (source, reason) since last asked: for the log
         self.told: list[str] = []  # what else is to be warned of
         self.skipped: dict[tuple[str, str, str], bool] = {}  # (source, file, why): whether it was logged
@@ -164,6 +165,7 @@ class Loader:
                 if self._describe and self.unlearned.needs_example:
                     self.unlearned.show(self._describe(rows[0]))
                 self.position.passed_over += 1
+                self.begun += zip(self.source_names, *read[1:])
                 self._advance(rows)
                 self.unlearned.add(int(tokens))
                 continue
@@ -172,6 +174,21 @@ class Loader:
             self._advance(rows)
             own = [i for i in range(self._rows_per_step) if (first + i) % self._num_lanes in self._lanes]
             return StepRows(batch, int(targets), int(tokens), *read, waited, own)
+
+    @property
+    def has_untold(self) -> bool:
+        """Whether this rank alone has met something, which rank 0, where the log is, does not know."""
+        return self._parallel.rank > 0 and (bool(self.told) or not all(self.skipped.values()))
+
+    def gather_told(self) -> None:
+        """Rank 0 takes over what the others have to tell. Every rank must call it."""
+        everyones = self._parallel.gather((self.told, self.skipped))
+        if self._parallel.rank > 0:
+            self.told, self.skipped = [], dict.fromkeys(self.skipped, True)
+            return
+        for rank, (told, skipped) in enumerate(everyones[1:], 1):
+            self.told += [f"process {rank}: {message}" for message in told]
+            self.skipped = {**dict.fromkeys(skipped, False), **self.skipped}
 
     def give_back(self) -> None:
         """The step that was handed out last was not made: go back to before it."""

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from core.data.documents import Document, Encoded, Source
-from core.data.encoding import Remembering
+from core.data.encoding import Remembering, encode_each
 from core.data.mixing import Draw, Mixer, MixSettings, SourceFailed
 from core.data.objectives import build_objective
 from core.data.packing import PACKERS, Packer, Place, Row
@@ -57,13 +57,18 @@ class Position:
     drops: dict[str, int] = field(default_factory=dict)  # failed sources, and from which draw on they are gone
     renewals: list[int] = field(default_factory=list)  # draws at which the schedules of the weights begin anew
     factors: dict[int, dict[str, float]] = field(default_factory=dict)  # draws from which on sources' weights have other factors
-    draws: dict[int, tuple[int, int]] = field(default_factory=dict)  # index: (source, tokens) of those since the snapshot
+    draws: dict[int, tuple[int, ...]] = field(default_factory=dict)  # index: (source, tokens, epoch) since the snapshot
     receipts: dict[int, str] = field(default_factory=dict)  # lane -> hash chain of all the pieces it has consumed
     passed_over: int = 0  # steps in which no token was learned
 
     def first_unused(self) -> int:
         """The first draw of which no lane known here has used anything."""
         return max((place.next for place in self.lanes.values()), default=0)
+
+    @property
+    def gone(self) -> set[str]:
+        """Sources that failed, or came to the end of their last epoch: the latter as far as the snapshot knows."""
+        return {*self.drops, *(self.snapshot or {}).get("ended", [])}
 
     @property
     def latest_factors(self) -> dict[str, float]:
@@ -189,19 +194,10 @@ class Pipeline:
 
     def _encoded(self, found: list[tuple[Packer, Draw, Document]]) -> list[Encoded | None]:
         """The documents as tokens; None for one that the tokenizer cannot do with: it is named, and left out."""
-        documents = [document for _, _, document in found]
         encoded: list[Encoded | None] = []
-        try:
-            return [*self._encode(documents)]
-        except BaseException as error:  # a tokenizer that panics raises what is no Exception
-            failure = error
-        for _, draw, document in found:
-            try:
-                encoded += self._encode([document])
-            except BaseException as error:
-                why = redacted(f"cannot be tokenized: {type(error).__name__}: {error}")
+        for (_, draw, document), each in zip(found, encode_each(self._encode, [document for _, _, document in found])):
+            if isinstance(each, BaseException):
+                why = redacted(f"cannot be tokenized: {type(each).__name__}: {each}")
                 self._skipped.setdefault((self._mixer.sources[draw.source].name, document.key, why), False)
-                encoded.append(None)
-        if len(encoded) > 1 and not any(encoded):  # then it is not the documents
-            raise failure
+            encoded.append(None if isinstance(each, BaseException) else each)
         return encoded

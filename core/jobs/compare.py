@@ -24,7 +24,7 @@ from core.errors import Diverged, Interrupted, UserError
 from core.files import cause, read_json
 from core.jobs.train import train_to_the_end, views_of
 from core.lineage import owned
-from core.metrics import evaluation_is_missing, read_events
+from core.metrics import LOG, evaluation_is_missing, read_events
 from core.parallel import on_rank_zero
 from core.preset import decode_preset
 from core.runtime import Runtime, forget_peak_memory
@@ -142,7 +142,7 @@ def standing(preset: Any, root: Path, world_size: int | None = None) -> list[Tri
             trial = replace(trial, status=entry["status"], note=entry["note"])
         elif found is not None:
             progress, runs = found["progress"], trial.preset["train"]["runs"]
-            over, log_file = progress["finished"] and progress["horizon_runs"] >= runs, trial.folder / "metrics.jsonl"
+            over, log_file = progress["finished"] and progress["horizon_runs"] >= runs, trial.folder / LOG
             if over and not log_file.is_file():
                 lost.append((trial, f"its log {log_file} is gone"))
             unmeasured = progress.get("evaluation_due", False) and evaluation_is_missing(log_file, progress["step"])
@@ -255,7 +255,7 @@ class Watch:
 
     def read(self, folder: Path) -> None:
         """What an earlier start has seen of the trial."""
-        for event in read_events(folder / "metrics.jsonl"):
+        for event in read_events(folder / LOG):
             self.update(event)
 
     def update(self, event: dict[str, Any]) -> None:
@@ -283,7 +283,7 @@ def _baseline_of(trial: Trial, trials: list[Trial]) -> tuple[str, list[tuple[int
     base = next(other for other in trials if other.seed == trial.seed)
     if base.variant == trial.variant or base.status != "finished":
         return base.variant, []
-    evals = [event for event in read_events(base.folder / "metrics.jsonl") if event["event"] == "eval"]
+    evals = [event for event in read_events(base.folder / LOG) if event["event"] == "eval"]
     return base.variant, [(e["tokens"], e["cross_entropy"]) for e in evals if e.get("cross_entropy") is not None]
 
 

@@ -22,7 +22,7 @@ from core.data.documents import Cursor, DocumentStream, Source
 from core.data.token_pool import Batch, TokenPool, usable_cores
 from core.data.tokenizer import SAMPLE_CHARACTERS, Tokenizer, build_tokenizer, read_tokenizer, tokenizer_facts
 from core.errors import Interrupted, NoData, SourceUnavailable, UserError
-from core.files import cause
+from core.files import cause, own_path
 from core.names import file_name, is_file_name
 from core.parallel import Single
 from core.runtime import Runtime
@@ -122,7 +122,7 @@ def folder_of(preset: Any, root: Path, source: str = "") -> Path:
     """The output folder, or a source's folder in it."""
     plain = re.sub(r"[^A-Za-z0-9._-]+", "_", source).lstrip(".")
     name = plain if is_file_name(plain) and source.isascii() else file_name(source)
-    return root / Path(preset.tokenize.output).expanduser() / (name if source else "")
+    return own_path(preset.tokenize.output, root) / (name if source else "")
 
 
 # before anything is written ------------------------------------------------------------------------------------------
