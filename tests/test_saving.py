@@ -237,6 +237,7 @@ def test_what_the_log_says_of_an_evaluation(tmp_path: Path) -> None:
     assert not evaluation_is_missing(log, 7) and evaluation_is_missing(log, 0)
     os.mkfifo(log)
     assert not evaluation_is_missing(log, 7) and evaluation_is_missing(log, 0), "a pipe hangs nobody"
+    log.unlink()  # a look at all logs follows each test
 
 
 # stops ---------------------------------------------------------------------------------------------------------------
