@@ -102,12 +102,14 @@ def make_loader(
     parallel: Any = None,
     workers: int = 0,
     kind: type[Loader] = Loader,
+    fill: bool = True,
 ) -> Any:
     names = [section.name for section in factory.sections]
     packed = factory.settings.packing != "padding"
     lanes = factory.settings.lanes
     ranks = parallel or Single()
-    return kind(factory, position, ranks, rows, names, lanes, packed, workers=workers, facts={"fingerprint": FINGERPRINT})
+    facts = {"fingerprint": FINGERPRINT}
+    return kind(factory, position, ranks, rows, names, lanes, packed, workers=workers, facts=facts, fill=fill)
 
 
 def steps(loader: Loader, count: int | None = None) -> list[np.ndarray]:
