@@ -203,6 +203,7 @@ def build_training(
         pin_memory=runtime.device.type == "cuda",
         facts=facts,
         describe=None if masked else lambda row: shown(tokenizer, row.input_ids, row.labels),
+        fill=preset.train.candidates == 1,  # a curriculum chooses within whole groups
     )
     compile_failed = saved is not None and saved.get("compile_failed", False) and progress.run_step > 0  # of this run
     compile_from_step, compile_told = compile_plan(preset, runtime, saved, model, horizon, compile_failed)

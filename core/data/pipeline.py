@@ -60,7 +60,7 @@ class Position:
     factors: dict[int, dict[str, float]] = field(default_factory=dict)  # draws from which on sources' weights have other factors
     draws: dict[int, tuple[int, ...]] = field(default_factory=dict)  # index: (source, tokens, epoch) since the snapshot
     receipts: dict[int, str] = field(default_factory=dict)  # lane -> hash chain of all the pieces it has consumed
-    passed_over: int = 0  # steps in which no token was learned
+    passed_over: int = 0  # groups of rows in which no token was learned
 
     def first_unused(self) -> int:
         """The first draw of which no lane known here has used anything."""
