@@ -8,11 +8,9 @@ Out:   StepRows: this rank's rows of one optimizer step, and the counts of the w
 State: Position: what the *consumed* steps used; whatever was read ahead is read again after a resume
 """
 
-import contextlib
 import copy
 import hashlib
 import itertools
-import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,18 +18,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from core.contracts import Batch
 from core.data.mixing import SourceFailed
 from core.data.packing import Piece, Place, Row
 from core.data.pipeline import Position, share_of_lanes
+from core.data.reader import Reader, collate
 from core.data.unlearned import Unlearned
 from core.data.worker import MakePipeline, ReadingBroke, Stopped, Worker, WorkerDied, broke_by
 from core.errors import NoData, ReadingFailed
 
-STEPS_AHEAD = 3
-STOP_POLL_SECONDS = 0.2
 CLOSE_SECONDS = 2.0
 
 
@@ -59,22 +55,6 @@ class _Group:
     rows: list[Row]
     filled: int  # rows that hold anything
     counts: np.ndarray  # targets, tokens, and what `Loader._read_of` counts
-
-
-def collate(rows: list[Row], packed: bool) -> Batch:
-    """Rows to one Batch, (len(rows), T)."""
-
-    def stack(name: str, dtype: torch.dtype) -> torch.Tensor:
-        return torch.from_numpy(np.stack([getattr(row, name) for row in rows])).to(dtype)
-
-    return Batch(
-        input_ids=stack("input_ids", torch.int64),
-        labels=stack("labels", torch.int64),
-        position_ids=stack("position_ids", torch.int64),
-        document_ids=stack("document_ids", torch.int32),
-        source_ids=stack("source_ids", torch.int32),
-        packed=packed,
-    )
 
 
 class Loader:
@@ -114,7 +94,7 @@ class Loader:
         self._num_workers = min(workers, len(self._lanes))
         self._workers: list[Worker] = []
         self._snapshots: list[dict[str, Any]] = [position.snapshot] if position.snapshot else []
-        self._reader: _Reader | None = None
+        self._reader: Reader | None = None
         self._held: Any = None  # what was read and found no room in the step before
         self._waited = 0.0
         self._behind = 0  # the draw that the snapshots of all ranks have reached
@@ -173,7 +153,7 @@ class Loader:
         while True:
             if self._reader is None:
                 share = self._rows_per_step // self._parallel.world_size
-                self._reader, again = _Reader(self._read, self._packed, share, self._pin_memory), 0
+                self._reader, again = Reader(self._read, self._packed, share, self._pin_memory), 0
             begun = time.monotonic()
             item = self._reader.get(should_stop)
             self._waited += time.monotonic() - begun
@@ -410,57 +390,3 @@ def linked(chain: str, pieces: list[Piece]) -> str:
         return chain
     content = repr([(p.index, p.digest, p.start, p.length) for p in pieces])
     return hashlib.blake2b((chain + content).encode(), digest_size=8).hexdigest()
-
-
-class _Reader:
-    """The thread that turns rows into steps and keeps a few of them ready."""
-
-    def __init__(self, read: Callable, packed: bool, rows_per_step: int, pin_memory: bool):
-        self._queue: queue.Queue = queue.Queue(maxsize=STEPS_AHEAD)
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(
-            target=self._run, args=(read, packed, rows_per_step, pin_memory), name="data-reader", daemon=True
-        )
-        self._thread.start()
-
-    def _run(self, read: Callable, packed: bool, rows_per_step: int, pin_memory: bool) -> None:
-        try:
-            reading = read(self._stopping)
-            try:
-                while not self._stopping.is_set():
-                    rows = [next(reading) for _ in range(rows_per_step)]
-                    batch = collate(rows, packed)
-                    if pin_memory:
-                        batch = Batch(**{k: v.pin_memory() if isinstance(v, torch.Tensor) else v for k, v in vars(batch).items()})
-                    self._put((batch, rows))
-            finally:
-                reading.close()
-        except BaseException as error:  # handed to the training thread, which handles it
-            self._put(error)
-
-    def _put(self, item: Any) -> None:
-        while not self._stopping.is_set():
-            try:
-                return self._queue.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-
-    def get(self, should_stop: Callable[[], bool]) -> Any:
-        """The next (Batch, rows), or the error that ended the reading.
-
-        None when it is time to stop before there is one: a source may be waiting for minutes.
-        """
-        while True:
-            try:
-                return self._queue.get(timeout=STOP_POLL_SECONDS)
-            except queue.Empty:
-                if should_stop():
-                    return None
-
-    def close(self, patience: float | None = None) -> None:
-        """Ends the reading; waits for it so long at most. What then still waits for a source ends with the process."""
-        self._stopping.set()
-        with contextlib.suppress(queue.Empty):  # a thread that finds room sees at once that it is to stop
-            while True:
-                self._queue.get_nowait()
-        self._thread.join(patience)
