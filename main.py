@@ -7,6 +7,8 @@ There are no arguments. What there is to change stands in configs/*.json.
 
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 STARTED = time.time()
 
@@ -18,11 +20,9 @@ def main() -> int:
 
     guard_streams()
     try:
-        if given := " ".join(sys.argv[1:]):
-            raise UserError(f"main.py takes no arguments, but was given {given!r}. Settings are in configs/*.json.")
-        from core.launch import launch
-
-        launch(STARTED)
+        if given := sys.argv[1:]:
+            raise UserError(f"main.py takes no arguments, but was given {' '.join(given)!r}. Settings are in configs/*.json.")
+        launcher()(STARTED)
     except UserError as error:
         tell(f"\n{error}")
         return error.exit_code
@@ -30,6 +30,24 @@ def main() -> int:
         tell("\nstopped at once; the newest checkpoint is as it was")
         return 130
     return 0
+
+
+def launcher() -> Callable[[float], None]:
+    """What starts a run. Raises UserError where a package of requirements.txt is not there."""
+    from core.errors import UserError
+
+    try:
+        from core.launch import launch
+    except ModuleNotFoundError as error:
+        lines = (Path(__file__).parent / "requirements.txt").read_text().splitlines()
+        if error.name not in {line.partition("==")[0].replace("-", "_") for line in lines}:
+            raise
+        raise UserError(
+            f"{sys.executable} has no package {error.name}. This installs what main.py needs, and starts it:\n\n"
+            "  python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && .venv/bin/python main.py\n\n"
+            "From then on, start it with .venv/bin/python main.py"
+        ) from None
+    return launch
 
 
 if __name__ == "__main__":

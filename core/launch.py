@@ -18,14 +18,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from core.assembly import MIRRORS, Preset
+from core.assembly import MIRRORS, Preset, what_goes_on
 from core.checkpoint import CheckpointStore
 from core.data.tokenizer import KNOWN_VOCABULARIES, tokenizer_facts
 from core.environment import read_dotenv
 from core.errors import Interrupted, PresetError, UserError
+from core.files import own_path
 from core.jobs import JOBS, PREVIEWS
 from core.lineage import changed_sources
-from core.metrics import evaluation_is_missing
+from core.metrics import LOG, evaluation_is_missing
+from core.names import slot_name
 from core.parallel import DDP, Single
 from core.preset import decode_preset, preset_json, read_preset
 from core.runtime import Runtime, detect_runtime, prepare
@@ -35,6 +37,7 @@ from core.terminal import tell
 from core.ui.menu import PresetCard, can_pick, choose
 from core.ui.resuming import offer_fresh
 from core.ui.run_card import is_positive, read_card
+from core.ui.text import count
 from core.weights import preview_weights
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,6 +56,8 @@ LARGE = 100_000_000
 """Parameters from which on the menu tells which cards a model fits."""
 CARDS, USABLE = (24, 80, 141), 0.92
 """Gigabytes of usual cards, and the share of them that a program gets."""
+SAME = 0.05
+"""By how much runs of the same length may differ: the last step goes beyond the end."""
 PATIENCE = timedelta(days=7)
 """How long the other ranks wait for a person at the menu."""
 
@@ -95,9 +100,9 @@ def _run_until_one_starts(runtime: Runtime, started: float) -> None:
 
 def _work_of(preset: Any) -> dict[Path, int]:
     """What runs of a preset have left behind: its files, and when each was last written."""
-    checkpoints, tokens = ROOT / "checkpoints", ROOT / Path(preset.tokenize.output).expanduser()
-    files = [*checkpoints.glob(f"{preset.lineage}_*.pth"), *(checkpoints / preset.lineage).rglob("*.pth")]
-    files += (ROOT / "logs" / preset.lineage).rglob("metrics.jsonl")
+    checkpoints, tokens = ROOT / "checkpoints", own_path(preset.tokenize.output, ROOT)
+    files = [*checkpoints.glob(slot_name(preset.lineage, "*")), *(checkpoints / preset.lineage).rglob("*.pth")]
+    files += (ROOT / "logs" / preset.lineage).rglob(LOG)
     files += tokens.glob("*/*.bin") if preset.job == "tokenize" else []
     return {path: path.stat().st_mtime_ns for path in files if path.is_file()}
 
@@ -179,7 +184,7 @@ def _read_presets(runtime: Runtime) -> tuple[dict[str, Any], list[PresetCard]]:
 def _card(stem: str, preset: Any, runtime: Runtime) -> PresetCard:
     """What the menu tells about a preset before it is chosen."""
     short = preset.job in ("train", "compare") and (preset.train.max_steps is not None or preset.train.max_epochs is not None)
-    description = ("short · " if short else "") + preset.description
+    description = " · ".join(part for part in ("short" * short, preset.description) if part)
     group = GROUPS.get(stem[0], "Your own")
     return PresetCard(stem, group, preset.name, description, lambda: "\n".join(_preview(preset, runtime)))
 
@@ -221,8 +226,8 @@ def _training_lines(preset: Any, runtime: Runtime) -> list[str]:
     if model is None:  # of the Hub: the menu downloads nothing
         size, memory = preset.model.summary(), ""
     else:
-        size = f"{model.parameters / 1e6:.1f}M parameters"
-        size += f" ({model.trained / 1e6:.1f}M trained)" if model.trained < model.parameters else ""
+        size = f"{count(model.parameters)} parameters"
+        size += f" ({count(model.trained)} trained)" if model.trained < model.parameters else ""
         fixed, row = memory_estimate(preset, model, vocab_size, bf16)
         memory = f", about {(fixed + row * train.per_gpu_batch_size) / 2**30:.1f} GB of memory"
     rows = train.per_gpu_batch_size * train.accumulation_steps * runtime.world_size
@@ -251,7 +256,7 @@ def _cards_line(fixed: int, row: int, wanted: int) -> str:
 def _vocab_size(tokenizer: Any) -> int:
     """Of a preset's tokenizer, as far as it is known before it is made or loaded."""
     if tokenizer.type == "file":
-        return tokenizer_facts(ROOT / Path(tokenizer.path).expanduser()).get("vocab_size", 50_257)
+        return tokenizer_facts(own_path(tokenizer.path, ROOT)).get("vocab_size", 50_257)
     if tokenizer.type == "hub":
         return KNOWN_VOCABULARIES.get(tokenizer.name, 50_257)
     return {"bpe": tokenizer.vocab_size, "byte": 257}[tokenizer.type]
@@ -262,10 +267,11 @@ def _resume_line(preset: Any) -> str:
     if found is None:
         return _beginning_line(preset)
     progress, where = found["progress"], found["path"].name
-    same, log_file = found["preset"]["name"] == preset.name, ROOT / "logs" / preset.lineage / "metrics.jsonl"
-    if same and progress["finished"] and progress.get("evaluation_due") and evaluation_is_missing(log_file, progress["step"]):
+    log_file = ROOT / "logs" / preset.lineage / LOG
+    does = what_goes_on(preset, found, lambda: evaluation_is_missing(log_file, progress["step"]))
+    if does == "evaluation":
         line = f"evaluates run {progress['run']}, which was trained to its end, step {progress['step']:,}, from {where}"
-    elif progress["finished"] or not same:
+    elif does == "next run":
         line = f"starts run {progress['run'] + 1} from step {progress['step']:,} in {where}"
     else:
         line = f"resumes run {progress['run']} at step {progress['step']:,}, {progress['run_tokens']:,} tokens, from {where}"
@@ -293,7 +299,11 @@ def _time_line(preset: Any, runtime: Runtime) -> str:
     tokens = min(RUN_TOKENS, (preset.train.max_steps or RUN_TOKENS) * size)
     if preset.train.max_epochs and is_positive(end := card.get("end_tokens")):
         tokens = min(tokens, end)
-    minutes = tokens / speed / 60
-    return (
-        f"; a run took about {minutes / 60:.1f} h here" if minutes > 90 else f"; a run took about {max(minutes, 1):.0f} min here"
-    )
+    whole = card.get("whole_run")
+    took = [whole.get(key) for key in ("seconds", "tokens")] if isinstance(whole, dict) else []
+    seconds, said = tokens / speed, "would take"  # without evaluations, as long as no run was whole
+    if took and all(map(is_positive, took)):
+        seconds = took[0] * tokens / took[1]
+        said = "took" if abs(tokens / took[1] - 1) < SAME else said
+    minutes = seconds / 60
+    return f"; a run {said} about " + (f"{minutes / 60:.1f} h here" if minutes > 90 else f"{max(minutes, 1):.0f} min here")

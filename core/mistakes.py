@@ -35,6 +35,10 @@ ELSEWHERE = {
 """What other programs call a key of ours."""
 
 
+NUMBER = r"-?(0|[1-9]\d{0,14})(\.\d{1,20})?([eE][+-]?\d\d?)?"
+"""As JSON writes one, of no absurd length."""
+
+
 def explain(error: Any, data: Any, cls: type[BaseModel]) -> str:
     """One line: path, value, what is wrong and what would be right."""
     path, node, missing = [], data, error["type"] == "missing"
@@ -69,8 +73,9 @@ def _meant(key: str, known: list[str], cls: type[BaseModel]) -> str:
 
 def _fix(kind: str, value: Any) -> str:
     """What to write instead, where that is plain."""
-    if kind in ("int_type", "float_type") and isinstance(value, str) and re.fullmatch(r"-?\d+(\.\d+)?", value):
-        return f"; write {value}, without quotes"
+    if kind in ("int_type", "float_type") and isinstance(value, str) and re.fullmatch(NUMBER, value):
+        whole = kind == "int_type" and float(value).is_integer()
+        return f"; write {int(float(value)) if whole else value}, without quotes"
     if kind == "bool_type" and value in ("true", "false"):
         return f"; write {value}, without quotes"
     if kind in ("int_type", "int_from_float") and isinstance(value, float) and value.is_integer():

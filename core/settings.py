@@ -38,7 +38,7 @@ class LossSettings(Settings):
     name: str | None = Field(None, min_length=1)
     """Name in logs; left out, its type. Two losses of one type need different ones."""
     weight: Schedule = 1.0
-    """Factor in the sum of losses. 0: only reported."""
+    """Factor in the sum of losses. 0: only reported. Below 0: rewarded; one of the losses has to be above 0 at some moment."""
 
 
 class TokenizerSettings(Settings):
@@ -363,7 +363,7 @@ class DataSettingsBase(Settings):
     weights_of: Literal["documents", "tokens"] = "documents"
     """What source_weights are shares of: documents drawn, or their tokens (a source of long documents is drawn less often)."""
     min_text_length: int = Field(50, ge=1)
-    """Documents of fewer characters are passed over."""
+    """Texts of fewer characters are left out, and counted; conversations may be as short as they are."""
     mask_fraction: float = Field(0.2, gt=0.0, lt=1.0)
     """Share of the tokens that are hidden behind [MASK] and predicted, where the model learns that (neobert)."""
     packing: Literal["documents", "best_fit", "padding"] = "documents"
@@ -377,7 +377,7 @@ class DataSettingsBase(Settings):
     cache_gigabytes: float = Field(20.0, ge=0.0, le=1_000_000.0)
     """Disk space for tokens of streams and compressed files, in .cache/ (safe to delete); 0: no cache."""
     lanes: int = Field(24, ge=1, le=4096)
-    """Parallel lanes the order of documents is laid over. The number of ranks must divide it."""
+    """Parallel lanes the order of documents is laid over. The number of ranks must divide it. 1 for a handful of texts."""
     train_tokens: int | None = None
     """Accepted for old presets and overridden: one run is always 100,000,000 tokens."""
 
@@ -396,4 +396,9 @@ class DataSettingsBase(Settings):
                 shares = [value_at(weight, moment) for weight in self.source_weights]
                 if min(shares) < 0 or sum(shares) <= 0:
                     raise ValueError(f"source_weights must not be negative, and not all zero; at {moment:g} they are {shares}")
+            if self.mix_strategy != "weighted":
+                raise ValueError(
+                    f'source_weights need "mix_strategy": "weighted", and it is "{self.mix_strategy}", which does not use them; '
+                    "set it, or leave them out"
+                )
         return self

@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import random
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -105,10 +106,19 @@ def test_schedules_and_progress_end_where_epochs_do(tmp_path: Path) -> None:
     assert fractions[middle] == pytest.approx(0.5, abs=0.03)
     assert max(fractions[:-1]) < 1.0 and fractions[-1] == 1.0 and "100.0 %" not in out.getvalue().split("finished")[0]
     card = json.loads((tmp_path / "logs" / "t" / "run.json").read_text())
-    (tmp_path / "logs" / "t" / "run.json").write_text(json.dumps(card | {"tokens_per_second": card["end_tokens"] / 300}))
+    whole, end = card["whole_run"], card["end_tokens"]
+    assert whole == {"seconds": pytest.approx(events[-1]["time"] - events[0]["time"], abs=0.1), "tokens": steps[-1]["run_tokens"]}
+    slow = whole | {"seconds": 540}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("core.launch.ROOT", tmp_path)
-        assert _time_line(decode_preset(EPOCHS, Preset, "t", "t"), detect_runtime()) == "; a run took about 5 min here"
+        for known, changes, told in (  # evaluations and all, of which the speed of a step knows nothing
+            ({"tokens_per_second": end / 300, "whole_run": None}, {}, "; a run would take about 5 min here"),
+            ({"tokens_per_second": end / 300, "whole_run": slow}, {}, "; a run took about 9 min here"),
+            ({"whole_run": slow}, {"max_steps": len(steps) // 3}, "; a run would take about 3 min here"),
+        ):
+            (tmp_path / "logs" / "t" / "run.json").write_text(json.dumps(card | known))
+            preset = decode_preset(merged(EPOCHS, {"train": changes}), Preset, "t", "t")
+            assert _time_line(preset, detect_runtime()) == told
 
 
 def test_a_source_without_weight_is_not_counted(tmp_path: Path) -> None:
@@ -118,6 +128,18 @@ def test_a_source_without_weight_is_not_counted(tmp_path: Path) -> None:
     sources = [{"type": "text", "path": "texts"}, {"type": "text", "path": "more"}]
     weighted = {"data": {"sources": sources, "mix_strategy": "weighted", "source_weights": [1.0, 0.0]}}
     assert_spans_the_run(train_here(merged(EPOCHS, weighted), tmp_path))
+
+
+def test_a_source_that_has_ended_has_no_weight(tmp_path: Path) -> None:
+    """After two passes over a few documents all the others come from where there are many."""
+    for name, count in (("few", 30), ("many", 1200)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": story(n, 2)}) + "\n" for n in range(count)))
+    sources = [{"type": "text", "path": f"{name}.jsonl", "name": name} for name in ("few", "many")]
+    events = train_here(merged(EPOCHS, {"data": {"sources": sources}}), tmp_path)
+    assert events[0]["eval_every_tokens"] == 10_000_000 and events[0]["compile_from_step"] is None
+    assert re.search(r"multiplying takes about \d s of the run", events[0]["compile"])
+    steps = [{name: each["weight"] for name, each in event["sources"].items()} for event in events if event["event"] == "step"]
+    assert steps[0] == {"few": 0.5, "many": 0.5} and steps[-1] == {"few": 0.0, "many": 1.0}
 
 
 class Rows:
@@ -210,6 +232,23 @@ def test_a_source_that_is_read_over_and_over_is_told(tmp_path: Path) -> None:
     whole = sum(held.values())
     expected = pytest.approx(3_000_000 / whole, rel=0.1)
     assert told_epochs(tmp_path, 3_000_000, **in_turn) == {"few": expected, "many": expected}
+
+
+def test_what_is_advised_works(tmp_path: Path) -> None:
+    """A smaller share, where there are others and by what gives shares."""
+    few, many = ({"type": "text", "path": f"{name}.jsonl", "name": name} for name in ("few", "many"))
+    for name, count in (("few", 10), ("many", 400)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": story(n, 4)}) + "\n" for n in range(count)))
+    weighted = {"mix_strategy": "weighted", "source_weights": [0.5, 0.5]}
+    for sources, how, advice in (
+        ([few, many], {}, 'give it a smaller share ("mix_strategy": "weighted", with source_weights), add text'),
+        ([few, many], weighted, "give it a smaller share in data.source_weights, add text"),
+        ([few, many], {"mix_strategy": "sequential"}, "but the text itself: add text"),
+        ([few], {}, "but the text itself: add text"),
+    ):
+        preset = decode_preset(tiny_preset(data={"sources": sources, **how}), Preset, "t", "t")
+        told = open_corpus(preset, tmp_path, Single()).too_often(byte_tokenizer(), 5_000_000)
+        assert told and all(advice in message for message in told)
 
 
 def test_it_is_told_before_a_run_begins(tmp_path: Path) -> None:

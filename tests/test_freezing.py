@@ -273,8 +273,8 @@ LARGE = {"model": NEOBERT | {"hidden_size": 256, "num_layers": 12, "num_heads": 
 
 def test_the_menu_tells_what_is_trained_and_a_smaller_need_of_memory() -> None:
     everything, last = card_of(**LARGE), card_of(**LARGE, train={"trainable": ["transformer_encoder.11", "dist_head"]})
-    found = re.match(r"([\d.]+)M parameters \(([\d.]+)M trained\), ", last[0])
-    assert found and float(found[2]) < float(found[1]) / 4
+    found = re.match(r"([\d.]+)M parameters \(([\d.]+)k trained\), ", last[0])
+    assert found and float(found[2]) < 1000 * float(found[1]) / 4
     assert gigabytes(last) < gigabytes(everything)
     assert "trained" not in card_of()[0]
 

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -22,7 +23,8 @@ from core.preset import decode_preset
 from core.runtime import Runtime, detect_runtime
 from core.size import check_memory, size_of
 from core.terminal import tell, write_line
-from tests.project import NO_HUB, Project, merged, tiny_preset, train_here
+from core.ui.run_card import RunCard, read_card
+from tests.project import NO_HUB, ROOT, Project, merged, tiny_preset, train_here
 
 CPU = Runtime(torch.device("cpu"), 0, 0, 1)
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -91,6 +93,42 @@ def test_a_speed_of_nothing_and_slots_that_lack_everything(root: Path, monkeypat
     assert "parameters" in launch._preview(preset, CPU)[0]
     monkeypatch.setattr(launch, "_resume_line", lambda preset: 1 // 0)
     assert launch._preview(preset, CPU)[-1].startswith("cannot tell more: ZeroDivisionError")
+
+
+def test_small_models_are_counted_and_a_preset_without_words_shows_none() -> None:
+    preset = decoded()
+    assert launch._card("t", preset, CPU).description == "short", "nothing stands behind it"
+    assert launch._card("t", preset.model_copy(update={"description": "Tiny."}), CPU).description == "short · Tiny."
+    model = size_of(preset, launch._vocab_size(preset.tokenizer))
+    assert launch._training_lines(preset, CPU)[0].startswith(f"{model.parameters / 1000:.1f}k parameters, ")
+
+
+def test_the_card_keeps_what_the_last_whole_run_took(tmp_path: Path) -> None:
+    """Through runs that stop before their end, and those that went on from a checkpoint; not on another device."""
+    facts = {"preset": "t", "device": "CPU", "world_size": 1}
+
+    def run(reason: str, seconds: float, first: int = 0, **changes: Any) -> Any:
+        card = RunCard(tmp_path, {}, 0.0, tmp_path)
+        card.update({"event": "run_start", "time": 100.0, "step": first, "tokens": 0, "run_step": first, **facts, **changes})
+        step = {"step": first + 1, "tokens": 640, "time": 101.0}
+        card.update({"event": "step", **step, "run_tokens": 640, "tokens_per_second": 64.0})
+        card.update({"event": "run_end", **step, "reason": reason, "time": 100.0 + seconds})
+        return read_card(tmp_path).get("whole_run")
+
+    whole = {"seconds": 246.0, "tokens": 640}
+    assert run("interrupted", 5.0) is None
+    assert run("max_steps", 246.0) == whole
+    assert run("interrupted", 5.0) == run("max_steps", 5.0, first=3) == whole
+    assert run("interrupted", 5.0, device="GPU") is None
+
+
+def test_without_the_packages_one_message_says_how_to_install_them() -> None:
+    """Of packages that requirements.txt names only: a fault of the program's own is shown as it is."""
+    for missing, code in (("", 2), ("sys.modules['core.launch'] = None; ", 1)):
+        run = f"import runpy, sys; sys.path.insert(0, '.'); {missing}runpy.run_path('main.py', run_name='__main__')"
+        done = subprocess.run([sys.executable, "-I", "-S", "-c", run], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == code and ("Traceback" in done.stderr) == (code == 1), done
+        assert ("pip install -r requirements.txt" in done.stderr) == (code == 2)
 
 
 # refusals ------------------------------------------------------------------------------------------------------------
@@ -285,7 +323,7 @@ def test_nothing_that_is_told_moves_the_cursor(monkeypatch: pytest.MonkeyPatch, 
         raise UserError("one \x1b[31mred\x1b[0m\x1b]0;title\x07\n  two\x00 \u202egnp.exe \x9b2Jthree\rfour\ttabs é")
 
     monkeypatch.setattr(launch, "launch", refuse)
-    monkeypatch.setattr("core.screen.guard_streams", lambda: None)  # it would put its own in the place of pytest's
+    monkeypatch.setattr("core.terminal.guard_streams", lambda: None)  # it would put its own in the place of pytest's
     monkeypatch.setattr("sys.argv", ["main.py"])
     assert main.main() == 2
     assert capsys.readouterr().err == "\none red\n  two gnp.exe three four tabs é\n"

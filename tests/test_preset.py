@@ -145,6 +145,8 @@ def test_values_are_not_coerced(wrong: Any) -> None:
         ({"sources": []}, "at least 1 item"),
         ({"sources": ["pdf", "pdf"]}, "two sources are called pdf"),
         ({"sources": ["pdf"], "mix_strategy": "weighted"}, 'needs "source_weights"'),
+        ({"sources": ["pdf", "wikipedia"], "source_weights": [0.9, 0.1]}, 'source_weights need "mix_strategy": "weighted"'),
+        ({"sources": ["pdf"], "mix_strategy": "sequential", "source_weights": [1.0]}, 'and it is "sequential"'),
         ({"sources": ["pdf"], "source_weights": [1.0, 2.0]}, "2 source_weights for 1 sources"),
         ({"sources": ["pdf", "wikipedia"], "source_weights": [-1.0, 2.0]}, "must not be negative"),
         ({"sources": ["pdf", "wikipedia"], "source_weights": [0.0, 0.0]}, "not all zero"),
@@ -268,6 +270,18 @@ def test_extends_with_another_type_starts_afresh(tmp_path: Path) -> None:
 def test_extends_in_a_circle_is_refused(tmp_path: Path) -> None:
     told = refused(tmp_path, "a", a='{"extends": "b"}', b='{"extends": "c"}', c='{"extends": "a"}')
     assert "extends  goes in a circle: a -> b -> c -> a" in told
+
+
+def test_extends_tells_files_of_one_name_apart(tmp_path: Path) -> None:
+    """By where they lie, however that is written; a circle through folders and links is still one."""
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "mine.json").write_text('{"extends": "old/base", "train": {"seed": 7}}')
+    (tmp_path / "old" / "base.json").write_text(json.dumps({"data": DATA, "model": {"num_layers": 3}}))
+    preset = read(tmp_path, "mine", mine='{"extends": "old/mine", "train": {"eps": 1e-6}}', base="[]")
+    assert (preset.train.seed, preset.train.eps, preset.model.num_layers) == (7, 1e-6, 3)
+    (tmp_path / "old" / "back.json").write_text('{"extends": "mine"}')
+    told = refused(tmp_path, "mine", mine='{"extends": "old/../old/back"}')
+    assert "extends  goes in a circle: mine -> old/../old/back -> mine" in told
 
 
 def test_extends_without_a_parent_names_the_nearest(tmp_path: Path) -> None:

@@ -87,10 +87,12 @@ def too_often(
     tokenizer: Tokenizer,
     may_train: Callable[[Document], bool],
     tokens: int,
+    advice: str = "",
 ) -> Iterator[str]:
     """A sentence for each source that a run of so many tokens reads more than MANY_EPOCHS times.
 
     weights     shares of the documents, or `of_tokens`; None: sources are read through one after the other
+    advice      how a source is read less, where it can be
     """
     looked = [source if source.finite or len(source.order(0)) <= FEW_SHARDS else None for source in sources]  # type: ignore
     samples = [_sampled(source, tokenizer) if source is not None else (0.0, STREAM_DOCUMENT) for source in looked]
@@ -114,8 +116,8 @@ def too_often(
         if epochs > 1.05 * MANY_EPOCHS:
             yield (
                 f"{name} would be read about {epochs:,.0f} times: one pass over it is about {held:,.0f} tokens, this run takes "
-                f"{epochs * held:,.0f} of it. Beyond about {MANY_EPOCHS} passes little is learned but the text itself: give it a "
-                "smaller share in data.source_weights, add text, or shorten the run with train.max_epochs or train.max_steps"
+                f"{epochs * held:,.0f} of it. Beyond about {MANY_EPOCHS} passes little is learned but the text itself: {advice}"
+                "add text, or shorten the run with train.max_epochs or train.max_steps"
             )
 
 

@@ -8,7 +8,7 @@ State: none; where a run stands is a Position
 import copy
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -137,18 +137,31 @@ class Corpus:
     def epoch_tokens(self, tokenizer: Tokenizer, limit: int) -> tuple[int, list[str]]:
         """Training tokens of one pass over all sources, `limit` at most; remarks. What schedules span under max_epochs."""
         total = 0.0
-        count = counter(tokenizer, self.may_train, 2 if self.objective == MASKED_TOKENS else 1)
+        count, texts = counter(tokenizer, self.may_train, 2 if self.objective == MASKED_TOKENS else 1), 0
+
+        def counted(documents: list[Document]) -> int:
+            nonlocal texts
+            texts += sum(map(self.may_train, documents))
+            return count(documents)
+
         # through the cache: what is fetched to be counted is not fetched again to be read
         for source, weight in zip(cached(self.sources, self.root, self.settings.cache_gigabytes, tokenizer), self.mix.weights):
             if self.mix.strategy == "weighted" and limits(weight)[1] <= 0:
                 continue
-            held = tokens_of_pass(source, count, limit - total)
+            held = tokens_of_pass(source, counted, limit - total)
             if held is None:
                 return limit, [f"nobody knows how large {source.name} is: schedules span {limit:,} tokens a pass"]
             total += held
             if total >= limit:
                 return limit, []
-        return round(total), []
+        epochs, lanes = self.mix.max_epochs or 1, self.settings.lanes
+        if texts * epochs >= lanes:
+            return round(total), []
+        return round(total), [
+            f"{texts:,} {'text' if texts == 1 else 'texts'} to train on, read {epochs:,} {'time' if epochs == 1 else 'times'}, "
+            f"cannot fill the {lanes} lanes that rows are taken from in turn: most rows of a step would be left out. With "
+            '"data": {"lanes": 1}, or as many as there are processes, steps are full'
+        ]
 
     def too_often(self, tokenizer: Tokenizer, tokens: int) -> list[str]:
         """Sentences on the sources that a run of so many tokens reads over and over."""
@@ -156,21 +169,33 @@ class Corpus:
         weights = [sum(value_at(weight, x / 10) for x in range(11)) for weight in self.mix.weights]  # over the run
         given = None if strategy == "sequential" else weights if strategy == "weighted" else [1.0] * len(weights)
         of_tokens = strategy == "weighted" and self.mix.unit == "tokens"
-        return list(too_often(self.sources, given, of_tokens, tokenizer, self.may_train, tokens))
+        advice = {
+            "weighted": "give it a smaller share in data.source_weights, ",
+            "round_robin": 'give it a smaller share ("mix_strategy": "weighted", with source_weights), ',
+        }.get(strategy if len(self.sources) > 1 else "", "")
+        return list(too_often(self.sources, given, of_tokens, tokenizer, self.may_train, tokens, advice))
 
     def validation_rows(
-        self, tokenizer: Tokenizer, seq_length: int, tokens: int, seed: int | None = None, only: str | None = None
+        self,
+        tokenizer: Tokenizer,
+        seq_length: int,
+        tokens: int,
+        seed: int | None = None,
+        only: str | None = None,
+        between: Callable[[], None] = lambda: None,
     ) -> list[Row]:
         """Held-out rows, read in the order of `seed`; left out, the run's. Runs of several seeds are measured on one text so.
 
-        only   of this source
+        only      of this source
+        between   called after each document that is read; may raise, to stop
         """
         sources = [source for source in self.sources if only in (None, source.name)]
         sources = sources if seed in (None, self.seed) else [_reordered(source, seed) for source in sources]
         sources = cached(sources, self.root, self.settings.cache_gigabytes, tokenizer)
         masks = derive_seed(self.seed if seed is None else seed, "validation")
         objective = build_objective(self.objective, tokenizer, self.settings.mask_fraction, masks)
-        return validation_rows(sources, self.hold_out, tokenizer, objective, seq_length, tokens, self.settings.min_text_length)
+        shortest = self.settings.min_text_length
+        return validation_rows(sources, self.hold_out, tokenizer, objective, seq_length, tokens, shortest, between)
 
     def held_out_inputs(self, tokenizer: Tokenizer) -> dict[str, Iterator[np.ndarray]]:
         """Of each source, its held-out documents one by one, as a model reads them: (its tokens,) each, in the run's order."""

@@ -126,6 +126,12 @@ class Mixer:
             "factors": self._factors,
         }
 
+    @property
+    def reading(self) -> tuple[str, int]:
+        """The source that `wanted` is asked of, and its epoch."""
+        name = self.sources[self._current].name
+        return name, self._cursors[name].get("epoch", 0)
+
     def __iter__(self) -> "Mixer":
         return self
 

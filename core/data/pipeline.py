@@ -18,11 +18,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from core.data.documents import Document, Encoded, Source
+from core.data.documents import Document, Encoded, Source, shorter_than
 from core.data.encoding import Remembering, encode_each
 from core.data.mixing import Draw, Mixer, MixSettings, SourceFailed
 from core.data.objectives import build_objective
 from core.data.packing import PACKERS, Packer, Place, Row
+from core.data.sources.skips import at_least
 from core.data.tokenizer import Tokenizer
 from core.data.validation import HoldOut, may_train
 from core.environment import redacted
@@ -59,11 +60,16 @@ class Position:
     factors: dict[int, dict[str, float]] = field(default_factory=dict)  # draws from which on sources' weights have other factors
     draws: dict[int, tuple[int, ...]] = field(default_factory=dict)  # index: (source, tokens, epoch) since the snapshot
     receipts: dict[int, str] = field(default_factory=dict)  # lane -> hash chain of all the pieces it has consumed
-    passed_over: int = 0  # steps in which no token was learned
+    passed_over: int = 0  # groups of rows in which no token was learned
 
     def first_unused(self) -> int:
         """The first draw of which no lane known here has used anything."""
         return max((place.next for place in self.lanes.values()), default=0)
+
+    @property
+    def gone(self) -> set[str]:
+        """Sources that failed, or came to the end of their last epoch: the latter as far as the snapshot knows."""
+        return {*self.drops, *(self.snapshot or {}).get("ended", [])}
 
     @property
     def latest_factors(self) -> dict[str, float]:
@@ -121,6 +127,7 @@ class Pipeline:
             lane: pack(lane, settings.seq_length, tokenizer.eos_id, position.lanes.get(lane, Place())) for lane in lanes
         }
         self._snapshots: list[dict[str, Any]] = [self._mixer.snapshot()]
+        self._short: dict[str, tuple[str, int]] = {}  # source: the first text that is too short, and how many are
         self._skipped: dict[tuple[str, str, str], bool] = {}  # (source, file, why): whether a row has told it
         self._ended = False
         self._failure: SourceFailed | None = None
@@ -148,6 +155,10 @@ class Pipeline:
                 f"{document.key} holds token {largest}, beyond this preset's vocabulary of {self.tokenizer.vocab_size}: it was "
                 'made with another tokenizer; name that one in "tokenizer"'
             )
+        if document.is_shorter_than(self.settings.min_text_length):
+            source, epoch = self._mixer.reading
+            first, count = self._short.get(source, (document.key, 0))
+            self._short[source] = first, count + (epoch == 0)  # the next one has the same
         return may_train(self._hold_out, self.settings.min_text_length, document)
 
     def _newly_skipped(self) -> list[tuple[str, str, str]]:
@@ -180,6 +191,10 @@ class Pipeline:
         for source in self._mixer.sources:
             for file, why in getattr(source, "skipped", list)():
                 self._skipped.setdefault((source.name, file, why), False)
+        for name, (first, count) in self._short.items():
+            if count:
+                why = f"{at_least(count, 'text')}: {shorter_than(self.settings.min_text_length)}"
+                self._skipped.setdefault((name, first, why), False)
         for (packer, draw, _), document in zip(found, self._encoded(found)):
             if document is None:
                 packer.lose(draw.index)

@@ -40,11 +40,11 @@ class SourceWeights:
         adapted = self._schedules if self._settings.enable_adaptive_sources else ()
         return {name: float(f"{self._exact[name]:.{DIGITS}g}") for name in adapted}
 
-    def shares(self, progress: float, dropped: Collection[str]) -> dict[str, dict[str, float]]:
+    def shares(self, progress: float, gone: Collection[str]) -> dict[str, dict[str, float]]:
         """Of each source "weight", its share among those that are left, and "factor" where there are factors."""
         factors = self.factors
         weights = {name: value_at(schedule, progress) * factors.get(name, 1.0) for name, schedule in self._schedules.items()}
-        weights |= {name: 0.0 for name in weights if name in dropped}
+        weights |= {name: 0.0 for name in weights if name in gone}
         total = sum(weights.values()) or 1.0
         told = {name: {"factor": factors[name]} if factors else {} for name in weights}
         return {name: {"weight": weight / total, **told[name]} for name, weight in weights.items()}

@@ -28,18 +28,24 @@ class Progress:
         self.by_steps = bool(self.max_steps) and (
             not self.budget_tokens or not per_step or self.max_steps * per_step < self.budget_tokens
         )
+        self._per_step, self._every = per_step, start.get("eval_every_tokens") or 0
+        self._evaluation_seconds, self._evaluated = 0.0, -1  # of the last evaluation, and after which tokens of the run
+        self._compiles_at = 1 + (start.get("compile_from_step") or 0)  # with that step behind it, a run has its speed
         self._warm = False  # the first step of a process is no guide: it may compile, and waits for the first data
         self._done = self._spent = 0.0
 
     def update(self, event: dict) -> None:
         """Time is taken from the step's own tokens per second, which leaves evaluations and saving out, not from the clock."""
         self._over = event.get("event") == "run_end" and event.get("reason") in FINISHED
+        if event.get("event") == "eval":
+            self._evaluation_seconds, self._evaluated = event.get("seconds") or 0.0, self.tokens
         if event.get("event") != "step":
             return
         fraction, tokens = self.fraction, self.tokens
         self.tokens, self.steps = event.get("run_tokens") or 0, event.get("run_step") or 0
         speed = event.get("tokens_per_second")
-        if self._warm and speed and self.tokens > tokens:
+        compiles = (event.get("step") or self._compiles_at + 1) <= self._compiles_at
+        if self._warm and not compiles and speed and self.tokens > tokens:
             spent = (self.tokens - tokens) / speed
             fade = math.exp(-spent / FADE_SECONDS)
             self._done = self._done * fade + self.fraction - fraction
@@ -55,10 +61,20 @@ class Progress:
 
     @property
     def seconds_left(self) -> float | None:
-        """None until two steps have shown a rate."""
+        """With the evaluations still to come, as long as the last one took. None until two steps have shown a rate."""
         if self.fraction >= 1.0:
-            return 0.0
-        return (1.0 - self.fraction) * self._spent / self._done if self._done > 0 else None
+            return self._evaluations_left * self._evaluation_seconds
+        if self._done <= 0:
+            return None
+        return (1.0 - self.fraction) * self._spent / self._done + self._evaluations_left * self._evaluation_seconds
+
+    @property
+    def _evaluations_left(self) -> int:
+        """At every so many tokens, and one at the end."""
+        if not self._every or self._over or (self.fraction >= 1.0 and self._evaluated == self.tokens):
+            return 0
+        end = self.tokens + (self.max_steps - self.steps) * self._per_step if self.by_steps else self.budget_tokens
+        return max(1, math.ceil(end / self._every) - self.tokens // self._every)
 
     @property
     def percent(self) -> str:

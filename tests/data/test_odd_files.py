@@ -164,6 +164,21 @@ def test_a_web_page_gives_its_text(tmp_path: Path) -> None:
     assert text == "Rivers\n\nOf & about\n\nA long river — река.\nNext\n\none\ntwo\n\n  x = 1\n  y\n\na b\n"
 
 
+@pytest.mark.parametrize(
+    ("encoding", "words"), [("windows-1250", "žluťoučký kůň příšerně"), ("shift_jis", "吾輩は猫である"), ("koi8-r", "река")]
+)
+def test_the_look_at_the_start_decodes_as_the_reader_does(tmp_path: Path, encoding: str, words: str) -> None:
+    """A page that declares its encoding is not told as skipped and then trained on; nor is one cut inside a character."""
+    page = f'<html><head><meta charset="{encoding}"></head><body>' + f"<p>{words} {words}</p>\n" * 20_000 + "</body></html>"
+    (tmp_path / "a.html").write_bytes(page.encode(encoding))
+    (tmp_path / "b.html").write_bytes(f"<html><body><p>{words * 50}</p></body></html>".encode(encoding))  # says nothing
+    (tmp_path / "c.txt").write_text("words\n")
+    source = opened(".", tmp_path)
+    told = [note for note in source.notes if "textless" in note]
+    assert words in "".join(texts(source))
+    assert told == [note for note in source.notes if "textless" in note] and not any("a.html" in note for note in told)
+
+
 def test_one_odd_file_costs_itself(tmp_path: Path) -> None:
     """A table without the column, of any kind, among good files; named with its columns, and with what to do."""
     (tmp_path / "a.txt").write_text("plain text\n")

@@ -7,6 +7,7 @@ import json
 import random
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -87,6 +88,24 @@ def test_rows_are_the_same_for_any_number_of_workers(workers: int, tmp_path: Pat
     assert same(found, threaded[:25])
     other = make_loader(factory, resumed(state, factory), workers=1 if workers == 3 else 0)
     assert same(read_all(other, 35), threaded[25:])
+
+
+def test_what_one_rank_alone_meets_reaches_rank_0(tmp_path: Path) -> None:
+    """The log is there. A file that several could not read is told once."""
+    factory, shared = make_factory(tmp_path, write_corpus(tmp_path, {"a": 30})), ("a", "f1", "no text")
+
+    def job(parallel: Any) -> tuple:
+        loader = make_loader(factory, start(), parallel=parallel)
+        loader.told = ["a worker died"] if parallel.rank == 1 else []
+        loader.skipped = [{shared: True}, {shared: False, ("a", "f2", "no text"): False}, {}][parallel.rank]
+        before = loader.has_untold
+        loader.gather_told()
+        loader.close()
+        return before, loader.has_untold, loader.told, loader.skipped
+
+    first, second, third = Ranks(3).run(job)
+    assert first == (False, False, ["process 1: a worker died"], {shared: True, ("a", "f2", "no text"): False})
+    assert second[:3] == (True, False, []) and third[:3] == (False, False, [])
 
 
 def test_no_document_is_on_two_ranks(tmp_path: Path) -> None:

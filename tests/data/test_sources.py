@@ -292,10 +292,14 @@ def test_open_sources_keeps_order_and_deadline(root: Path) -> None:
     assert failed["broken"] == "ZeroDivisionError: a fault" and failed["slow"].startswith("no answer within 1.5 s")
 
 
-def test_names() -> None:
+def test_names(tmp_path: Path) -> None:
     assert TextSettings(path="data/my stories.jsonl.gz").name == "my_stories"
     assert TextSettings(path="data/*.txt").name == "data"
     assert TextSettings(path=["a.md", "b.md"]).name == "a"
+    assert TextSettings(path="data/A [1]/b?.txt").name == "data", "where nothing has that name, it is a pattern"
+    for name, path in (("A_1", "A [1]"), ("B_2", "B [2]/*.txt"), ("t_2024_brouillon", "Été [2024] (brouillon)")):
+        (tmp_path / path.removesuffix("/*.txt")).mkdir()
+        assert TextSettings(path=str(tmp_path / path)).name == name
     assert PythonStdlibSettings().name == "python_stdlib" and PdfSettings().name == "pdf"
     assert HfSettings(dataset="wikimedia/wikipedia", config="20231101.en").name == "wikimedia_wikipedia-20231101.en"
     assert HfSettings(dataset="x/y", name="mine").name == "mine"

@@ -57,6 +57,40 @@ def test_a_worker_ends_with_a_program_that_was_killed() -> None:
         time.sleep(0.05)
 
 
+STARTING = """
+import os, signal, threading
+from core.data.token_pool import Batch, TokenPool
+from core.data.worker import ROWS_PER_MESSAGE, Worker
+from tests.data.corpus import byte_tokenizer
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: None)
+    signal.signal(signal.SIGHUP, lambda *_: None)
+    rows = list(range(ROWS_PER_MESSAGE))
+    worker = Worker(zip, rows)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        os.killpg(0, number)
+    worker.begin(rows)
+    print(worker.next_row(threading.Event()), flush=True)
+    worker.close()
+    print(worker._process.exitcode, flush=True)
+    with TokenPool(byte_tokenizer(), 1) as pool:
+        waiting = pool._submit(["text"])
+        for number in (signal.SIGINT, signal.SIGHUP):
+            os.killpg(0, number)
+        print(len(waiting.result()[0]), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_workers_start_ends_none_and_prints_nothing(tmp_path: Path) -> None:
+    """A terminal sends it to the whole group; SIGTERM ends a worker as before."""
+    (tmp_path / "starting.py").write_text(STARTING)
+    run = [sys.executable, str(tmp_path / "starting.py")]
+    where: dict[str, Any] = {"cwd": ROOT, "env": {**os.environ, "PYTHONPATH": str(ROOT)}, "start_new_session": True}
+    ended = subprocess.run(run, capture_output=True, text=True, timeout=120, **where)
+    assert (ended.stdout, ended.stderr) == (f"(0, 0)\n{-signal.SIGTERM}\n5\n", "")
+
+
 @pytest.mark.slow
 def test_a_worker_that_is_killed_is_started_again(tmp_path: Path) -> None:
     """As by the out-of-memory killer, once idle and once reading: the same rows come, and it is told. One that dies again before
@@ -69,7 +103,6 @@ def test_a_worker_that_is_killed_is_started_again(tmp_path: Path) -> None:
     for count in (0, 20):
         found += steps(loader, count)
         os.kill(loader._workers[1]._process.pid, signal.SIGKILL)
-        loader._settle()
         loader._read_anew()  # what was read ahead is not there: the next step needs the process that is gone
         found += steps(loader, 15)
     assert same(found, expected)
@@ -85,7 +118,6 @@ def test_a_worker_that_is_killed_is_started_again(tmp_path: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Worker, "begin", killed)
-        loader._settle()
         loader._read_anew()
         with pytest.raises(ReadingFailed, match=r"(?s)was killed \(SIGKILL\).*Start again.*\"workers\": 0"):
             steps(loader, 1)

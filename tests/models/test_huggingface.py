@@ -321,7 +321,7 @@ print(json.dumps([lines, [*loaded, "transformers" in sys.modules]]))
 """
     lines, slow = run_python(code, hub_env(NO_HUB["HF_ENDPOINT"], tmp_path))
     assert slow == [False, False, False] and not list(tmp_path.iterdir())
-    assert lines[0][0].startswith("124.4M parameters, 100,000,000 tokens") and lines[0][1].endswith("GB of memory")
+    assert lines[0][0].startswith("124M parameters, 100,000,000 tokens") and lines[0][1].endswith("GB of memory")
     assert lines[1][0].startswith("distilgpt2 from the Hub, 100,000,000 tokens") and "memory" not in lines[1][1]
     assert lines[2][0].startswith("gpt2's architecture from the Hub")
 

@@ -121,6 +121,30 @@ def test_a_slow_first_step_does_not_spoil_the_time_left():
     assert progress.seconds_left == pytest.approx(97.0)
 
 
+def test_the_time_left_counts_the_evaluations_still_to_come():
+    """As long as the last one took: at every so many tokens, and one at the end."""
+    for limit in ({"budget_tokens": 1000}, {"budget_tokens": 100_000, "max_steps": 100}):
+        progress = Progress({**limit, "tokens_per_step": 10, "eval_every_tokens": 200})
+        for step in range(1, 21):
+            progress.update({"event": "step", "step": step, "run_step": step, "run_tokens": 10 * step, "tokens_per_second": 10.0})
+        assert progress.seconds_left == pytest.approx(80.0)
+        progress.update({"event": "eval", "seconds": 7.0})
+        assert progress.seconds_left == pytest.approx(80.0 + 4 * 7.0)
+        for step in range(21, 101):
+            progress.update({"event": "step", "step": step, "run_step": step, "run_tokens": 10 * step, "tokens_per_second": 10.0})
+        assert progress.seconds_left == 7.0
+        progress.update({"event": "eval", "seconds": 7.0})
+        assert progress.seconds_left == 0.0
+
+
+def test_a_step_that_compiles_tells_no_rate():
+    progress = Progress({"budget_tokens": 1000, "tokens_per_step": 10, "compile_from_step": 1})
+    for step, speed in ((1, 0.1), (2, 0.001), (3, 10.0)):
+        assert progress.seconds_left is None
+        progress.update({"event": "step", "step": step, "run_step": step, "run_tokens": 10 * step, "tokens_per_second": speed})
+    assert progress.seconds_left == pytest.approx(97.0)
+
+
 def test_almost_done_is_not_done():
     progress = Progress({"budget_tokens": 100_000_000, "run_tokens": 99_999_999})
     assert progress.percent == "99.9 %"

@@ -30,6 +30,7 @@ from core.data.sources.shards import ShardSource
 from core.data.sources.skips import Damaged, NoColumn
 from core.data.sources.text import READER, TextSettings, TextSource, named_by, text_of
 from core.errors import SourceUnavailable
+from core.files import own_path
 from core.packages import need
 from core.settings import Settings
 
@@ -58,7 +59,7 @@ class HfSettings(Settings):
     """Columns put together by `format`, instead of one text column."""
     format: str | None = None
     """How `fields` become a document: "Q: {question}\\nA: {answer}"."""
-    local: str | None = None
+    local: str | None = Field(None, min_length=1)
     """Text on this machine, as of a source of type `text`, that is read instead where it exists: "./data/book.txt"."""
     name: str = ""
     """Name in logs and weights; left out, the dataset's and its config's."""
@@ -99,7 +100,7 @@ def _formatted(form: str, row: dict[str, Any]) -> str:
 
 def hf_source(settings: HfSettings, root: Path, seed: int) -> ShardSource:
     """The dataset; or, where it is there, the local text that stands for it."""
-    if settings.local is not None and (root / Path(settings.local).expanduser()).exists():
+    if settings.local is not None and own_path(settings.local, root).exists():
         return TextSource(TextSettings(path=settings.local, name=settings.name), root, seed)
     return HfSource(settings, root, seed)
 
@@ -116,7 +117,7 @@ class HfSource(ShardSource):
         super().__init__(settings.name, seed)
         self.dataset, self.columns = settings.dataset, settings.columns
         self._settings = settings
-        path = root / Path(settings.dataset).expanduser()
+        path = own_path(settings.dataset, root)
         local = path.exists() or settings.dataset.startswith(("./", "../", "/", "~"))
         self._path = path if local else None
         self.finite = local
