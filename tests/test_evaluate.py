@@ -192,10 +192,12 @@ def test_held_out_documents_are_those_of_the_training(root: Path) -> None:
     assert corpus.hold_out.state()["held"]["texts"] == before
     fresh, _ = open_held_out(asked(), root, Single(), None, None)
     assert fresh.hold_out.state()["held"]["texts"] != before
-    corpus, notes = open_held_out(
-        asked(data={"validation_fraction": 0.3}), root, Single(), {"data": {"validation_fraction": 0.02}}, state
-    )
+    more, trained = asked(data={"validation_fraction": 0.3}), {"data": {"validation_fraction": 0.02}}
+    older = {key: state[key] for key in ("held", "released")}  # a checkpoint that does not keep the fraction
+    corpus, notes = open_held_out(more, root, Single(), trained, older)
     assert corpus.hold_out.fraction == 0.02 and "validation_fraction is 0.02, as in training" in notes[0]
+    corpus, _ = open_held_out(more, root, Single(), trained, state)  # which was begun with less
+    assert corpus.hold_out.fraction == state["fraction"] == 0.01 and "0.01, as before" in corpus.notes[-1]
 
 
 def test_what_cannot_be_evaluated_is_told(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
