@@ -10,8 +10,7 @@ import re
 import unicodedata
 
 LONGEST = 150
-"""Characters: a checkpoint that is being written is called "." + lineage + "_current.pth" + "." + 16 digits + ".tmp", and disks
-take 255 bytes."""
+"""Characters: a checkpoint that is being written is called .<lineage>_current.pth.<16 digits>.tmp, and disks take 255 bytes."""
 NAME = re.compile(r"[A-Za-z0-9_-]([A-Za-z0-9._-]*[A-Za-z0-9_-])?")
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 """What Windows keeps for devices."""

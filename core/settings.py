@@ -377,7 +377,7 @@ class DataSettingsBase(Settings):
     cache_gigabytes: float = Field(20.0, ge=0.0, le=1_000_000.0)
     """Disk space for tokens of streams and compressed files, in .cache/ (safe to delete); 0: no cache."""
     lanes: int = Field(24, ge=1, le=4096)
-    """Parallel lanes the order of documents is laid over. The number of ranks must divide it. 1 for a handful of texts."""
+    """Parallel lanes the order of documents is laid over. The number of ranks must divide it."""
     train_tokens: int | None = None
     """Accepted for old presets and overridden: one run is always 100,000,000 tokens."""
 

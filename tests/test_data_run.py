@@ -102,23 +102,6 @@ def test_short_texts_are_left_out_and_counted_and_short_conversations_are_read(t
     assert ledger["x"]["epochs"] > 3 and ledger["chats"]["documents"] > 80
 
 
-def test_fewer_texts_than_lanes_are_told(tmp_path: Path) -> None:
-    """The note says how to fill the steps, and that does."""
-    found = {}
-    for lanes in (24, 1):
-        root = tmp_path / str(lanes)
-        root.mkdir()
-        (root / "one.txt").write_text(story(1, 40))
-        data = {"sources": [{"type": "text", "path": "one.txt"}], "lanes": lanes}
-        train = {"max_steps": None, "max_epochs": 2, "eval_tokens": 0}
-        found[lanes] = train_here(tiny_preset(data=data, train=train), root)
-    notes = {lanes: [note for note in events[0]["notes"] if "lanes" in note] for lanes, events in found.items()}
-    assert len(notes[24]) == 1 and notes[1] == []
-    assert notes[24][0].startswith("1 text to train on, read 2 times, cannot fill the 24 lanes")
-    taken = {lanes: [event["run_tokens"] for event in events if event["event"] == "step"] for lanes, events in found.items()}
-    assert taken[24][0] <= 2 * 32 and taken[1][0] == 4 * 32 and taken[24][-1] == taken[1][-1]
-
-
 def test_every_file_left_out_is_named_with_its_reason(tmp_path: Path) -> None:
     """Also those found while training: the note at the start shows five names, the log has them all, each once."""
     from tests.data import pdfs

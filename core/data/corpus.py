@@ -137,31 +137,18 @@ class Corpus:
     def epoch_tokens(self, tokenizer: Tokenizer, limit: int) -> tuple[int, list[str]]:
         """Training tokens of one pass over all sources, `limit` at most; remarks. What schedules span under max_epochs."""
         total = 0.0
-        count, texts = counter(tokenizer, self.may_train, 2 if self.objective == MASKED_TOKENS else 1), 0
-
-        def counted(documents: list[Document]) -> int:
-            nonlocal texts
-            texts += sum(map(self.may_train, documents))
-            return count(documents)
-
+        count = counter(tokenizer, self.may_train, 2 if self.objective == MASKED_TOKENS else 1)
         # through the cache: what is fetched to be counted is not fetched again to be read
         for source, weight in zip(cached(self.sources, self.root, self.settings.cache_gigabytes, tokenizer), self.mix.weights):
             if self.mix.strategy == "weighted" and limits(weight)[1] <= 0:
                 continue
-            held = tokens_of_pass(source, counted, limit - total)
+            held = tokens_of_pass(source, count, limit - total)
             if held is None:
                 return limit, [f"nobody knows how large {source.name} is: schedules span {limit:,} tokens a pass"]
             total += held
             if total >= limit:
                 return limit, []
-        epochs, lanes = self.mix.max_epochs or 1, self.settings.lanes
-        if texts * epochs >= lanes:
-            return round(total), []
-        return round(total), [
-            f"{texts:,} {'text' if texts == 1 else 'texts'} to train on, read {epochs:,} {'time' if epochs == 1 else 'times'}, "
-            f"cannot fill the {lanes} lanes that rows are taken from in turn: most rows of a step would be left out. With "
-            '"data": {"lanes": 1}, or as many as there are processes, steps are full'
-        ]
+        return round(total), []
 
     def too_often(self, tokenizer: Tokenizer, tokens: int) -> list[str]:
         """Sentences on the sources that a run of so many tokens reads over and over."""

@@ -200,6 +200,8 @@ def test_a_head_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "checkpoints" / "t_current.pth"
     state = torch.load(path, weights_only=True)
     state["heads"]["value.weight"] = torch.zeros(1, 5)
+    of_head = state["optimizer"]["heads.value.weight"]
+    of_head |= {key: torch.zeros(1, 5) for key, value in of_head.items() if value.ndim}  # a slot that is whole, of another model
     torch.save(state, path)
     with pytest.raises(CheckpointError, match=r"value\.weight is \(1, 5\) there, \(1, 32\) here"):
         train_here(tiny_preset(auxiliary={"enable_value": True}), tmp_path)

@@ -19,6 +19,7 @@ from core.data.sources.text import PythonStdlibSettings, PythonStdlibSource, Tex
 from core.data.sources.tokens import TokensSettings, TokensSource
 from core.environment import redacted
 from core.errors import SourceUnavailable
+from core.files import own_path
 from core.settings import Settings
 
 SOURCES: dict[str, tuple[type[Settings], Callable[..., Source]]] = {
@@ -63,12 +64,10 @@ def is_own_path(section: Any, root: Path) -> bool:
     """
     path, dataset, local = (getattr(section, key, None) for key in ("path", "dataset", "local"))
     if dataset is not None:
-        return dataset.startswith(("./", "../", "/", "~")) or any(_at(each, root).exists() for each in (dataset, local) if each)
-    return path is not None and (section.type != "pdf" or _at(path, root) != _at(PdfSettings().path, root))
-
-
-def _at(path: str, root: Path) -> Path:
-    return root / Path(path).expanduser()
+        return dataset.startswith(("./", "../", "/", "~")) or any(
+            own_path(each, root).exists() for each in (dataset, local) if each
+        )
+    return path is not None and (section.type != "pdf" or own_path(path, root) != own_path(PdfSettings().path, root))
 
 
 def open_sources(sources: list[Source], deadline_seconds: float = 12.0) -> tuple[list[Source], dict[str, str]]:

@@ -24,6 +24,7 @@ from core.data.sources.skips import CutShort, Damaged
 from core.data.sources.tables import JSON_LINES, PARQUET, TABLES
 from core.data.sources.webpage import page_text
 from core.errors import SourceUnavailable
+from core.files import own_path
 from core.settings import Settings
 
 PLAIN = (".txt", ".md", ".py")
@@ -273,7 +274,7 @@ def path_name(path: Any) -> str:
     if not isinstance(first, str):
         return "text"
     parts = Path(first).parts
-    real = [os.path.exists(PROJECT / os.path.expanduser(Path(*parts[: i + 1]))) for i in range(len(parts))]
+    real = [own_path(str(Path(*parts[: i + 1])), PROJECT).exists() for i in range(len(parts))]
     named = [part for part, there in zip(parts, real) if (there or not glob.has_magic(part)) and part not in ("/", ".", "..")]
     name = named[-1] if named else "text"
     plain = name.removesuffix(compression(name))
