@@ -135,7 +135,7 @@ def test_a_source_that_has_ended_has_no_weight(tmp_path: Path) -> None:
     sources = [{"type": "text", "path": f"{name}.jsonl", "name": name} for name in ("few", "many")]
     events = train_here(merged(EPOCHS, {"data": {"sources": sources}}), tmp_path)
     assert events[0]["eval_every_tokens"] == 10_000_000 and events[0]["compile_from_step"] is None
-    assert re.search("multiplying takes about 0 s of the run", events[0]["compile"])
+    assert re.search(r"multiplying takes about \d s of the run", events[0]["compile"])
     steps = [{name: each["weight"] for name, each in event["sources"].items()} for event in events if event["event"] == "step"]
     assert steps[0] == {"few": 0.5, "many": 0.5} and steps[-1] == {"few": 0.0, "many": 1.0}
 
