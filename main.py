@@ -20,8 +20,8 @@ def main() -> int:
 
     guard_streams()
     try:
-        if given := " ".join(sys.argv[1:]):
-            raise UserError(f"main.py takes no arguments, but was given {given!r}. Settings are in configs/*.json.")
+        if given := sys.argv[1:]:
+            raise UserError(f"main.py takes no arguments, but was given {' '.join(given)!r}. Settings are in configs/*.json.")
         launcher()(STARTED)
     except UserError as error:
         tell(f"\n{error}")

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -38,9 +38,10 @@ from core.losses import LOSSES
 from core.losses.stack import LossStack
 from core.metrics import LOG, MetricsLog, check_log, evaluation_is_missing
 from core.models import MODELS
+from core.names import slot_name
 from core.objective import Objective
 from core.optim import Optimizer
-from core.parallel import on_rank_zero, rank_zero_first
+from core.parallel import load_slot, on_rank_zero, rank_zero_first
 from core.passes import compile_plan
 from core.preset import preset_class, preset_json
 from core.randomness import derive_seed
@@ -48,7 +49,7 @@ from core.runtime import Runtime
 from core.samples import build_samples
 from core.settings import MASKED_TOKENS, RUN_TOKENS
 from core.size import SMALLEST_VOCABULARY, check_memory, size_of
-from core.trainer import Trainer, load_slot
+from core.trainer import Trainer
 from core.weights import FITTING, Weights, find_weights
 
 JOBS = ["train", "tokenize", "compare", "evaluate", "interpret", "generate"]
@@ -161,7 +162,7 @@ def build_training(
     embeddings = {name for name, p in model.named_parameters() if id(p) in tables}
     of_heads = [(f"heads.{name}", p) for name, p in heads.named_parameters()] if heads is not None else []
     optimizer = Optimizer([*model.named_parameters(), *of_heads], embeddings | dict(of_heads).keys(), preset.train)
-    if saved is not None and (fresh := optimizer.load(saved["optimizer"])):
+    if saved is not None and (fresh := optimizer.load(saved["optimizer"])) and saved["progress"]["step"]:
         notes.append(f"optimizer state starts afresh for {len(fresh)} parameters: {', '.join(fresh[:4])}")
 
     size = stored_bytes(model, heads) + optimizer.state_bytes() + len(tokenizer.state()["json"])
@@ -202,6 +203,7 @@ def build_training(
         pin_memory=runtime.device.type == "cuda",
         facts=facts,
         describe=None if masked else lambda row: shown(tokenizer, row.input_ids, row.labels),
+        fill=preset.train.candidates == 1,  # a curriculum chooses within whole groups
     )
     compile_failed = saved is not None and saved.get("compile_failed", False) and progress.run_step > 0  # of this run
     compile_from_step, compile_told = compile_plan(preset, runtime, saved, model, horizon, compile_failed)
@@ -209,8 +211,12 @@ def build_training(
     curriculum = build_curriculum(preset.train, corpus.objective, len(corpus.names), parallel, runtime.device, dtype)
     notes += [curriculum.note] if curriculum is not None else []
 
+    def stop_when_asked(*_: int) -> None:
+        stop_if(should_stop())
+
     def held_out_rows() -> list[Row]:
-        rows = corpus.validation_rows(tokenizer, preset.model.seq_length, preset.train.eval_tokens, validation_seed)
+        how = preset.model.seq_length, preset.train.eval_tokens, validation_seed
+        rows = corpus.validation_rows(tokenizer, *how, between=stop_when_asked)
         if message := shortfall(rows, preset.train.eval_tokens):
             log.emit("warning", step=progress.step, tokens=progress.tokens, message=message)
         return rows
@@ -227,7 +233,8 @@ def build_training(
         preset.train.seed if validation_seed is None else validation_seed,
         corpus.names,
     )
-    show, told = build_samples(tokenizer, preset.generate, preset.model.seq_length, masked, preset.train.seed)
+    of_samples = preset.generate, preset.model.seq_length, masked, preset.train.seed
+    show, told = build_samples(tokenizer, *of_samples, stop_when_asked)
     notes += told
 
     wandb_id = (saved or {}).get("wandb_id") or uuid.uuid4().hex[:12]
@@ -274,7 +281,7 @@ def build_training(
         progress,
         log,
         store,
-        evaluate=lambda model, progress: evaluator.run(model, progress, lambda done, total: stop_if(should_stop())),
+        evaluate=lambda model, progress: evaluator.run(model, progress, stop_when_asked),
         show=show,
         extra_state={
             "format": FORMAT,
@@ -311,7 +318,7 @@ def _beginning(
     origin = preset.init_from
     if state is not None:
         notes += [f'init_from "{origin}" is not used again: the lineage goes on from its own checkpoint'] if origin else []
-        return state, Weights.of(state, path, f"{preset.lineage}_*.pth"), notes
+        return state, Weights.of(state, path, slot_name(preset.lineage, "*")), notes
     if origin is None:
         return None, None, notes
     weights = rank_zero_first(parallel, lambda: find_weights(origin, root))
@@ -353,20 +360,30 @@ def _progress(preset: Any, saved: dict[str, Any] | None, is_missing: Callable[[i
     if saved is None:
         return Progress(evaluation_due=preset.train.eval_at_start), []
     progress = Progress.of(saved["progress"])
-    same = saved["preset"]["name"] == preset.name
     progress.evaluation_due = progress.evaluation_due and is_missing(progress.step)
-    if not progress.finished and same:
+    does = what_goes_on(preset, saved, lambda: progress.evaluation_due)
+    if does == "run":
         return progress, [f"run {progress.run} goes on from step {progress.step}, {progress.run_tokens:,} tokens into it"]
+    if does == "evaluation":
+        return progress, [f"run {progress.run} was trained to its end and saved, but not evaluated: that is done now"]
     notes = []
     if progress.evaluation_due and progress.finished:
-        if same:
-            return progress, [f"run {progress.run} was trained to its end and saved, but not evaluated: that is done now"]
         notes.append(f'run {progress.run} of "{saved["preset"]["name"]}" was ended before its last evaluation')
     if not progress.finished:
         notes.append(f'run {progress.run} of "{saved["preset"]["name"]}" was left at {progress.run_tokens:,} tokens')
-    begin_next_run(progress, preset.train.runs if same else 1)
+    begin_next_run(progress, preset.train.runs if saved["preset"]["name"] == preset.name else 1)
     notes.append(f"run {progress.run} begins from the weights of step {progress.step}")
     return progress, notes
+
+
+def what_goes_on(preset: Any, saved: dict[str, Any], is_missing: Callable[[], bool]) -> Literal["run", "evaluation", "next run"]:
+    """What a start does with a lineage's checkpoint. `is_missing`: whether the log lacks the evaluation at its step."""
+    progress = saved["progress"]
+    if saved["preset"]["name"] != preset.name:
+        return "next run"
+    if not progress["finished"]:
+        return "run"
+    return "evaluation" if progress.get("evaluation_due") and is_missing() else "next run"
 
 
 def _epoch_tokens(
@@ -409,7 +426,7 @@ def _data(
         state = {**state, "fingerprint": ""}  # a new run, or one that had none left, gives failed sources another chance
     if preset.train.max_epochs is not None and progress.run_step == 0 and progress.horizon_runs == 0:
         state = None  # a new horizon counts its epochs from the first
-    position, notes = data_position(state, facts["fingerprint"], facts["contents"])
+    position, notes = data_position(state, facts["fingerprint"], facts["contents"], preset.train.max_epochs)
     if progress.horizon_tokens == 0 and (first := position.first_unused()) > 0:
         position.renewals.append(first)
     begins = position.snapshot is None or "rates" not in position.snapshot or position.renewals

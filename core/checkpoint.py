@@ -25,6 +25,7 @@ import torch
 from core.checkpoint_state import problem_of
 from core.errors import CheckpointError, first_line
 from core.files import cause, check_regular, free_name, link_file, probe, replacing, standing, sweep, sync_folder
+from core.names import SLOTS, slot_name
 
 FORMAT = 1
 """Raised when a checkpoint's layout changes in a way that older code cannot read."""
@@ -69,24 +70,27 @@ class CheckpointStore:
     def __init__(self, folder: Path, lineage: str, mirror: str | None = None):
         """`lineage`: may be a path below the folder. `mirror`: another file name that always holds what `current` holds."""
         self.folder, self.lineage = folder, lineage
-        self.slots = [folder / f"{lineage}_{slot}.pth" for slot in ("current", "prev", "prev2")]
+        self.slots = [folder / slot_name(lineage, slot) for slot in SLOTS]
         self._mirror = folder / mirror if mirror else None
         self._thread: threading.Thread | None = None
         self._outcome: tuple[Path | None, float, str] | None = None
 
     # reading ---------------------------------------------------------------------------------------------------------
 
-    def load(self, skip: int = 0, read_only: bool = False) -> tuple[dict[str, Any] | None, Path | None, list[str]]:
+    def load(
+        self, skip: int = 0, read_only: bool = False, settled: bool = False
+    ) -> tuple[dict[str, Any] | None, Path | None, list[str]]:
         """(state, its file, remarks) of the newest readable slot; (None, None, remarks) when there is none.
 
         skip        how many of the newest slots to leave out
         read_only   for a lineage that somebody else trains: nothing is renamed, and tensors stay on the disk until they are used
+        settled     leave out one that was saved amid bad steps, too; only the newest can be
 
         A damaged slot is renamed to `*.damaged`, never deleted. Raises CheckpointError when a slot exists but this program
         may not or cannot read it: starting afresh would overwrite somebody's work.
         """
         notes = []
-        for path in self.slots[skip:]:
+        for path in self.slots[skip + (settled and _amid_bad_steps(self.slots[0])) :]:
             if not path.exists():
                 continue
             try:
@@ -119,9 +123,11 @@ class CheckpointStore:
         current = self.slots[0]
         try:
             probe(current)
-            sweep(current.parent, current.name)
+            paths = [*self.slots, *([self._mirror] if self._mirror is not None else [])]
+            for path in paths:
+                sweep(path.parent, path.name)
             current.with_name(f"{current.name}.tmp").unlink(missing_ok=True)  # as earlier versions called it
-            odd = [path for path in self.slots if path.exists() and not path.is_file()]
+            odd = [path for path in paths if path.exists() and not path.is_file()]
             return [f"{path.name} is no file; it is now {_set_aside(path).name}" for path in odd]
         except OSError as error:
             raise CheckpointError(f"checkpoints cannot be written to {current.parent}: {cause(error, current)}") from None
@@ -170,7 +176,10 @@ class CheckpointStore:
                 path.unlink(missing_ok=True)
 
     def outcome(self) -> tuple[Path | None, float, str] | None:
-        """(file, seconds, "") of a finished save, or (None, seconds, reason) of a failed one; None: nothing new. Told once."""
+        """(file, seconds, "") of a finished save, or (None, seconds, reason) of a failed one; None: nothing new. Told once.
+
+        (file, seconds, reason): it is saved, and only its other name, the mirror, could not be made.
+        """
         if self._thread is not None and self._thread.is_alive():
             return None
         outcome, self._outcome = self._outcome, None
@@ -185,19 +194,32 @@ class CheckpointStore:
                 file.flush()
                 os.fsync(file.fileno())
                 self._make_way()
-            if self._mirror is not None:
-                link_file(self.slots[0], self._mirror)
-                sync_folder(self._mirror.parent)
         except Exception as error:  # whatever it is, a save that failed must be told: nobody sees this thread die
             true = error.__context__ if isinstance(error.__context__, OSError) else error  # torch wraps a failed write
             told = cause(true, self.slots[0]) if isinstance(true, OSError) else f"{first_line(true)}."
             self._outcome = (None, time.monotonic() - started, told.splitlines()[0])
             return
-        self._outcome = (self.slots[0], time.monotonic() - started, "")
+        told = self._reflect()
+        self._outcome = (self.slots[0], time.monotonic() - started, told)
+
+    def _reflect(self) -> str:
+        """Make the mirror the newest slot's other name; returns why that failed, if it did."""
+        if self._mirror is None:
+            return ""
+        try:
+            link_file(self.slots[0], self._mirror)
+        except Exception as error:  # the checkpoint is there, whatever this is
+            told = cause(error, self._mirror) if isinstance(error, OSError) else f"{first_line(error)}."
+            return f"{self._mirror.name} does not hold what {self.slots[0].name} does: {told}"
+        sync_folder(self._mirror.parent)
+        return ""
 
     def _make_way(self) -> None:
-        """Move the slots on, once the new checkpoint is safe on the disk."""
+        """Move the slots on, once the new checkpoint is safe on the disk. One that was saved amid bad steps is replaced where it
+        is: its weights may be at fault, and those before it are what a roll-back needs."""
         current, prev, prev2 = self.slots
+        if _amid_bad_steps(current):
+            return
         if prev.exists():
             os.replace(prev, prev2)
         if current.exists():
@@ -211,21 +233,34 @@ def _set_aside(path: Path) -> Path:
     return aside
 
 
+def _amid_bad_steps(path: Path) -> bool:
+    """Whether the updates before a checkpoint were skipped as not finite."""
+    try:
+        return read_checkpoint(path, mmap=True, whole=False)["progress"].get("bad_in_a_row", 0) > 0
+    except (Damaged, CheckpointError):  # or not there
+        return False
+
+
 def stored_bytes(*modules: torch.nn.Module | None) -> int:
     """What the tensors of modules take in a checkpoint, those with several names counted once."""
-    tensors = {t.data_ptr(): t.nbytes for module in modules if module is not None for t in module.state_dict().values()}
+    tensors = {_place(t): t.nbytes for module in modules if module is not None for t in module.state_dict().values()}
     return sum(tensors.values())
+
+
+def _place(tensor: torch.Tensor) -> tuple:
+    """The same for all names of a tensor: `state_dict` makes an object of each."""
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _copy(value: Any) -> Any:
     """A deep copy with every tensor on the CPU. One tensor under several names (tied weights) is copied once."""
-    seen: dict[int, torch.Tensor] = {}
+    seen: dict[tuple, torch.Tensor] = {}
 
     def copy(v: Any) -> Any:
         if isinstance(v, torch.Tensor):
-            if id(v) not in seen:
-                seen[id(v)] = v.detach().to("cpu", copy=True)
-            return seen[id(v)]
+            if (place := _place(v)) not in seen:
+                seen[place] = v.detach().to("cpu", copy=True)
+            return seen[place]
         if isinstance(v, dict):
             return {key: copy(item) for key, item in v.items()}
         if isinstance(v, list | tuple):

@@ -9,6 +9,7 @@ import json
 import reprlib
 from typing import Annotated, Any, NotRequired
 
+import torch
 from pydantic import AfterValidator, BeforeValidator, Field, InstanceOf, TypeAdapter, ValidationError
 from torch import Tensor
 from typing_extensions import TypedDict
@@ -58,10 +59,11 @@ class RandomState(TypedDict):
 
 
 class SnapshotState(TypedDict):
-    """core/data/mixing.py, Mixer.snapshot. After a change of the data section only the first two are kept."""
+    """core/data/mixing.py, Mixer.snapshot. After a change of the data section the first four are kept."""
 
     index: Count
     cursors: dict[str, dict[str, Any]]
+    passed: NotRequired[dict[str, Count]]
     current: NotRequired[Count]
     ended: NotRequired[list[str]]
     drawn: NotRequired[dict[str, list[int]]]
@@ -76,6 +78,8 @@ class HeldOutState(TypedDict):
 
     held: dict[str, list[int]]
     released: list[int]
+    sources: NotRequired[list[str]]
+    fraction: NotRequired[Annotated[float, Field(ge=0, le=1)]]
 
 
 class DataState(TypedDict):
@@ -91,8 +95,9 @@ class DataState(TypedDict):
     receipt: str
     fingerprint: str
     contents: NotRequired[dict[str, str]]
+    epoch_tokens: NotRequired[Count | None]
     held_out: NotRequired[HeldOutState | None]
-    draws: NotRequired[list[Annotated[tuple[Count, Count, Count], Listed]]]
+    draws: NotRequired[list[Annotated[tuple[Count, Count, Count] | tuple[Count, Count, Count, Count], Listed]]]
     factors: NotRequired[list[Annotated[tuple[Count, dict[str, float]], Listed]]]
 
 
@@ -147,7 +152,8 @@ _SCHEMA = TypeAdapter(CheckpointState)
 
 
 def problem_of(state: Any) -> str | None:
-    """Why this is no state that a run can go on from; None where it is one. No tensor's content is looked at but step counts."""
+    """Why this is no state that a run can go on from; None where it is one. No tensor's content is looked at but step counts;
+    see `not_finite`."""
     try:
         _SCHEMA.validate_python(state, strict=True)
     except ValidationError as error:
@@ -156,7 +162,45 @@ def problem_of(state: Any) -> str | None:
         value = "" if first["type"] == "missing" else f" is {reprlib.repr(first['input'])}"
         told = first["msg"].removeprefix("Value error, ")
         return f"{where}{value}: {told[0].lower()}{told[1:]}"
-    return next((told for check in (_counts_problem, _optimizer_problem) if (told := check(state)) is not None), None)
+    checks = (_counts_problem, _tensors_problem, _optimizer_problem)
+    return next((told for check in checks if (told := check(state)) is not None), None)
+
+
+def tensor_problem(tensor: Tensor) -> str | None:
+    """Why a tensor cannot be loaded as a weight; None where it can be."""
+    if tensor.is_nested or tensor.is_quantized or tensor.layout is not torch.strided:
+        return "is sparse, nested or quantized; weights are dense"
+    if tensor.device.type != "cpu":
+        return f"has no content here (device {tensor.device})"
+    return "is complex; weights are real" if tensor.is_complex() else None
+
+
+def not_finite(tensors: dict[str, Tensor]) -> list[str]:
+    """The names of those that hold NaN or infinity. One pass over all of them."""
+    computed = {name: tensor.float() if tensor.itemsize == 1 else tensor for name, tensor in tensors.items()}  # no test of 8 bits
+    return [name for name, tensor in computed.items() if not bool(torch.isfinite(tensor).all())]
+
+
+def _parameters(state: dict[str, Any]) -> dict[str, Tensor]:
+    """Of the model and of heads, by the names that the optimizer knows them by. Buffers are among them."""
+    return state["model"] | {f"heads.{name}": tensor for name, tensor in state["heads"].items()}
+
+
+def _tensors_problem(state: dict[str, Any]) -> str | None:
+    """Dense, here, and real; floating what is trained, as a buffer may count or mask."""
+    trained = state["optimizer"]
+    for name, tensor in _parameters(state).items():
+        if (problem := tensor_problem(tensor)) is not None:
+            return f"model.{name} {problem}"
+        if name in trained and not tensor.is_floating_point():
+            return f"model.{name} is {tensor.dtype}, and it is trained: weights are floating-point"
+    for name, entry in trained.items():
+        for key, value in entry.items():
+            if isinstance(value, Tensor) and (problem := tensor_problem(value)) is not None:
+                return f"optimizer.{name}.{key} {problem}"
+            if isinstance(value, Tensor) and not value.is_floating_point():
+                return f"optimizer.{name}.{key} is {value.dtype}, not floating-point"
+    return None
 
 
 def _counts_problem(state: dict[str, Any]) -> str | None:
@@ -178,16 +222,18 @@ def _counts_problem(state: dict[str, Any]) -> str | None:
 
 def _optimizer_problem(state: dict[str, Any]) -> str | None:
     """Each entry must be of a parameter that is there, of its shape, and no older than the lineage."""
-    names = state["model"].keys() | {f"heads.{name}" for name in state["heads"]}
+    parameters = _parameters(state)
     for name, entry in state["optimizer"].items():
-        if name not in names:
+        if name not in parameters:
             return f"optimizer.{name}: no parameter has this name"
         if set(entry) not in OPTIMIZERS:
             return f"optimizer.{name} has {', '.join(entry) or 'nothing'}: another optimizer's"
-        if name in state["model"] and any(
-            each.shape != state["model"][name].shape for each in entry.values() if isinstance(each, Tensor) and each.ndim
-        ):
+        moments = [value for key, value in entry.items() if key != "step"]
+        if any(not isinstance(each, Tensor) or each.shape != parameters[name].shape for each in moments):
             return f"optimizer.{name} has another shape than its parameter"
-        if float(entry.get("step", 0)) > state["progress"]["step"]:
-            return f"optimizer.{name}.step is {float(entry['step']):.0f}, progress.step {state['progress']['step']}"
+        step = torch.as_tensor(entry.get("step", 0.0))
+        if step.numel() != 1:
+            return f"optimizer.{name}.step is {step.numel()} numbers"
+        if not 0 <= float(step) <= state["progress"]["step"]:
+            return f"optimizer.{name}.step is {float(step):.0f}, progress.step {state['progress']['step']}"
     return None

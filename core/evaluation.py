@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from core.contracts import Batch, LanguageModel, ModelOutput, Readout, call_if_defined
-from core.data.loader import collate
 from core.data.packing import Row
+from core.data.reader import collate
 from core.data.worker import Stopped
 from core.errors import first_line
 from core.geometry import geometry, mean_pairwise_cosine

@@ -24,7 +24,12 @@ BIGGEST = 1 << 28
 """Bytes of the largest file that is read whole. Presets, logs' neighbours and tokenizers are far smaller."""
 PROBE = bytes(1 << 16)
 NO_FILE = "it is no file but a folder, a pipe or a device"
-_ASIDE = re.compile(r"\.(?P<of>.+)\.[0-9a-f]{16}\.tmp")
+_ASIDE = re.compile(r"\.{1,2}(?P<of>.+)\.[0-9a-f]{16}\.tmp")  # two dots: of a probe, whose target is such a name itself
+
+
+def own_path(path: str, root: Path) -> Path:
+    """Where a path of a preset leads: relative to the project, "~" at a user's home. "~name" without such a user is a folder."""
+    return root / os.path.expanduser(path)
 
 
 # writing -------------------------------------------------------------------------------------------------------------
@@ -71,9 +76,11 @@ def link_file(source: Path, target: Path) -> None:
         with open(source, "rb") as whole, replacing(target, durable=True) as copy:
             shutil.copyfileobj(whole, copy)
         return
-    os.replace(aside, target)
-    with contextlib.suppress(OSError):
-        os.unlink(aside)  # renaming leaves it where both were the same file already
+    try:
+        os.replace(aside, target)
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(aside)  # renaming leaves it where both were the same file already, too
 
 
 def sync_folder(folder: Path) -> None:
@@ -189,6 +196,10 @@ def cause(error: OSError, path: Path) -> str:
         if part != path and part.exists() and not part.is_dir():
             return f"{part} is no folder. Move it away."
     reason = error.strerror or str(error)
+    if error.errno == errno.ELOOP and path.is_symlink():
+        return f"{path} is a link. Remove it."
+    if reason == NO_FILE or error.errno in (errno.EISDIR, errno.ENXIO):
+        return f"{NO_FILE}. Remove it, or move it away."
     if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
         return f"{reason}. Free some space there."
     if error.errno == errno.EFBIG:

@@ -185,14 +185,15 @@ def stream(voice: Voice, row: Row) -> Iterator[str]:
             yield piece
 
 
-def generate(voice: Voice, prompt: str, settings: GenerateSettings, seed: int) -> str:
+def generate(voice: Voice, prompt: str, settings: GenerateSettings, seed: int, between: Callable[[], None] = lambda: None) -> str:
     """Continue `prompt` by up to `settings.max_tokens` tokens, or to the end of the document, or to a stop string.
 
     A prompt that is a conversation written out (ChatML) is answered: encoded as in training, to the end of the assistant's turn.
+    `between`: called after each pass of the model; may raise, to stop.
     """
     row = _row_of_prompt(voice.tokenizer, prompt, Wish.of(settings), seed)
     for _ in advance(voice, [row]):
-        pass
+        between()
     return row.text
 
 

@@ -18,14 +18,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from core.assembly import MIRRORS, Preset
+from core.assembly import MIRRORS, Preset, what_goes_on
 from core.checkpoint import CheckpointStore
 from core.data.tokenizer import KNOWN_VOCABULARIES, tokenizer_facts
 from core.environment import read_dotenv
 from core.errors import Interrupted, PresetError, UserError
+from core.files import own_path
 from core.jobs import JOBS, PREVIEWS
 from core.lineage import changed_sources
-from core.metrics import evaluation_is_missing
+from core.metrics import LOG, evaluation_is_missing
+from core.names import slot_name
 from core.parallel import DDP, Single
 from core.preset import decode_preset, preset_json, read_preset
 from core.runtime import Runtime, detect_runtime, prepare
@@ -98,9 +100,9 @@ def _run_until_one_starts(runtime: Runtime, started: float) -> None:
 
 def _work_of(preset: Any) -> dict[Path, int]:
     """What runs of a preset have left behind: its files, and when each was last written."""
-    checkpoints, tokens = ROOT / "checkpoints", ROOT / Path(preset.tokenize.output).expanduser()
-    files = [*checkpoints.glob(f"{preset.lineage}_*.pth"), *(checkpoints / preset.lineage).rglob("*.pth")]
-    files += (ROOT / "logs" / preset.lineage).rglob("metrics.jsonl")
+    checkpoints, tokens = ROOT / "checkpoints", own_path(preset.tokenize.output, ROOT)
+    files = [*checkpoints.glob(slot_name(preset.lineage, "*")), *(checkpoints / preset.lineage).rglob("*.pth")]
+    files += (ROOT / "logs" / preset.lineage).rglob(LOG)
     files += tokens.glob("*/*.bin") if preset.job == "tokenize" else []
     return {path: path.stat().st_mtime_ns for path in files if path.is_file()}
 
@@ -254,7 +256,7 @@ def _cards_line(fixed: int, row: int, wanted: int) -> str:
 def _vocab_size(tokenizer: Any) -> int:
     """Of a preset's tokenizer, as far as it is known before it is made or loaded."""
     if tokenizer.type == "file":
-        return tokenizer_facts(ROOT / Path(tokenizer.path).expanduser()).get("vocab_size", 50_257)
+        return tokenizer_facts(own_path(tokenizer.path, ROOT)).get("vocab_size", 50_257)
     if tokenizer.type == "hub":
         return KNOWN_VOCABULARIES.get(tokenizer.name, 50_257)
     return {"bpe": tokenizer.vocab_size, "byte": 257}[tokenizer.type]
@@ -265,10 +267,11 @@ def _resume_line(preset: Any) -> str:
     if found is None:
         return _beginning_line(preset)
     progress, where = found["progress"], found["path"].name
-    same, log_file = found["preset"]["name"] == preset.name, ROOT / "logs" / preset.lineage / "metrics.jsonl"
-    if same and progress["finished"] and progress.get("evaluation_due") and evaluation_is_missing(log_file, progress["step"]):
+    log_file = ROOT / "logs" / preset.lineage / LOG
+    does = what_goes_on(preset, found, lambda: evaluation_is_missing(log_file, progress["step"]))
+    if does == "evaluation":
         line = f"evaluates run {progress['run']}, which was trained to its end, step {progress['step']:,}, from {where}"
-    elif progress["finished"] or not same:
+    elif does == "next run":
         line = f"starts run {progress['run'] + 1} from step {progress['step']:,} in {where}"
     else:
         line = f"resumes run {progress['run']} at step {progress['step']:,}, {progress['run_tokens']:,} tokens, from {where}"

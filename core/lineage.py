@@ -17,6 +17,7 @@ from typing import Any
 
 from core.errors import UserError
 from core.files import cause, open_lock
+from core.names import SLOTS, slot_name
 
 try:
     import fcntl
@@ -159,8 +160,8 @@ def changed_sources(found: dict[str, Any], preset: Any, unreachable: Collection[
 def has_checkpoints(root: Path, lineage: str) -> bool:
     """Whether a start would go on from something: a run's checkpoints, or those of a comparison's trials."""
     folder = root / "checkpoints"
-    slots = [folder / f"{lineage}_{slot}.pth" for slot in ("current", "prev", "prev2")]
-    return any(path.exists() for path in slots) or next((folder / lineage).glob("*/*_current.pth"), None) is not None
+    slots = [folder / slot_name(lineage, slot) for slot in SLOTS]
+    return any(path.exists() for path in slots) or next((folder / lineage).glob(f"*/{slot_name('*')}"), None) is not None
 
 
 def name_aside(root: Path, lineage: str) -> str:
@@ -179,12 +180,12 @@ def put_aside(root: Path, lineage: str) -> str:
     The newest checkpoint goes last but for the log: whatever stops this in between, a start goes on from it, or finds none.
     """
     checkpoints, logs = root / "checkpoints", root / "logs"
-    ours = re.compile(rf"{re.escape(lineage)}(?P<rest>_(current|prev|prev2)\.pth.*|)")
+    ours = re.compile(rf"{re.escape(lineage)}(?P<rest>_({'|'.join(SLOTS)})\.pth.*|)")
     with owned(root, lineage, "start fresh"):
         name = name_aside(root, lineage)
         found = [(path, match["rest"]) for path in checkpoints.iterdir() if (match := ours.fullmatch(path.name)) is not None]
         try:
-            for path, rest in sorted(found, key=lambda each: each[1] == "_current.pth"):
+            for path, rest in sorted(found, key=lambda each: each[1] == slot_name("")):
                 os.replace(path, checkpoints / f"{name}{rest}")
             if (logs / lineage).exists():
                 os.replace(logs / lineage, logs / name)

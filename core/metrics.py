@@ -8,14 +8,16 @@ State: the open file and its length up to the last whole line
 import json
 import math
 import os
+import shutil
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from core.errors import UserError
-from core.files import cause, check_regular, probe, sweep
+from core.files import cause, check_regular, probe, replacing, sweep
 from core.terminal import tell
 
 LOG = "metrics.jsonl"
@@ -23,6 +25,8 @@ BLOCK = 1 << 16
 TAIL = 1 << 22
 """Bytes at the end of a log that hold its last step, and what came after."""
 OF_EVALUATION = tuple(b'{"event": "%s"' % kind for kind in (b"eval", b"sample", b"neighbors"))
+ENDINGS = ("eval", "run_end")
+"""Events that end a stretch of a run: pictures are drawn from the file then."""
 CUT_SHORT = ("interrupted", "failed", "diverged")
 """Reasons of a `run_end` that no evaluation comes before."""
 
@@ -46,11 +50,15 @@ class MetricsLog:
         self._length = 0  # bytes of whole lines; after a failed write the file may be longer
         self._torn = False
         self._warned = False
+        self._reached = (0, 0)  # (step, tokens) of the last event
         if path is not None:
             self._guarded(self._open)
 
     def emit(self, event: str, *, step: int, tokens: int, **fields: Any) -> dict:
         """Write one event and show it. Returns it as written: plain JSON, NaN and infinity replaced by null."""
+        self._reached = step, tokens
+        if event in ENDINGS:
+            self._look_after_file()
         record = {"event": event, "step": step, "tokens": tokens, "time": time.time(), **fields}
         record = _plain(record)
         if self._file is not None:
@@ -69,8 +77,50 @@ class MetricsLog:
 
     def sync(self) -> None:
         """Everything emitted so far reaches the disk: a checkpoint written after this never knows more than the log."""
+        self._look_after_file()
         if self._file is not None:
             self._guarded(lambda: os.fsync(self._file.fileno()))
+
+    def _look_after_file(self) -> None:
+        """Somebody may have removed, moved, replaced or emptied the file while it was written: that is mended, and told."""
+        told: list[str] = []
+        if self._file is not None:
+            self._guarded(lambda: told.extend(self._mended()))
+        for message in told:
+            self.emit("warning", step=self._reached[0], tokens=self._reached[1], message=message)
+
+    def _mended(self) -> list[str]:
+        """The file is held open: as long as it is, what was removed can be written anew. Returns what a person should know."""
+        held = os.fstat(self._file.fileno())
+        if held.st_size < self._length:
+            lost = self._length - held.st_size
+            self._cut(held.st_size)
+            return [f"{self.path} was cut off from outside: its last {lost:,} bytes are lost, curves have a gap. The run goes on"]
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(self.path), held):
+                return []
+        what = "was removed or moved"
+        if os.path.lexists(self.path):
+            what = f"was replaced (what stands there is now {self._set_aside().name})"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with replacing(self.path, durable=True) as anew:
+                self._file.seek(0)
+                shutil.copyfileobj(self._file, anew)
+        finally:
+            self._file.seek(self._length)
+        removed = self._file
+        self._open()
+        removed.close()
+        return [f"{self.path} {what} during the run: it is written anew, with every event so far. The run goes on"]
+
+    def _set_aside(self) -> Path:
+        """Where what stands in the log's place is kept from now on."""
+        number = 1
+        while os.path.lexists(aside := self.path.with_name(f"{self.path.stem}.before-{number}{self.path.suffix}")):
+            number += 1
+        os.replace(self.path, aside)
+        return aside
 
     def rewind(self, step: int, evaluation_due: bool = False) -> list[str]:
         """Drop every line of a later step, so that a resumed run leaves no step twice; nor an evaluation at `step`, if it is due.
@@ -100,12 +150,12 @@ class MetricsLog:
 
     def _drop_after(self, kept: int, step: int) -> None:
         if step == 0:
-            number = 1
-            while (aside := self.path.with_name(f"{self.path.stem}.before-{number}{self.path.suffix}")).exists():
-                number += 1
             self._file.close()
-            os.replace(self.path, aside)
-            self._open()
+            self._file = None  # where neither name can be opened, events go to the views alone
+            try:
+                self._set_aside()
+            finally:
+                self._open()
         else:
             self._cut(kept)
 
@@ -131,7 +181,7 @@ class MetricsLog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             check_regular(self.path)
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)  # no hole, should it be emptied meanwhile
         self._file = os.fdopen(descriptor, "r+b", buffering=0)  # unbuffered: a killed run loses no line it has shown
         self._cut(os.fstat(descriptor).st_size)
 
@@ -177,6 +227,7 @@ def check_log(path: Path) -> None:
         sweep(path.parent)
         if path.exists():
             check_regular(path)
+            os.close(os.open(path, os.O_RDWR))  # a file may be read-only in a folder that is not
     except OSError as error:
         raise UserError(f"the log {path} cannot be written: {cause(error, path)} Then start again.") from None
 
@@ -223,6 +274,7 @@ def _kind_of(line: bytes) -> bytes:
 def evaluation_is_missing(path: Path, step: int) -> bool:
     """Whether the log ends at this step, without the end of an evaluation there: the program was ended before or in it."""
     try:
+        check_regular(path)
         with open(path, "rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
             lines = file.read().splitlines()

@@ -10,10 +10,18 @@ import re
 import unicodedata
 
 LONGEST = 150
-"""Characters: checkpoints add "_current.pth.tmp" to a lineage, and disks take 255 bytes."""
+"""Characters: a checkpoint that is being written is called .<lineage>_current.pth.<16 digits>.tmp, and disks take 255 bytes."""
 NAME = re.compile(r"[A-Za-z0-9_-]([A-Za-z0-9._-]*[A-Za-z0-9_-])?")
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 """What Windows keeps for devices."""
+
+SLOTS = ("current", "prev", "prev2")
+"""What a lineage's checkpoints are called, the newest first."""
+
+
+def slot_name(lineage: str, slot: str = SLOTS[0]) -> str:
+    """The file of a lineage's checkpoint; with "*" a pattern."""
+    return f"{lineage}_{slot}.pth"
 
 
 def is_file_name(name: str) -> bool:

@@ -94,6 +94,7 @@ class Optimizer:
                     kind = {"momentum_buffer"} if isinstance(optimizer, Muon) else {"step", "exp_avg", "exp_avg_sq"}
                     if set(state) != kind or any(t.shape != p.shape for t in state.values() if isinstance(t, Tensor) and t.ndim):
                         fresh.append(self._names[id(p)])
+                        optimizer.state.pop(p, None)
                         continue
                     optimizer.state[p] = {
                         # `step` stays where fused AdamW wants it: with the parameter, in fp32

@@ -15,7 +15,7 @@ from torch import nn
 
 from core.contracts import Batch
 from core.data.loader import StepRows
-from core.errors import Diverged
+from core.errors import UserError
 from core.horizon import Horizon
 from core.losses.stack import LossTerms
 from core.randomness import derive_seed
@@ -125,7 +125,7 @@ class Passes:
             self._compiler_left_out()
             return
         if self.rows_at_once == 1:
-            raise Diverged("not even one row fits the device's memory; make the model or model.seq_length smaller")
+            raise UserError("not even one row fits the device's memory; make the model or model.seq_length smaller")
         self.rows_at_once = (self.rows_at_once + 1) // 2
         self._warn(f"out of memory: micro-batches have {self.rows_at_once} rows now, and there are more of them")
 
@@ -145,10 +145,11 @@ def compile_plan(
         parameters = sum(p.numel() for p in model.parameters())
         tokens = min(horizon.run_tokens, horizon.horizon_tokens)  # less where max_epochs ends it
         if horizon.run_steps is not None:
-            rows = preset.train.per_gpu_batch_size * preset.train.accumulation_steps
+            rows = preset.train.per_gpu_batch_size * preset.train.accumulation_steps * runtime.world_size
             tokens = min(tokens, horizon.run_steps * rows * preset.model.seq_length)
         speed = 1e14 if runtime.device.type == "cuda" else 1.5e11  # multiply-adds a second this kind of device reaches, roughly
-        seconds = 6 * parameters * tokens / speed
+        devices = runtime.world_size if runtime.device.type == "cuda" else 1  # processes on a CPU share it
+        seconds = 6 * parameters * tokens / (speed * devices)
         if seconds < COMPILE_PAYS_AFTER_SECONDS:
             return None, f"not compiled: multiplying takes about {seconds:.0f} s of the run, too little for compiling to pay"
     kept = saved.get("compile_from_step") if saved is not None else None

@@ -25,9 +25,10 @@ from pydantic import (
 
 from core.comparison.measures import metrics_of
 from core.errors import PresetError
-from core.json_file import read_json, shown
+from core.json_file import UNREADABLE, read_json, shown
 from core.mistakes import explain
 from core.names import LONGEST, NAME, file_name, is_file_name
+from core.schedules import limits
 from core.settings import (
     RUN_TOKENS,
     AuxiliarySettings,
@@ -195,17 +196,21 @@ def read_preset(path: Path, cls: type[BaseModel]) -> Any:
     Raises PresetError with every problem: JSON syntax with line and column, unknown keys with the nearest known one,
     wrong values with path, value and what would be right.
     """
+    if UNREADABLE.search(path.stem):
+        told = path.with_name(UNREADABLE.sub("?", path.name))
+        raise PresetError(str(told), ["the file's name holds bytes that are no UTF-8 text; rename the file"])
     data, problems = read_json(path)
-    seen = [path.stem]
+    seen = {os.path.realpath(path): path.stem}
     while isinstance(data, dict) and isinstance(parent := data.get("extends"), str):
-        parent_path = path.parent / f"{parent.removesuffix('.json')}.json"
-        if parent_path.stem in seen:
-            raise PresetError(str(path), [f"extends  goes in a circle: {' -> '.join([*seen, parent_path.stem])}"])
+        stem = parent.removesuffix(".json")
+        parent_path = path.parent / f"{stem}.json"
         if not os.path.exists(parent_path):
             near = difflib.get_close_matches(parent, [p.stem for p in path.parent.glob("*.json")], n=1)
             hint = f'; did you mean "{near[0]}"?' if near else ""
             raise PresetError(str(path), [*problems, f"extends  {shown(parent)} is no preset in {path.parent}{hint}"])
-        seen.append(parent_path.stem)
+        if (real := os.path.realpath(parent_path)) in seen:
+            raise PresetError(str(path), [f"extends  goes in a circle: {' -> '.join([*seen.values(), stem])}"])
+        seen[real] = stem
         base, of_base = read_json(parent_path)
         if not isinstance(base, dict):
             raise PresetError(str(parent_path), ["a preset is a JSON object: { ... }"])
@@ -268,6 +273,12 @@ def _relations(preset: Any) -> list[str]:
         found.append(
             f"train.per_gpu_batch_size  {rows:,}: with accumulation_steps {times:,} and model.seq_length {T:,} one step would be "
             f"{tokens:,} tokens, and the whole run has {train.runs * RUN_TOKENS:,}; make one of them smaller"
+        )
+    heads = [getattr(preset.auxiliary, f"{key.removeprefix('enable_')}_weight", 0.0) for key in preset.auxiliary.heads]
+    if all(limits(weight)[1] <= 0 for weight in [*(loss.weight for loss in preset.losses), *heads]):
+        found.append(
+            "losses  none of them has a weight above 0 at any moment of the run: nothing would be learned; give one of them a "
+            "weight, or leave it out"
         )
     return found
 

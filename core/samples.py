@@ -20,12 +20,18 @@ Event = tuple[str, dict[str, Any]]
 
 
 def build_samples(
-    tokenizer: Tokenizer, settings: GenerateSettings, context: int, masked: bool, seed: int
+    tokenizer: Tokenizer,
+    settings: GenerateSettings,
+    context: int,
+    masked: bool,
+    seed: int,
+    between: Callable[[], None] = lambda: None,
 ) -> tuple[Callable[[nn.Module, int], Iterator[Event]], list[str]]:
     """(the events of a model at a step, remarks). The same model, step and seed give the same texts.
 
     context   tokens that a model sees at once
     masked    whether prompts have blanks that the model fills
+    between   called between tokens, and between blanks; may raise, to stop
     """
     words, unknown = word_ids(tokenizer, settings.neighbors_of)
     notes = [f"generate.neighbors_of: {', '.join(unknown)} left out, being more than one token each"] if unknown else []
@@ -37,8 +43,9 @@ def build_samples(
             if masked:
                 prompt, text = fill(model, tokenizer, prompt, voice.context)
             else:
-                text = generate(voice, prompt, settings, derive_seed(seed, "sample", step, i))
+                text = generate(voice, prompt, settings, derive_seed(seed, "sample", step, i), between)
             yield "sample", {"prompt": prompt, "text": text}
+            between()
         for each in neighbors(model, tokenizer, words):
             yield "neighbors", each
 

@@ -38,7 +38,7 @@ class LossSettings(Settings):
     name: str | None = Field(None, min_length=1)
     """Name in logs; left out, its type. Two losses of one type need different ones."""
     weight: Schedule = 1.0
-    """Factor in the sum of losses. 0: only reported."""
+    """Factor in the sum of losses. 0: only reported. Below 0: rewarded; one of the losses has to be above 0 at some moment."""
 
 
 class TokenizerSettings(Settings):
@@ -363,7 +363,7 @@ class DataSettingsBase(Settings):
     weights_of: Literal["documents", "tokens"] = "documents"
     """What source_weights are shares of: documents drawn, or their tokens (a source of long documents is drawn less often)."""
     min_text_length: int = Field(50, ge=1)
-    """Documents of fewer characters are passed over."""
+    """Texts of fewer characters are left out, and counted; conversations may be as short as they are."""
     mask_fraction: float = Field(0.2, gt=0.0, lt=1.0)
     """Share of the tokens that are hidden behind [MASK] and predicted, where the model learns that (neobert)."""
     packing: Literal["documents", "best_fit", "padding"] = "documents"

@@ -10,15 +10,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-HANG_UP = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []
-STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM, *HANG_UP]
+OF_TERMINALS = [signal.SIGINT, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+STOP_SIGNALS = [*OF_TERMINALS, signal.SIGTERM]
 
 
 @contextmanager
 def signals_held(numbers: Sequence[signal.Signals] = STOP_SIGNALS) -> Iterator[None]:
     """Processes started inside are not ended by these signals, which a terminal sends to a whole group; nor are theirs.
 
-    For processes that multiprocessing ends by SIGTERM, hold HANG_UP alone.
+    For processes that multiprocessing ends by SIGTERM, hold OF_TERMINALS alone. What multiprocessing starts first, a process that
+    keeps its queues, lets SIGINT go: hold again for the others.
     """
     if not hasattr(signal, "pthread_sigmask"):  # no such platform is trained on, but it may be tried
         yield

@@ -8,12 +8,16 @@ State: sys.stdout and sys.stderr, once `guard_streams` has put others in their p
 import io
 import os
 import re
+import select
 import sys
 import unicodedata
 from typing import Any, TextIO
 
 # Colour and cursor sequences (CSI), window titles (OSC, up to bell or ST), and two-character escapes.
 ESCAPES = re.compile(r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b[\]PX^_].*?(?:\x07|\x1b\\|$)|\x1b[@-Z\\-_]?", re.DOTALL)
+
+PATIENCE_SECONDS = 2.0
+"""How long a reader may be behind before what is written is lost to it, where the stream itself does not wait."""
 
 
 def clean(text: object) -> str:
@@ -57,9 +61,16 @@ def tell(message: object) -> None:
 class _Unbreakable(io.FileIO):
     """A closed terminal, a pipe that nobody reads, a full disk: what cannot be shown is lost, the work is not."""
 
+    patience = PATIENCE_SECONDS
+
     def write(self, data: Any) -> int:
         try:
-            return super().write(data)
+            while (written := super().write(data)) is None:  # a stream that does not wait for its reader, and one that is behind
+                if not select.select([], [self], [], self.patience)[1]:
+                    self.patience = 0.0  # until somebody reads again
+                    return memoryview(data).nbytes
+            self.patience = PATIENCE_SECONDS
+            return written
         except OSError:
             return memoryview(data).nbytes
 

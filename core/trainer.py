@@ -13,13 +13,13 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from core.checkpoint import CheckpointStore
+from core.auxiliary import load_heads
+from core.checkpoint import CheckpointStore, load_model
 from core.contracts import call_if_defined
 from core.curriculum import Curriculum
 from core.data.loader import Loader, StepRows
@@ -31,7 +31,7 @@ from core.losses.stack import LossTerms
 from core.metrics import CUT_SHORT, MetricsLog
 from core.objective import Objective
 from core.optim import Optimizer
-from core.parallel import on_rank_zero
+from core.parallel import load_slot
 from core.passes import Passes
 from core.runtime import Runtime, uncompiled
 from core.schedules import learning_rate_schedule, value_at
@@ -121,14 +121,20 @@ class Trainer:
 
     def _train_on(self) -> str:
         """Step after step; returns why that is over."""
-        while (reason := self.horizon.end(self.progress)) is None:
+        # an end waits for a finite step, or a roll-back: until then nobody knows whether the weights are at fault
+        while (reason := self.horizon.end(self.progress)) is None or self.progress.bad_in_a_row:
             if self.progress.evaluation_due and not self.progress.bad_in_a_row:
                 self.evaluate_and_sample()
                 if any(self.parallel.sum([float(self.should_stop())])):
                     return "interrupted"
-            rows = self.loader.next_step(self.should_stop)
+            try:
+                rows = self.loader.next_step(self.should_stop)
+            finally:  # steps may have been passed over, however it ends
+                self._enter_passed_over()
             self._tell_left_out()
             if rows is None:
+                if bad := self.progress.bad_in_a_row:
+                    self._warn(f"the data ended after {bad} skipped updates in a row: the weights may be at fault")
                 return "max_epochs"
             self._sound = self.parallel.world_size == 1  # of several ranks one that fails is alone: they cannot save together
             try:
@@ -258,7 +264,10 @@ class Trainer:
         seconds = time.monotonic() - self._last_save
         due = self.parallel.rank == 0 and seconds >= min(self._save_after, self.settings.checkpoint_every_minutes * 60)
         every_steps = self.settings.checkpoint_every_steps
-        stop, due = self.parallel.sum([float(self.should_stop()), float(due)])
+        stop, due, untold = self.parallel.sum([float(self.should_stop()), float(due), float(self.loader.has_untold)])
+        if untold:
+            self.loader.gather_told()
+            self._tell_left_out()
         if stop:
             return True
         due = due or (every_steps is not None and self.progress.run_step % every_steps == 0)
@@ -281,6 +290,7 @@ class Trainer:
                 self._emit("eval", **numbers, seconds=time.monotonic() - started)
             if self.parallel.rank == 0 and not self.progress.evaluation_due:
                 self._look("samples", self._show)
+            self.progress.evaluation_due = self.parallel.broadcast(self.progress.evaluation_due)
         self.model.train()
         self._step_started += time.monotonic() - started  # tokens per second are of training
 
@@ -292,7 +302,7 @@ class Trainer:
         """What `action` finds at the model; None where it fails, which is told once for each way to fail."""
         try:
             return action()
-        except Stopped:  # on every rank
+        except Stopped:
             self.progress.evaluation_due = True
         except Exception as error:
             if (kind := (what, type(error))) not in self._told:
@@ -344,7 +354,7 @@ class Trainer:
         if reason not in CUT_SHORT:
             self.evaluate_and_sample()
             reason = "interrupted" if self.progress.evaluation_due else reason
-        self._emit("run_end", reason=reason, receipt=self.loader.state()["receipt"])
+        self._emit("run_end", reason=reason, receipt=self.loader.state()["receipt"], ledger=self.progress.ledger)
         return reason
 
     def _save_now(self) -> str | None:
@@ -362,11 +372,22 @@ class Trainer:
         if path is None:
             self._warn(f"checkpoint not saved: {failed} The older ones are untouched, training goes on")
             return failed
+        if failed:
+            self._warn(f"the checkpoint is saved, but {failed}")
         self._emit("checkpoint", path=path.relative_to(self.store.folder.parent).as_posix(), seconds=seconds)
         return None
 
+    def _enter_passed_over(self) -> None:
+        """What began in steps that taught nothing goes into the ledger: it was read, though its tokens were not trained."""
+        while self.loader.begun:
+            name, documents, epochs = self.loader.begun.pop()
+            if documents or epochs:
+                self.progress.expose(name, 0, documents, epochs, None)
+
     def _tell_left_out(self) -> None:
         """Sources that failed, files that could not be read, and what else the loader has to tell."""
+        if self.parallel.rank > 0:
+            return
         while self.loader.told:
             self._warn(self.loader.told.pop(0))
         while self.loader.dropped:
@@ -387,18 +408,23 @@ class Trainer:
         self.store.wait()
         # a slot saved right after the update that ruined the weights is of no use: the second time an older one is taken
         older = self._rolled_back
-        state, path, notes = load_slot(self.store, self.parallel, older) if older < ROLL_BACKS else (None, None, [])
+        told = f"loss or gradient were not finite {BAD_STEPS} times in a row at step {self.progress.step + 1}"
+        advice = "Lower train.learning_rate or train.max_grad_norm; the checkpoints before it are untouched."
+        state, path, notes = load_slot(self.store, self.parallel, older, True) if older < ROLL_BACKS else (None, None, [])
         for note in notes:
             self._warn(note)
         if state is None or path is None:
-            raise Diverged(
-                f"loss or gradient were not finite {BAD_STEPS} times in a row at step {self.progress.step + 1}. Lower "
-                "train.learning_rate or train.max_grad_norm; the checkpoints before it are untouched."
-            )
+            raise Diverged(f"{told}. {advice}")
         self._rolled_back += 1
-        self.model.load_state_dict(state["model"])
-        if self.objective.heads is not None:
-            self.objective.heads.load_state_dict(state["heads"])
+        notes = []
+        try:  # as a resumed run does: heads, or the rows' length, may have changed since
+            call_if_defined(self.model, "prepare_load", state["model"], notes)
+            notes += load_model(self.model, state["model"], path.name)
+            notes += load_heads(self.objective.heads, state["heads"])
+        except CheckpointError as error:
+            raise Diverged(f"{told}, and the checkpoint before cannot be gone back to: {error}") from None
+        if not all(p.isfinite().all() for p in self.objective.parameters()):
+            raise Diverged(f"{told}, as are weights that {path.name} lacks ({'; '.join(notes)}). {advice}")
         self.optimizer.load(state["optimizer"])
         self._warn(f"{BAD_STEPS} bad steps in a row: weights are back at {path.name}, step {state['progress']['step']}")
 
@@ -407,18 +433,3 @@ class Trainer:
 
     def _emit(self, event: str, **fields: Any) -> None:
         self.log.emit(event, step=self.progress.step, tokens=self.progress.tokens, **fields)
-
-
-def load_slot(store: CheckpointStore, parallel: Any, skip: int = 0) -> tuple[dict[str, Any] | None, Path | None, list[str]]:
-    """`store.load` on every rank; rank 0 alone judges slots and moves damaged ones aside."""
-    state: dict[str, Any] | None = None
-
-    def judge() -> tuple[Path | None, list[str]]:
-        nonlocal state
-        state, path, notes = store.load(skip)
-        return path, notes
-
-    path, notes = on_rank_zero(parallel, judge)
-    if path is not None and state is None:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    return state, path, notes

@@ -19,10 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from core.checkpoint import CheckpointStore, Damaged, load_model, read_checkpoint
+from core.checkpoint_state import not_finite, tensor_problem
 from core.comparison.trials import changed
 from core.contracts import call_if_defined
 from core.data.tokenizer import build_tokenizer
 from core.errors import UserError
+from core.files import own_path
+from core.names import slot_name
 from core.settings import Settings, TokenizerSettings
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
@@ -65,8 +68,22 @@ class Weights:
     def load_into(self, model: nn.Module, advice: str = FITTING) -> list[str]:
         """Put them into a model; returns remarks. Raises CheckpointError naming everything that does not fit."""
         notes: list[str] = []
+        self._check_kinds({})
         call_if_defined(model, "prepare_load", self.model, notes)
+        self._check_kinds(model.state_dict())
+        if odd := not_finite(self.model | {f"heads.{name}": tensor for name, tensor in self.heads.items()}):
+            names = ", ".join(odd[:4]) + (", ..." if len(odd) > 4 else "")
+            notes.append(f"not finite in {self.where}: {names}: nothing is learned from such weights; take an older checkpoint")
         return notes + load_model(model, self.model, self.where, advice=advice)
+
+    def _check_kinds(self, own: dict[str, Tensor]) -> None:
+        """Raises UserError where a tensor is of a kind that copying would turn into other weights, or cannot copy."""
+        for name, tensor in self.model.items():
+            problem = tensor_problem(tensor)
+            if problem is None and name in own and own[name].is_floating_point() and not tensor.is_floating_point():
+                problem = f"is {tensor.dtype}; weights are floating-point"
+            if problem is not None:
+                raise UserError(f"{self.where}: {name} {problem}. Save it anew as plain floating-point weights, or name another.")
 
     def other_settings(self, model: Settings) -> list[str]:
         """What their `model` section said otherwise than this one: "model.seq_length was 128, is 256"."""
@@ -92,13 +109,13 @@ def is_file(origin: str) -> bool:
 def find_weights(origin: str, root: Path) -> Weights:
     """What `init_from` names. Raises UserError saying what there is, or what to run first."""
     if is_file(origin):
-        return read_weights(root / Path(origin).expanduser(), origin)
+        return read_weights(own_path(origin, root), origin)
     return newest_weights(origin, root)
 
 
 def preview_weights(origin: str, root: Path) -> str:
     """What the menu calls the weights that `init_from` names; quick, as nothing but the step is read. Raises UserError."""
-    path = root / Path(origin).expanduser()
+    path = own_path(origin, root)
     if is_file(origin):
         if not path.is_file():
             raise _no_file(origin)
@@ -160,9 +177,9 @@ def _no_file(where: str) -> UserError:
 
 def _no_lineage(lineage: str, root: Path) -> UserError:
     whose = f'the preset "{lineage}"' if (root / "configs" / f"{lineage}.json").exists() else f'a preset of lineage "{lineage}"'
-    names = sorted(path.name.removesuffix("_current.pth") for path in (root / "checkpoints").glob("*_current.pth"))
+    names = sorted(path.name.removesuffix(slot_name("")) for path in (root / "checkpoints").glob(slot_name("*")))
     others = f" There are checkpoints of {', '.join(names)}." if names else ""
-    return UserError(f"checkpoints/{lineage}_current.pth is not there: run {whose} first.{others}")
+    return UserError(f"checkpoints/{slot_name(lineage)} is not there: run {whose} first.{others}")
 
 
 def _read_torch(path: Path, where: str) -> dict[str, Any]:

@@ -30,6 +30,9 @@ ROOT = Path(__file__).resolve().parent.parent
 NO_HUB = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "NO_PROXY": "*"}
 """An endpoint where nothing listens: what a machine without a network sees, at once and on every machine."""
 
+OF_THE_MACHINE = {"time", "seconds", "tokens_per_second", "data_seconds", "memory_mb"}
+"""What a line of the log says of the machine, and what differs each time."""
+
 TINY_SIZES = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16, "intermediate_size": 64}
 """What makes a model of any kind small, for those of its settings that it has."""
 
@@ -232,8 +235,21 @@ def kill_group(process: subprocess.Popen) -> None:
 
 
 def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
-    """What is not bit for bit the same in two checkpoints: weights, optimizer, progress, place in the data and mix."""
-    found = [f"model {name}" for name in a["model"] if not torch.equal(a["model"][name], b["model"][name])]
-    for name, state in a["optimizer"].items():
-        found += [f"optimizer {name} {key}" for key in state if not torch.equal(state[key], b["optimizer"][name][key])]
+    """What is not bit for bit the same in two checkpoints, or in one of them only: weights of the model and of its heads,
+    optimizer, progress, place in the data and mix."""
+    one, other = ({(part, name): each for part in ("model", "heads") for name, each in state[part].items()} for state in (a, b))
+    for named, state in ((one, a), (other, b)):
+        named.update({("optimizer", name, key): each for name, keys in state["optimizer"].items() for key, each in keys.items()})
+    same = {name for name in one.keys() & other.keys() if torch.equal(one[name], other[name])}
+    found = [" ".join(name) for name in sorted((one.keys() | other.keys()) - same)]
     return found + [key for key in ("progress", "data", "adaptive") if a[key] != b[key]]
+
+
+def measured(events: Iterable[dict]) -> list[dict]:
+    """The lines of a log that say how training went, in order, with all they say but times, speeds and memory."""
+    kinds = ("step", "eval", "sample", "neighbors", "reweighted")
+
+    def kept(value: Any) -> Any:  # a curriculum's seconds stand in a section of their own
+        return {k: kept(v) for k, v in value.items() if k not in OF_THE_MACHINE} if isinstance(value, dict) else value
+
+    return [kept(event) for event in events if event["event"] in kinds]

@@ -158,7 +158,7 @@ def in_fresh_python(code: str, folder: Path) -> dict:
 
 def test_what_data_workers_run_needs_no_torch(tmp_path: Path) -> None:
     """Reading, mixing, tokenizing and packing stay free of torch, and slow libraries wait until they are used."""
-    light = [m for m in MODULES if part_of(m) == "core.data" and m != "core.data.loader"]
+    light = [m for m in MODULES if part_of(m) == "core.data" and m not in ("core.data.loader", "core.data.reader")]
     light += ["core.preset", "core.settings", "core.schedules", "core.errors", "core.randomness"]
     code = f"""
 import importlib, json

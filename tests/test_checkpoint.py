@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from core.checkpoint import FORMAT, CheckpointStore, load_model
+from core.checkpoint import FORMAT, CheckpointStore, _copy, load_model, stored_bytes
 from core.errors import CheckpointError
 from tests.project import ROOT, tiny_preset, train_here
 
@@ -106,6 +106,19 @@ def test_without_hard_links_the_mirror_is_a_copy(tmp_path: Path, monkeypatch: py
     save(store, 1)
     save(store, 2)
     assert number_of(torch.load(tmp_path / "simple_lm_trained.pth", weights_only=True)) == 2
+
+
+def test_a_tensor_of_several_names_is_copied_and_written_once(tmp_path: Path) -> None:
+    """Tied weights, as `state_dict` gives them: an object for each name. The room that is asked for is the room it takes."""
+    model = nn.ModuleDict({"table": nn.Embedding(300, 50), "readout": nn.Linear(50, 300, bias=False)})
+    model["readout"].weight = model["table"].weight
+    copied = _copy({"model": model.state_dict(), "other": [model["table"].weight[:7]]})
+    assert copied["model"]["table.weight"] is copied["model"]["readout.weight"] and copied["other"][0].shape == (7, 50)
+    assert stored_bytes(model) == 300 * 50 * 4
+    store = CheckpointStore(tmp_path, "t")
+    store.save({**state_of(1), "model": model.state_dict()})
+    store.wait()
+    assert stored_bytes(model) < store.slots[0].stat().st_size < 1.3 * stored_bytes(model)
 
 
 def test_training_may_go_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from core.checkpoint import CheckpointStore
 from core.checkpoint_state import problem_of
+from core.errors import UserError
 from core.weights import preview_weights, read_weights
 from tests.project import tiny_preset, train_here
 
@@ -86,6 +87,19 @@ def of_another_size(state: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
+def nested(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.nested.nested_tensor(list(tensor.detach()))
+
+
+def quantized(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.quantize_per_tensor(tensor.detach(), 0.1, 0, torch.qint8)
+
+
+def moments(change: Callable[[torch.Tensor], Any]) -> Change:
+    """A change of one moment that the optimizer keeps."""
+    return put("optimizer", "embedding.weight", "exp_avg", value=change)
+
+
 WRONG: dict[str, tuple[Change, str]] = {
     "only the model": (lambda state: {"model": state["model"]}, "heads: field required"),
     "nothing": (lambda state: {}, "model: field required"),
@@ -120,6 +134,7 @@ WRONG: dict[str, tuple[Change, str]] = {
     "a tokenizer that is none": (put("tokenizer", "json", value="{}"), "tokenizer.json is '{}': is no tokenizer"),
     "a tokenizer nested too deeply": (put("tokenizer", "json", value="[" * 99_999), "is no tokenizer"),
     "a tokenizer that is no JSON": (put("tokenizer", "json", value="?"), "tokenizer.json is '?'"),
+    "tokens of an epoch in text": (put("data", "epoch_tokens", value="9"), "data.epoch_tokens is '9'"),
     "no preset": (without("preset"), "preset: field required"),
     "an empty preset": (put("preset", value={}), "preset.name: field required"),
     "a preset without a model": (without("preset", "model"), "preset.model: field required"),
@@ -130,9 +145,23 @@ WRONG: dict[str, tuple[Change, str]] = {
     "of a longer run": (of_a_longer_run, ".step is 300, progress.step 5"),
     "of another model": (of_another_model, "no parameter has this name"),
     "of another size": (of_another_size, "another shape than its parameter"),
+    "a moment of one number": (moments(lambda tensor: torch.zeros(())), "another shape than its parameter"),
+    "a moment that is no tensor": (moments(lambda tensor: 1.0), "another shape than its parameter"),
+    "a sparse moment": (moments(torch.Tensor.to_sparse), "exp_avg is sparse"),
+    "a moment of whole numbers": (moments(torch.Tensor.long), "exp_avg is torch.int64, not floating-point"),
+    "a step of three numbers": (put("optimizer", "embedding.weight", "step", value=torch.ones(3)), "step is 3 numbers"),
+    "a step that is no number": (put("optimizer", "embedding.weight", "step", value=float("nan")), "step is nan"),
+    "a step without content": (put("optimizer", "embedding.weight", "step", value=torch.ones((), device="meta")), "device meta"),
+    "sparse weights": (put("model", "embedding.weight", value=torch.Tensor.to_sparse), "model.embedding.weight is sparse"),
+    "weights in nested rows": (put("model", "embedding.weight", value=nested), "is sparse, nested or quantized"),
+    "weights without content": (put("model", "embedding.weight", value=lambda t: t.to("meta")), "no content here (device meta)"),
+    "quantized weights": (put("model", "embedding.weight", value=quantized), "is sparse, nested or quantized"),
+    "weights of whole numbers": (put("model", "embedding.weight", value=torch.Tensor.long), "is torch.int64, and it is trained"),
+    "complex weights": (put("model", "embedding.weight", value=lambda t: t.to(torch.complex64)), "is complex"),
 }
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("wrong", WRONG)
 def test_wrong_content_is_set_aside_and_the_older_slot_taken(wrong: str, root: Path) -> None:
     change, told = WRONG[wrong]
@@ -163,7 +192,7 @@ def test_what_the_program_writes_and_wrote_is_whole(trained: Path) -> None:
         assert problem_of(state) is None
     for key in ("adaptive", "init_from", "wandb_id", "compile_from_step", "format"):
         assert problem_of({k: v for k, v in state.items() if k != key}) is None, key
-    for key in ("contents", "held_out", "draws", "factors"):
+    for key in ("contents", "epoch_tokens", "held_out", "draws", "factors"):
         assert problem_of(without("data", key)({**state, "data": {**state["data"]}})) is None, key
     old = {key: value for key, value in state["progress"].items() if key not in ("ledger", "fraction")}
     assert problem_of({**state, "progress": {**old, "source_tokens": {"texts": 640}}}) is None
@@ -191,3 +220,16 @@ def test_what_is_no_file_hangs_nobody(stand_in: str, root: Path) -> None:
     store.save(state)
     store.wait()
     assert store.outcome() is not None and store.load()[1] == path
+
+
+def test_weights_of_another_kind_are_refused_and_those_that_are_not_finite_told(root: Path) -> None:
+    """Copied, whole numbers would be other weights, without a word; so from a file as from a lineage."""
+    own = torch.nn.Linear(2, 2, bias=False)
+    path = root / "w.pth"
+    for odd in (torch.ones(2, 2).long(), torch.ones(2, 2).to(torch.complex64), torch.ones(2, 2).to_sparse()):
+        torch.save({"weight": odd}, path)
+        with pytest.raises(UserError, match=r"w\.pth: weight is .*Save it anew"):
+            read_weights(path, "w.pth").load_into(own)
+    torch.save({"weight": torch.tensor([[1.0, float("inf")], [0.0, 0.0]])}, path)
+    (note,) = read_weights(path, "w.pth").load_into(own)
+    assert note.startswith("not finite in w.pth: weight:")

@@ -141,7 +141,7 @@ def test_any_number_of_ranks_trains_the_same_rows(tmp_path: Path) -> None:
         own = copy.deepcopy(model)
         chooser, found = OneByOne(train, len(sections), parallel, device, torch.float32), []
         factory = make_factory(tmp_path, sections, packing="padding", max_epochs=1)
-        loader = make_loader(factory, start(), 3 * rows_per_step, parallel)
+        loader = make_loader(factory, start(), 3 * rows_per_step, parallel, fill=False)
         while (rows := loader.next_step()) is not None:
             found.append(chooser.choose(own, rows, [rows.batch], 0.0, len(found)))
         loader.close()

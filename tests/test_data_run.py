@@ -1,5 +1,6 @@
 """Whole runs on each kind of data: what a person who only writes presets gets."""
 
+import gzip
 import json
 import threading
 import time
@@ -82,6 +83,23 @@ def test_new_files_are_read_and_what_was_held_out_stays_out(tmp_path: Path) -> N
     assert after["data"]["held_out"] == before["data"]["held_out"] and before["data"]["held_out"]["held"]["texts"]
     cursors = [state["data"]["snapshot"]["cursors"]["texts"] for state in (before, after)]
     assert cursors[1]["epoch"] > cursors[0].get("epoch", 0)
+
+
+def test_short_texts_are_left_out_and_counted_and_short_conversations_are_read(tmp_path: Path) -> None:
+    """Once, however often the source is read over; and so it is with what comes from the token cache."""
+    texts = [{"text": f"{i} short" if i % 10 else f"{i} {story(i, 2)}"} for i in range(500)]
+    chats = [{"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i}."}]} for i in range(300)]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    (tmp_path / "chats.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in chats).encode()))
+    sources = [{"type": "text", "path": "x.jsonl"}, {"type": "chat", "path": "chats.jsonl.gz"}]
+    train = {"max_steps": 80, "eval_tokens": 0}
+    events = train_here(tiny_preset(model={"seq_length": 128}, data={"sources": sources}, train=train), tmp_path)
+    short = "shorter than data.min_text_length = 50 characters"
+    assert [note for note in events[0]["notes"] if "short" in note] == [f"x: 450 of 500 texts are {short} and left out"]
+    told = [(event["source"], event["reason"]) for event in events if event["event"] == "skipped"]
+    assert told[-1] == ("x", f"100 or more texts: {short}") and {source for source, _ in told} == {"x"}
+    ledger = saved(tmp_path)["progress"]["ledger"]
+    assert ledger["x"]["epochs"] > 3 and ledger["chats"]["documents"] > 80
 
 
 def test_every_file_left_out_is_named_with_its_reason(tmp_path: Path) -> None:

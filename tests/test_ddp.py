@@ -197,3 +197,26 @@ if os.environ.get("RANK") == "1":
     train_here(merged(preset, {"train": {"accumulation_steps": 2}}), whole.folder)  # one rank, without the trap
     assert_ended(on_two(broken))
     assert whole.checkpoint()["data"]["receipt"] == broken.checkpoint()["data"]["receipt"]
+
+
+def test_the_last_steps_of_a_run_by_epochs_are_the_same(make_project: Callable[..., Project]) -> None:
+    """Few texts, of which one rank soon has none: as on one rank, in steps that are not smaller; and killed there, in the same
+    weights bit for bit."""
+    train = {"max_steps": None, "max_epochs": 3, "eval_tokens": 0, "checkpoint_every_steps": 3, "per_gpu_batch_size": 4}
+    data = {"sources": [{"type": "text", "path": "texts/story0[0-3].txt"}], "lanes": 12}
+    preset = tiny_preset(model={"dropout": 0.0}, train={**train, "learning_rate": 1e-4, "precision": "fp32"}, data=data)
+    one = make_project({}, "one")
+    two, killed = (make_project({"t": preset}, name) for name in ("two", "killed"))
+    train_here(merged(preset, {"train": {"accumulation_steps": 2}}), one.folder)
+    assert_ended(on_two(two))
+    ours, theirs = one.events("step"), two.events("step")
+    assert [e["tokens"] for e in ours] == [e["tokens"] for e in theirs]
+    assert [e["loss"] for e in ours] == pytest.approx([e["loss"] for e in theirs], abs=1e-5)
+    assert [e["grad_norm"] for e in ours] == pytest.approx([e["grad_norm"] for e in theirs], rel=1e-3)
+    sizes = [b["tokens"] - a["tokens"] for a, b in zip(ours, ours[1:])]
+    assert len(sizes) > 20 and min(sizes[:-1]) >= 4 * 32 - 31
+    for goal in (len(sizes) // 3, 2 * len(sizes) // 3):
+        killed.run_until("t", lambda goal=goal: killed.num_steps() >= goal, signal.SIGKILL, command=TORCHRUN)
+        assert not killed.finished(), "killed too late to tell anything"
+    assert_ended(on_two(killed))
+    assert differences(two.checkpoint(), killed.checkpoint()) == []

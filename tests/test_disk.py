@@ -180,6 +180,28 @@ def test_what_killed_writers_left_is_swept(tmp_path: Path) -> None:
     sweep(tmp_path / "gone")
 
 
+def test_what_is_left_beside_a_checkpoint_is_swept(tmp_path: Path) -> None:
+    """Also of its mirror, a name that keeps a whole checkpoint, and of the file that was written to try the disk."""
+    number = "0123456789abcdef"
+    left = [
+        f".lm_current.pth.{number}.tmp",
+        f"..lm_current.pth.{number}.tmp.{number}.tmp",
+        f".simple_lm_trained.pth.{number}.tmp",
+    ]
+    for name in [*left, f".other_current.pth.{number}.tmp"]:
+        (tmp_path / name).write_text("x")
+    assert CheckpointStore(tmp_path, "lm", "simple_lm_trained.pth").prepare() == []
+    assert [path.name for path in tmp_path.iterdir()] == [f".other_current.pth.{number}.tmp"]
+
+
+def test_a_name_that_cannot_be_given_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "one").write_text("x")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match="directory"):
+        link_file(tmp_path / "one", tmp_path / "folder")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "one"]
+
+
 def test_a_probe_leaves_nothing(tmp_path: Path) -> None:
     probe(tmp_path / "new" / "er" / "file", size=1 << 40)  # takes no room
     assert list(tmp_path.iterdir()) == []

@@ -17,9 +17,11 @@ from typing import Any
 
 import pytest
 
+from core import errors
 from core.assembly import Preset
+from core.data import unlearned
 from core.preset import read_preset
-from tests.documents import block_of, files_named
+from tests.documents import block_of, files_named, table
 from tests.project import NO_HUB, ROOT, Project
 from tests.test_listings import RUN
 from tests.test_preset import AUXILIARY_003, QA_PLUS_WIKI_003
@@ -68,6 +70,24 @@ def test_the_readme_sets_everything_up_in_two_commands() -> None:
     assert f"{tests}\n" in ci
     assert "echo 90_quick_test | .venv/bin/python main.py" in commands
     assert "echo 90_quick_test | .venv/bin/python main.py\n" in ci
+    told = re.findall(r"\.ci/run.*(?:\n.*)?", README)
+    assert len(told) == 2 and all("poisoned memory" in part and "other processors" in part for part in told), told
+
+
+@pytest.mark.parametrize("text, heading", [(README, "Exit code"), (GUIDE, "Code")], ids=["README", "guide"])
+def test_every_exit_code_has_its_meaning(text: str, heading: str) -> None:
+    """Those of the errors, of a good end, and Python's own for a traceback."""
+    codes = {
+        error.exit_code for error in vars(errors).values() if isinstance(error, type) and issubclass(error, errors.UserError)
+    }
+    assert {int(code) for code, _ in table(text, heading, "Meaning")} == codes | {0, 1}
+
+
+def test_troubleshooting_names_what_the_program_prints() -> None:
+    told = unlearned.Unlearned(learned=True, of_chance=False)
+    told.show("")
+    (heading,) = re.findall(r"^\*\*(A step was passed over[^*]*)\.\*\*", GUIDE, re.MULTILINE)
+    assert all(part in str(told.warning) for part in heading.lower().split(": "))
 
 
 def test_the_ci_script_is_a_script_that_runs_anywhere() -> None:

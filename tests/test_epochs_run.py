@@ -16,6 +16,8 @@ from core.data import amount
 from core.data.amount import counter, tokens_of_pass
 from core.data.corpus import open_corpus
 from core.data.documents import Document
+from core.data.sources import build_source
+from core.data.sources.text import TextSettings
 from core.errors import UserError
 from core.launch import _time_line
 from core.parallel import Single
@@ -185,6 +187,17 @@ def test_a_pass_is_counted_or_told_from_a_part(monkeypatch: pytest.MonkeyPatch) 
     assert tokens_of_pass(untold, count, 10**9, counted=80_000) is None and untold.read < 4000  # type: ignore
     untold.finite = True
     assert tokens_of_pass(untold, count, 10**9, counted=80_000) == exact  # type: ignore
+
+
+def test_a_part_is_set_against_the_files_it_is_of(tmp_path: Path) -> None:
+    """Wherever in a file the counting ends: what was counted of it is not set against the files before it alone."""
+    (tmp_path / "texts").mkdir()
+    for number in range(20):
+        (tmp_path / "texts" / f"{number}.jsonl").write_bytes(lines([{"text": "x" * 199} for _ in range(300)]))
+    source = build_source(TextSettings(path="texts", name="texts"), tmp_path, 1)
+    count = counter(byte_tokenizer(), lambda document: True, 1)
+    for counted in (1_000, 61_000, 119_000, 121_000, 300_000):
+        assert tokens_of_pass(source, count, 10**9, counted=counted) == pytest.approx(20 * 300 * 200, rel=0.001), counted
 
 
 # sources that are read over and over ----------------------------------------------------------------------------------

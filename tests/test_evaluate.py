@@ -193,9 +193,9 @@ def test_held_out_documents_are_those_of_the_training(root: Path) -> None:
     fresh, _ = open_held_out(asked(), root, Single(), None, None)
     assert fresh.hold_out.state()["held"]["texts"] != before
     corpus, notes = open_held_out(
-        asked(data={"validation_fraction": 0.3}), root, Single(), {"data": {"validation_fraction": 0.02}}, state
+        asked(data={"validation_fraction": 0.3}), root, Single(), {"data": {"validation_fraction": 0.01}}, state
     )
-    assert corpus.hold_out.fraction == 0.02 and "validation_fraction is 0.02, as in training" in notes[0]
+    assert corpus.hold_out.fraction == 0.01 and "validation_fraction is 0.01, as in training" in notes[0]
 
 
 def test_what_cannot_be_evaluated_is_told(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from core.data.loader import collate
 from core.data.packing import Row
+from core.data.reader import collate
 from core.evaluation import Evaluator
 from core.heads.stack import HeadStack
 from core.losses.cross_entropy import CrossEntropy, CrossEntropySettings

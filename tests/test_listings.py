@@ -94,7 +94,7 @@ def test_every_preset_is_in_the_guide_and_every_preset_it_names_is_there() -> No
 def test_exit_codes() -> None:
     """Every error's code, 0, and no other, in both documents."""
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.UserError)]
-    codes = {"0", *(str(kind.exit_code) for kind in kinds)}
+    codes = {"0", "1", *(str(kind.exit_code) for kind in kinds)}
     assert {row[0] for row in table(README, "Exit code", "Meaning")} == codes
     assert {row[0] for row in table(GUIDE, "Code", "Meaning")} == codes
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from core.assembly import Preset, build_model
 from core.data.corpus import open_corpus
-from core.data.loader import collate
 from core.data.packing import Row
+from core.data.reader import collate
 from core.data.tokenizer import MASK, Tokenizer, build_tokenizer
 from core.errors import UserError
 from core.jobs.evaluate import evaluate

@@ -1,8 +1,10 @@
 """The metrics log: what is on disk after resumes, kills and failures."""
 
+import importlib
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +12,7 @@ import pytest
 
 from core.errors import UserError
 from core.metrics import MetricsLog, check_log, read_events
+from tests.project import Project, tiny_preset, train_here
 
 
 def steps(path):
@@ -208,6 +211,27 @@ def test_a_full_disk_stops_nothing_and_leaves_no_torn_line(tmp_path, capsys):
     assert capsys.readouterr().err.count("No space left") == 1
 
 
+@pytest.mark.parametrize("again", [True, False])
+def test_an_old_log_that_cannot_be_set_aside_stops_nothing(again, tmp_path, capsys, monkeypatch):
+    """Where it can be opened again events follow in it; where it cannot they are shown, and no more."""
+    path = tmp_path / "metrics.jsonl"
+    log = filled(path, 2)
+
+    def refuse(*_):
+        raise OSError("no renaming here")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", refuse)
+        if not again:
+            patch.setattr(os, "open", refuse)
+        log.rewind(0)
+    assert log.emit("step", step=3, tokens=1)["step"] == 3
+    log.sync()
+    log.close()
+    assert steps(path) == ([1, 2, 3] if again else [1, 2])
+    assert "cannot be written" in capsys.readouterr().err
+
+
 def test_a_log_that_cannot_be_opened_stops_nothing(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     log = MetricsLog(tmp_path / "file" / "metrics.jsonl")
@@ -258,3 +282,76 @@ def test_a_log_that_ends_before_the_checkpoint_is_told(tmp_path):
     (note,) = log.rewind(7)
     assert "ends at step 5, the checkpoint is of step 7" in note
     assert log.rewind(5) == [] == log.rewind(3), "whole logs are not remarked on"
+
+
+@pytest.mark.parametrize("gone", ["removed", "moved", "replaced", "a pipe"])
+def test_a_log_that_is_taken_away_while_it_is_written_is_written_anew(tmp_path, gone):
+    """Whole, and told once: in the log, and to whoever watches."""
+    path, seen = tmp_path / "t" / "metrics.jsonl", []
+    log = filled(path, 3)
+    log.views.append(type("Watching", (), {"update": lambda self, event: seen.append(event["event"])})())
+    if gone == "moved":
+        path.parent.rename(tmp_path / "elsewhere")
+    else:
+        shutil.rmtree(path.parent)
+    if gone == "replaced":
+        path.parent.mkdir()
+        path.write_text("precious")
+    if gone == "a pipe":
+        path.parent.mkdir()
+        os.mkfifo(path)
+    log.emit("step", step=4, tokens=400)
+    log.sync()
+    log.sync()
+    log.emit("eval", step=4, tokens=400)
+    log.close()
+    assert [event["event"] for event in read_events(path)] == ["step"] * 4 + ["warning", "eval"]
+    (told,) = (event for event in read_events(path) if event["event"] == "warning")
+    assert told["step"] == 4 and str(path) in told["message"] and "written anew" in told["message"]
+    assert seen == ["step", "warning", "eval"]
+    aside = path.with_name("metrics.before-1.jsonl")
+    assert aside.exists() == (gone in ("replaced", "a pipe")) == (aside.name in told["message"])
+    if gone == "replaced":
+        assert aside.read_text() == "precious"
+
+
+def test_a_log_that_is_emptied_while_it_is_written_is_told(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = filled(path, 3)
+    size = path.stat().st_size
+    os.truncate(path, 0)
+    log.emit("step", step=4, tokens=400)
+    log.emit("eval", step=4, tokens=400)
+    log.close()
+    assert b"\0" not in path.read_bytes()
+    assert [(event["event"], event["step"]) for event in read_events(path)] == [("step", 4), ("warning", 4), ("eval", 4)]
+    assert f"its last {size:,} bytes are lost" in list(read_events(path))[1]["message"]
+
+
+def test_the_files_of_a_run_are_there_again(tmp_path):
+    """The folder is removed after the first evaluation: at the next, everything is in it that was."""
+
+    class Removes:
+        removed = False
+
+        def update(self, event):
+            if event["event"] == "step" and event["step"] == 4:
+                shutil.rmtree(tmp_path / "logs" / "t")
+                Removes.removed = True
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(importlib.import_module("core.jobs.train"), "view_for", lambda console: Removes())
+        train_here(tiny_preset(train={"eval_at_start": True}), tmp_path)
+    assert Removes.removed and Project(tmp_path).steps() == [1, 2, 3, 4, 5]
+    assert {"metrics.jsonl", "run.json", "preset.json"} <= {path.name for path in (tmp_path / "logs" / "t").iterdir()}
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and shutil.which("setpriv") is None, reason="nothing is read-only to root")
+def test_a_log_that_may_not_be_written_is_told_before_the_first_step(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    filled(path).close()
+    path.chmod(0o444)
+    as_others = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
+    program = "import sys; from pathlib import Path; from core.metrics import check_log; check_log(Path(sys.argv[1]))"
+    ended = subprocess.run([*as_others, sys.executable, "-c", program, str(path)], capture_output=True, text=True)
+    assert "cannot be written: Permission denied. Give this user the right to write there." in ended.stderr

@@ -151,6 +151,35 @@ def test_what_editors_of_other_systems_save_is_read(tmp_path: Path) -> None:
     assert "line 2 is no UTF-8 text" in told(tmp_path, b'{\n"a": "\xff"}')[0]
 
 
+def test_a_name_that_is_no_utf_8_is_named(tmp_path: Path) -> None:
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.json"))
+    path.write_text("{" + DATA + "}")
+    with pytest.raises(PresetError, match=r"caf\?\.json(.|\n)*the file's name holds bytes that are no UTF-8"):
+        read_preset(path, Preset)
+
+
+@pytest.mark.parametrize("section", [{"type": "text", "path": ""}, {"type": "chat", "path": ["a.jsonl", ""]}])
+def test_an_empty_path_is_not_the_whole_project(section: dict) -> None:
+    with pytest.raises(PresetError, match=r"1 problem(.|\n)*would be the whole project"):
+        decode_preset({"data": {"sources": [section]}}, Preset, "a", "a")
+    decode_preset({"data": {"sources": [{**section, "path": "."}]}}, Preset, "a", "a")
+
+
+def test_losses_of_no_weight_are_refused() -> None:
+    """A schedule may be 0 somewhere, and one loss may be only reported, or rewarded; but something has to be learned."""
+
+    def preset(*weights: Any, **others: Any) -> dict:
+        losses = [{"type": "cross_entropy", "name": str(i), "weight": weight} for i, weight in enumerate(weights)]
+        return {"losses": losses, "data": {"sources": ["python_stdlib"]}, **others}
+
+    for weights in ((0,), (-1,), (0, -0.5), ({"from": 0, "to": -1},)):
+        with pytest.raises(PresetError, match="losses  none of them has a weight above 0"):
+            decode_preset(preset(*weights), Preset, "a", "a")
+    for weights in ((0, 1), (-1, 0.1), ({"from": 0, "to": 1},)):
+        decode_preset(preset(*weights), Preset, "a", "a")
+    decode_preset(preset(0, auxiliary={"enable_value": True}), Preset, "a", "a")
+
+
 def test_what_is_no_plain_file_is_never_opened(tmp_path: Path) -> None:
     """A pipe or a device would hang, or never end."""
     (tmp_path / "folder.json").mkdir()

@@ -272,6 +272,18 @@ def test_extends_in_a_circle_is_refused(tmp_path: Path) -> None:
     assert "extends  goes in a circle: a -> b -> c -> a" in told
 
 
+def test_extends_tells_files_of_one_name_apart(tmp_path: Path) -> None:
+    """By where they lie, however that is written; a circle through folders and links is still one."""
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "mine.json").write_text('{"extends": "old/base", "train": {"seed": 7}}')
+    (tmp_path / "old" / "base.json").write_text(json.dumps({"data": DATA, "model": {"num_layers": 3}}))
+    preset = read(tmp_path, "mine", mine='{"extends": "old/mine", "train": {"eps": 1e-6}}', base="[]")
+    assert (preset.train.seed, preset.train.eps, preset.model.num_layers) == (7, 1e-6, 3)
+    (tmp_path / "old" / "back.json").write_text('{"extends": "mine"}')
+    told = refused(tmp_path, "mine", mine='{"extends": "old/../old/back"}')
+    assert "extends  goes in a circle: mine -> old/../old/back -> mine" in told
+
+
 def test_extends_without_a_parent_names_the_nearest(tmp_path: Path) -> None:
     told = refused(tmp_path, "child", baseline='{"data": {"sources": ["pdf"]}}', child='{"extends": "base_line"}')
     assert 'extends  "base_line" is no preset' in told and 'did you mean "baseline"?' in told

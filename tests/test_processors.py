@@ -11,7 +11,7 @@ import pytest
 from core.heads import HEADS
 from core.losses import LOSSES
 from core.models import MODELS
-from tests.processors import SETS, TOLERANCE, apart, instructions, losses_of, trained_under, trainings
+from tests.processors import SETS, TOLERANCE, apart, instructions, losses_of, passed, trained_under, trainings
 
 
 def test_everything_is_trained() -> None:
@@ -35,6 +35,12 @@ def test_what_is_apart_is_told() -> None:
     assert apart({"a": [2.0]}, {"a": [math.nan]}) == apart({"a": [math.nan]}, {"a": [2.0]}) == math.inf
     with pytest.raises(ValueError):
         apart({"a": [2.0, 1.0]}, {"a": [2.0]})
+
+
+def test_what_is_not_tried_is_not_passed() -> None:
+    assert passed(["NOT TRIED: this processor lacks amx_tile", "passed; fp32 within 1e-06"])
+    assert not passed(["NOT TRIED: this processor lacks amx_tile"]) and not passed([])
+    assert not passed(["passed; fp32 within 1e-06", "FAILED: tests; fp32 within 1e-06"])
 
 
 @pytest.mark.slow

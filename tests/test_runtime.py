@@ -2,11 +2,16 @@
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from core.assembly import Preset
+from core.horizon import Horizon
+from core.passes import compile_plan
+from core.preset import decode_preset
 from core.runtime import Runtime, detect_runtime, prepare
 from tests.project import Project, differences, merged, tiny_preset, train_here
 
@@ -70,3 +75,17 @@ def test_a_cpu_gives_the_same_bits_either_way(tmp_path: Path) -> None:
         assert torch.are_deterministic_algorithms_enabled() == before
     on, off = (Project(tmp_path / name).checkpoint() for name in ("on", "off"))
     assert differences(on, off) == [] and detect_runtime().keep_order(False) == detect_runtime().keep_order(True)
+
+
+def test_whether_compiling_pays_is_a_question_of_one_device() -> None:
+    """Ranks share the tokens of a run; of its steps each device makes all, with rows of its own."""
+    preset = decode_preset(tiny_preset(train={"max_steps": None}), Preset, "t", "t")  # 4 rows of 32 tokens
+    budget, steps = Horizon(2 * 10**10, 2 * 10**10), Horizon(2 * 10**10, 2 * 10**10, 10**7, 10**7)
+
+    def told(parameters: int, horizon: Horizon, world_size: int) -> str:
+        model = torch.nn.Linear(1000, parameters // 1000, bias=False, device="meta")
+        return compile_plan(preset, replace(GPU, world_size=world_size), None, model, horizon, False)[1]
+
+    assert told(10**7, budget, 1).startswith("compiled") and "takes about 1500 s" in told(10**7, budget, 8)
+    assert told(10**8, steps, 1).startswith("compiled") and told(10**8, steps, 8).startswith("compiled")
+    assert "takes about 768 s" in told(10**7, steps, 1) and "takes about 768 s" in told(10**7, steps, 8)

@@ -17,18 +17,22 @@ from typing import Any
 import pytest
 import torch
 
-from core.assembly import Preset
+from core.assembly import Preset, build_training
 from core.checkpoint import CheckpointStore
 from core.comparison.outcome import read_outcome
 from core.comparison.trials import Trial
+from core.data.pipeline import Dealer
 from core.data.unlearned import Unlearned
 from core.errors import NoData, UserError
 from core.evaluation import Evaluator
 from core.launch import _resume_line
 from core.metrics import evaluation_is_missing
+from core.parallel import Single
 from core.preset import decode_preset
+from core.runtime import detect_runtime
 from core.signals import STOP_SIGNALS, StopRequest, signals_held
 from core.trainer import BAD_STEPS
+from tests.data.corpus import Ranks
 from tests.project import Project, differences, merged, story, tiny_preset, train_here
 from tests.test_compare import compare_here, job, preset_of
 from tests.test_trainer import EXACT, events, finish, limit_rows, poison, session
@@ -184,6 +188,36 @@ def test_who_asks_to_stop_does_not_wait_for_an_evaluation(tmp_path: Path) -> Non
     assert differences(*(Project(folder).checkpoint() for folder in (tmp_path / "straight", root))) == []
 
 
+@pytest.mark.parametrize("moment", ["held-out rows", "samples"])
+def test_who_asks_to_stop_waits_neither_for_rows_nor_for_samples(moment: str, tmp_path: Path) -> None:
+    """Asked while the first evaluation looks for its rows, or between two tokens of a sample: the next start evaluates."""
+    settings = merged(MEASURED, {"generate": {"prompts": ["The ", "A "], "max_tokens": 60}})
+    finish(session(tmp_path / "straight", **settings))
+    root, asked = tmp_path / "stopped", []
+    built = session(root, lambda: bool(asked), **settings)
+    after = []
+    if moment == "samples":
+
+        def pass_made(module: Any, inputs: Any) -> None:
+            if not module.training and built.trainer.progress.step == 4 and len(inputs[0].labels) == 1:
+                after.append(1)
+                asked.extend([1] * (len(after) == 3))
+
+        built.trainer.model.register_forward_pre_hook(pass_made)
+    else:
+        built.trainer.evaluate = lambda *how, evaluate=built.trainer.evaluate: asked.append(1) or evaluate(*how)
+        built.trainer.model.register_forward_pre_hook(lambda module, _: None if module.training else after.append(1))
+    assert finish(built) == "interrupted" and slot(root)["step"] == 4 and slot(root)["evaluation_due"]
+    assert len(after) == (3 if moment == "samples" else 0), "no pass more is made"
+    finish(session(root, **settings))
+    looked = [
+        [(e["step"], e.get("cross_entropy"), e.get("text")) for kind in ("eval", "sample") for e in events(folder, kind)]
+        for folder in (tmp_path / "straight", root)
+    ]
+    assert looked[0] == looked[1]
+    assert differences(*(Project(folder).checkpoint() for folder in (tmp_path / "straight", root))) == []
+
+
 def test_what_the_log_says_of_an_evaluation(tmp_path: Path) -> None:
     """Missing only where the log ends at that step; a log that is gone says nothing."""
     log = tmp_path / "metrics.jsonl"
@@ -201,6 +235,9 @@ def test_what_the_log_says_of_an_evaluation(tmp_path: Path) -> None:
         assert evaluation_is_missing(log, 7) == missing, text
     log.unlink()
     assert not evaluation_is_missing(log, 7) and evaluation_is_missing(log, 0)
+    os.mkfifo(log)
+    assert not evaluation_is_missing(log, 7) and evaluation_is_missing(log, 0), "a pipe hangs nobody"
+    log.unlink()  # a look at all logs follows each test
 
 
 # stops ---------------------------------------------------------------------------------------------------------------
@@ -323,6 +360,52 @@ def test_bad_steps_are_counted_on_after_a_stop(tmp_path: Path) -> None:
     assert back["step"] == 4 + BAD_STEPS - 1 and built[0].trainer.progress.skipped == BAD_STEPS
 
 
+def test_a_mirror_that_cannot_be_made_is_told_and_the_run_is_saved(tmp_path: Path) -> None:
+    """A folder in its place: set aside before the first step, and where it comes later, a warning; the run is finished."""
+    mirror = tmp_path / "checkpoints" / "simple_lm_trained.pth"
+    mirror.mkdir(parents=True)
+    (mirror / "notes").write_text("somebody's")
+    settings = merged(EXACT, {"lineage": "lm", "train": {"max_steps": 2}})
+    train_here(tiny_preset(**settings), tmp_path)
+    assert mirror.samefile(tmp_path / "checkpoints" / "lm_current.pth")
+    assert (tmp_path / "checkpoints" / "simple_lm_trained.pth.damaged" / "notes").read_text() == "somebody's"
+    built = session(tmp_path, **settings)
+    mirror.unlink()
+    mirror.mkdir()
+    assert finish(built) == "max_steps"
+    (warning,) = [e["message"] for e in Project(tmp_path).events("warning", "lm")]
+    assert warning.startswith("the checkpoint is saved, but simple_lm_trained.pth does not hold what lm_current.pth does: ")
+    assert Project(tmp_path).finished("lm") and Project(tmp_path).checkpoint(lineage="lm")["progress"]["run"] == 2
+    assert [path.name for path in mirror.parent.iterdir() if path.name.startswith(".")] == []
+
+
+class TwoRanks(Single):
+    """What a trainer asks of its ranks; gradients stay each one's own, as nothing here is about them."""
+
+    def __init__(self, rank: Any):
+        self.rank, self.world_size = rank.rank, rank.world_size
+        self.sum, self.gather, self.broadcast = rank.sum, rank.gather, rank.broadcast
+
+
+def test_what_another_rank_alone_meets_is_told_in_the_log(tmp_path: Path) -> None:
+    """A worker that was replaced there, a file that only its lanes met: once, with the rank; the log is rank 0's."""
+    (tmp_path / "texts").mkdir()
+    for number in range(40):
+        (tmp_path / "texts" / f"{number}.txt").write_text(story(number))
+    preset = decode_preset(tiny_preset(**EXACT), Preset, "t", "t")
+
+    def job(rank: Any) -> None:
+        built = build_training(preset, detect_runtime(), TwoRanks(rank), tmp_path, lambda *_: [], lambda: False)
+        if rank.rank == 1:
+            built.trainer.loader.told.append("a data worker was ended; it is started again")
+            built.trainer.loader.skipped[("texts", "a.txt", "has no text")] = False
+        assert finish(built) == "max_steps"
+
+    Ranks(2).run(job)
+    assert told(tmp_path) == ["process 1: a data worker was ended; it is started again"]
+    assert [(e["source"], e["file"], e["reason"]) for e in events(tmp_path, "skipped")] == [("texts", "a.txt", "has no text")]
+
+
 # memory and the compiler ---------------------------------------------------------------------------------------------
 
 
@@ -405,6 +488,10 @@ def test_a_step_that_teaches_nothing_is_passed_over_and_counted(tmp_path: Path) 
     assert differences(one.checkpoint(), other.checkpoint()) == []
     passed_over = [event["passed_over"] for event in one.events("step")]
     assert passed_over == sorted(passed_over) and passed_over[-1] > 6
+    saved, dealer = one.checkpoint(), Dealer(4, 42)
+    begun = [dealer.lane(i) == int(lane) for lane, (following, _) in saved["data"]["lanes"].items() for i in range(following)]
+    ledger = saved["progress"]["ledger"]["chats"]
+    assert (ledger["documents"], ledger["epochs"]) == (sum(begun), 1) and one.events("run_end")[-1]["ledger"]["chats"] == ledger
     (warning,) = told(tmp_path / "straight")
     assert "no token of it is learned" in warning and "Listen to m" in warning and "[[Yes" not in warning
 

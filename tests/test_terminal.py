@@ -1,9 +1,11 @@
 """A terminal that is closed, a pipe that nobody reads, a disk that is full: what cannot be shown is lost, the work is not."""
 
+import contextlib
 import os
 import pty
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 
@@ -29,6 +31,51 @@ def test_writing_to_what_is_gone_raises_nothing() -> None:
     print("no room for this", file=never_fails(None, full), flush=True)
     os.close(writer)
     os.close(full)
+
+
+def test_a_reader_that_is_behind_is_waited_for_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream that does not block takes nothing while it is full."""
+    monkeypatch.setattr("core.terminal.PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr("core.terminal._Unbreakable.patience", 0.5)
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    text, read = "x" * (1 << 19), bytearray()
+
+    def reads_slowly() -> None:
+        while not read.endswith(b"\n"):
+            time.sleep(0.01)
+            read.extend(os.read(reader, 1 << 16))
+
+    thread = threading.Thread(target=reads_slowly)
+    thread.start()
+    stream = never_fails(None, writer)
+    print(text, file=stream, flush=True)
+    thread.join(30)
+    assert read.decode() == f"{text}\n", "a slow reader gets all of it"
+    begun = time.monotonic()
+    for _ in range(20):
+        print(text, file=stream, flush=True)
+    assert time.monotonic() - begun < 5.0, "where nobody reads, that is found out once"
+    os.close(reader)
+    os.close(writer)
+
+
+@pytest.mark.parametrize("line, code", [("nothing", 2), pytest.param("t", 0, marks=pytest.mark.slow)])
+def test_a_full_stream_that_does_not_block_changes_no_exit_code(
+    line: str, code: int, make_project: Callable[..., Project]
+) -> None:
+    project = make_project({"t": SHORT})
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, bytes(4096))
+    command = [sys.executable, "main.py"]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, cwd=project.folder, env=env, input=line, text=True, stdout=writer, stderr=writer, timeout=240)
+    os.close(reader)
+    os.close(writer)
+    assert ended.returncode == code
 
 
 @pytest.mark.slow

@@ -233,8 +233,8 @@ def test_a_source_that_fails_for_good_keeps_what_it_had_and_the_others_go_on(
     preset = preset_of(data={"sources": sources})
     real = job._batches
 
-    def breaks(stream: Any, low: int) -> Any:
-        for number, batch in enumerate(real(stream, low)):
+    def breaks(stream: Any, low: int, short: list[int]) -> Any:
+        for number, batch in enumerate(real(stream, low, short)):
             if number == 4 and stream._source.name == "a":
                 raise SourceUnavailable("the network is gone")
             yield batch

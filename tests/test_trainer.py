@@ -16,7 +16,7 @@ from torch import Tensor
 
 from core.assembly import Preset, TrainingSession, build_training
 from core.contracts import ModelOutput
-from core.errors import CheckpointError, Diverged, NoData
+from core.errors import CheckpointError, Diverged, NoData, UserError
 from core.parallel import Single
 from core.preset import decode_preset
 from core.runtime import detect_runtime
@@ -237,6 +237,68 @@ def test_without_a_checkpoint_there_is_nothing_to_go_back_to(tmp_path: Path) -> 
     assert built.trainer.progress.skipped == BAD_STEPS and not list((tmp_path / "checkpoints").glob("*.pth"))
 
 
+@pytest.mark.skips_updates
+def test_going_back_takes_a_checkpoint_as_a_resumed_run_does(tmp_path: Path) -> None:
+    """Since it was written heads came and went, and rows became longer: weights are back, and the run ends."""
+    heads = ({"enable_policy": True}, {"enable_value": True})
+    before, now = ({"model": {"seq_length": length}, "auxiliary": own} for length, own in zip((32, 64), heads))
+    finish(session(tmp_path, **before, train={"max_steps": 3}))
+    built = session(tmp_path, **now, train={"max_steps": 9})
+    seen = poison(built, lambda step: 5 <= step < 5 + BAD_STEPS)
+    assert finish(built) == "max_steps"
+    assert any("weights are back at t_current.pth, step 3" in event["message"] for event in events(tmp_path, "warning"))
+    saved = Project(tmp_path).checkpoint("prev")["model"]
+    assert all(torch.equal(value, saved[name]) for name, value in seen[6].items() if name != "pos_embedding.weight")
+
+
+@pytest.mark.skips_updates
+def test_where_what_is_new_is_at_fault_there_is_no_going_back(tmp_path: Path) -> None:
+    """A head that the checkpoint does not have, with weights that are not finite: told, without a traceback."""
+    finish(session(tmp_path, train={"max_steps": 3}))
+    built = session(tmp_path, auxiliary={"enable_value": True}, train={"max_steps": 20})
+
+    def ruin() -> None:
+        with torch.no_grad():
+            for p in built.trainer.objective.parameters():
+                p.fill_(math.nan)
+
+    built.trainer.model.after_optimizer_step = ruin
+    with pytest.raises(Diverged, match=r"weights that t_current\.pth lacks \(auxiliary head value is new"):
+        finish(built)
+
+
+@pytest.mark.skips_updates
+def test_a_run_does_not_end_amid_bad_steps(tmp_path: Path) -> None:
+    """Its end waits until it is known whether the weights are at fault: one finite step more, or a roll-back; or it diverged."""
+    built = session(tmp_path / "one", train={"max_steps": 4})
+    poison(built, lambda step: step == 4)
+    assert finish(built) == "max_steps" and built.trainer.progress.step == 5
+    built = session(tmp_path / "back", train={"max_steps": 6, "checkpoint_every_steps": 3})
+    seen = poison(built, lambda step: step >= 5)
+    assert finish(built) == "max_steps" and built.trainer.progress.step == 4 + BAD_STEPS
+    assert equal(seen[3], Project(tmp_path / "back").checkpoint()["model"]), "the weights of step 3"
+    built = session(tmp_path / "ruined", train={"max_steps": 5})
+    poison(built, lambda step: step >= 3)
+    with pytest.raises(Diverged):
+        finish(built)
+    assert not Project(tmp_path / "ruined").finished()
+
+
+@pytest.mark.skips_updates
+def test_stops_amid_bad_steps_leave_what_a_roll_back_needs(tmp_path: Path) -> None:
+    """Each stop saves to where the one before it did; and to go back passes over it."""
+    settings = {"train": {"max_steps": 12, "checkpoint_every_steps": 2}}
+    for stop_at in (6, 7, 8, 99):
+        built: list[Any] = []
+        built.append(session(tmp_path, lambda: built[0].trainer.progress.step >= stop_at, **settings))  # noqa: B023
+        poison(built[0], lambda step: 5 <= step < 5 + BAD_STEPS)
+        finish(built[0])
+        if stop_at < 99:
+            found = [Project(tmp_path).checkpoint(slot)["progress"] for slot in ("current", "prev", "prev2")]
+            assert [p["step"] for p in found] == [stop_at, 4, 2] and found[0]["bad_in_a_row"] == stop_at - 4
+    assert any("weights are back at t_prev.pth, step 4" in event["message"] for event in events(tmp_path, "warning"))
+
+
 # memory --------------------------------------------------------------------------------------------------------------
 
 
@@ -284,8 +346,9 @@ def test_looking_for_what_fits_leaves_no_trace(tmp_path: Path) -> None:
 def test_a_device_too_small_for_one_row_says_so(tmp_path: Path) -> None:
     built = session(tmp_path)
     limit_rows(built, 0)
-    with pytest.raises(Diverged, match="not even one row fits"):
+    with pytest.raises(UserError, match="not even one row fits") as raised:
         finish(built)
+    assert not isinstance(raised.value, Diverged), "a comparison would never try it again, on a larger one either"
 
 
 # stopping and going on -----------------------------------------------------------------------------------------------

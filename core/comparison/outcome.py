@@ -11,7 +11,7 @@ from typing import Any
 
 from core.comparison.measures import HEAD, HELD_OUT, LOSS, READ
 from core.comparison.trials import Trial
-from core.metrics import read_events
+from core.metrics import LOG, read_events
 from core.settings import NEXT_TOKEN
 
 NOT_METRICS = {"step", "tokens", "time", "seconds", "eval_tokens", "run", "run_step", "run_tokens"}
@@ -72,7 +72,7 @@ def read_outcome(trial: Trial) -> Outcome:
     begun = last = trained = None
     seconds, sampled_at = 0.0, None
     read: dict[str, float] = {}
-    for event in read_events(trial.folder / "metrics.jsonl"):
+    for event in read_events(trial.folder / LOG):
         kind, time, tokens = event["event"], _number(event.get("time")), event.get("tokens")
         if time is not None:
             if kind == "run_start" and begun is not None:

@@ -10,11 +10,12 @@ files say how many they have (Parquet), of bytes elsewhere. It is counted in ord
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from typing import Any
 
-from core.data.documents import Document, Source
-from core.data.encoding import encode
+from core.data.documents import Document, Encoded, Source
+from core.data.encoding import encode, encode_each
 from core.data.tokenizer import Tokenizer
 from core.errors import SourceUnavailable
 
@@ -47,16 +48,21 @@ def tokens_of_pass(
     counted   from so many on the size is told from a part
     seconds   as many as that may take
     """
-    total, begun = 0.0, time.monotonic()
+    total = whole = 0.0  # tokens read, and those of them in shards that were read to their end
+    unit, begun = 0, time.monotonic()
     stream = source.stream({})
     try:
-        while documents := list(islice(stream, AT_ONCE)):
-            total += count(documents)
+        while documents := [(stream.cursor().get("unit", 0), document) for document in islice(stream, AT_ONCE)]:
+            last = documents[-1][0]
+            total += count([document for number, document in documents if number < last])
+            if last > unit:
+                whole, unit = total, last
+            total += count([document for number, document in documents if number == last])
             if total >= limit:
                 return limit
             late = seconds is not None and time.monotonic() - begun > seconds
             if (total >= counted or late) and (part := _part_behind(source, stream.cursor())):
-                return min(limit, total / part)
+                return min(limit, max(total, (total if source.size_is_positions else whole) / part))
             if late or (not source.finite and total >= UNKNOWN_TOKENS):
                 return None
     except SourceUnavailable:  # training will meet the same error, and drop the source
@@ -68,8 +74,8 @@ def counter(tokenizer: Tokenizer, may_train: Callable[[Document], bool], ends: i
     """Documents -> the tokens that training reads of them; `ends` of each are not of its text."""
 
     def count(documents: list[Document]) -> int:
-        encoded = encode(tokenizer, [document for document in documents if may_train(document)])
-        return sum(len(each.ids) + ends for each in encoded)
+        encoded = encode_each(partial(encode, tokenizer), [document for document in documents if may_train(document)])
+        return sum(len(each.ids) + ends for each in encoded if isinstance(each, Encoded))
 
     return count
 
@@ -126,7 +132,8 @@ def _sampled(source: Source, tokenizer: Tokenizer) -> tuple[float, float]:
 
 
 def _part_behind(source: Any, cursor: dict[str, Any]) -> float | None:
-    """The part of a source that lies before a cursor, if it can be told."""
+    """The part of a source that lies before a cursor, or, where sizes are not counted in positions, before its shard; if it can
+    be told."""
     order = source.order(0)
     unit, piece = cursor.get("unit", 0), cursor.get("piece", 0)
     step = max(1, len(order) // SIZED_SHARDS)

@@ -14,13 +14,14 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from core.data.documents import Document, Encoded
-from core.data.encoding import encode
+from core.data.encoding import encode, encode_each
 from core.data.sources.shards import ShardView
 from core.data.tokenizer import Tokenizer
 from core.files import check_regular, open_lock, write_file
@@ -160,7 +161,7 @@ class Cached(ShardView):
                         return *found, None
                     if alone:
                         block, last, failure = maker.make(number)
-                        if failure is None:
+                        if failure is None and all(document.encoded is not None for _, document in block):
                             self._cache.put(address, number, block, last)
                         return block, last, failure
             time.sleep(POLL_SECONDS)
@@ -193,9 +194,18 @@ class _Maker:
             self._held, self._next = item, number + 1
         except Exception as error:  # the source knows what to do about it, once the documents before it are read
             failure, self._documents = error, None
-        encoded = encode(self._tokenizer, [document for _, document in found])
-        block = [(at, Document("", d.key, encoded=tokens)) for (at, d), tokens in zip(found, encoded)]
-        return block, item is None and failure is None, failure
+        return self._encoded(found), item is None and failure is None, failure
+
+    def _encoded(self, found: Block) -> Block:
+        """The documents as tokens; one that the tokenizer cannot do with stays as it is, and whoever reads it meets the error."""
+        try:
+            encoded = encode_each(partial(encode, self._tokenizer), [document for _, document in found])
+        except BaseException:  # of all of them; a tokenizer that panics raises what is no Exception
+            return found
+        return [
+            (at, Document("", d.key, encoded=tokens) if isinstance(tokens, Encoded) else d)
+            for (at, d), tokens in zip(found, encoded)
+        ]
 
 
 def packed(block: Block, last: bool) -> bytes:

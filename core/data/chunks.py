@@ -10,17 +10,19 @@ Out:   the folder; documents, or plain tokens in any order of chunks
 State: the manifest, which never records a token that is not safely on the disk: whoever was killed goes on from it
 """
 
+import errno
 import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 
-from core.files import read_json, sweep, write_file
+from core.files import check_regular, read_json, sweep, write_file
 
 FORMAT = 1
 """Raised when the layout changes in a way that older code cannot read."""
@@ -87,15 +89,13 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     try:
         found = read_json(path)
-        known = {f.name for f in fields(Manifest)}
-        manifest = Manifest(**{key: value for key, value in found.items() if key in known})
-        manifest.chunks = [Chunk(**chunk) for chunk in found.get("chunks", [])]
-        assert all(isinstance(n, int) for n in (manifest.num_chunks, manifest.chunk_size, manifest.eos_token_id, manifest.format))
+        manifest = _made(Manifest, found)
+        manifest.chunks = [_made(Chunk, chunk) for chunk in manifest.chunks]
     except FileNotFoundError:
         raise BadChunks(f"{folder} holds no {MANIFEST}") from None
     except OSError as error:
         raise BadChunks(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, TypeError, AttributeError, AssertionError) as error:
+    except (ValueError, TypeError) as error:
         raise BadChunks(f"{path} is no manifest of token chunks ({str(error)[:100]}); tokenize anew") from None
     if manifest.format > FORMAT:
         raise BadChunks(f"{path} has format {manifest.format}, this program reads up to {FORMAT}: update the program")
@@ -111,6 +111,23 @@ def read_manifest(folder: Path) -> Manifest:
                 )
             manifest.chunks.append(Chunk(chunk_name(index), size // TOKEN.itemsize))
     return manifest
+
+
+def _made(kind: type, found: Any) -> Any:
+    """A dataclass from JSON; what it does not know is left out. Raises TypeError for what lacks, or is of another type."""
+    if not isinstance(found, dict):
+        raise TypeError(f"{json.dumps(found)[:40]} is no object")
+    types = get_type_hints(kind)
+    for each in fields(kind):
+        if each.name not in found:
+            if each.default is MISSING and each.default_factory is MISSING:
+                raise TypeError(f'"{each.name}" is missing')
+            continue
+        value, wanted = found[each.name], types[each.name]
+        allowed = get_args(wanted) if isinstance(wanted, UnionType) else (wanted,)
+        if type(value) not in [get_origin(one) or one for one in allowed] or (type(value) is int and value < 0):
+            raise TypeError(f'"{each.name}" is {json.dumps(value)[:40]}')
+    return kind(**{key: value for key, value in found.items() if key in types})
 
 
 class Chunks:
@@ -318,8 +335,11 @@ def _joined(pieces: list[np.ndarray]) -> list[np.ndarray]:
 
 def _size(path: Path) -> int:
     try:
+        check_regular(path)
         return path.stat().st_size
-    except OSError:
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            raise BadChunks(f"{path}: {error.strerror}; copy it again, or tokenize anew") from None
         raise BadChunks(f"{path} is missing, but the manifest lists it: copy it again, or tokenize anew") from None
 
 

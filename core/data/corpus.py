@@ -8,7 +8,7 @@ State: none; where a run stands is a Position
 import copy
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -163,18 +163,26 @@ class Corpus:
         return list(too_often(self.sources, given, of_tokens, tokenizer, self.may_train, tokens, advice))
 
     def validation_rows(
-        self, tokenizer: Tokenizer, seq_length: int, tokens: int, seed: int | None = None, only: str | None = None
+        self,
+        tokenizer: Tokenizer,
+        seq_length: int,
+        tokens: int,
+        seed: int | None = None,
+        only: str | None = None,
+        between: Callable[[], None] = lambda: None,
     ) -> list[Row]:
         """Held-out rows, read in the order of `seed`; left out, the run's. Runs of several seeds are measured on one text so.
 
-        only   of this source
+        only      of this source
+        between   called after each document that is read; may raise, to stop
         """
         sources = [source for source in self.sources if only in (None, source.name)]
         sources = sources if seed in (None, self.seed) else [_reordered(source, seed) for source in sources]
         sources = cached(sources, self.root, self.settings.cache_gigabytes, tokenizer)
         masks = derive_seed(self.seed if seed is None else seed, "validation")
         objective = build_objective(self.objective, tokenizer, self.settings.mask_fraction, masks)
-        return validation_rows(sources, self.hold_out, tokenizer, objective, seq_length, tokens, self.settings.min_text_length)
+        shortest = self.settings.min_text_length
+        return validation_rows(sources, self.hold_out, tokenizer, objective, seq_length, tokens, shortest, between)
 
     def held_out_inputs(self, tokenizer: Tokenizer) -> dict[str, Iterator[np.ndarray]]:
         """Of each source, its held-out documents one by one, as a model reads them: (its tokens,) each, in the run's order."""
@@ -302,7 +310,7 @@ def open_corpus(preset: Any, root: Path, parallel: Any, held_out: dict[str, Any]
     if not sources:
         reasons = "\n".join(f"  {name}: {reason}" for name, reason in failed.items())
         raise NoData(f"no source of preset {preset.name} could be opened:\n{reasons}")
-    if own := [section for section in data.sources if section.name in failed and is_own_path(section)]:
+    if own := [section for section in data.sources if section.name in failed and is_own_path(section, root)]:
         reasons = "\n".join(f"  {section.name}: {failed[section.name]}" for section in own)
         raise NoData(f"preset {preset.name} names paths that give no text. Mend them, or take them out of it:\n{reasons}")
     sections = [section for section in data.sources if section.name not in failed]
@@ -334,10 +342,14 @@ def open_held_out(preset: Any, root: Path, alone: Any, made_with: dict | None, h
     return corpus, notes + [f"source {name} left out: {reason}" for name, reason in corpus.failed.items()]
 
 
-def data_position(saved: dict[str, Any] | None, fingerprint: str, contents: dict[str, str]) -> tuple[Position, list[str]]:
-    """Where to go on reading. After a change of the data section each source goes on where it was, the mix begins anew.
+def data_position(
+    saved: dict[str, Any] | None, fingerprint: str, contents: dict[str, str], max_epochs: int | None = None
+) -> tuple[Position, list[str]]:
+    """Where to go on reading. After a change of the data section the mix begins anew, and each source goes on behind the last
+    document that any lane has used: nothing is trained on twice, and what slower lanes still held waiting is left out.
 
-    contents  of each source, see Corpus.contents: one whose files have changed begins its next epoch, over all of them
+    contents  of each source, see Corpus.contents: one whose files have changed begins its next epoch, over all of them, where
+              max_epochs leaves it one
     """
     if saved is None:
         return Position(), []
@@ -346,14 +358,16 @@ def data_position(saved: dict[str, Any] | None, fingerprint: str, contents: dict
     if saved["fingerprint"] == fingerprint and not changed:
         lanes = {int(lane): Place.of(place) for lane, place in saved["lanes"].items()}
         receipts = {int(lane): link for lane, link in saved["receipts"].items()}
-        draws = {index: (source, tokens) for index, source, tokens in saved.get("draws", [])}
+        draws = {index: tuple(draw) for index, *draw in saved.get("draws", [])}
         factors = dict(saved.get("factors", []))
         past = saved["snapshot"], dict(saved["drops"]), list(saved["renewals"]), factors, draws, receipts
         return Position(saved["rows"], lanes, *past, saved.get("passed_over", 0)), []
-    cursors = dict((saved["snapshot"] or {}).get("cursors", {}))
+    snapshot = _behind_all_draws(saved["snapshot"] or {}, list(before), saved.get("draws", []), list(contents))
+    cursors, passed = snapshot["cursors"], snapshot["passed"]
     for name in changed:
         cursors[name] = {"epoch": cursors.get(name, {}).get("epoch", 0) + 1}
-    kept = [name for name in contents if cursors.get(name) and name not in changed]
+        passed.pop(name, None)
+    kept = [name for name in contents if (cursors.get(name) or passed.get(name)) and name not in changed]
     note = (
         f"files of {', '.join(changed)} have changed"
         if changed
@@ -361,5 +375,27 @@ def data_position(saved: dict[str, Any] | None, fingerprint: str, contents: dict
     )
     note += " since the checkpoint: the mix begins anew"
     note += f"; {', '.join(kept)} go on where they were" if kept else ""
-    note += f"; {', '.join(changed)} begin with all their files" if changed else ""
-    return Position(snapshot={"index": 0, "cursors": cursors}), [note]
+    over = [name for name in changed if max_epochs is not None and cursors[name]["epoch"] >= max_epochs]
+    begin = [name for name in changed if name not in over]
+    note += f"; {', '.join(begin)} begin with all their files" if begin else ""
+    note += f"; of {', '.join(over)} nothing more is read, as train.max_epochs is {max_epochs}: raise it for that" if over else ""
+    return Position(snapshot=snapshot), [note]
+
+
+def _behind_all_draws(snapshot: dict[str, Any], names: list[str], draws: list[Any], now: list[str]) -> dict[str, Any]:
+    """A mixer's beginning, each source behind what was drawn of it since the snapshot.
+
+    names   of the sources that the draws number
+    now     of the sources there are now
+    """
+    cursors, passed = dict(snapshot.get("cursors", {})), dict(snapshot.get("passed", {}))
+    current = snapshot.get("current", 0)
+    for index, source, _, *epoch in draws:
+        if index < snapshot.get("index", 0) or source >= len(names):
+            continue
+        name, current = names[source], source
+        if epoch and epoch[0] > cursors.get(name, {}).get("epoch", 0):
+            cursors[name], passed[name] = {"epoch": epoch[0]}, 0
+        passed[name] = passed.get(name, 0) + 1
+    reading = names[current] if current < len(names) else None
+    return {"index": 0, "cursors": cursors, "passed": passed, "current": now.index(reading) if reading in now else 0}

@@ -59,10 +59,10 @@ class Document:
         return self.encoded.size or 4 * len(self.encoded.ids)
 
     def is_shorter_than(self, characters: int) -> bool:
-        """Whether its text is; tokens that never had a text are not."""
+        """Whether its text is; tokens that never had a text are not, nor is a conversation: a short one is one all the same."""
         if self.encoded is None:
-            return len(self.text) < characters
-        return 0 < self.encoded.size < characters
+            return self.messages is None and len(self.text) < characters
+        return self.encoded.learned is None and 0 < self.encoded.size < characters
 
 
 class SkipRow(Exception):
@@ -102,6 +102,11 @@ class Source(Protocol):
 
     def stream(self, cursor: Cursor) -> DocumentStream:
         """The documents of epoch `cursor.get("epoch", 0)` from the cursor on, in an order fixed by seed and epoch."""
+
+
+def shorter_than(characters: int) -> str:
+    """Why a text is left out, as a person should read it."""
+    return f"shorter than data.min_text_length = {characters:,} characters"
 
 
 def num_bytes_of(text: str) -> int:

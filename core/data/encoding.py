@@ -5,7 +5,7 @@ Out:   Encoded, one for each
 State: none, but for what a Remembering keeps
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -31,6 +31,25 @@ def encode(tokenizer: Tokenizer, documents: Sequence[Document]) -> list[Encoded]
     for i, (ids, learned, num_bytes) in zip(chats, encode_chat(tokenizer, talks, read_only) if chats else []):
         found[i] = Encoded(ids, learned, documents[i].digest, len(documents[i].text), num_bytes)
     return found  # type: ignore[return-value]  # every place is filled: a document is of exactly one kind
+
+
+def encode_each(
+    encode: Callable[[Sequence[Document]], list[Encoded]], documents: Sequence[Document]
+) -> list[Encoded | BaseException]:
+    """The documents as tokens; of one that the tokenizer cannot do with, what it raised. Raises that where it is so with all."""
+    try:
+        return [*encode(documents)]
+    except BaseException as error:  # a tokenizer that panics raises what is no Exception
+        failure = error
+    found: list[Encoded | BaseException] = []
+    for document in documents:
+        try:
+            found += encode([document])
+        except BaseException as error:
+            found.append(error)
+    if len(found) > 1 and not any(isinstance(each, Encoded) for each in found):  # then it is not the documents
+        raise failure
+    return found
 
 
 class Remembering:

@@ -8,11 +8,9 @@ Out:   StepRows: this rank's rows of one optimizer step, and the counts of the w
 State: Position: what the *consumed* steps used; whatever was read ahead is read again after a resume
 """
 
-import contextlib
 import copy
 import hashlib
 import itertools
-import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,18 +18,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from core.contracts import Batch
 from core.data.mixing import SourceFailed
 from core.data.packing import Piece, Place, Row
 from core.data.pipeline import Position, share_of_lanes
+from core.data.reader import Reader, collate
 from core.data.unlearned import Unlearned
 from core.data.worker import MakePipeline, ReadingBroke, Stopped, Worker, WorkerDied, broke_by
 from core.errors import NoData, ReadingFailed
 
-STEPS_AHEAD = 3
-STOP_POLL_SECONDS = 0.2
 CLOSE_SECONDS = 2.0
 
 
@@ -46,25 +42,19 @@ class StepRows:
     documents: list[int]  # begun in this step, of each source
     epochs: list[int]  # begun in this step, of each source
     waited_seconds: float = 0.0  # for this rank's rows: 0 where they lay ready
-    numbers: list[int] = field(default_factory=list)  # of this rank's rows among those of the step
+    numbers: list[int] = field(default_factory=list)  # of this rank's rows among those read for the step
     head_counts: dict[str, float] = field(default_factory=dict)  # rows in which each auxiliary head has a place
     told: dict[str, Any] = field(default_factory=dict)  # for the log: how they were chosen, where a curriculum did
 
 
-def collate(rows: list[Row], packed: bool) -> Batch:
-    """Rows to one Batch, (len(rows), T)."""
+@dataclass
+class _Group:
+    """This rank's share of `rows_per_step` rows in a row, and what all ranks hold of them."""
 
-    def stack(name: str, dtype: torch.dtype) -> torch.Tensor:
-        return torch.from_numpy(np.stack([getattr(row, name) for row in rows])).to(dtype)
-
-    return Batch(
-        input_ids=stack("input_ids", torch.int64),
-        labels=stack("labels", torch.int64),
-        position_ids=stack("position_ids", torch.int64),
-        document_ids=stack("document_ids", torch.int32),
-        source_ids=stack("source_ids", torch.int32),
-        packed=packed,
-    )
+    batch: Batch
+    rows: list[Row]
+    filled: int  # rows that hold anything
+    counts: np.ndarray  # targets, tokens, and what `Loader._read_of` counts
 
 
 class Loader:
@@ -76,6 +66,7 @@ class Loader:
     rows_per_step    global rows of one optimizer step; divisible by the number of ranks
     workers          processes per rank; 0 reads in a thread of this process
     facts            what else the state keeps: what the rows follow from besides the position
+    fill             whether a step is filled up from the groups of rows that follow, once lanes have ended
     """
 
     def __init__(
@@ -91,9 +82,10 @@ class Loader:
         pin_memory: bool = False,
         facts: dict[str, Any] | None = None,
         describe: Callable[[Row], str] | None = None,
+        fill: bool = True,
     ):
         self.position = position
-        self._facts, self._describe = facts or {}, describe
+        self._facts, self._describe, self._fill = facts or {}, describe, fill
         self.source_names = source_names
         self._make_pipeline, self._parallel = make_pipeline, parallel
         self._rows_per_step, self._packed, self._pin_memory = rows_per_step, packed, pin_memory
@@ -102,12 +94,15 @@ class Loader:
         self._num_workers = min(workers, len(self._lanes))
         self._workers: list[Worker] = []
         self._snapshots: list[dict[str, Any]] = [position.snapshot] if position.snapshot else []
-        self._reader: _Reader | None = None
+        self._reader: Reader | None = None
+        self._held: Any = None  # what was read and found no room in the step before
+        self._waited = 0.0
         self._behind = 0  # the draw that the snapshots of all ranks have reached
         self._empty_rows = 0  # global rows in a row without a document: a whole round of lanes of them is the end
         self._replaced_at = -1  # the row at which a worker that died was replaced last
         self._before: tuple[Position, list] | None = None  # where it stood before the step that was handed out last
         self.unlearned = Unlearned(position.rows > position.passed_over * rows_per_step, of_chance=describe is None)
+        self.begun: list[tuple[str, int, int]] = []  # (source, documents, epochs) in steps passed over, since last asked
         self.dropped: list[tuple[str, str]] = []  # (source, reason) since last asked: for the log
         self.told: list[str] = []  # what else is to be warned of
         self.skipped: dict[tuple[str, str, str], bool] = {}  # (source, file, why): whether it was logged
@@ -119,59 +114,120 @@ class Loader:
         A source that fails on any rank is dropped on all of them, from the same draw on. Once any rank is to stop while it
         waits for rows, all of them raise Stopped, with the position as it was; so it is with an error of any rank. A step in
         which no token is learned is passed over and counted; UserError where there is no end of them.
+
+        A step is one group of rows, those of so many lanes in turn. Where lanes have ended, the groups that follow are joined to
+        it as long as their rows find room, and rows without a document are left out: the same for any number of ranks.
         """
-        waited = 0.0
+        self._waited, step, filled = 0.0, [], 0
         while True:
-            if self._reader is None:
-                self._reader = _Reader(
-                    self._read, self._packed, self._rows_per_step // self._parallel.world_size, self._pin_memory
-                )
-            begun = time.monotonic()
-            item = self._reader.get(should_stop)
-            waited += time.monotonic() - begun
-            if isinstance(item, WorkerDied) and self._replaced_at != self.position.rows:
-                self._replace_workers(item)
+            item = self._next_item(should_stop, step)
+            if (group := self._agreed(item)) is None:  # all that is not consumed is read anew
+                step, filled, self._empty_rows = [], 0, 0
                 continue
-            failed = item if isinstance(item, SourceFailed) else None
-            broke = broke_by(item) if isinstance(item, BaseException) and failed is None else None
-            batch, rows = (None, []) if isinstance(item, BaseException) or item is None else item
-            failures = [float(failed is not None and failed.name == name) for name in self.source_names]
-            targets = 0 if batch is None else int((batch.labels >= 0).sum())
-            tokens = 0 if batch is None else int((batch.source_ids >= 0).sum())
-            read = self._read_of(rows)
-            places = [0] * self._parallel.world_size  # where each rank's snapshot stands: a sum fills in the others'
-            places[self._parallel.rank] = self._snapshot_index
-            own = [float(item is None), float(broke is not None), targets, tokens, *places, *failures, *read]
-            stops, breaks, targets, tokens, *numbers = self._parallel.sum(own)
-            self._behind, numbers = int(min(numbers[: len(places)])), numbers[len(places) :]
-            if breaks:
-                raise self._cannot_go_on(broke) from (item if broke else None)
-            if stops:
-                raise Stopped
-            failures, *read = np.array(numbers, dtype=np.int64).reshape(4, -1).tolist()
-            if any(failures):
-                self._drop([name for name, count in zip(self.source_names, failures) if count], failed)
-                continue
-            if tokens == 0:
-                self._empty_rows += self._rows_per_step
-                if self._empty_rows >= self._num_lanes:
+            self._empty_rows = 0 if group.filled else self._empty_rows + self._rows_per_step
+            ended = self._empty_rows >= self._num_lanes
+            if not step and not group.filled:  # these lanes are empty, others may not be
+                if ended:
                     self.unlearned.end()
                     return None
-                self._advance(rows)  # these lanes are empty, others may not be
+                self._advance(group.rows)
                 continue
+            if filled + group.filled > self._rows_per_step:
+                self._held = item
+            else:
+                step.append(group)
+                filled += group.filled
+                if self._fill and filled < self._rows_per_step and not ended:
+                    continue
             self._empty_rows = 0
-            if targets == 0:
-                if self._describe and self.unlearned.needs_example:
-                    self.unlearned.show(self._describe(rows[0]))
-                self.position.passed_over += 1
-                self._advance(rows)
-                self.unlearned.add(int(tokens))
-                continue
+            if (rows := self._step_of(step)) is not None:
+                return rows
+            step, filled = [], 0
+
+    def _next_item(self, should_stop: Callable[[], bool], step: list[_Group]) -> Any:
+        """What this rank reads after the groups of `step`: (Batch, rows), an error, or None where it is to stop."""
+        if self._held is not None:
+            item, self._held = self._held, None
+            return item
+        again = len(step)  # groups read again, after workers that died: the same ones
+        while True:
+            if self._reader is None:
+                share = self._rows_per_step // self._parallel.world_size
+                self._reader, again = Reader(self._read, self._packed, share, self._pin_memory), 0
+            begun = time.monotonic()
+            item = self._reader.get(should_stop)
+            self._waited += time.monotonic() - begun
+            if isinstance(item, WorkerDied) and self._replaced_at != self.position.rows:
+                self._replace_workers(item)
+            elif isinstance(item, tuple) and again < len(step):
+                step[again].rows = item[1]
+                again += 1
+            else:
+                return item
+
+    def _agreed(self, item: Any) -> _Group | None:
+        """What was read, as all ranks know it; None where all that follows the position is to be read once more."""
+        failed = item if isinstance(item, SourceFailed) else None
+        broke = broke_by(item) if isinstance(item, BaseException) and failed is None else None
+        batch, rows = (None, []) if isinstance(item, BaseException) or item is None else item
+        failures = [float(failed is not None and failed.name == name) for name in self.source_names]
+        counts = [0, 0] if batch is None else [int((batch.labels >= 0).sum()), int((batch.source_ids >= 0).sum())]
+        filled = sum(bool(row.pieces) for row in rows)
+        places = [0] * self._parallel.world_size  # where each rank's snapshot stands: a sum fills in the others'
+        places[self._parallel.rank] = self._snapshot_index
+        own = [float(item is None), float(broke is not None), filled, *places, *failures, *counts, *self._read_of(rows)]
+        stops, breaks, filled, *numbers = self._parallel.sum(own)
+        self._behind, numbers = int(min(numbers[: len(places)])), numbers[len(places) :]
+        if breaks:
+            raise self._cannot_go_on(broke) from (item if broke else None)
+        if stops:
+            raise Stopped
+        failures, numbers = numbers[: len(failures)], numbers[len(failures) :]
+        if any(failures):
+            self._drop([name for name, count in zip(self.source_names, failures) if count], failed)
+            return None
+        assert batch is not None
+        return _Group(batch, rows, int(filled), np.array(numbers, dtype=np.int64))
+
+    def _step_of(self, groups: list[_Group]) -> StepRows | None:
+        """The step that these groups make, with the position moved past it; None where it is passed over."""
+        targets, tokens, *read = np.sum([group.counts for group in groups], axis=0).tolist()
+        by_source = np.reshape(read, (3, -1)).tolist()  # tokens, documents, epochs
+        rows = [row for group in groups for row in group.rows]
+        kept = [i for i, row in enumerate(rows) if row.pieces or not self._fill] or [0]  # no rank is without a row
+        if targets == 0:
+            if self._describe and self.unlearned.needs_example:
+                self.unlearned.show(self._describe(rows[kept[0]]))
+            self.position.passed_over += len(groups)
+            self.begun += zip(self.source_names, *by_source[1:])
+        else:
             self.unlearned.learned()
-            first, self._before = self.position.rows, (self._copied_position(), list(self._snapshots))
-            self._advance(rows)
-            own = [i for i in range(self._rows_per_step) if (first + i) % self._num_lanes in self._lanes]
-            return StepRows(batch, int(targets), int(tokens), *read, waited, own)
+            self._before = self._copied_position(), list(self._snapshots)
+        first = self.position.rows
+        for group in groups:
+            self._advance(group.rows)
+        if targets == 0:
+            self.unlearned.add(tokens)
+            return None
+        own = [i for i in range(self.position.rows - first) if (first + i) % self._num_lanes in self._lanes]
+        whole = len(groups) == 1 and len(kept) == len(rows)
+        batch = groups[0].batch if whole else collate([rows[i] for i in kept], self._packed)
+        return StepRows(batch, targets, tokens, *by_source, self._waited, [own[i] for i in kept])
+
+    @property
+    def has_untold(self) -> bool:
+        """Whether this rank alone has met something, which rank 0, where the log is, does not know."""
+        return self._parallel.rank > 0 and (bool(self.told) or not all(self.skipped.values()))
+
+    def gather_told(self) -> None:
+        """Rank 0 takes over what the others have to tell. Every rank must call it."""
+        everyones = self._parallel.gather((self.told, self.skipped))
+        if self._parallel.rank > 0:
+            self.told, self.skipped = [], dict.fromkeys(self.skipped, True)
+            return
+        for rank, (told, skipped) in enumerate(everyones[1:], 1):
+            self.told += [f"process {rank}: {message}" for message in told]
+            self.skipped = {**dict.fromkeys(skipped, False), **self.skipped}
 
     def give_back(self) -> None:
         """The step that was handed out last was not made: go back to before it."""
@@ -303,6 +359,7 @@ class Loader:
         return first_unused
 
     def _stop_reading(self, patience: float | None) -> None:
+        self._held = None
         if self._reader is not None:
             self._reader.close(patience)
             self._reader = None
@@ -333,57 +390,3 @@ def linked(chain: str, pieces: list[Piece]) -> str:
         return chain
     content = repr([(p.index, p.digest, p.start, p.length) for p in pieces])
     return hashlib.blake2b((chain + content).encode(), digest_size=8).hexdigest()
-
-
-class _Reader:
-    """The thread that turns rows into steps and keeps a few of them ready."""
-
-    def __init__(self, read: Callable, packed: bool, rows_per_step: int, pin_memory: bool):
-        self._queue: queue.Queue = queue.Queue(maxsize=STEPS_AHEAD)
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(
-            target=self._run, args=(read, packed, rows_per_step, pin_memory), name="data-reader", daemon=True
-        )
-        self._thread.start()
-
-    def _run(self, read: Callable, packed: bool, rows_per_step: int, pin_memory: bool) -> None:
-        try:
-            reading = read(self._stopping)
-            try:
-                while not self._stopping.is_set():
-                    rows = [next(reading) for _ in range(rows_per_step)]
-                    batch = collate(rows, packed)
-                    if pin_memory:
-                        batch = Batch(**{k: v.pin_memory() if isinstance(v, torch.Tensor) else v for k, v in vars(batch).items()})
-                    self._put((batch, rows))
-            finally:
-                reading.close()
-        except BaseException as error:  # handed to the training thread, which handles it
-            self._put(error)
-
-    def _put(self, item: Any) -> None:
-        while not self._stopping.is_set():
-            try:
-                return self._queue.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-
-    def get(self, should_stop: Callable[[], bool]) -> Any:
-        """The next (Batch, rows), or the error that ended the reading.
-
-        None when it is time to stop before there is one: a source may be waiting for minutes.
-        """
-        while True:
-            try:
-                return self._queue.get(timeout=STOP_POLL_SECONDS)
-            except queue.Empty:
-                if should_stop():
-                    return None
-
-    def close(self, patience: float | None = None) -> None:
-        """Ends the reading; waits for it so long at most. What then still waits for a source ends with the process."""
-        self._stopping.set()
-        with contextlib.suppress(queue.Empty):  # a thread that finds room sees at once that it is to stop
-            while True:
-                self._queue.get_nowait()
-        self._thread.join(patience)

@@ -63,7 +63,7 @@ class Mixer:
               that can no longer be read are lost
     renewals  draws at which a new horizon begins
     factors   {index: {source name: factor}} draws from which on the sources' weights have other factors
-    known     {index: (source, tokens)} of draws made before: those of a dropped source count as they did then
+    known     {index: (source, tokens, epoch)} of draws made before: those of a dropped source count as they did then
 
     A reader tokenizes its own lanes' documents only, so how many tokens have been drawn is estimated from their characters,
     which every reader sees alike.
@@ -77,7 +77,7 @@ class Mixer:
         drops: dict[str, int],
         snapshot: dict[str, Any] | None = None,
         renewals: Collection[int] = (),
-        known: Mapping[int, tuple[int, int]] | None = None,
+        known: Mapping[int, tuple[int, ...]] | None = None,
         factors: Mapping[int, dict[str, float]] | None = None,
     ):
         snapshot = snapshot or {}
@@ -85,7 +85,10 @@ class Mixer:
         self.index: int = snapshot.get("index", 0)
         self._cursors: dict[str, dict] = {s.name: snapshot.get("cursors", {}).get(s.name, {}) for s in sources}
         self._parked = {k: v for k, v in snapshot.get("cursors", {}).items() if k not in self._cursors}  # sources not in this mix
+        self._passed: dict[str, int] = dict(snapshot.get("passed", {}))  # documents behind its cursor that were drawn before
         self._ended: set[str] = set(snapshot.get("ended", []))
+        if settings.max_epochs is not None:  # also where the mix begins anew
+            self._ended |= {name for name, at in self._cursors.items() if at.get("epoch", 0) >= settings.max_epochs}
         self._current: int = snapshot.get("current", 0)  # the source being read through (sequential)
         self._drawn: list[list[int]] = [list(snapshot.get("drawn", {}).get(s.name, (0, 0))) for s in sources]  # documents, tokens
         self._origin: int = snapshot.get("origin", 0)  # tokens drawn before this horizon
@@ -96,7 +99,7 @@ class Mixer:
         self._fresh: set[int] = set()  # sources of which this epoch has not given a document yet
         self._dead: set[int] = set()  # dropped sources found unreadable: not tried (with all their retries) at every turn
         self._known = known or {}
-        self.made: dict[int, tuple[int, int]] = {}  # as `known`: draws made since whoever reads it last emptied it
+        self.made: dict[int, tuple[int, ...]] = {}  # as `known`: draws made since whoever reads it last emptied it
         self._seed = derive_seed(settings.seed, "mix")
         self._given_rates = settings.rates or (USUAL_RATE,) * len(sources)
         self._rates = tuple(snapshot.get("rates", self._given_rates))  # as they were when this horizon began
@@ -113,6 +116,7 @@ class Mixer:
         return {
             "index": self.index,
             "cursors": {**self._parked, **cursors},
+            "passed": {name: count for name, count in self._passed.items() if count},
             "current": self._current,
             "ended": sorted(self._ended),
             "drawn": {s.name: list(drawn) for s, drawn in zip(self.sources, self._drawn)},
@@ -121,6 +125,12 @@ class Mixer:
             "horizon_tokens": self._horizon_tokens,
             "factors": self._factors,
         }
+
+    @property
+    def reading(self) -> tuple[str, int]:
+        """The source that `wanted` is asked of, and its epoch."""
+        name = self.sources[self._current].name
+        return name, self._cursors[name].get("epoch", 0)
 
     def __iter__(self) -> "Mixer":
         return self
@@ -132,7 +142,7 @@ class Mixer:
         self._factors = self._changes.get(self.index, self._factors)
         while (choice := self._choose()) is not None:
             if choice in self._dead:
-                drawn, tokens = self._known.get(self.index, (choice, 0))
+                drawn, tokens = self._known.get(self.index, (choice, 0))[:2]
                 if drawn == choice:
                     return self._draw(choice, None, tokens)
                 self._ended_before(choice)
@@ -151,7 +161,7 @@ class Mixer:
     def _draw(self, choice: int, document: Document | None, tokens: int) -> Draw:
         self._drawn[choice][0] += 1
         self._drawn[choice][1] += tokens
-        self.made[self.index] = choice, tokens
+        self.made[self.index] = choice, tokens, self._cursors[self.sources[choice].name].get("epoch", 0)
         opens = document is not None and choice in self._fresh
         self._fresh.discard(choice)
         self.index += 1
@@ -206,6 +216,14 @@ class Mixer:
         return everything[1] / everything[0] if everything[0] else 1.0
 
     def _read(self, choice: int) -> Document | None:
+        """The next document of a source that was not drawn before the mix began anew; None as of `_next_of`."""
+        name = self.sources[choice].name
+        while (document := self._next_of(choice)) is not None and self._passed.get(name, 0) > 0:
+            self._passed[name] -= 1
+            self._fresh.discard(choice)
+        return document
+
+    def _next_of(self, choice: int) -> Document | None:
         """The next document of a source, going on into its next epoch; None when it has ended for good."""
         name = self.sources[choice].name
         fresh = False
@@ -224,6 +242,7 @@ class Mixer:
                 raise SourceUnavailable("it has no document to train on: all are shorter than data.min_text_length, or held out")
             epoch = self._cursors[name].get("epoch", 0) + 1
             self._cursors[name] = {"epoch": epoch}
+            self._passed.pop(name, None)  # of the epoch behind: fewer are left of it now
             del self._streams[choice]
             if self.settings.max_epochs is not None and epoch >= self.settings.max_epochs:
                 self._ended.add(name)

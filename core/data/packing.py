@@ -67,7 +67,7 @@ class Row:
     after: Place
     pieces: list[Piece]
     snapshots: list[dict[str, Any]] = field(default_factory=list)  # of the mixer, taken since the row before
-    draws: dict[int, tuple[int, int]] = field(default_factory=dict)  # index: (source, tokens), made since the row before
+    draws: dict[int, tuple[int, ...]] = field(default_factory=dict)  # index: (source, tokens, epoch), made since the row before
     skipped: list[tuple[str, str, str]] = field(default_factory=list)  # (source, file, why), found since the row before
     num_bytes: int = 0  # of what is learned of the documents that end in it, where `Packer.add` was told
 

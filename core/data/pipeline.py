@@ -18,11 +18,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from core.data.documents import Document, Encoded, Source
-from core.data.encoding import Remembering
+from core.data.documents import Document, Encoded, Source, shorter_than
+from core.data.encoding import Remembering, encode_each
 from core.data.mixing import Draw, Mixer, MixSettings, SourceFailed
 from core.data.objectives import build_objective
 from core.data.packing import PACKERS, Packer, Place, Row
+from core.data.sources.skips import at_least
 from core.data.tokenizer import Tokenizer
 from core.data.validation import HoldOut, may_train
 from core.environment import redacted
@@ -57,9 +58,9 @@ class Position:
     drops: dict[str, int] = field(default_factory=dict)  # failed sources, and from which draw on they are gone
     renewals: list[int] = field(default_factory=list)  # draws at which the schedules of the weights begin anew
     factors: dict[int, dict[str, float]] = field(default_factory=dict)  # draws from which on sources' weights have other factors
-    draws: dict[int, tuple[int, int]] = field(default_factory=dict)  # index: (source, tokens) of those since the snapshot
+    draws: dict[int, tuple[int, ...]] = field(default_factory=dict)  # index: (source, tokens, epoch) since the snapshot
     receipts: dict[int, str] = field(default_factory=dict)  # lane -> hash chain of all the pieces it has consumed
-    passed_over: int = 0  # steps in which no token was learned
+    passed_over: int = 0  # groups of rows in which no token was learned
 
     def first_unused(self) -> int:
         """The first draw of which no lane known here has used anything."""
@@ -126,6 +127,7 @@ class Pipeline:
             lane: pack(lane, settings.seq_length, tokenizer.eos_id, position.lanes.get(lane, Place())) for lane in lanes
         }
         self._snapshots: list[dict[str, Any]] = [self._mixer.snapshot()]
+        self._short: dict[str, tuple[str, int]] = {}  # source: the first text that is too short, and how many are
         self._skipped: dict[tuple[str, str, str], bool] = {}  # (source, file, why): whether a row has told it
         self._ended = False
         self._failure: SourceFailed | None = None
@@ -153,6 +155,10 @@ class Pipeline:
                 f"{document.key} holds token {largest}, beyond this preset's vocabulary of {self.tokenizer.vocab_size}: it was "
                 'made with another tokenizer; name that one in "tokenizer"'
             )
+        if document.is_shorter_than(self.settings.min_text_length):
+            source, epoch = self._mixer.reading
+            first, count = self._short.get(source, (document.key, 0))
+            self._short[source] = first, count + (epoch == 0)  # the next one has the same
         return may_train(self._hold_out, self.settings.min_text_length, document)
 
     def _newly_skipped(self) -> list[tuple[str, str, str]]:
@@ -185,6 +191,10 @@ class Pipeline:
         for source in self._mixer.sources:
             for file, why in getattr(source, "skipped", list)():
                 self._skipped.setdefault((source.name, file, why), False)
+        for name, (first, count) in self._short.items():
+            if count:
+                why = f"{at_least(count, 'text')}: {shorter_than(self.settings.min_text_length)}"
+                self._skipped.setdefault((name, first, why), False)
         for (packer, draw, _), document in zip(found, self._encoded(found)):
             if document is None:
                 packer.lose(draw.index)
@@ -194,19 +204,10 @@ class Pipeline:
 
     def _encoded(self, found: list[tuple[Packer, Draw, Document]]) -> list[Encoded | None]:
         """The documents as tokens; None for one that the tokenizer cannot do with: it is named, and left out."""
-        documents = [document for _, _, document in found]
         encoded: list[Encoded | None] = []
-        try:
-            return [*self._encode(documents)]
-        except BaseException as error:  # a tokenizer that panics raises what is no Exception
-            failure = error
-        for _, draw, document in found:
-            try:
-                encoded += self._encode([document])
-            except BaseException as error:
-                why = redacted(f"cannot be tokenized: {type(error).__name__}: {error}")
+        for (_, draw, document), each in zip(found, encode_each(self._encode, [document for _, _, document in found])):
+            if isinstance(each, BaseException):
+                why = redacted(f"cannot be tokenized: {type(each).__name__}: {each}")
                 self._skipped.setdefault((self._mixer.sources[draw.source].name, document.key, why), False)
-                encoded.append(None)
-        if len(encoded) > 1 and not any(encoded):  # then it is not the documents
-            raise failure
+            encoded.append(None if isinstance(each, BaseException) else each)
         return encoded

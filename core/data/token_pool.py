@@ -23,7 +23,7 @@ from core.data.documents import Cursor
 from core.data.tokenizer import Tokenizer
 from core.data.worker import end_with_parent
 from core.errors import UserError
-from core.signals import HANG_UP, STOP_SIGNALS, signals_held
+from core.signals import OF_TERMINALS, STOP_SIGNALS, signals_held
 
 POLL_SECONDS, CLOSE_SECONDS = 0.2, 2.0
 
@@ -59,7 +59,7 @@ class TokenPool:
         self._executor: Executor
         if workers:
             context = multiprocessing.get_context("spawn")  # a fork would copy a process that has threads
-            with signals_held(HANG_UP):  # by the process that multiprocessing keeps for its queues
+            with signals_held(OF_TERMINALS):  # by the process that multiprocessing keeps for its queues
                 self._executor = ProcessPoolExecutor(workers, context, _begin, (tokenizer.state(),))
         else:
             self._executor = ThreadPoolExecutor(1)
@@ -114,7 +114,8 @@ class TokenPool:
     def _submit(self, texts: list[str]) -> Future:
         if isinstance(self._executor, ThreadPoolExecutor):
             return self._executor.submit(_encode, self._tokenizer, texts)
-        return self._executor.submit(_encode_there, texts)
+        with signals_held(OF_TERMINALS):  # by the processes, which the first of these starts
+            return self._executor.submit(_encode_there, texts)
 
 
 def _encode(tokenizer: Tokenizer, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -21,7 +21,7 @@ import numpy as np
 
 from core.data.vocabulary import Unread, is_complete, mended, unknown_of, unread
 from core.errors import MissingPackage, SourceUnavailable, UserError
-from core.files import read_json, write_file
+from core.files import own_path, read_json, write_file
 from core.hub import check_reachable, explain
 from core.settings import TokenizerSettings
 
@@ -44,6 +44,9 @@ KNOWN_VOCABULARIES = {
 SAMPLE_CHARACTERS = 6_000_000
 """Text a BPE is trained on: beyond this the merges of a small vocabulary hardly change, and it takes seconds."""
 
+PROBE = "Two  words,\n\n\ta 1.5 \u00e9\u6f22\U0001f642 "
+"""Holds what a tokenizer that does not keep every byte usually loses."""
+
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -63,9 +66,6 @@ class Tokenizer:
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         self.is_complete = is_complete(facts)
         """Whether every text can be written."""
-        plain = facts["normalizer"] is None and '"add_prefix_space": true' not in json.dumps(facts["pre_tokenizer"])
-        self.is_lossless = self.is_complete and plain and "ByteLevel" in json.dumps(facts["decoder"])
-        """Whether every text comes back from its tokens, to the byte."""
         unknown = unknown_of(facts["model"])
         self.unknown_id = None if unknown is None else backend.token_to_id(unknown)
         self._special = {token.content: i for i, token in backend.get_added_tokens_decoder().items() if token.special}
@@ -73,6 +73,10 @@ class Tokenizer:
         self._control[[i for name, i in self._special.items() if i != self.unknown_id and len(name) > 1]] = True
         self._control[eos_id] = True
         self._spelled: dict[int, list[int]] = {}
+        plain = facts["normalizer"] is None and '"add_prefix_space": true' not in json.dumps(facts["pre_tokenizer"])
+        probes = [PROBE, *(f"a {token.content} b" for token in backend.get_added_tokens_decoder().values())]
+        self.is_lossless = self.is_complete and plain and "ByteLevel" in json.dumps(facts["decoder"]) and self._gives_back(probes)
+        """Whether every text comes back from its tokens, to the byte."""
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """Token ids of each text, int32, without special tokens."""
@@ -117,6 +121,10 @@ class Tokenizer:
 
     def decode(self, ids: list[int]) -> str:
         return self._backend.decode(ids, skip_special_tokens=False)
+
+    def _gives_back(self, texts: list[str]) -> bool:
+        """Whether these come back from their tokens: an added token may swallow the spaces around it, or be no bytes."""
+        return [self.decode(ids.tolist()) for ids in self.encode_batch(texts)] == texts
 
     def num_bytes(self, ids: np.ndarray) -> int:
         """UTF-8 bytes of the text that tokens come back as: for those whose own text is not at hand."""
@@ -173,7 +181,7 @@ def build_tokenizer(
     if settings.type == "hub":
         return _from_hub(str(settings.name))
     if settings.type == "file":
-        return read_tokenizer(root / Path(str(settings.path)).expanduser())
+        return read_tokenizer(own_path(str(settings.path), root))
     if settings.type == "byte":
         masks = tuple(marker for marker in markers if marker == MASK)
         return _byte_level([], 257 + len(masks), masks)
@@ -205,15 +213,20 @@ def _made_of(backend: Any, facts: dict[str, Any], end: str | None, control: list
         raise UserError(f'{where}: {CONFIG} says "eos_token": "{end}", but the tokenizer has no such token')
     if end is not None and len(end) == 1 and end.isascii():
         raise UserError(f'{where}: "eos_token": "{end}" is a character of texts: take one that no text is, such as "{END}"')
+    _check_ids(backend, where)
     if (better := mended(facts, end or END, where)) is not None:
         backend = type(backend).from_str(json.dumps(better))
     _mark_special(backend, [name for name in control if len(name) > 1])
     eos_id = _end_of(backend) if end is None else backend.token_to_id(end)
-    if len(twice := [name for name, i in backend.get_vocab(with_added_tokens=True).items() if i == eos_id]) > 1:
-        raise UserError(
-            f"{where} gives {' and '.join(sorted(twice))} one id, {eos_id}, and a document ends with it: number them apart"
-        )
     return Tokenizer(backend, eos_id)
+
+
+def _check_ids(backend: Any, where: str) -> None:
+    """Raises UserError where two tokens have one id: the library reads that, and loses one of them when it writes it."""
+    names: dict[int, str] = {}
+    for name, i in sorted(backend.get_vocab(with_added_tokens=True).items()):
+        if (other := names.setdefault(i, name)) != name:
+            raise UserError(f"{where} gives {other} and {name} one id, {i}: number its tokens apart")
 
 
 def _named_tokens(path: Path) -> dict[str, list[str]]:
@@ -267,11 +280,16 @@ def _encode(encode: Any, texts: list[str]) -> list[Any]:
     try:
         return encode(texts, add_special_tokens=False)
     except TypeError:  # half a surrogate pair: JSON may hold one, UTF-8 may not
-        return encode([_SURROGATE.sub("\ufffd", text) for text in texts], add_special_tokens=False)
+        return encode([_without_halves(text) for text in texts], add_special_tokens=False)
     except Exception as error:  # the library raises Exception itself; what a file lacks was mended when it was read
         raise UserError(
             f"the tokenizer of this lineage cannot read a text ({error}); start a new lineage with another one"
         ) from None
+
+
+def _without_halves(text: str) -> str:
+    """The text with the usual stand-in for each half of a surrogate pair."""
+    return _SURROGATE.sub("\ufffd", text)
 
 
 def _pieces(model: Any, text: str) -> list[int]:
@@ -295,7 +313,7 @@ def _byte_level(sample: Iterable[str], vocab_size: int, markers: tuple[str, ...]
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    backend.train_from_iterator(sample, trainer)
+    backend.train_from_iterator(map(_without_halves, sample), trainer)
     return Tokenizer(backend, backend.token_to_id(END))
 
 

@@ -6,14 +6,14 @@ State: none; both are functions of the sources' content and the preset
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
 import numpy as np
 
-from core.data.documents import Document, Encoded, Source, held_out_by_hash
+from core.data.documents import Document, Encoded, Source, held_out_by_hash, shorter_than
 from core.data.encoding import encode
 from core.data.objectives import IGNORE_INDEX, Objective
 from core.data.packing import Packer, Place, Row
@@ -43,6 +43,7 @@ class HoldOut:
     fraction: float
     held: dict[str, list[int]] = field(default_factory=dict)  # small sources: digests of what they hold out
     released: list[int] = field(default_factory=list)  # digests that the hash would hold out, and are trained on
+    sources: list[str] = field(default_factory=list)  # all that this lineage has trained on
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -56,8 +57,8 @@ class HoldOut:
         return digest in self._held or (held_out_by_hash(digest, self.fraction) and digest not in self._released)
 
     def state(self) -> dict[str, Any]:
-        """For the checkpoint: what was held out stays so when files are added."""
-        return {"held": self.held, "released": self.released}
+        """For the checkpoint: what was held out stays so when files are added, and what was not is never held out later."""
+        return {"held": self.held, "released": self.released, "sources": self.sources, "fraction": self.fraction}
 
 
 def may_train(hold_out: HoldOut, min_text_length: int, document: Document) -> bool:
@@ -68,21 +69,28 @@ def may_train(hold_out: HoldOut, min_text_length: int, document: Document) -> bo
 def plan_hold_out(sources: list[Source], fraction: float, min_text_length: int, before: dict[str, Any] | None = None) -> HoldOut:
     """Decide how each source is split. Finite sources are looked through, but no further than SMALL_CORPUS different texts.
 
-    before  the state of an earlier plan: its choices stand for sources that still hold what they held out, and of what was added
-            to them the hash decides
+    before  the state of an earlier plan: its choices stand, and so does its fraction where it was the smaller one: what may have
+            been trained on is not held out. Of what was added the hash decides; and of a new small source too, where its texts
+            may stand in a larger one that was trained on
     """
-    known = before or {"held": {}, "released": []}
-    small = {source.name: texts for source in sources if (texts := _texts_of(source, min_text_length))}
+    known = before or {"held": {}, "released": [], "sources": []}
+    asked, fraction = fraction, min(fraction, known.get("fraction", fraction))
+    names = {source.name for source in sources}
+    trained = set(known.get("sources", names | known["held"].keys()))
+    looked = {source.name: _texts_of(source, min_text_length) for source in sources}
+    small = {name: texts for name, (texts, _) in looked.items() if texts}
     chosen, released = {digest for digests in known["held"].values() for digest in digests}, set(known["released"])
+    held_before = HoldOut(fraction, known["held"], known["released"]).holds_digest
     new = [name for name, texts in small.items() if not texts.keys() & set(known["held"].get(name, ()))]
     for name in sorted(new, key=lambda name: len(small[name])):
         texts = small[name]
         by_hash = [digest for digest in texts if held_out_by_hash(digest, fraction)]
-        if before is not None and name not in known["held"] and 0 < len(by_hash) < len(texts):
-            chosen |= set(by_hash) - released  # so it was split while it was larger
+        if name in trained or trained - small.keys():
+            chosen |= set(by_hash) - released
             continue
+        learned = {digest for other in trained for digest in small[other] if not held_before(digest)}
         # of few copies first: held out with all of them, it would leave little to train on
-        for digest in sorted(texts.keys() - released, key=lambda digest: (texts[digest], digest)):
+        for digest in sorted(texts.keys() - released - learned, key=lambda digest: (texts[digest], digest)):
             if len(texts.keys() & chosen) >= _share(len(texts), fraction):
                 break
             if all(len(others.keys() - chosen) > 1 for others in small.values() if digest in others):
@@ -94,23 +102,34 @@ def plan_hold_out(sources: list[Source], fraction: float, min_text_length: int, 
             released |= texts.keys()
     held = {name: [digest for digest in digests if digest in chosen] for name, digests in known["held"].items()}
     held |= {name: sorted(small[name].keys() & chosen) for name in new}
-    plan = HoldOut(fraction, held, sorted(released))
-    plan.notes = [_note(name, texts, plan) for name, texts in small.items()]
+    plan = HoldOut(fraction, held, sorted(released), sorted(trained | names))
+    plan.notes = [f"{name}: {short}" for name, (_, short) in looked.items() if short]
+    plan.notes += [_note(name, texts, plan) for name, texts in small.items()]
+    if fraction < asked:
+        plan.notes.append(f"validation_fraction is {fraction:g}, as before: the rest of {asked:g} has been trained on")
     return plan
 
 
-def _texts_of(source: Source, min_text_length: int) -> Counter[int]:
-    """{digest: documents} of the texts of a small finite source; none of another."""
+def _texts_of(source: Source, min_text_length: int) -> tuple[Counter[int], str]:
+    """{digest: documents} of the texts of a small finite source, none of another; and how many of those looked at are too short,
+    as a person should read it."""
     found: Counter[int] = Counter()
+    short = looked = 0
     try:
         for document in islice(source.stream({}), SMALL_DOCUMENTS) if source.finite else ():
-            if not document.is_shorter_than(min_text_length):
+            looked += 1
+            if document.is_shorter_than(min_text_length):
+                short += 1
+            else:
                 found[document.digest] += 1
             if len(found) >= SMALL_CORPUS:
-                return Counter()
+                break
     except SourceUnavailable:  # training will meet the same error, and drop the source
-        return Counter()
-    return found
+        return Counter(), ""
+    all_of_it = len(found) < SMALL_CORPUS and looked < SMALL_DOCUMENTS
+    of = f"{'' if all_of_it else 'the first '}{looked:,} {'text' if looked == 1 else 'texts'}"
+    told = f"{short:,} of {of} {'is' if short == 1 else 'are'} {shorter_than(min_text_length)} and left out" if short else ""
+    return Counter() if len(found) >= SMALL_CORPUS else found, told
 
 
 def _share(texts: int, fraction: float) -> int:
@@ -127,12 +146,13 @@ def _note(name: str, texts: Counter[int], plan: HoldOut) -> str:
 
 
 def held_out_documents(
-    source: Source, hold_out: HoldOut, tokenizer: Tokenizer, min_text_length: int
+    source: Source, hold_out: HoldOut, tokenizer: Tokenizer, min_text_length: int, between: Callable[[], None] = lambda: None
 ) -> Iterator[tuple[int, Encoded]]:
     """(its place among the source's documents, its tokens) of each document that is held out, as far as a source is searched."""
     left = SCAN_LOCAL if source.finite else SCAN_STREAM
     try:
         for scanned, document in enumerate(source.stream({})):
+            between()
             if not document.is_shorter_than(min_text_length) and hold_out.holds(document):
                 yield scanned, encode(tokenizer, [document])[0]
             left -= document.size
@@ -150,11 +170,15 @@ def validation_rows(
     seq_length: int,
     tokens: int,
     min_text_length: int,
+    between: Callable[[], None] = lambda: None,
 ) -> list[Row]:
-    """Packed rows of held-out documents: about `tokens` of them, shared evenly among the sources that have so many."""
+    """Packed rows of held-out documents: about `tokens` of them, shared evenly among the sources that have so many.
+
+    between   called after each document that is read; may raise, to stop
+    """
     numbers = range(len(sources))
     packers = [Packer(number, seq_length, tokenizer.eos_id, Place()) for number in numbers]
-    documents = [held_out_documents(source, hold_out, tokenizer, min_text_length) for source in sources]
+    documents = [held_out_documents(source, hold_out, tokenizer, min_text_length, between) for source in sources]
     collected, open_ones, wanted = [0] * len(sources), [*numbers], tokens // len(sources)
     while open_ones:
         for number in open_ones:

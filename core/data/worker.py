@@ -20,7 +20,7 @@ from core.data.packing import Row
 from core.data.pipeline import Pipeline, Position
 from core.environment import redacted
 from core.errors import UserError
-from core.signals import HANG_UP, signals_held
+from core.signals import OF_TERMINALS, signals_held
 
 ROWS_PER_MESSAGE = 16  # sent at once: fewer, larger messages cost less than the rows in them
 MESSAGES_AHEAD = 64
@@ -35,10 +35,11 @@ class Worker:
 
     def __init__(self, make_pipeline: MakePipeline, lanes: list[int]):
         context = multiprocessing.get_context("spawn")  # a fork would copy a process with threads and a device in it
-        with signals_held(HANG_UP):  # by the process, and by the one that multiprocessing keeps for its queues
+        with signals_held(OF_TERMINALS):  # by the process that multiprocessing keeps for its queues
             self._queue: Any = context.Queue(maxsize=MESSAGES_AHEAD)
             self._positions: Any = context.Queue()
-            self._process = context.Process(target=_work, args=(make_pipeline, lanes, self._positions, self._queue), daemon=True)
+        self._process = context.Process(target=_work, args=(make_pipeline, lanes, self._positions, self._queue), daemon=True)
+        with signals_held(OF_TERMINALS):  # until `_work` ignores them
             self._process.start()
         self._rows: list[Row] = []
         self._begun = 0

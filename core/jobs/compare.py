@@ -24,7 +24,7 @@ from core.errors import Diverged, Interrupted, UserError
 from core.files import cause, read_json
 from core.jobs.train import train_to_the_end, views_of
 from core.lineage import owned
-from core.metrics import evaluation_is_missing, read_events
+from core.metrics import LOG, evaluation_is_missing, read_events
 from core.parallel import on_rank_zero
 from core.preset import decode_preset
 from core.runtime import Runtime, forget_peak_memory
@@ -131,7 +131,7 @@ def standing(preset: Any, root: Path, world_size: int | None = None) -> list[Tri
     """
     folder = root / "logs" / preset.lineage
     outcomes = read_outcomes(folder, world_size or 1)
-    trials, differences = [], []
+    trials, differences, lost = [], [], []
     for trial in plan(preset, root):
         found = _store(root, trial).peek()
         entry = outcomes.trials.get(trial.key)
@@ -142,14 +142,17 @@ def standing(preset: Any, root: Path, world_size: int | None = None) -> list[Tri
             trial = replace(trial, status=entry["status"], note=entry["note"])
         elif found is not None:
             progress, runs = found["progress"], trial.preset["train"]["runs"]
-            over, log_file = progress["finished"] and progress["horizon_runs"] >= runs, trial.folder / "metrics.jsonl"
-            if over and not log_file.exists():
-                differences.append((trial, f"its log {log_file} is gone"))
+            over, log_file = progress["finished"] and progress["horizon_runs"] >= runs, trial.folder / LOG
+            if over and not log_file.is_file():
+                lost.append((trial, f"its log {log_file} is gone"))
             unmeasured = progress.get("evaluation_due", False) and evaluation_is_missing(log_file, progress["step"])
             trial = replace(trial, status="finished" if over and not unmeasured else "running")
         trials.append(trial)
     if differences:
-        raise UserError(_refusal(preset, differences))
+        raise UserError(_refusal(preset, differences + lost, "was begun with other settings than these"))
+    if lost:
+        what = "has runs that are over, but what they measured is gone with their logs"
+        raise UserError(_refusal(preset, lost, what, " Or put the logs back."))
     begun = any(trial.status != "waiting" for trial in trials)
     if begun and world_size is not None and outcomes.world_size != world_size:
         raise UserError(
@@ -172,18 +175,19 @@ def without_the_hopeless(trials: list[Trial], stop_worse_by: float | None) -> li
     ]
 
 
-def _refusal(preset: Any, differences: list[tuple[Trial, str]]) -> str:
+def _refusal(preset: Any, differences: list[tuple[Trial, str]], what: str, or_else: str = "") -> str:
     told = [f"  {trial.variant}, seed {trial.seed}: {why}" for trial, why in differences]
     more = f"\n  ... and {len(told) - 4} more" if len(told) > 4 else ""
     variants = dict.fromkeys(trial.key.split("/")[0] for trial, _ in differences)
     folders = [f"{place}/{preset.lineage}/{variant}" for variant in variants for place in ("logs", "checkpoints")]
     return (
-        f'the comparison "{preset.lineage}" was begun with other settings than these:\n'
+        f'the comparison "{preset.lineage}" {what}:\n'
         + "\n".join(told[:4])
         + more
         + '\nGive the preset another "lineage" to begin a new one, or delete these folders to run their trials anew:\n  '
         + "\n  ".join(folders)
         + "\nAdding seeds or variants needs neither."
+        + or_else
     )
 
 
@@ -251,7 +255,7 @@ class Watch:
 
     def read(self, folder: Path) -> None:
         """What an earlier start has seen of the trial."""
-        for event in read_events(folder / "metrics.jsonl"):
+        for event in read_events(folder / LOG):
             self.update(event)
 
     def update(self, event: dict[str, Any]) -> None:
@@ -279,7 +283,7 @@ def _baseline_of(trial: Trial, trials: list[Trial]) -> tuple[str, list[tuple[int
     base = next(other for other in trials if other.seed == trial.seed)
     if base.variant == trial.variant or base.status != "finished":
         return base.variant, []
-    evals = [event for event in read_events(base.folder / "metrics.jsonl") if event["event"] == "eval"]
+    evals = [event for event in read_events(base.folder / LOG) if event["event"] == "eval"]
     return base.variant, [(e["tokens"], e["cross_entropy"]) for e in evals if e.get("cross_entropy") is not None]
 
 

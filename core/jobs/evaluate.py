@@ -22,7 +22,7 @@ from core.contracts import plain_batch
 from core.data.corpus import open_held_out
 from core.data.validation import shortfall
 from core.errors import Interrupted, NoData, UserError
-from core.files import cause
+from core.files import cause, own_path
 from core.generation import Voice
 from core.harness.library import version
 from core.harness.perplexity import held_out_rows, perplexity
@@ -154,7 +154,7 @@ class Desk:
     def tasks(self) -> None:
         """Run every task that is not done, one name after the other."""
         names = list(dict.fromkeys(self._wanted.tasks))
-        folder = self._root / Path(self._wanted.task_path).expanduser() if self._wanted.task_path else None
+        folder = own_path(self._wanted.task_path, self._root) if self._wanted.task_path else None
         mark = self._mark(
             limit=self._wanted.limit,
             num_fewshot=self._wanted.num_fewshot,

@@ -18,11 +18,11 @@ import numpy as np
 
 from core.data.chunks import MANIFEST, BadChunks, ChunkWriter, Manifest, read_manifest
 from core.data.corpus import Corpus, open_corpus
-from core.data.documents import Cursor, DocumentStream, Source
+from core.data.documents import Cursor, DocumentStream, Source, shorter_than
 from core.data.token_pool import Batch, TokenPool, usable_cores
 from core.data.tokenizer import SAMPLE_CHARACTERS, Tokenizer, build_tokenizer, read_tokenizer, tokenizer_facts
 from core.errors import Interrupted, NoData, SourceUnavailable, UserError
-from core.files import cause
+from core.files import cause, own_path
 from core.names import file_name, is_file_name
 from core.parallel import Single
 from core.runtime import Runtime
@@ -122,7 +122,7 @@ def folder_of(preset: Any, root: Path, source: str = "") -> Path:
     """The output folder, or a source's folder in it."""
     plain = re.sub(r"[^A-Za-z0-9._-]+", "_", source).lstrip(".")
     name = plain if is_file_name(plain) and source.isascii() else file_name(source)
-    return root / Path(preset.tokenize.output).expanduser() / (name if source else "")
+    return own_path(preset.tokenize.output, root) / (name if source else "")
 
 
 # before anything is written ------------------------------------------------------------------------------------------
@@ -254,7 +254,8 @@ def _write(task: Task, preset: Any, pool: TokenPool, view: TokenizeView, stop: C
             writer.save()  # before the first chunk: a folder of chunks always has a manifest
         view.begin(name, writer.tokens)
         cursor, saved, outcome = manifest.writer["cursor"], time.monotonic(), "end"
-        results = pool.run(_batches(task.source.stream(cursor), preset.data.min_text_length), stop)
+        length, short = preset.data.min_text_length, [0]
+        results = pool.run(_batches(task.source.stream(cursor), length, short), stop)
         try:
             for batch in results:
                 kept = len(batch.ends)
@@ -281,7 +282,8 @@ def _write(task: Task, preset: Any, pool: TokenPool, view: TokenizeView, stop: C
             view.end()
         with _disk(task):
             writer.save(complete=outcome in ("end", "limit"), cursor=cursor, ended=outcome == "end")
-    for note in task.source.notes:
+    told = [f"{short[0]:,} of the texts read are {shorter_than(length)} and left out"] if short[0] else []
+    for note in [*task.source.notes, *told]:
         view.tell(f"note  {name}: {note}")
     if failure is not None:
         raise failure
@@ -290,13 +292,15 @@ def _write(task: Task, preset: Any, pool: TokenPool, view: TokenizeView, stop: C
     view.tell(f"{name}: {_told(task)} in {task.folder}")
 
 
-def _batches(stream: DocumentStream, min_text_length: int) -> Iterator[Batch]:
-    """The texts of a stream, some at a time. Blank ones are passed over, and those too short for training."""
+def _batches(stream: DocumentStream, min_text_length: int, short: list[int]) -> Iterator[Batch]:
+    """The texts of a stream, some at a time. Blank ones are passed over, and those too short for training, which are counted in
+    `short`."""
     texts, cursors, size = [], [], 0
     try:
         for document in stream:
             if document.messages is not None or document.encoded is not None:
                 raise UserError(f"{document.key} is no plain text and cannot be tokenized; take its source out of this preset")
+            short[0] += document.is_shorter_than(min_text_length)
             if not document.text.strip() or document.is_shorter_than(min_text_length):
                 continue
             texts.append(document.text)

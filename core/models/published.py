@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import SourceUnavailable, UserError
+from core.files import own_path
 from core.hub import fetch_file
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
@@ -16,7 +17,7 @@ PROJECT = Path(__file__).resolve().parent.parent.parent
 
 def folder_of(name: str) -> Path | None:
     """Where a model lies if it is not on the Hub."""
-    return PROJECT / Path(name).expanduser() if name.startswith((".", "/", "~")) else None
+    return own_path(name, PROJECT) if name.startswith((".", "/", "~")) else None
 
 
 def place_of(name: str) -> str:

@@ -7,5 +7,6 @@ backend.
 from core.parallel.ddp import DDP
 from core.parallel.ranks import on_rank_zero, rank_zero_first
 from core.parallel.single import Single
+from core.parallel.slots import load_slot
 
-__all__ = ["DDP", "Single", "on_rank_zero", "rank_zero_first"]
+__all__ = ["DDP", "Single", "load_slot", "on_rank_zero", "rank_zero_first"]

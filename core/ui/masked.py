@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from core.metrics import LOG
 from core.settings import MASKED_TOKENS
 from core.ui import text
 from core.ui.picture import dress, engineering, events_of, mark_beginnings, new_figure, number, save, title_of
@@ -113,7 +114,7 @@ class MaskedPlot:
         if kind in ("run_start", "eval"):
             self._masked = event.get("objective") == MASKED_TOKENS
         if kind in ("eval", "run_end") and self._masked:
-            plot_masked(self._folder / "metrics.jsonl", self._folder / "masked.png")
+            plot_masked(self._folder / LOG, self._folder / "masked.png")
 
 
 def plot_masked(metrics_path: Path, out: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from core.files import read_json, write_file
+from core.metrics import LOG
 from core.runtime import versions
 from core.ui.progress import FINISHED
 from core.ui.report import plot_losses
@@ -44,7 +45,6 @@ class RunCard:
             before = read_card(self._folder)
             if "whole_run" in before and all(before.get(key) == facts.get(key) for key in SAME_RUNS):
                 self._card["whole_run"] = before["whole_run"]
-            _write(self._folder / "preset.json", self._preset)
         elif kind == "step":
             self._speeds.append(event["tokens_per_second"])
             self._run_tokens = event.get("run_tokens")
@@ -62,6 +62,8 @@ class RunCard:
         if self._speeds:
             self._card["tokens_per_second"] = float(f"{statistics.median(self._speeds):.4g}")  # a slow one is not 0
         _write(self._folder / "run.json", self._card)
+        if kind == "run_start" or not (self._folder / "preset.json").exists():  # the folder may have been removed since
+            _write(self._folder / "preset.json", self._preset)
 
 
 def read_card(folder: Path) -> dict[str, Any]:
@@ -86,7 +88,7 @@ class LossPlot:
 
     def update(self, event: dict[str, Any]) -> None:
         if event["event"] in ("eval", "run_end"):
-            plot_losses(self._folder / "metrics.jsonl", self._folder / "loss.png")
+            plot_losses(self._folder / LOG, self._folder / "loss.png")
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:

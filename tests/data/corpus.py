@@ -102,29 +102,33 @@ def make_loader(
     parallel: Any = None,
     workers: int = 0,
     kind: type[Loader] = Loader,
+    fill: bool = True,
 ) -> Any:
     names = [section.name for section in factory.sections]
     packed = factory.settings.packing != "padding"
     lanes = factory.settings.lanes
     ranks = parallel or Single()
-    return kind(factory, position, ranks, rows, names, lanes, packed, workers=workers, facts={"fingerprint": FINGERPRINT})
+    facts = {"fingerprint": FINGERPRINT}
+    return kind(factory, position, ranks, rows, names, lanes, packed, workers=workers, facts=facts, fill=fill)
 
 
 def steps(loader: Loader, count: int | None = None) -> list[np.ndarray]:
     """The next steps of one rank, each as (rows, 5, T): all there is in a batch; None reads to the end of the data.
 
-    Steps of nothing but padding, which the loader passes over, are put back, so that a row's place tells its lane.
+    They are put back into the groups that were read for them, so that a row's place tells its lane; rows of nothing but padding
+    are -1 all over, those that a step left out as well.
     """
     found: list[np.ndarray] = []
     at = loader.position.rows
     while (count is None or len(found) < count) and (step := loader.next_step()) is not None:
         b = step.batch
         fields = np.stack([b.input_ids, b.labels, b.position_ids, b.document_ids, b.source_ids], axis=1)
-        at += loader._rows_per_step
+        before = loader._before[0].rows  # type: ignore[index]
+        rows = {before + n: row for n, row in zip(step.numbers, fields) if (row[4] >= 0).any()}
         while at < loader.position.rows:
-            found.append(np.full_like(fields, -1))
+            own = [n for n in range(at, at + loader._rows_per_step) if n % loader._num_lanes in loader._lanes]
+            found.append(np.stack([rows.get(n, np.full_like(fields[0], -1)) for n in own]))
             at += loader._rows_per_step
-        found.append(fields)
     return found
 
 

@@ -15,9 +15,9 @@ from core.assembly import Preset
 from core.data.chat import MARKERS, START, STOP, chat_note, encode_chat, render_chat
 from core.data.documents import Document, Encoded, Messages, SkipRow
 from core.data.encoding import Remembering, encode
-from core.data.loader import collate
 from core.data.objectives import IGNORE_INDEX, next_token
 from core.data.packing import PACKERS, Place
+from core.data.reader import collate
 from core.data.sources import build_source, open_sources
 from core.data.sources.chat import ChatSettings, conversation
 from core.data.tokenizer import END, Tokenizer, build_tokenizer

@@ -6,6 +6,7 @@ import json
 import lzma
 import os
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -554,6 +555,34 @@ def test_resume_is_no_resume_among_odd_things(tmp_path: Path, monkeypatch: pytes
         assert list(source.stream(cursors[cut])) == straight[cut:], cursors[cut]
 
 
+@pytest.mark.parametrize("kind", ["hf", "chat"])
+def test_a_local_dataset_notices_that_its_files_change(kind: str, tmp_path: Path) -> None:
+    """A row more, a file more, another name; a project that was moved is the same."""
+
+    def contents(folder: Path, dataset: str) -> str:
+        source = build_source((HfSettings if kind == "hf" else ChatSettings)(dataset=dataset, name="mine"), folder, 1)
+        source.open()
+        return source.contents()
+
+    row = {"hf": '{"text": "a text"}\n', "chat": '{"messages": [{"role": "assistant", "content": "a text"}]}\n'}[kind]
+    (tmp_path / "one" / "data").mkdir(parents=True)
+    file = tmp_path / "one" / "data" / "train-0.jsonl"
+    file.write_text(row)
+    found = {contents(tmp_path / "one", "./data")}
+    assert found == {contents(tmp_path / "one", "data")}
+    shutil.copytree(tmp_path / "one", tmp_path / "moved")
+    assert found == {contents(tmp_path / "moved", "./data")}
+    single = contents(tmp_path / "one", "data/train-0.jsonl")
+    file.write_text(2 * row)
+    assert single != contents(tmp_path / "one", "data/train-0.jsonl")
+    found.add(contents(tmp_path / "one", "./data"))
+    shutil.copy(file, file.with_name("train-1.jsonl"))
+    found.add(contents(tmp_path / "one", "./data"))
+    file.rename(file.with_name("train-2.jsonl"))
+    found.add(contents(tmp_path / "one", "./data"))
+    assert len(found) == 4
+
+
 # a whole source ------------------------------------------------------------------------------------------------------
 
 STDLIB = {"type": "python_stdlib"}
@@ -570,11 +599,19 @@ STDLIB = {"type": "python_stdlib"}
         ({"type": "tokens", "path": "data/tokens"}, "holds no manifest.json"),
         ({"type": "hf", "dataset": "./nowhere.jsonl"}, "does not exist"),
         ({"type": "chat", "dataset": "./odd.jsonl"}, './odd.jsonl has no column "messages"; its columns are body'),
+        ({"type": "hf", "dataset": "odd.jsonl"}, 'odd.jsonl has no column "text"; its columns are body'),
+        ({"type": "hf", "dataset": "./empty.jsonl"}, "no row of it holds text in text"),
+        ({"type": "hf", "dataset": "blank"}, "no row of it holds text in text"),
+        ({"type": "hf", "dataset": "me/absent", "local": "empty.jsonl"}, "no text in its only file (empty.jsonl"),
+        ({"type": "chat", "dataset": "./blank", "messages_field": "text"}, "no row of it holds a conversation in text"),
     ],
 )
 def test_an_own_path_without_text_ends_the_start(tmp_path: Path, section: dict, reason: str) -> None:
     """What a person named is never missing without a question, though other sources could go on."""
     (tmp_path / "odd.jsonl").write_text('{"body": "x"}\n')
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "blank").mkdir()
+    (tmp_path / "blank" / "train.jsonl").write_text('{"text": " "}\n' * 3)
     preset = tiny_preset(data={"sources": [STDLIB, section | {"name": "mine"}]})
     with pytest.raises(NoData, match=r"preset t names paths that give no text.*\n  mine: ") as error:
         train_here(preset, tmp_path)
@@ -584,12 +621,17 @@ def test_an_own_path_without_text_ends_the_start(tmp_path: Path, section: dict, 
 
 def test_what_every_machine_may_lack_is_dropped_and_told(tmp_path: Path) -> None:
     """The folder of PDFs that nobody filled, and the Hub: the others go on."""
-    sources = [{"type": "text", "path": "texts"}, "pdf", {"type": "hf", "dataset": "me/absent"}]
+    sources = [
+        "pdf",
+        *({"type": "pdf", "path": path, "name": path} for path in ("pdfs", "pdfs/")),
+        {"type": "hf", "dataset": "me/absent"},
+    ]
+    sources.append({"type": "text", "path": "texts"})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         events = train_here(tiny_preset(data={"sources": sources}), tmp_path)
     told = [event["message"] for event in events if event["event"] == "warning"]
-    assert len([message for message in told if "dropped, the others go on" in message]) == 2
+    assert len([message for message in told if "dropped, the others go on" in message]) == 4
     assert events[-1]["reason"] == "max_steps"
 
 

@@ -17,7 +17,7 @@ import pytest
 from core.data.documents import Document
 from core.data.sources import open_sources
 from core.data.sources.pdf import pool as pdf_pool
-from core.data.sources.pdf.cache import CACHE, Outcome, PdfCache, digest_of_file
+from core.data.sources.pdf.cache import CACHE, EXTRACTOR_VERSION, Outcome, PdfCache, digest_of_file
 from core.data.sources.pdf.messages import CRASH, DAMAGED, EMPTY, ENCRYPTED, GOOD, PAGELESS, SCANNED, SLOW
 from core.data.sources.pdf.source import PdfSettings, PdfSource
 from core.errors import SourceUnavailable
@@ -476,8 +476,8 @@ def test_the_cache_remembers_what_follows_from_the_file(
         path.write_bytes(path.read_bytes()[:-9])
     assert all_of(make_source(seconds=0.5))[0].text == "A text." and sorted(counted[4:]) == ["a.pdf", "b.pdf", "slow.pdf"]
     digest = digest_of_file(tmp_path / "pdfs" / "a.pdf")
-    assert PdfCache(tmp_path).get(digest) == (GOOD, "A text.")  # written anew
-    (folder / f"{digest}-1.json.gz").write_bytes(b"\x1f\x8b junk")
+    assert PdfCache(tmp_path).get(digest) == (GOOD, "A text.", False)  # written anew
+    (folder / f"{digest}-{EXTRACTOR_VERSION}.json.gz").write_bytes(b"\x1f\x8b junk")
     assert PdfCache(tmp_path).get(digest) is None
 
 

@@ -7,17 +7,21 @@ import json
 import random
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from core.data import pipeline
+from core.data.corpus import data_position
+from core.data.documents import Document
 from core.data.loader import Loader
 from core.data.mixing import Mixer, MixSettings
 from core.data.pipeline import share_of_lanes
 from core.data.validation import HoldOut
 from core.errors import NoData
 from tests.data.corpus import (
+    FINGERPRINT,
     LANES,
     Fails,
     Ranks,
@@ -84,6 +88,24 @@ def test_rows_are_the_same_for_any_number_of_workers(workers: int, tmp_path: Pat
     assert same(found, threaded[:25])
     other = make_loader(factory, resumed(state, factory), workers=1 if workers == 3 else 0)
     assert same(read_all(other, 35), threaded[25:])
+
+
+def test_what_one_rank_alone_meets_reaches_rank_0(tmp_path: Path) -> None:
+    """The log is there. A file that several could not read is told once."""
+    factory, shared = make_factory(tmp_path, write_corpus(tmp_path, {"a": 30})), ("a", "f1", "no text")
+
+    def job(parallel: Any) -> tuple:
+        loader = make_loader(factory, start(), parallel=parallel)
+        loader.told = ["a worker died"] if parallel.rank == 1 else []
+        loader.skipped = [{shared: True}, {shared: False, ("a", "f2", "no text"): False}, {}][parallel.rank]
+        before = loader.has_untold
+        loader.gather_told()
+        loader.close()
+        return before, loader.has_untold, loader.told, loader.skipped
+
+    first, second, third = Ranks(3).run(job)
+    assert first == (False, False, ["process 1: a worker died"], {shared: True, ("a", "f2", "no text"): False})
+    assert second[:3] == (True, False, []) and third[:3] == (False, False, [])
 
 
 def test_no_document_is_on_two_ranks(tmp_path: Path) -> None:
@@ -184,6 +206,54 @@ def test_the_number_of_ranks_may_change_at_every_resume(packing: str, tmp_path: 
         assert same(merged([found for found, _ in ranks]), straight[done : done + count]), f"{world_size} ranks, {done} steps"
         assert all(saved == ranks[0][1] for _, saved in ranks), "every rank must see the same merged state"
         state, done = ranks[0][1], done + count
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_changed_data_section_trains_on_nothing_twice(strategy: str, packing: str, tmp_path: Path) -> None:
+    """Stopped in the first epochs and late in the last, changed, and stopped and changed once more: no document more often than
+    max_epochs says, and what is left out is no more than the lanes held waiting."""
+    sizes = {"a": 400, "b": 60, "c": 8}
+    sections = write_corpus(tmp_path, sizes, low=20, high=60)
+    contents = dict.fromkeys(sizes, "")
+    for cuts, epochs in (((20, 9), 1), ((70, 40), 2), ((150, 1), 2)):
+        position, found, lost = start(), [], 0
+        for count in (*cuts, None):
+            loader = make_loader(make_factory(tmp_path, sections, strategy, packing, max_epochs=epochs), position)
+            loader._facts["contents"] = contents
+            found += texts_of(steps(loader, count))
+            state = json.loads(json.dumps(loader.state()))
+            loader.close()
+            used = [place[0] for place in state["lanes"].values()]
+            lost += max(used) - min(used) + LANES if count else 0
+            position, notes = data_position(state, "another", contents, epochs)
+            assert count is None or "go on where they were" in notes[0]
+        read = Counter(found)
+        assert max(read.values()) <= epochs, read.most_common(3)
+        hold_out = HoldOut(0.05)
+        every = [t for name in sizes for t in text_lines(tmp_path, name) if not hold_out.holds(Document(t, ""))]
+        assert sum(epochs - read[text] for text in every) <= lost < len(every) / 2
+
+
+def test_a_file_that_changed_is_read_again_no_more_often_than_told(tmp_path: Path) -> None:
+    """Its next epoch is the one after those begun, not after that of the last snapshot; after the last, it ends."""
+    sections = write_corpus(tmp_path, {"a": 90, "b": 20}, low=20, high=60)
+    for epochs, again in ((2, 0), (3, 1)):
+        factory = make_factory(tmp_path, sections, max_epochs=epochs)
+        loader = make_loader(factory, start())
+        loader._facts["contents"] = {"a": "", "b": ""}
+        begun = Counter(text for text in texts_of(steps(loader, 14)) if text.startswith("b "))
+        state = json.loads(json.dumps(loader.state()))
+        loader.close()
+        assert state["snapshot"]["cursors"]["b"].get("epoch", 0) == 0 and max(begun.values()) >= 2  # the snapshot is behind
+        position, notes = data_position(state, FINGERPRINT, {"a": "", "b": "new"}, epochs)
+        loader = make_loader(make_factory(tmp_path, sections, max_epochs=epochs), position)
+        after = Counter(text for text in texts_of(steps(loader)) if text.startswith("b "))
+        loader.close()
+        assert ("b begin with all their files" in notes[0]) == bool(again), notes
+        assert ("of b nothing more is read, as train.max_epochs is 2" in notes[0]) != bool(again), notes
+        most = max((begun + after).values())
+        assert most <= epochs and (most == epochs or not again)
 
 
 # sources that fail ---------------------------------------------------------------------------------------------------

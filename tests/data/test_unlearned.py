@@ -64,6 +64,25 @@ def test_steps_without_targets_are_passed_over_alike_on_all_ranks_and_after_a_st
     assert state == of_two == of_cut
 
 
+def test_what_begins_in_steps_passed_over_is_counted(tmp_path: Path) -> None:
+    """Every document and epoch of the data, on any number of ranks: with the steps, or with those that teach nothing."""
+    factory = make_factory(tmp_path, write_corpus(tmp_path, {"a": 60, "b": 60}), max_epochs=2)
+
+    def job(parallel: Any, factory: Any) -> tuple[np.ndarray, np.ndarray]:
+        loader, found = make_loader(factory, start(), ROWS, parallel), []
+        while (step := loader.next_step()) is not None:
+            found.append([step.documents, step.epochs])
+        loader.close()
+        passed = np.array([[documents, epochs] for _, documents, epochs in loader.begun]).reshape(-1, 2, 2)
+        return np.sum(found, axis=0), passed.sum(axis=0).T
+
+    ((everything, none),) = Ranks(1).run(lambda parallel: job(parallel, factory))
+    assert not none.any() and everything[1].tolist() == [2, 2]
+    for ranks in (1, 2):
+        for of_steps, passed in Ranks(ranks).run(lambda parallel: job(parallel, Silent(factory))):
+            assert passed[0].min() > 5 and (of_steps + passed == everything).all()
+
+
 def test_a_step_that_is_given_back_is_read_again(tmp_path: Path) -> None:
     """The state is that of before it, and so are the rows that come next."""
     loader = make_loader(make_factory(tmp_path, write_corpus(tmp_path, {"a": 60, "b": 60})), start(), ROWS)

@@ -128,8 +128,43 @@ def test_what_was_held_out_stays_so_when_files_are_added(tmp_path: Path) -> None
         assert new == [text for text in text_lines(tmp_path, name) if held_out_by_hash(digest_of(text.encode()), 0.05)] != []
         saved = json.loads(json.dumps(after.state()))
     for name in "ac":
-        (tmp_path / f"{name}.jsonl").unlink()  # and when nothing of it is left, the source is planned anew
-    assert len(plan_hold_out(make_factory(tmp_path, [section]).sources, 0.05, 1, saved).held["a"]) == 5
+        (tmp_path / f"{name}.jsonl").unlink()  # and when nothing of it is left, it is what was held out before of the rest
+    left = plan_hold_out(make_factory(tmp_path, [section]).sources, 0.05, 1, saved)
+    texts = [Document(text, "") for text in text_lines(tmp_path, "b")]
+    assert [left.holds(text) for text in texts] == [after.holds(text) for text in texts] and any(map(left.holds, texts))
+
+
+def test_what_was_trained_on_is_never_held_out_later(tmp_path: Path) -> None:
+    """A larger validation_fraction, new sources with copies, a source of which every held-out text was taken away."""
+
+    def files(contents: dict[str, list[str]]) -> list:
+        for name, texts in contents.items():
+            (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        return make_factory(tmp_path, [TextSettings(path=f"{name}.jsonl", name=name) for name in contents]).sources
+
+    def split(plan: HoldOut, texts: list[str]) -> tuple[set[str], set[str]]:
+        held = {text for text in texts if plan.holds(Document(text, ""))}
+        return held, set(texts) - held
+
+    many, few = [f"many {i}" for i in range(SMALL_CORPUS + 400)], [f"few {i}" for i in range(60)]
+    for known in ({"a": many}, {"a": few}, {"a": many, "b": few}):
+        texts = [text for each in known.values() for text in each]
+        state = json.loads(json.dumps((first := plan_hold_out(files(known), 0.01, 1)).state()))
+        held, trained = split(first, texts)
+        assert held
+        for fraction, copies in (
+            (0.2, {}),
+            (0.01, {"new": few[:30]}),
+            (0.2, {"new": [*many[:20], *few[:20]], "own": ["x", "y", "z"]}),
+        ):
+            plan = plan_hold_out(files(known | copies), fraction, 1, state)
+            assert split(plan, texts) == (held, trained), (known.keys(), fraction, copies.keys())
+            assert (fraction == 0.2) == any("as before: the rest of 0.2 has been trained on" in note for note in plan.notes)
+            assert len(known) > 1 or len(texts) > 60 or "own" not in copies or len(plan.held["own"]) == 1
+            again = plan_hold_out(files(known), 0.2, 1, json.loads(json.dumps(plan.state())))
+            assert split(again, texts) == (held, trained)
+        left = {name: [text for text in each if text not in held] for name, each in known.items()}
+        assert not split(plan_hold_out(files(left), 0.2, 1, state), texts)[0] & trained
 
 
 def test_plans_of_older_checkpoints_stand(tmp_path: Path) -> None:

@@ -240,9 +240,7 @@ BYTES = {  # the same whatever reads it, counted by hand
 }
 READERS = {
     "byte": lambda folder: build_tokenizer(TokenizerSettings(type="byte"), []),
-    "bpe": lambda folder: build_tokenizer(
-        TokenizerSettings(vocab_size=300), [text for text in BYTES if "\ud800" not in text] * 9
-    ),
+    "bpe": lambda folder: build_tokenizer(TokenizerSettings(vocab_size=300), [*BYTES] * 9),
     "llama": lambda folder: read(llama_like(), folder, eos_token=STOP),
     "bert": lambda folder: read(bert_like(), folder, eos_token="[SEP]"),
 }
@@ -297,6 +295,36 @@ def test_tokens_without_text_count_as_they_are_written(tmp_path: Path) -> None:
         assert bytes_of(tokenizer, [Document("", str(i), encoded=each) for i, each in enumerate(encoded)]) == 54 - (
             kind == "llama"
         )
+
+
+def test_a_tokenizer_that_swallows_something_is_not_lossless() -> None:
+    """Added tokens that take the spaces around them, or are no bytes, and words without what is between them."""
+    plain = READERS["byte"](Path())
+    assert plain.is_lossless
+
+    def other(*added: AddedToken, before: Any = None) -> Tokenizer:
+        backend = Backend.from_str(plain.state()["json"])
+        backend.add_tokens([*added])
+        backend.pre_tokenizer = before or backend.pre_tokenizer
+        return Tokenizer(backend, plain.eos_id)
+
+    assert other(AddedToken("world"), AddedToken("<|x|>", lstrip=True, special=True)).is_lossless
+    swallows = other(AddedToken("world", lstrip=True))
+    assert swallows.decode(swallows.encode_batch(["hello world"])[0].tolist()) == "helloworld" and not swallows.is_lossless
+    assert not other(AddedToken("b", rstrip=True)).is_lossless and not other(AddedToken("\u00e9")).is_lossless
+    in_words = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    assert not other(before=in_words).is_lossless
+
+
+@pytest.mark.parametrize("kind", ["WordLevel", "BPE"])
+def test_two_tokens_of_one_id_are_refused(kind: str, tmp_path: Path) -> None:
+    """The library would write one of them only, and a checkpoint could read no text."""
+    model = models.WordLevel(WORDS, "[UNK]") if kind == "WordLevel" else models.BPE(LETTERS, [])
+    facts = json.loads(backend_of(model).to_str())
+    facts["model"]["vocab"] |= {"twice": facts["model"]["vocab"]["a"]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(facts))
+    with pytest.raises(UserError, match=r"tokenizer.json gives a and twice one id, \d+: number its tokens apart"):
+        read_tokenizer(tmp_path / "tokenizer.json")
 
 
 def test_spans_are_not_trimmed() -> None:

@@ -1,5 +1,6 @@
 """The processes that read: they end with the program, however it ends; and when they end before, nothing is lost."""
 
+import gzip
 import os
 import signal
 import subprocess
@@ -9,15 +10,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from core.data.encoding import Remembering
+from core.data.amount import counter
+from core.data.cache import CACHE
+from core.data.documents import Document
 from core.data.loader import Loader
 from core.data.sources.text import TextSource
 from core.data.token_pool import Batch, TokenPool
+from core.data.tokenizer import Tokenizer
 from core.data.worker import CLOSE_SECONDS, Worker
 from core.errors import ReadingFailed
-from tests.data.corpus import Ranks, byte_tokenizer, make_factory, make_loader, same, start, steps, write_corpus
+from tests.data.corpus import LANES, Ranks, byte_tokenizer, make_factory, make_loader, same, start, steps, write_corpus
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
@@ -50,6 +55,40 @@ def test_a_worker_ends_with_a_program_that_was_killed() -> None:
     while is_running(pid):
         assert time.monotonic() < until, "it outlived the program"
         time.sleep(0.05)
+
+
+STARTING = """
+import os, signal, threading
+from core.data.token_pool import Batch, TokenPool
+from core.data.worker import ROWS_PER_MESSAGE, Worker
+from tests.data.corpus import byte_tokenizer
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: None)
+    signal.signal(signal.SIGHUP, lambda *_: None)
+    rows = list(range(ROWS_PER_MESSAGE))
+    worker = Worker(zip, rows)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        os.killpg(0, number)
+    worker.begin(rows)
+    print(worker.next_row(threading.Event()), flush=True)
+    worker.close()
+    print(worker._process.exitcode, flush=True)
+    with TokenPool(byte_tokenizer(), 1) as pool:
+        waiting = pool._submit(["text"])
+        for number in (signal.SIGINT, signal.SIGHUP):
+            os.killpg(0, number)
+        print(len(waiting.result()[0]), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_workers_start_ends_none_and_prints_nothing(tmp_path: Path) -> None:
+    """A terminal sends it to the whole group; SIGTERM ends a worker as before."""
+    (tmp_path / "starting.py").write_text(STARTING)
+    run = [sys.executable, str(tmp_path / "starting.py")]
+    where: dict[str, Any] = {"cwd": ROOT, "env": {**os.environ, "PYTHONPATH": str(ROOT)}, "start_new_session": True}
+    ended = subprocess.run(run, capture_output=True, text=True, timeout=120, **where)
+    assert (ended.stdout, ended.stderr) == (f"(0, 0)\n{-signal.SIGTERM}\n5\n", "")
 
 
 @pytest.mark.slow
@@ -146,30 +185,37 @@ def test_an_error_that_nobody_expected_ends_every_rank_with_its_reason(tmp_path:
 
 
 def test_an_odd_file_or_text_costs_no_more_than_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever it makes a library raise; named with the reason, and the rows are those without it."""
+    """Whatever it makes a library raise, with the token cache and without it; named with the reason, and the rows are those
+    without it."""
     sections = write_corpus(tmp_path, {"a": 60, "b": 60, "c": 60})
-    for name in ("b", "c"):
-        (tmp_path / f"{name}.jsonl").rename(tmp_path / f"a{name}.jsonl")
-    section = sections[0].model_copy(update={"path": ["a.jsonl", "a?.jsonl"]})
-    read, encode = TextSource.read, Remembering.__call__
+    for name in "abc":
+        path = tmp_path / f"{name}.jsonl"
+        (tmp_path / f"{'a' * (name != 'a')}{name}.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
+    section = sections[0].model_copy(update={"path": ["a.jsonl.gz", "a?.jsonl.gz"]})
+    read, encode = TextSource.read, Tokenizer.encode_batch
 
     def odd_read(self: TextSource, unit: Any, at: int) -> Any:
-        if unit.label == "ab.jsonl":
+        if unit.label == "ab.jsonl.gz":
             raise RecursionError("too deep")
         return read(self, unit, at)
 
-    def odd_encode(self: Remembering, documents: Any) -> Any:
-        if any(document.text.startswith("c 7:") for document in documents):
+    def odd_encode(self: Tokenizer, texts: list[str]) -> Any:
+        if any(text.startswith("c 7:") for text in texts):
             raise BaseException("a panic of the tokenizer")
-        return encode(self, documents)
+        return encode(self, texts)
 
     monkeypatch.setattr(TextSource, "read", odd_read)
-    monkeypatch.setattr(Remembering, "__call__", odd_encode)
-    loader = make_loader(make_factory(tmp_path, [section], max_epochs=2), start())
-    found = steps(loader)
-    assert sorted(loader.skipped) == [
-        ("a", "ab.jsonl", "unreadable (RecursionError)"),
-        ("a", "ac.jsonl#7", "cannot be tokenized: BaseException: a panic of the tokenizer"),
-    ]
-    loader.close()
-    assert len(found) > 20
+    monkeypatch.setattr(Tokenizer, "encode_batch", odd_encode)
+    found = []
+    for gigabytes in (0.0, 0.1, 0.1):
+        loader = make_loader(make_factory(tmp_path, [section], max_epochs=2, cache_gigabytes=gigabytes), start())
+        found.append(np.concatenate(steps(loader)))
+        assert sorted(loader.skipped) == [
+            ("a", "ab.jsonl.gz", "unreadable (RecursionError)"),
+            ("a", "ac.jsonl.gz#7", "cannot be tokenized: BaseException: a panic of the tokenizer"),
+        ]
+        loader.close()
+    assert len(found[0]) > 20 * LANES and all(np.array_equal(each, found[0]) for each in found)
+    assert list((tmp_path / CACHE).glob("*/*.npz"))
+    count = counter(byte_tokenizer(), lambda document: True, 1)
+    assert count([Document(text, "") for text in ("a", "c 7: x", "bc")]) == 2 + 3

@@ -27,6 +27,10 @@ BANDS = {1e-4: (1e-3, 1e-2), 1e-5: (5e-3, 5e-2)}
 6e-8, and its sum of products to a few of them: nothing at right angles, a hundredth of a distance at 1e-5. Closer still only that
 all is finite is promised."""
 
+LANES = 2.5e-6
+"""Where the target is all but certain, the softmax's sum is 1 and a thousand numbers below its last digit. Those that are added
+in the same lane as the 1 are lost: a sixteenth of them in AVX512, an eighth in AVX2 (1.1e-6, 2.1e-6 of the longest row)."""
+
 
 def values_of(hidden: Tensor, prototypes: Tensor, targets: Tensor, h_exp: float, distance: str) -> tuple[Tensor, Tensor, Tensor]:
     """Each position's NLL (n,), and the gradients of their mean by hidden (n, D) and prototypes (V, D), as a run has them."""
@@ -157,7 +161,7 @@ def nearness(hidden: Tensor, prototypes: Tensor) -> Tensor:
 @pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("band", BANDS)
 def test_fp32_is_near_float64(band: float, distance: str, h_exp: float) -> None:
-    """Every value relative to itself, every row of a gradient to its own length, or a millionth of the longest."""
+    """Every value relative to itself, every row of a gradient to its own length, or to LANES of the longest."""
     hidden, prototypes, targets, near = scenes()
     hidden, targets, (of_values, of_gradients) = hidden[near > band], targets[near > band], BANDS[band]
     assert 200 < len(hidden) < len(near) - 50, "some are nearer, or the bands would not be needed"
@@ -169,7 +173,7 @@ def test_fp32_is_near_float64(band: float, distance: str, h_exp: float) -> None:
     for found, exact in ((by_hidden, wide[0].grad), (by_prototypes, wide[1].grad)):
         error = (found.double() - exact).norm(dim=-1)
         length = exact.norm(dim=-1)
-        assert (error <= of_gradients * length + 1e-6 * length.max()).all()
+        assert (error <= of_gradients * length + LANES * length.max()).all()
 
 
 @pytest.mark.parametrize("h_exp", H_EXPS)

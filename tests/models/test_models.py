@@ -53,8 +53,9 @@ def tiny_settings(name: str, **changes: Any) -> Any:
 
 def build(name: str, **changes: Any) -> nn.Module:
     """A tiny model of a kind, in evaluation mode."""
+    settings = tiny_settings(name, seq_length=T, **changes)  # first: making the folder of the Hub's model draws numbers, once
     torch.manual_seed(1)
-    return MODELS[name][1](tiny_settings(name, seq_length=T, **changes), V).eval()
+    return MODELS[name][1](settings, V).eval()
 
 
 def make_batch(input_ids: Tensor, lengths: list[list[int]] | None = None) -> Batch:

@@ -38,7 +38,7 @@ def started(budget: int = 1000, **more: object) -> dict:
 
 
 def step(tokens: int) -> dict:
-    numbers = {"step": 1, "tokens": tokens, "run_tokens": tokens, "tokens_per_second": 10.0, "loss": 1.0, "time": 0.0}
+    numbers = {"step": tokens // 100, "tokens": tokens, "run_tokens": tokens, "tokens_per_second": 10.0, "loss": 1.0, "time": 0.0}
     return {"event": "step", **numbers}
 
 

@@ -19,6 +19,7 @@ from core.data.sources.text import PythonStdlibSettings, PythonStdlibSource, Tex
 from core.data.sources.tokens import TokensSettings, TokensSource
 from core.environment import redacted
 from core.errors import SourceUnavailable
+from core.files import own_path
 from core.settings import Settings
 
 SOURCES: dict[str, tuple[type[Settings], Callable[..., Source]]] = {
@@ -56,15 +57,17 @@ def build_source(settings: Any, root: Path, seed: int) -> Source:
     return SOURCES[settings.type][1](settings, root, seed)
 
 
-def is_own_path(section: Any) -> bool:
+def is_own_path(section: Any, root: Path) -> bool:
     """Whether a section names a path on this machine: that nothing there can be read is a mistake, not an outage.
 
     The text that a person means to train on would be missing. The folder `pdfs` is named by default only.
     """
-    path, dataset = (getattr(section, key, None) for key in ("path", "dataset"))
+    path, dataset, local = (getattr(section, key, None) for key in ("path", "dataset", "local"))
     if dataset is not None:
-        return dataset.startswith(("./", "../", "/", "~"))
-    return path is not None and (section.type, path) != ("pdf", PdfSettings().path)
+        return dataset.startswith(("./", "../", "/", "~")) or any(
+            own_path(each, root).exists() for each in (dataset, local) if each
+        )
+    return path is not None and (section.type != "pdf" or own_path(path, root) != own_path(PdfSettings().path, root))
 
 
 def open_sources(sources: list[Source], deadline_seconds: float = 12.0) -> tuple[list[Source], dict[str, str]]:

@@ -10,14 +10,14 @@ A conversation is read whole or not at all: what an assistant answers to somethi
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from core.data.documents import ASSISTANT, Document, SkipRow
 from core.data.sources.hf import HfSource
 from core.data.sources.tables import TABLES
-from core.data.sources.text import TextSource, named_by, path_name
+from core.data.sources.text import Paths, TextSource, named_by, path_name
 from core.settings import Settings
 
 ROLE_NAMES = {
@@ -48,7 +48,7 @@ WRAPPERS = ("messages", "conversations", "conversation")
 class ChatSettings(Settings):
     type: Literal["chat"] = "chat"
     """Conversations. What assistants say in them is learned, the rest is only read."""
-    path: str | Annotated[list[str], Field(min_length=1)] | None = None
+    path: Paths | None = None
     """Files, folders or patterns, relative to the project: .jsonl .json .csv .tsv .parquet, and .gz .bz2 .xz .zst of any but the
     last. This or `dataset`."""
     dataset: str | None = Field(None, min_length=1)

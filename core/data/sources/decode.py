@@ -158,19 +158,23 @@ def as_utf8(pieces: Iterator[bytes]) -> Iterator[bytes]:
     if not name:
         yield from rest
         return
-    decoder = codecs.getincrementaldecoder(name)("replace")
+    decoder = codecs.getincrementaldecoder(name)("zeroarg.damage")
     for piece in rest:
-        yield decoder.decode(piece).encode()
-    yield decoder.decode(b"", True).encode()
+        yield decoder.decode(piece).encode(errors="surrogateescape")
+    yield decoder.decode(b"", True).encode(errors="surrogateescape")
+
+
+codecs.register_error("zeroarg.damage", lambda error: ("\udc81", error.end))
+"""What is no UTF-16 becomes a byte that is text neither in UTF-8 nor in Windows-1252, so that it is counted."""
 
 
 def decoded(data: bytes) -> Decoded:
     """UTF-8; or Windows-1252 (and so Latin-1), if it looks like that; or UTF-8 with replacement characters."""
     try:
-        return Decoded(text := data.decode(), text.count("\ufffd"))
+        return Decoded(data.decode())  # a replacement character that is there as such is text
     except UnicodeDecodeError:
         text = data.decode(errors="replace")
-    replaced = text.count("\ufffd")
+    replaced = text.count("\ufffd") - data.count("\ufffd".encode())
     beyond_ascii = len(text) - len(text.encode("ascii", "ignore"))
     accents = len(data) - len(data.decode("ascii", "ignore"))
     if beyond_ascii - replaced < replaced and accents <= MOST_ACCENTS * len(data) + 4 and not controls(data):

@@ -92,7 +92,7 @@ def split_into_units(path: Path, label: str) -> list[Unit]:
     return [Unit(path, label, begin, end) for begin, end in zip(begins, [*begins[1:], None])]
 
 
-def _size(path: Path) -> int:
+def file_size(path: Path) -> int:
     try:
         return path.stat().st_size
     except OSError:
@@ -125,12 +125,12 @@ class FileSource(ShardSource):
         return self._units
 
     def contents(self) -> str:
-        facts = [(unit.key, _size(unit.path) if unit.begin == 0 else 0) for unit in self.shards()]
+        facts = [(unit.key, file_size(unit.path) if unit.begin == 0 else 0) for unit in self.shards()]
         return hashlib.blake2b(repr(facts).encode("utf-8", "backslashreplace"), digest_size=8).hexdigest()
 
     def size(self, unit: Unit) -> int | None:
         """Its bytes, as they are on the disk."""
-        return (unit.end if unit.end is not None else _size(unit.path)) - unit.begin
+        return (unit.end if unit.end is not None else file_size(unit.path)) - unit.begin
 
     def recover(self, unit: Unit, error: Exception, failures: int) -> bool:
         """A file that cannot be read is left out and named, the others go on."""

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from core.files import own_path
+
 _KINDS_SHOWN = 6
 
 
@@ -59,7 +61,7 @@ def find(pattern: str, root: Path, readable: Callable[[Path], bool], found: Foun
 
     It is "a file", "a folder", "a pattern", or "" where there is nothing of that name and it is no pattern.
     """
-    path = root / os.path.expanduser(pattern)
+    path = own_path(pattern, root)
     if path.is_dir():
         for each in walk(path, found):
             found.add(each, readable)

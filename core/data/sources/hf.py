@@ -9,6 +9,8 @@ once has a bound, and of Parquet only the columns asked for are fetched, from an
 """
 
 import glob
+import hashlib
+import os
 import re
 import string
 import time
@@ -22,11 +24,13 @@ from core import hub
 from core.data.documents import Document, SkipRow
 from core.data.sources import tables
 from core.data.sources.decode import as_utf8, compression, unpacked
+from core.data.sources.files import file_size
 from core.data.sources.finding import Found, walk
 from core.data.sources.shards import ShardSource
 from core.data.sources.skips import Damaged, NoColumn
 from core.data.sources.text import READER, TextSettings, TextSource, named_by, text_of
 from core.errors import SourceUnavailable
+from core.files import own_path
 from core.packages import need
 from core.settings import Settings
 
@@ -55,7 +59,7 @@ class HfSettings(Settings):
     """Columns put together by `format`, instead of one text column."""
     format: str | None = None
     """How `fields` become a document: "Q: {question}\\nA: {answer}"."""
-    local: str | None = None
+    local: str | None = Field(None, min_length=1)
     """Text on this machine, as of a source of type `text`, that is read instead where it exists: "./data/book.txt"."""
     name: str = ""
     """Name in logs and weights; left out, the dataset's and its config's."""
@@ -96,7 +100,7 @@ def _formatted(form: str, row: dict[str, Any]) -> str:
 
 def hf_source(settings: HfSettings, root: Path, seed: int) -> ShardSource:
     """The dataset; or, where it is there, the local text that stands for it."""
-    if settings.local is not None and (root / Path(settings.local).expanduser()).exists():
+    if settings.local is not None and own_path(settings.local, root).exists():
         return TextSource(TextSettings(path=settings.local, name=settings.name), root, seed)
     return HfSource(settings, root, seed)
 
@@ -113,7 +117,7 @@ class HfSource(ShardSource):
         super().__init__(settings.name, seed)
         self.dataset, self.columns = settings.dataset, settings.columns
         self._settings = settings
-        path = root / Path(settings.dataset).expanduser()
+        path = own_path(settings.dataset, root)
         local = path.exists() or settings.dataset.startswith(("./", "../", "/", "~"))
         self._path = path if local else None
         self.finite = local
@@ -122,9 +126,12 @@ class HfSource(ShardSource):
         self._tables = False  # whether they are all tables, one a shard
 
     def open(self) -> None:
-        """Finds the files, checks the columns, and fetches a few bytes of data. Raises SourceUnavailable."""
+        """Finds the files, checks the columns, and fetches a few bytes of data; of a local one, a document. Raises
+        SourceUnavailable."""
         self._rows = None
         self._load()
+        if self.finite:
+            next(self.stream({}))
 
     def shards(self) -> list[int]:
         self._load()
@@ -170,6 +177,9 @@ class HfSource(ShardSource):
 
     def contents(self) -> str:
         self._load()
+        if self._path is not None:
+            facts = [(os.path.relpath(file, self._path), file_size(Path(file))) for file in self._files]
+            return hashlib.blake2b(repr(facts).encode("utf-8", "backslashreplace"), digest_size=8).hexdigest()
         return f"{len(self._files)} files, {self._num_shards} shards"
 
     def address(self, shard: int) -> str | None:

@@ -119,9 +119,9 @@ class Skips:
         told = [(label, kind) for kind, labels in self.files.items() for label in labels]
         told += [(label, f"used up to {end}") for end, labels in self.cut.items() for label in labels]
         for reason, found in self._rows.items():
-            told.append((self._examples[reason], f"{_at_least(sum(found.values()), 'row')}: {reason}"))
+            told.append((self._examples[reason], f"{at_least(sum(found.values()), 'row')}: {reason}"))
         for label, found in self._characters.items():
-            told.append((label, f"{_at_least(sum(found.values()), 'replacement character')}: bytes that are no text"))
+            told.append((label, f"{at_least(sum(found.values()), 'replacement character')}: bytes that are no text"))
         return told + [(label, "no UTF-8: read as Windows-1252") for label in self._other_encoding]
 
 
@@ -142,5 +142,6 @@ def _names(labels: dict) -> str:
     return ", ".join(list(labels)[:_NAMES_SHOWN]) + more
 
 
-def _at_least(count: int, what: str) -> str:
+def at_least(count: int, what: str) -> str:
+    """Its power of ten: who tells a count anew when it changes does so once it has grown tenfold."""
     return f"{10 ** (len(str(count)) - 1):,} or more {what}s"

@@ -1,19 +1,21 @@
 """Rows of tables: JSON Lines, JSON, CSV and Parquet.
 
-In:    pieces of a file in UTF-8 (decode.py), or an open Parquet file; the columns that are asked for
+In:    pieces of a file in UTF-8 (decode.py), or an open Parquet file; the columns that are asked for. CSV: see delimited.py
 Out:   (index, values in the order of the columns), or (index, SkipRow) for a row that cannot be read
 State: none; an index is a line, or a row
 """
 
 import codecs
-import csv
 import json
 from collections.abc import Callable, Iterable, Iterator
+from decimal import Decimal
+from itertools import chain, zip_longest
 from typing import Any, BinaryIO
 
 from core.data.documents import SkipRow
 from core.data.sources import decode
-from core.data.sources.decode import Decoded, compression, decoded, lines
+from core.data.sources.decode import Decoded, compression, lines
+from core.data.sources.delimited import check_columns, csv_rows, too_long, with_newlines
 from core.data.sources.skips import CutShort, Damaged, NoColumn, Row
 from core.packages import need
 
@@ -54,13 +56,9 @@ def read_rows(
     tell   is called with each line of CSV
     """
     if kind in CSV:
-        return _csv(pieces, columns, start, CSV[kind], tell)
+        return csv_rows(lines(with_newlines(pieces)), columns, start, CSV[kind], tell)
     rows = _json(pieces, columns) if kind == ".json" else _json_lines(pieces, start)
     return _columns_of(((i, row) for i, row in rows if i >= start), columns, whole and start == 0)
-
-
-def too_long() -> SkipRow:
-    return SkipRow(f"longer than {decode.RECORD_BYTES >> 20} MB")
 
 
 # JSON ----------------------------------------------------------------------------------------------------------------
@@ -87,6 +85,17 @@ def _columns_of(rows: Iterator[tuple[int, Any]], columns: list[str], begins: boo
     yield from held
 
 
+def _integer(digits: str) -> int | Decimal:
+    """A whole number of any length: it costs its row nothing but itself."""
+    try:
+        return int(digits)
+    except ValueError:  # longer than Python reads at once
+        return Decimal(digits)
+
+
+DECODER = json.JSONDecoder(parse_int=_integer)
+
+
 def _json_lines(pieces: Iterator[bytes], start: int) -> Iterator[tuple[int, Any]]:
     for index, line in enumerate(lines(pieces)):
         if index < start or (line is not None and not line.strip()):
@@ -95,7 +104,7 @@ def _json_lines(pieces: Iterator[bytes], start: int) -> Iterator[tuple[int, Any]
             yield index, too_long()
             continue
         try:
-            yield index, json.loads(line.decode("utf-8-sig"))
+            yield index, DECODER.decode(line.decode("utf-8-sig"))
         except UnicodeDecodeError:
             yield index, SkipRow("not UTF-8")
         except (ValueError, RecursionError):  # no JSON, a number or a nesting beyond what Python reads
@@ -108,8 +117,6 @@ class _TooLong(ValueError):
 
 class _Text:
     """JSON that is read on as it is needed. Bytes that are no UTF-8 are lone surrogates in it."""
-
-    DECODER = json.JSONDecoder()
 
     def __init__(self, pieces: Iterator[bytes]):
         self._pieces, self._decode = pieces, codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
@@ -150,7 +157,7 @@ class _Text:
         """The value that begins here; SkipRow where its bytes are no UTF-8. Raises ValueError, RecursionError or Damaged."""
         while True:
             try:
-                value, end = self.DECODER.raw_decode(self._buffer, self._at)
+                value, end = DECODER.raw_decode(self._buffer, self._at)
                 if self._over or end < len(self._buffer):  # a number may go on
                     break
             except json.JSONDecodeError as error:
@@ -221,67 +228,20 @@ def _array(text: _Text, any_given: bool) -> Iterator[Any]:
 
 
 def _rows_inside(whole: dict, columns: list[str]) -> Iterable[Any]:
-    """The rows of one object: its columns, a list of rows under some key, or the object itself."""
+    """The rows of one object: its columns, the lists of rows under its keys, or the object itself."""
     values = [whole.get(column) for column in columns]
     values = [list(value.values()) if isinstance(value, dict) else value for value in values]
     if all(isinstance(value, list) and value and not isinstance(value[0], dict) for value in values):
-        return (dict(zip(columns, row)) for row in zip(*values))  # type: ignore[arg-type]
-    lists = [value for value in whole.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
+        return (dict(zip(columns, row)) for row in zip_longest(*values))  # type: ignore[arg-type]
+    lists = [value for value in whole.values() if isinstance(value, list) and any(isinstance(row, dict) for row in value)]
     if lists and not any(column in whole for column in columns):
-        return max(lists, key=len)
+        return chain(*([each for each in lists if _has(each, columns)] or lists))
     return [whole]
 
 
-# CSV -----------------------------------------------------------------------------------------------------------------
-
-
-def _csv(pieces: Iterator[bytes], columns: list[str], start: int, delimiters: str, tell: Callable[[Decoded], None]) -> Rows:
-    """Rows below the header. Windows-1252 is read too: many programs write it."""
-    odd: list[SkipRow] = []  # what is wrong with the lines of the row being read
-
-    def texts() -> Iterator[str]:
-        for line in lines(pieces):
-            found = decoded(line or b"")
-            if line is None:
-                odd.append(too_long())
-            elif found.replaced:
-                odd.append(SkipRow("not UTF-8"))
-            tell(found)
-            yield found.text + "\n"
-
-    csv.field_size_limit(decode.RECORD_BYTES)
-    rest = texts()
-    header = next((line for line in rest if line.strip()), "")
-    try:
-        tried = [next(csv.reader([header], delimiter=delimiter), []) for delimiter in delimiters]
-    except csv.Error:
-        raise Damaged("damaged") from None
-    names = next((names for names in tried if all(column in names for column in columns)), max(tried, key=len))
-    delimiter = delimiters[tried.index(names)]
-    check_columns(names, columns)
-    places = [names.index(column) for column in columns]
-    reader, index = csv.reader(rest, delimiter=delimiter), -1
-    while True:
-        odd.clear()
-        try:
-            row = next(reader)
-        except StopIteration:
-            return
-        except csv.Error:
-            row = []
-            odd.append(SkipRow("no row of CSV"))
-        index += 1
-        if index >= start and (row or odd):
-            yield index, odd[0] if odd else tuple(row[place] if place < len(row) else None for place in places)
-
-
-def check_columns(there: list[str], columns: list[str]) -> None:
-    """Raises NoColumn, or Damaged for a column that is there twice."""
-    for column in columns:
-        if there.count(column) > 1:
-            raise Damaged(f'with the column "{column}" twice')
-        if column not in there:
-            raise NoColumn(column, there)
+def _has(rows: list, columns: list[str]) -> bool:
+    """Whether one of the rows has one of the columns."""
+    return any(isinstance(row, dict) and not row.keys().isdisjoint(columns) for row in rows)
 
 
 # Parquet -------------------------------------------------------------------------------------------------------------
@@ -329,20 +289,33 @@ def _group(file: Any, group: int, columns: list[str]) -> Iterator[Row]:
 
 def _values(column: Any) -> list[Any]:
     """A column's values; SkipRow in place of those that are too long, or text that is no UTF-8."""
-    if column.nbytes <= decode.RECORD_BYTES:
+    plain = _plain(column.type)
+    if plain == column.type and column.nbytes <= decode.RECORD_BYTES:
         try:
             return column.to_pylist()
         except (ValueError, ArithmeticError):  # text that is no UTF-8, a date beyond Python's
             pass
-    return [_value(column, i) for i in range(len(column))]
+    return [_value(column.slice(i, 1), plain) for i in range(len(column))]
 
 
-def _value(column: Any, index: int) -> Any:
-    if column.slice(index, 1).nbytes > decode.RECORD_BYTES:
-        return too_long()
+def _value(one: Any, plain: Any) -> Any:
+    """The value of a column of one row."""
     try:
-        return column[index].as_py()
+        one = one if one.type == plain else one.cast(plain)
+        return too_long() if one.nbytes > decode.RECORD_BYTES else one[0].as_py()
     except UnicodeDecodeError:
         return SkipRow("not UTF-8")
     except (ValueError, ArithmeticError) as error:
         return SkipRow(f"not to be read ({type(error).__name__})")
+
+
+def _plain(kind: Any) -> Any:
+    """The same type without dictionaries: a value of one counts as long as all of them."""
+    arrow = need("pyarrow", "pyarrow")
+    if arrow.types.is_dictionary(kind):
+        return _plain(kind.value_type)
+    if arrow.types.is_list(kind):
+        return arrow.list_(kind.value_field.with_type(_plain(kind.value_type)))
+    if arrow.types.is_struct(kind):
+        return arrow.struct([field.with_type(_plain(field.type)) for field in kind])
+    return kind

@@ -11,9 +11,9 @@ import re
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from core.data.documents import Document, SkipRow, split_text
 from core.data.sources import decode, tables
@@ -24,6 +24,7 @@ from core.data.sources.skips import CutShort, Damaged
 from core.data.sources.tables import JSON_LINES, PARQUET, TABLES
 from core.data.sources.webpage import page_text
 from core.errors import SourceUnavailable
+from core.files import own_path
 from core.settings import Settings
 
 PLAIN = (".txt", ".md", ".py")
@@ -31,7 +32,7 @@ PAGES = (".html", ".htm", ".xhtml")
 READABLE = (*PLAIN, *PAGES, *TABLES)
 SEEKABLE = (*PLAIN, *JSON_LINES)  # can be read from any line on, unless compressed
 
-READER = 2
+READER = 3
 """Changes when the same file would give other documents: tokens that were cached before are made again."""
 
 LOW, HIGH = 8000, 16000
@@ -43,11 +44,23 @@ PROJECT = Path(__file__).resolve().parents[3]
 CHECKED_AT_OPEN = 500
 """Files that are looked into before training starts; the others are when their turn comes."""
 
+T = TypeVar("T")
+
+
+def _none_is_empty(paths: str | list[str]) -> str | list[str]:
+    if "" in ([paths] if isinstance(paths, str) else paths):
+        raise ValueError("an empty path would be the whole project; name a file, a folder or a pattern")
+    return paths
+
+
+Paths = Annotated[str | Annotated[list[str], Field(min_length=1)], AfterValidator(_none_is_empty)]
+"""One path or several."""
+
 
 class TextSettings(Settings):
     type: Literal["text"] = "text"
     """Local text files."""
-    path: str | Annotated[list[str], Field(min_length=1)]
+    path: Paths
     """Files, folders or patterns, relative to the project: .txt .md .py .html .jsonl .json .csv .tsv .parquet, and .gz .bz2 .xz
     .zst of any but the last."""
     text_field: str = "text"
@@ -135,9 +148,11 @@ class TextSource(PlainSource):
                 self.recover(unit, error, 1)
 
     def read(self, unit: Unit, start: int) -> Iterator[tuple[int, Document]]:
+        whole = start == 0 and unit.begin == 0 and unit.end is None
         if _kind(unit.path) not in TABLES:
-            return super().read(unit, start)
-        return self.skips.documents(unit.key, self._rows(unit, start), self.document)
+            return some(super().read(unit, start)) if whole else super().read(unit, start)
+        rows = self._rows(unit, start)
+        return self.skips.documents(unit.key, some(rows) if whole else rows, self.document)
 
     def document(self, values: tuple, key: str) -> Document:
         """One row, its values in the order of `columns`. Raises SkipRow when it holds no text."""
@@ -187,9 +202,20 @@ class TextSource(PlainSource):
     def _look_into(self, unit: Unit) -> None:
         """Raises what reading the file would, where its beginning tells."""
         if _kind(unit.path) in TABLES:
-            next(self._rows(unit, 0, check_only=True), None)
+            rows = self._rows(unit, 0, check_only=True)
+            next(rows if _kind(unit.path) == PARQUET or unit.end is not None else some(rows), None)
         elif is_mostly_damage(data := next(unit.pieces(rows=False), b""), decoded(data)):
             next(self._texts(unit), None)  # a longer block may be text, and a page may declare its encoding
+
+
+def some(found: Iterator[T]) -> Iterator[T]:
+    """The same. Raises Damaged where there is nothing."""
+    any_given = False
+    for each in found:
+        any_given = True
+        yield each
+    if not any_given:
+        raise Damaged("without text")
 
 
 def text_of(value: Any, column: str) -> str:
@@ -248,7 +274,7 @@ def path_name(path: Any) -> str:
     if not isinstance(first, str):
         return "text"
     parts = Path(first).parts
-    real = [os.path.exists(PROJECT / os.path.expanduser(Path(*parts[: i + 1]))) for i in range(len(parts))]
+    real = [own_path(str(Path(*parts[: i + 1])), PROJECT).exists() for i in range(len(parts))]
     named = [part for part, there in zip(parts, real) if (there or not glob.has_magic(part)) and part not in ("/", ".", "..")]
     name = named[-1] if named else "text"
     plain = name.removesuffix(compression(name))

@@ -10,20 +10,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from core.data.chunks import MANIFEST, BadChunks, Chunks, DamagedChunk
 from core.data.documents import Document, Encoded, digest_of
 from core.data.sources.files import Damaged, FileSource, Unit
 from core.data.sources.text import named_by, path_name
 from core.errors import SourceUnavailable, UserError
+from core.files import own_path
 from core.settings import Settings
 
 
 class TokensSettings(Settings):
     type: Literal["tokens"] = "tokens"
     """Tokens on disk, as the tokenize job writes them."""
-    path: str
+    path: str = Field(min_length=1)
     """Folder that holds manifest.json and the chunks, relative to the project."""
     seed: int | None = None
     """Seed of the order of chunks alone (specification 001: 42, 43, 44); left out, it follows from the run's."""
@@ -43,7 +44,7 @@ class TokensSource(FileSource):
 
     def __init__(self, settings: TokensSettings, root: Path, seed: int):
         super().__init__(settings.name, seed if settings.seed is None else settings.seed)
-        self._folder = root / Path(settings.path).expanduser()
+        self._folder = own_path(settings.path, root)
         self._given_order = settings.seed is not None
         self._chunks: Chunks | None = None
         self._index: dict[str, int] = {}

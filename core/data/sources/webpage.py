@@ -6,12 +6,16 @@ State: none
 """
 
 import re
+from collections.abc import Iterator
 from contextlib import suppress
-from html.parser import HTMLParser
+from html import unescape
 
 from core.data.sources.decode import Decoded, decoded
 
-DROPPED = frozenset(("script", "style", "noscript", "template", "svg", "iframe", "object"))
+DROPPED = frozenset(("noscript", "template", "svg", "iframe", "object"))
+"""What is inside them is no text, where they are closed; one that is not hides nothing."""
+RAW = {tag: re.compile(f"</{tag}(?=[\\s/>])", re.IGNORECASE) for tag in ("script", "style")}
+"""What is inside them is no markup either, up to where they are closed or the page ends."""
 APART = re.compile("article|blockquote|h[1-6r]|ol|p|pre|section|table|title|ul")
 """Tags around which a line is empty."""
 LINES = re.compile(
@@ -19,6 +23,11 @@ LINES = re.compile(
 )
 """Tags around which a line ends."""
 
+_NAME = re.compile(r"</?([A-Za-z][^\s/>]*+)")
+_TAG_END = re.compile(r"""[^>=]*+(?:=\s*+(?:"[^"]*+"|'[^']*+')?+[^>=]*+)*+>""")
+"""The rest of a tag; a bracket in a quoted attribute does not end it."""
+_TRIES = 10
+"""Tags of a page that may be without such an end; then the first bracket ends each: the work grows with the page alone."""
 _CHARSET = re.compile(rb"""<meta[^>]{0,200}charset\s*=\s*["']?\s*([A-Za-z0-9_:.-]{1,40})""", re.IGNORECASE)
 _CHARSET_BYTES = 4096
 
@@ -29,48 +38,82 @@ def page_text(data: bytes) -> Decoded:
     if (found.other or found.replaced) and (match := _CHARSET.search(data[:_CHARSET_BYTES])):
         with suppress(LookupError, ValueError):  # no such encoding, or not this one
             found = Decoded(data.decode(match[1].decode("ascii")))
-    reader = _Reader()
-    reader.feed(found.text)
-    reader.close()
-    return found._replace(text=reader.text())
+    page = _Page()
+    for tag, closing, text in _tokens(found.text):
+        if tag:
+            page.tag(tag, closing)
+        else:
+            page.data(unescape(text))
+    return found._replace(text=page.text())
 
 
-class _Reader(HTMLParser):
+def _tokens(page: str) -> Iterator[tuple[str, bool, str]]:
+    """(tag, whether it closes, its markup) or ("", False, text), in order. Each place is looked at a few times at most."""
+    at, tries = 0, _TRIES
+    last, last_comment = page.rfind(">"), page.rfind("-->")
+    while 0 <= (mark := page.find("<", at)) < last:
+        if mark > at:
+            yield "", False, page[at:mark]
+        name = _NAME.match(page, mark)
+        if not (name or page[mark + 1] in "!?/"):
+            at = mark + 1
+            yield "", False, "<"
+            continue
+        if page.startswith("<!--", mark):  # one that does not end hides nothing
+            at = page.index("-->", mark + 2) + 3 if mark + 2 <= last_comment else mark + 4
+            continue
+        if not name:
+            at = page.index(">", mark) + 1
+            continue
+        end = _TAG_END.match(page, name.end()) if tries else None
+        tries -= end is None and tries > 0
+        at = end.end() if end else page.index(">", name.end()) + 1
+        tag, closing, whole = name[1].lower(), page[mark + 1] == "/", page[mark:at]
+        yield tag, closing, whole
+        if tag in RAW and not closing and not whole.endswith("/>"):
+            close = RAW[tag].search(page, at)
+            at = close.start() if close else len(page)
+    if at < len(page):
+        yield "", False, page[at:]
+
+
+class _Page:
     """Collects text and line ends."""
 
     def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
         self._parts: list[str] = []
-        self._dropped = 0
+        self._begun: dict[str, list[tuple[int, int]]] = {
+            tag: [] for tag in DROPPED
+        }  # (which tag, parts before it), if not closed
+        self._tags = 0
         self._pre = 0
 
-    def handle_starttag(self, tag: str, attrs: list) -> None:
-        self._dropped += tag in DROPPED
-        self._pre += tag == "pre"
-        self._line(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list) -> None:
-        self._line(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        self._dropped = max(0, self._dropped - (tag in DROPPED))
-        self._pre = max(0, self._pre - (tag == "pre"))
-        if tag in ("td", "th"):
+    def tag(self, tag: str, closing: bool) -> None:
+        self._tags += 1
+        if tag in DROPPED:
+            self._drop(tag) if closing else self._begun[tag].append((self._tags, len(self._parts)))
+        if tag == "pre":
+            self._pre = max(0, self._pre + (-1 if closing else 1))
+        if closing and tag in ("td", "th"):
             self._parts.append(" ")
-        self._line(tag)
+        if found := APART.fullmatch(tag) or LINES.fullmatch(tag):
+            self._parts.append("\n\n" if found.re is APART else "\n")
 
-    def handle_data(self, data: str) -> None:
-        if self._dropped:
-            return
+    def _drop(self, tag: str) -> None:
+        """All since the last one of that tag begins."""
+        if self._begun[tag]:
+            begin = self._begun[tag].pop()
+            del self._parts[begin[1] :]
+            for others in self._begun.values():
+                while others and others[-1] > begin:
+                    others.pop()
+
+    def data(self, data: str) -> None:
         if not self._pre:
             data = re.sub(r"\s+", " ", data)
             data = data.lstrip() if self._parts[-1:] == [] or self._parts[-1][-1:].isspace() else data
         self._parts.append(data)
 
-    def _line(self, tag: str) -> None:
-        if found := APART.fullmatch(tag) or LINES.fullmatch(tag):
-            self._parts.append("\n\n" if found.re is APART else "\n")
-
     def text(self) -> str:
-        text = re.sub(r"[^\S\n]+\n", "\n", "".join(self._parts))
+        text = "\n".join(line.rstrip() for line in "".join(self._parts).split("\n"))
         return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"

@@ -27,7 +27,7 @@ except ImportError:  # not a Unix: two processes may then do the same work
 CACHE = ".cache/pdf"
 """The folder, relative to the project."""
 
-EXTRACTOR_VERSION = 1
+EXTRACTOR_VERSION = 2
 """To be raised with every change of what is made of a PDF."""
 
 _POLL = 0.05
@@ -39,6 +39,7 @@ class Outcome(NamedTuple):
 
     kind: str  # GOOD, or why there is no text
     text: str
+    damaged: bool = False  # whether some of the file may be missing from the text
 
 
 def digest_of_file(path: Path) -> str:
@@ -80,7 +81,7 @@ class PdfCache:
         try:
             check_regular(path := self._path(digest))
             found = json.loads(gzip.decompress(path.read_bytes()))
-            outcome = Outcome(found["kind"], found["text"])
+            outcome = Outcome(found["kind"], found["text"], found["damaged"] is True)
         except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError):  # absent, or cut off, or not ours
             return None
         fits = outcome.kind in LASTING and isinstance(outcome.text, str) and bool(outcome.text) == (outcome.kind == GOOD)

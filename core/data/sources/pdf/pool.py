@@ -59,7 +59,7 @@ class Worker:
             elif "errno" in reply:
                 raise OSError(reply["errno"], os.strerror(reply["errno"] or 0), str(path))
             elif reply["kind"] != CRASH:
-                return Outcome(reply["kind"], reply["text"])
+                return Outcome(reply["kind"], reply["text"], reply.get("damaged") is True)
         return Outcome(CRASH, "")
 
     def stop(self) -> None:

@@ -23,7 +23,9 @@ from core.data.sources.finding import Found, walk
 from core.data.sources.pdf.cache import Outcome, PdfCache
 from core.data.sources.pdf.messages import CRASH, GOOD, LARGE, PASSING, SLOW
 from core.data.sources.pdf.pool import Limits, Pool
+from core.data.sources.skips import CutShort
 from core.errors import SourceUnavailable
+from core.files import own_path
 from core.settings import Settings
 
 LOW, HIGH = 3000, 5000
@@ -63,7 +65,7 @@ class PdfSource(FileSource):
 
     def __init__(self, settings: PdfSettings, root: Path, seed: int):
         super().__init__(settings.name, seed)
-        self._folder = root / Path(settings.path).expanduser()
+        self._folder = own_path(settings.path, root)
         self._seconds, self._leave_out = settings.file_seconds, settings.leave_out
         self._pool = Pool(PdfCache(root))
         self._lock = threading.Lock()  # a source may have several readers
@@ -123,6 +125,8 @@ class PdfSource(FileSource):
         for index, piece in enumerate(split_text(outcome.text, LOW, HIGH)):
             if index >= start:
                 yield index + 1, Document(piece, f"{unit.key}#{index}")
+        if outcome.damaged:
+            raise CutShort("the damage, as far as that could be repaired")
 
     def _outcome(self, unit: Unit) -> Outcome:
         """What a file holds; while it is read and used, the files after it are read ahead. Raises OSError, SourceUnavailable."""

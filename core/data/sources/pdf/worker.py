@@ -1,7 +1,7 @@
 """The process that reads PDFs: `python -m core.data.sources.pdf.worker`. Whatever a file does to it, training goes on.
 
 In:    requests on stdin (messages.py), one at a time: {"path", "seconds", "memory", "peek"}
-Out:   on stdout {"ready"} or {"missing"} at the start, then {"kind", "text"} for each request
+Out:   on stdout {"ready"} or {"missing"} at the start, then {"kind", "text"} for each request, and {"damaged"}
 State: none; PyMuPDF is loaded once, and each file is read by a fork of this process that lives no longer than that
 
 The fork may take `seconds` of time and `memory` bytes more than it has at its start; then it is killed. It also goes when this
@@ -39,6 +39,8 @@ from core.data.sources.pdf.messages import (
 _FLAGS = 2 | 64  # TEXT_PRESERVE_WHITESPACE | TEXT_CLIP: no images, ligatures as letters, nothing from outside the page
 _TEXT = 0  # the kind of a block; 1 is an image
 _NO_MEMORY = re.compile(r"alloc.*failed|out of memory|bad_alloc")
+_LOST = re.compile(r"repairing|zlib error|cannot load object|not a stream|broken object")
+"""What MuPDF says of a file from which something may be missing."""
 _GRACE = 5  # seconds after which a fork that nobody ended ends itself
 
 
@@ -133,7 +135,10 @@ def _limit_self(seconds: float, memory: int, parent: int) -> None:
 def extract(path: str, peek: bool) -> dict[str, Any]:
     """What a file holds. With `peek` only whether it holds text at all, which takes no longer for a long file."""
     try:
-        return {"kind": GOOD, "text": _has_text(path) if peek else _text(path)}
+        if peek:
+            return {"kind": GOOD, "text": _has_text(path)}
+        text, damaged = _text(path)
+        return {"kind": GOOD, "text": text, "damaged": damaged}
     except Refused as refused:
         return {"kind": str(refused), "text": ""}
     except MemoryError:
@@ -144,12 +149,17 @@ def extract(path: str, peek: bool) -> dict[str, Any]:
         return {"kind": DAMAGED, "text": ""}
 
 
-def _text(path: str) -> str:
+def _text(path: str) -> tuple[str, bool]:
+    """The text, and whether some of the file may be missing from it."""
+    tools = importlib.import_module("pymupdf").TOOLS
+    tools.reset_mupdf_warnings()
     with _open(path) as document:
-        text = document_text(list(_pages(document)))
+        pages = list(_pages(document))
+        damaged = document.is_repaired or len(pages) < document.page_count or bool(_LOST.search(tools.mupdf_warnings()))
+        text = document_text(pages)
     if not text.strip():
         raise Refused(SCANNED)
-    return text
+    return text, damaged
 
 
 def _has_text(path: str) -> str:

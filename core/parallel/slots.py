@@ -1,0 +1,31 @@
+"""The slots of a lineage, read on every rank.
+
+In:    the store, the ranks
+Out:   one state, the same on all of them
+State: none
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from core.checkpoint import CheckpointStore
+from core.parallel.ranks import on_rank_zero
+
+
+def load_slot(
+    store: CheckpointStore, parallel: Any, skip: int = 0, settled: bool = False
+) -> tuple[dict[str, Any] | None, Path | None, list[str]]:
+    """`store.load` on every rank; rank 0 alone judges slots and moves damaged ones aside."""
+    state: dict[str, Any] | None = None
+
+    def judge() -> tuple[Path | None, list[str]]:
+        nonlocal state
+        state, path, notes = store.load(skip, settled=settled)
+        return path, notes
+
+    path, notes = on_rank_zero(parallel, judge)
+    if path is not None and state is None:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    return state, path, notes
