@@ -30,7 +30,8 @@ class Progress:
         )
         self._per_step, self._every = per_step, start.get("eval_every_tokens") or 0
         self._evaluation_seconds, self._evaluated = 0.0, -1  # of the last evaluation, and after which tokens of the run
-        self._compiles_at = 1 + (start.get("compile_from_step") or 0)  # with that step behind it, a run has its speed
+        compiled = start.get("compile_from_step")
+        self._compiles_at = 0 if compiled is None else compiled + 1  # with that step behind it, a run has its speed
         self._warm = False  # the first step of a process is no guide: it may compile, and waits for the first data
         self._done = self._spent = 0.0
 
