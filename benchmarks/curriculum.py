@@ -32,7 +32,7 @@ def make_step(candidates: int | None, root: Path, tokenizer: dict | None) -> tup
 
     from core.assembly import Preset, build_training
     from core.parallel import Single
-    from core.preset import decode_preset
+    from core.preset.decode import decode_preset
     from core.runtime import detect_runtime
 
     train = {"per_gpu_batch_size": 16, "eval_tokens": 0, "curriculum": {"candidates": candidates} if candidates else None}

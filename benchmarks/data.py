@@ -47,7 +47,7 @@ def write_corpus(folder: Path) -> None:
 
 def write_tokenizer(folder: Path) -> None:
     from core.data.tokenizer import build_tokenizer
-    from core.settings import TokenizerSettings
+    from core.preset.settings import TokenizerSettings
 
     with (folder / "corpus.jsonl").open() as lines:
         sample = [json.loads(line)["text"] for line, _ in zip(lines, range(2000))]

@@ -23,11 +23,11 @@ import torch
 from benchmarks.measuring import sized
 from core.assembly import Preset
 from core.data.sources import PythonStdlibSettings, build_source
-from core.drafting import Drafter
-from core.generation import Row, Voice, Wish, advance
+from core.generation.engine import Row, Voice, Wish, advance
+from core.generation.speculative import Drafter
 from core.jobs.train import train
 from core.parallel import Single
-from core.preset import decode_preset
+from core.preset.decode import decode_preset
 from core.runtime import detect_runtime
 from core.trained import Trained, load_trained
 

@@ -17,11 +17,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.measuring import in_a_process, now, peak_bytes, sized
 from core.contracts import IGNORE_INDEX, Batch
-from core.freezing import train_only
 from core.losses.harmonic import Harmonic, HarmonicSettings
 from core.losses.stack import LossStack
 from core.models.neobert import NeoBERT, NeoBERTSettings
 from core.runtime import detect_runtime
+from core.training.freezing import train_only
 
 SIZES = sized({}, {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64})
 LAST = sized(27, 1)

@@ -20,10 +20,10 @@ import torch
 
 from benchmarks.measuring import sized
 from core.data.tokenizer import Tokenizer, build_tokenizer
-from core.generation import Row, Voice, Wish, advance
+from core.generation.engine import Row, Voice, Wish, advance
 from core.models.polychromatic import PolychromaticLM, PolychromaticSettings
 from core.models.simple_lm import SimpleLM, SimpleLMSettings
-from core.settings import TokenizerSettings
+from core.preset.settings import TokenizerSettings
 
 REPETITIONS, NEW_TOKENS, PROMPT, CONTEXT, ROWS = sized((3, 256, 32, 512, 8), (1, 8, 32, 64, 2))
 MODELS = {

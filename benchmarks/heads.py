@@ -50,9 +50,9 @@ def make_step(variant: str, vocab_size: int) -> Callable[[int], float]:
     from core.losses.cross_entropy import CrossEntropy, CrossEntropySettings
     from core.losses.stack import LossStack
     from core.models.simple_lm import SimpleLM, SimpleLMSettings
-    from core.objective import Objective
+    from core.preset.settings import AuxiliarySettings
     from core.runtime import detect_runtime
-    from core.settings import AuxiliarySettings
+    from core.training.objective import Objective
 
     runtime = detect_runtime()
     device, dtype = runtime.device, runtime.compute_dtype("auto")

@@ -33,10 +33,10 @@ from benchmarks.generation import Numbers
 from benchmarks.measuring import sized, trained_by
 from core.contracts import plain_batch
 from core.data.tokenizer import build_tokenizer
-from core.generation import Row, Voice, Wish, advance, full_scores
+from core.generation.engine import Row, Voice, Wish, advance, full_scores
 from core.heads.memory import Memory, read
 from core.models.simple_lm import SimpleLM, SimpleLMSettings
-from core.settings import AuxiliarySettings, TokenizerSettings
+from core.preset.settings import AuxiliarySettings, TokenizerSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 REPETITIONS, NEW_TOKENS, CONTEXT, VOCAB = sized((5, 256, 256, 8192), (1, 8, 64, 300))

@@ -19,7 +19,7 @@ def main(short: bool) -> None:
     from core.data.mixing import Mixer
     from core.data.tokenizer import SAMPLE_CHARACTERS, build_tokenizer
     from core.parallel import Single
-    from core.preset import decode_preset
+    from core.preset.decode import decode_preset
 
     sources = ["python_stdlib", {"type": "text", "path": "docs", "name": "docs"}]
     data = {"sources": sources, "mix_strategy": "weighted", "source_weights": [0.9, 0.1], "weights_of": "tokens"}

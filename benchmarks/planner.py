@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from benchmarks.measuring import sized, trained_by
 from core.contracts import plain_batch
 from core.data.corpus import open_held_out
-from core.generation import Row, Voice, Wish, advance
+from core.generation.engine import Row, Voice, Wish, advance
 from core.heads.planner import WIDTH, look_ahead
 from core.parallel import Single
 from core.trained import Trained

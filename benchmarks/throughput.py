@@ -37,7 +37,7 @@ SIDES = ("ours", "trainer_defaults", *sized(("trainer_best",), ())) if find_spec
 
 def preset_of(vocab_size: int) -> Any:
     from core.assembly import Preset
-    from core.preset import decode_preset
+    from core.preset.decode import decode_preset
 
     sections = {
         "model": {**SHAPE, "seq_length": SEQ_LENGTH, "activation": "gelu_tanh"},

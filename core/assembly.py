@@ -14,43 +14,43 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from core.auxiliary import build_heads, check_heads, load_heads, output_of_one_token
-from core.checkpoint import FORMAT, LINEAGE_OF_ITS_OWN, CheckpointStore, stored_bytes
+from core.checkpoint.lineage import changed_sources
+from core.checkpoint.store import FORMAT, LINEAGE_OF_ITS_OWN, CheckpointStore, stored_bytes
+from core.checkpoint.weights import FITTING, Weights, find_weights
 from core.contracts import call_if_defined
-from core.curriculum import build_curriculum
 from core.data.agreement import agreed_contents
 from core.data.corpus import Corpus, PipelineFactory, data_position, open_corpus
 from core.data.encoding import shown
 from core.data.loader import Loader
 from core.data.packing import Row
 from core.data.pipeline import Position
-from core.data.source_weights import SourceWeights, check_adaptive
 from core.data.sources import NAMED_SOURCES, SOURCES
 from core.data.tokenizer import SAMPLE_CHARACTERS, Tokenizer, build_tokenizer
 from core.data.validation import hide_one, shortfall
 from core.data.worker import stop_if
 from core.errors import UserError
-from core.evaluation import Evaluator
-from core.freezing import train_only
-from core.horizon import Horizon, Progress, begin_next_run
-from core.lineage import changed_sources
+from core.evaluation.held_out import Evaluator
+from core.file_names import slot_name
+from core.generation.samples import build_samples
+from core.heads.build import build_heads, check_heads, load_heads, output_of_one_token
 from core.losses import LOSSES
 from core.losses.stack import LossStack
-from core.metrics import LOG, MetricsLog, check_log, evaluation_is_missing
+from core.metrics.log import LOG, MetricsLog, check_log, evaluation_is_missing
 from core.models import MODELS
-from core.names import slot_name
-from core.objective import Objective
-from core.optim import Optimizer
 from core.parallel import load_slot, on_rank_zero, rank_zero_first
-from core.passes import compile_plan
-from core.preset import preset_class, preset_json
+from core.preset.decode import preset_class, preset_json
+from core.preset.settings import MASKED_TOKENS, RUN_TOKENS
 from core.randomness import derive_seed
 from core.runtime import Runtime
-from core.samples import build_samples
-from core.settings import MASKED_TOKENS, RUN_TOKENS
-from core.size import SMALLEST_VOCABULARY, check_memory, size_of
-from core.trainer import Trainer
-from core.weights import FITTING, Weights, find_weights
+from core.training.curriculum import build_curriculum
+from core.training.freezing import train_only
+from core.training.memory import SMALLEST_VOCABULARY, check_memory, size_of
+from core.training.objective import Objective
+from core.training.optim import Optimizer
+from core.training.passes import compile_plan
+from core.training.progress import Horizon, Progress, begin_next_run
+from core.training.source_weights import SourceWeights, check_adaptive
+from core.training.trainer import Trainer
 
 JOBS = ["train", "tokenize", "compare", "evaluate", "interpret", "generate"]
 Preset = preset_class(MODELS, LOSSES, SOURCES, NAMED_SOURCES, JOBS)

@@ -1,6 +1,6 @@
 """What the parts of the program promise each other: the batch, the model's output, and the protocols.
 
-B batch rows, T seq_length, D hidden_size, V vocab_size, n some positions. What a loss sees and answers: core/losses/chunk.py.
+B batch rows, T seq_length, D hidden_size, V vocab_size, n some positions. What a loss sees and answers: core/losses/base.py.
 """
 
 from collections.abc import Callable

@@ -19,26 +19,26 @@ import torch
 import torch.distributed as dist
 
 from core.assembly import MIRRORS, Preset, what_goes_on
-from core.checkpoint import CheckpointStore
+from core.checkpoint.lineage import changed_sources
+from core.checkpoint.store import CheckpointStore
+from core.checkpoint.weights import preview_weights
 from core.data.tokenizer import KNOWN_VOCABULARIES, tokenizer_facts
 from core.environment import read_dotenv
 from core.errors import Interrupted, PresetError, UserError
+from core.file_names import slot_name
 from core.files import own_path
 from core.jobs import JOBS, PREVIEWS
-from core.lineage import changed_sources
-from core.metrics import LOG, evaluation_is_missing
-from core.names import slot_name
+from core.metrics.log import LOG, evaluation_is_missing
 from core.parallel import DDP, Single
-from core.preset import decode_preset, preset_json, read_preset
+from core.preset.decode import decode_preset, preset_json, read_preset
+from core.preset.settings import RUN_TOKENS
+from core.reports.run_card import is_positive, read_card
 from core.runtime import Runtime, detect_runtime, prepare
-from core.settings import RUN_TOKENS
-from core.size import check_memory, memory_estimate, size_of
 from core.terminal import tell
+from core.training.memory import check_memory, memory_estimate, size_of
 from core.ui.menu import PresetCard, can_pick, choose
-from core.ui.resuming import offer_fresh
-from core.ui.run_card import is_positive, read_card
+from core.ui.resume import offer_fresh
 from core.ui.text import count
-from core.weights import preview_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT, SCHEMA = "00_best_general", "preset.schema.json"

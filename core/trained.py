@@ -12,13 +12,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from core.assembly import Preset, build_model
-from core.auxiliary import build_heads, load_heads, output_of_one_token
+from core.checkpoint.weights import Weights, find_weights, newest_weights
 from core.contracts import call_if_defined
 from core.data.tokenizer import Tokenizer
+from core.heads.build import build_heads, load_heads, output_of_one_token
 from core.heads.stack import HeadStack
-from core.preset import decode_preset, preset_json
+from core.preset.decode import decode_preset, preset_json
 from core.runtime import Runtime
-from core.weights import Weights, find_weights, newest_weights
 
 
 @dataclass

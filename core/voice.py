@@ -8,10 +8,10 @@ State: none
 from functools import partial
 from typing import Any
 
-from core.auxiliary import output_of_one_token
-from core.drafting import Drafter, can_draft
 from core.errors import UserError
-from core.generation import Guide, Voice
+from core.generation.engine import Guide, Voice
+from core.generation.speculative import Drafter, can_draft
+from core.heads.build import output_of_one_token
 from core.trained import Trained
 
 

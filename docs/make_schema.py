@@ -22,7 +22,7 @@ def preset_schema() -> Json:
     from core.assembly import Preset
     from core.data.sources import SOURCES
     from core.losses import LOSSES
-    from core.preset import NOT_IN_VARIANTS
+    from core.preset.decode import NOT_IN_VARIANTS
 
     schema = _tidied(Preset.model_json_schema(by_alias=True))
     definitions = schema["$defs"]
@@ -69,7 +69,7 @@ def _is_usual(key: str, value: Any) -> bool:
 def presets() -> str:
     """The presets of configs/, as the menu tells of them."""
     from core.assembly import Preset
-    from core.preset import read_preset
+    from core.preset.decode import read_preset
 
     rows = ["| Preset | Name in the menu | What it does |", "|---|---|---|"]
     for path in sorted((ROOT / "configs").glob("[0-9][0-9]_*.json")):

@@ -180,7 +180,7 @@ class Project:
 
     def finished(self, lineage: str = "t") -> bool:
         """Whether the newest checkpoint is the end of a run: the next start would begin another."""
-        from core.checkpoint import CheckpointStore
+        from core.checkpoint.store import CheckpointStore
 
         state = CheckpointStore(self.folder / "checkpoints", lineage).load()[0]
         return state is not None and state["progress"]["finished"]
@@ -212,14 +212,14 @@ def train_here(preset: dict, root: Path, stem: str = "t") -> list[dict]:
     from core.assembly import Preset
     from core.jobs.train import train
     from core.parallel import Single
-    from core.preset import decode_preset
+    from core.preset.decode import decode_preset
     from core.runtime import detect_runtime
 
     (root / "texts").mkdir(parents=True, exist_ok=True)
     for number in range(40):
         (root / "texts" / f"story{number:02}.txt").write_text(story(number))
     decoded = decode_preset(preset, Preset, stem, stem)
-    with mock.patch("core.ui.run_card.plot_losses"), mock.patch("core.ui.masked.plot_masked"):
+    with mock.patch("core.reports.run_card.plot_losses"), mock.patch("core.reports.curves_masked.plot_masked"):
         train(decoded, detect_runtime(), Single(), root, 0.0, io.StringIO())
     return Project(root).events(lineage=decoded.lineage)
 

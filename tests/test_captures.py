@@ -13,9 +13,9 @@ from core.assembly import Preset
 from core.comparison.trials import plan
 from core.errors import PresetError
 from core.jobs.compare import Desk
-from core.metrics import MetricsLog
-from core.preset import read_preset
-from core.ui.comparing import ComparisonDashboard
+from core.metrics.log import MetricsLog
+from core.preset.decode import read_preset
+from core.ui.compare import ComparisonDashboard
 from tests.project import ROOT
 
 captures = runpy.run_path(str(ROOT / "docs" / "captures.py"))

@@ -20,11 +20,11 @@ import pytest
 from core import errors
 from core.assembly import Preset
 from core.data import unlearned
-from core.preset import read_preset
+from core.preset.decode import read_preset
 from tests.documents import block_of, files_named, table
+from tests.preset.test_decode import AUXILIARY_003, QA_PLUS_WIKI_003
 from tests.project import NO_HUB, ROOT, Project
 from tests.test_listings import RUN
-from tests.test_preset import AUXILIARY_003, QA_PLUS_WIKI_003
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PLAYBOOKS = sorted((ROOT / "docs" / "playbooks").glob("*.md"))
@@ -180,7 +180,7 @@ def test_examples_are_presets(code: str, tmp_path: Path) -> None:
 
 
 def test_the_schema_accepts_the_examples_of_specification_003() -> None:
-    """Both of them, word for word: the preset, and the auxiliary section in it. tests/test_preset.py decodes them."""
+    """Both of them, word for word: the preset, and the auxiliary section in it. tests/preset/test_decode.py decodes them."""
     preset = json.loads(QA_PLUS_WIKI_003)
     assert not problems(preset, SCHEMA)
     assert not problems(preset | json.loads(f"{{{AUXILIARY_003}}}"), SCHEMA)

@@ -19,11 +19,11 @@ from core import launch
 from core.assembly import Preset
 from core.environment import read_dotenv
 from core.errors import Diverged, Interrupted, NoData, UserError
-from core.preset import decode_preset
+from core.preset.decode import decode_preset
+from core.reports.run_card import RunCard, read_card
 from core.runtime import Runtime, detect_runtime
-from core.size import check_memory, size_of
 from core.terminal import tell, write_line
-from core.ui.run_card import RunCard, read_card
+from core.training.memory import check_memory, size_of
 from tests.project import NO_HUB, ROOT, Project, merged, tiny_preset, train_here
 
 CPU = Runtime(torch.device("cpu"), 0, 0, 1)

@@ -25,7 +25,7 @@ from core.jobs.generate import DRAFT, KNOBS, OTHERS, PLANNER
 from core.losses import LOSSES
 from core.losses.sharpness import SharpnessSettings
 from core.models import MODELS
-from core.settings import TokenizerSettings
+from core.preset.settings import TokenizerSettings
 from tests.documents import GUIDE, README, Block, block_of, fenced, named, table
 from tests.project import ROOT
 
@@ -132,17 +132,17 @@ CHECKED = {  # first words -> the test that holds them true
     "main.py                     the only entry": "tests/test_docs.py::test_the_readme_names_every_file",
     '{"messages": [{"role": "user"': "tests/test_listings.py::test_chats_become_what_the_guide_shows",
     "<|im_start|>user": "tests/test_listings.py::test_chats_become_what_the_guide_shows",
-    "data/tokens/tokenizer.json": "tests/test_tokenize.py::test_the_files_hold_every_document_in_the_sources_order",
+    "data/tokens/tokenizer.json": "tests/jobs/test_tokenize.py::test_the_files_hold_every_document_in_the_sources_order",
     "HF_TOKEN=": "tests/test_listings.py::test_small_files_in_the_guide",
-    "logs/<lineage>/report.html": "tests/test_compare.py::test_what_a_comparison_leaves",
-    "logs/<lineage>/evaluate.md": "tests/test_evaluate.py::test_everything_is_measured_once_and_told",
+    "logs/<lineage>/report.html": "tests/jobs/test_compare.py::test_what_a_comparison_leaves",
+    "logs/<lineage>/evaluate.md": "tests/jobs/test_evaluate.py::test_everything_is_measured_once_and_told",
     "# Plain facts": "tests/test_listings.py::test_small_files_in_the_guide",
     '{"question": ': "tests/test_listings.py::test_small_files_in_the_guide",
-    "logs/<lineage>/interpret/index.html": "tests/test_interpret.py::test_a_trained_model_is_interpreted",
+    "logs/<lineage>/interpret/index.html": "tests/jobs/test_interpret.py::test_a_trained_model_is_interpreted",
     "python3 -m venv": "tests/test_docs.py::test_the_readme_sets_everything_up_in_two_commands",
     "echo 90_quick_test |": "tests/test_docs.py::test_the_readme_sets_everything_up_in_two_commands",
-    ".venv/bin/torchrun --nproc_per_node=2 main.py": "tests/test_ddp.py::test_two_ranks_train_as_one_with_twice_the_accumulation",
-    "torchrun --nproc_per_node=2 main.py": "tests/test_ddp.py::test_two_ranks_train_as_one_with_twice_the_accumulation",
+    ".venv/bin/torchrun --nproc_per_node=2 main.py": "tests/parallel/test_ddp.py::test_two_ranks_train_as_one_with_twice_the_accumulation",
+    "torchrun --nproc_per_node=2 main.py": "tests/parallel/test_ddp.py::test_two_ranks_train_as_one_with_twice_the_accumulation",
 }
 
 

@@ -193,7 +193,7 @@ def test_sources_that_cannot_be_had_are_dropped_with_a_warning(from_elsewhere: t
 def test_a_run_that_compiles_nothing_never_loads_the_compiler(from_elsewhere: tuple[Project, Path, Result]) -> None:
     """To import it takes longer than these five steps: drawing for the menu, optimizers and evaluations do without."""
     project, _, result = from_elsewhere
-    assert project.events("eval") and "core.trainer" in result.err
+    assert project.events("eval") and "core.training.trainer" in result.err
     assert "torch._dynamo" not in result.err
 
 

@@ -13,7 +13,7 @@ from core.errors import SourceUnavailable, UserError
 from core.files import own_path
 from core.jobs.tokenize import folder_of
 from core.models import published
-from core.preset import decode_preset
+from core.preset.decode import decode_preset
 from tests.project import ROOT, tiny_preset, train_here
 
 NOBODY = "~no-such-user/there"

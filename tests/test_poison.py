@@ -71,7 +71,7 @@ def test_the_mode_shows_what_nobody_wrote() -> None:
 WALKED = """
 import torch
 from core.losses.scores import scores_of
-from core.models.cache import KeyValueCache
+from core.models.kv_cache import KeyValueCache
 from core.models.readout import DistanceReadout, LinearReadout
 
 for vocab_size in (57, 257, 301, 1000, 1024):

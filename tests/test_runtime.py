@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from core.assembly import Preset
-from core.horizon import Horizon
-from core.passes import compile_plan
-from core.preset import decode_preset
+from core.preset.decode import decode_preset
 from core.runtime import Runtime, detect_runtime, prepare
+from core.training.passes import compile_plan
+from core.training.progress import Horizon
 from tests.project import Project, differences, merged, tiny_preset, train_here
 
 CPU, GPU = (Runtime(torch.device(kind), 0, 0, 1) for kind in ("cpu", "cuda"))

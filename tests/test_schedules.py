@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
-from core.horizon import Horizon, Progress, begin_next_run
 from core.losses.harmonic import HarmonicSettings
+from core.preset.settings import RUN_TOKENS
 from core.schedules import Schedule, learning_rate_schedule, value_at
-from core.settings import RUN_TOKENS
+from core.training.progress import Horizon, Progress, begin_next_run
 
 
 def schedule(value: Any) -> Any:

@@ -8,10 +8,10 @@ State: none
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from core.comparison.measures import LOSS, PER_TOKEN
 from core.comparison.outcome import Outcome
 from core.comparison.trials import FREE_KEYS
-from core.settings import NEXT_TOKEN
+from core.metrics.table import LOSS, PER_TOKEN
+from core.preset.settings import NEXT_TOKEN
 
 NAMES = ("name", "description", "lineage", "train.seed")
 """What differs between trials anyway."""

@@ -9,10 +9,10 @@ import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
-from core.comparison.measures import HEAD, HELD_OUT, LOSS, READ
 from core.comparison.trials import Trial
-from core.metrics import LOG, read_events
-from core.settings import NEXT_TOKEN
+from core.metrics.log import LOG, read_events
+from core.metrics.table import HEAD, HELD_OUT, LOSS, READ
+from core.preset.settings import NEXT_TOKEN
 
 NOT_METRICS = {"step", "tokens", "time", "seconds", "eval_tokens", "run", "run_step", "run_tokens"}
 CURVE_POINTS = 200

@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from core.comparison.fairness import changes, primary, unfairness
-from core.comparison.measures import LOSS, READ, Measure, measure, ordered
 from core.comparison.outcome import Outcome, read_outcome
 from core.comparison.statistics import Difference, Ratio, Spread, holm, paired_difference, paired_ratio, spread
 from core.comparison.trials import Trial
 from core.comparison.verdict import Verdict, judge
+from core.metrics.table import LOSS, READ, Measure, measure, ordered
 
 
 @dataclass(frozen=True)

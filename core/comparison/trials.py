@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import UserError
+from core.file_names import is_file_name
 from core.files import cause, read_json, write_file
-from core.names import is_file_name
-from core.preset import decode_preset, merge, preset_json
-from core.settings import CompareSettings, VariantSettings
+from core.preset.decode import decode_preset, merge, preset_json
+from core.preset.settings import CompareSettings, VariantSettings
 
 STATE, REPORTS = "state.json", ("report.html", "report.md", "metrics.json")
 SLUG_LENGTH = 60

@@ -8,8 +8,8 @@ State: none
 import math
 from dataclasses import dataclass
 
-from core.comparison.measures import Measure
 from core.comparison.statistics import POWER, Difference
+from core.metrics.table import Measure
 
 NO_SEEDS, ONE_SEED, NO_NOISE = "no common seed", "one seed: no interval", "no seed noise: no interval"
 SAME = "not distinguishable"

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from core.data.amount import counter, tokens_of_pass, too_often
-from core.data.cache import Cached, TokenCache
 from core.data.chat import MARKERS, chat_note
 from core.data.documents import Document, Source
 from core.data.encoding import Remembering, encode
@@ -28,12 +27,13 @@ from core.data.pipeline import Pipeline, PipelineSettings, Position
 from core.data.shuffle import Shuffled
 from core.data.sources import build_source, is_own_path, open_sources
 from core.data.sources.shards import ShardSource, ShardView
+from core.data.token_cache import Cached, TokenCache
 from core.data.tokenizer import MASK, Tokenizer
 from core.data.validation import HoldOut, held_out_documents, may_train, plan_hold_out, validation_rows
 from core.errors import NoData, SourceUnavailable, UserError
+from core.preset.settings import MASKED_TOKENS, NEXT_TOKEN, objective_of
 from core.randomness import derive_seed
 from core.schedules import limits, value_at
-from core.settings import MASKED_TOKENS, NEXT_TOKEN, objective_of
 
 RATE_DOCUMENTS, RATE_FILES, RATE_STREAMS = 256, 64, 4
 """What is read of a source to measure its tokens per character: so many documents, spread over so many files, or, of what

@@ -12,9 +12,9 @@ from typing import Any
 
 from core.data.documents import Document, DocumentStream, Source
 from core.errors import SourceUnavailable
+from core.preset.settings import RUN_TOKENS
 from core.randomness import derive_seed, uniform
 from core.schedules import Schedule, limits, value_at
-from core.settings import RUN_TOKENS
 
 NEVER = 1 << 62
 USUAL_RATE = 0.25

@@ -13,8 +13,8 @@ import numpy as np
 from core.data.documents import Encoded
 from core.data.tokenizer import MASK, Tokenizer
 from core.errors import UserError
+from core.preset.settings import MASKED_TOKENS, NEXT_TOKEN
 from core.randomness import derive_seed
-from core.settings import MASKED_TOKENS, NEXT_TOKEN
 
 IGNORE_INDEX = -100  # the same number as core.contracts.IGNORE_INDEX; this floor of data workers must not import torch
 

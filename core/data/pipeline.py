@@ -28,8 +28,8 @@ from core.data.tokenizer import Tokenizer
 from core.data.validation import HoldOut, may_train
 from core.environment import redacted
 from core.errors import SourceUnavailable
+from core.preset.settings import NEXT_TOKEN
 from core.randomness import derive_seed
-from core.settings import NEXT_TOKEN
 
 SNAPSHOT_EVERY = 256  # draws; a resume re-reads at most so many documents (and tokenizes none of them twice)
 READ_AHEAD = 128  # documents tokenized together: enough for the tokenizer's own threads (docs/LOG.md), few enough to stay near

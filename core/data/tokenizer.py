@@ -22,8 +22,8 @@ import numpy as np
 from core.data.vocabulary import Unread, is_complete, mended, unknown_of, unread
 from core.errors import MissingPackage, SourceUnavailable, UserError
 from core.files import own_path, read_json, write_file
-from core.hub import check_reachable, explain
-from core.settings import TokenizerSettings
+from core.hf_hub import check_reachable, explain
+from core.preset.settings import TokenizerSettings
 
 END = "<|endoftext|>"
 MASK = "[MASK]"

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from core.contracts import IGNORE_INDEX, Batch
-from core.heads.look import Seen, document_bounds, pick_several
+from core.heads.inputs import Seen, document_bounds, pick_several
 from core.heads.policy import divergence
-from core.settings import AuxiliarySettings
+from core.preset.settings import AuxiliarySettings
 
 # B batch rows, T seq_length, D hidden_size, V vocab_size, n draft_positions, K draft_tokens
 

@@ -10,7 +10,7 @@ State: the compressor: `look` (K * 4, D), `say` (D, 4 D); `tell` (D, K D), which
 Specification 003, near-term 3: "learned rolling summary token & reconstruction loss". A2 sees A1 through s1 only, and B sees both
 through s2 only, which is computed from hidden states that saw s1: so a summary is carried on, however long the text is
 (AutoCompressors, Chevalier et al. 2023, arXiv 2305.14788; recurrent memory, Bulatov et al. 2022, arXiv 2207.06881). The gradient
-reaches the compressor and the model, which learns to read what it never saw. `Reader` in core/generation.py uses it.
+reaches the compressor and the model, which learns to read what it never saw. `Reader` in core/generation/engine.py uses it.
 
 The reconstruction is of the bag of tokens summarised so far (what Compressive Transformers, arXiv 1911.05507, do with attention):
 it reaches s directly from the first step on, while the model cannot yet read s, and needs no second decoder.
@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from core.contracts import IGNORE_INDEX, Batch, LanguageModel, ModelOutput, plain_batch
-from core.heads.look import NOWHERE, Seen, document_bounds, is_text, pick
-from core.settings import AuxiliarySettings
+from core.heads.inputs import NOWHERE, Seen, document_bounds, is_text, pick
+from core.preset.settings import AuxiliarySettings
 
 # B batch rows, T seq_length, D hidden_size, V vocab_size, K summary tokens, n tokens read behind them, L positions
 

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from core.contracts import IGNORE_INDEX, Batch
-from core.heads.look import Seen, pick_several
+from core.heads.inputs import Seen, pick_several
 from core.heads.policy import divergence
-from core.settings import AuxiliarySettings
+from core.preset.settings import AuxiliarySettings
 
 # B batch rows, m planner_positions, n any positions, C candidates of each, K steps of a rollout, D hidden_size, V vocab_size
 

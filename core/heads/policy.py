@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from core.contracts import IGNORE_INDEX, Batch
-from core.heads.look import Seen, pick
-from core.settings import AuxiliarySettings
+from core.heads.inputs import Seen, pick
+from core.preset.settings import AuxiliarySettings
 
 # B batch rows, D hidden_size, V vocab_size
 

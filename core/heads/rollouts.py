@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from core.contracts import Batch
-from core.heads.look import Seen, pick, targets_ahead
+from core.heads.inputs import Seen, pick, targets_ahead
 from core.heads.policy import divergence
 from core.heads.value import coming_surprise
-from core.settings import AuxiliarySettings
+from core.preset.settings import AuxiliarySettings
 
 # B batch rows, D hidden_size, V vocab_size, K steps
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from core.contracts import Batch
-from core.heads.look import NOWHERE, Seen, document_bounds, is_text, pick
-from core.settings import AuxiliarySettings
+from core.heads.inputs import NOWHERE, Seen, document_bounds, is_text, pick
+from core.preset.settings import AuxiliarySettings
 
 # B batch rows, T seq_length, D hidden_size
 

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from core.contracts import Batch, LanguageModel, ModelOutput, call_if_defined
-from core.heads.look import NOWHERE, Seen
+from core.heads.inputs import NOWHERE, Seen
+from core.preset.settings import AuxiliarySettings
 from core.randomness import derive_seed
 from core.schedules import changes, value_at
-from core.settings import AuxiliarySettings
 
 # B batch rows
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from core.contracts import IGNORE_INDEX, Batch
-from core.heads.look import Seen, pick, targets_ahead
-from core.settings import AuxiliarySettings
+from core.heads.inputs import Seen, pick, targets_ahead
+from core.preset.settings import AuxiliarySettings
 
 # B batch rows, T seq_length, D hidden_size, n tokens of the span
 

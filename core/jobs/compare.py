@@ -17,20 +17,20 @@ from pathlib import Path
 from typing import Any
 
 from core.assembly import build_training, check_parts
-from core.checkpoint import CheckpointStore
+from core.checkpoint.lineage import owned
+from core.checkpoint.store import CheckpointStore
 from core.comparison.results import Comparison, collect
 from core.comparison.trials import Trial, changed, plan, read_outcomes, write_json, write_outcomes
 from core.errors import Diverged, Interrupted, UserError
 from core.files import cause, read_json
 from core.jobs.train import train_to_the_end, views_of
-from core.lineage import owned
-from core.metrics import LOG, evaluation_is_missing, read_events
+from core.metrics.log import LOG, evaluation_is_missing, read_events
 from core.parallel import on_rank_zero
-from core.preset import decode_preset
+from core.preset.decode import decode_preset
+from core.reports.comparison import write_report
 from core.runtime import Runtime, forget_peak_memory
 from core.signals import StopRequest
-from core.ui.comparing import ComparisonDashboard, ComparisonLines, comparison_view
-from core.ui.comparison import write_report
+from core.ui.compare import ComparisonDashboard, ComparisonLines, comparison_view
 
 EARLIEST_STOP = 1 / 3
 """Share of the baseline's tokens before which no variant is called hopeless: learning rates warm up, ideas start slowly."""

@@ -18,15 +18,18 @@ from typing import Any
 
 import torch
 
+from core.checkpoint.weights import preview_weights
 from core.contracts import plain_batch
 from core.data.corpus import open_held_out
 from core.data.validation import shortfall
 from core.errors import Interrupted, NoData, UserError
-from core.files import cause, own_path
-from core.generation import Voice
-from core.harness.library import version
-from core.harness.perplexity import held_out_rows, perplexity
-from core.harness.results import (
+from core.evaluation.harness.library import version
+from core.evaluation.harness.scoring import Scorer
+from core.evaluation.harness.tasks import open_tasks, run_task
+from core.evaluation.harness.wrapper import as_harness_model
+from core.evaluation.harness.writing import Writer
+from core.evaluation.perplexity import held_out_rows, perplexity
+from core.evaluation.results import (
     NOT_CAUSAL,
     of_harness,
     read_findings,
@@ -34,18 +37,15 @@ from core.harness.results import (
     task_table,
     write_findings,
 )
-from core.harness.scoring import Scorer
-from core.harness.tasks import open_tasks, run_task
-from core.harness.wrapper import as_harness_model
-from core.harness.writing import Writer
+from core.files import cause, own_path
+from core.generation.engine import Voice
 from core.parallel import Single
-from core.preset import preset_json
+from core.preset.decode import preset_json
+from core.preset.settings import NEXT_TOKEN, objective_of
 from core.runtime import Runtime
-from core.settings import NEXT_TOKEN, objective_of
 from core.signals import StopRequest
 from core.trained import Trained, load_trained
-from core.ui.evaluating import EvaluateView
-from core.weights import preview_weights
+from core.ui.evaluate import EvaluateView
 
 SAMPLED = 1024
 """Numbers of each tensor that tell these weights from others."""

@@ -17,21 +17,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from core.checkpoint.weights import preview_weights
 from core.data.chat import START, STOP, chat_note, encode_turn, read_turn
 from core.data.documents import ASSISTANT, Messages
 from core.data.tokenizer import MASK
 from core.errors import UserError
-from core.filling import fill
-from core.generation import Row, Wish, document_start, stream
+from core.generation.engine import Row, Wish, document_start, stream
+from core.generation.fill_mask import fill
+from core.preset.settings import MASKED_TOKENS, NEXT_TOKEN, objective_of
 from core.randomness import derive_seed
 from core.runtime import Runtime
-from core.settings import MASKED_TOKENS, NEXT_TOKEN, objective_of
 from core.trained import Trained, load_trained
 from core.ui import text
+from core.ui.generate import TalkView
 from core.ui.plain import NOT_CAUSAL
-from core.ui.talking import TalkView
 from core.voice import voice_of
-from core.weights import preview_weights
 
 
 def generate(preset: Any, runtime: Runtime, parallel: Any, root: Path, started: float, console: Any) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from core.checkpoint.weights import preview_weights
 from core.contracts import plain_batch
 from core.data.corpus import open_held_out
 from core.errors import Interrupted, UserError
@@ -27,13 +28,12 @@ from core.interpretation.results import Interpretation, interpret_routing
 from core.interpretation.routing import Reading, Router, static_routing
 from core.models.polyglu import NAMES
 from core.parallel import Single
+from core.reports.interpretation import write_interpretation
+from core.reports.interpretation.content import findings, layer_table, warnings
 from core.runtime import Runtime, uncompiled
 from core.signals import StopRequest
 from core.trained import Trained, load_trained
-from core.ui.evaluating import EvaluateView
-from core.ui.interpretation import write_interpretation
-from core.ui.interpretation.content import findings, layer_table, warnings
-from core.weights import preview_weights
+from core.ui.evaluate import EvaluateView
 
 FOLDER = "interpret"
 

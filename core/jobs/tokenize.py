@@ -1,7 +1,7 @@
 """The `tokenize` job: every source of a preset to a folder of token chunks, and the tokenizer beside them.
 
 In:    a preset: its sources, its tokenizer, its section `tokenize`
-Out:   <output>/<source>/manifest.json and chunk_*.bin (core/data/chunks.py), <output>/tokenizer.json
+Out:   <output>/<source>/manifest.json and chunk_*.bin (core/data/token_files.py), <output>/tokenizer.json
 State: each manifest holds the source's cursor: whoever was stopped or killed goes on there, and the files come out the same
 """
 
@@ -16,18 +16,18 @@ from typing import Any
 
 import numpy as np
 
-from core.data.chunks import MANIFEST, BadChunks, ChunkWriter, Manifest, read_manifest
 from core.data.corpus import Corpus, open_corpus
 from core.data.documents import Cursor, DocumentStream, Source, shorter_than
+from core.data.token_files import MANIFEST, BadChunks, ChunkWriter, Manifest, read_manifest
 from core.data.token_pool import Batch, TokenPool, usable_cores
 from core.data.tokenizer import SAMPLE_CHARACTERS, Tokenizer, build_tokenizer, read_tokenizer, tokenizer_facts
 from core.errors import Interrupted, NoData, SourceUnavailable, UserError
+from core.file_names import file_name, is_file_name
 from core.files import cause, own_path
-from core.names import file_name, is_file_name
 from core.parallel import Single
 from core.runtime import Runtime
 from core.signals import StopRequest
-from core.ui.tokenizing import TokenizeView
+from core.ui.tokenize import TokenizeView
 
 SAVE_SECONDS = 5.0
 """How much work a kill may cost."""

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from core.assembly import TrainingSession, build_training
+from core.checkpoint.lineage import owned
 from core.errors import Interrupted
-from core.horizon import begin_next_run
-from core.lineage import owned
 from core.parallel import on_rank_zero
+from core.reports.curves_masked import MaskedPlot
+from core.reports.run_card import LossPlot, RunCard
 from core.runtime import Runtime
 from core.signals import StopRequest
+from core.training.progress import begin_next_run
 from core.ui.dashboard import view_for
-from core.ui.masked import MaskedPlot
-from core.ui.run_card import LossPlot, RunCard
 
 
 def train(preset: Any, runtime: Runtime, parallel: Any, root: Path, started: float, console: Any) -> None:
@@ -39,7 +39,7 @@ def views_of(preset: Any, root: Path, started: float, on_screen: Callable[[], li
     def make_views(folder: Path, start_event: dict, resolved: dict, wandb_id: str, notes: list[str]) -> list[Any]:
         views = [RunCard(folder, resolved, started, root), LossPlot(folder), MaskedPlot(folder)]
         if preset.logging.wandb:
-            from core.ui.wandb_mirror import open_wandb
+            from core.reports.wandb_mirror import open_wandb
 
             mirror, told = open_wandb(preset.logging.wandb_project, wandb_id, preset.name, resolved, folder)
             notes.append(told)

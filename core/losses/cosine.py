@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from core.losses.chunk import Chunk, Gradient, Softmax, TokenLoss
+from core.losses.base import Chunk, Gradient, Softmax, TokenLoss
+from core.preset.settings import LossSettings
 from core.schedules import Schedule, limits, value_at
-from core.settings import LossSettings
 
 EPS = 1e-12  # of F.normalize
 

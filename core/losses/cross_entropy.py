@@ -10,9 +10,9 @@ from typing import Any, Literal
 from pydantic import model_validator
 from torch import Tensor
 
-from core.losses.chunk import Chunk, Gradient, TokenLoss
+from core.losses.base import Chunk, Gradient, TokenLoss
+from core.preset.settings import LossSettings
 from core.schedules import Schedule, limits, value_at
-from core.settings import LossSettings
 
 
 class CrossEntropySettings(LossSettings):

@@ -15,9 +15,9 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import Tensor
 
-from core.losses.chunk import Chunk, Gradient, TokenLoss
+from core.losses.base import Chunk, Gradient, TokenLoss
+from core.preset.settings import LossSettings
 from core.schedules import Schedule
-from core.settings import LossSettings
 
 
 class SharpnessSettings(LossSettings):

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from core.contracts import IGNORE_INDEX, Batch, ModelOutput, Readout, call_if_defined
 from core.errors import UserError
-from core.losses.chunk import TokenLoss
+from core.losses.base import TokenLoss
+from core.losses.chunked import BLOCK_BYTES, TABLE_BLOCK_BYTES, Work, chunk_bytes, even_rows, walk
 from core.losses.cross_entropy import CrossEntropy, CrossEntropySettings
-from core.losses.facts import OF_SCORES
+from core.losses.fused import Scaled, walked_total
 from core.losses.scores import compute_dtype, scores_of
-from core.losses.walk import BLOCK_BYTES, TABLE_BLOCK_BYTES, Work, chunk_bytes, even_rows, walk
-from core.losses.walked import Scaled, walked_total
+from core.losses.token_stats import OF_SCORES
 from core.schedules import changes, value_at
 
 # B batch rows, T seq_length, P = B * T positions, N those with a target, D hidden_size, V vocab_size

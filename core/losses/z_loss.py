@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from core.losses.chunk import Chunk, Gradient, TokenLoss
+from core.losses.base import Chunk, Gradient, TokenLoss
+from core.preset.settings import LossSettings
 from core.schedules import Schedule
-from core.settings import LossSettings
 
 
 class ZLossSettings(LossSettings):

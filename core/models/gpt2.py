@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from core.models.huggingface import HuggingFaceLM, configure, transformers
-from core.settings import Settings
+from core.preset.settings import Settings
 
 
 class GPT2Settings(Settings):

@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
+from core.checkpoint.weights import read_weights
 from core.contracts import Batch, ModelOutput
 from core.errors import UserError
 from core.files import read_json
@@ -24,8 +25,7 @@ from core.models.attention import Attention, DocumentMask, attend, choose_backen
 from core.models.norm import rms_norm
 from core.models.published import find_file, place_of, refuse_new_tokenizer, tokenizer_hint
 from core.models.readout import DistanceReadout, LinearReadout
-from core.settings import MASKED_TOKENS, Settings
-from core.weights import read_weights
+from core.preset.settings import MASKED_TOKENS, Settings
 
 INITIAL_RANGE = 0.02
 """Weights begin uniform between this and its negative, as published."""

@@ -21,13 +21,13 @@ from torch.utils.checkpoint import checkpoint
 from core.contracts import Batch, ModelOutput
 from core.interpretation.routing import entropy
 from core.models.attention import Attention, DocumentMask, attend, attend_to_past, choose_backend, compute_dtype
-from core.models.cache import KeyValueCache
 from core.models.initial import draw_residual, draw_weights
+from core.models.kv_cache import KeyValueCache
 from core.models.norm import rms_norm
 from core.models.polyglu import NUM_ACTIVATIONS, neuron_factors, pick_activation, polyglu, position_factors
 from core.models.readout import LinearReadout
+from core.preset.settings import Settings
 from core.schedules import Piece, Schedule, limits, value_at
-from core.settings import Settings
 
 GATE_WIDTH = 32
 """Hidden width of the network that reads what the routing depends on."""

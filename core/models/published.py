@@ -10,7 +10,7 @@ from typing import Any
 
 from core.errors import SourceUnavailable, UserError
 from core.files import own_path
-from core.hub import fetch_file
+from core.hf_hub import fetch_file
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
 

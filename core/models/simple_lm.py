@@ -16,10 +16,10 @@ from torch.nn import functional as F
 
 from core.contracts import Batch, ModelOutput
 from core.models.attention import Attention, DocumentMask, attend, attend_to_past, choose_backend, compute_dtype
-from core.models.cache import KeyValueCache
 from core.models.initial import STD, draw_residual, draw_weights
+from core.models.kv_cache import KeyValueCache
 from core.models.readout import LinearReadout
-from core.settings import Settings
+from core.preset.settings import Settings
 
 
 class SimpleLMSettings(Settings):

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from core.checkpoint import CheckpointStore
+from core.checkpoint.store import CheckpointStore
 from core.parallel.ranks import on_rank_zero
 
 

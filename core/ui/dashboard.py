@@ -16,8 +16,8 @@ from rich.live import Live
 from rich.text import Text
 
 from core.ui import text
-from core.ui.frame import RunState
 from core.ui.plain import PlainLines, summary
+from core.ui.run_state import RunState
 
 REFRESH_PER_SECOND = 4
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
-from core.settings import MASKED_TOKENS
+from core.preset.settings import MASKED_TOKENS
 from core.terminal import write_line
 from core.ui import text
 from core.ui.progress import Progress

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from core.comparison.measures import PER_TOKEN, measure
 from core.comparison.outcome import CURVE_POINTS, read_outcome
 from core.comparison.trials import Trial
-from core.metrics import MetricsLog
+from core.metrics.log import MetricsLog
+from core.metrics.table import PER_TOKEN, measure
 from tests.comparison.logs import PRESET, compared, preset, trials, write_log
 
 FINALS = {"CE": {1: 3.0, 2: 3.1, 3: 3.2}, "mix": {1: 3.11, 2: 3.2, 3: 3.31}, "fast": {1: 3.0, 2: 3.11, 3: 3.19}}
@@ -20,9 +20,16 @@ def test_an_outcome_is_what_the_log_says(tmp_path) -> None:
     write_log(tmp_path, 3.0, steps=40, extra=extra, skipped=1)
     out = read_outcome(Trial("CE", 1, PRESET, tmp_path, "finished"))
     assert out.metrics == pytest.approx(
-        {"cross_entropy": 3.0, "perplexity": math.exp(3), "bits_per_byte": 1.0, "token_accuracy": 0.35, "entropy": 2.5,
-         "loss: cross_entropy": 3.0, "loss: cosine": 0.4}
-    )  # fmt: skip
+        {
+            "cross_entropy": 3.0,
+            "perplexity": math.exp(3),
+            "bits_per_byte": 1.0,
+            "token_accuracy": 0.35,
+            "entropy": 2.5,
+            "loss: cross_entropy": 3.0,
+            "loss: cosine": 0.4,
+        }
+    )
     assert out.tokens == 4000 and [tokens for tokens, _ in out.curves["cross_entropy"]] == [1000, 2000, 3000, 4000]
     assert len(out.training) == 40 and out.training[-1] == (4000, pytest.approx(3.0))
     assert (out.tokens_per_second, out.memory_mb, out.skipped, out.parameters) == (1000.0, 500.0, 1, 1234)
@@ -31,7 +38,7 @@ def test_an_outcome_is_what_the_log_says(tmp_path) -> None:
 
 def test_pauses_between_runs_are_not_counted(tmp_path, monkeypatch) -> None:
     clock = iter([100.0, 110.0, 500.0, 520.0])
-    monkeypatch.setattr("core.metrics.time.time", lambda: next(clock))
+    monkeypatch.setattr("core.metrics.log.time.time", lambda: next(clock))
     with MetricsLog(tmp_path / "metrics.jsonl") as log:
         for step, event in enumerate(("run_start", "step", "run_start", "step")):
             log.emit(event, step=step, tokens=step, loss=float(step))
@@ -108,9 +115,7 @@ def test_nothing_finished_is_no_error(tmp_path, status: str) -> None:
 
 
 def with_preset(made: list[Trial], variant: str, **sections) -> list[Trial]:
-    return [
-        Trial(t.variant, t.seed, {**t.preset, **sections}, t.folder, t.status) if t.variant == variant else t for t in made
-    ]  # fmt: skip
+    return [Trial(t.variant, t.seed, {**t.preset, **sections}, t.folder, t.status) if t.variant == variant else t for t in made]
 
 
 def test_other_tokenizers_are_compared_by_bytes(tmp_path) -> None:

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from core.comparison.measures import measure
 from core.comparison.statistics import Difference, holm, paired_difference, paired_ratio, smallest_seen, spread
 from core.comparison.verdict import judge
+from core.metrics.table import measure
 
 CE = measure("cross_entropy")
 

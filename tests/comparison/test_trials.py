@@ -9,7 +9,7 @@ import pytest
 from core.assembly import Preset
 from core.comparison.trials import Outcomes, changed, plan, read_outcomes, slugs, write_outcomes
 from core.errors import PresetError
-from core.preset import decode_preset, preset_json, read_preset
+from core.preset.decode import decode_preset, preset_json, read_preset
 from tests.project import merged
 
 BASE = {
@@ -41,8 +41,11 @@ def test_seed_by_seed_the_baseline_first(tmp_path: Path) -> None:
     trials = plan(preset_of(), tmp_path)
     assert [(t.variant, t.seed) for t in trials] == [("as it is", 1), ("other", 1), ("as it is", 2), ("other", 2)]
     assert [t.folder.relative_to(tmp_path).as_posix() for t in trials] == [
-        "logs/t/as_it_is/1", "logs/t/other/1", "logs/t/as_it_is/2", "logs/t/other/2",
-    ]  # fmt: skip
+        "logs/t/as_it_is/1",
+        "logs/t/other/1",
+        "logs/t/as_it_is/2",
+        "logs/t/other/2",
+    ]
     assert {t.status for t in trials} == {"waiting"} and trials[1].key == "other/1"
     for trial in trials:
         again = decode_preset(trial.preset, Preset, "a checkpoint", "x")
@@ -100,9 +103,14 @@ def test_what_may_change_between_two_starts(tmp_path: Path) -> None:
     """Names, logging and what only decides how fast it goes; nothing that a result follows from."""
     before, *_ = plan(preset_of(), tmp_path)
     free = {
-        "name": "X", "description": "Y", "logging": {"wandb": True}, "seeds": [1, 5], "compare": {"confidence": 0.9},
-        "data": {"workers": 2, "cache_gigabytes": 1.0}, "train": {"checkpoint_every_steps": 3},
-    }  # fmt: skip
+        "name": "X",
+        "description": "Y",
+        "logging": {"wandb": True},
+        "seeds": [1, 5],
+        "compare": {"confidence": 0.9},
+        "data": {"workers": 2, "cache_gigabytes": 1.0},
+        "train": {"checkpoint_every_steps": 3},
+    }
     now, *_ = plan(preset_of(**free), tmp_path)
     assert changed(before.preset, now.preset) == []
     now, *_ = plan(preset_of(data={"min_text_length": 9}, train={"max_steps": 5}), tmp_path)

@@ -22,8 +22,8 @@ from core.data.sources import build_source, open_sources
 from core.data.sources.chat import ChatSettings, conversation
 from core.data.tokenizer import END, Tokenizer, build_tokenizer
 from core.errors import PresetError, SourceUnavailable
-from core.preset import decode_preset
-from core.settings import TokenizerSettings
+from core.preset.decode import decode_preset
+from core.preset.settings import TokenizerSettings
 from tests.data.test_sources import write_jsonl, write_parquet
 from tests.hub import Hub
 from tests.project import ROOT, story, tiny_preset

@@ -319,7 +319,7 @@ def test_the_wait_a_hub_asks_for_is_found_and_cut(hub: Hub, tmp_path: Path) -> N
         + """
 from huggingface_hub import HfApi
 from huggingface_hub.utils import _http
-from core import hub
+from core import hf_hub as hub
 hub.quiet_datasets()
 waits, texts, slept = [], [], []
 for name in ("first", "second", "third", "fourth"):
@@ -354,7 +354,7 @@ def test_no_silence_is_waited_for_without_end(hub: Hub, tmp_path: Path) -> None:
         PROLOGUE
         + """
 from huggingface_hub import HfApi
-from core import hub
+from core import hf_hub as hub
 hub.SILENCE_SECONDS = 0.5
 hub.check_reachable()
 begin = time.monotonic()

@@ -12,7 +12,7 @@ from core.data.validation import HoldOut
 from tests.data.corpus import Ranks, make_factory, make_loader, resumed, start, texts_of, write_corpus
 from tests.data.corpus import steps as as_they_were_read
 from tests.project import Project, differences, tiny_preset, train_here
-from tests.test_trainer import finish, session
+from tests.training.test_trainer import finish, session
 
 CASES = [(24, 16, 5), (24, 8, 1), (6, 4, 9), (6, 6, 2), (4, 16, 3), (12, 8, 20)]  # lanes, rows of a step, documents
 

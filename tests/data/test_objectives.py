@@ -20,7 +20,7 @@ from core.data.pipeline import PipelineSettings
 from core.data.tokenizer import MASK, Tokenizer, build_tokenizer
 from core.data.validation import PSEUDO_CONTEXT, PSEUDO_TOKENS, HoldOut, hide_one, validation_rows
 from core.errors import UserError
-from core.settings import TokenizerSettings
+from core.preset.settings import TokenizerSettings
 from tests.data.corpus import Segment, byte_tokenizer, check_accounts, history, make_factory, write_corpus
 from tests.project import story
 

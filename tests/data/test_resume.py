@@ -24,8 +24,8 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from core.data import cache, pipeline
-from core.data.chunks import ChunkWriter, Manifest
+from core.data import pipeline
+from core.data import token_cache as cache
 from core.data.corpus import PipelineFactory
 from core.data.documents import Document, Encoded
 from core.data.mixing import MixSettings
@@ -37,6 +37,7 @@ from core.data.sources.hf import HfSettings
 from core.data.sources.shards import ShardSource
 from core.data.sources.text import PythonStdlibSettings, TextSettings
 from core.data.sources.tokens import TokensSettings, TokensSource
+from core.data.token_files import ChunkWriter, Manifest
 from core.data.validation import HoldOut, plan_hold_out, validation_rows
 from core.errors import SourceUnavailable
 from core.schedules import Piece
@@ -726,7 +727,8 @@ def test_one_rank_then_two_then_one(larger: Path) -> None:
 ON_THE_HUB = """
 import json, random, shutil, sys
 from pathlib import Path
-from core.data import cache, pipeline
+from core.data import token_cache as cache
+from core.data import pipeline
 from core.data.sources.chat import ChatSettings
 from core.data.sources.hf import HfSettings
 from core.data.sources.shards import ShardSource

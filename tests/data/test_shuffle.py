@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from core.data.cache import Cached, TokenCache
 from core.data.documents import Document
 from core.data.shuffle import Shuffled
 from core.data.sources.files import Damaged, Unit
 from core.data.sources.text import TextSettings, TextSource
+from core.data.token_cache import Cached, TokenCache
 from tests.data.corpus import byte_tokenizer
 
 

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from core.data.chat import MARKERS
 from core.data.tokenizer import END, Tokenizer, build_tokenizer
-from core.settings import TokenizerSettings
+from core.preset.settings import TokenizerSettings
 from tests.project import NO_HUB, ROOT, story
 
 HARD_TEXTS = [
@@ -89,7 +89,7 @@ def test_a_hub_tokenizer_without_a_network_says_so_at_once(tmp_path: Path) -> No
     code = """
 from core.data.tokenizer import build_tokenizer
 from core.errors import UserError
-from core.settings import TokenizerSettings
+from core.preset.settings import TokenizerSettings
 try:
     build_tokenizer(TokenizerSettings(type="hub", name="nobody/has-this"), [])
 except UserError as error:
@@ -141,7 +141,7 @@ def test_a_tokenizer_folder_needs_no_network(tmp_path: Path) -> None:
     code = """
 import json, sys
 from core.data.tokenizer import build_tokenizer
-from core.settings import TokenizerSettings
+from core.preset.settings import TokenizerSettings
 for name in ("own", "base", "chat"):
     t = build_tokenizer(TokenizerSettings(type="hub", name=f"{sys.argv[1]}/{name}"), [])
     special = [t.special_id(text) for text in ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>")]

@@ -13,17 +13,17 @@ from tokenizers import Tokenizer as Backend
 
 from core.assembly import Preset
 from core.data.chat import encode_chat
-from core.data.chunks import read_manifest
 from core.data.corpus import open_corpus
 from core.data.objectives import build_objective
+from core.data.token_files import read_manifest
 from core.data.tokenizer import END, MARKERS, MASK, Tokenizer, build_tokenizer, read_tokenizer
 from core.data.validation import HoldOut, validation_rows
 from core.errors import UserError
 from core.jobs.tokenize import tokenize
 from core.parallel import Single
-from core.preset import decode_preset
+from core.preset.decode import decode_preset
+from core.preset.settings import TokenizerSettings
 from core.runtime import detect_runtime
-from core.settings import TokenizerSettings
 from tests.data.test_sources import write_jsonl
 from tests.project import tiny_preset, train_here
 

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from core.data.amount import counter
-from core.data.cache import CACHE
 from core.data.documents import Document
 from core.data.loader import Loader
 from core.data.sources.text import TextSource
+from core.data.token_cache import CACHE
 from core.data.token_pool import Batch, TokenPool
 from core.data.tokenizer import Tokenizer
 from core.data.worker import CLOSE_SECONDS, Worker

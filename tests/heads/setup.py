@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from core.contracts import IGNORE_INDEX, Batch
 from core.heads import HEADS
-from core.heads.look import NOWHERE, Seen
+from core.heads.inputs import NOWHERE, Seen
 from core.heads.stack import HeadStack
 from core.losses.cross_entropy import CrossEntropy, CrossEntropySettings
 from core.losses.stack import LossStack
 from core.models.initial import draw_weights
 from core.models.readout import LinearReadout
-from core.objective import Objective
-from core.settings import AuxiliarySettings
+from core.preset.settings import AuxiliarySettings
+from core.training.objective import Objective
 from tests.models.test_models import T, V, build
 
 ON = {f"enable_{name}": True for name in HEADS}

@@ -15,12 +15,12 @@ from torch.nn import functional as F
 
 from core.contracts import IGNORE_INDEX, Batch
 from core.heads.dynamics import ROLLOUT, Dynamics
-from core.heads.look import Seen
+from core.heads.inputs import Seen
 from core.heads.policy import Policy, divergence
 from core.heads.span_contrastive import info_nce, mean_over
 from core.heads.value import Value, coming_surprise
 from core.models.readout import LinearReadout
-from core.settings import AuxiliarySettings
+from core.preset.settings import AuxiliarySettings
 
 FOLDER = Path(__file__).resolve().parent.parent / "golden" / "muzero"
 EXPECTED = json.loads((FOLDER / "expected.json").read_text())

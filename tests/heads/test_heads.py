@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from core.contracts import IGNORE_INDEX, Batch, ModelOutput
 from core.heads import HEADS
-from core.heads.look import NOWHERE, Seen
+from core.heads.inputs import NOWHERE, Seen
 from core.heads.stack import HeadStack
 from core.losses.cosine import Cosine, CosineSettings
 from core.losses.cross_entropy import CrossEntropy, CrossEntropySettings

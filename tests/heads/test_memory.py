@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from core.contracts import IGNORE_INDEX, Batch, plain_batch
-from core.drafting import Drafter
-from core.generation import Reader, Row, Voice, Wish, advance, document_start
+from core.generation.engine import Reader, Row, Voice, Wish, advance, document_start
+from core.generation.speculative import Drafter
 from core.heads.memory import Memory, Summary, read
 from core.models.simple_lm import SimpleLM, SimpleLMSettings
-from tests.harness.tiny import CONTEXT, build, byte_tokenizer
+from tests.evaluation.harness.tiny import CONTEXT, build, byte_tokenizer
 from tests.heads.setup import heads_for, objective_of, placed, rows_of
 from tests.models import test_models as models
 

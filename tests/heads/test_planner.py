@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from core.contracts import Batch, plain_batch
 from core.data.tokenizer import Tokenizer
-from core.generation import Guide, Row, Voice, Wish, advance, document_start
-from core.heads.look import Seen
+from core.generation.engine import Guide, Row, Voice, Wish, advance, document_start
+from core.heads.inputs import Seen
 from core.heads.stack import HeadStack
 from core.models.readout import LinearReadout
-from tests.harness.tiny import CONTEXT, KINDS, build, byte_tokenizer
+from tests.evaluation.harness.tiny import CONTEXT, KINDS, build, byte_tokenizer
 from tests.heads.setup import heads_for
 
 D, V = 16, 40

@@ -13,13 +13,13 @@ from core.errors import CheckpointError, UserError
 from core.heads import HEADS
 from core.heads.stack import HeadStack
 from core.models.initial import draw_weights
-from core.preset import decode_preset
+from core.preset.decode import decode_preset
 from core.runtime import detect_runtime
 from core.trained import load_trained
 from tests.heads.setup import ALL
+from tests.parallel.test_ddp import assert_ended, on_two
 from tests.project import Project, differences, merged, tiny_preset, train_here
-from tests.test_ddp import assert_ended, on_two
-from tests.test_trainer import UPHILL, assert_close, equal, events, finish, poison, session, weights
+from tests.training.test_trainer import UPHILL, assert_close, equal, events, finish, poison, session, weights
 
 BY_ROW = {key: value for key, value in ALL.items() if key != "enable_span_contrastive"}
 """The heads whose loss in one row does not depend on the other rows."""

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.contracts import IGNORE_INDEX, Batch, ModelOutput
-from core.losses.chunk import Chunk
+from core.losses.base import Chunk
 from core.models.readout import LinearReadout
 from core.schedules import value_at
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from core.contracts import Batch, ModelOutput
-from core.losses.chunk import Chunk
+from core.losses.base import Chunk
 from core.losses.harmonic import EPS
 from core.losses.stack import LossStack
 from core.models.readout import DistanceReadout, LinearReadout

@@ -10,7 +10,7 @@ from torch import Tensor
 from benchmarks.readout import Case, measure
 from core.contracts import IGNORE_INDEX, ModelOutput
 from core.errors import UserError
-from core.losses.chunk import Chunk, Gradient
+from core.losses.base import Chunk, Gradient
 from core.losses.cross_entropy import CrossEntropy, CrossEntropySettings
 from core.losses.stack import LossStack
 from core.models.readout import LinearReadout

@@ -17,8 +17,8 @@ from core.errors import UserError
 from core.models.gpt2 import GPT2, GPT2Settings
 from core.models.hub import Hub, HubSettings
 from core.models.huggingface import HuggingFaceLM, configure, obstacle, transformers
-from core.preset import decode_preset
-from core.size import size_of
+from core.preset.decode import decode_preset
+from core.training.memory import size_of
 from tests.hub import Hub as LoopbackHub
 from tests.hub import hub_env, run_python
 from tests.models.test_models import T, V, golden, make_batch, random_ids, scores_of
@@ -204,8 +204,8 @@ def test_gpt2_has_the_published_number_of_parameters() -> None:
 
 
 def test_position_tables_do_not_decay() -> None:
-    from core.optim import Optimizer
-    from core.settings import TrainSettings
+    from core.preset.settings import TrainSettings
+    from core.training.optim import Optimizer
 
     model = build("gpt2")
     optimizer = Optimizer(list(model.named_parameters()), set(), TrainSettings())
@@ -311,7 +311,7 @@ import core.models
 loaded = [name in sys.modules for name in ("transformers", "huggingface_hub")]
 from core.assembly import Preset
 from core.launch import _training_lines
-from core.preset import decode_preset
+from core.preset.decode import decode_preset
 from core.runtime import detect_runtime
 lines = []
 for model in ({"type": "gpt2"}, {"type": "hub", "name": "distilgpt2"}, {"type": "hub", "name": "gpt2", "pretrained": False}):
@@ -507,9 +507,9 @@ def test_what_no_token_has_is_never_sampled() -> None:
     """A published table may have more rows than the tokenizer has tokens: they would decode to nothing."""
     from core.contracts import Batch, ModelOutput
     from core.data.tokenizer import build_tokenizer
-    from core.generation import Voice, generate
+    from core.generation.engine import Voice, generate
     from core.models.readout import LinearReadout
-    from core.settings import GenerateSettings, TokenizerSettings
+    from core.preset.settings import GenerateSettings, TokenizerSettings
 
     class Wide(nn.Module):
         def __init__(self) -> None:

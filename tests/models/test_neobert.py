@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor
 
-from core.checkpoint import load_model
+from core.checkpoint.store import load_model
 from core.contracts import IGNORE_INDEX, Batch
 from core.errors import CheckpointError
 from core.losses.harmonic import Harmonic, HarmonicSettings
@@ -22,8 +22,8 @@ from core.losses.scores import SphereScores
 from core.losses.stack import LossStack
 from core.models import neobert, polychromatic
 from core.models.neobert import NeoBERT, NeoBERTSettings
-from core.optim import Optimizer
-from core.settings import TrainSettings
+from core.preset.settings import TrainSettings
+from core.training.optim import Optimizer
 from tests.models.test_models import GOLDEN, golden, make_batch
 
 SEEN, WEIGHTS, EXPECTED = golden("neobert")

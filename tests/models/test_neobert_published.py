@@ -11,7 +11,7 @@ from torch import Tensor
 
 from core.errors import CheckpointError, UserError
 from core.models.neobert import NeoBERT, NeoBERTSettings
-from core.settings import TokenizerSettings
+from core.preset.settings import TokenizerSettings
 from tests.hub import Hub as LoopbackHub
 from tests.hub import hub_env, run_python
 from tests.models.test_neobert import (

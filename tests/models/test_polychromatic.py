@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from core.checkpoint import load_model
+from core.checkpoint.store import load_model
 from core.models import polychromatic
 from core.models.norm import rms_norm
 from core.models.polychromatic import PolychromaticLM, PolychromaticSettings, RMSNorm, entropy, running_sum
-from core.optim import Optimizer
+from core.preset.settings import TrainSettings
 from core.schedules import learning_rate_schedule, value_at
-from core.settings import TrainSettings
+from core.training.optim import Optimizer
 from tests.models.test_models import GOLDEN, golden, make_batch, random_ids
 
 SEEN, WEIGHTS, EXPECTED = golden("polyglu")

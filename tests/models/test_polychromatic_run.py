@@ -8,12 +8,12 @@ import torch
 
 from core.assembly import Preset
 from core.launch import ROOT, _training_lines
-from core.preset import decode_preset, read_preset
+from core.preset.decode import decode_preset, read_preset
 from core.runtime import detect_runtime
-from core.ui.frame import RunState
 from core.ui.plain import NOT_CAUSAL, describe
+from core.ui.run_state import RunState
 from tests.project import TINY_SIZES, tiny_preset
-from tests.test_trainer import events, finish, session, weights
+from tests.training.test_trainer import events, finish, session, weights
 
 MODEL = {"type": "polychromatic", "seq_length": 32, **TINY_SIZES}
 

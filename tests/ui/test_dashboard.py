@@ -13,9 +13,9 @@ from rich.console import Console
 
 from core.ui import text
 from core.ui.dashboard import Dashboard, view_for
-from core.ui.frame import QUIET_SECONDS, RunState
 from core.ui.plain import PlainLines
 from core.ui.progress import Progress
+from core.ui.run_state import QUIET_SECONDS, RunState
 from tests.ui import stream
 
 FORBIDDEN = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -49,11 +49,27 @@ def test_a_small_terminal_shows_one_of_everything():
     state, now = state_of(list(stream.run())[:-1])
     shown = "\n".join(rendered(state, now, 80, 23))
     for part in (
-        "Best general", "lineage lm", "run 2", "NVIDIA H200 ×8  bf16  not compiled\n", "12.3M parameters", "100.0 %",
+        "Best general",
+        "lineage lm",
+        "run 2",
+        "NVIDIA H200 ×8  bf16  not compiled\n",
+        "12.3M parameters",
+        "100.0 %",
         "100M of 100M tokens",
-        "tokens/s", "1.23M", "learning rate", "grad norm", "12.1 GB", "2 updates", "cross-entropy", "bits/byte", "wikipedia",
-        "80.0 %", "checkpoints/lm_current.pth", "source [red]", "Once upon a time there [bold]was[/bold] [/] red",
-    ):  # fmt: skip
+        "tokens/s",
+        "1.23M",
+        "learning rate",
+        "grad norm",
+        "12.1 GB",
+        "2 updates",
+        "cross-entropy",
+        "bits/byte",
+        "wikipedia",
+        "80.0 %",
+        "checkpoints/lm_current.pth",
+        "source [red]",
+        "Once upon a time there [bold]was[/bold] [/] red",
+    ):
         assert part in shown, part
     assert re.search(r"[▁▂▃▄▅▆▇█]{20}", shown)
 
@@ -289,8 +305,15 @@ def test_which_view_is_taken(monkeypatch, term, encoding, tty, expected):
 
 def test_numbers_as_people_read_them():
     assert [text.count(v) for v in (0, 999, 1000, 12_345, 999_999, 12_345_678, 1.5e9, None)] == [
-        "0", "999", "1k", "12.3k", "1M", "12.3M", "1.5B", "–",
-    ]  # fmt: skip
+        "0",
+        "999",
+        "1k",
+        "12.3k",
+        "1M",
+        "12.3M",
+        "1.5B",
+        "–",
+    ]
     assert [text.count(v) for v in (100, 1200, 100_000, 120_000_000)] == ["100", "1.2k", "100k", "120M"]
     assert [text.duration(v) for v in (0.4, 59.6, 61, 3840, 90_000)] == ["0s", "1m 00s", "1m 01s", "1h 04m", "1d 01h"]
     assert [text.number(v) for v in (3.14159, 6e-4, 0, None, 123456.0)] == ["3.142", "6.0e-04", "0", "–", "1.2e+05"]

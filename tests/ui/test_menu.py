@@ -20,7 +20,7 @@ CARDS = [
     PresetCard("01_best_qa", "Baseline", "Best QA", "questions", lambda: "PREVIEW-C"),
     PresetCard("20_broken", "Harmonic", "Broken", "", problem="20_broken.json has 1 problem\n  model.num_layer  unknown"),
     PresetCard("90_quick", "Tests", "Quick", "the last", lambda: "PREVIEW-E"),
-]  # fmt: skip
+]
 
 
 def looked_at(i):

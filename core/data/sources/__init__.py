@@ -20,7 +20,7 @@ from core.data.sources.tokens import TokensSettings, TokensSource
 from core.environment import redacted
 from core.errors import SourceUnavailable
 from core.files import own_path
-from core.settings import Settings
+from core.preset.settings import Settings
 
 SOURCES: dict[str, tuple[type[Settings], Callable[..., Source]]] = {
     "python_stdlib": (PythonStdlibSettings, PythonStdlibSource),

@@ -18,7 +18,7 @@ from core.data.documents import ASSISTANT, Document, SkipRow
 from core.data.sources.hf import HfSource
 from core.data.sources.tables import TABLES
 from core.data.sources.text import Paths, TextSource, named_by, path_name
-from core.settings import Settings
+from core.preset.settings import Settings
 
 ROLE_NAMES = {
     "system": ("system", "developer"),

@@ -16,7 +16,7 @@ from itertools import chain
 from typing import Any, BinaryIO, NamedTuple
 
 from core.data.sources.skips import CutShort, Damaged
-from core.packages import need
+from core.optional_packages import need
 
 PIECE = 1 << 18
 """Bytes read at once."""

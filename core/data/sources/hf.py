@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from core import hub
+from core import hf_hub as hub
 from core.data.documents import Document, SkipRow
 from core.data.sources import tables
 from core.data.sources.decode import as_utf8, compression, unpacked
@@ -31,8 +31,8 @@ from core.data.sources.skips import Damaged, NoColumn
 from core.data.sources.text import READER, TextSettings, TextSource, named_by, text_of
 from core.errors import SourceUnavailable
 from core.files import own_path
-from core.packages import need
-from core.settings import Settings
+from core.optional_packages import need
+from core.preset.settings import Settings
 
 SPLITS = ("train", "test", "validation", "valid", "dev", "eval")
 CHECKED_AT_OPEN = 3

@@ -17,7 +17,7 @@ from core.data.sources import decode
 from core.data.sources.decode import Decoded, compression, lines
 from core.data.sources.delimited import check_columns, csv_rows, too_long, with_newlines
 from core.data.sources.skips import CutShort, Damaged, NoColumn, Row
-from core.packages import need
+from core.optional_packages import need
 
 JSON_LINES = (".jsonl", ".ndjson")
 CSV = {".csv": ",;\t|", ".tsv": "\t"}

@@ -25,7 +25,7 @@ from core.data.sources.tables import JSON_LINES, PARQUET, TABLES
 from core.data.sources.webpage import page_text
 from core.errors import SourceUnavailable
 from core.files import own_path
-from core.settings import Settings
+from core.preset.settings import Settings
 
 PLAIN = (".txt", ".md", ".py")
 PAGES = (".html", ".htm", ".xhtml")

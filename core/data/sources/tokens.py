@@ -1,6 +1,6 @@
 """Tokenized chunks: what the tokenize job writes, and what specification 001's own program wrote.
 
-In:    a folder with a manifest and chunks (core/data/chunks.py)
+In:    a folder with a manifest and chunks (core/data/token_files.py)
 Out:   one Document of tokens for each stretch between two ends; chunks in an order permuted by seed and epoch
 State: none of its own (shards.py); a position inside a chunk is the token after a document's end
 """
@@ -12,13 +12,13 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from core.data.chunks import MANIFEST, BadChunks, Chunks, DamagedChunk
 from core.data.documents import Document, Encoded, digest_of
 from core.data.sources.files import Damaged, FileSource, Unit
 from core.data.sources.text import named_by, path_name
+from core.data.token_files import MANIFEST, BadChunks, Chunks, DamagedChunk
 from core.errors import SourceUnavailable, UserError
 from core.files import own_path
-from core.settings import Settings
+from core.preset.settings import Settings
 
 
 class TokensSettings(Settings):

@@ -26,7 +26,7 @@ from core.data.sources.pdf.pool import Limits, Pool
 from core.data.sources.skips import CutShort
 from core.errors import SourceUnavailable
 from core.files import own_path
-from core.settings import Settings
+from core.preset.settings import Settings
 
 LOW, HIGH = 3000, 5000
 """Characters of a document."""

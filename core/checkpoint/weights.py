@@ -1,0 +1,221 @@
+"""Weights made before: the newest slot of a lineage, a file of ours, one that PolychromaticLM published, or anybody's.
+
+In:    a lineage, or a file's path, as a preset's `init_from` says it
+Out:   Weights: tensors by name, and what the file says beside them
+State: none; nothing is ever written or renamed here
+
+    ours                 {"format", "model", "progress", "tokenizer", "preset", ...}
+    PolychromaticLM's    {"model", "optimizer", "scheduler", "step", "tau"}, as its files are; or, as its specification
+                         says, {"model_state_dict", "optimizer_state_dict", "scheduler_state_dict", "step", "tau"}
+    anybody's            {name: tensor}, also as .safetensors
+"""
+
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from core.checkpoint.state import not_finite, tensor_problem
+from core.checkpoint.store import CheckpointStore, Damaged, load_model, read_checkpoint
+from core.comparison.trials import changed
+from core.contracts import call_if_defined
+from core.data.tokenizer import build_tokenizer
+from core.errors import UserError
+from core.file_names import slot_name
+from core.files import own_path
+from core.preset.settings import Settings, TokenizerSettings
+
+SUFFIXES = (".pth", ".pt", ".safetensors")
+"""What makes a name that of a file."""
+
+MODEL_KEYS = ("model", "model_state_dict")
+WRAPPERS = ("module.", "_orig_mod.")
+"""What DDP and torch.compile put before every name."""
+
+FITTING = "Give the preset's model the settings they were made with, and their tokenizer; or name other weights."
+
+
+@dataclass
+class Weights:
+    """Weights that somebody made, and what is known of how."""
+
+    model: dict[str, Tensor]
+    path: Path
+    where: str  # the file, as people are told of it
+    step: int | None = None
+    fraction: float = 1.0  # how far the schedules had come
+    tokenizer: dict[str, Any] | None = None
+    preset: dict[str, Any] | None = None  # the resolved preset they were made with, as JSON
+    notes: list[str] = field(default_factory=list)
+    tokens: int | None = None  # that they were trained on
+    held_out: dict[str, Any] | None = None  # what they were not, see HoldOut.state in core/data/validation.py
+    heads: dict[str, Tensor] = field(default_factory=dict)  # of auxiliary heads
+
+    @classmethod
+    def of(cls, state: dict[str, Any], path: Path, where: str, notes: list[str] | None = None) -> "Weights":
+        """Of one of our own checkpoints. Older ones do not say how far schedules had come."""
+        progress = state["progress"]
+        fraction = progress.get("fraction", float(progress.get("finished", False)))
+        past = progress["step"], fraction, state["tokenizer"], state["preset"], notes or [], progress["tokens"]
+        return cls(state["model"], path, where, *past, state["data"].get("held_out"), state.get("heads", {}))
+
+    def __str__(self) -> str:
+        return self.where if self.step is None else f"{self.where}, step {self.step:,}"
+
+    def load_into(self, model: nn.Module, advice: str = FITTING) -> list[str]:
+        """Put them into a model; returns remarks. Raises CheckpointError naming everything that does not fit."""
+        notes: list[str] = []
+        self._check_kinds({})
+        call_if_defined(model, "prepare_load", self.model, notes)
+        self._check_kinds(model.state_dict())
+        if odd := not_finite(self.model | {f"heads.{name}": tensor for name, tensor in self.heads.items()}):
+            names = ", ".join(odd[:4]) + (", ..." if len(odd) > 4 else "")
+            notes.append(f"not finite in {self.where}: {names}: nothing is learned from such weights; take an older checkpoint")
+        return notes + load_model(model, self.model, self.where, advice=advice)
+
+    def _check_kinds(self, own: dict[str, Tensor]) -> None:
+        """Raises UserError where a tensor is of a kind that copying would turn into other weights, or cannot copy."""
+        for name, tensor in self.model.items():
+            problem = tensor_problem(tensor)
+            if problem is None and name in own and own[name].is_floating_point() and not tensor.is_floating_point():
+                problem = f"is {tensor.dtype}; weights are floating-point"
+            if problem is not None:
+                raise UserError(f"{self.where}: {name} {problem}. Save it anew as plain floating-point weights, or name another.")
+
+    def other_settings(self, model: Settings) -> list[str]:
+        """What their `model` section said otherwise than this one: "model.seq_length was 128, is 256"."""
+        return changed(self.preset["model"], model.model_dump(mode="json"), "model.") if self.preset is not None else []
+
+    def tokenizer_state(self, settings: TokenizerSettings, root: Path) -> dict[str, Any]:
+        """The tokenizer whose tokens the weights mean: the file's, or else the preset's. Raises UserError."""
+        if self.tokenizer is not None:
+            return self.tokenizer
+        if settings.type == "bpe":
+            raise UserError(
+                f'{self.where} has no tokenizer with it, and a "bpe" trained here would give its tokens other meanings. Name the '
+                'one the weights were trained with: "tokenizer": "Qwen/Qwen3-0.6B-Base", or {"type": "file", "path": "..."}.'
+            )
+        return build_tokenizer(settings, [], root=root).state()
+
+
+def is_file(origin: str) -> bool:
+    """Whether `init_from` names a file; else it is a lineage."""
+    return "/" in origin or origin.endswith(SUFFIXES)
+
+
+def find_weights(origin: str, root: Path) -> Weights:
+    """What `init_from` names. Raises UserError saying what there is, or what to run first."""
+    if is_file(origin):
+        return read_weights(own_path(origin, root), origin)
+    return newest_weights(origin, root)
+
+
+def preview_weights(origin: str, root: Path) -> str:
+    """What the menu calls the weights that `init_from` names; quick, as nothing but the step is read. Raises UserError."""
+    path = own_path(origin, root)
+    if is_file(origin):
+        if not path.is_file():
+            raise _no_file(origin)
+        step = _step(_read_torch(path, origin)) if zipfile.is_zipfile(path) else None
+        return str(Weights({}, path, origin, step))
+    found = CheckpointStore(root / "checkpoints", origin).peek()
+    if found is None:
+        raise _no_lineage(origin, root)
+    return str(Weights({}, found["path"], found["path"].name, found["progress"]["step"]))
+
+
+def newest_weights(lineage: str, root: Path) -> Weights:
+    """The newest slot of a lineage that can be read; its files stay as they are. Raises UserError."""
+    store = CheckpointStore(root / "checkpoints", lineage)
+    state, path, notes = store.load(read_only=True)
+    if state is not None and path is not None:
+        return Weights.of(state, path, path.name, notes)
+    if notes:
+        raise UserError(f'no checkpoint of the lineage "{lineage}" can be read:\n  ' + "\n  ".join(notes))
+    raise _no_lineage(lineage, root)
+
+
+def read_weights(path: Path, where: str) -> Weights:
+    """The weights in a file. Raises UserError, or CheckpointError where a newer version of this program wrote it.
+
+    where   what people are told it is called
+    """
+    if not path.is_file():
+        raise _no_file(where)
+    if path.suffix == ".safetensors":
+        return Weights(_bare(_read_safetensors(path, where), where), path, where)
+    state = _read_torch(path, where)
+    if "format" in state and "progress" in state:
+        try:
+            return Weights.of(read_checkpoint(path, mmap=True), path, where)
+        except Damaged as reason:
+            raise UserError(f"{where} is damaged ({reason}). Name another file, or the lineage it comes from.") from None
+    model = next((state[key] for key in MODEL_KEYS if isinstance(state.get(key), dict)), None)
+    if model is None:
+        return Weights(_bare(state, where), path, where)
+    tau = state.get("tau")
+    return Weights(_bare(model, where), path, where, _step(state), 1.0 if tau is None else fraction_of(float(tau)))
+
+
+def fraction_of(tau: float) -> float:
+    """How far a run of PolychromaticLM had come: its tau falls from 1 to 0.1 (specification 001)."""
+    return min(max((1.0 - tau) / 0.9, 0.0), 1.0)
+
+
+def _step(state: dict[str, Any]) -> int | None:
+    progress = state.get("progress")
+    step = progress.get("step") if isinstance(progress, dict) else state.get("step")
+    return step if isinstance(step, int) else None
+
+
+def _no_file(where: str) -> UserError:
+    return UserError(f"{where} does not exist. A path is relative to the folder of main.py; a lineage has no / in its name.")
+
+
+def _no_lineage(lineage: str, root: Path) -> UserError:
+    whose = f'the preset "{lineage}"' if (root / "configs" / f"{lineage}.json").exists() else f'a preset of lineage "{lineage}"'
+    names = sorted(path.name.removesuffix(slot_name("")) for path in (root / "checkpoints").glob(slot_name("*")))
+    others = f" There are checkpoints of {', '.join(names)}." if names else ""
+    return UserError(f"checkpoints/{slot_name(lineage)} is not there: run {whose} first.{others}")
+
+
+def _read_torch(path: Path, where: str) -> dict[str, Any]:
+    try:
+        # a published checkpoint is three times its weights: what is not used stays on the disk
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except MemoryError:
+        raise
+    except OSError as error:
+        raise UserError(f"{where} cannot be read: {error}.") from None
+    except Exception as error:  # whatever reading a damaged or foreign file may raise
+        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{where} cannot be read as tensors and plain values, and code in a file is never run ({reason}). Load it where it "
+            "was made, and save only the state dict, best as .safetensors."
+        ) from None
+    if not isinstance(state, dict):
+        raise UserError(f"{where} holds a {type(state).__name__}, not weights by name.")
+    return state
+
+
+def _read_safetensors(path: Path, where: str) -> dict[str, Any]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{where} cannot be read: {error}.") from None
+
+
+def _bare(model: dict[str, Any], where: str) -> dict[str, Tensor]:
+    """The tensors under the model's own names."""
+    if not model or not all(isinstance(value, Tensor) for value in model.values()):
+        keys = ", ".join(map(str, list(model)[:6])) or "nothing"
+        raise UserError(f"{where} holds no weights that this program knows: {keys}. Save it as a state dict, {{name: tensor}}.")
+    while prefix := next((p for p in WRAPPERS if all(name.startswith(p) for name in model)), None):
+        model = {name.removeprefix(prefix): value for name, value in model.items()}
+    return dict(model)

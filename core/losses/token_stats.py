@@ -1,0 +1,45 @@
+"""What evaluation tells of every prediction, whatever the losses are.
+
+In:    a Chunk
+Out:   one value per position
+State: none
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from core.losses.base import Chunk
+from core.losses.cosine import mean_embedding
+
+# n positions of a block, V vocab_size
+
+Fact = Callable[[Chunk], Tensor]
+
+
+TOP = 5
+
+
+def _in_top(chunk: Chunk, sign: float) -> Tensor:
+    """(n,) whether fewer than TOP tokens have a better score than the target; `sign` -1 where lower is better."""
+    scores = chunk.scores if sign > 0 else -chunk.scores
+    target = scores.gather(1, chunk.labels[:, None])  # (n, 1)
+    return (scores <= target).sum(dim=1) > scores.shape[1] - TOP  # not by those above it: nothing is above a NaN
+
+
+OF_SCORES: dict[str, dict[str, Fact]] = {
+    "logits": {
+        "cross_entropy": lambda chunk: chunk.softmax().surprise(chunk.labels),
+        "entropy": lambda chunk: chunk.softmax().entropy,
+        "max_probability": lambda chunk: chunk.softmax().at(chunk.softmax().best),
+        "embedding_cosine": lambda chunk: mean_embedding(chunk).cosine,
+        "token_accuracy": lambda chunk: chunk.labels == chunk.softmax().best,
+        "top5_accuracy": lambda chunk: _in_top(chunk, 1.0),
+    },
+    "distances": {
+        "token_accuracy": lambda chunk: chunk.labels == chunk.scores.argmin(dim=1),
+        "top5_accuracy": lambda chunk: _in_top(chunk, -1.0),
+    },
+}
+"""By what the readout gives. In nats; in nats; a probability; the cosine between the mean embedding and the target's; whether
+the target has the best score, and whether fewer than five tokens have a better one."""

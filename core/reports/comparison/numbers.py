@@ -1,0 +1,67 @@
+"""Every number of a comparison, for programs.
+
+In:    a Comparison
+Out:   metrics.json: standard JSON, what is not a finite number as null
+State: none
+"""
+
+import json
+import math
+from dataclasses import asdict
+from typing import Any
+
+from core.comparison.outcome import Outcome
+from core.comparison.results import Comparison, Variant
+from core.metrics.table import measure
+
+FORMAT = 1
+
+
+def json_report(comparison: Comparison) -> str:
+    report = {
+        "format": FORMAT,
+        "name": comparison.name,
+        "description": comparison.description,
+        "metric": comparison.metric,
+        "metric_asked_for": comparison.asked,
+        "confidence": comparison.confidence,
+        "baseline": comparison.baseline.name,
+        "verdicts": [asdict(verdict) for verdict in comparison.verdicts],
+        "warnings": comparison.warnings,
+        "measures": {key: asdict(measure(key)) for key in comparison.metrics},
+        "variants": [_variant(variant) for variant in comparison.variants],
+        "differences": [
+            {"variant": variant.name, "metric": key, **asdict(difference)}
+            for variant in comparison.variants
+            for key, difference in variant.differences.items()
+        ],
+        "trials": [_trial(outcome) for outcome in comparison.outcomes],
+    }
+    return json.dumps(_plain(report), indent=1, allow_nan=False) + "\n"
+
+
+def _variant(variant: Variant) -> dict[str, Any]:
+    return {
+        "name": variant.name,
+        "changes": {path: {"baseline": before, "variant": after} for path, (before, after) in variant.changes.items()},
+        "metrics": {key: asdict(spread) for key, spread in variant.metrics.items()},
+        "speed_ratio": variant.speed and asdict(variant.speed),
+        "memory_ratio": variant.memory and asdict(variant.memory),
+        "preset": variant.preset,
+    }
+
+
+def _trial(outcome: Outcome) -> dict[str, Any]:
+    trial = outcome.trial
+    numbers = {key: value for key, value in vars(outcome).items() if key != "trial"}
+    return {"variant": trial.variant, "seed": trial.seed, "status": trial.status, "note": trial.note, **numbers}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,51 @@
+"""The figures on one page, each with how to read it and what it shows here.
+
+In:    an Interpretation, its pictures
+Out:   index.html
+State: none
+"""
+
+import json
+from base64 import b64encode
+from collections.abc import Iterable
+
+from core.interpretation.results import Interpretation
+from core.reports.interpretation import content
+from core.reports.page import html_lines, html_table, html_text, page
+
+
+def html_page(found: Interpretation, pictures: dict[str, bytes]) -> str:
+    """pictures   PNG by file name, one for each of content.CAPTIONS"""
+    return page(f"{found.about['preset']}: interpretation", _body(found, pictures))
+
+
+def _body(found: Interpretation, pictures: dict[str, bytes]) -> Iterable[str]:
+    about = found.about
+    yield f"<h1>{html_text(about['preset'])}: what its neurons choose</h1>"
+    if about["description"]:
+        yield f'<p class="soft">{html_text(about["description"])}</p>'
+    yield f'<ul class="answer">{"".join(f"<li>{html_text(line)}</li>" for line in content.findings(found))}</ul>'
+    for warning in content.warnings(found):
+        yield f'<p class="warn"><b>Caution.</b> {html_text(warning)}</p>'
+    yield f"<p>{html_text(content.facts(found))}</p>"
+    for name, picture in pictures.items():
+        yield _figure(found, name, picture)
+    yield f"<h2>Categories</h2>{html_table(content.category_table(found))}"
+    yield f"<h2>Layers</h2>{html_table(content.layer_table(found))}"
+    yield '<p class="note">Entropies in nats. prefer: neurons that prefer an activation. shift: of the mean gate output.</p>'
+    yield "<h2>Method</h2>"
+    yield from (f"<p>{html_text(paragraph)}</p>" for paragraph in content.method(found))
+    yield f"<details><summary>What was looked at</summary><pre>{html_lines(json.dumps(about, indent=2))}</pre></details>"
+    yield '<p class="note">All numbers: interpret.json and entropy_stats.json beside this page.</p>'
+
+
+def _figure(found: Interpretation, name: str, picture: bytes) -> str:
+    caption = content.CAPTIONS[name]
+    how, here = html_text(caption.how.format(unit=found.unit)), html_text(caption.here(found))
+    causal = " <b>Not causal.</b>" if caption.of_text and not found.causal else ""
+    source = f"data:image/png;base64,{b64encode(picture).decode()}"
+    return (
+        f'<h2>{html_text(caption.title)}</h2><figure class="wide">'
+        f'<div class="scroll"><img src="{source}" alt="{html_text(caption.title)}"></div>'
+        f"<figcaption><p><b>How to read it:</b> {how}</p><p><b>Here:</b> {here}{causal}</p></figcaption></figure>"
+    )
