@@ -14,14 +14,18 @@ STARTED = time.time()
 
 
 def main() -> int:
-    """Choose a preset on rank 0, hand it to every rank, run its job. Returns the exit code (see docs/guide.md)."""
+    """Choose a preset on rank 0, hand it to every rank, run its job. Returns the exit code (see
+    docs/guide.md)."""
     from core.errors import UserError
     from core.terminal import guard_streams, tell
 
     guard_streams()
     try:
         if given := sys.argv[1:]:
-            raise UserError(f"main.py takes no arguments, but was given {' '.join(given)!r}. Settings are in configs/*.json.")
+            raise UserError(
+                f"main.py takes no arguments, but was given {' '.join(given)!r}. Settings are in "
+                "configs/*.json."
+            )
         launcher()(STARTED)
     except UserError as error:
         tell(f"\n{error}")
@@ -43,8 +47,10 @@ def launcher() -> Callable[[float], None]:
         if error.name not in {line.partition("==")[0].replace("-", "_") for line in lines}:
             raise
         raise UserError(
-            f"{sys.executable} has no package {error.name}. This installs what main.py needs, and starts it:\n\n"
-            "  python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && .venv/bin/python main.py\n\n"
+            f"{sys.executable} has no package {error.name}. This installs what main.py needs, and "
+            "starts it:\n\n"
+            "  python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && "
+            ".venv/bin/python main.py\n\n"
             "From then on, start it with .venv/bin/python main.py"
         ) from None
     return launch

@@ -1,12 +1,14 @@
-"""What a curriculum adds to one training step: more rows to read, and a forward pass over all of them.
+"""What a curriculum adds to one training step: more rows to read, and a forward pass over all of
+them.
 
     python benchmarks/curriculum.py [rounds]
 
-Steps of 16 x 256 tokens of the standard library's text through the default model (hidden_size 256, 4 layers, a vocabulary of
-8,192; bf16 where native), reading and tokenizing included, as the train job makes them. All variants live in one process and
-take turns step by step, so that whatever else the machine does meets them alike; on a CPU, the seconds are those of the process,
-not of the clock. Prints each variant's median step in milliseconds, and the median and range of its ratios to the first's.
-"""
+Steps of 16 x 256 tokens of the standard library's text through the default model (hidden_size 256,
+4 layers, a vocabulary of 8,192; bf16 where native), reading and tokenizing included, as the train
+job makes them. All variants live in one process and take turns step by step, so that whatever else
+the machine does meets them alike; on a CPU, the seconds are those of the process, not of the clock.
+Prints each variant's median step in milliseconds, and the median and range of its ratios to the
+first's."""
 
 import statistics
 import sys
@@ -26,8 +28,11 @@ SIZES = sized({"seq_length": 256}, {"seq_length": 32, "hidden_size": 32, "num_he
 VOCAB_SIZE = sized(8192, 300)
 
 
-def make_step(candidates: int | None, root: Path, tokenizer: dict | None) -> tuple[Callable[[], float], dict]:
-    """A function that takes a step and returns its seconds; the tokenizer, which all variants share."""
+def make_step(
+    candidates: int | None, root: Path, tokenizer: dict | None
+) -> tuple[Callable[[], float], dict]:
+    """A function that takes a step and returns its seconds; the tokenizer, which all variants
+    share."""
     import torch
 
     from core.assembly import Preset, build_training
@@ -35,9 +40,18 @@ def make_step(candidates: int | None, root: Path, tokenizer: dict | None) -> tup
     from core.preset.decode import decode_preset
     from core.runtime import detect_runtime
 
-    train = {"per_gpu_batch_size": 16, "eval_tokens": 0, "curriculum": {"candidates": candidates} if candidates else None}
+    train = {
+        "per_gpu_batch_size": 16,
+        "eval_tokens": 0,
+        "curriculum": {"candidates": candidates} if candidates else None,
+    }
     bpe = {"type": "bpe", "vocab_size": VOCAB_SIZE}
-    sections = {"model": SIZES, "tokenizer": bpe, "train": train, "data": {"sources": ["python_stdlib"]}}
+    sections = {
+        "model": SIZES,
+        "tokenizer": bpe,
+        "train": train,
+        "data": {"sources": ["python_stdlib"]},
+    }
     preset = decode_preset(sections, Preset, "benchmark", f"{candidates}")
     runtime = detect_runtime()
     built = build_training(preset, runtime, Single(), root, lambda *_: [], lambda: False, tokenizer)
@@ -78,7 +92,10 @@ def main(rounds: int) -> None:
     for candidates, times in found.items():
         ratios = [own / first for own, first in zip(times, found[None])]
         told = f"x {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        print(f"{f'{candidates} candidates' if candidates else 'off':14s} {1000 * statistics.median(times):7.1f} ms   {told}")
+        print(
+            f"{f'{candidates} candidates' if candidates else 'off':14s} "
+            f"{1000 * statistics.median(times):7.1f} ms   {told}"
+        )
 
 
 if __name__ == "__main__":

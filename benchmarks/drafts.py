@@ -1,13 +1,15 @@
-"""What a draft head is worth in generation: a small model is trained with one, and then speaks with it and without.
+"""What a draft head is worth in generation: a small model is trained with one, and then speaks with
+it and without.
 
     python benchmarks/drafts.py [FOLDER]
 
-Trains 6 layers of width 192 on the standard library's source for 1.2M tokens, in FOLDER if given, where they stay for the next
-time (some minutes). Then the model continues beginnings of files of that source, at several temperatures, alone and four at once:
-plainly, and with drafts of some lengths, in turns, in one process with one thread. Prints tokens per second of processor time
-(others may use the machine too), how many guesses were right, how many tokens a pass of the model gave, and median and range of
-the ratios. The tokens are the same but for rounding; how many texts differ is told.
-"""
+Trains 6 layers of width 192 on the standard library's source for 1.2M tokens, in FOLDER if given,
+where they stay for the next time (some minutes). Then the model continues beginnings of files of
+that source, at several temperatures, alone and four at once: plainly, and with drafts of some
+lengths, in turns, in one process with one thread. Prints tokens per second of processor time
+(others may use the machine too), how many guesses were right, how many tokens a pass of the model
+gave, and median and range of the ratios. The tokens are the same but for rounding; how many texts
+differ is told."""
 
 import statistics
 import sys
@@ -31,8 +33,13 @@ from core.preset.decode import decode_preset
 from core.runtime import detect_runtime
 from core.trained import Trained, load_trained
 
-STEPS, CONTEXT, PROMPT, NEW_TOKENS, TEXTS, ROUNDS = sized((300, 256, 48, 192, 4, 3), (2, 32, 8, 8, 2, 1))
-SHAPE = sized({"hidden_size": 192, "num_layers": 6, "num_heads": 4}, {"hidden_size": 32, "num_layers": 1, "num_heads": 2})
+STEPS, CONTEXT, PROMPT, NEW_TOKENS, TEXTS, ROUNDS = sized(
+    (300, 256, 48, 192, 4, 3), (2, 32, 8, 8, 2, 1)
+)
+SHAPE = sized(
+    {"hidden_size": 192, "num_layers": 6, "num_heads": 4},
+    {"hidden_size": 32, "num_layers": 1, "num_heads": 2},
+)
 LENGTHS = (2, 4)
 PRESET = {
     "name": "drafts",
@@ -63,7 +70,9 @@ def trained_in(folder: Path) -> Trained:
 def prompts_of(trained: Trained) -> list[list[int]]:
     """Beginnings of files, each somewhere else in the library; most of them the model has read."""
     found = []
-    for number, document in enumerate(build_source(PythonStdlibSettings(), Path.cwd(), 1).stream({})):
+    for number, document in enumerate(
+        build_source(PythonStdlibSettings(), Path.cwd(), 1).stream({})
+    ):
         ids = trained.tokenizer.encode_batch([document.text])[0].tolist()
         if number % 7 == 0 and len(ids) > PROMPT + NEW_TOKENS:
             found.append([trained.tokenizer.eos_id, *ids[: PROMPT - 1]])
@@ -72,7 +81,9 @@ def prompts_of(trained: Trained) -> list[list[int]]:
     raise AssertionError("too few files")
 
 
-def speak(voice: Voice, prompts: list[list[int]], wish: Wish, at_once: int) -> tuple[float, list[list[int]]]:
+def speak(
+    voice: Voice, prompts: list[list[int]], wish: Wish, at_once: int
+) -> tuple[float, list[list[int]]]:
     """Seconds of this process, and the tokens."""
     rows = [Row(voice.tokenizer, prompt, wish, seed) for seed, prompt in enumerate(prompts)]
     began = time.process_time()
@@ -102,15 +113,23 @@ def main(folder: Path) -> None:
                 for length, drafter in drafters.items():
                     voice = Voice(trained.model, trained.tokenizer, CONTEXT, drafter=drafter)  # type: ignore[arg-type]
                     took, others = speak(voice, prompts, wish, at_once)
-                    ratios[length].append(sum(map(len, others)) / sum(map(len, texts)) * seconds / took)
-            print(f"temperature {temperature:g}, {at_once} at once: plain {statistics.median(speeds):.0f} tokens/s", flush=True)
+                    ratios[length].append(
+                        sum(map(len, others)) / sum(map(len, texts)) * seconds / took
+                    )
+            print(
+                f"temperature {temperature:g}, {at_once} at once: plain "
+                f"{statistics.median(speeds):.0f} tokens/s",
+                flush=True,
+            )
             for length, drafter in drafters.items():
                 different = sum(a != b for a, b in zip(texts, others))
                 own = ratios[length]
                 print(
-                    f"  drafts of {length}: x {statistics.median(own):.2f} ({min(own):.2f} to {max(own):.2f}), "
+                    f"  drafts of {length}: x {statistics.median(own):.2f} ({min(own):.2f} to "
+                    f"{max(own):.2f}), "
                     f"{drafter.right / max(drafter.guessed, 1):.0%} of guesses right, "
-                    f"{drafter.said / max(drafter.passes, 1):.2f} tokens a pass, {different} of {TEXTS} texts differ",
+                    f"{drafter.said / max(drafter.passes, 1):.2f} tokens a pass, {different} of "
+                    f"{TEXTS} texts differ",
                     flush=True,
                 )
 

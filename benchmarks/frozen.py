@@ -2,10 +2,10 @@
 
     python benchmarks/frozen.py [rows] [seq_length]
 
-The published architecture (28 blocks, 768 wide, 30,522 tokens) with random weights and both heads, bf16 where native, a fifth of
-the tokens masked. Each side runs in a process of its own, the sides taking turns. Prints what a step adds to the weights at its
-peak (activations, gradients, AdamW), what of it is kept for the backward pass, and the median seconds of a step.
-"""
+The published architecture (28 blocks, 768 wide, 30,522 tokens) with random weights and both heads,
+bf16 where native, a fifth of the tokens masked. Each side runs in a process of its own, the sides
+taking turns. Prints what a step adds to the weights at its peak (activations, gradients, AdamW),
+what of it is kept for the backward pass, and the median seconds of a step."""
 
 import statistics
 import sys
@@ -25,18 +25,24 @@ from core.training.freezing import train_only
 
 SIZES = sized({}, {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64})
 LAST = sized(27, 1)
-SIDES = {"everything": None, f"block {LAST} and prototypes": [f"transformer_encoder.{LAST}", "dist_head"]}
+SIDES = {
+    "everything": None,
+    f"block {LAST} and prototypes": [f"transformer_encoder.{LAST}", "dist_head"],
+}
 REPETITIONS, STEPS = sized((3, 3), (1, 1))
 VOCAB_SIZE, MASKED = sized(30_522, 300), 0.2
 SHAPE = sized(("2", "512"), ("2", "64"))
 
 
 def measure(side: str, rows: int, seq_length: int) -> dict[str, float]:
-    """GB at the peak, GB kept for the backward pass, median seconds of a step, parameters trained."""
+    """GB at the peak, GB kept for the backward pass, median seconds of a step, parameters
+    trained."""
     runtime = detect_runtime()
     torch.manual_seed(0)
     dtype, device = runtime.compute_dtype("auto"), runtime.device
-    model = NeoBERT(NeoBERTSettings(head="distance", prototypes="decoder", **SIZES), VOCAB_SIZE).to(device)
+    model = NeoBERT(NeoBERTSettings(head="distance", prototypes="decoder", **SIZES), VOCAB_SIZE).to(
+        device
+    )
     train_only(model, SIDES[side])
     stack = LossStack([Harmonic(HarmonicSettings())])
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -63,7 +69,10 @@ def measure(side: str, rows: int, seq_length: int) -> dict[str, float]:
         optimizer.zero_grad()
 
     peak = peak_bytes(step)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast(device.type, dtype=dtype):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast(device.type, dtype=dtype),
+    ):
         model(batch)
     seconds = []
     for _ in range(STEPS):
@@ -91,7 +100,10 @@ def main() -> None:
         for name, unit in (("peak", "GB"), ("kept", "GB"), ("seconds", "s")):
             ratios = [own[name] / other[name] for own, other in zip(runs, first)]
             values = statistics.median(run[name] for run in runs)
-            about += f"   {name} {values:6.2f} {unit} x {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+            about += (
+                f"   {name} {values:6.2f} {unit} x {statistics.median(ratios):.2f} "
+                f"({min(ratios):.2f} to {max(ratios):.2f})"
+            )
         print(about)
 
 

@@ -2,11 +2,12 @@
 
     python benchmarks/generation.py
 
-Each line is a model of the default preset's size, with random weights: 256 new tokens after a prompt of 32, nucleus sampling and
-3-gram blocking as in samples, without a cache and with it, in turns, in one process with one thread. Prints the tokens per second
-of processor time (others may use the machine too) in every repetition, and the median of their ratios. The tokens are the same,
-which is checked. Below stands what eight rows in one batch give over eight after each other, with the cache.
-"""
+Each line is a model of the default preset's size, with random weights: 256 new tokens after a
+prompt of 32, nucleus sampling and 3-gram blocking as in samples, without a cache and with it, in
+turns, in one process with one thread. Prints the tokens per second of processor time (others may
+use the machine too) in every repetition, and the median of their ratios. The tokens are the same,
+which is checked. Below stands what eight rows in one batch give over eight after each other, with
+the cache."""
 
 import statistics
 import sys
@@ -30,7 +31,14 @@ MODELS = {
     "simple_lm, 4 x 256": (SimpleLM, SimpleLMSettings(seq_length=CONTEXT), 8192),
     "polychromatic, 4 x 256": (
         PolychromaticLM,
-        PolychromaticSettings(hidden_size=256, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=64, intermediate_size=768),
+        PolychromaticSettings(
+            hidden_size=256,
+            num_layers=4,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=64,
+            intermediate_size=768,
+        ),
         8192,
     ),
 }
@@ -47,9 +55,13 @@ class Numbers:
 
 
 def rows_of(tokenizer: Any, count: int) -> list[Row]:
-    # random weights give flat scores; at this temperature a few tokens share most of the probability, as in trained models
+    # random weights give flat scores; at this temperature a few tokens share most of the
+    # probability, as in trained models
     wish = Wish(max_tokens=NEW_TOKENS, temperature=0.05, top_p=0.95, no_repeat_ngram=3)
-    return [Row(tokenizer, [(7 * i + number) % 251 for i in range(PROMPT)], wish, number) for number in range(count)]
+    return [
+        Row(tokenizer, [(7 * i + number) % 251 for i in range(PROMPT)], wish, number)
+        for number in range(count)
+    ]
 
 
 def seconds(model: Any, tokenizer: Any, batches: list[list[Row]]) -> float:
@@ -66,8 +78,14 @@ def new_tokens(rows: list[Row]) -> int:
 
 def report(name: str, what: tuple[str, str], speeds: list[tuple[float, float]]) -> None:
     ratios = [second / first for first, second in speeds]
-    told = "   ".join(f"{word} {' '.join(f'{s:5.0f}' for s in own)}" for word, own in zip(what, zip(*speeds)))
-    print(f"{name:24s} tokens/s {told}   x {statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})", flush=True)
+    told = "   ".join(
+        f"{word} {' '.join(f'{s:5.0f}' for s in own)}" for word, own in zip(what, zip(*speeds))
+    )
+    print(
+        f"{name:24s} tokens/s {told}   x {statistics.median(ratios):.1f} ({min(ratios):.1f} to "
+        f"{max(ratios):.1f})",
+        flush=True,
+    )
 
 
 def main() -> None:
@@ -88,7 +106,10 @@ def main() -> None:
             assert plain[0].ids == cached[0].ids, "a cache changes no text"
             speeds.append((new_tokens(plain) / slow, new_tokens(cached) / fast))
             alone, together = rows_of(tokenizer, ROWS), rows_of(tokenizer, ROWS)
-            took = seconds(model, tokenizer, [[row] for row in alone]), seconds(model, tokenizer, [together])
+            took = (
+                seconds(model, tokenizer, [[row] for row in alone]),
+                seconds(model, tokenizer, [together]),
+            )
             batched.append((new_tokens(alone) / took[0], new_tokens(together) / took[1]))
         report(name, ("plain", "cached"), speeds)
         report(f"  {ROWS} rows, cached", ("in turn", "batch"), batched)

@@ -2,11 +2,12 @@
 
     python benchmarks/heads.py [gpt2]
 
-A step is 32 x 256 tokens in documents of 100, through the default preset's model (bf16 where native): places, forward, losses,
-heads, backward and update, without data loading. With "gpt2", the vocabulary has 50,257 tokens. All variants live in one process
-and take turns step by step, so that whatever else the machine does meets them alike; on a CPU, the seconds are those of the
-process, not of the clock. Prints each variant's median step in milliseconds, and median and range of its ratios to the first's.
-"""
+A step is 32 x 256 tokens in documents of 100, through the default preset's model (bf16 where
+native): places, forward, losses, heads, backward and update, without data loading. With "gpt2", the
+vocabulary has 50,257 tokens. All variants live in one process and take turns step by step, so that
+whatever else the machine does meets them alike; on a CPU, the seconds are those of the process, not
+of the clock. Prints each variant's median step in milliseconds, and median and range of its ratios
+to the first's."""
 
 import statistics
 import sys
@@ -60,12 +61,19 @@ def make_step(variant: str, vocab_size: int) -> Callable[[int], float]:
     settings = SimpleLMSettings(**SIZES)
     model, stack = SimpleLM(settings, vocab_size), LossStack([CrossEntropy(CrossEntropySettings())])
     wanted: Any = {f"enable_{name}": True for name in ON[variant]} | {"memory_tokens_after": AFTER}
-    heads = HeadStack(HEADS, AuxiliarySettings(**wanted), settings.hidden_size, vocab_size) if ON[variant] else None
+    heads = (
+        HeadStack(HEADS, AuxiliarySettings(**wanted), settings.hidden_size, vocab_size)
+        if ON[variant]
+        else None
+    )
     objective = Objective(model, stack, 1, heads).to(device)
     optimizer = torch.optim.AdamW(objective.parameters(), fused=True)
     ids = torch.randint(0, vocab_size, (ROWS, SEQ_LENGTH))
     positions = torch.arange(SEQ_LENGTH).expand(ROWS, SEQ_LENGTH)
-    documents, sources = (positions // DOCUMENT).int(), torch.zeros(ROWS, SEQ_LENGTH, dtype=torch.int32)
+    documents, sources = (
+        (positions // DOCUMENT).int(),
+        torch.zeros(ROWS, SEQ_LENGTH, dtype=torch.int32),
+    )
     rows = Batch(ids, ids.roll(-1, 1), positions % DOCUMENT, documents, sources, packed=True)
 
     def now() -> float:

@@ -1,8 +1,9 @@
-"""What the benchmarks measure with: time that waits for the device, memory at its peak, a process of its own, and sizes.
+"""What the benchmarks measure with: time that waits for the device, memory at its peak, a process
+of its own, and sizes.
 
-Used by scripts that have put the project's folder on sys.path. Each of them takes `--short`: the same at sizes that take
-seconds, to see that it runs (tests/test_benchmarks.py); its numbers mean nothing.
-"""
+Used by scripts that have put the project's folder on sys.path. Each of them takes `--short`: the
+same at sizes that take seconds, to see that it runs (tests/test_benchmarks.py); its numbers mean
+nothing."""
 
 import io
 import multiprocessing
@@ -37,7 +38,8 @@ def now() -> float:
 
 
 def in_a_process(function: Callable, *arguments: Any) -> Any:
-    """What `function` returns in a new process, so that neither side sees the other's heap; under `--short` in this one."""
+    """What `function` returns in a new process, so that neither side sees the other's heap; under
+    `--short` in this one."""
     if sized(False, True):
         return function(*arguments)
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
@@ -45,7 +47,8 @@ def in_a_process(function: Callable, *arguments: Any) -> Any:
 
 
 def trained_by(stem: str, root: Path) -> Any:
-    """The model that a preset has trained in `root`; under `--short` one that it trains there for two steps."""
+    """The model that a preset has trained in `root`; under `--short` one that it trains there for
+    two steps."""
     from core.assembly import Preset
     from core.jobs.train import train
     from core.parallel import Single
@@ -62,7 +65,8 @@ def trained_by(stem: str, root: Path) -> Any:
 
 
 def peak_bytes(run: Callable[[], Any]) -> int:
-    """The most memory `run` adds to what there is before it; at least a byte, so that there are ratios."""
+    """The most memory `run` adds to what there is before it; at least a byte, so that there are
+    ratios."""
     if torch.cuda.is_available():
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()

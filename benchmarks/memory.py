@@ -3,16 +3,20 @@
     python benchmarks/memory.py speed
     python benchmarks/memory.py 62_memory_cpu
 
-speed    a model of the default preset's size with random weights writes 256 tokens after a prompt that fills its context of 256;
-         plain (the whole context is read for each token) and with a memory, in turns, in one process with one thread. Prints
-         the tokens per second of processor time (others may use the machine too), and median and range of their ratios.
-a preset that was trained with the head: on held-out documents longer than three contexts, -log p of the same tokens after
+speed    a model of the default preset's size with random weights writes 256 tokens after a prompt
+         that fills its context of 256; plain (the whole context is read for each token) and with a
+         memory, in turns, in one process with one thread. Prints the tokens per second of processor
+         time (others may use the machine too), and median and range of their ratios.
+a preset that was trained with the head: on held-out documents longer than three contexts, -log p of
+the same tokens after
          memory   the window that generation has, of at least half a context, behind its summary
-         last     the same window behind a summary of the half context before it alone: what is carried on from further back
-                  is the difference to `memory`
+         last     the same window behind a summary of the half context before it alone: what is
+                  carried on from further back is the difference to `memory`
          cut      the same window with nothing before it
-         plain    the last whole context before each token: what generation without a memory reads, one pass a token
-         Each document counts by its tokens; differences come with a 95 % bootstrap interval over documents.
+         plain    the last whole context before each token: what generation without a memory reads,
+                  one pass a token
+         Each document counts by its tokens; differences come with a 95 % bootstrap interval over
+         documents.
 """
 
 import random
@@ -60,8 +64,14 @@ def speed() -> None:
             found.append((len(row.ids) - CONTEXT) / (time.process_time() - began))
         speeds += [found] if repetition else []  # the first warms up
     ratios = [with_memory / plain for plain, with_memory in speeds]
-    told = "   ".join(f"{word} {' '.join(f'{s:5.0f}' for s in own)}" for word, own in zip(("plain", "memory"), zip(*speeds)))
-    print(f"tokens/s {told}   x {statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})")
+    told = "   ".join(
+        f"{word} {' '.join(f'{s:5.0f}' for s in own)}"
+        for word, own in zip(("plain", "memory"), zip(*speeds))
+    )
+    print(
+        f"tokens/s {told}   x {statistics.median(ratios):.1f} ({min(ratios):.1f} to "
+        f"{max(ratios):.1f})"
+    )
 
 
 def long_documents(name: str, root: Path = ROOT) -> None:
@@ -74,19 +84,28 @@ def long_documents(name: str, root: Path = ROOT) -> None:
     corpus, _ = open_held_out(trained.preset, root, Single(), trained.made_with, trained.held_out)
     context = trained.preset.model.seq_length
     documents = chain.from_iterable(corpus.held_out_inputs(trained.tokenizer).values())
-    long = islice((torch.from_numpy(ids).long() for ids in documents if len(ids) > 3 * context), DOCUMENTS)
+    long = islice(
+        (torch.from_numpy(ids).long() for ids in documents if len(ids) > 3 * context), DOCUMENTS
+    )
     found = [nats(trained.model, heads["memory"], ids, context) for ids in long]
     total = sum(count for _, count in found)
     means = {how: sum(sums[how] for sums, _ in found) / total for how in found[0][0]}
-    print(f"{len(found)} documents, {total:,} tokens; nats per token: " + ", ".join(f"{how} {x:.4f}" for how, x in means.items()))
+    print(
+        f"{len(found)} documents, {total:,} tokens; nats per token: "
+        + ", ".join(f"{how} {x:.4f}" for how, x in means.items())
+    )
     for how in ("cut", "last", "plain"):
         low, high = interval([(sums[how] - sums["memory"], count) for sums, count in found])
-        print(f"  memory saves against {how}: {means[how] - means['memory']:+.4f} ({low:+.4f} to {high:+.4f})")
+        print(
+            f"  memory saves against {how}: {means[how] - means['memory']:+.4f} ({low:+.4f} to "
+            f"{high:+.4f})"
+        )
 
 
 @torch.no_grad()
 def nats(model: Any, memory: Any, ids: Tensor, context: int) -> tuple[dict[str, float], int]:
-    """Sums of -log p over the second halves of a document's first windows, (T,); and how many tokens they have."""
+    """Sums of -log p over the second halves of a document's first windows, (T,); and how many
+    tokens they have."""
     half, width = context // 2, context - memory.slots
     starts = [start for start in range(2 * half, len(ids) - width, half)][:WINDOWS]
     row, sums, count = ids[None], dict.fromkeys(("memory", "last", "cut", "plain"), 0.0), 0

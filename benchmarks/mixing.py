@@ -2,9 +2,9 @@
 
     python benchmarks/mixing.py [--short]
 
-3,000 draws of the standard library's source (0.9) and this project's documents (0.1) under a BPE of 8,192, made for them; --short
-draws 60 under a tokenizer of bytes. Prints the tokens drawn, and what the mix counted as a ratio, after a sixth, two thirds, all.
-"""
+3,000 draws of the standard library's source (0.9) and this project's documents (0.1) under a BPE of
+8,192, made for them; --short draws 60 under a tokenizer of bytes. Prints the tokens drawn, and what
+the mix counted as a ratio, after a sixth, two thirds, all."""
 
 import sys
 from dataclasses import replace
@@ -22,21 +22,34 @@ def main(short: bool) -> None:
     from core.preset.decode import decode_preset
 
     sources = ["python_stdlib", {"type": "text", "path": "docs", "name": "docs"}]
-    data = {"sources": sources, "mix_strategy": "weighted", "source_weights": [0.9, 0.1], "weights_of": "tokens"}
+    data = {
+        "sources": sources,
+        "mix_strategy": "weighted",
+        "source_weights": [0.9, 0.1],
+        "weights_of": "tokens",
+    }
     tokenizer_section = {"type": "byte"} if short else {"type": "bpe", "vocab_size": 8192}
-    preset = decode_preset({"data": data, "tokenizer": tokenizer_section}, Preset, "benchmark", "benchmark")
+    preset = decode_preset(
+        {"data": data, "tokenizer": tokenizer_section}, Preset, "benchmark", "benchmark"
+    )
     corpus = open_corpus(preset, ROOT, Single())
     texts = [] if short else corpus.sample_texts(SAMPLE_CHARACTERS)
     tokenizer = build_tokenizer(preset.tokenizer, texts, corpus.markers, ROOT)
     settings = replace(corpus.mix, rates=corpus.rates(tokenizer))
-    mixer, draws, tokens = Mixer(corpus.sources, settings, corpus.may_train, {}), 60 if short else 3000, 0
+    mixer, draws, tokens = (
+        Mixer(corpus.sources, settings, corpus.may_train, {}),
+        60 if short else 3000,
+        0,
+    )
     for number in range(1, draws + 1):
         document = next(mixer).document
         assert document is not None
         tokens += len(tokenizer.encode_batch([document.text])[0]) + 1
         if number in (draws // 6, draws * 2 // 3, draws):
             counted = sum(tokens for _, tokens in mixer.snapshot()["drawn"].values())
-            print(f"{tokens:>12,} tokens drawn   counted / drawn {counted / tokens:.4f}", flush=True)
+            print(
+                f"{tokens:>12,} tokens drawn   counted / drawn {counted / tokens:.4f}", flush=True
+            )
 
 
 if __name__ == "__main__":

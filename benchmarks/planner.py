@@ -2,12 +2,13 @@
 
     python benchmarks/planner.py [59_planner_cpu]
 
-Of the model that a preset has trained (run it first), on a tenth of the documents: those held out, and others, few of which a
-short run has read. Every other one fits routers anew, on features that stay as they are; the rest tell log q - log p of their
-tokens, as means over documents with their standard errors. Each router has the planner's form and sees a part of the features, so
-that what comes of looking ahead can be told from what comes of a second look at the model's own distribution. "as trained" is the
-planner of the checkpoint. Below: tokens per second of processor time, with the planner and without, in turns, on one thread.
-"""
+Of the model that a preset has trained (run it first), on a tenth of the documents: those held out,
+and others, few of which a short run has read. Every other one fits routers anew, on features that
+stay as they are; the rest tell log q - log p of their tokens, as means over documents with their
+standard errors. Each router has the planner's form and sees a part of the features, so that what
+comes of looking ahead can be told from what comes of a second look at the model's own distribution.
+"as trained" is the planner of the checkpoint. Below: tokens per second of processor time, with the
+planner and without, in turns, on one thread."""
 
 import statistics
 import sys
@@ -44,10 +45,17 @@ REPETITIONS, NEW_TOKENS, PROMPT = sized((5, 100, 16), (1, 4, 16))
 
 
 def read(trained: Trained, documents: list[np.ndarray]) -> dict[str, Tensor]:
-    """Of every position: features (N, C, f), log p of the candidates (N, C), which of them came (N,) or -1, the document (N,)."""
+    """Of every position: features (N, C, f), log p of the candidates (N, C), which of them came
+    (N,) or -1, the document (N,)."""
     heads, guide, length = trained.heads(), voice_of(trained)[1], trained.preset.model.seq_length
     assert heads is not None and guide is not None, "this model has no planner"
-    found: dict[str, list[Tensor]] = {"features": [], "log_p": [], "came": [], "gain": [], "document": []}
+    found: dict[str, list[Tensor]] = {
+        "features": [],
+        "log_p": [],
+        "came": [],
+        "gain": [],
+        "document": [],
+    }
     for number, document in enumerate(documents):
         ids = torch.from_numpy(document[: length * DOCUMENT_ROWS + 1].astype(np.int64))
         count = (len(ids) - 1) // length
@@ -60,8 +68,12 @@ def read(trained: Trained, documents: list[np.ndarray]) -> dict[str, Tensor]:
             scores = output.readout(hidden)
             log_p, tokens = scores.log_softmax(-1), scores.topk(heads["planner"].candidates)[1]  # type: ignore[arg-type]
             came = tokens == targets[:, None]
-            found["features"].append(look_ahead(hidden, scores, tokens, heads, output.readout.table))
-            found["gain"].append((guide(hidden, scores).log_softmax(-1) - log_p).gather(1, targets[:, None])[:, 0])
+            found["features"].append(
+                look_ahead(hidden, scores, tokens, heads, output.readout.table)
+            )
+            found["gain"].append(
+                (guide(hidden, scores).log_softmax(-1) - log_p).gather(1, targets[:, None])[:, 0]
+            )
         found["log_p"].append(log_p.gather(1, tokens))
         found["came"].append(torch.where(came.any(1), came.int().argmax(1), -1))
         found["document"].append(torch.full_like(targets, number))
@@ -75,7 +87,9 @@ def gain(change: Tensor, part: dict[str, Tensor]) -> Tensor:
     return torch.where(part["came"] >= 0, own, 0.0) - norm
 
 
-def fitted(columns: list[int], fit: dict[str, Tensor], test: dict[str, Tensor], seed: int) -> Tensor:
+def fitted(
+    columns: list[int], fit: dict[str, Tensor], test: dict[str, Tensor], seed: int
+) -> Tensor:
     """The gain on `test` of a router that sees some features."""
 
     def seen(part: dict[str, Tensor]) -> Tensor:
@@ -89,10 +103,14 @@ def fitted(columns: list[int], fit: dict[str, Tensor], test: dict[str, Tensor], 
     for p in router[2].parameters():
         nn.init.zeros_(p)
     optimizer = torch.optim.AdamW(router.parameters(), lr=LEARNING_RATE, weight_decay=0.1)
-    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (STEPS - step) / (0.3 * STEPS)))
+    decay = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (STEPS - step) / (0.3 * STEPS))
+    )
     for _ in range(STEPS):
         at = torch.randint(len(features), (BATCH,), generator=random)
-        loss = -gain(router(features[at])[..., 0], {name: each[at] for name, each in fit.items()}).mean()
+        loss = -gain(
+            router(features[at])[..., 0], {name: each[at] for name, each in fit.items()}
+        ).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -112,7 +130,12 @@ def speeds(trained: Trained) -> None:
     for number in range(REPETITIONS + 1):
         for name, guide in voices.items():
             voice = Voice(trained.model, trained.tokenizer, trained.preset.model.seq_length, guide)  # type: ignore[arg-type]
-            row = Row(trained.tokenizer, list(range(PROMPT)), Wish(max_tokens=NEW_TOKENS, temperature=0.9, top_p=0.95), number)
+            row = Row(
+                trained.tokenizer,
+                list(range(PROMPT)),
+                Wish(max_tokens=NEW_TOKENS, temperature=0.9, top_p=0.95),
+                number,
+            )
             began = time.process_time()
             for _ in advance(voice, [row]):
                 pass
@@ -141,8 +164,14 @@ def main(stem: str, root: Path) -> None:
         "all but the rollout's tokens": [0, 1, *range(steps + 1, count)],
         "all": list(range(count)),
     }
-    print(f"{trained.where}, step {trained.step}: {len(fit['came']):,} positions to fit, {len(test['came']):,} to measure")
-    print(f"came among the candidates: {(test['came'] >= 0).float().mean():.3f}; cross-entropy is lower by, in nats per token:")
+    print(
+        f"{trained.where}, step {trained.step}: {len(fit['came']):,} positions to fit, "
+        f"{len(test['came']):,} to measure"
+    )
+    print(
+        f"came among the candidates: {(test['came'] >= 0).float().mean():.3f}; cross-entropy is "
+        "lower by, in nats per token:"
+    )
     print(f"{'as trained':30s} {told(test['gain'], test['document'])}")
     for name, columns in parts.items():
         print(f"{name:30s} {told(fitted(columns, fit, test, 0), test['document'])}", flush=True)

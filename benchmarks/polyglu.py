@@ -1,16 +1,19 @@
-"""PolyGLU against its formula written plainly: time and memory of one block, and of a whole model, forward and backward.
+"""PolyGLU against its formula written plainly: time and memory of one block, and of a whole model,
+forward and backward.
 
     python benchmarks/polyglu.py
 
-Plain is the model by its formulas, as the paper has them: four activations stacked into (B, T, F, 4), a softmax over the four for
-every neuron (and, with the causal pool, every position), their product summed; attention as a masked softmax of all scores, with
-keys and values repeated; logits of all positions at once. Stacked is ours with the plain mixture alone: what the fused mixture is
-worth by itself. Compiled is ours under torch.compile, as presets have it for long runs. All sides run by turns in one process;
-a ratio above 1 means that ours is faster. Memory: bytes kept for the backward pass, and the peak that forward and backward add,
-each side in a process of its own, ours over plain.
+Plain is the model by its formulas, as the paper has them: four activations stacked into (B, T, F,
+4), a softmax over the four for every neuron (and, with the causal pool, every position), their
+product summed; attention as a masked softmax of all scores, with keys and values repeated; logits
+of all positions at once. Stacked is ours with the plain mixture alone: what the fused mixture is
+worth by itself. Compiled is ours under torch.compile, as presets have it for long runs. All sides
+run by turns in one process; a ratio above 1 means that ours is faster. Memory: bytes kept for the
+backward pass, and the peak that forward and backward add, each side in a process of its own, ours
+over plain.
 
-On a GPU the full model (597M parameters, 8 rows of 4,096 tokens, bf16, compiled) is measured as well: tokens a second, and the
-share of the chip's bf16 peak.
+On a GPU the full model (597M parameters, 8 rows of 4,096 tokens, bf16, compiled) is measured as
+well: tokens a second, and the share of the chip's bf16 peak.
 """
 
 import statistics
@@ -35,7 +38,11 @@ from core.models.polychromatic import PolychromaticLM, PolychromaticSettings, Po
 from core.runtime import detect_runtime, keep_freed_memory
 
 VOCAB_SIZE = 2048
-WANTED = {"sequence": 1.5, "causal": 2.0} if not torch.cuda.is_available() else {"sequence": 4.0, "causal": 4.0}
+WANTED = (
+    {"sequence": 1.5, "causal": 2.0}
+    if not torch.cuda.is_available()
+    else {"sequence": 4.0, "causal": 4.0}
+)
 """How many times faster ours is to be."""
 MAX_MEMORY_RATIO = 1 / 3
 COMPILED = sized(("compiled",), ())  # compiling takes the longest
@@ -62,14 +69,19 @@ CASES = [
     for name, layers in SIZES
     for pool in ("sequence", "causal")
 ]
-CASES = sized(CASES, [Case(name, "causal", rows=2, seq_length=32, hidden_size=64) for name, _ in SIZES[:2]])
+CASES = sized(
+    CASES, [Case(name, "causal", rows=2, seq_length=32, hidden_size=64) for name, _ in SIZES[:2]]
+)
 FULL = Case("a model", "causal", "bf16", rows=8, seq_length=4096, hidden_size=1024, num_layers=28)
 
 
-def plain_routed(self: PolyGLU, gate: Tensor, up: Tensor, f: Tensor, shared: Any, layer: int) -> Tensor:
+def plain_routed(
+    self: PolyGLU, gate: Tensor, up: Tensor, f: Tensor, shared: Any, layer: int
+) -> Tensor:
     """PolyGLU's mixture by its formula; takes the place of `PolyGLU._routed`."""
     static = self.alpha + gumbel(len(gate), *self.alpha.shape, like=self.alpha)  # (B, F, 4)
-    weights = torch.softmax((static[:, None] + (self.beta * f)[:, :, None]) / shared.tau, dim=-1)  # (B, 1 or T, F, 4)
+    # (B, 1 or T, F, 4)
+    weights = torch.softmax((static[:, None] + (self.beta * f)[:, :, None]) / shared.tau, dim=-1)
     acts = [torch.relu(gate), torch.tanh(gate), nn.functional.silu(gate), nn.functional.gelu(gate)]
     mixed = (torch.stack(acts, dim=-1) * weights).sum(-1).to(gate.dtype) * up  # (B, T, F)
     return nn.functional.linear(mixed, self.W_down.weight.to(gate.dtype))
@@ -79,17 +91,26 @@ def plain_norm(norm: polychromatic.RMSNorm, x: Tensor) -> Tensor:
     return x / torch.sqrt(x.square().mean(-1, keepdim=True) + norm.eps) * norm.gama
 
 
-def plain_block(self: polychromatic.TransformerBlock, x: Tensor, shared: Any, layer: int) -> tuple[Tensor, Tensor]:
+def plain_block(
+    self: polychromatic.TransformerBlock, x: Tensor, shared: Any, layer: int
+) -> tuple[Tensor, Tensor]:
     """A block by its formulas; takes the place of `TransformerBlock.forward`."""
     gqa, glu, T = self.gqa, self.polyglu, x.shape[1]
     h = plain_norm(self.rmsnorm_1, x)
     q, k, v = (W(h).unflatten(-1, (-1, gqa.head_dim)) for W in (gqa.W_q, gqa.W_k, gqa.W_v))
-    q, k = (polychromatic.rotate(plain_norm(n, y), shared.turn) for n, y in ((gqa.rmsnorm_q, q), (gqa.rmsnorm_k, k)))
+    q, k = (
+        polychromatic.rotate(plain_norm(n, y), shared.turn)
+        for n, y in ((gqa.rmsnorm_q, q), (gqa.rmsnorm_k, k))
+    )
     groups = q.shape[2] // k.shape[2]
-    q, k, v = q.transpose(1, 2), *(y.repeat_interleave(groups, 2).transpose(1, 2) for y in (k, v))  # (B, H, T, Dh)
+    # (B, H, T, Dh)
+    q, k, v = q.transpose(1, 2), *(y.repeat_interleave(groups, 2).transpose(1, 2) for y in (k, v))
     scores = q @ k.transpose(-1, -2) / gqa.head_dim**0.5  # (B, H, T, T)
     hidden_from = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
-    mixed = torch.softmax(scores.float().masked_fill(hidden_from, float("-inf")), dim=-1).to(v.dtype) @ v
+    mixed = (
+        torch.softmax(scores.float().masked_fill(hidden_from, float("-inf")), dim=-1).to(v.dtype)
+        @ v
+    )
     x = x + gqa.W_o(mixed.transpose(1, 2).flatten(2))
     h = plain_norm(self.rmsnorm_2, x)
     with torch.autocast(x.device.type, enabled=False):
@@ -128,7 +149,10 @@ def build(case: Case, side: str = "ours") -> tuple[PolychromaticLM, Callable[[],
     vocab_size = 151_669 if case is FULL else VOCAB_SIZE
     model = PolychromaticLM(settings, vocab_size).to(device).train()
     ids = torch.randint(0, vocab_size, (case.rows, case.seq_length), device=device)
-    zeros, positions = torch.zeros_like(ids, dtype=torch.int32), torch.arange(case.seq_length, device=device).expand_as(ids)
+    zeros, positions = (
+        torch.zeros_like(ids, dtype=torch.int32),
+        torch.arange(case.seq_length, device=device).expand_as(ids),
+    )
     batch = Batch(ids, ids.roll(-1, 1), positions, zeros, zeros, packed=False)
     stack = LossStack([CrossEntropy(CrossEntropySettings())])
     wide = (case.rows, case.seq_length, settings.neurons) if case.name == "the mixture" else (0,)
@@ -153,17 +177,25 @@ def build(case: Case, side: str = "ours") -> tuple[PolychromaticLM, Callable[[],
     return model, run
 
 
-def _part(model: PolychromaticLM, batch: Batch, name: str, gate_up: tuple[Tensor, Tensor]) -> Tensor:
+def _part(
+    model: PolychromaticLM, batch: Batch, name: str, gate_up: tuple[Tensor, Tensor]
+) -> Tensor:
     """A scalar that depends on all of the one block's output, or on all of its mixture's."""
     x = model.embeddings(batch.input_ids)
-    mask = polychromatic.DocumentMask.of(batch, polychromatic.compute_dtype(x), model.settings.head_dim)
+    mask = polychromatic.DocumentMask.of(
+        batch, polychromatic.compute_dtype(x), model.settings.head_dim
+    )
     shared = polychromatic.Pass(mask, batch.position_ids, model.rope(batch.position_ids), model.tau)
     block = model.model_core[0]
     if name == "a block":
         return block(x, shared, 0)[0].square().mean()
     gate, up = (t.detach().to(mask.dtype).requires_grad_() for t in gate_up)
     with torch.autocast(x.device.type, enabled=False):
-        return block.polyglu._routed(gate, up, block.polyglu._gates(x, shared, 0), shared, 0).square().mean()
+        return (
+            block.polyglu._routed(gate, up, block.polyglu._gates(x, shared, 0), shared, 0)
+            .square()
+            .mean()
+        )
 
 
 def kept_bytes(case: Case, side: str) -> int:
@@ -182,7 +214,9 @@ def kept_bytes(case: Case, side: str) -> int:
 
 
 def peak(case: Case, side: str) -> int:
-    _, small = build(Case(case.name, case.pool, case.precision, rows=1, seq_length=8, hidden_size=64))
+    _, small = build(
+        Case(case.name, case.pool, case.precision, rows=1, seq_length=8, hidden_size=64)
+    )
     _, run = build(case, side)
     with as_side(side):
         small()  # threads and libraries are not the formula's
@@ -190,7 +224,8 @@ def peak(case: Case, side: str) -> int:
 
 
 def measure(case: Case, sides: tuple[str, ...]) -> tuple[dict[str, list[float]], float]:
-    """Seconds of each side, by turns, and how far our gradient is from the plain one, over its length."""
+    """Seconds of each side, by turns, and how far our gradient is from the plain one, over its
+    length."""
     runs = {side: build(case, side) for side in sides}
     if "compiled" in runs:
         model = runs["compiled"][0]
@@ -204,7 +239,8 @@ def measure(case: Case, sides: tuple[str, ...]) -> tuple[dict[str, list[float]],
                 if repetition:  # the first warms up
                     seconds[side].append(now() - began)
     ours, plain = (
-        torch.cat([p.grad.flatten() for p in runs[side][0].parameters() if p.grad is not None]) for side in ("ours", sides[-1])
+        torch.cat([p.grad.flatten() for p in runs[side][0].parameters() if p.grad is not None])
+        for side in ("ours", sides[-1])
     )
     return seconds, float((ours - plain).norm() / plain.norm())
 
@@ -230,38 +266,65 @@ def full_model() -> str:
     tokens = REPETITIONS * FULL.rows * FULL.seq_length / (now() - began)
     parameters = sum(p.numel() for p in model.parameters())
     attention = 6 * FULL.num_layers * FULL.seq_length * FULL.hidden_size  # causal: half of 12 L T D
-    peak_flops = next((flops for name, flops in PEAK_FLOPS.items() if name in torch.cuda.get_device_name()), None)
-    share = (
-        f"{tokens * (6 * parameters + attention) / peak_flops:.1%} of the chip's bf16 peak" if peak_flops else "chip not known"
+    peak_flops = next(
+        (flops for name, flops in PEAK_FLOPS.items() if name in torch.cuda.get_device_name()), None
     )
-    return f"597M, {FULL.rows} x {FULL.seq_length}, bf16, compiled: {tokens:,.0f} tokens/s, {share} (wanted: 40 %)"
+    share = (
+        f"{tokens * (6 * parameters + attention) / peak_flops:.1%} of the chip's bf16 peak"
+        if peak_flops
+        else "chip not known"
+    )
+    return (
+        f"597M, {FULL.rows} x {FULL.seq_length}, bf16, compiled: {tokens:,.0f} tokens/s, "
+        f"{share} (wanted: 40 %)"
+    )
 
 
 def main() -> None:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
     keep_freed_memory()  # as main.py does, and for both sides
     print(f"{device}, torch {torch.__version__}, {REPETITIONS} repetitions")
     times = ["plain s", "ours s", "plain / ours", "stacked / ours", "plain / compiled"]
     heads = ["what", "pool", "prec", *times, "kept MB", "ratio", "peak MB", "ratio"]
-    print("{:<12} {:<9} {:<5} {:>8} {:>8}  {:<18} {:<18} {:<18} {:>8} {:>6} {:>8} {:>6}  apart".format(*heads))
+    print(
+        "{:<12} {:<9} {:<5} {:>8} {:>8}  {:<18} {:<18} {:<18} {:>8} {:>6} {:>8} {:>6}  "
+        "apart".format(*heads)
+    )
     met = True
     for case in CASES:
-        sides = ("ours", "stacked") if case.name == "the mixture" else ("ours", *COMPILED, "stacked", "plain")
+        sides = (
+            ("ours", "stacked")
+            if case.name == "the mixture"
+            else ("ours", *COMPILED, "stacked", "plain")
+        )
         seconds, apart = measure(case, sides)
         plain = sides[-1]
         kept = {side: in_a_process(kept_bytes, case, side) for side in ("ours", plain)}
         peaks = {side: in_a_process(peak, case, side) for side in ("ours", plain)}
-        best = max(statistics.median(ratios(seconds, plain, side)) for side in sides if side in ("ours", "compiled"))
+        best = max(
+            statistics.median(ratios(seconds, plain, side))
+            for side in sides
+            if side in ("ours", "compiled")
+        )
         met &= best >= WANTED[case.pool] and kept["ours"] <= MAX_MEMORY_RATIO * kept[plain]
         print(
-            f"{case.name:<12} {case.pool:<9} {case.precision:<5} {statistics.median(seconds[plain]):8.3f}"
-            f" {statistics.median(seconds['ours']):8.3f}  {spread(seconds, plain):<18} {spread(seconds, 'stacked'):<18}"
+            f"{case.name:<12} {case.pool:<9} {case.precision:<5} "
+            f"{statistics.median(seconds[plain]):8.3f}"
+            f" {statistics.median(seconds['ours']):8.3f}  {spread(seconds, plain):<18} "
+            f"{spread(seconds, 'stacked'):<18}"
             f" {spread(seconds, plain, 'compiled') if 'compiled' in sides else '-':<18}"
             f" {kept['ours'] / 1e6:8.1f} {kept['ours'] / kept[plain]:6.3f}"
             f" {peaks['ours'] / 1e6:8.1f} {peaks['ours'] / peaks[plain]:6.3f}  {apart:.1e}",
             flush=True,
         )
-    print(f"wanted: {WANTED} times faster, at most a third of the memory kept; {'met' if met else 'NOT MET'} everywhere")
+    print(
+        f"wanted: {WANTED} times faster, at most a third of the memory kept; "
+        f"{'met' if met else 'NOT MET'} everywhere"
+    )
     if torch.cuda.is_available():
         print(full_model())
 

@@ -1,13 +1,14 @@
-"""The chunked readout and losses against the plain computation: time, memory and gradients, side by side.
+"""The chunked readout and losses against the plain computation: time, memory and gradients, side by
+side.
 
     python benchmarks/readout.py
 
-Plain is what one writes first: the readout's scores for all tokens at once, cast to fp32, each loss by its definition, backward.
-Times come from one process that runs both by turns, so that a busy machine slows both; a ratio below 1 means the stack is
-faster. Memory is the peak a side adds to what it starts with, gradients included, each side in a process of its own. Where the
-plain side is too large for the machine it runs on pieces of the tokens, one after the other, which flatters it; its memory is
-then extrapolated from two smaller sizes and marked "~".
-"""
+Plain is what one writes first: the readout's scores for all tokens at once, cast to fp32, each loss
+by its definition, backward. Times come from one process that runs both by turns, so that a busy
+machine slows both; a ratio below 1 means the stack is faster. Memory is the peak a side adds to
+what it starts with, gradients included, each side in a process of its own. Where the plain side is
+too large for the machine it runs on pieces of the tokens, one after the other, which flatters it;
+its memory is then extrapolated from two smaller sizes and marked "~"."""
 
 import statistics
 import sys
@@ -41,7 +42,10 @@ MIXES: dict[str, list[dict[str, Any]]] = {
     "CE + 4 penalties": [CE, *({"type": "sharpness", "name": p, "penalty": p} for p in PENALTIES)],
     "harmonic": [{"type": "harmonic", "h_exp": -8.0}],
 }
-ALONE = {"z-loss": {"type": "z_loss"}, **{p: {"type": "sharpness", "penalty": p} for p in PENALTIES}}
+ALONE = {
+    "z-loss": {"type": "z_loss"},
+    **{p: {"type": "sharpness", "penalty": p} for p in PENALTIES},
+}
 """Losses whose cost on top of cross-entropy is compared with a softmax pass."""
 MAX_TIME_RATIO, MAX_MEMORY_RATIO = 1.0, 0.125
 
@@ -59,7 +63,10 @@ class Case:
 CASES = [Case(mix=mix) for mix in MIXES]
 CASES += [Case(vocab_size=151936, mix=mix, plain_pieces=4) for mix in MIXES]
 CASES += [Case(hidden_size=768), Case(precision="bf16"), Case(hidden_size=768, precision="bf16")]
-CASES = sized(CASES, [Case(tokens=1024, vocab_size=5000, hidden_size=16, plain_pieces=pieces) for pieces in (1, 2)])
+CASES = sized(
+    CASES,
+    [Case(tokens=1024, vocab_size=5000, hidden_size=16, plain_pieces=pieces) for pieces in (1, 2)],
+)
 REPETITIONS = sized(3, 1)
 
 
@@ -87,9 +94,17 @@ def measure(case: Case, repetitions: int) -> Result:
     if case.plain_pieces == 1:
         plain_bytes = in_a_process(_peak_bytes, case, "plain")
     else:
-        half, whole = (replace(case, tokens=case.tokens // (case.plain_pieces * k), plain_pieces=1) for k in (2, 1))
-        small, large = in_a_process(_peak_bytes, half, "plain"), in_a_process(_peak_bytes, whole, "plain")
-        plain_bytes = large + (large - small) * (case.tokens - whole.tokens) // (whole.tokens - half.tokens)
+        half, whole = (
+            replace(case, tokens=case.tokens // (case.plain_pieces * k), plain_pieces=1)
+            for k in (2, 1)
+        )
+        small, large = (
+            in_a_process(_peak_bytes, half, "plain"),
+            in_a_process(_peak_bytes, whole, "plain"),
+        )
+        plain_bytes = large + (large - small) * (case.tokens - whole.tokens) // (
+            whole.tokens - half.tokens
+        )
     hidden, weight, labels = _tensors(case)
     runs: dict[str, Callable] = {"plain": plain, "chunked": chunked}
     seconds: dict[str, list[float]] = {"plain": [], "chunked": []}
@@ -105,9 +120,18 @@ def measure(case: Case, repetitions: int) -> Result:
                 found[side] = (loss.detach(), hidden.grad, weight.grad)
             del loss
     (loss, *gradients), (chunked_loss, *chunked_gradients) = found["plain"], found["chunked"]
-    difference = max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(gradients, chunked_gradients))
+    difference = max(
+        float((a - b).abs().max() / a.abs().max()) for a, b in zip(gradients, chunked_gradients)
+    )
     loss_difference = abs(float(chunked_loss - loss))
-    return Result(seconds["plain"], seconds["chunked"], plain_bytes, chunked_bytes, difference, loss_difference)
+    return Result(
+        seconds["plain"],
+        seconds["chunked"],
+        plain_bytes,
+        chunked_bytes,
+        difference,
+        loss_difference,
+    )
 
 
 def plain(hidden: Tensor, weight: Tensor, labels: Tensor, case: Case) -> Tensor:
@@ -122,7 +146,9 @@ def plain(hidden: Tensor, weight: Tensor, labels: Tensor, case: Case) -> Tensor:
 
 def _plain_losses(hidden: Tensor, weight: Tensor, labels: Tensor, case: Case) -> Tensor:
     if case.mix == "harmonic":  # its authors' recipe is fp32 throughout
-        distances = 2.0 - 2.0 * (F.normalize(hidden, dim=1) @ F.normalize(weight, dim=1).T).clamp(-1.0, 1.0)
+        distances = 2.0 - 2.0 * (F.normalize(hidden, dim=1) @ F.normalize(weight, dim=1).T).clamp(
+            -1.0, 1.0
+        )
         return F.cross_entropy(-8.0 * torch.log(distances + 1e-8), labels, reduction="sum")
     with torch.autocast(hidden.device.type, torch.bfloat16, enabled=case.precision == "bf16"):
         logits = F.linear(hidden, weight)  # (P, V)
@@ -159,7 +185,9 @@ def chunked(hidden: Tensor, weight: Tensor, labels: Tensor, case: Case) -> Tenso
     return loss
 
 
-def _stack_loss(losses: list[dict], hidden: Tensor, weight: Tensor, labels: Tensor, precision: str) -> Tensor:
+def _stack_loss(
+    losses: list[dict], hidden: Tensor, weight: Tensor, labels: Tensor, precision: str
+) -> Tensor:
     zeros = torch.zeros_like(labels)[None]
     batch = Batch(labels[None], labels[None], zeros, zeros, zeros, packed=False)
     stack = LossStack(_built(losses))
@@ -169,15 +197,23 @@ def _stack_loss(losses: list[dict], hidden: Tensor, weight: Tensor, labels: Tens
 
 
 def cost_of_one_more(vocab_size: int, repetitions: int) -> dict[str, float]:
-    """Microseconds a position that each loss of ALONE adds to cross-entropy, and those of a softmax pass; medians.
+    """Microseconds a position that each loss of ALONE adds to cross-entropy, and those of a softmax
+    pass; medians.
 
-    On one block of scores, as the stack cuts them: a whole step's products would hide a pass in their noise, and are the same
-    with and without it.
+    On one block of scores, as the stack cuts them: a whole step's products would hide a pass in
+    their noise, and are the same with and without it.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = BLOCK_BYTES[device] // (4 * vocab_size)
-    scores, labels = torch.randn(rows, vocab_size, device=device), torch.randint(vocab_size, (rows,), device=device)
-    out, table, scratch = torch.empty_like(scores), torch.randn(vocab_size, 4, device=device), Scratch(scores)
+    scores, labels = (
+        torch.randn(rows, vocab_size, device=device),
+        torch.randint(vocab_size, (rows,), device=device),
+    )
+    out, table, scratch = (
+        torch.empty_like(scores),
+        torch.randn(vocab_size, 4, device=device),
+        Scratch(scores),
+    )
 
     def answer(losses: list[Any]) -> None:
         scratch.give_back()
@@ -203,14 +239,19 @@ def cost_of_one_more(vocab_size: int, repetitions: int) -> dict[str, float]:
 
 
 def _built(losses: list[dict]) -> list[Any]:
-    return [LOSSES[each["type"]][1](LOSSES[each["type"]][0].model_validate(each)) for each in losses]
+    return [
+        LOSSES[each["type"]][1](LOSSES[each["type"]][0].model_validate(each)) for each in losses
+    ]
 
 
 def _tensors(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(case.tokens, case.hidden_size, generator=generator)  # (P, D)
-    weight = torch.randn(case.vocab_size, case.hidden_size, generator=generator).mul_(case.hidden_size**-0.5)  # (V, D)
+    # (V, D)
+    weight = torch.randn(case.vocab_size, case.hidden_size, generator=generator).mul_(
+        case.hidden_size**-0.5
+    )
     labels = torch.randint(case.vocab_size, (case.tokens,), generator=generator)  # (P,)
     return hidden.to(device).requires_grad_(), weight.to(device).requires_grad_(), labels.to(device)
 
@@ -224,7 +265,11 @@ def _peak_bytes(case: Case, side: str) -> int:
 
 
 def main() -> None:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
     keep_freed_memory()  # as main.py does, and for both sides
     print(f"{device}, torch {torch.__version__}, {REPETITIONS} repetitions")
     heads = [
@@ -240,7 +285,10 @@ def main() -> None:
         "chunked MB",
         "ratio",
     ]
-    print("{:<21} {:>7} {:>7} {:>4}  {}   {} {:>10}  {:<21}  {:>10} {:>11}  {}".format(*heads), " gradient diff  loss diff")
+    print(
+        "{:<21} {:>7} {:>7} {:>4}  {}   {} {:>10}  {:<21}  {:>10} {:>11}  {}".format(*heads),
+        " gradient diff  loss diff",
+    )
     worst_time = worst_memory = 0.0
     for case in CASES:
         result = measure(case, REPETITIONS)
@@ -249,18 +297,33 @@ def main() -> None:
         worst_time, worst_memory = max(worst_time, ratio), max(worst_memory, result.memory_ratio)
         mark = "~" if case.plain_pieces > 1 else " "
         print(
-            f"{case.mix:<21} {case.tokens:>7,} {case.vocab_size:>7,} {case.hidden_size:>4}  {case.precision}"
-            f"  {statistics.median(result.plain_seconds):8.2f} {statistics.median(result.chunked_seconds):10.2f}"
+            f"{case.mix:<21} {case.tokens:>7,} {case.vocab_size:>7,} {case.hidden_size:>4}  "
+            f"{case.precision}"
+            f"  {statistics.median(result.plain_seconds):8.2f} "
+            f"{statistics.median(result.chunked_seconds):10.2f}"
             f"  {ratio:.3f} ({min(ratios):.3f}-{max(ratios):.3f})"
-            f"  {mark}{result.plain_bytes / 1e6:9.0f} {result.chunked_bytes / 1e6:11.0f}  {result.memory_ratio:.3f}"
+            f"  {mark}{result.plain_bytes / 1e6:9.0f} {result.chunked_bytes / 1e6:11.0f}  "
+            f"{result.memory_ratio:.3f}"
             f"  {result.gradient_difference:13.1e}  {result.loss_difference:9.1e}",
             flush=True,
         )
-    print("what one more loss adds to cross-entropy, microseconds a position at 50,257, without the products:")
-    print("  " + ", ".join(f"{name} {value:.1f}" for name, value in cost_of_one_more(*sized((50257, 100), (300, 1))).items()))
+    print(
+        "what one more loss adds to cross-entropy, microseconds a position at 50,257, without the "
+        "products:"
+    )
+    print(
+        "  "
+        + ", ".join(
+            f"{name} {value:.1f}"
+            for name, value in cost_of_one_more(*sized((50257, 100), (300, 1))).items()
+        )
+    )
     met = worst_time <= MAX_TIME_RATIO and worst_memory <= MAX_MEMORY_RATIO
     wanted = f"time at most {MAX_TIME_RATIO:g} and memory at most {MAX_MEMORY_RATIO:g} of plain"
-    print(f"wanted: {wanted}; {'met' if met else 'NOT MET'}, with {worst_time:.3f} and {worst_memory:.3f} at worst")
+    print(
+        f"wanted: {wanted}; {'met' if met else 'NOT MET'}, with {worst_time:.3f} and "
+        f"{worst_memory:.3f} at worst"
+    )
 
 
 if __name__ == "__main__":

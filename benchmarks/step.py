@@ -1,11 +1,12 @@
-"""What single choices are worth in one training step on a CPU: kept memory, explicit attention, torch.compile.
+"""What single choices are worth in one training step on a CPU: kept memory, explicit attention,
+torch.compile.
 
     python benchmarks/step.py
 
-Each variant runs in a process of its own, the variants taking turns; a step is 32 x 256 tokens through the default preset's model
-(bf16 where native), forward, losses, backward and update, without data loading. Prints each variant's median step in
-milliseconds for every repetition, and the ratio of its median to the first's.
-"""
+Each variant runs in a process of its own, the variants taking turns; a step is 32 x 256 tokens
+through the default preset's model (bf16 where native), forward, losses, backward and update,
+without data loading. Prints each variant's median step in milliseconds for every repetition, and
+the ratio of its median to the first's."""
 
 import json
 import statistics
@@ -42,7 +43,10 @@ def step_seconds(variant: str) -> float:
         attention.EXPLICIT_UP_TO = 0
     torch.manual_seed(0)
     dtype = detect_runtime().compute_dtype("auto")
-    model, stack = SimpleLM(SimpleLMSettings(**SIZES), VOCAB_SIZE), LossStack([CrossEntropy(CrossEntropySettings())])
+    model, stack = (
+        SimpleLM(SimpleLMSettings(**SIZES), VOCAB_SIZE),
+        LossStack([CrossEntropy(CrossEntropySettings())]),
+    )
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     ids = torch.randint(0, VOCAB_SIZE, (ROWS, SEQ_LENGTH))
     positions = torch.arange(SEQ_LENGTH).expand(ROWS, SEQ_LENGTH)
@@ -67,12 +71,17 @@ def main() -> None:
     found: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     for _ in range(REPETITIONS):
         for variant in VARIANTS:
-            run = subprocess.run([sys.executable, __file__, variant], capture_output=True, text=True, check=True)
+            run = subprocess.run(
+                [sys.executable, __file__, variant], capture_output=True, text=True, check=True
+            )
             found[variant].append(json.loads(run.stdout.splitlines()[-1]))
     for variant, seconds in found.items():
         ratios = [own / first for own, first in zip(seconds, found[VARIANTS[0]])]
         times = " ".join(f"{1000 * s:6.0f}" for s in seconds)
-        print(f"{variant:20s} {times} ms   x {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+        print(
+            f"{variant:20s} {times} ms   x {statistics.median(ratios):.2f} ({min(ratios):.2f} to "
+            f"{max(ratios):.2f})"
+        )
 
 
 if __name__ == "__main__":

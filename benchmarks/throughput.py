@@ -1,13 +1,15 @@
-"""Tokens per second of the whole training loop, against transformers.Trainer on the same network, batch and text.
+"""Tokens per second of the whole training loop, against transformers.Trainer on the same network,
+batch and text.
 
     python benchmarks/throughput.py
 
-Both sides train a GPT-2-shaped network (pre-norm, GELU, learned positions, tied readout) on the standard library's source with
-the same tokenizer, each run in a process of its own, the sides taking turns: ours, the Trainer with its defaults (fp32, no
-compile), the Trainer with its best settings here (bf16, torch.compile, fused AdamW). Ours is the training session that main.py
-makes: it reads and tokenizes while it trains; the Trainer's rows lie ready in memory. Needs `pip install accelerate`; without,
-ours runs alone. The rate is taken over the steps after the first ones, so that nobody's start-up or compiling counts; start-up
-is printed beside it.
+Both sides train a GPT-2-shaped network (pre-norm, GELU, learned positions, tied readout) on the
+standard library's source with the same tokenizer, each run in a process of its own, the sides
+taking turns: ours, the Trainer with its defaults (fp32, no compile), the Trainer with its best
+settings here (bf16, torch.compile, fused AdamW). Ours is the training session that main.py makes:
+it reads and tokenizes while it trains; the Trainer's rows lie ready in memory. Needs `pip install
+accelerate`; without, ours runs alone. The rate is taken over the steps after the first ones, so
+that nobody's start-up or compiling counts; start-up is printed beside it.
 
 Prints a row per run, and the ratios' median and spread.
 """
@@ -30,9 +32,16 @@ ROOT = Path(__file__).resolve().parent.parent
 REPETITIONS = sized(3, 1)
 STEPS, WARM_UP = sized((18, 6), (3, 1))
 ROWS, SEQ_LENGTH = sized((16, 256), (2, 32))
-SHAPE = sized({"hidden_size": 256, "num_layers": 4, "num_heads": 4}, {"hidden_size": 32, "num_layers": 1, "num_heads": 2})
+SHAPE = sized(
+    {"hidden_size": 256, "num_layers": 4, "num_heads": 4},
+    {"hidden_size": 32, "num_layers": 1, "num_heads": 2},
+)
 VOCABULARIES = sized((8192, 50_257), (300,))
-SIDES = ("ours", "trainer_defaults", *sized(("trainer_best",), ())) if find_spec("accelerate") else ("ours",)
+SIDES = (
+    ("ours", "trainer_defaults", *sized(("trainer_best",), ()))
+    if find_spec("accelerate")
+    else ("ours",)
+)
 
 
 def preset_of(vocab_size: int) -> Any:
@@ -55,7 +64,8 @@ def preset_of(vocab_size: int) -> Any:
 
 
 def make_text(vocab_size: int, folder: Path) -> None:
-    """Writes the tokenizer for both sides, and the Trainer's rows: (STEPS * ROWS, SEQ_LENGTH) token ids."""
+    """Writes the tokenizer for both sides, and the Trainer's rows: (STEPS * ROWS, SEQ_LENGTH) token
+    ids."""
     import numpy as np
 
     from core.data.corpus import open_corpus
@@ -81,7 +91,15 @@ def ours(vocab_size: int, folder: Path) -> list[float]:
     prepare(runtime)
     state = json.loads((folder / "tokenizer.json").read_text())
     with tempfile.TemporaryDirectory() as root:
-        session = build_training(preset_of(vocab_size), runtime, Single(), Path(root), lambda *_: [], lambda: False, state)
+        session = build_training(
+            preset_of(vocab_size),
+            runtime,
+            Single(),
+            Path(root),
+            lambda *_: [],
+            lambda: False,
+            state,
+        )
         train_to_the_end(session, 1)
         lines = (Path(root) / "logs" / "benchmark" / "metrics.jsonl").read_text().splitlines()
     return [event["time"] for event in map(json.loads, lines) if event["event"] == "step"]
@@ -91,7 +109,13 @@ def trainer(vocab_size: int, folder: Path, best: bool) -> list[float]:
     """The same of transformers.Trainer."""
     import numpy as np
     import torch
-    from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
+    from transformers import (
+        GPT2Config,
+        GPT2LMHeadModel,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+    )
 
     rows = torch.from_numpy(np.load(folder / "rows.npy"))
     config = GPT2Config(
@@ -121,14 +145,22 @@ def trainer(vocab_size: int, folder: Path, best: bool) -> list[float]:
         use_cpu=not torch.cuda.is_available(),
         **settings,
     )
-    data = [{"input_ids": row, "labels": row} for row in rows]  # the Trainer shifts inside the model
-    Trainer(model=GPT2LMHeadModel(config), args=arguments, train_dataset=data, callbacks=[Clock()]).train()
+    # the Trainer shifts inside the model
+    data = [{"input_ids": row, "labels": row} for row in rows]
+    Trainer(
+        model=GPT2LMHeadModel(config), args=arguments, train_dataset=data, callbacks=[Clock()]
+    ).train()
     return ends
 
 
 def measure(side: str, vocab_size: int, folder: Path) -> dict[str, float]:
-    """One run in a fresh process: tokens per second after the warm-up, and seconds before it was over."""
-    finished = subprocess.run([sys.executable, __file__, side, str(vocab_size), str(folder)], capture_output=True, text=True)
+    """One run in a fresh process: tokens per second after the warm-up, and seconds before it was
+    over."""
+    finished = subprocess.run(
+        [sys.executable, __file__, side, str(vocab_size), str(folder)],
+        capture_output=True,
+        text=True,
+    )
     if finished.returncode:
         sys.exit(f"{side} failed:\n{finished.stderr[-3000:]}")
     return json.loads(finished.stdout.splitlines()[-1])
@@ -144,16 +176,26 @@ def main() -> None:
                 for side in SIDES:
                     result = measure(side, vocab_size, Path(folder))
                     rates[side].append(result["tokens_per_second"])
-                    numbers = f"{result['tokens_per_second']:9,.0f} tokens/s  warm after {result['warm']:.0f} s"
+                    numbers = (
+                        f"{result['tokens_per_second']:9,.0f} tokens/s  warm after "
+                        f"{result['warm']:.0f} s"
+                    )
                     print(f"  {repetition + 1} {side:18s} {numbers}", flush=True)
         for side in SIDES[1:]:
             ratios = [a / b for a, b in zip(rates["ours"], rates[side])]
-            print(f"  ours / {side:18s} {statistics.median(ratios):.2f}  ({min(ratios):.2f} to {max(ratios):.2f})")
+            print(
+                f"  ours / {side:18s} {statistics.median(ratios):.2f}  ({min(ratios):.2f} to "
+                f"{max(ratios):.2f})"
+            )
 
 
 def one_run(side: str, vocab_size: int, folder: Path) -> None:
     started = time.time()
-    ends = ours(vocab_size, folder) if side == "ours" else trainer(vocab_size, folder, side == "trainer_best")
+    ends = (
+        ours(vocab_size, folder)
+        if side == "ours"
+        else trainer(vocab_size, folder, side == "trainer_best")
+    )
     assert len(ends) == STEPS, f"{len(ends)} steps instead of {STEPS}"
     rate = (STEPS - WARM_UP) * ROWS * SEQ_LENGTH / (ends[-1] - ends[WARM_UP - 1])
     print(json.dumps({"tokens_per_second": rate, "warm": ends[WARM_UP - 1] - started}))

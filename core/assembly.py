@@ -1,4 +1,5 @@
-"""The only file that knows models, losses, data and trainer together: a preset in, a ready Trainer out.
+"""The only file that knows models, losses, data and trainer together: a preset in, a ready Trainer
+out.
 
 In:    a preset, the runtime, the ranks, the project's root folder
 Out:   TrainingSession: the trainer with its log, and what a person should know before it starts
@@ -69,7 +70,7 @@ class TrainingSession:
     warnings: list[str] = field(default_factory=list)
 
 
-# models --------------------------------------------------------------------------------------------------------------
+# models -------------------------------------------------------------------------------------------
 
 
 def build_model(preset: Any, vocab_size: int) -> nn.Module:
@@ -83,22 +84,25 @@ def build_stack(preset: Any) -> LossStack:
 
 
 def check_parts(preset: Any, runtime: Runtime) -> None:
-    """Raises UserError where the parts of a preset do not go together, as `build_training` would, before anything is read.
+    """Raises UserError where the parts of a preset do not go together, as `build_training` would,
+    before anything is read.
 
-    For a comparison, whose last variant would else say so after hours. A model of the Hub is left out: it would be downloaded.
-    """
+    For a comparison, whose last variant would else say so after hours. A model of the Hub is left
+    out: it would be downloaded."""
     check_adaptive(preset)
     call_if_defined(preset.model, "check_tokenizer_section", preset.tokenizer)
     check_memory(preset, SMALLEST_VOCABULARY, runtime)
     if hasattr(preset.model, "num_layers"):
         size_of(preset, SMALLEST_VOCABULARY)  # refuses names of parameters that there are not
-        one_layer = preset.model_copy(update={"model": preset.model.model_copy(update={"num_layers": 1})})
+        one_layer = preset.model_copy(
+            update={"model": preset.model.model_copy(update={"num_layers": 1})}
+        )
         model, stack = build_model(one_layer, SMALLEST_VOCABULARY), build_stack(preset)
         stack.check(output_of_one_token(model, torch.device("cpu")).readout)
         check_heads(preset, model, stack)
 
 
-# the session ---------------------------------------------------------------------------------------------------------
+# the session --------------------------------------------------------------------------------------
 
 
 def build_training(
@@ -114,23 +118,31 @@ def build_training(
     """Everything from data to trainer. Raises UserError (or NoData) before anything is written.
 
     tokenizer_state   of a tokenizer made before; weights that have a tokenizer with them keep it
-    validation_seed   which held-out text is measured, where it shall not follow from the preset's seed
+    validation_seed   which held-out text is measured, where it shall not follow from the preset's
+                      seed
     """
     adapting = check_adaptive(preset)
     call_if_defined(preset.model, "check_tokenizer_section", preset.tokenizer)
     check_memory(preset, SMALLEST_VOCABULARY, runtime)  # before anything is read
     if preset.data.lanes % parallel.world_size:
         raise UserError(
-            f"{parallel.world_size} processes do not divide data.lanes = {preset.data.lanes}; start with another "
-            "--nproc_per_node, or set data.lanes to a multiple of it (which changes the order of the data)."
+            f"{parallel.world_size} processes do not divide data.lanes = {preset.data.lanes}; "
+            "start with another "
+            "--nproc_per_node, or set data.lanes to a multiple of it (which changes the order of "
+            "the data)."
         )
     store = CheckpointStore(root / "checkpoints", preset.lineage, MIRRORS.get(preset.lineage))
     saved, weights, notes = _beginning(preset, store, root, parallel)
     corpus = open_corpus(preset, root, parallel, (saved or {"data": {}})["data"].get("held_out"))
     masked = corpus.objective == MASKED_TOKENS
-    warnings = [f"source {name} dropped, the others go on: {reason}" for name, reason in corpus.failed.items()]
+    warnings = [
+        f"source {name} dropped, the others go on: {reason}"
+        for name, reason in corpus.failed.items()
+    ]
     if saved is not None:
-        (warnings if saved["preset"]["name"] == preset.name else notes).extend(changed_sources(saved, preset, corpus.failed))
+        (warnings if saved["preset"]["name"] == preset.name else notes).extend(
+            changed_sources(saved, preset, corpus.failed)
+        )
     notes += corpus.notes + adapting
     tokenizer, told = _tokenizer(preset, weights, parallel, corpus, tokenizer_state)
     corpus.check_tokenizer(tokenizer)
@@ -146,7 +158,9 @@ def build_training(
         notes += weights.load_into(model, FITTING if saved is None else LINEAGE_OF_ITS_OWN)
     model.to(runtime.device)
     train_only(model, preset.train.trainable)
-    if note := call_if_defined(model, "attention_note", runtime.device, runtime.compute_dtype(preset.train.precision)):
+    if note := call_if_defined(
+        model, "attention_note", runtime.device, runtime.compute_dtype(preset.train.precision)
+    ):
         notes.append(note)
     stack = build_stack(preset)
     output = output_of_one_token(model, runtime.device)
@@ -157,19 +171,35 @@ def build_training(
     notes += load_heads(heads, saved["heads"]) if saved is not None else []
     if heads is not None:
         count = sum(p.numel() for p in heads.parameters())
-        notes.append(f"auxiliary heads: {', '.join(heads)}; {count:,} parameters beside the model's")
+        notes.append(
+            f"auxiliary heads: {', '.join(heads)}; {count:,} parameters beside the model's"
+        )
     tables = {id(tensor) for tensor in (*readout.parameters(), readout.table)}
     embeddings = {name for name, p in model.named_parameters() if id(p) in tables}
-    of_heads = [(f"heads.{name}", p) for name, p in heads.named_parameters()] if heads is not None else []
-    optimizer = Optimizer([*model.named_parameters(), *of_heads], embeddings | dict(of_heads).keys(), preset.train)
-    if saved is not None and (fresh := optimizer.load(saved["optimizer"])) and saved["progress"]["step"]:
-        notes.append(f"optimizer state starts afresh for {len(fresh)} parameters: {', '.join(fresh[:4])}")
+    of_heads = (
+        [(f"heads.{name}", p) for name, p in heads.named_parameters()] if heads is not None else []
+    )
+    optimizer = Optimizer(
+        [*model.named_parameters(), *of_heads], embeddings | dict(of_heads).keys(), preset.train
+    )
+    if (
+        saved is not None
+        and (fresh := optimizer.load(saved["optimizer"]))
+        and saved["progress"]["step"]
+    ):
+        notes.append(
+            f"optimizer state starts afresh for {len(fresh)} parameters: {', '.join(fresh[:4])}"
+        )
 
     size = stored_bytes(model, heads) + optimizer.state_bytes() + len(tokenizer.state()["json"])
     on_rank_zero(parallel, lambda: store.check_room(size))
 
     log_file = root / "logs" / preset.lineage / LOG
-    progress, told = _progress(preset, saved, lambda step: on_rank_zero(parallel, lambda: evaluation_is_missing(log_file, step)))
+    progress, told = _progress(
+        preset,
+        saved,
+        lambda step: on_rank_zero(parallel, lambda: evaluation_is_missing(log_file, step)),
+    )
     notes += told
     facts = {
         "fingerprint": corpus.pipeline_factory(tokenizer, preset.model.seq_length).fingerprint(),
@@ -180,17 +210,30 @@ def build_training(
     facts["epoch_tokens"], told = _epoch_tokens(preset, kept, facts, corpus, tokenizer, parallel)
     notes += told
     horizon = _horizon(preset, facts["epoch_tokens"])
-    rows_per_step = preset.train.per_gpu_batch_size * preset.train.accumulation_steps * parallel.world_size
+    rows_per_step = (
+        preset.train.per_gpu_batch_size * preset.train.accumulation_steps * parallel.world_size
+    )
     tokens_per_step = rows_per_step * preset.model.seq_length
     if parallel.rank == 0 and progress.run_step == 0 and preset.train.max_epochs is None:
-        tokens = min(horizon.run_tokens, (horizon.run_steps or horizon.run_tokens) * tokens_per_step)
+        tokens = min(
+            horizon.run_tokens, (horizon.run_steps or horizon.run_tokens) * tokens_per_step
+        )
         warnings += corpus.too_often(tokenizer, tokens * preset.train.candidates)
-    factory, position, told = _data(preset, saved, progress, corpus, tokenizer, horizon, tokens_per_step, facts, parallel)
+    factory, position, told = _data(
+        preset, saved, progress, corpus, tokenizer, horizon, tokens_per_step, facts, parallel
+    )
     notes += told
-    source_weights = SourceWeights(dict(zip(corpus.names, corpus.mix.weights)), preset.auxiliary, (saved or {}).get("adaptive"))
-    if source_weights.factors != position.latest_factors:  # switched on or off, or the mix begins anew
+    source_weights = SourceWeights(
+        dict(zip(corpus.names, corpus.mix.weights)), preset.auxiliary, (saved or {}).get("adaptive")
+    )
+    # switched on or off, or the mix begins anew
+    if source_weights.factors != position.latest_factors:
         position.factors[position.first_unused()] = source_weights.factors
-    workers = preset.data.workers if preset.data.workers is not None else int(runtime.device.type == "cuda")
+    workers = (
+        preset.data.workers
+        if preset.data.workers is not None
+        else int(runtime.device.type == "cuda")
+    )
     loader = Loader(
         factory,
         position,
@@ -205,10 +248,17 @@ def build_training(
         describe=None if masked else lambda row: shown(tokenizer, row.input_ids, row.labels),
         fill=preset.train.candidates == 1,  # a curriculum chooses within whole groups
     )
-    compile_failed = saved is not None and saved.get("compile_failed", False) and progress.run_step > 0  # of this run
-    compile_from_step, compile_told = compile_plan(preset, runtime, saved, model, horizon, compile_failed)
+    # of this run
+    compile_failed = (
+        saved is not None and saved.get("compile_failed", False) and progress.run_step > 0
+    )
+    compile_from_step, compile_told = compile_plan(
+        preset, runtime, saved, model, horizon, compile_failed
+    )
     dtype = runtime.compute_dtype(preset.train.precision)
-    curriculum = build_curriculum(preset.train, corpus.objective, len(corpus.names), parallel, runtime.device, dtype)
+    curriculum = build_curriculum(
+        preset.train, corpus.objective, len(corpus.names), parallel, runtime.device, dtype
+    )
     notes += [curriculum.note] if curriculum is not None else []
 
     def stop_when_asked(*_: int) -> None:
@@ -238,7 +288,13 @@ def build_training(
     notes += told
 
     wandb_id = (saved or {}).get("wandb_id") or uuid.uuid4().hex[:12]
-    init_from = saved.get("init_from") if saved is not None else str(weights) if weights is not None else None
+    init_from = (
+        saved.get("init_from")
+        if saved is not None
+        else str(weights)
+        if weights is not None
+        else None
+    )
     resolved = preset_json(preset)
     start_event = {
         "preset": preset.name,
@@ -305,8 +361,8 @@ def _beginning(
 ) -> tuple[dict[str, Any] | None, Weights | None, list[str]]:
     """(checkpoint to go on from, weights to begin with, remarks), on every rank.
 
-    The weights are those of the lineage's newest slot; where it has none, those that `init_from` names, if it does.
-    """
+    The weights are those of the lineage's newest slot; where it has none, those that `init_from`
+    names, if it does."""
 
     def prepare() -> list[str]:
         check_log(root / "logs" / preset.lineage / LOG)
@@ -317,7 +373,11 @@ def _beginning(
     notes += told
     origin = preset.init_from
     if state is not None:
-        notes += [f'init_from "{origin}" is not used again: the lineage goes on from its own checkpoint'] if origin else []
+        notes += (
+            [f'init_from "{origin}" is not used again: the lineage goes on from its own checkpoint']
+            if origin
+            else []
+        )
         return state, Weights.of(state, path, slot_name(preset.lineage, "*")), notes
     if origin is None:
         return None, None, notes
@@ -329,9 +389,14 @@ def _beginning(
 
 
 def _tokenizer(
-    preset: Any, weights: Weights | None, parallel: Any, corpus: Corpus, given: dict[str, Any] | None
+    preset: Any,
+    weights: Weights | None,
+    parallel: Any,
+    corpus: Corpus,
+    given: dict[str, Any] | None,
 ) -> tuple[Tokenizer, list[str]]:
-    """The one that came with the weights, else the one given; else a new one, made on rank 0 and sent to the others."""
+    """The one that came with the weights, else the one given; else a new one, made on rank 0 and
+    sent to the others."""
     if weights is not None and weights.tokenizer is not None and weights.preset is not None:
         told = weights.preset["tokenizer"] != preset.tokenizer.model_dump(mode="json")
         notes = ["the checkpoint's tokenizer is used; the preset's differs"] if told else []
@@ -346,7 +411,8 @@ def _tokenizer(
         if needs_text and all(section.type == "tokens" for section in corpus.sections):
             beside = Path(corpus.sections[0].path).parent / "tokenizer.json"
             raise UserError(
-                'no source has text to train a "bpe" on, all are tokens already. Name the tokenizer that made them: '
+                'no source has text to train a "bpe" on, all are tokens already. Name the '
+                "tokenizer that made them: "
                 f'"tokenizer": {{"type": "file", "path": "{beside}"}}'
             )
         texts = corpus.sample_texts(SAMPLE_CHARACTERS) if needs_text else []
@@ -355,29 +421,47 @@ def _tokenizer(
     return Tokenizer.from_state(on_rank_zero(parallel, make)), []
 
 
-def _progress(preset: Any, saved: dict[str, Any] | None, is_missing: Callable[[int], bool]) -> tuple[Progress, list[str]]:
-    """Go on with an interrupted run, or begin the next one. `is_missing`: whether the log lacks the evaluation at that step."""
+def _progress(
+    preset: Any, saved: dict[str, Any] | None, is_missing: Callable[[int], bool]
+) -> tuple[Progress, list[str]]:
+    """Go on with an interrupted run, or begin the next one. `is_missing`: whether the log lacks the
+    evaluation at that step."""
     if saved is None:
         return Progress(evaluation_due=preset.train.eval_at_start), []
     progress = Progress.of(saved["progress"])
     progress.evaluation_due = progress.evaluation_due and is_missing(progress.step)
     does = what_goes_on(preset, saved, lambda: progress.evaluation_due)
     if does == "run":
-        return progress, [f"run {progress.run} goes on from step {progress.step}, {progress.run_tokens:,} tokens into it"]
+        return progress, [
+            f"run {progress.run} goes on from step {progress.step}, {progress.run_tokens:,} "
+            "tokens into it"
+        ]
     if does == "evaluation":
-        return progress, [f"run {progress.run} was trained to its end and saved, but not evaluated: that is done now"]
+        return progress, [
+            f"run {progress.run} was trained to its end and saved, but not evaluated: that is "
+            "done now"
+        ]
     notes = []
     if progress.evaluation_due and progress.finished:
-        notes.append(f'run {progress.run} of "{saved["preset"]["name"]}" was ended before its last evaluation')
+        notes.append(
+            f'run {progress.run} of "{saved["preset"]["name"]}" was ended before its last '
+            "evaluation"
+        )
     if not progress.finished:
-        notes.append(f'run {progress.run} of "{saved["preset"]["name"]}" was left at {progress.run_tokens:,} tokens')
+        notes.append(
+            f'run {progress.run} of "{saved["preset"]["name"]}" was left at '
+            f"{progress.run_tokens:,} tokens"
+        )
     begin_next_run(progress, preset.train.runs if saved["preset"]["name"] == preset.name else 1)
     notes.append(f"run {progress.run} begins from the weights of step {progress.step}")
     return progress, notes
 
 
-def what_goes_on(preset: Any, saved: dict[str, Any], is_missing: Callable[[], bool]) -> Literal["run", "evaluation", "next run"]:
-    """What a start does with a lineage's checkpoint. `is_missing`: whether the log lacks the evaluation at its step."""
+def what_goes_on(
+    preset: Any, saved: dict[str, Any], is_missing: Callable[[], bool]
+) -> Literal["run", "evaluation", "next run"]:
+    """What a start does with a lineage's checkpoint. `is_missing`: whether the log lacks the
+    evaluation at its step."""
     progress = saved["progress"]
     if saved["preset"]["name"] != preset.name:
         return "next run"
@@ -387,16 +471,26 @@ def what_goes_on(preset: Any, saved: dict[str, Any], is_missing: Callable[[], bo
 
 
 def _epoch_tokens(
-    preset: Any, kept: dict[str, Any] | None, facts: dict[str, Any], corpus: Corpus, tokenizer: Tokenizer, parallel: Any
+    preset: Any,
+    kept: dict[str, Any] | None,
+    facts: dict[str, Any],
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    parallel: Any,
 ) -> tuple[int | None, list[str]]:
-    """Tokens of one pass over the data, where epochs end a run; remarks. Decided by rank 0, once for each horizon: `kept`, of its
-    checkpoint, holds as long as it is of the same data."""
+    """Tokens of one pass over the data, where epochs end a run; remarks. Decided by rank 0, once
+    for each horizon: `kept`, of its checkpoint, holds as long as it is of the same data."""
     train = preset.train
     if train.max_epochs is None:
         return None, []
-    if kept is not None and kept.get("epoch_tokens") and all(kept.get(key) == facts[key] for key in ("fingerprint", "contents")):
+    if (
+        kept is not None
+        and kept.get("epoch_tokens")
+        and all(kept.get(key) == facts[key] for key in ("fingerprint", "contents"))
+    ):
         return kept["epoch_tokens"], []
-    limit = -(-RUN_TOKENS * train.runs * train.candidates // train.max_epochs)  # with more, epochs do not end it
+    # with more, epochs do not end it
+    limit = -(-RUN_TOKENS * train.runs * train.candidates // train.max_epochs)
     return on_rank_zero(parallel, lambda: corpus.epoch_tokens(tokenizer, limit))
 
 
@@ -420,18 +514,34 @@ def _data(
     facts: dict[str, Any],
     parallel: Any,
 ) -> tuple[PipelineFactory, Position, list[str]]:
-    """What rows are made from, where to go on, and what is told. `facts`: of the data, as the checkpoint keeps them."""
+    """What rows are made from, where to go on, and what is told. `facts`: of the data, as the
+    checkpoint keeps them."""
     state = saved["data"] if saved is not None else None
-    if state is not None and state["drops"] and (progress.run_step == 0 or set(corpus.names) <= set(state["drops"])):
-        state = {**state, "fingerprint": ""}  # a new run, or one that had none left, gives failed sources another chance
-    if preset.train.max_epochs is not None and progress.run_step == 0 and progress.horizon_runs == 0:
+    if (
+        state is not None
+        and state["drops"]
+        and (progress.run_step == 0 or set(corpus.names) <= set(state["drops"]))
+    ):
+        # a new run, or one that had none left, gives failed sources another chance
+        state = {**state, "fingerprint": ""}
+    if (
+        preset.train.max_epochs is not None
+        and progress.run_step == 0
+        and progress.horizon_runs == 0
+    ):
         state = None  # a new horizon counts its epochs from the first
-    position, notes = data_position(state, facts["fingerprint"], facts["contents"], preset.train.max_epochs)
+    position, notes = data_position(
+        state, facts["fingerprint"], facts["contents"], preset.train.max_epochs
+    )
     if progress.horizon_tokens == 0 and (first := position.first_unused()) > 0:
         position.renewals.append(first)
     begins = position.snapshot is None or "rates" not in position.snapshot or position.renewals
     measured = begins and corpus.needs_rates
-    rates = parallel.broadcast(corpus.rates(tokenizer) if parallel.rank == 0 else None) if measured else ()
+    rates = (
+        parallel.broadcast(corpus.rates(tokenizer) if parallel.rank == 0 else None)
+        if measured
+        else ()
+    )
     tokens = horizon.horizon_tokens
     if horizon.horizon_steps is not None:
         tokens = min(tokens, horizon.horizon_steps * tokens_per_step)

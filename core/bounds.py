@@ -1,7 +1,9 @@
-"""The numbers a preset may hold where a field says nothing narrower: finite ones, no larger than what computes with them.
+"""The numbers a preset may hold where a field says nothing narrower: finite ones, no larger than
+what computes with them.
 
 In:    the schema that pydantic makes of a class
-Out:   Bounded, the base of every section and of the pieces of schedules: a new field cannot forget its bounds
+Out:   Bounded, the base of every section and of the pieces of schedules: a new field cannot forget
+       its bounds
 State: none
 """
 

@@ -1,7 +1,8 @@
-"""What the parts of the program promise each other: the batch, the model's output, and the protocols.
+"""What the parts of the program promise each other: the batch, the model's output, and the
+protocols.
 
-B batch rows, T seq_length, D hidden_size, V vocab_size, n some positions. What a loss sees and answers: core/losses/base.py.
-"""
+B batch rows, T seq_length, D hidden_size, V vocab_size, n some positions. What a loss sees and
+answers: core/losses/base.py."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,15 +17,20 @@ IGNORE_INDEX = -100
 
 @dataclass
 class Batch:
-    """One micro-batch, on the training device. Labels are already aligned: nothing later shifts them."""
+    """One micro-batch, on the training device. Labels are already aligned: nothing later shifts
+    them."""
 
     input_ids: Tensor  # (B, T) int64
     labels: Tensor  # (B, T) int64: the target of the output at t, IGNORE_INDEX where there is none
-    position_ids: Tensor  # (B, T) int64: position inside the document, 0 at its first token in the row
-    document_ids: Tensor  # (B, T) int32: equal inside a document, different between neighbours; padding is its own
+    # (B, T) int64: position inside the document, 0 at its first token in the row
+    position_ids: Tensor
+    # (B, T) int32: equal inside a document, different between neighbours; padding is its own
+    document_ids: Tensor
     source_ids: Tensor  # (B, T) int32: index into the run's list of sources, -1 on padding
-    packed: bool  # whether a row may hold more than one document, so that attention needs a document mask
-    places: dict[str, Tensor] | None = None  # (B, k) int64 each: where the auxiliary heads look in each row (core/heads)
+    # whether a row may hold more than one document, so that attention needs a document mask
+    packed: bool
+    # (B, k) int64 each: where the auxiliary heads look in each row (core/heads)
+    places: dict[str, Tensor] | None = None
 
     def rows(self, start: int, stop: int) -> "Batch":
         """Rows `start` to `stop` as a view: how a step is cut into micro-batches."""
@@ -38,7 +44,10 @@ class Batch:
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        changed = {key: change(value) if isinstance(value, Tensor) else value for key, value in vars(self).items()}
+        changed = {
+            key: change(value) if isinstance(value, Tensor) else value
+            for key, value in vars(self).items()
+        }
         if self.places is not None:
             changed["places"] = {name: change(place) for name, place in self.places.items()}
         return Batch(**changed)
@@ -54,21 +63,23 @@ def plain_batch(input_ids: Tensor) -> Batch:
 class Readout(Protocol):
     """Maps any slice of hidden states to vocabulary scores.
 
-    A light view of tensors the model owns under its published names, not a module: making one at every forward costs
-    nothing and adds nothing to the state dict.
+    A light view of tensors the model owns under its published names, not a module: making one at
+    every forward costs nothing and adds nothing to the state dict.
     """
 
     provides: str  # what a score is: "logits", or "distances": squared, between unit vectors
     table: Tensor  # (V, D) the input embedding table, for losses that compare with embeddings
     linear: tuple[Tensor, Tensor | None] | None
-    """(weight (V, D), bias (V,)), where logits are hidden @ weight.T + bias, or distances are those of hidden to the rows of
-    weight. None for any other readout, which is differentiated by autograd."""
+    """(weight (V, D), bias (V,)), where logits are hidden @ weight.T + bias, or distances are those
+    of hidden to the rows of weight. None for any other readout, which is differentiated by
+    autograd."""
 
     def __call__(self, hidden: Tensor) -> Tensor: ...  # (n, D) -> (n, V)
 
     def parameters(self) -> list[Tensor]: ...  # every tensor the scores depend on besides hidden
 
-    def detached(self) -> "Readout": ...  # the same scores, and no gradient for any of these tensors
+    # the same scores, and no gradient for any of these tensors
+    def detached(self) -> "Readout": ...
 
 
 @dataclass
@@ -84,23 +95,29 @@ class LanguageModel(Protocol):
 
     It may define, and whoever needs them calls them where they exist:
 
-        set_progress(p)                before each update, and before a trained model is used: schedules of its own
+        set_progress(p)                before each update, and before a trained model is used:
+                                       schedules of its own
         after_optimizer_step()         after each update
-        report() -> {name: scalar}     numbers of the last forward pass, told with the step; tensors, never read here
-        new_cache() -> cache           of one batch of texts that grow at their ends; None where no cache would be exact
-        extend(input_ids (B, t), cache) -> ModelOutput of these t positions, which follow what the cache holds
+        report() -> {name: scalar}     numbers of the last forward pass, told with the step;
+                                       tensors, never read here
+        new_cache() -> cache           of one batch of texts that grow at their ends; None where no
+                                       cache would be exact
+        extend(input_ids (B, t), cache) -> ModelOutput of these t positions, which follow what the
+        cache holds
 
-    A cache that has `cut(length)` can forget all positions after the first `length`; at least one of the last `extend` stays.
-    """
+    A cache that has `cut(length)` can forget all positions after the first `length`; at least one
+    of the last `extend` stays."""
 
-    is_causal: bool  # whether no position sees a later one: where it is False, losses and perplexities are not a language model's
+    # whether no position sees a later one: where it is False, losses and perplexities are not a
+    # language model's
+    is_causal: bool
     vocab_size: int
 
     def __call__(self, batch: Batch) -> ModelOutput: ...
 
 
 def call_if_defined(module: Any, method: str, *args: Any) -> Any:
-    """Call an optional hook of a model (`after_optimizer_step`, `load_published`, ...), of its settings or of a source
-    (`check_tokenizer`); returns what it returns."""
+    """Call an optional hook of a model (`after_optimizer_step`, `load_published`, ...), of its
+    settings or of a source (`check_tokenizer`); returns what it returns."""
     hook = getattr(module, method, None)
     return hook(*args) if hook is not None else None

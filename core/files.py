@@ -4,8 +4,8 @@ In:    a path and its content
 Out:   files that are whole or were never there, whatever ends the process
 State: none; what a killed process left half-written is deleted by `sweep`
 
-A file is written beside its place, under a name that nobody can foresee or have put a link at, and renamed once it is whole.
-"""
+A file is written beside its place, under a name that nobody can foresee or have put a link at, and
+renamed once it is whole."""
 
 import contextlib
 import errno
@@ -21,28 +21,38 @@ from pathlib import Path
 from typing import IO, Any
 
 BIGGEST = 1 << 28
-"""Bytes of the largest file that is read whole. Presets, logs' neighbours and tokenizers are far smaller."""
+"""Bytes of the largest file that is read whole. Presets, logs' neighbours and tokenizers are far
+smaller."""
 PROBE = bytes(1 << 16)
 NO_FILE = "it is no file but a folder, a pipe or a device"
-_ASIDE = re.compile(r"\.{1,2}(?P<of>.+)\.[0-9a-f]{16}\.tmp")  # two dots: of a probe, whose target is such a name itself
+# two dots: of a probe, whose target is such a name itself
+_ASIDE = re.compile(r"\.{1,2}(?P<of>.+)\.[0-9a-f]{16}\.tmp")
 
 
 def own_path(path: str, root: Path) -> Path:
-    """Where a path of a preset leads: relative to the project, "~" at a user's home. "~name" without such a user is a folder."""
+    """Where a path of a preset leads: relative to the project, "~" at a user's home. "~name"
+    without such a user is a folder."""
     return root / os.path.expanduser(path)
 
 
-# writing -------------------------------------------------------------------------------------------------------------
+# writing ------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def replacing(path: Path, durable: bool = False) -> Iterator[IO[bytes]]:
-    """An open binary file that becomes `path` when left, and leaves nothing behind when left by an error. Raises OSError.
+    """An open binary file that becomes `path` when left, and leaves nothing behind when left by an
+    error. Raises OSError.
 
     durable   survives a power cut, too
     """
     aside = _aside(path)
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+    flags = (
+        os.O_WRONLY
+        | os.O_CREAT
+        | os.O_EXCL
+        | getattr(os, "O_NOFOLLOW", 0)
+        | getattr(os, "O_CLOEXEC", 0)
+    )
     descriptor = os.open(aside, flags | getattr(os, "O_BINARY", 0), 0o666)
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -68,7 +78,8 @@ def write_file(path: Path, content: str | bytes, durable: bool = False) -> None:
 
 
 def link_file(source: Path, target: Path) -> None:
-    """Make `target` another name of `source`; a copy where the file system has no hard links. Raises OSError."""
+    """Make `target` another name of `source`; a copy where the file system has no hard links.
+    Raises OSError."""
     aside = _aside(target)
     try:
         os.link(source, aside)
@@ -94,23 +105,28 @@ def sync_folder(folder: Path) -> None:
 
 
 def sweep(folder: Path, start: str = "", unused_seconds: float = 0.0) -> None:
-    """Delete what killed writers left half-written in a folder, of files whose names begin with `start`.
+    """Delete what killed writers left half-written in a folder, of files whose names begin with
+    `start`.
 
-    unused_seconds   that they have not been touched for: what another writer is still at work on must stay
+    unused_seconds   that they have not been touched for: what another writer is still at work on
+                     must stay
     """
     with contextlib.suppress(OSError):
         for entry in list(os.scandir(folder)):
-            if (aside := _ASIDE.fullmatch(entry.name)) is not None and aside["of"].startswith(start):
+            if (aside := _ASIDE.fullmatch(entry.name)) is not None and aside["of"].startswith(
+                start
+            ):
                 with contextlib.suppress(OSError):
                     if time.time() - entry.stat(follow_symlinks=False).st_mtime >= unused_seconds:
                         os.unlink(entry.path)
 
 
 def probe(path: Path, size: int = 0) -> None:
-    """Find out whether a file of `size` bytes may be written and renamed where `path` would be. Raises OSError.
+    """Find out whether a file of `size` bytes may be written and renamed where `path` would be.
+    Raises OSError.
 
-    Nothing is left behind: where its folder is yet to be made, the one that it will be made in is tried. Room on the disk is
-    another question, see `shutil.disk_usage`.
+    Nothing is left behind: where its folder is yet to be made, the one that it will be made in is
+    tried. Room on the disk is another question, see `shutil.disk_usage`.
     """
     folder = standing(path.parent)
     if not folder.is_dir():
@@ -121,7 +137,8 @@ def probe(path: Path, size: int = 0) -> None:
             file.write(PROBE)
             file.flush()
             os.fsync(file.fileno())  # some disks tell only now that they are full
-            os.ftruncate(file.fileno(), max(size, len(PROBE)))  # where files may not grow so large; takes no room
+            # where files may not grow so large; takes no room
+            os.ftruncate(file.fileno(), max(size, len(PROBE)))
     finally:
         with contextlib.suppress(OSError):
             os.unlink(target)
@@ -144,11 +161,12 @@ def _aside(path: Path) -> Path:
     return path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}.tmp")
 
 
-# reading -------------------------------------------------------------------------------------------------------------
+# reading ------------------------------------------------------------------------------------------
 
 
 def check_regular(path: Path) -> None:
-    """Raises OSError where there is no file, or something else: opening a pipe or a device may wait for ever."""
+    """Raises OSError where there is no file, or something else: opening a pipe or a device may wait
+    for ever."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError(errno.EINVAL, NO_FILE, str(path))
 
@@ -175,9 +193,16 @@ def read_json(path: Path) -> Any:
 
 
 def open_lock(path: Path) -> int:
-    """Descriptor of a file to be locked, made where it is missing; never through a link, nothing is cut off. Raises OSError."""
+    """Descriptor of a file to be locked, made where it is missing; never through a link, nothing is
+    cut off. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    flags = (
+        os.O_RDWR
+        | os.O_CREAT
+        | getattr(os, "O_CLOEXEC", 0)
+        | getattr(os, "O_NOFOLLOW", 0)
+        | getattr(os, "O_NONBLOCK", 0)
+    )
     descriptor = os.open(path, flags, 0o666)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -185,14 +210,18 @@ def open_lock(path: Path) -> int:
     return descriptor
 
 
-# what went wrong -----------------------------------------------------------------------------------------------------
+# what went wrong ----------------------------------------------------------------------------------
 
 
 def cause(error: OSError, path: Path) -> str:
-    """Why a file cannot be written, and what to do about it: one or two sentences, the first without its end."""
+    """Why a file cannot be written, and what to do about it: one or two sentences, the first
+    without its end."""
     for part in [*reversed(path.parents), path]:
         if part.is_symlink() and not part.exists():
-            return f"{part} is a link to {os.readlink(part)}, which is not there. Make that folder, or remove the link."
+            return (
+                f"{part} is a link to {os.readlink(part)}, which is not there. Make that "
+                "folder, or remove the link."
+            )
         if part != path and part.exists() and not part.is_dir():
             return f"{part} is no folder. Move it away."
     reason = error.strerror or str(error)
@@ -203,7 +232,10 @@ def cause(error: OSError, path: Path) -> str:
     if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
         return f"{reason}. Free some space there."
     if error.errno == errno.EFBIG:
-        return f"{reason}. A limit (ulimit -f), or the file system, allows no file of that size; raise it, or use another disk."
+        return (
+            f"{reason}. A limit (ulimit -f), or the file system, allows no file of that size; "
+            "raise it, or use another disk."
+        )
     if error.errno in (errno.EACCES, errno.EPERM):
         return f"{reason}. Give this user the right to write there."
     if error.errno == errno.EROFS:

@@ -1,6 +1,7 @@
 """From a bare process to a running job: who asks, who listens, and what the menu shows.
 
-In:    standard input (a terminal, or one line naming a preset), torchrun's variables, .env, configs/*.json
+In:    standard input (a terminal, or one line naming a preset), torchrun's variables, .env,
+       configs/*.json
 Out:   the chosen preset's job, run on every rank
 State: none
 """
@@ -63,10 +64,12 @@ PATIENCE = timedelta(days=7)
 
 
 def launch(started: float) -> None:
-    """Run what is chosen. Raises UserError, Interrupted or KeyboardInterrupt; every rank ends with the same outcome."""
+    """Run what is chosen. Raises UserError, Interrupted or KeyboardInterrupt; every rank ends with
+    the same outcome."""
     runtime = detect_runtime()
     prepare(runtime)
-    for note in read_dotenv(ROOT / ".env"):  # on every rank, and before any library looks for a token
+    # on every rank, and before any library looks for a token
+    for note in read_dotenv(ROOT / ".env"):
         if runtime.rank == 0:
             tell(note)
     if runtime.world_size == 1:
@@ -83,7 +86,8 @@ def launch(started: float) -> None:
 
 
 def _run_until_one_starts(runtime: Runtime, started: float) -> None:
-    """Run what is chosen. Where a menu is open, what is refused before it has done anything leads back to it."""
+    """Run what is chosen. Where a menu is open, what is refused before it has done anything leads
+    back to it."""
     refused: tuple[str, str] | None = None
     while True:
         stem, preset = _ask(runtime, refused)
@@ -101,14 +105,18 @@ def _run_until_one_starts(runtime: Runtime, started: float) -> None:
 def _work_of(preset: Any) -> dict[Path, int]:
     """What runs of a preset have left behind: its files, and when each was last written."""
     checkpoints, tokens = ROOT / "checkpoints", own_path(preset.tokenize.output, ROOT)
-    files = [*checkpoints.glob(slot_name(preset.lineage, "*")), *(checkpoints / preset.lineage).rglob("*.pth")]
+    files = [
+        *checkpoints.glob(slot_name(preset.lineage, "*")),
+        *(checkpoints / preset.lineage).rglob("*.pth"),
+    ]
     files += (ROOT / "logs" / preset.lineage).rglob(LOG)
     files += tokens.glob("*/*.bin") if preset.job == "tokenize" else []
     return {path: path.stat().st_mtime_ns for path in files if path.is_file()}
 
 
 def _agree_on_preset(runtime: Runtime, store: Any) -> Any:
-    """Rank 0 asks; the others get the JSON text through the rendezvous store, before any process group has a clock running."""
+    """Rank 0 asks; the others get the JSON text through the rendezvous store, before any process
+    group has a clock running."""
     if runtime.rank == 0:
         try:
             _, preset = _ask(runtime)
@@ -119,7 +127,11 @@ def _agree_on_preset(runtime: Runtime, store: Any) -> Any:
         store.set("zeroarg/preset", json.dumps(preset_json(preset)))
         return preset
     text = store.get("zeroarg/preset").decode()
-    return decode_preset(json.loads(text), Preset, "the preset from rank 0", "preset") if text else None
+    return (
+        decode_preset(json.loads(text), Preset, "the preset from rank 0", "preset")
+        if text
+        else None
+    )
 
 
 def _store() -> Any:
@@ -128,11 +140,15 @@ def _store() -> Any:
     agent_has_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     is_host = not agent_has_it and os.environ["RANK"] == "0"
     try:
-        store: Any = dist.TCPStore(address, port, int(os.environ["WORLD_SIZE"]), is_host, timeout=timedelta(minutes=5))
+        store: Any = dist.TCPStore(
+            address, port, int(os.environ["WORLD_SIZE"]), is_host, timeout=timedelta(minutes=5)
+        )
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"the processes cannot meet at {address}:{port} (MASTER_ADDR, MASTER_PORT): {str(error).splitlines()[0][:200]}. "
-            "Start all of them, with the address of the machine that has RANK 0, and a port that is free there."
+            f"the processes cannot meet at {address}:{port} (MASTER_ADDR, MASTER_PORT): "
+            f"{str(error).splitlines()[0][:200]}. "
+            "Start all of them, with the address of the machine that has RANK 0, and a port that "
+            "is free there."
         ) from None
     store = dist.PrefixStore(f"zeroarg/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     store.set_timeout(PATIENCE)
@@ -148,22 +164,32 @@ def _ask(runtime: Runtime, refused: tuple[str, str] | None = None) -> tuple[str,
         presets, cards = _read_presets(runtime)
         default = DEFAULT if refused is None else refused[0]
         if refused is not None:
-            cards = [replace(card, refusal=refused[1]) if card.stem == default else card for card in cards]
+            cards = [
+                replace(card, refusal=refused[1]) if card.stem == default else card
+                for card in cards
+            ]
         stem = choose(cards, default)
         if stem in presets:
             return stem, presets[stem]
-        refused = (stem, "")  # it has a problem, which the menu shows: perhaps it is mended meanwhile
+        # it has a problem, which the menu shows: perhaps it is mended meanwhile
+        refused = (stem, "")
 
 
 def _offer_fresh(preset: Any) -> None:
     """Where the chosen preset would go on from a checkpoint, ask whether it shall."""
     if preset.job in ("train", "compare"):
-        offer_fresh(ROOT, preset.lineage, lambda: _whatever_can_be_told(lambda: _standing_lines(preset)))
+        offer_fresh(
+            ROOT, preset.lineage, lambda: _whatever_can_be_told(lambda: _standing_lines(preset))
+        )
 
 
 def _read_presets(runtime: Runtime) -> tuple[dict[str, Any], list[PresetCard]]:
     """Every preset that can be read, and a card for each file."""
-    paths = [path for path in sorted((ROOT / "configs").glob("*.json")) if path.name[0] != "." and path.name != SCHEMA]
+    paths = [
+        path
+        for path in sorted((ROOT / "configs").glob("*.json"))
+        if path.name[0] != "." and path.name != SCHEMA
+    ]
     if not paths:
         raise UserError(f"there are no presets in {ROOT / 'configs'}")
     presets: dict[str, Any] = {}
@@ -173,7 +199,11 @@ def _read_presets(runtime: Runtime) -> tuple[dict[str, Any], list[PresetCard]]:
         try:
             preset = read_preset(path, Preset)
         except Exception as error:  # whatever is wrong with one file, the others can be chosen
-            why = str(error) if isinstance(error, PresetError) else f"{path} cannot be read: {type(error).__name__}: {error}"
+            why = (
+                str(error)
+                if isinstance(error, PresetError)
+                else f"{path} cannot be read: {type(error).__name__}: {error}"
+            )
             cards.append(PresetCard(path.stem, group, path.stem, "", problem=why))
         else:
             presets[path.stem] = preset
@@ -183,30 +213,42 @@ def _read_presets(runtime: Runtime) -> tuple[dict[str, Any], list[PresetCard]]:
 
 def _card(stem: str, preset: Any, runtime: Runtime) -> PresetCard:
     """What the menu tells about a preset before it is chosen."""
-    short = preset.job in ("train", "compare") and (preset.train.max_steps is not None or preset.train.max_epochs is not None)
+    short = preset.job in ("train", "compare") and (
+        preset.train.max_steps is not None or preset.train.max_epochs is not None
+    )
     description = " · ".join(part for part in ("short" * short, preset.description) if part)
     group = GROUPS.get(stem[0], "Your own")
-    return PresetCard(stem, group, preset.name, description, lambda: "\n".join(_preview(preset, runtime)))
+    return PresetCard(
+        stem, group, preset.name, description, lambda: "\n".join(_preview(preset, runtime))
+    )
 
 
 def _preview(preset: Any, runtime: Runtime) -> list[str]:
-    """What a preset would do. Each part stands for itself: one that cannot be told leaves the others."""
+    """What a preset would do. Each part stands for itself: one that cannot be told leaves the
+    others."""
     lines = []
     if preset.job in ("train", "compare"):
         lines += _whatever_can_be_told(lambda: _training_lines(preset, runtime))
     lines += _whatever_can_be_told(lambda: _standing_lines(preset))
-    if preset.job not in PREVIEWS and (time_told := _whatever_can_be_told(lambda: [_time_line(preset, runtime)])[0]):
+    if preset.job not in PREVIEWS and (
+        time_told := _whatever_can_be_told(lambda: [_time_line(preset, runtime)])[0]
+    ):
         lines[-1] += time_told
     return lines
 
 
 def _standing_lines(preset: Any) -> list[str]:
     """Where a preset stands, and goes on."""
-    return PREVIEWS[preset.job](preset, ROOT) if preset.job in PREVIEWS else _resume_line(preset).split("\n")
+    return (
+        PREVIEWS[preset.job](preset, ROOT)
+        if preset.job in PREVIEWS
+        else _resume_line(preset).split("\n")
+    )
 
 
 def _whatever_can_be_told(lines: Callable[[], list[str]]) -> list[str]:
-    """The lines; or one that says why not: a preview judges nothing, and the job will say what is wrong."""
+    """The lines; or one that says why not: a preview judges nothing, and the job will say what is
+    wrong."""
     try:
         return lines()
     except Exception as error:
@@ -242,7 +284,11 @@ def _training_lines(preset: Any, runtime: Runtime) -> list[str]:
         f"on {runtime.device_name}, {'bf16' if bf16 else 'fp32'}{memory}",
     ]
     if model is not None and model.parameters >= LARGE:
-        lines.append(_cards_line(*memory_estimate(preset, model, vocab_size, bf16=True), train.per_gpu_batch_size))
+        lines.append(
+            _cards_line(
+                *memory_estimate(preset, model, vocab_size, bf16=True), train.per_gpu_batch_size
+            )
+        )
     return lines
 
 
@@ -250,7 +296,10 @@ def _cards_line(fixed: int, row: int, wanted: int) -> str:
     """How large a micro-batch fits cards of usual sizes."""
     rows = {card: max(0, int((card * 2**30 * USABLE - fixed) // row)) for card in CARDS}
     fits = ", ".join(f"{n or 'no'} row{'s' * (n != 1)} on {card} GB" for card, n in rows.items())
-    return f"micro-batches that fit a card in bf16: {fits}; the preset's {wanted} take {(fixed + row * wanted) / 2**30:.0f} GB"
+    return (
+        f"micro-batches that fit a card in bf16: {fits}; the preset's {wanted} take "
+        f"{(fixed + row * wanted) / 2**30:.0f} GB"
+    )
 
 
 def _vocab_size(tokenizer: Any) -> int:
@@ -263,18 +312,26 @@ def _vocab_size(tokenizer: Any) -> int:
 
 
 def _resume_line(preset: Any) -> str:
-    found = CheckpointStore(ROOT / "checkpoints", preset.lineage, MIRRORS.get(preset.lineage)).peek()
+    found = CheckpointStore(
+        ROOT / "checkpoints", preset.lineage, MIRRORS.get(preset.lineage)
+    ).peek()
     if found is None:
         return _beginning_line(preset)
     progress, where = found["progress"], found["path"].name
     log_file = ROOT / "logs" / preset.lineage / LOG
     does = what_goes_on(preset, found, lambda: evaluation_is_missing(log_file, progress["step"]))
     if does == "evaluation":
-        line = f"evaluates run {progress['run']}, which was trained to its end, step {progress['step']:,}, from {where}"
+        line = (
+            f"evaluates run {progress['run']}, which was trained to its end, step "
+            f"{progress['step']:,}, from {where}"
+        )
     elif does == "next run":
         line = f"starts run {progress['run'] + 1} from step {progress['step']:,} in {where}"
     else:
-        line = f"resumes run {progress['run']} at step {progress['step']:,}, {progress['run_tokens']:,} tokens, from {where}"
+        line = (
+            f"resumes run {progress['run']} at step {progress['step']:,}, "
+            f"{progress['run_tokens']:,} tokens, from {where}"
+        )
     return "\n".join([*changed_sources(found, preset), line])
 
 
@@ -294,7 +351,9 @@ def _time_line(preset: Any, runtime: Runtime) -> str:
     card = read_card(ROOT / "logs" / preset.lineage)
     facts = tuple(card.get(key) for key in ("preset", "device", "world_size"))
     size, speed = (card.get(key) for key in ("tokens_per_step", "tokens_per_second"))
-    if facts != (preset.name, runtime.device_name, runtime.world_size) or not (is_positive(size) and is_positive(speed)):
+    if facts != (preset.name, runtime.device_name, runtime.world_size) or not (
+        is_positive(size) and is_positive(speed)
+    ):
         return ""
     tokens = min(RUN_TOKENS, (preset.train.max_steps or RUN_TOKENS) * size)
     if preset.train.max_epochs and is_positive(end := card.get("end_tokens")):
@@ -306,4 +365,6 @@ def _time_line(preset: Any, runtime: Runtime) -> str:
         seconds = took[0] * tokens / took[1]
         said = "took" if abs(tokens / took[1] - 1) < SAME else said
     minutes = seconds / 60
-    return f"; a run {said} about " + (f"{minutes / 60:.1f} h here" if minutes > 90 else f"{max(minutes, 1):.0f} min here")
+    return f"; a run {said} about " + (
+        f"{minutes / 60:.1f} h here" if minutes > 90 else f"{max(minutes, 1):.0f} min here"
+    )

@@ -12,7 +12,8 @@ from core.errors import SourceUnavailable
 
 
 def need(module: str, package: str, lacking: type[Exception] = SourceUnavailable) -> Any:
-    """An optional module. Raises `lacking` saying what to install; of a source it is one that the others can go on without."""
+    """An optional module. Raises `lacking` saying what to install; of a source it is one that the
+    others can go on without."""
     try:
         return importlib.import_module(module)
     except ImportError:

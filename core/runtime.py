@@ -19,8 +19,17 @@ import torch
 
 from core.errors import UserError
 
-WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
-"""What ONEDNN_MAX_CPU_ISA may hold the library of matrix products to that multiplies no bf16 in hardware."""
+WITHOUT_BF16 = (
+    "SSE41",
+    "AVX",
+    "AVX2",
+    "AVX2_VNNI",
+    "AVX2_VNNI_2",
+    "AVX512_CORE",
+    "AVX512_CORE_VNNI",
+)
+"""What ONEDNN_MAX_CPU_ISA may hold the library of matrix products to that multiplies no bf16 in
+hardware."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +43,13 @@ class Runtime:
 
     @property
     def bf16_is_native(self) -> bool:
-        """Whether the device multiplies bf16 matrices in hardware (not emulated, which is slower than fp32)."""
+        """Whether the device multiplies bf16 matrices in hardware (not emulated, which is slower
+        than fp32)."""
         if self.device.type == "cuda":
             return torch.cuda.get_device_capability(self.device)[0] >= 8
-        if (os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "").upper() in WITHOUT_BF16:
+        if (
+            os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or ""
+        ).upper() in WITHOUT_BF16:
             return False  # the processor may, but its products are told not to
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
@@ -53,7 +65,8 @@ class Runtime:
         return torch.bfloat16 if bf16 else torch.float32
 
     def memory_bytes(self) -> int:
-        """What the device has: a GPU its own; a CPU the machine's, or what this container may use of it."""
+        """What the device has: a GPU its own; a CPU the machine's, or what this container may use
+        of it."""
         if self.device.type == "cuda":
             return torch.cuda.get_device_properties(self.device).total_memory
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -66,33 +79,48 @@ class Runtime:
         return there
 
     def keep_order(self, deterministic: bool) -> str:
-        """On a GPU, take only kernels that add in the same order each time, or whichever is fastest; a CPU's always do.
+        """On a GPU, take only kernels that add in the same order each time, or whichever is
+        fastest; a CPU's always do.
 
         Returns what a second run would give, for the run card.
         """
         if self.device.type == "cuda":
             torch.use_deterministic_algorithms(deterministic)
-            torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that writes everything twice
+            # a debugging aid that writes everything twice
+            torch.utils.deterministic.fill_uninitialized_memory = False
             torch.backends.cudnn.deterministic = deterministic
             if not deterministic:
-                return "nearly the same numbers: a GPU adds in any order, unless train.deterministic is true"
-        return "the same bits, on the same machine and versions, at the same precision and number of processes and threads"
+                return (
+                    "nearly the same numbers: a GPU adds in any order, unless "
+                    "train.deterministic is true"
+                )
+        return (
+            "the same bits, on the same machine and versions, at the same precision and "
+            "number of processes and threads"
+        )
 
     def memory_mb(self) -> float:
-        """Peak memory of this process since it began, or since `forget_peak_memory`: on the device, or resident on a CPU."""
+        """Peak memory of this process since it began, or since `forget_peak_memory`: on the device,
+        or resident on a CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**20
         try:
             with open("/proc/self/status") as status:
-                return next(int(line.split()[1]) for line in status if line.startswith("VmHWM:")) / 2**10
+                return (
+                    next(int(line.split()[1]) for line in status if line.startswith("VmHWM:"))
+                    / 2**10
+                )
         except (OSError, StopIteration):  # not Linux
             import resource
 
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if platform.system() == "Darwin" else 2**10)
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+                2**20 if platform.system() == "Darwin" else 2**10
+            )
 
 
 def detect_runtime() -> Runtime:
-    """Read torchrun's variables and look for a GPU. Raises UserError where they are half set, or do not fit each other."""
+    """Read torchrun's variables and look for a GPU. Raises UserError where they are half set, or do
+    not fit each other."""
     world_size = _launcher_number("WORLD_SIZE", 1, 1, 2**20)
     several = world_size > 1
     rank = _launcher_number("RANK", None if several else 0, 0, world_size - 1)
@@ -102,7 +130,10 @@ def detect_runtime() -> Runtime:
         if not os.environ.get("MASTER_ADDR", "").strip():
             raise _half_set("MASTER_ADDR, where the processes meet, is not set")
     if torch.cuda.is_available() and local_rank >= torch.cuda.device_count():
-        raise _half_set(f"LOCAL_RANK is {local_rank}, and this machine has {torch.cuda.device_count()} GPUs, counted from 0")
+        raise _half_set(
+            f"LOCAL_RANK is {local_rank}, and this machine has {torch.cuda.device_count()} GPUs, "
+            "counted from 0"
+        )
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     return Runtime(device, rank, local_rank, world_size)
 
@@ -121,15 +152,18 @@ def _launcher_number(name: str, default: int | None, low: int, high: int) -> int
 
 def _half_set(what: str) -> UserError:
     return UserError(
-        f"the launcher's variables do not fit: {what}. `torchrun --nproc_per_node=N main.py` sets them all; to train in one "
+        f"the launcher's variables do not fit: {what}. `torchrun --nproc_per_node=N main.py` sets "
+        "them all; to train in one "
         "process, unset WORLD_SIZE, RANK and LOCAL_RANK."
     )
 
 
 def prepare(runtime: Runtime) -> None:
-    """Switch on what is safe and fast: TF32 on GPUs; on CPUs, memory that is reused instead of returned."""
+    """Switch on what is safe and fast: TF32 on GPUs; on CPUs, memory that is reused instead of
+    returned."""
     if runtime.device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts; `keep_order` needs it
+        # read when CUDA starts; `keep_order` needs it
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.cuda.set_device(runtime.device)
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
@@ -142,8 +176,8 @@ def prepare(runtime: Runtime) -> None:
 def keep_freed_memory() -> None:
     """Tell glibc to keep freed blocks for the next allocation.
 
-    By default every tensor above 32 MB is mapped afresh from the kernel and its pages are zeroed one fault at a time, each
-    micro-batch again. docs/LOG.md has what this is worth.
+    By default every tensor above 32 MB is mapped afresh from the kernel and its pages are zeroed
+    one fault at a time, each micro-batch again. docs/LOG.md has what this is worth.
     """
     try:
         libc = ctypes.CDLL("libc.so.6")
@@ -156,21 +190,24 @@ def keep_freed_memory() -> None:
 
 
 def uncompiled(device: torch.device) -> AbstractContextManager:
-    """A context in which compiled models and functions run as they are written: for shapes that compiling would not pay for.
+    """A context in which compiled models and functions run as they are written: for shapes that
+    compiling would not pay for.
 
-    Nothing to do where nothing is compiled, which is known without importing the compiler: on a CPU only models are, by then.
-    """
+    Nothing to do where nothing is compiled, which is known without importing the compiler: on a CPU
+    only models are, by then."""
     if device.type == "cuda" or "torch._dynamo" in sys.modules:
         return torch.compiler.set_stance("force_eager")
     return nullcontext()
 
 
 def forget_peak_memory(runtime: Runtime) -> bool:
-    """Free what an earlier run of this process no longer needs, and let `memory_mb` count from here.
+    """Free what an earlier run of this process no longer needs, and let `memory_mb` count from
+    here.
 
-    False where the system cannot forget a peak (anything but Linux): a run that needs less than one before it shows that one's.
-    """
-    if "torch._dynamo" in sys.modules:  # compiled code of models that are gone; it is also limited in number
+    False where the system cannot forget a peak (anything but Linux): a run that needs less than one
+    before it shows that one's."""
+    # compiled code of models that are gone; it is also limited in number
+    if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
     gc.collect()
     if runtime.device.type == "cuda":
@@ -190,7 +227,11 @@ def versions() -> dict[str, Any]:
     """What a result depends on, for the run card."""
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {"python": platform.python_version(), "platform": platform.platform(), "torch": torch.__version__}
+    found = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+    }
     for package in ("tokenizers", "transformers", "datasets", "pymupdf", "numpy"):
         try:
             found[package] = version(package)

@@ -1,7 +1,10 @@
-"""Any hyperparameter over the run: one small language for learning rate, temperatures, exponents and weights.
+"""Any hyperparameter over the run: one small language for learning rate, temperatures, exponents
+and weights.
 
-In:    what a preset says: `0.5`, `{"from": -12, "to": -4, "shape": "linear", "begin": 0.0, "end": 1.0}`, or a list of such pieces
-Out:   a function of progress, the fraction of the run's horizon: 0 at the first update, exactly 1 at the last
+In:    what a preset says: `0.5`, `{"from": -12, "to": -4, "shape": "linear", "begin": 0.0, "end":
+       1.0}`, or a list of such pieces
+Out:   a function of progress, the fraction of the run's horizon: 0 at the first update, exactly 1
+       at the last
 State: none
 """
 
@@ -16,20 +19,34 @@ from core.bounds import Bounded
 class Piece(Bounded):
     """One stretch of a schedule: from one value to another between two fractions of the run."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, serialize_by_alias=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, populate_by_name=True, serialize_by_alias=True
+    )
 
     start: float = Field(alias="from", description="Value at `begin`.")
-    to: float | None = Field(None, description="Value at `end`; left out, the value stays at `from`.")
-    shape: Literal["linear", "cosine", "constant"] = Field("linear", description="How it gets there. constant: stays at `from`.")
-    begin: float = Field(0.0, ge=0.0, le=1.0, description="Fraction of the run at which this piece starts.")
-    end: float = Field(1.0, ge=0.0, le=1.0, description="Fraction of the run at which `to` is reached.")
+    to: float | None = Field(
+        None, description="Value at `end`; left out, the value stays at `from`."
+    )
+    shape: Literal["linear", "cosine", "constant"] = Field(
+        "linear", description="How it gets there. constant: stays at `from`."
+    )
+    begin: float = Field(
+        0.0, ge=0.0, le=1.0, description="Fraction of the run at which this piece starts."
+    )
+    end: float = Field(
+        1.0, ge=0.0, le=1.0, description="Fraction of the run at which `to` is reached."
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> "Piece":
         if self.end < self.begin:
-            raise ValueError(f"ends at {self.end:g}, before it begins at {self.begin:g}; swap begin and end")
+            raise ValueError(
+                f"ends at {self.end:g}, before it begins at {self.begin:g}; swap begin and end"
+            )
         if self.shape != "constant" and self.to is None:
-            raise ValueError(f'shape "{self.shape}" needs a "to"; add one, or use "shape": "constant"')
+            raise ValueError(
+                f'shape "{self.shape}" needs a "to"; add one, or use "shape": "constant"'
+            )
         return self
 
     def at(self, progress: float) -> float:
@@ -55,7 +72,10 @@ def _kind(value: object) -> str | None:
 def _in_order(pieces: list[Piece]) -> list[Piece]:
     for before, after in zip(pieces, pieces[1:]):
         if after.begin < before.end:
-            raise ValueError(f"a piece begins at {after.begin:g}, before the one before it ends at {before.end:g}")
+            raise ValueError(
+                f"a piece begins at {after.begin:g}, before the one before it ends at "
+                f"{before.end:g}"
+            )
     return pieces
 
 
@@ -64,11 +84,12 @@ _Piece = Annotated[Piece, Tag("piece")]
 _Pieces = Annotated[list[Piece], Field(min_length=1), AfterValidator(_in_order), Tag("pieces")]
 _wrong_kind = {
     "custom_error_type": "schedule",
-    "custom_error_message": 'a schedule is a number, a piece like {"from": 0, "to": 1}, or a list of pieces',
+    "custom_error_message": 'a schedule is a number, a piece like {"from": 0, "to": 1}, or a list '
+    "of pieces",
 }
 Schedule = Annotated[_Number | _Piece | _Pieces, Discriminator(_kind, **_wrong_kind)]
-"""The type of a preset field that may change over the run. In a list, the first piece's first value holds before it, and
-the last value reached holds in a gap and at the end."""
+"""The type of a preset field that may change over the run. In a list, the first piece's first value
+holds before it, and the last value reached holds in a gap and at the end."""
 
 
 def value_at(schedule: Schedule, progress: float) -> float:
@@ -101,12 +122,18 @@ def limits(schedule: Schedule) -> tuple[float, float]:
 
 
 def learning_rate_schedule(
-    kind: str, warmup: float, decay: float, floor: float, decay_shape: Literal["linear", "cosine"] = "linear"
+    kind: str,
+    warmup: float,
+    decay: float,
+    floor: float,
+    decay_shape: Literal["linear", "cosine"] = "linear",
 ) -> list[Piece]:
     """The three usual shapes, as factors of the peak learning rate.
 
-    kind     "wsd" warm-up, stable, decay (arXiv 2405.18392); "cosine" warm-up, cosine decay; "constant" warm-up, then 1
-    warmup   fraction of the run that warms up linearly from 0 (the trainer asks at the middle of a step, so never quite 0)
+    kind     "wsd" warm-up, stable, decay (arXiv 2405.18392); "cosine" warm-up, cosine decay;
+             "constant" warm-up, then 1
+    warmup   fraction of the run that warms up linearly from 0 (the trainer asks at the middle of a
+             step, so never quite 0)
     decay    fraction of the run that decays, in the shape of `decay_shape` (wsd only)
     floor    the factor reached at the end
     """
@@ -114,7 +141,11 @@ def learning_rate_schedule(
     if kind == "wsd":
         decays = max(warmup, 1.0 - decay)  # 1.0 - 0.9 is a little less than 0.1
         pieces += [Piece(start=1.0, shape="constant", begin=warmup, end=decays)]
-        pieces += [Piece(start=1.0, to=floor, shape=decay_shape, begin=decays, end=1.0)] if decay > 0 else []
+        pieces += (
+            [Piece(start=1.0, to=floor, shape=decay_shape, begin=decays, end=1.0)]
+            if decay > 0
+            else []
+        )
     elif kind == "cosine":
         pieces += [Piece(start=1.0, to=floor, shape="cosine", begin=warmup, end=1.0)]
     else:

@@ -1,7 +1,9 @@
-"""What asks the program to stop: Ctrl-C, SIGTERM, and SIGHUP, which a closed terminal or a lost connection sends.
+"""What asks the program to stop: Ctrl-C, SIGTERM, and SIGHUP, which a closed terminal or a lost
+connection sends.
 
 In:    signals, to this process or to its whole group
-Out:   a question that a job asks between two steps; processes that outlive the signal, to be ended by whoever started them
+Out:   a question that a job asks between two steps; processes that outlive the signal, to be ended
+       by whoever started them
 State: whether it was asked; importing this needs no torch
 """
 
@@ -16,15 +18,18 @@ STOP_SIGNALS = [*OF_TERMINALS, signal.SIGTERM]
 
 @contextmanager
 def signals_held(numbers: Sequence[signal.Signals] = STOP_SIGNALS) -> Iterator[None]:
-    """Processes started inside are not ended by these signals, which a terminal sends to a whole group; nor are theirs.
+    """Processes started inside are not ended by these signals, which a terminal sends to a whole
+    group; nor are theirs.
 
-    For processes that multiprocessing ends by SIGTERM, hold OF_TERMINALS alone. What multiprocessing starts first, a process that
-    keeps its queues, lets SIGINT go: hold again for the others.
-    """
-    if not hasattr(signal, "pthread_sigmask"):  # no such platform is trained on, but it may be tried
+    For processes that multiprocessing ends by SIGTERM, hold OF_TERMINALS alone. What
+    multiprocessing starts first, a process that keeps its queues, lets SIGINT go: hold again for
+    the others."""
+    # no such platform is trained on, but it may be tried
+    if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)  # children inherit it; another thread takes the signal
+    # children inherit it; another thread takes the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
         yield
     finally:
@@ -32,8 +37,9 @@ def signals_held(numbers: Sequence[signal.Signals] = STOP_SIGNALS) -> Iterator[N
 
 
 class StopRequest:
-    """Turns Ctrl-C, SIGTERM and SIGHUP (a terminal that is closed, a connection that is lost) into a question the trainer asks
-    between steps. A second Ctrl-C stops at once. Under nohup a SIGHUP stays without effect."""
+    """Turns Ctrl-C, SIGTERM and SIGHUP (a terminal that is closed, a connection that is lost) into
+    a question the trainer asks between steps. A second Ctrl-C stops at once. Under nohup a SIGHUP
+    stays without effect."""
 
     def __init__(self) -> None:
         self._asked = False
@@ -44,7 +50,10 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         for number in STOP_SIGNALS:
-            if number in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(number) != signal.SIG_IGN:
+            if (
+                number in (signal.SIGINT, signal.SIGTERM)
+                or signal.getsignal(number) != signal.SIG_IGN
+            ):
                 self._before[number] = signal.signal(number, self._ask)
         return self
 

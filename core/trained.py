@@ -27,17 +27,21 @@ class Trained:
 
     model: nn.Module  # on the runtime's device, in evaluation mode, its schedules where they stood
     tokenizer: Tokenizer
-    preset: Any  # the one asked for, with the `model`, `tokenizer` and `auxiliary` sections that the weights were made with
+    # the one asked for, with the `model`, `tokenizer` and `auxiliary` sections that the weights
+    # were made with
+    preset: Any
     where: str  # the file, as people are told of it
     step: int | None
     notes: list[str] = field(default_factory=list)
     tokens: int | None = None  # that the weights were trained on
     made_with: dict[str, Any] | None = None  # the resolved preset they were made with, as JSON
-    held_out: dict[str, Any] | None = None  # what they were not trained on, as `open_corpus` takes it
+    # what they were not trained on, as `open_corpus` takes it
+    held_out: dict[str, Any] | None = None
     saved_heads: dict[str, Tensor] = field(default_factory=dict)
 
     def heads(self) -> HeadStack | None:
-        """The auxiliary heads that were trained with it, ready for use; None where there were none."""
+        """The auxiliary heads that were trained with it, ready for use; None where there were
+        none."""
         if not self.saved_heads:
             return None
         device = next(self.model.parameters()).device
@@ -49,8 +53,13 @@ class Trained:
 
 
 def load_trained(preset: Any, root: Path, runtime: Runtime) -> Trained:
-    """The model that `preset.init_from` names, or else the newest one of the preset's lineage. Raises UserError."""
-    weights = find_weights(preset.init_from, root) if preset.init_from else newest_weights(preset.lineage, root)
+    """The model that `preset.init_from` names, or else the newest one of the preset's lineage.
+    Raises UserError."""
+    weights = (
+        find_weights(preset.init_from, root)
+        if preset.init_from
+        else newest_weights(preset.lineage, root)
+    )
     preset, notes = _as_made(preset, weights)
     tokenizer = Tokenizer.from_state(weights.tokenizer_state(preset.tokenizer, root))
     model = build_model(preset, tokenizer.vocab_size)
@@ -58,15 +67,24 @@ def load_trained(preset: Any, root: Path, runtime: Runtime) -> Trained:
     model.to(runtime.device).eval()
     call_if_defined(model, "set_progress", weights.fraction)
     past = weights.tokens, weights.preset, weights.held_out, weights.heads
-    return Trained(model, tokenizer, preset, weights.where, weights.step, [*weights.notes, *notes], *past)
+    return Trained(
+        model, tokenizer, preset, weights.where, weights.step, [*weights.notes, *notes], *past
+    )
 
 
 def _as_made(preset: Any, weights: Weights) -> tuple[Any, list[str]]:
-    """The preset with the sections that the weights were made with, where their file says so; what differs is told."""
+    """The preset with the sections that the weights were made with, where their file says so; what
+    differs is told."""
     if weights.preset is None:
         return preset, []
     asked = preset_json(preset)
-    made = {key: weights.preset[key] for key in ("model", "tokenizer", "auxiliary") if key in weights.preset}
+    made = {
+        key: weights.preset[key]
+        for key in ("model", "tokenizer", "auxiliary")
+        if key in weights.preset
+    }
     found = decode_preset({**asked, **made}, Preset, weights.where, preset.lineage)
     told = weights.other_settings(preset.model) if "model" in preset.model_fields_set else []
-    return found, [f"the model is as in {weights.where}, not as the preset says: {'; '.join(told)}"] if told else []
+    return found, [
+        f"the model is as in {weights.where}, not as the preset says: {'; '.join(told)}"
+    ] if told else []

@@ -1,4 +1,5 @@
-"""How a trained model speaks: with the planner, drafts and memory it was trained with, as far as the preset wants them.
+"""How a trained model speaks: with the planner, drafts and memory it was trained with, as far as
+the preset wants them.
 
 In:    Trained
 Out:   a Voice, its planner whether in use or not, and what a person is told of them
@@ -16,16 +17,22 @@ from core.trained import Trained
 
 
 def voice_of(trained: Trained) -> tuple[Voice, Guide | None, list[str]]:
-    """What speaks, a planner it could use, remarks. Raises UserError where the preset asks for a planner that was not trained."""
+    """What speaks, a planner it could use, remarks. Raises UserError where the preset asks for a
+    planner that was not trained."""
     wanted, model = trained.preset.generate, trained.model
     heads: Any = trained.heads() or {}
     planner, drafter, told = _planner(trained, heads), None, []
     if wanted.planner:
         if planner is None:
             why = f"{trained.where} was trained without a planner"
-            raise UserError(f"generate.planner: {why}. Train with auxiliary.enable_planner, or set it to false.")
+            raise UserError(
+                f"generate.planner: {why}. Train with auxiliary.enable_planner, or set it to false."
+            )
         of_heads = trained.preset.auxiliary
-        told.append(f"its planner weighs {of_heads.planner_candidates} tokens, {of_heads.rollout_steps} steps ahead")
+        told.append(
+            f"its planner weighs {of_heads.planner_candidates} tokens, {of_heads.rollout_steps} "
+            "steps ahead"
+        )
     if "draft" in heads and wanted.draft == "auto":
         if can_draft(model):
             drafter = Drafter(heads["draft"])
@@ -43,5 +50,7 @@ def voice_of(trained: Trained) -> tuple[Voice, Guide | None, list[str]]:
 def _planner(trained: Trained, heads: Any) -> Guide | None:
     if "planner" not in heads:
         return None
-    table = output_of_one_token(trained.model, next(trained.model.parameters()).device).readout.table
+    table = output_of_one_token(
+        trained.model, next(trained.model.parameters()).device
+    ).readout.table
     return partial(heads["planner"].plan, heads=heads, table=table)

@@ -1,12 +1,15 @@
-"""`python docs/captures.py`: runs the real program and writes what it shows into README.md and docs/guide.md.
+"""`python docs/captures.py`: runs the real program and writes what it shows into README.md and
+docs/guide.md.
 
-`python docs/captures.py NAME ...` makes only these, and `--check` writes nothing and says which are no longer what the program
-shows. All of them take about ten minutes on two cores, the comparison most of it; the others are made in two.
+`python docs/captures.py NAME ...` makes only these, and `--check` writes nothing and says which are
+no longer what the program shows. All of them take about ten minutes on two cores, the comparison
+most of it; the others are made in two.
 
-In:    the program, in a temporary copy of the project without checkpoints, logs or a network; a terminal 100 columns wide
+In:    the program, in a temporary copy of the project without checkpoints, logs or a network; a
+       terminal 100 columns wide
 Out:   the fenced blocks below a line `<!-- made by: python docs/captures.py NAME -->`
-State: none. tests/test_captures.py fails when a block has another shape than what the program shows now
-"""
+State: none. tests/test_captures.py fails when a block has another shape than what the program shows
+now"""
 
 import json
 import re
@@ -21,7 +24,10 @@ sys.path.insert(0, str(ROOT / "docs"))
 from terminal import show  # noqa: E402
 
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "guide.md")
-BLOCK = re.compile(r"^<!-- made by: python docs/captures.py (\w+) -->\n```text\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(
+    r"^<!-- made by: python docs/captures.py (\w+) -->\n```text\n(.*?)^```$",
+    re.MULTILINE | re.DOTALL,
+)
 SOURCES = "sources share weight loss documents epoch"
 UP, ENTER = "\x1b[A", "\r"
 
@@ -65,7 +71,8 @@ def conversation(folder: Path) -> list[str]:
     return ended(show("python main.py", folder, keys=keys))
 
 
-CAPTURES: dict[str, Callable[[Path], list[str]]] = {  # made in this order: the first ones want a project without checkpoints
+# made in this order: the first ones want a project without checkpoints
+CAPTURES: dict[str, Callable[[Path], list[str]]] = {
     "menu": menu,
     "mistakes": mistakes,
     "quick_test": quick_test,
@@ -97,11 +104,17 @@ def blocks(text: str) -> dict[str, list[str]]:
 def with_block(text: str, name: str, lines: list[str]) -> str:
     """The document with one of its captures made anew."""
     made = "\n".join(lines)
-    return BLOCK.sub(lambda found: found[0].replace(f"\n{found[2]}```", f"\n{made}\n```") if found[1] == name else found[0], text)
+    return BLOCK.sub(
+        lambda found: (
+            found[0].replace(f"\n{found[2]}```", f"\n{made}\n```") if found[1] == name else found[0]
+        ),
+        text,
+    )
 
 
 def shape(lines: list[str]) -> list[str]:
-    """What does not depend on time, machine or luck: the words, without numbers, bars, curves and what a model says."""
+    """What does not depend on time, machine or luck: the words, without numbers, bars, curves and
+    what a model says."""
     sections: list[list[str]] = [[]]
     said = False  # by a model: below a prompt, or a heading of samples
     for line in lines:
@@ -116,14 +129,19 @@ def shape(lines: list[str]) -> list[str]:
         line = re.sub(r"#(\s#)+", "#", " ".join(line.split()))
         sections[-1] += [line] if line.strip("# ") else []
     # sources stand by their shares, which depend on how long the texts of this machine's Python are
-    return [line for found in sections for line in (sorted(found) if found[:1] == [SOURCES] else found)]
+    return [
+        line for found in sections for line in (sorted(found) if found[:1] == [SOURCES] else found)
+    ]
 
 
 def main(arguments: list[str]) -> int:
     check = "--check" in arguments
     names = [name for name in arguments if name != "--check"] or list(CAPTURES)
     if unknown := sorted(set(names) - set(CAPTURES)):
-        print(f"no capture is called {', '.join(unknown)}; there are {', '.join(CAPTURES)}", file=sys.stderr)
+        print(
+            f"no capture is called {', '.join(unknown)}; there are {', '.join(CAPTURES)}",
+            file=sys.stderr,
+        )
         return 2
     differing = []
     with tempfile.TemporaryDirectory() as temporary:

@@ -2,8 +2,8 @@
 
 In:    the guide: headings, paragraphs, lists, tables, fenced code
 Out:   an A4 PDF with bookmarks; tables become lists, because MuPDF's layout cuts wide ones off
-State: none; the same guide and PyMuPDF give the same bytes. tests/test_docs.py fails when the PDF's text is not the guide's.
-"""
+State: none; the same guide and PyMuPDF give the same bytes. tests/test_docs.py fails when the PDF's
+text is not the guide's."""
 
 import html
 import io
@@ -40,7 +40,8 @@ def cells(line: str) -> list[str]:
 
 
 def table(lines: list[str]) -> str:
-    """A list: the first cell, then the others; in the reference, whose cells may be empty, they are named."""
+    """A list: the first cell, then the others; in the reference, whose cells may be empty, they are
+    named."""
     head, rows = cells(lines[0]), [cells(line) for line in lines[2:]]
     items = []
     for first, *others in rows:
@@ -48,7 +49,10 @@ def table(lines: list[str]) -> str:
             value, default, meaning = others
             said = {"": "", "needed": ", needed"}.get(default, f", default {default}")
             others = [f"{value}{said}. {meaning}"]
-        items.append(f"<li><b>{inline(first)}</b>: {'; '.join(inline(other) for other in others if other)}</li>")
+        items.append(
+            f"<li><b>{inline(first)}</b>: "
+            f"{'; '.join(inline(other) for other in others if other)}</li>"
+        )
     return f"<ul>{''.join(items)}</ul>"
 
 
@@ -79,17 +83,24 @@ def to_html(guide: str) -> str:
             out.append(table(take(lambda text: text.startswith("|"))))
         elif line.startswith("- "):
             items = "\n".join(take(lambda text: text.startswith(("- ", "  "))))[2:].split("\n- ")
-            out.append("<ul>" + "".join(f"<li>{inline(' '.join(item.split()))}</li>" for item in items) + "</ul>")
+            out.append(
+                "<ul>"
+                + "".join(f"<li>{inline(' '.join(item.split()))}</li>" for item in items)
+                + "</ul>"
+            )
         elif not line.strip() or line.startswith("<!--"):
             at += 1
         else:
-            paragraph = take(lambda text: text.strip() and not text.startswith(("```", "#", "|", "- ", "<!--")))
+            paragraph = take(
+                lambda text: text.strip() and not text.startswith(("```", "#", "|", "- ", "<!--"))
+            )
             out.append(f"<p>{inline(' '.join(paragraph))}</p>")
     return "\n".join(out)
 
 
 def letters(text: str) -> str:
-    """Text without white space and bullets: what must be the same in the guide and in the PDF, wherever lines are broken."""
+    """Text without white space and bullets: what must be the same in the guide and in the PDF,
+    wherever lines are broken."""
     return "".join(text.replace("\u2022", "").split())
 
 
@@ -116,7 +127,9 @@ def make_pdf(guide: str) -> bytes:
 
     def note_heading(position) -> None:
         if position.open_close & 1 and 1 <= position.heading <= 3:
-            bookmarks.append([position.heading, " ".join(position.text.split()), position.page_number])
+            bookmarks.append(
+                [position.heading, " ".join(position.text.split()), position.page_number]
+            )
 
     writer, more, number = pymupdf.DocumentWriter(file), True, 0
     while more:
@@ -129,7 +142,9 @@ def make_pdf(guide: str) -> bytes:
     writer.close()
     with pymupdf.open("pdf", file.getvalue()) as document:
         for page in document:
-            page.insert_text((paper.width / 2 - 5, paper.height - 28), str(page.number + 1), fontsize=8)
+            page.insert_text(
+                (paper.width / 2 - 5, paper.height - 28), str(page.number + 1), fontsize=8
+            )
         document.set_metadata({"title": "zeroarg: the user guide"})
         document.set_toc(bookmarks)
         return document.tobytes(garbage=3, deflate=True, use_objstms=1, no_new_id=True)

@@ -1,9 +1,11 @@
-"""`python docs/make_schema.py`: writes configs/preset.schema.json, and the guide's list of presets and keys, from the code.
+"""`python docs/make_schema.py`: writes configs/preset.schema.json, and the guide's list of presets
+and keys, from the code.
 
 In:    core.assembly.Preset: its fields, defaults and docstrings; configs/*.json
-Out:   configs/preset.schema.json (JSON Schema, draft 2020-12); the text between the marks `preset list` and `preset reference`
-State: none; the same code gives the same bytes. tests/test_docs.py fails when either file is not current.
-"""
+Out:   configs/preset.schema.json (JSON Schema, draft 2020-12); the text between the marks `preset
+       list` and `preset reference`
+State: none; the same code gives the same bytes. tests/test_docs.py fails when either file is not
+current."""
 
 import json
 import sys
@@ -18,7 +20,8 @@ Json = dict[str, Any]
 
 
 def preset_schema() -> Json:
-    """The JSON Schema of a preset *file*: unlike the class, which is a whole preset, it may leave things to what it extends."""
+    """The JSON Schema of a preset *file*: unlike the class, which is a whole preset, it may leave
+    things to what it extends."""
     from core.assembly import Preset
     from core.data.sources import SOURCES
     from core.losses import LOSSES
@@ -26,21 +29,28 @@ def preset_schema() -> Json:
 
     schema = _tidied(Preset.model_json_schema(by_alias=True))
     definitions = schema["$defs"]
-    for settings, _ in [*SOURCES.values(), *LOSSES.values()]:  # in lists nothing is merged: each entry says what it is
+    # in lists nothing is merged: each entry says what it is
+    for settings, _ in [*SOURCES.values(), *LOSSES.values()]:
         definition = definitions[settings.__name__]
         definition["required"] = ["type", *definition.get("required", [])]
     del schema["required"], definitions["DataSettings"]["required"]
     variant = definitions["VariantSettings"]["properties"]["set"]
-    variant["properties"] = {key: field for key, field in schema["properties"].items() if key not in NOT_IN_VARIANTS}
+    variant["properties"] = {
+        key: field for key, field in schema["properties"].items() if key not in NOT_IN_VARIANTS
+    }
     variant["additionalProperties"] = False
     whole = {"required": ["data"], "properties": {"data": {"required": ["sources"]}}}
     about = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "zeroarg preset"}
-    return about | schema | {"title": about["title"], "if": {"not": {"required": ["extends"]}}, "then": whole}
+    return (
+        about
+        | schema
+        | {"title": about["title"], "if": {"not": {"required": ["extends"]}}, "then": whole}
+    )
 
 
 def _tidied(node: Any, names: bool = False) -> Any:
-    """Without generated titles, nested defaults and the bounds that every number has; `anyOf` for `oneOf`, as a section that
-    extends another may omit its `type`.
+    """Without generated titles, nested defaults and the bounds that every number has; `anyOf` for
+    `oneOf`, as a section that extends another may omit its `type`.
 
     `names`: the keys of this object are names of fields, not words of JSON Schema.
     """
@@ -52,7 +62,9 @@ def _tidied(node: Any, names: bool = False) -> Any:
     for key, value in node.items():
         if not names and _is_usual(key, value):
             continue
-        if not names and (key == "title" or (key == "default" and (value is None or isinstance(value, dict)))):
+        if not names and (
+            key == "title" or (key == "default" and (value is None or isinstance(value, dict)))
+        ):
             continue
         word = "anyOf" if key == "oneOf" and not names else key
         out[word] = _tidied(value, names=not names and key in ("properties", "$defs"))
@@ -63,7 +75,11 @@ def _is_usual(key: str, value: Any) -> bool:
     """Whether this is a bound that no field states: told once in the guide, and by the program."""
     from core.bounds import LARGEST_WHOLE
 
-    return key in ("minimum", "maximum") and isinstance(value, int | float) and abs(value) >= LARGEST_WHOLE
+    return (
+        key in ("minimum", "maximum")
+        and isinstance(value, int | float)
+        and abs(value) >= LARGEST_WHOLE
+    )
 
 
 def presets() -> str:
@@ -109,10 +125,16 @@ def reference() -> str:
         if isinstance(sections, str):
             titles[kind] = sections
         else:
-            titles |= {settings.__name__: f'{kind}, "type": "{name}"' for name, (settings, _) in sections.items()}
+            titles |= {
+                settings.__name__: f'{kind}, "type": "{name}"'
+                for name, (settings, _) in sections.items()
+            }
     titles |= {name: name for name in schema["$defs"] if name not in titles}
     listed = {settings.__name__ for settings, _ in [*LOSSES.values(), *SOURCES.values()]}
-    tables = [_table(f"`{title}`", schema["$defs"][name], name in listed) for name, title in titles.items()]
+    tables = [
+        _table(f"`{title}`", schema["$defs"][name], name in listed)
+        for name, title in titles.items()
+    ]
     return "\n\n".join([_table("The file itself", schema, False), *tables])
 
 
@@ -123,7 +145,9 @@ def _table(title: str, node: Json, listed: bool) -> str:
         needed = key in node.get("required", []) or (listed and key == "type")
         meaning = field.get("description") or ("Names this kind." if key == "type" else "")
         cells = [f"`{key}`", _value(field), "needed" if needed else _default(field), meaning]
-        rows.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
+        rows.append(
+            "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+        )
     about = node.get("description", "").strip()
     return "\n\n".join(part for part in (f"#### {title}", about, "\n".join(rows)) if part)
 
@@ -140,21 +164,34 @@ def _value(field: Json) -> str:
     if options := field.get("anyOf") or field.get("oneOf"):
         if any(option.get("$ref", "").endswith("/Piece") for option in options):
             return "number or schedule"
-        return " or ".join(dict.fromkeys(_value(option) for option in options if option.get("type") != "null"))
+        return " or ".join(
+            dict.fromkeys(_value(option) for option in options if option.get("type") != "null")
+        )
     if "$ref" in field:
         return "section"
     if "const" in field or "enum" in field:
-        return ", ".join(f"`{json.dumps(value)}`" for value in field.get("enum", [field.get("const")]))
+        return ", ".join(
+            f"`{json.dumps(value)}`" for value in field.get("enum", [field.get("const")])
+        )
     if "prefixItems" in field:
         return f"list of {len(field['prefixItems'])} numbers"
     if field["type"] == "array":
         of = _value(field["items"])
-        plural = {"string": "strings", "number": "numbers", "whole number": "whole numbers", "section": "sections"}
+        plural = {
+            "string": "strings",
+            "number": "numbers",
+            "whole number": "whole numbers",
+            "section": "sections",
+        }
         return "list of " + plural.get(of, of)
     words = {"integer": "whole number", "boolean": "`true` or `false`", "object": "section"}
     word = words.get(field["type"], field["type"])
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-    limits = [f"{sign} {_plain(field[key])}" for key, sign in signs.items() if key in field and not _is_usual(key, field[key])]
+    limits = [
+        f"{sign} {_plain(field[key])}"
+        for key, sign in signs.items()
+        if key in field and not _is_usual(key, field[key])
+    ]
     return f"{word} {', '.join(limits)}" if limits else word
 
 

@@ -1,4 +1,5 @@
-"""What a program shows on a terminal, as lines of text: for captures of the real screen, and for the tests that hold them true.
+"""What a program shows on a terminal, as lines of text: for captures of the real screen, and for
+the tests that hold them true.
 
 In:    a command, the size of the terminal, keys to press
 Out:   the lines on the screen, and the exit code
@@ -16,12 +17,14 @@ import pexpect
 
 OFFLINE = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"}
 TOKEN = re.compile(
-    r"\x1b\[([?>]?)([\d;]*)[ ]?([@-~])|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b[()][0-9A-B]|\x1b.|[^\x1b]", re.DOTALL
+    r"\x1b\[([?>]?)([\d;]*)[ ]?([@-~])|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b[()][0-9A-B]|\x1b.|[^\x1b]",
+    re.DOTALL,
 )
 
 
 class Screen:
-    """A terminal of a fixed size that knows the control sequences which rich and prompt_toolkit write; colours are dropped."""
+    """A terminal of a fixed size that knows the control sequences which rich and prompt_toolkit
+    write; colours are dropped."""
 
     def __init__(self, rows: int, columns: int):
         self.rows, self.columns = rows, columns
@@ -68,13 +71,17 @@ class Screen:
         if final in "AB":
             self.row = min(self.rows - 1, max(0, self.row + (count if final == "B" else -count)))
         elif final in "CD":
-            self.column = min(self.columns - 1, max(0, self.column + (count if final == "C" else -count)))
+            self.column = min(
+                self.columns - 1, max(0, self.column + (count if final == "C" else -count))
+            )
         elif final == "G":
             self.column = count - 1
         elif final in "Hf":
             self.row, self.column = count - 1, max([1, *numbers[1:2]]) - 1
         elif final == "K":
-            begin, end = [(self.column, self.columns), (0, self.column + 1), (0, self.columns)][numbers[0]]
+            begin, end = [(self.column, self.columns), (0, self.column + 1), (0, self.columns)][
+                numbers[0]
+            ]
             self.cells[self.row][begin:end] = [" "] * (end - begin)
         elif final == "J" and numbers[0] == 0:
             self._control("K", [0])
@@ -83,7 +90,8 @@ class Screen:
             self._erase(0, self.rows)
 
     def _other_screen(self, entered: bool) -> None:
-        """A full-screen program begins on an empty screen, and leaves what was there before untouched."""
+        """A full-screen program begins on an empty screen, and leaves what was there before
+        untouched."""
         if entered:
             self._beneath = (self.cells, self.row, self.column)
             self.cells = [[" "] * self.columns for _ in range(self.rows)]
@@ -96,12 +104,17 @@ class Screen:
 
 
 def show(
-    command: str, folder: Path, rows: int = 24, columns: int = 100, keys: list[tuple[str, str]] | None = None, limit: float = 3600
+    command: str,
+    folder: Path,
+    rows: int = 24,
+    columns: int = 100,
+    keys: list[tuple[str, str]] | None = None,
+    limit: float = 3600,
 ) -> tuple[list[str], int | None]:
     """(what is on the screen at the end, exit code) of a shell command, run without a network.
 
-    keys   what to wait for on the screen, and what to press then: ("starts fresh", "\\r"). Pressing "" looks at the screen
-           as it is then and ends the program; the exit code is None.
+    keys   what to wait for on the screen, and what to press then: ("starts fresh", "\\r"). Pressing
+           "" looks at the screen as it is then and ends the program; the exit code is None.
     """
     left_out = {"COLUMNS", "LINES", "WORLD_SIZE", "RANK", "LOCAL_RANK"}
     environment = {key: value for key, value in os.environ.items() if key not in left_out}
@@ -109,7 +122,13 @@ def show(
     environment |= {**OFFLINE, "TERM": "xterm-256color", "PYTHONIOENCODING": "utf-8", "PATH": path}
     size, written = (rows, columns), ""
     child = pexpect.spawn(
-        "/bin/sh", ["-c", command], cwd=folder, env=environment, dimensions=size, encoding="utf-8", timeout=limit
+        "/bin/sh",
+        ["-c", command],
+        cwd=folder,
+        env=environment,
+        dimensions=size,
+        encoding="utf-8",
+        timeout=limit,
     )
     screen = Screen(rows, columns)
     try:
@@ -133,7 +152,8 @@ def show(
 
 
 def _what_comes(child: pexpect.spawn) -> str:
-    """The rest of a picture that is being drawn: whatever comes until half a second passes in silence."""
+    """The rest of a picture that is being drawn: whatever comes until half a second passes in
+    silence."""
     found = ""
     while True:
         try:

@@ -23,10 +23,13 @@ def one_thread() -> None:
 
 @pytest.fixture(autouse=True)
 def no_update_is_skipped(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A run whose loss or gradient is not finite skips that update and goes on: no test passes so that has not asked for it."""
+    """A run whose loss or gradient is not finite skips that update and goes on: no test passes so
+    that has not asked for it."""
     own = {request.getfixturevalue("tmp_path")} if "tmp_path" in request.fixturenames else set()
     yield
     folders = own | Project.used
     Project.used.clear()
     if request.node.get_closest_marker("skips_updates") is None:
-        assert (skipped := skipped_updates(folders)) == {}, f"updates were skipped: {skipped}; see the marker skips_updates"
+        assert (skipped := skipped_updates(folders)) == {}, (
+            f"updates were skipped: {skipped}; see the marker skips_updates"
+        )

@@ -1,4 +1,5 @@
-"""README, guide and playbooks as the tests read them: fenced blocks, tables, and the files that a block names."""
+"""README, guide and playbooks as the tests read them: fenced blocks, tables, and the files that a
+block names."""
 
 import re
 from dataclasses import dataclass
@@ -21,7 +22,12 @@ class Block:
 
 def fenced(text: str) -> list[Block]:
     return [
-        Block(note, language, info, "".join(line.removeprefix(indent) for line in code.splitlines(True)))
+        Block(
+            note,
+            language,
+            info,
+            "".join(line.removeprefix(indent) for line in code.splitlines(True)),
+        )
         for note, indent, language, info, code in FENCE.findall(text)
     ]
 
@@ -35,8 +41,15 @@ def block_of(text: str, first_words: str) -> str:
 def table(text: str, *head: str) -> list[list[str]]:
     """The rows of the one table whose first headings begin so."""
     tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
-    split = [[[c.strip() for c in re.split(r"(?<!\\)\|", row.strip("|"))] for row in each.splitlines()] for each in tables]
-    (rows,) = [rows for rows in split if len(rows[0]) >= len(head) and all(c.startswith(h) for c, h in zip(rows[0], head))]
+    split = [
+        [[c.strip() for c in re.split(r"(?<!\\)\|", row.strip("|"))] for row in each.splitlines()]
+        for each in tables
+    ]
+    (rows,) = [
+        rows
+        for rows in split
+        if len(rows[0]) >= len(head) and all(c.startswith(h) for c, h in zip(rows[0], head))
+    ]
     return rows[2:]
 
 
@@ -46,7 +59,8 @@ def named(cell: str) -> list[str]:
 
 
 def files_named(code: str, **values: str) -> list[str]:
-    """The paths in a block of files and their meaning: "logs/<lineage>/report.html, report.md   the report" names two.
+    """The paths in a block of files and their meaning: "logs/<lineage>/report.html, report.md   the
+    report" names two.
 
     values   what stands for <lineage>, <variant> ...
     """

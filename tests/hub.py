@@ -1,4 +1,5 @@
-"""A small Hugging Face hub on loopback: what `datasets`, `huggingface_hub` and tokenizers ask for, and faults on demand.
+"""A small Hugging Face hub on loopback: what `datasets`, `huggingface_hub` and tokenizers ask for,
+and faults on demand.
 
     with Hub() as hub:
         hub.add_dataset("me/stories", {"data/train-0.parquet": data}, gated=True)
@@ -6,8 +7,8 @@
         hub.fail("train-0.parquet", status=429, headers={"Retry-After": "1"}, skip=3, times=2)
         result = hub.run("...python source...", tmp_path, "argument")
 
-`huggingface_hub` reads HF_ENDPOINT when it is imported, so whatever talks to the hub runs in a process of its own: `hub.run`,
-or `subprocess` with `env=hub.env(folder)`.
+`huggingface_hub` reads HF_ENDPOINT when it is imported, so whatever talks to the hub runs in a
+process of its own: `hub.run`, or `subprocess` with `env=hub.env(folder)`.
 """
 
 import contextlib
@@ -36,13 +37,15 @@ class Repo:
 
 @dataclass
 class Fault:
-    """What happens to `times` requests (None: all), after `skip` of them, whose path contains `match`."""
+    """What happens to `times` requests (None: all), after `skip` of them, whose path contains
+    `match`."""
 
     match: str
     status: int | None = None  # answer with this status
     headers: dict[str, str] = field(default_factory=dict)  # and these headers
     drop_after: int | None = None  # send so many bytes of the body, then cut the connection
-    stall_after: int | None = None  # send so many bytes of the body, then nothing any more, until the hub closes
+    # send so many bytes of the body, then nothing any more, until the hub closes
+    stall_after: int | None = None
     bytes_per_second: float | None = None  # send the body slowly
     delay_seconds: float = 0.0  # answer late
     skip: int = 0
@@ -53,9 +56,11 @@ class Fault:
 
 @dataclass
 class Hub:
-    """The server. A context manager; `requests` lists what was asked, such as "GET /datasets/me/x/resolve/... 0-99".
+    """The server. A context manager; `requests` lists what was asked, such as "GET
+    /datasets/me/x/resolve/... 0-99".
 
-    tokens  {token: the gated repositories its account may read}; any other token is refused, whatever it asks for
+    tokens  {token: the gated repositories its account may read}; any other token is refused,
+            whatever it asks for
     """
 
     requests: list[str] = field(default_factory=list)
@@ -75,7 +80,9 @@ class Hub:
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+        ).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -101,8 +108,12 @@ class Hub:
             self.faults.clear()
 
     def asked_for_data(self) -> int:
-        """How many requests for the content of data files there were: not for listings, cards and columns."""
-        return sum(r.startswith("GET ") and "/resolve/" in r and not r.split()[1].endswith((".md", ".py")) for r in self.requests)
+        """How many requests for the content of data files there were: not for listings, cards and
+        columns."""
+        return sum(
+            r.startswith("GET ") and "/resolve/" in r and not r.split()[1].endswith((".md", ".py"))
+            for r in self.requests
+        )
 
     def fault_for(self, method: str, path: str) -> Fault | None:
         with self.lock:
@@ -121,20 +132,41 @@ class Hub:
         """The environment of a process that knows only this hub; caches go into `folder`."""
         return hub_env(self.url, folder, **extra)
 
-    def run(self, code: str, folder: Path, *arguments: str, timeout: float = 120.0, **extra: str) -> Any:
+    def run(
+        self, code: str, folder: Path, *arguments: str, timeout: float = 120.0, **extra: str
+    ) -> Any:
         """Runs Python source against this hub; returns what it printed last, decoded from JSON."""
         return run_python(code, self.env(folder, **extra), *arguments, timeout=timeout)
 
 
 def hub_env(endpoint: str, folder: Path, **extra: str) -> dict[str, str]:
-    kept = {key: value for key, value in os.environ.items() if "proxy" not in key.lower() and not key.startswith("HF_")}
-    return kept | {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*"} | extra
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if "proxy" not in key.lower() and not key.startswith("HF_")
+    }
+    return (
+        kept
+        | {
+            "HF_ENDPOINT": endpoint,
+            "HF_HOME": str(folder),
+            "HF_HUB_DISABLE_XET": "1",
+            "NO_PROXY": "*",
+        }
+        | extra
+    )
 
 
 def run_python(code: str, env: dict[str, str], *arguments: str, timeout: float = 120.0) -> Any:
-    """What a script printed last, decoded from JSON. Its standard error, where it fails or chatters, is in the message."""
+    """What a script printed last, decoded from JSON. Its standard error, where it fails or
+    chatters, is in the message."""
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], env=env, cwd=ROOT, capture_output=True, text=True, timeout=timeout
+        [sys.executable, "-c", code, *arguments],
+        env=env,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
     )
     assert done.returncode == 0, done.stderr
     assert not done.stderr.strip(), f"something was printed on standard error:\n{done.stderr}"
@@ -143,7 +175,8 @@ def run_python(code: str, env: dict[str, str], *arguments: str, timeout: float =
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # or every answer, header and body, waits 40 ms for an acknowledgement
+    # or every answer, header and body, waits 40 ms for an acknowledgement
+    disable_nagle_algorithm = True
     hub: Hub
 
     def handle(self) -> None:
@@ -191,10 +224,21 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._send(401, b"", {"X-Error-Message": "Invalid credentials in Authorization header"})
         elif repo is None:  # the real one does not tell strangers whether a repository exists
             status = 404 if token else 401
-            self._send(status, b"", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
+            self._send(
+                status,
+                b"",
+                {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"},
+            )
         elif repo.gated and name not in self.hub.tokens.get(token, set()):
-            message = f"Access to {kind[:-1]} {name} is restricted. You must have access to it and be authenticated."
-            self._send(403 if token else 401, b"", {"X-Error-Code": "GatedRepo", "X-Error-Message": message})
+            message = (
+                f"Access to {kind[:-1]} {name} is restricted. You must have access to it "
+                "and be authenticated."
+            )
+            self._send(
+                403 if token else 401,
+                b"",
+                {"X-Error-Code": "GatedRepo", "X-Error-Message": message},
+            )
         else:
             return repo
         return None
@@ -203,7 +247,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if (repo := self._repo(kind, name)) is None:
             return
         if file not in repo.files:
-            headers = {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found", "X-Repo-Commit": COMMIT}
+            headers = {
+                "X-Error-Code": "EntryNotFound",
+                "X-Error-Message": "Entry not found",
+                "X-Repo-Commit": COMMIT,
+            }
             return self._send(404, b"Entry not found", headers)
         data = repo.files[file]
         headers = {"ETag": f'"{_digest(data)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
@@ -214,7 +262,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         end = min(int(last), len(data) - 1) if first and last else len(data) - 1
         if begin > end:
             return self._send(416, b"", {"Content-Range": f"bytes */{len(data)}"})
-        self._send(206, data[begin : end + 1], headers | {"Content-Range": f"bytes {begin}-{end}/{len(data)}"})
+        self._send(
+            206,
+            data[begin : end + 1],
+            headers | {"Content-Range": f"bytes {begin}-{end}/{len(data)}"},
+        )
 
     def _api(self, kind: str, parts: list[str], query: dict[str, list[str]], body: bytes) -> None:
         verbs = [i for i, part in enumerate(parts) if part in ("revision", "tree", "paths-info")]
@@ -226,11 +278,22 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             recursive = query.get("recursive", ["false"])[0].lower() in ("true", "1")
             return self._json(_entries(repo, "/".join(rest), recursive))
         if verb == ["paths-info"]:
-            asked = urllib.parse.parse_qs(body.decode()) if not body.startswith(b"{") else json.loads(body)
+            asked = (
+                urllib.parse.parse_qs(body.decode())
+                if not body.startswith(b"{")
+                else json.loads(body)
+            )
             everything = {entry["path"]: entry for entry in _entries(repo, "", True)}
             return self._json([everything[path] for path in asked["paths"] if path in everything])
         siblings = [{"rfilename": file} for file in repo.files]
-        info = {"_id": "0", "id": name, "sha": COMMIT, "private": False, "gated": repo.gated, "disabled": False}
+        info = {
+            "_id": "0",
+            "id": name,
+            "sha": COMMIT,
+            "private": False,
+            "gated": repo.gated,
+            "disabled": False,
+        }
         self._json(info | {"siblings": siblings, "tags": [], "downloads": 0, "likes": 0})
 
     def _json(self, value: Any) -> None:
@@ -251,7 +314,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 self.wfile.write(body[begin : begin + step])
                 self.hub.closing.wait(1 / 20)
         elif fault.drop_after is not None or fault.stall_after is not None:
-            self.wfile.write(body[: fault.stall_after if fault.drop_after is None else fault.drop_after])
+            self.wfile.write(
+                body[: fault.stall_after if fault.drop_after is None else fault.drop_after]
+            )
             self.wfile.flush()
             if fault.drop_after is None:
                 self.hub.closing.wait()
@@ -276,7 +341,17 @@ def _entries(repo: Repo, folder: str, recursive: bool) -> list[dict]:
         for depth in range(1, len(steps)):
             if recursive or depth == 1:
                 name = prefix + "/".join(steps[:depth])
-                found[name] = {"type": "directory", "path": name, "size": 0, "oid": _digest(name.encode())[:40]}
+                found[name] = {
+                    "type": "directory",
+                    "path": name,
+                    "size": 0,
+                    "oid": _digest(name.encode())[:40],
+                }
         if recursive or len(steps) == 1:
-            found[path] = {"type": "file", "path": path, "size": len(data), "oid": _digest(data)[:40]}
+            found[path] = {
+                "type": "file",
+                "path": path,
+                "size": len(data),
+                "oid": _digest(data)[:40],
+            }
     return list(found.values())

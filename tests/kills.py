@@ -1,12 +1,13 @@
-"""Runs that are killed at random moments, again and again, and still end in the same bits: by hand `python -m tests.kills`.
+"""Runs that are killed at random moments, again and again, and still end in the same bits: by hand
+`python -m tests.kills`.
 
     python -m tests.kills --kills 60                 kill -9, over all presets
     python -m tests.kills --kills 60 --signal HUP    a connection that drops
 
-Moments: while it starts, in the middle of steps, in an evaluation, while samples are drawn, and at the end of the run. What is
-compared with an uninterrupted run: weights, also of the heads, optimizer, progress and place in the data bit for bit; and in the
-log every step, evaluation, sample and change of the mix, with all that is said of it but times, speeds and memory.
-"""
+Moments: while it starts, in the middle of steps, in an evaluation, while samples are drawn, and at
+the end of the run. What is compared with an uninterrupted run: weights, also of the heads,
+optimizer, progress and place in the data bit for bit; and in the log every step, evaluation, sample
+and change of the mix, with all that is said of it but times, speeds and memory."""
 
 import argparse
 import json
@@ -25,18 +26,36 @@ from tests.project import Project, Result, differences, measured, merged, tiny_p
 STEPS = 60
 BASE = tiny_preset(
     tokenizer={"type": "bpe", "vocab_size": 300},
-    train={"max_steps": STEPS, "checkpoint_every_steps": 5, "eval_every_tokens": 1500, "eval_tokens": 600},
+    train={
+        "max_steps": STEPS,
+        "checkpoint_every_steps": 5,
+        "eval_every_tokens": 1500,
+        "eval_tokens": 600,
+    },
     data={
-        "sources": [{"type": "text", "path": "texts"}, {"type": "text", "path": "core/data/**/*.py", "name": "code"}],
+        "sources": [
+            {"type": "text", "path": "texts"},
+            {"type": "text", "path": "core/data/**/*.py", "name": "code"},
+        ],
         "mix_strategy": "weighted",
         "source_weights": [0.6, 0.4],
     },
     generate={"prompts": ["The ", "In year"], "max_tokens": 16, "temperature": 0.8},
 )
 NEOBERT = {"type": "neobert", "head": "distance", "num_layers": 2, "intermediate_size": 64}
-POLYCHROMATIC = {"type": "polychromatic", "num_kv_heads": 1, "head_dim": 16, "intermediate_size": 64}
+POLYCHROMATIC = {
+    "type": "polychromatic",
+    "num_kv_heads": 1,
+    "head_dim": 16,
+    "intermediate_size": 64,
+}
 CURRICULUM = {"candidates": 2, "bucket_weights": [{"from": 1, "to": 0}, 0.5]}
-ON = {"enable_value": True, "enable_dynamics": True, "enable_adaptive_sources": True, "adaptive_interval_tokens": 2000}
+ON = {
+    "enable_value": True,
+    "enable_dynamics": True,
+    "enable_adaptive_sources": True,
+    "adaptive_interval_tokens": 2000,
+}
 PRESETS = {
     "language": merged(BASE, {"model": {"dropout": 0.1}}),
     "masked": merged(
@@ -48,12 +67,20 @@ PRESETS = {
             "train": {"eval_tokens": 150},
         },
     ),
-    "routed": merged(BASE, {"model": POLYCHROMATIC, "train": {"optimizer": "muon", "curriculum": CURRICULUM}}),
+    "routed": merged(
+        BASE, {"model": POLYCHROMATIC, "train": {"optimizer": "muon", "curriculum": CURRICULUM}}
+    ),
     "heads": merged(
-        BASE, {"auxiliary": ON, "train": {"eval_at_start": True, "max_steps": STEPS // 2, "runs": 2}, "data": {"workers": 1}}
+        BASE,
+        {
+            "auxiliary": ON,
+            "train": {"eval_at_start": True, "max_steps": STEPS // 2, "runs": 2},
+            "data": {"workers": 1},
+        },
     ),
 }
-"""With all that has a state: dropout, masks, noise, a trained tokenizer, a mix that follows losses, a curriculum, two runs."""
+"""With all that has a state: dropout, masks, noise, a trained tokenizer, a mix that follows losses,
+a curriculum, two runs."""
 MOMENTS = ("start", "any", "eval", "sample", "end")
 
 
@@ -67,10 +94,14 @@ def finished(project: Project) -> bool:
 def last_event(log: Path) -> dict:
     """The last whole line of a log."""
     lines = log.read_bytes()[-65536:].split(b"\n")[:-1] if log.exists() else []
-    return json.loads(lines[-1]) if lines and lines[-1].startswith(b"{") else {"event": "", "step": 0}
+    return (
+        json.loads(lines[-1]) if lines and lines[-1].startswith(b"{") else {"event": "", "step": 0}
+    )
 
 
-def moment(kind: str, project: Project, evaluated: list[int], chance: random.Random) -> Callable[[], bool]:
+def moment(
+    kind: str, project: Project, evaluated: list[int], chance: random.Random
+) -> Callable[[], bool]:
     """Asked again and again: whether it has come. A run that ends before it has come is not killed.
 
     evaluated   the steps after which there is an evaluation; the last one is the end
@@ -79,9 +110,17 @@ def moment(kind: str, project: Project, evaluated: list[int], chance: random.Ran
     begun, before = time.monotonic(), log.stat().st_mtime_ns if log.exists() else 0
     reached = max(project.steps(), default=0)
     target = {"start": 0, "end": evaluated[-1], "any": reached + chance.randrange(1, 25)}.get(kind)
-    target = min(target if target is not None else min([s for s in evaluated if s >= reached], default=0), evaluated[-1])
-    after = {"start": ("",), "any": ("step",), "sample": ("eval", "sample")}.get(kind, ("step", "checkpoint"))
-    delay, seen = chance.uniform(0.0, {"start": 4.0, "end": 0.5, "eval": 0.2}.get(kind, 0.03)), list[float]()
+    target = min(
+        target if target is not None else min([s for s in evaluated if s >= reached], default=0),
+        evaluated[-1],
+    )
+    after = {"start": ("",), "any": ("step",), "sample": ("eval", "sample")}.get(
+        kind, ("step", "checkpoint")
+    )
+    delay, seen = (
+        chance.uniform(0.0, {"start": 4.0, "end": 0.5, "eval": 0.2}.get(kind, 0.03)),
+        list[float](),
+    )
 
     def ready() -> bool:
         if not seen:
@@ -94,8 +133,11 @@ def moment(kind: str, project: Project, evaluated: list[int], chance: random.Ran
     return ready
 
 
-def survive(project: Project, whole: Project, kills: int, how: signal.Signals, chance: random.Random) -> Counter[str]:
-    """Kill, start again, until the run is over; compare; and begin anew until it was killed so many times. Returns at what."""
+def survive(
+    project: Project, whole: Project, kills: int, how: signal.Signals, chance: random.Random
+) -> Counter[str]:
+    """Kill, start again, until the run is over; compare; and begin anew until it was killed so many
+    times. Returns at what."""
     done, evaluated = Counter[str](), [event["step"] for event in whole.events("eval")]
     while done.total() < kills:
         for part in ("checkpoints", "logs"):
@@ -131,7 +173,9 @@ def uninterrupted(whole: Project) -> Project:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--signal", default="KILL", choices=["KILL", "HUP", "TERM", "INT"])
     parser.add_argument("--seed", type=int, default=0)
@@ -142,7 +186,9 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             whole = uninterrupted(Project.make(Path(folder) / "whole", {"t": PRESETS[name]}))
             project = Project.make(Path(folder) / "killed", {"t": PRESETS[name]})
-            kills = asked.kills * (number + 1) // len(asked.presets) - asked.kills * number // len(asked.presets)
+            kills = asked.kills * (number + 1) // len(asked.presets) - asked.kills * number // len(
+                asked.presets
+            )
             found = survive(project, whole, kills, how, random.Random(f"{asked.seed} {name}"))
         total += found
         print(f"{name}: {found.total()} times {how.name}, the same bits: {dict(found)}", flush=True)

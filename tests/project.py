@@ -1,4 +1,5 @@
-"""A runnable copy of the project in a folder of its own: what end-to-end tests start, stop, kill and look into.
+"""A runnable copy of the project in a folder of its own: what end-to-end tests start, stop, kill
+and look into.
 
 project = Project.make(tmp_path, {"t": tiny_preset(train={"max_steps": 5})})
 result = project.run("t")
@@ -28,18 +29,30 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 
 NO_HUB = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "NO_PROXY": "*"}
-"""An endpoint where nothing listens: what a machine without a network sees, at once and on every machine."""
+"""An endpoint where nothing listens: what a machine without a network sees, at once and on every
+machine."""
 
 OF_THE_MACHINE = {"time", "seconds", "tokens_per_second", "data_seconds", "memory_mb"}
 """What a line of the log says of the machine, and what differs each time."""
 
-TINY_SIZES = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16, "intermediate_size": 64}
+TINY_SIZES = {
+    "hidden_size": 32,
+    "num_layers": 2,
+    "num_heads": 2,
+    "num_kv_heads": 1,
+    "head_dim": 16,
+    "intermediate_size": 64,
+}
 """What makes a model of any kind small, for those of its settings that it has."""
 
 
 def merged(base: dict, changes: dict) -> dict:
     """`changes` over `base`, sections merged key by key."""
-    both = {key: merged(base[key], value) for key, value in changes.items() if isinstance(value, dict) and key in base}
+    both = {
+        key: merged(base[key], value)
+        for key, value in changes.items()
+        if isinstance(value, dict) and key in base
+    }
     return {**base, **changes, **both}
 
 
@@ -48,7 +61,12 @@ def tiny_preset(**changes: Any) -> dict:
     preset = {
         "model": {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "seq_length": 32},
         "tokenizer": {"type": "byte"},
-        "train": {"per_gpu_batch_size": 4, "learning_rate": 0.003, "max_steps": 5, "eval_tokens": 200},
+        "train": {
+            "per_gpu_batch_size": 4,
+            "learning_rate": 0.003,
+            "max_steps": 5,
+            "eval_tokens": 200,
+        },
         "data": {"sources": [{"type": "text", "path": "texts"}], "lanes": 4},
         "generate": {"prompts": ["The "], "max_tokens": 4},
     }
@@ -57,11 +75,25 @@ def tiny_preset(**changes: Any) -> dict:
 
 def story(number: int, sentences: int = 12) -> str:
     """Text that differs from every other story's and is the same on every machine."""
-    words = ["river", "stone", "winter", "garden", "letter", "engine", "window", "market", "silver", "thunder", "captain"]
+    words = [
+        "river",
+        "stone",
+        "winter",
+        "garden",
+        "letter",
+        "engine",
+        "window",
+        "market",
+        "silver",
+        "thunder",
+        "captain",
+    ]
     lines = []
     for i in range(sentences):
         a, b, c = (words[(number * k + i * j) % len(words)] for k, j in ((3, 5), (5, 7), (7, 3)))
-        lines.append(f"In year {number * 31 + i} the {a} of the {b} met a {c}, and nobody wrote it down.")
+        lines.append(
+            f"In year {number * 31 + i} the {a} of the {b} met a {c}, and nobody wrote it down."
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -109,7 +141,9 @@ class Project:
         text = preset if isinstance(preset, str) else json.dumps(preset, indent=2)
         (self.folder / "configs" / f"{stem}.json").write_text(text)
 
-    def start(self, line: str | None, *arguments: str, command: list[str] | None = None, **env: str) -> subprocess.Popen:
+    def start(
+        self, line: str | None, *arguments: str, command: list[str] | None = None, **env: str
+    ) -> subprocess.Popen:
         """Start main.py with one line of standard input; None: with standard input closed."""
         environment = {**os.environ, **NO_HUB, "OMP_NUM_THREADS": "1", **env}
         process = subprocess.Popen(
@@ -124,7 +158,8 @@ class Project:
             preexec_fn=(lambda: os.close(0)) if line is None else None,
         )
         if process.stdin is not None:
-            with contextlib.suppress(BrokenPipeError):  # it may have ended without reading, where it refuses its arguments
+            # it may have ended without reading, where it refuses its arguments
+            with contextlib.suppress(BrokenPipeError):
                 process.stdin.write(f"{line}\n")
                 process.stdin.close()
             process.stdin = None  # communicate() would write to it again
@@ -139,8 +174,11 @@ class Project:
             kill_group(process)
         return Result(process.returncode, out, err)
 
-    def run_until(self, line: str, ready: Callable[[], bool], then: signal.Signals, **how: Any) -> Result:
-        """Run until `ready()` and send a signal to the whole group; or to the end, where that comes first."""
+    def run_until(
+        self, line: str, ready: Callable[[], bool], then: signal.Signals, **how: Any
+    ) -> Result:
+        """Run until `ready()` and send a signal to the whole group; or to the end, where that comes
+        first."""
         process = self.start(line, **how)
         try:
             end = time.monotonic() + 120
@@ -157,7 +195,8 @@ class Project:
         return Result(process.returncode, out, err)
 
     def kill_what_is_left(self) -> None:
-        """End every process that runs in this folder: torchrun starts its ranks in sessions of their own."""
+        """End every process that runs in this folder: torchrun starts its ranks in sessions of
+        their own."""
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
                 with contextlib.suppress(OSError):
@@ -165,7 +204,8 @@ class Project:
                         os.kill(int(entry.name), signal.SIGKILL)
 
     def events(self, kind: str | None = None, lineage: str = "t") -> list[dict]:
-        """The lines of metrics.jsonl; a half-written last one, as a kill leaves it, is passed over."""
+        """The lines of metrics.jsonl; a half-written last one, as a kill leaves it, is passed
+        over."""
         path = self.folder / "logs" / lineage / "metrics.jsonl"
         lines = path.read_text().split("\n")[:-1] if path.exists() else []
         return [event for event in map(json.loads, lines) if kind in (None, event["event"])]
@@ -190,7 +230,8 @@ class Project:
 
 
 def skipped_updates(folders: Iterable[Path]) -> dict[str, int]:
-    """How many updates the runs in these folders skipped because a number was not finite, by the log that tells of it."""
+    """How many updates the runs in these folders skipped because a number was not finite, by the
+    log that tells of it."""
     found = {}
     for log in {log for folder in folders for log in folder.rglob("metrics.jsonl")}:
         told = [int(count) for count in re.findall(rb'"skipped": (\d+)', log.read_bytes())]
@@ -200,12 +241,14 @@ def skipped_updates(folders: Iterable[Path]) -> dict[str, int]:
 
 @functools.cache
 def compile_once() -> None:
-    """Bytecode for all copies: where Python is told to write none, each start would compile the whole program again."""
+    """Bytecode for all copies: where Python is told to write none, each start would compile the
+    whole program again."""
     compileall.compile_dir(ROOT / "core", quiet=1)
 
 
 def train_here(preset: dict, root: Path, stem: str = "t") -> list[dict]:
-    """Run a preset's training in this process, in a folder that gets the stories to read; every event so far.
+    """Run a preset's training in this process, in a folder that gets the stories to read; every
+    event so far.
 
     Without drawing its pictures, which takes longer than the training does; real runs draw them.
     """
@@ -219,7 +262,10 @@ def train_here(preset: dict, root: Path, stem: str = "t") -> list[dict]:
     for number in range(40):
         (root / "texts" / f"story{number:02}.txt").write_text(story(number))
     decoded = decode_preset(preset, Preset, stem, stem)
-    with mock.patch("core.reports.run_card.plot_losses"), mock.patch("core.reports.curves_masked.plot_masked"):
+    with (
+        mock.patch("core.reports.run_card.plot_losses"),
+        mock.patch("core.reports.curves_masked.plot_masked"),
+    ):
         train(decoded, detect_runtime(), Single(), root, 0.0, io.StringIO())
     return Project(root).events(lineage=decoded.lineage)
 
@@ -235,21 +281,35 @@ def kill_group(process: subprocess.Popen) -> None:
 
 
 def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
-    """What is not bit for bit the same in two checkpoints, or in one of them only: weights of the model and of its heads,
-    optimizer, progress, place in the data and mix."""
-    one, other = ({(part, name): each for part in ("model", "heads") for name, each in state[part].items()} for state in (a, b))
+    """What is not bit for bit the same in two checkpoints, or in one of them only: weights of the
+    model and of its heads, optimizer, progress, place in the data and mix."""
+    one, other = (
+        {(part, name): each for part in ("model", "heads") for name, each in state[part].items()}
+        for state in (a, b)
+    )
     for named, state in ((one, a), (other, b)):
-        named.update({("optimizer", name, key): each for name, keys in state["optimizer"].items() for key, each in keys.items()})
+        named.update(
+            {
+                ("optimizer", name, key): each
+                for name, keys in state["optimizer"].items()
+                for key, each in keys.items()
+            }
+        )
     same = {name for name in one.keys() & other.keys() if torch.equal(one[name], other[name])}
     found = [" ".join(name) for name in sorted((one.keys() | other.keys()) - same)]
     return found + [key for key in ("progress", "data", "adaptive") if a[key] != b[key]]
 
 
 def measured(events: Iterable[dict]) -> list[dict]:
-    """The lines of a log that say how training went, in order, with all they say but times, speeds and memory."""
+    """The lines of a log that say how training went, in order, with all they say but times, speeds
+    and memory."""
     kinds = ("step", "eval", "sample", "neighbors", "reweighted")
 
     def kept(value: Any) -> Any:  # a curriculum's seconds stand in a section of their own
-        return {k: kept(v) for k, v in value.items() if k not in OF_THE_MACHINE} if isinstance(value, dict) else value
+        return (
+            {k: kept(v) for k, v in value.items() if k not in OF_THE_MACHINE}
+            if isinstance(value, dict)
+            else value
+        )
 
     return [kept(event) for event in events if event["event"] in kinds]

@@ -1,4 +1,5 @@
-"""The floors of the design: imports go down or stay inside their package, nothing goes in a circle, importing does nothing."""
+"""The floors of the design: imports go down or stay inside their package, nothing goes in a circle,
+importing does nothing."""
 
 import ast
 import json
@@ -66,7 +67,17 @@ FLOORS = {
     "core.errors": 0,
 }
 MAX_LINES = 450
-SLOW_PACKAGES = ["torch", "datasets", "transformers", "tokenizers", "pyarrow", "pymupdf", "matplotlib", "scipy", "wandb"]
+SLOW_PACKAGES = [
+    "torch",
+    "datasets",
+    "transformers",
+    "tokenizers",
+    "pyarrow",
+    "pymupdf",
+    "matplotlib",
+    "scipy",
+    "wandb",
+]
 SLOW_PACKAGES += ["prompt_toolkit"]
 
 
@@ -75,7 +86,9 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-FILES = {module_name(path): path for path in [ROOT / "main.py", *sorted((ROOT / "core").rglob("*.py"))]}
+FILES = {
+    module_name(path): path for path in [ROOT / "main.py", *sorted((ROOT / "core").rglob("*.py"))]
+}
 
 
 def part_of(module: str) -> str:
@@ -84,7 +97,8 @@ def part_of(module: str) -> str:
 
 
 def imports(module: str) -> list[tuple[str, int]]:
-    """(module of ours, line) of every import in a file, those inside functions and under conditions included."""
+    """(module of ours, line) of every import in a file, those inside functions and under conditions
+    included."""
     found = []
     for node in ast.walk(ast.parse(FILES[module].read_text())):
         if isinstance(node, ast.Import):
@@ -92,7 +106,10 @@ def imports(module: str) -> list[tuple[str, int]]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module}:{node.lineno} imports relatively"
             found += [
-                (full if (full := f"{node.module}.{alias.name}") in FILES else str(node.module), node.lineno)
+                (
+                    full if (full := f"{node.module}.{alias.name}") in FILES else str(node.module),
+                    node.lineno,
+                )
                 for alias in node.names
             ]
     return [(name, line) for name, line in found if name in FILES and name != "core"]
@@ -104,15 +121,24 @@ MODULES = [module for module in FILES if module != "core"]
 
 @pytest.mark.parametrize("module", MODULES)
 def test_every_file_has_a_floor_and_imports_only_go_down(module: str) -> None:
-    """Never up; on the same floor only inside the same package, or to and from files that stand in core/ itself."""
-    assert part_of(module) in FLOORS, f"{module} stands on no floor: give it one here and in the design"
+    """Never up; on the same floor only inside the same package, or to and from files that stand in
+    core/ itself."""
+    assert part_of(module) in FLOORS, (
+        f"{module} stands on no floor: give it one here and in the design"
+    )
     own = FLOORS[part_of(module)]
     for target, line in GRAPH[module]:
         floor = FLOORS[part_of(target)]
         assert floor <= own, f"{module}:{line} imports {target}: up from floor {own} to {floor}"
         neighbours = floor == own and part_of(module) != part_of(target)
-        packages = [part_of(name) for name in (module, target) if (ROOT / part_of(name).replace(".", "/")).is_dir()]
-        assert not (neighbours and len(packages) == 2), f"{module}:{line} imports {target}, a neighbour on its own floor"
+        packages = [
+            part_of(name)
+            for name in (module, target)
+            if (ROOT / part_of(name).replace(".", "/")).is_dir()
+        ]
+        assert not (neighbours and len(packages) == 2), (
+            f"{module}:{line} imports {target}, a neighbour on its own floor"
+        )
 
 
 def test_every_floor_is_of_something() -> None:
@@ -126,7 +152,9 @@ def test_imports_go_in_no_circle() -> None:
     done: set[str] = set()
 
     def visit(module: str, path: list[str]) -> None:
-        assert module not in path, "imports in a circle: " + " -> ".join([*path[path.index(module) :], module])
+        assert module not in path, "imports in a circle: " + " -> ".join(
+            [*path[path.index(module) :], module]
+        )
         if module not in done:
             for target, _ in GRAPH[module]:
                 visit(target, [*path, module])
@@ -137,7 +165,8 @@ def test_imports_go_in_no_circle() -> None:
 
 
 def test_the_checks_see_imports_inside_functions() -> None:
-    """main.py imports core.launch only inside main(): the graph must know it, or the checks above check nothing."""
+    """main.py imports core.launch only inside main(): the graph must know it, or the checks above
+    check nothing."""
     assert "core.launch" in [target for target, _ in GRAPH["main"]]
 
 
@@ -157,9 +186,20 @@ def in_fresh_python(code: str, folder: Path) -> dict:
 
 
 def test_what_data_workers_run_needs_no_torch(tmp_path: Path) -> None:
-    """Reading, mixing, tokenizing and packing stay free of torch, and slow libraries wait until they are used."""
-    light = [m for m in MODULES if part_of(m) == "core.data" and m not in ("core.data.loader", "core.data.reader")]
-    light += ["core.preset.decode", "core.preset.settings", "core.schedules", "core.errors", "core.randomness"]
+    """Reading, mixing, tokenizing and packing stay free of torch, and slow libraries wait until
+    they are used."""
+    light = [
+        m
+        for m in MODULES
+        if part_of(m) == "core.data" and m not in ("core.data.loader", "core.data.reader")
+    ]
+    light += [
+        "core.preset.decode",
+        "core.preset.settings",
+        "core.schedules",
+        "core.errors",
+        "core.randomness",
+    ]
     code = f"""
 import importlib, json
 loaded = {{}}
@@ -174,7 +214,8 @@ print(json.dumps({{"loaded": loaded}}))
 
 
 def test_importing_does_nothing(tmp_path: Path) -> None:
-    """No file, no device, no thread, no signal handler, no output; optional packages wait until they are used."""
+    """No file, no device, no thread, no signal handler, no output; optional packages wait until
+    they are used."""
     code = f"""
 import importlib, json, signal, threading
 before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
@@ -189,5 +230,11 @@ print(json.dumps({{
     "slow": [name for name in {SLOW_PACKAGES!r} if name != "torch" and name in sys.modules],
 }}))
 """
-    assert in_fresh_python(code, tmp_path) == {"threads": 1, "device": False, "group": False, "signals": True, "slow": []}
+    assert in_fresh_python(code, tmp_path) == {
+        "threads": 1,
+        "device": False,
+        "group": False,
+        "signals": True,
+        "slow": [],
+    }
     assert list(tmp_path.iterdir()) == []

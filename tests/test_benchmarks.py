@@ -1,4 +1,5 @@
-"""Each benchmark's short form runs, with the program as it is: a number that README tells must be measurable again."""
+"""Each benchmark's short form runs, with the program as it is: a number that README tells must be
+measurable again."""
 
 import os
 import re
@@ -9,7 +10,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-BENCHMARKS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem != "measuring")
+BENCHMARKS = sorted(
+    path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem != "measuring"
+)
 
 
 @pytest.mark.slow
@@ -17,7 +20,10 @@ BENCHMARKS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if 
 def test_the_short_form_runs(name: str, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--short"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TMPDIR": str(tmp_path)}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
-    targets_missed = name == "data" and done.returncode == 1 and "Traceback" not in done.stderr  # small sizes prove nothing
+    done = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
+    )
+    # small sizes prove nothing
+    targets_missed = name == "data" and done.returncode == 1 and "Traceback" not in done.stderr
     assert done.returncode == 0 or targets_missed, done.stdout + done.stderr
     assert re.search(r"\d", done.stdout)

@@ -1,4 +1,5 @@
-"""The screens that README and guide show are those that the program shows: `python docs/captures.py` makes them anew."""
+"""The screens that README and guide show are those that the program shows: `python
+docs/captures.py` makes them anew."""
 
 import io
 import runpy
@@ -20,7 +21,11 @@ from tests.project import ROOT
 
 captures = runpy.run_path(str(ROOT / "docs" / "captures.py"))
 terminal = sys.modules["terminal"]
-SHOWN = {name: lines for path in captures["DOCUMENTS"] for name, lines in captures["blocks"](path.read_text()).items()}
+SHOWN = {
+    name: lines
+    for path in captures["DOCUMENTS"]
+    for name, lines in captures["blocks"](path.read_text()).items()
+}
 MAKE = "run: python docs/captures.py"
 
 
@@ -46,12 +51,15 @@ def test_mistakes_are_told_as_the_guide_shows(tmp_path: Path) -> None:
 
 
 def test_the_comparison_says_what_its_numbers_say(tmp_path: Path) -> None:
-    """The values of the README's table, put into the logs of the preset's trials: the program shows the same verdicts."""
+    """The values of the README's table, put into the logs of the preset's trials: the program shows
+    the same verdicts."""
     preset = read_preset(ROOT / "configs" / "38_cosine_compare_cpu.json", Preset)
     trials = []
     for trial in plan(preset, tmp_path):
         (row,) = [line for line in SHOWN["comparison"] if line.startswith(f"  {trial.variant} ")]
-        value = float(row.removeprefix(f"  {trial.variant} ").split()[preset.seeds.index(trial.seed)])
+        value = float(
+            row.removeprefix(f"  {trial.variant} ").split()[preset.seeds.index(trial.seed)]
+        )
         with MetricsLog(trial.folder / "metrics.jsonl") as log:
             log.emit("eval", step=100, tokens=100, cross_entropy=value)
         trials.append(replace(trial, status="finished"))
@@ -63,7 +71,8 @@ def test_the_comparison_says_what_its_numbers_say(tmp_path: Path) -> None:
         desk.show(trials)
         desk.finish(trials, nothing_was_done=False)
     screen.show(written.getvalue().replace("\n", "\r\n"))
-    shown = [line for line in SHOWN["comparison"] if not line.startswith("warning ")]  # what befell the run that is shown
+    # what befell the run that is shown
+    shown = [line for line in SHOWN["comparison"] if not line.startswith("warning ")]
     assert captures["shape"](screen.lines()) == captures["shape"](shown), MAKE
 
 
@@ -76,4 +85,6 @@ def test_a_screen_is_what_was_written_last() -> None:
     screen.show("\x1b[?1049h\x1b[2J\x1b[Hmenu\x1b[?1049l\x1b[?25h")
     assert screen.lines() == ["TWO", "thrxx", "four"], "a full-screen program leaves what was there"
     screen.show("\x1b[3;1H0123456789ab\x1b]0;title\x07")
-    assert screen.lines() == ["thrxx", "0123456789", "ab"], "a line that is too long goes on in the next"
+    assert screen.lines() == ["thrxx", "0123456789", "ab"], (
+        "a line that is too long goes on in the next"
+    )

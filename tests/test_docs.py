@@ -1,7 +1,8 @@
-"""What the documents promise: commands, links, keys and examples are true, and what is generated is current.
+"""What the documents promise: commands, links, keys and examples are true, and what is generated is
+current.
 
-When a test here says that a file is not current, run `python docs/make_schema.py && python docs/make_pdf.py`.
-"""
+When a test here says that a file is not current, run `python docs/make_schema.py && python
+docs/make_pdf.py`."""
 
 import ast
 import json
@@ -42,9 +43,13 @@ def name_of(path: Path) -> str:
 
 
 def blocks(text: str, language: str) -> list[tuple[str, str]]:
-    """(what stands behind the language, the code) of every fenced block, also of one inside a list."""
+    """(what stands behind the language, the code) of every fenced block, also of one inside a
+    list."""
     found = re.findall(rf"^( *)```{language}\b *(.*)\n((?:.*\n)*?)\1```$", text, re.MULTILINE)
-    return [(info, "".join(line.removeprefix(indent) for line in code.splitlines(True))) for indent, info, code in found]
+    return [
+        (info, "".join(line.removeprefix(indent) for line in code.splitlines(True)))
+        for indent, info, code in found
+    ]
 
 
 def without_code(text: str) -> str:
@@ -57,7 +62,7 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-# commands and links --------------------------------------------------------------------------------------------------
+# commands and links -------------------------------------------------------------------------------
 
 
 def test_the_readme_sets_everything_up_in_two_commands() -> None:
@@ -71,14 +76,20 @@ def test_the_readme_sets_everything_up_in_two_commands() -> None:
     assert "echo 90_quick_test | .venv/bin/python main.py" in commands
     assert "echo 90_quick_test | .venv/bin/python main.py\n" in ci
     told = re.findall(r"\.ci/run.*(?:\n.*)?", README)
-    assert len(told) == 2 and all("poisoned memory" in part and "other processors" in part for part in told), told
+    assert len(told) == 2 and all(
+        "poisoned memory" in part and "other processors" in part for part in told
+    ), told
 
 
-@pytest.mark.parametrize("text, heading", [(README, "Exit code"), (GUIDE, "Code")], ids=["README", "guide"])
+@pytest.mark.parametrize(
+    "text, heading", [(README, "Exit code"), (GUIDE, "Code")], ids=["README", "guide"]
+)
 def test_every_exit_code_has_its_meaning(text: str, heading: str) -> None:
     """Those of the errors, of a good end, and Python's own for a traceback."""
     codes = {
-        error.exit_code for error in vars(errors).values() if isinstance(error, type) and issubclass(error, errors.UserError)
+        error.exit_code
+        for error in vars(errors).values()
+        if isinstance(error, type) and issubclass(error, errors.UserError)
     }
     assert {int(code) for code, _ in table(text, heading, "Meaning")} == codes | {0, 1}
 
@@ -95,17 +106,24 @@ def test_the_ci_script_is_a_script_that_runs_anywhere() -> None:
     assert script.stat().st_mode & 0o111, "chmod +x .ci/run"
     assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
     for file in (script, ROOT / "requirements.txt"):
-        assert not re.search(r"/(work|home|root|opt|Users)/|https?://|--index|--find-links", file.read_text()), file
+        assert not re.search(
+            r"/(work|home|root|opt|Users)/|https?://|--index|--find-links", file.read_text()
+        ), file
 
 
 def test_requirements_are_exact() -> None:
     lines = (ROOT / "requirements.txt").read_text().splitlines()
-    wrong = [line for line in lines if line and not line.startswith("#") and not re.fullmatch(r"[\w-]+==[\d.]+", line)]
+    wrong = [
+        line
+        for line in lines
+        if line and not line.startswith("#") and not re.fullmatch(r"[\w-]+==[\d.]+", line)
+    ]
     assert not wrong
 
 
 def test_requirements_are_complete() -> None:
-    """Every package that is imported is asked for; in pyproject.toml too, apart from what only tests need."""
+    """Every package that is imported is asked for; in pyproject.toml too, apart from what only
+    tests need."""
     imported = set()
     for path in [ROOT / "main.py", *(ROOT / "core").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
@@ -113,7 +131,9 @@ def test_requirements_are_complete() -> None:
                 imported |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
                 imported.add(node.module.split(".")[0])
-    ours = {path.name for path in ROOT.iterdir() if path.is_dir()} | {path.stem for path in ROOT.glob("*.py")}
+    ours = {path.name for path in ROOT.iterdir() if path.is_dir()} | {
+        path.stem for path in ROOT.glob("*.py")
+    }
     needed = imported - set(sys.stdlib_module_names) - ours - {"wandb", "flash_attn"}  # optional
     pinned = {line.split("==")[0] for line in (ROOT / "requirements.txt").read_text().splitlines()}
     assert needed <= pinned, needed - pinned
@@ -140,12 +160,20 @@ def test_the_readme_names_every_file() -> None:
     assert tree is not None
     named = [line.split()[0] for line in tree[1].splitlines()]
     assert not [name for name in named if not (ROOT / name).exists()]
-    parts = [path for path in (ROOT / "core").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()]
-    there = {f"core/{path.name}{'/' if path.is_dir() else ''}" for path in parts if path.name != "__init__.py"}
+    parts = [
+        path
+        for path in (ROOT / "core").iterdir()
+        if path.suffix == ".py" or (path / "__init__.py").exists()
+    ]
+    there = {
+        f"core/{path.name}{'/' if path.is_dir() else ''}"
+        for path in parts
+        if path.name != "__init__.py"
+    }
     assert there <= set(named), f"not in the README's tree: {sorted(there - set(named))}"
 
 
-# keys and examples ---------------------------------------------------------------------------------------------------
+# keys and examples --------------------------------------------------------------------------------
 
 
 def schema_keys() -> set[str]:
@@ -162,13 +190,16 @@ def json_examples() -> list[Any]:
     examples = []
     for path in DOCUMENTS:
         codes = [code for _, code in blocks(path.read_text(), "json")]
-        examples += [pytest.param(code, id=f"{name_of(path)}-{number}") for number, code in enumerate(codes)]
+        examples += [
+            pytest.param(code, id=f"{name_of(path)}-{number}") for number, code in enumerate(codes)
+        ]
     return examples
 
 
 @pytest.mark.parametrize("code", json_examples())
 def test_examples_are_presets(code: str, tmp_path: Path) -> None:
-    """Every JSON block is a preset that decodes, apart from kinds that its playbook adds; those are run below."""
+    """Every JSON block is a preset that decodes, apart from kinds that its playbook adds; those are
+    run below."""
     example = json.loads(code)
     if {"ngram", "focal", "docstrings"} & set(re.findall(r'"type": "(\w+)"', code)):
         return
@@ -180,20 +211,51 @@ def test_examples_are_presets(code: str, tmp_path: Path) -> None:
 
 
 def test_the_schema_accepts_the_examples_of_specification_003() -> None:
-    """Both of them, word for word: the preset, and the auxiliary section in it. tests/preset/test_decode.py decodes them."""
+    """Both of them, word for word: the preset, and the auxiliary section in it.
+    tests/preset/test_decode.py decodes them."""
     preset = json.loads(QA_PLUS_WIKI_003)
     assert not problems(preset, SCHEMA)
     assert not problems(preset | json.loads(f"{{{AUXILIARY_003}}}"), SCHEMA)
 
 
-# the schema ----------------------------------------------------------------------------------------------------------
+# the schema ---------------------------------------------------------------------------------------
 
 
 def problems(value: Any, schema: Any, where: str = "$") -> list[str]:
-    """What a JSON Schema validator would say: the words of draft 2020-12 that our schema uses, and no others."""
-    known = {"$schema", "$defs", "title", "description", "default", "type", "const", "enum", "properties", "required", "items"}
-    known |= {"additionalProperties", "anyOf", "$ref", "if", "then", "not", "pattern", "prefixItems"}
-    known |= {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "minItems", "maxItems", "minLength"}
+    """What a JSON Schema validator would say: the words of draft 2020-12 that our schema uses, and
+    no others."""
+    known = {
+        "$schema",
+        "$defs",
+        "title",
+        "description",
+        "default",
+        "type",
+        "const",
+        "enum",
+        "properties",
+        "required",
+        "items",
+    }
+    known |= {
+        "additionalProperties",
+        "anyOf",
+        "$ref",
+        "if",
+        "then",
+        "not",
+        "pattern",
+        "prefixItems",
+    }
+    known |= {
+        "minimum",
+        "maximum",
+        "exclusiveMinimum",
+        "exclusiveMaximum",
+        "minItems",
+        "maxItems",
+        "minLength",
+    }
     assert set(schema) <= known, set(schema) - known
     if "$ref" in schema:
         return problems(value, SCHEMA["$defs"][schema["$ref"].rsplit("/", 1)[1]], where)
@@ -213,7 +275,9 @@ def problems(value: Any, schema: Any, where: str = "$") -> list[str]:
     if "anyOf" in schema and all(problems(value, option, where) for option in schema["anyOf"]):
         found.append(f"{where} fits none of the kinds")
     found += [f"{where} is not {schema['const']}"] if schema.get("const", value) != value else []
-    found += [f"{where} is none of {schema['enum']}"] if value not in schema.get("enum", [value]) else []
+    found += (
+        [f"{where} is none of {schema['enum']}"] if value not in schema.get("enum", [value]) else []
+    )
     if is_number:
         low, high = schema.get("minimum", value), schema.get("maximum", value)
         within = low <= value <= high
@@ -221,19 +285,32 @@ def problems(value: Any, schema: Any, where: str = "$") -> list[str]:
         within &= "exclusiveMaximum" not in schema or value < schema["exclusiveMaximum"]
         found += [] if within else [f"{where} is out of range"]
     if isinstance(value, str):
-        fits = len(value) >= schema.get("minLength", 0) and re.search(schema.get("pattern", ""), value)
+        fits = len(value) >= schema.get("minLength", 0) and re.search(
+            schema.get("pattern", ""), value
+        )
         found += [] if fits else [f"{where} does not fit"]
     if isinstance(value, list):
         fits = schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", len(value))
         found += [] if fits else [f"{where} has {len(value)} items"]
         items = [*schema.get("prefixItems", []), *[schema.get("items", {})] * len(value)]
-        found += [p for i, (item, each) in enumerate(zip(value, items)) for p in problems(item, each, f"{where}[{i}]")]
+        found += [
+            p
+            for i, (item, each) in enumerate(zip(value, items))
+            for p in problems(item, each, f"{where}[{i}]")
+        ]
     if isinstance(value, dict):
-        found += [f"{where}.{key} is missing" for key in schema.get("required", []) if key not in value]
+        found += [
+            f"{where}.{key} is missing" for key in schema.get("required", []) if key not in value
+        ]
         own = schema.get("properties", {})
         closed = schema.get("additionalProperties", True) is False
         found += [f"{where}.{key} is unknown" for key in value if closed and key not in own]
-        found += [p for key in value if key in own for p in problems(value[key], own[key], f"{where}.{key}")]
+        found += [
+            p
+            for key in value
+            if key in own
+            for p in problems(value[key], own[key], f"{where}.{key}")
+        ]
     if "not" in schema and not problems(value, schema["not"], where):
         found.append(f"{where} is what it must not be")
     if "if" in schema and not problems(value, schema["if"], where):
@@ -242,18 +319,24 @@ def problems(value: Any, schema: Any, where: str = "$") -> list[str]:
 
 
 def test_the_schema_is_current() -> None:
-    assert (ROOT / "configs" / "preset.schema.json").read_text() == make_schema["schema_text"](), MAKE
+    assert (ROOT / "configs" / "preset.schema.json").read_text() == make_schema["schema_text"](), (
+        MAKE
+    )
 
 
 def test_the_reference_is_current() -> None:
     assert make_schema["guide_text"](GUIDE) == GUIDE, MAKE
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("[!p]*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs").glob("[!p]*.json")), ids=lambda path: path.stem
+)
 def test_the_schema_accepts_every_preset(path: Path) -> None:
     preset = json.loads(path.read_text())
     assert not problems(preset, SCHEMA)
-    assert preset.get("$schema") == "./preset.schema.json", "an editor finds the schema by this line"
+    assert preset.get("$schema") == "./preset.schema.json", (
+        "an editor finds the schema by this line"
+    )
 
 
 MINIMAL: dict[str, Any] = {"data": {"sources": ["python_stdlib"]}}
@@ -263,8 +346,18 @@ MINIMAL: dict[str, Any] = {"data": {"sources": ["python_stdlib"]}}
     "preset",
     [
         MINIMAL,
-        MINIMAL | {"$schema": "./preset.schema.json", "tokenizer": "gpt2", "train": {"learning_rate": 1, "betas": [0.9, 0.99]}},
-        MINIMAL | {"losses": [{"type": "cross_entropy", "weight": [{"from": 1, "to": 0, "shape": "cosine"}]}]},
+        MINIMAL
+        | {
+            "$schema": "./preset.schema.json",
+            "tokenizer": "gpt2",
+            "train": {"learning_rate": 1, "betas": [0.9, 0.99]},
+        },
+        MINIMAL
+        | {
+            "losses": [
+                {"type": "cross_entropy", "weight": [{"from": 1, "to": 0, "shape": "cosine"}]}
+            ]
+        },
         {"extends": "00_best_general", "model": {"hidden_size": 128}},
         {"extends": "00_best_general", "data": {"packing": "padding"}},
     ],
@@ -294,7 +387,7 @@ def test_the_schema_refuses_what_the_program_refuses(preset: dict) -> None:
     assert problems(preset, SCHEMA)
 
 
-# the PDF -------------------------------------------------------------------------------------------------------------
+# the PDF ------------------------------------------------------------------------------------------
 
 
 def test_the_pdf_is_the_guide() -> None:
@@ -311,10 +404,12 @@ def test_nothing_sticks_out_of_a_page() -> None:
         assert document.page_count > 5 and len(document.get_toc()) > 10
         for page in document:
             right = max(word[2] for word in page.get_text("words"))
-            assert right < page.rect.width - make_pdf["MARGIN"] + 5, f"page {page.number + 1}: a line of code is too long"
+            assert right < page.rect.width - make_pdf["MARGIN"] + 5, (
+                f"page {page.number + 1}: a line of code is too long"
+            )
 
 
-# the playbooks -------------------------------------------------------------------------------------------------------
+# the playbooks ------------------------------------------------------------------------------------
 
 
 def follow(playbook: Path, project: Project) -> list[Path]:
@@ -328,15 +423,22 @@ def follow(playbook: Path, project: Project) -> list[Path]:
                 path.write_text(code)
                 made.append(path)
     for info, code in blocks(text, "diff"):
-        add_to_table(project.folder / info.removeprefix("file="), [line[1:] for line in code.splitlines()])
+        add_to_table(
+            project.folder / info.removeprefix("file="), [line[1:] for line in code.splitlines()]
+        )
     return made
 
 
 def add_to_table(path: Path, lines: list[str]) -> None:
-    """An import at the top, and an entry at the end of the one table that stands in capitals in the file's first dict."""
+    """An import at the top, and an entry at the end of the one table that stands in capitals in the
+    file's first dict."""
     imported, entry = lines
     source = path.read_text()
-    table = next(node for node in ast.parse(source).body if isinstance(getattr(node, "value", None), ast.Dict)).value  # type: ignore[attr-defined]
+    table = next(
+        node
+        for node in ast.parse(source).body
+        if isinstance(getattr(node, "value", None), ast.Dict)
+    ).value  # type: ignore[attr-defined]
     rows = source.splitlines(True)
     end = sum(len(row) for row in rows[: table.end_lineno - 1]) + table.end_col_offset - 1
     before = source[:end].rstrip().removesuffix(",")
@@ -346,7 +448,8 @@ def add_to_table(path: Path, lines: list[str]) -> None:
 
 @pytest.mark.slow
 def test_playbooks_work(make_project: Callable[..., Project]) -> None:
-    """The files, the lines and the presets of the playbooks, in one project: two steps of each, and its own tests."""
+    """The files, the lines and the presets of the playbooks, in one project: two steps of each, and
+    its own tests."""
     project = make_project({"90_quick_test": (ROOT / "configs" / "90_quick_test.json").read_text()})
     kinds, own = [], []
     for made in [follow(playbook, project) for playbook in PLAYBOOKS]:
@@ -355,17 +458,42 @@ def test_playbooks_work(make_project: Callable[..., Project]) -> None:
         assert result.code == 0, result.text
         assert project.steps(preset.stem) == [1, 2]
         kinds.append(made[0].stem)  # the file of the model, loss or source
-        settled = json.dumps(json.loads((project.folder / "logs" / preset.stem / "preset.json").read_text()))
+        settled = json.dumps(
+            json.loads((project.folder / "logs" / preset.stem / "preset.json").read_text())
+        )
         assert f'"type": "{kinds[-1]}"' in settled
-        table = {"models": "tests/models/test_models.py", "losses": "tests/losses/test_losses.py"}.get(made[0].parent.name, "")
+        table = {
+            "models": "tests/models/test_models.py",
+            "losses": "tests/losses/test_losses.py",
+        }.get(made[0].parent.name, "")
         own += [str(path) for path in made if path.name.startswith("test_")] or [table]
-    for name in ("conftest.py", "project.py", "hub.py", "__init__.py", "models", "losses", "golden"):
+    for name in (
+        "conftest.py",
+        "project.py",
+        "hub.py",
+        "__init__.py",
+        "models",
+        "losses",
+        "golden",
+    ):
         source, target = ROOT / "tests" / name, project.folder / "tests" / name
         target.parent.mkdir(exist_ok=True)
         if not target.exists():
             target.symlink_to(source)
-    pytest_run = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *own, "-k", " or ".join(kinds)]
-    checked = subprocess.run(pytest_run, cwd=project.folder, capture_output=True, text=True, timeout=300)
+    pytest_run = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-v",
+        "-p",
+        "no:cacheprovider",
+        *own,
+        "-k",
+        " or ".join(kinds),
+    ]
+    checked = subprocess.run(
+        pytest_run, cwd=project.folder, capture_output=True, text=True, timeout=300
+    )
     assert checked.returncode == 0, checked.stdout + checked.stderr
     for kind in kinds:
         assert re.search(rf"{kind}.* PASSED", checked.stdout), checked.stdout
@@ -373,33 +501,69 @@ def test_playbooks_work(make_project: Callable[..., Project]) -> None:
 
 @pytest.mark.slow
 def test_the_quick_test_and_the_code_of_the_guide(tmp_path: Path) -> None:
-    """The README's command runs without a network, on a terminal shows what README shows, and leaves the files that the documents
-    name; the guide's conversation, its Python and its shell commands work with the model."""
+    """The README's command runs without a network, on a terminal shows what README shows, and
+    leaves the files that the documents name; the guide's conversation, its Python and its shell
+    commands work with the model."""
     project = Project(captures["copy_of_the_project"](tmp_path / "project"))
-    shown = {name: lines for text in (README, GUIDE) for name, lines in captures["blocks"](text).items()}
+    shown = {
+        name: lines for text in (README, GUIDE) for name, lines in captures["blocks"](text).items()
+    }
     for name in ("quick_test", "conversation"):
-        assert captures["shape"](captures[name](project.folder)) == captures["shape"](shown[name]), "run: python docs/captures.py"
+        assert captures["shape"](captures[name](project.folder)) == captures["shape"](
+            shown[name]
+        ), "run: python docs/captures.py"
     assert project.steps("90_quick_test") == list(range(1, 21))
     assert set(project.events("step", "90_quick_test")[-1]["sources"]) == {"python_stdlib", "pdf"}
     (code,) = [code for info, code in blocks(GUIDE, "python") if info == "run=after-quick-test"]
-    printed = subprocess.run([sys.executable, "-c", code], cwd=project.folder, capture_output=True, text=True, timeout=120)
+    printed = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=project.folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert printed.returncode == 0 and printed.stdout.strip(), printed.stderr
-    (paragraph,) = [part for part in GUIDE.split("\n\n") if part.startswith("A checkpoint is a dict")]
-    assert [key for key in project.checkpoint(lineage="90_quick_test") if f"`{key}`" not in paragraph] == []
+    (paragraph,) = [
+        part for part in GUIDE.split("\n\n") if part.startswith("A checkpoint is a dict")
+    ]
+    assert [
+        key for key in project.checkpoint(lineage="90_quick_test") if f"`{key}`" not in paragraph
+    ] == []
     logs = project.folder / "logs"
-    left = {path.relative_to(project.folder).as_posix() for path in [*logs.glob("*/*"), *project.folder.glob("checkpoints/*")]}
-    for text, first_words in ((README, "checkpoints/"), (GUIDE, "checkpoints/<lineage>_current.pth, ")):
+    left = {
+        path.relative_to(project.folder).as_posix()
+        for path in [*logs.glob("*/*"), *project.folder.glob("checkpoints/*")]
+    }
+    for text, first_words in (
+        (README, "checkpoints/"),
+        (GUIDE, "checkpoints/<lineage>_current.pth, "),
+    ):
         named = files_named(block_of(text, first_words), lineage="90_quick_test")
         assert left <= set(named), "a file of a run is not named"
-        later = {"prev.pth", "prev2.pth", "masked.png", "wandb", "tokens", "pdf"}  # other presets', or a second start's
-        assert all((project.folder / name).exists() or re.split(r"[/_]", name)[-1] in later for name in named), named
+        # other presets', or a second start's
+        later = {"prev.pth", "prev2.pth", "masked.png", "wandb", "tokens", "pdf"}
+        assert all(
+            (project.folder / name).exists() or re.split(r"[/_]", name)[-1] in later
+            for name in named
+        ), named
     for lineage in ("my_mix", "first", "second"):
         (logs / lineage).symlink_to(logs / "90_quick_test")
     (project.folder / ".venv").symlink_to(sys.prefix)
     for command in RUN:
-        done = subprocess.run(command, shell=True, cwd=project.folder, env=os.environ | NO_HUB, capture_output=True, text=True)
-        assert done.stdout.strip() and "rror" not in done.stdout + done.stderr.replace("No such file", ""), (command, done)
+        done = subprocess.run(
+            command,
+            shell=True,
+            cwd=project.folder,
+            env=os.environ | NO_HUB,
+            capture_output=True,
+            text=True,
+        )
+        assert done.stdout.strip() and "rror" not in done.stdout + done.stderr.replace(
+            "No such file", ""
+        ), (command, done)
     fields = {event["event"]: set(event) for event in project.events(lineage="90_quick_test")}
     for name, keys in fields.items():
         (row,) = [line for line in GUIDE.splitlines() if line.startswith(f"| `{name}` |")]
-        assert not [key for key in keys - {"event", "step", "tokens", "time"} if f"`{key}`" not in row], f"{name}: {row}"
+        assert not [
+            key for key in keys - {"event", "step", "tokens", "time"} if f"`{key}`" not in row
+        ], f"{name}: {row}"

@@ -1,4 +1,5 @@
-"""What README and guide list is what the program has, neither less nor more; every block they show is held true by something."""
+"""What README and guide list is what the program has, neither less nor more; every block they show
+is held true by something."""
 
 import json
 import os
@@ -38,15 +39,19 @@ def first_column(*head: str) -> list[str]:
     return [name for row in table(GUIDE, *head) for name in named(row[0])]
 
 
-# tables --------------------------------------------------------------------------------------------------------------
+# tables -------------------------------------------------------------------------------------------
 
 
 def test_models_losses_heads_sources_and_jobs() -> None:
     assert first_column("`model.type`") == list(MODELS)
     assert set(first_column("`type`", "Per position")) == set(LOSSES)
-    assert {*first_column("Name in `losses`"), "memory"} == set(HEADS) and "One more head, `memory`" in GUIDE
+    assert {*first_column("Name in `losses`"), "memory"} == set(
+        HEADS
+    ) and "One more head, `memory`" in GUIDE
     assert set(first_column("`type`", "Reads")) == set(SOURCES)
-    assert set(first_column("`packing`")) == set(SCHEMA["$defs"]["DataSettings"]["properties"]["packing"]["enum"])
+    assert set(first_column("`packing`")) == set(
+        SCHEMA["$defs"]["DataSettings"]["properties"]["packing"]["enum"]
+    )
     (listed,) = re.findall(r"^- \*\*Jobs\*\*: (.*)\. There is no export", GUIDE, re.MULTILINE)
     assert set(named(listed)) == set(JOBS)
 
@@ -55,17 +60,33 @@ def test_the_keys_in_the_tables_of_losses_and_heads_are_theirs() -> None:
     rows = table(GUIDE, "`type`", "Per position")
     for row in rows:
         (kind,) = named(row[0])
-        assert set(named(row[2])) == set(LOSSES[kind][0].model_fields) - {"type", "name", "weight"}, kind
+        assert set(named(row[2])) == set(LOSSES[kind][0].model_fields) - {
+            "type",
+            "name",
+            "weight",
+        }, kind
     (sharpness,) = [row[1] for row in rows if row[0] == "`sharpness`"]
-    assert set(named(sharpness)) - {"top_k"} == set(get_args(SharpnessSettings.model_fields["penalty"].annotation))
+    assert set(named(sharpness)) - {"top_k"} == set(
+        get_args(SharpnessSettings.model_fields["penalty"].annotation)
+    )
 
 
 def test_the_kinds_of_files_are_those_that_are_read() -> None:
     """In the guide's table of sources, and in the meaning of the keys that name files."""
     rows = {named(row[0])[0]: row for row in table(GUIDE, "`type`", "Reads")}
-    compressed = {kind: {*source.readable, *COMPRESSIONS} for kind, source in (("text", TextSource), ("chat", ChatFiles))}
-    suffixes = {kind: {name for name in named(rows[kind][1]) if name.startswith(".")} for kind in ("text", "chat", "hf")}
-    assert suffixes["text"] == compressed["text"] and set(ChatFiles.readable) == set(TABLES) and not suffixes["chat"]
+    compressed = {
+        kind: {*source.readable, *COMPRESSIONS}
+        for kind, source in (("text", TextSource), ("chat", ChatFiles))
+    }
+    suffixes = {
+        kind: {name for name in named(rows[kind][1]) if name.startswith(".")}
+        for kind in ("text", "chat", "hf")
+    }
+    assert (
+        suffixes["text"] == compressed["text"]
+        and set(ChatFiles.readable) == set(TABLES)
+        and not suffixes["chat"]
+    )
     assert suffixes["hf"] == set(LOCAL_BUILDERS) - set(TABLES)
     assert all("tables, as `text` reads them" in rows[kind][1] for kind in ("chat", "hf"))
     for kind, suffixes in compressed.items():
@@ -78,22 +99,35 @@ def test_named_sources() -> None:
     rows = {named(row[0])[0]: named(row[1]) for row in table(GUIDE, "Name", "What it is")}
     assert set(rows) == set(NAMED_SOURCES)
     for name, section in NAMED_SOURCES.items():
-        said = {section[key].removeprefix("./") for key in ("dataset", "config", "local") if key in section}
-        missing = said - set(rows[name]) - ({"document"} if name == "arxiv" else set())  # "the articles"
+        said = {
+            section[key].removeprefix("./")
+            for key in ("dataset", "config", "local")
+            if key in section
+        }
+        # "the articles"
+        missing = said - set(rows[name]) - ({"document"} if name == "arxiv" else set())
         assert not missing, f"{name}: {missing} not in the guide"
 
 
 def test_every_preset_is_in_the_guide_and_every_preset_it_names_is_there() -> None:
     listed = [named(row[0])[0] for row in table(GUIDE, "Preset", "Name in the menu")]
     assert listed == sorted(PRESETS), "run: python docs/make_schema.py"
-    texts = [README, GUIDE, *(path.read_text() for path in (ROOT / "docs" / "playbooks").glob("*.md"))]
+    texts = [
+        README,
+        GUIDE,
+        *(path.read_text() for path in (ROOT / "docs" / "playbooks").glob("*.md")),
+    ]
     for name in re.findall(r"\b(\d\d_[a-z0-9_]+)\b", "\n".join(texts)):
         assert name.removesuffix("_current") in PRESETS, f"no preset is called {name}"
 
 
 def test_exit_codes() -> None:
     """Every error's code, 0, and no other, in both documents."""
-    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.UserError)]
+    kinds = [
+        kind
+        for kind in vars(errors).values()
+        if isinstance(kind, type) and issubclass(kind, errors.UserError)
+    ]
     codes = {"0", "1", *(str(kind.exit_code) for kind in kinds)}
     assert {row[0] for row in table(README, "Exit code", "Meaning")} == codes
     assert {row[0] for row in table(GUIDE, "Code", "Meaning")} == codes
@@ -106,10 +140,23 @@ def test_events_and_why_a_run_ends() -> None:
     rows = {named(row[0])[0]: row[1] for row in table(GUIDE, "Event", "Fields")}
     assert emitted <= set(rows) and all(f'"{event}"' in everything for event in rows)
     for event, fields in rows.items():
-        assert [name for name in named(fields) if name.isidentifier() and not re.search(rf"\b{name}\b", everything)] == [], event
-    loop = "".join(text for path, text in sources.items() if path.name in ("trainer.py", "horizon.py", "train.py"))
-    reasons = {"budget", *re.findall(r'reason = "(\w+)"|reason="(\w+)"|return "(max_\w+|budget)"', loop)}
-    found = {word for each in reasons for word in ([each] if isinstance(each, str) else each) if word}
+        assert [
+            name
+            for name in named(fields)
+            if name.isidentifier() and not re.search(rf"\b{name}\b", everything)
+        ] == [], event
+    loop = "".join(
+        text
+        for path, text in sources.items()
+        if path.name in ("trainer.py", "horizon.py", "train.py")
+    )
+    reasons = {
+        "budget",
+        *re.findall(r'reason = "(\w+)"|reason="(\w+)"|return "(max_\w+|budget)"', loop),
+    }
+    found = {
+        word for each in reasons for word in ([each] if isinstance(each, str) else each) if word
+    }
     assert found <= set(named(rows["run_end"])), "the guide does not say why a run ends"
 
 
@@ -120,7 +167,7 @@ def test_commands_of_a_conversation() -> None:
     assert commands == {*KNOBS, *OTHERS, PLANNER.field, DRAFT.field}
 
 
-# blocks --------------------------------------------------------------------------------------------------------------
+# blocks -------------------------------------------------------------------------------------------
 
 ILLUSTRATIONS = {  # first words -> what they are; everything else is made, run or checked
     "document   [ A1": "a drawing of the memory head's rows",
@@ -154,10 +201,21 @@ def what_holds(block: Block) -> str:
         return "tests/test_docs.py::test_examples_are_presets"
     if block.info == "run=after-quick-test" or (block.language == "bash" and block.code in RUN):
         return "tests/test_docs.py::test_the_quick_test_and_the_code_of_the_guide"
-    return next((what for words, what in {**CHECKED, **ILLUSTRATIONS}.items() if block.code.startswith(words)), "")
+    return next(
+        (
+            what
+            for words, what in {**CHECKED, **ILLUSTRATIONS}.items()
+            if block.code.startswith(words)
+        ),
+        "",
+    )
 
 
-RUN = [block.code for block in fenced(GUIDE) if block.language == "bash" and not block.code.startswith((*CHECKED,))]
+RUN = [
+    block.code
+    for block in fenced(GUIDE)
+    if block.language == "bash" and not block.code.startswith((*CHECKED,))
+]
 """Shell commands of the guide, in its order, which are run after the quick test."""
 
 
@@ -182,12 +240,17 @@ def test_chats_become_what_the_guide_shows() -> None:
     """Both forms of a row, the text they become, and what of it is learned."""
     rows = [json.loads(line) for line in block_of(GUIDE, '{"messages": [').splitlines()]
     documents = [conversation(next(iter(row.values())), "key") for row in rows]
-    assert documents[0] is not None and all(d is not None and d.messages == documents[0].messages for d in documents)
+    assert documents[0] is not None and all(
+        d is not None and d.messages == documents[0].messages for d in documents
+    )
     *shown, marks = block_of(GUIDE, "<|im_start|>user").splitlines()
     assert render_chat(documents[0].messages).splitlines() == shown
     tokenizer = build_tokenizer(TokenizerSettings(type="byte"), [])
     ((ids, learned, _),) = encode_chat(tokenizer, [documents[0].messages])
-    assert tokenizer.decode(ids[learned].tolist()) == f"{shown[-1]}\n" and marks == f"{'~' * len(shown[-1])} learned"
+    assert (
+        tokenizer.decode(ids[learned].tolist()) == f"{shown[-1]}\n"
+        and marks == f"{'~' * len(shown[-1])} learned"
+    )
 
 
 def test_small_files_in_the_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

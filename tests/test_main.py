@@ -1,4 +1,5 @@
-"""From the outside: `python main.py` in a copy of the project, one line of standard input, files and exit codes."""
+"""From the outside: `python main.py` in a copy of the project, one line of standard input, files
+and exit codes."""
 
 import json
 import os
@@ -19,20 +20,30 @@ from tests.kills import uninterrupted as uninterrupted_run
 from tests.project import NO_HUB, Project, Result, differences, measured, merged, tiny_preset
 
 KILLS = 5
-"""kill -9 so many times in test_killed_at_any_moment; `python -m tests.kills` does it over four presets, as often as asked."""
+"""kill -9 so many times in test_killed_at_any_moment; `python -m tests.kills` does it over four
+presets, as often as asked."""
 
 STEPS = 160
 LONG = tiny_preset(
     model={"dropout": 0.1},
     tokenizer={"type": "bpe", "vocab_size": 300},
-    train={"max_steps": STEPS, "checkpoint_every_steps": 7, "eval_every_tokens": 16_000, "accumulation_steps": 2},
+    train={
+        "max_steps": STEPS,
+        "checkpoint_every_steps": 7,
+        "eval_every_tokens": 16_000,
+        "accumulation_steps": 2,
+    },
     data={
-        "sources": [{"type": "text", "path": "texts"}, {"type": "text", "path": "core/data/**/*.py", "name": "code"}],
+        "sources": [
+            {"type": "text", "path": "texts"},
+            {"type": "text", "path": "core/data/**/*.py", "name": "code"},
+        ],
         "mix_strategy": "weighted",
         "source_weights": [0.6, 0.4],
     },
 )
-"""Some seconds of training with everything that has a state: dropout, a trained tokenizer, a weighted mix, evaluations."""
+"""Some seconds of training with everything that has a state: dropout, a trained tokenizer, a
+weighted mix, evaluations."""
 
 
 def assert_ended(result: Result, code: int) -> None:
@@ -48,14 +59,23 @@ def assert_refused(result: Result, *told: str) -> None:
         assert part in result.err, result.err
 
 
-# a run and what it leaves --------------------------------------------------------------------------------------------
+# a run and what it leaves -------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """A run that nobody asked for by name, with broken presets beside it. Not to be changed; `copy_of` it is."""
-    presets = {"00_best_general": tiny_preset(name="Tiny one", lineage="lm", train={"checkpoint_every_steps": 2})}
-    presets |= {"10_other": tiny_preset(), "bad_key": tiny_preset(model={"num_layer": 2}), "bad_json": "{"}
+    """A run that nobody asked for by name, with broken presets beside it. Not to be changed;
+    `copy_of` it is."""
+    presets = {
+        "00_best_general": tiny_preset(
+            name="Tiny one", lineage="lm", train={"checkpoint_every_steps": 2}
+        )
+    }
+    presets |= {
+        "10_other": tiny_preset(),
+        "bad_key": tiny_preset(model={"num_layer": 2}),
+        "bad_json": "{",
+    }
     project = Project.make(tmp_path_factory.mktemp("finished") / "project", presets)
     assert_ended(project.run(None), 0)
     return project
@@ -68,7 +88,10 @@ def copy_of(project: Project, folder: Path) -> Project:
 @pytest.mark.slow
 def test_closed_standard_input_takes_the_default(finished: Project) -> None:
     """A cluster job or a service: no terminal, no line, not even an open descriptor."""
-    assert finished.steps("lm") == [1, 2, 3, 4, 5] and not (finished.folder / "logs" / "10_other").exists()
+    assert (
+        finished.steps("lm") == [1, 2, 3, 4, 5]
+        and not (finished.folder / "logs" / "10_other").exists()
+    )
 
 
 @pytest.mark.slow
@@ -76,13 +99,26 @@ def test_a_run_leaves_what_the_interface_says(finished: Project) -> None:
     """Files, event fields, checkpoint."""
     project = finished
     logs = project.folder / "logs" / "lm"
-    assert {path.name for path in logs.iterdir()} == {"metrics.jsonl", "preset.json", "run.json", "loss.png"}
+    assert {path.name for path in logs.iterdir()} == {
+        "metrics.jsonl",
+        "preset.json",
+        "run.json",
+        "loss.png",
+    }
     assert (logs / "loss.png").read_bytes().startswith(b"\x89PNG")
     saved = {path.name for path in (project.folder / "checkpoints").iterdir()}
     assert saved == {"lm_current.pth", "lm_prev.pth", "lm_prev2.pth", "simple_lm_trained.pth"}
     fields = {
         "run_start": {"preset", "lineage", "run", "resumed_from", "parameters", "world_size"},
-        "step": {"loss", "losses", "learning_rate", "grad_norm", "tokens_per_second", "sources", "skipped"},
+        "step": {
+            "loss",
+            "losses",
+            "learning_rate",
+            "grad_norm",
+            "tokens_per_second",
+            "sources",
+            "skipped",
+        },
         "eval": {"cross_entropy", "perplexity", "bits_per_byte", "token_accuracy", "losses"},
         "sample": {"prompt", "text"},
         "checkpoint": {"path", "seconds"},
@@ -92,13 +128,26 @@ def test_a_run_leaves_what_the_interface_says(finished: Project) -> None:
     assert {event["event"] for event in found} >= set(fields)
     for event in found:
         assert {"event", "step", "tokens", "time"} | fields.get(event["event"], set()) <= set(event)
-    assert [event["path"] for event in found if event["event"] == "checkpoint"] == ["checkpoints/lm_current.pth"] * 3
+    assert [event["path"] for event in found if event["event"] == "checkpoint"] == [
+        "checkpoints/lm_current.pth"
+    ] * 3
     step = project.events("step", "lm")[-1]
     account = {"loss", "weight", "tokens", "documents", "epochs"}
     assert set(step["sources"]) == {"texts"} and set(step["sources"]["texts"]) == account
     assert step["tokens"] == 5 * 4 * 32 and found[-1]["reason"] == "max_steps"
-    card, preset = json.loads((logs / "run.json").read_text()), json.loads((logs / "preset.json").read_text())
-    assert {"parameters", "tokens_per_step", "device", "versions", "sources", "git_commit", "seconds_to_first_step"} <= set(card)
+    card, preset = (
+        json.loads((logs / "run.json").read_text()),
+        json.loads((logs / "preset.json").read_text()),
+    )
+    assert {
+        "parameters",
+        "tokens_per_step",
+        "device",
+        "versions",
+        "sources",
+        "git_commit",
+        "seconds_to_first_step",
+    } <= set(card)
     assert preset["model"]["hidden_size"] == 32 and preset["train"]["seed"] == 42
     first = project.checkpoint(lineage="lm")
     assert first["progress"]["step"] == 5 and first["progress"]["tokens"] == step["tokens"]
@@ -108,20 +157,27 @@ def test_a_run_leaves_what_the_interface_says(finished: Project) -> None:
 def test_no_room_for_a_checkpoint_is_told_before_the_first_step_and_the_next_start_goes_on(
     finished: Project, tmp_path: Path
 ) -> None:
-    """Exit code 2 before anything is trained, the older checkpoint untouched. Then a second start is the next run of the same
-    lineage; the log never repeats a step."""
+    """Exit code 2 before anything is trained, the older checkpoint untouched. Then a second start
+    is the next run of the same lineage; the log never repeats a step."""
     project = copy_of(finished, tmp_path)
     before = {path: path.read_bytes() for path in (project.folder / "checkpoints").iterdir()}
     (project.folder / "limited.py").write_text(
-        "import resource, runpy\nresource.setrlimit(resource.RLIMIT_FSIZE, (150_000, resource.RLIM_INFINITY))\n"
+        "import resource, runpy\nresource.setrlimit(resource.RLIMIT_FSIZE, (150_000, "
+        "resource.RLIM_INFINITY))\n"
         "runpy.run_path('main.py', run_name='__main__')\n"
     )
     assert min(map(len, before.values())) > 150_000
     run = [sys.executable, "limited.py"]
-    done = subprocess.run(run, cwd=project.folder, input="Tiny one\n", capture_output=True, text=True, timeout=120)
-    assert_refused(Result(done.returncode, done.stdout, done.stderr), "cannot be written", "File too large")
+    done = subprocess.run(
+        run, cwd=project.folder, input="Tiny one\n", capture_output=True, text=True, timeout=120
+    )
+    assert_refused(
+        Result(done.returncode, done.stdout, done.stderr), "cannot be written", "File too large"
+    )
     assert project.steps("lm") == [1, 2, 3, 4, 5]
-    assert {path: path.read_bytes() for path in (project.folder / "checkpoints").iterdir()} == before
+    assert {
+        path: path.read_bytes() for path in (project.folder / "checkpoints").iterdir()
+    } == before
 
     result = project.run("Tiny one")
     assert_ended(result, 0)
@@ -136,13 +192,20 @@ def test_no_room_for_a_checkpoint_is_told_before_the_first_step_and_the_next_sta
 
 @pytest.mark.slow
 def test_presets_of_one_lineage_improve_one_model(finished: Project, tmp_path: Path) -> None:
-    """Another preset of the lineage goes on from the same weights, with its own data and the stored tokenizer, and says so."""
+    """Another preset of the lineage goes on from the same weights, with its own data and the stored
+    tokenizer, and says so."""
     project, before = copy_of(finished, tmp_path), finished.checkpoint(lineage="lm")
     second = {"lineage": "lm", "train": {"learning_rate": 1e-12}}
-    project.write_preset("second", tiny_preset(**second, data={"sources": [{"type": "text", "path": "core/**/*.py"}]}))
+    project.write_preset(
+        "second",
+        tiny_preset(**second, data={"sources": [{"type": "text", "path": "core/**/*.py"}]}),
+    )
     result = project.run("second")
     assert_ended(result, 0)
-    assert "the mix begins anew" in result.out and "run 2 begins from the weights of step 5" in result.out
+    assert (
+        "the mix begins anew" in result.out
+        and "run 2 begins from the weights of step 5" in result.out
+    )
     after = project.checkpoint(lineage="lm")
     for name, weight in before["model"].items():
         torch.testing.assert_close(after["model"][name], weight, atol=1e-6, rtol=0)
@@ -153,7 +216,8 @@ def test_presets_of_one_lineage_improve_one_model(finished: Project, tmp_path: P
 
 @pytest.fixture(scope="module")
 def from_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> tuple[Project, Path, Result]:
-    """The default, by an empty line, started from an empty folder, on sources of which all but one cannot be had.
+    """The default, by an empty line, started from an empty folder, on sources of which all but one
+    cannot be had.
 
     Both optimizers; Python tells in standard error what it imports.
     """
@@ -166,42 +230,72 @@ def from_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> tuple[Project, P
     (folder / "elsewhere").mkdir()
     run = [sys.executable, "-X", "importtime", str(project.folder / "main.py")]
     env = {**os.environ, **NO_HUB, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(run, cwd=folder / "elsewhere", env=env, input="\n", capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        run,
+        cwd=folder / "elsewhere",
+        env=env,
+        input="\n",
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     return project, folder / "elsewhere", Result(done.returncode, done.stdout, done.stderr)
 
 
-def test_an_empty_line_takes_the_default_from_any_folder(from_elsewhere: tuple[Project, Path, Result]) -> None:
+def test_an_empty_line_takes_the_default_from_any_folder(
+    from_elsewhere: tuple[Project, Path, Result],
+) -> None:
     """All paths are relative to the folder of main.py, wherever it is started from."""
     project, elsewhere, result = from_elsewhere
     assert_ended(result, 0)
     assert project.steps() == [1, 2, 3, 4, 5] and list(elsewhere.iterdir()) == []
     told = [line for line in result.err.splitlines() if not line.startswith("import time:")]
-    assert told[0].startswith("No preset was named, so 00_best_general starts.") and "echo 00_best_general | python" in told[0]
+    assert (
+        told[0].startswith("No preset was named, so 00_best_general starts.")
+        and "echo 00_best_general | python" in told[0]
+    )
 
 
-def test_sources_that_cannot_be_had_are_dropped_with_a_warning(from_elsewhere: tuple[Project, Path, Result]) -> None:
+def test_sources_that_cannot_be_had_are_dropped_with_a_warning(
+    from_elsewhere: tuple[Project, Path, Result],
+) -> None:
     """A corrupt PDF in pdfs/, no network: each is named, and the run goes on with what is left."""
     project, _, result = from_elsewhere
     assert_ended(result, 0)
-    told = {e["message"].split()[1]: e["message"] for e in project.events("warning") if e["message"].startswith("source ")}
-    assert set(told) == {"pdf", "wikipedia"} and "torn.pdf" in told["pdf"] and "cannot reach" in told["wikipedia"]
+    told = {
+        e["message"].split()[1]: e["message"]
+        for e in project.events("warning")
+        if e["message"].startswith("source ")
+    }
+    assert (
+        set(told) == {"pdf", "wikipedia"}
+        and "torn.pdf" in told["pdf"]
+        and "cannot reach" in told["wikipedia"]
+    )
     assert all(f"source {name} dropped" in result.out for name in told)
     last = project.events("step")[-1]
     assert last["sources"].keys() == {"texts"} and last["sources"]["texts"]["weight"] == 1.0
 
 
-def test_a_run_that_compiles_nothing_never_loads_the_compiler(from_elsewhere: tuple[Project, Path, Result]) -> None:
-    """To import it takes longer than these five steps: drawing for the menu, optimizers and evaluations do without."""
+def test_a_run_that_compiles_nothing_never_loads_the_compiler(
+    from_elsewhere: tuple[Project, Path, Result],
+) -> None:
+    """To import it takes longer than these five steps: drawing for the menu, optimizers and
+    evaluations do without."""
     project, _, result = from_elsewhere
     assert project.events("eval") and "core.training.trainer" in result.err
     assert "torch._dynamo" not in result.err
 
 
-# mistakes ------------------------------------------------------------------------------------------------------------
+# mistakes -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("--max-steps", "5"), ("configs/t.json",), ("",)])
-def test_arguments_are_refused_in_one_line(arguments: tuple[str, ...], make_project: Callable[..., Project]) -> None:
+@pytest.mark.parametrize(
+    "arguments", [("--help",), ("--max-steps", "5"), ("configs/t.json",), ("",)]
+)
+def test_arguments_are_refused_in_one_line(
+    arguments: tuple[str, ...], make_project: Callable[..., Project]
+) -> None:
     project = make_project({"t": tiny_preset()})
     result = project.run("t", *arguments)
     assert_refused(result, "takes no arguments", " ".join(arguments), "configs/*.json")
@@ -209,8 +303,11 @@ def test_arguments_are_refused_in_one_line(arguments: tuple[str, ...], make_proj
 
 
 @pytest.mark.slow
-def test_mistakes_in_a_preset_are_told_when_it_is_chosen(make_project: Callable[..., Project]) -> None:
-    """Misspelt key, broken JSON, a name that is no preset: one clear message each. `finished` ran beside such presets."""
+def test_mistakes_in_a_preset_are_told_when_it_is_chosen(
+    make_project: Callable[..., Project],
+) -> None:
+    """Misspelt key, broken JSON, a name that is no preset: one clear message each. `finished` ran
+    beside such presets."""
     project = make_project(
         {
             "bad_key": tiny_preset(model={"num_layer": 2}, train={"lerning_rate": 1.0}),
@@ -230,7 +327,8 @@ def test_mistakes_in_a_preset_are_told_when_it_is_chosen(make_project: Callable[
 
 
 def test_without_any_source_training_halts(make_project: Callable[..., Project]) -> None:
-    """Exit code 3, every reason told, and no synthetic data in their place. It takes seconds, not minutes."""
+    """Exit code 3, every reason told, and no synthetic data in their place. It takes seconds, not
+    minutes."""
     data = {"sources": ["wikipedia", "pdf", {"type": "text", "path": "nowhere"}]}
     project = make_project({"t": tiny_preset(data=data)})
     began = time.monotonic()
@@ -242,7 +340,7 @@ def test_without_any_source_training_halts(make_project: Callable[..., Project])
     assert not (project.folder / "checkpoints").exists()
 
 
-# interruptions -------------------------------------------------------------------------------------------------------
+# interruptions ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +359,8 @@ def new_step(project: Project, count: int) -> Callable[[], bool]:
 
 
 def assert_same_outcome(project: Project, uninterrupted: Project) -> None:
-    """Weights, optimizer, progress and data bit for bit; every step, evaluation and sample once, with the same numbers."""
+    """Weights, optimizer, progress and data bit for bit; every step, evaluation and sample once,
+    with the same numbers."""
     assert differences(uninterrupted.checkpoint(), project.checkpoint()) == []
     assert measured(uninterrupted.events()) == measured(project.events())
 
@@ -270,7 +369,8 @@ def assert_same_outcome(project: Project, uninterrupted: Project) -> None:
 def test_ctrl_c_sigterm_and_sighup_save_and_the_next_start_goes_on(
     make_project: Callable[..., Project], uninterrupted: Project
 ) -> None:
-    """Exit code 130, the step finished and saved, how to go on is told; in the end it is as if nothing had happened."""
+    """Exit code 130, the step finished and saved, how to go on is told; in the end it is as if
+    nothing had happened."""
     project = make_project({"t": LONG})
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         result = project.run_until("t", new_step(project, 30), number)
@@ -285,22 +385,31 @@ def test_ctrl_c_sigterm_and_sighup_save_and_the_next_start_goes_on(
 
 @pytest.mark.slow
 def test_killed_at_any_moment(make_project: Callable[..., Project], uninterrupted: Project) -> None:
-    """kill -9, again and again, while starting, training, evaluating, sampling and ending: the end is bit for bit the same."""
+    """kill -9, again and again, while starting, training, evaluating, sampling and ending: the end
+    is bit for bit the same."""
     survive(make_project({"t": LONG}), uninterrupted, KILLS, signal.SIGKILL, random.Random(2))
 
 
 @pytest.mark.slow
 def test_killed_with_heads_workers_and_several_runs(make_project: Callable[..., Project]) -> None:
-    """The same where weights of sources follow losses, a process reads the data, and one run begins after another."""
+    """The same where weights of sources follow losses, a process reads the data, and one run begins
+    after another."""
     preset = PRESETS["heads"]
     survive(
-        make_project({"t": preset}), uninterrupted_run(make_project({"t": preset}, "whole")), 3, signal.SIGKILL, random.Random(3)
+        make_project({"t": preset}),
+        uninterrupted_run(make_project({"t": preset}, "whole")),
+        3,
+        signal.SIGKILL,
+        random.Random(3),
     )
 
 
 @pytest.mark.slow
-def test_workers_change_nothing_and_stop_with_their_run(make_project: Callable[..., Project], uninterrupted: Project) -> None:
-    """Data read by worker processes gives the same run; Ctrl-C reaches them too, and leaves none behind."""
+def test_workers_change_nothing_and_stop_with_their_run(
+    make_project: Callable[..., Project], uninterrupted: Project
+) -> None:
+    """Data read by worker processes gives the same run; Ctrl-C reaches them too, and leaves none
+    behind."""
     project = make_project({"t": merged(LONG, {"data": {"workers": 2}})})
     result = project.run_until("t", new_step(project, 30), signal.SIGINT)
     assert_ended(result, 130)
@@ -310,4 +419,6 @@ def test_workers_change_nothing_and_stop_with_their_run(make_project: Callable[.
     one, other = uninterrupted.checkpoint(), project.checkpoint()
     one["data"]["fingerprint"] = other["data"]["fingerprint"]
     assert [d for d in differences(one, other) if d != "data"] == []
-    assert [e["loss"] for e in uninterrupted.events("step")] == [e["loss"] for e in project.events("step")]
+    assert [e["loss"] for e in uninterrupted.events("step")] == [
+        e["loss"] for e in project.events("step")
+    ]

@@ -1,4 +1,5 @@
-"""A path of a preset, whatever key it stands under: relative to the project, or at a user's home."""
+"""A path of a preset, whatever key it stands under: relative to the project, or at a user's
+home."""
 
 import json
 from pathlib import Path
@@ -20,19 +21,39 @@ NOBODY = "~no-such-user/there"
 """`Path.expanduser` raises RuntimeError for it."""
 
 
-def test_a_path_is_relative_to_the_project_or_at_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_is_relative_to_the_project_or_at_a_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     found = [str(own_path(path, tmp_path)) for path in ("a/b", "./a", "/a", "~/a", "~", NOBODY)]
-    assert found == [f"{tmp_path}/a/b", f"{tmp_path}/a", "/a", "/home/me/a", "/home/me", f"{tmp_path}/{NOBODY}"]
+    assert found == [
+        f"{tmp_path}/a/b",
+        f"{tmp_path}/a",
+        "/a",
+        "/home/me/a",
+        "/home/me",
+        f"{tmp_path}/{NOBODY}",
+    ]
 
 
 def test_no_other_place_decides_where_a_path_leads() -> None:
-    assert [path.name for path in sorted((ROOT / "core").rglob("*.py")) if "expanduser" in path.read_text()] == ["files.py"]
+    assert [
+        path.name
+        for path in sorted((ROOT / "core").rglob("*.py"))
+        if "expanduser" in path.read_text()
+    ] == ["files.py"]
 
 
-@pytest.mark.parametrize("name, place", [('"metrics.jsonl"', "metrics.py"), ('"prev2"', "names.py"), ('_current.pth"', None)])
-def test_the_names_of_files_that_many_look_for_stand_in_one_place(name: str, place: str | None) -> None:
-    assert [path.name for path in (ROOT / "core").rglob("*.py") if name in path.read_text()] == ([place] if place else [])
+@pytest.mark.parametrize(
+    "name, place",
+    [('"metrics.jsonl"', "metrics.py"), ('"prev2"', "names.py"), ('_current.pth"', None)],
+)
+def test_the_names_of_files_that_many_look_for_stand_in_one_place(
+    name: str, place: str | None
+) -> None:
+    assert [path.name for path in (ROOT / "core").rglob("*.py") if name in path.read_text()] == (
+        [place] if place else []
+    )
 
 
 @pytest.mark.parametrize(
@@ -45,7 +66,9 @@ def test_the_names_of_files_that_many_look_for_stand_in_one_place(name: str, pla
     ],
     ids=lambda section: section["type"],
 )
-def test_a_source_at_the_home_of_nobody_is_not_there(section: dict[str, Any], tmp_path: Path) -> None:
+def test_a_source_at_the_home_of_nobody_is_not_there(
+    section: dict[str, Any], tmp_path: Path
+) -> None:
     preset = decode_preset(tiny_preset() | {"data": {"sources": [section]}}, Preset, "t", "t")
     source = build_source(preset.data.sources[0], tmp_path, 0)
     with pytest.raises(SourceUnavailable, match="no-such-user"):
@@ -63,15 +86,22 @@ def test_local_text_at_the_home_of_nobody_leaves_the_dataset(tmp_path: Path) -> 
     [{"init_from": f"{NOBODY}.pt"}, {"tokenizer": {"type": "file", "path": f"{NOBODY}.json"}}],
     ids=lambda c: next(iter(c)),
 )
-def test_weights_and_a_tokenizer_at_the_home_of_nobody_are_not_there(changes: dict[str, Any], tmp_path: Path) -> None:
+def test_weights_and_a_tokenizer_at_the_home_of_nobody_are_not_there(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match="no-such-user"):
         train_here(tiny_preset() | changes, tmp_path)
 
 
-def test_the_menu_and_a_start_stand_paths_at_the_home_of_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_menu_and_a_start_stand_paths_at_the_home_of_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`tokenize.output` is looked at even where the job is another."""
     monkeypatch.setattr(launch, "ROOT", tmp_path)
     changes = {"tokenize": {"output": NOBODY}, "tokenizer": {"type": "file", "path": NOBODY}}
     preset = decode_preset(json.loads(json.dumps(tiny_preset() | changes)), Preset, "t", "t")
     assert launch._work_of(preset) == {} and launch._vocab_size(preset.tokenizer) == 50_257
-    assert folder_of(preset, tmp_path) == tmp_path / NOBODY and published.folder_of(NOBODY) == ROOT / NOBODY
+    assert (
+        folder_of(preset, tmp_path) == tmp_path / NOBODY
+        and published.folder_of(NOBODY) == ROOT / NOBODY
+    )

@@ -1,4 +1,5 @@
-"""The poison mode of tests/poison: memory that nobody wrote shows, in every process; a kernel that would read it is refused."""
+"""The poison mode of tests/poison: memory that nobody wrote shows, in every process; a kernel that
+would read it is refused."""
 
 import os
 import subprocess
@@ -15,12 +16,19 @@ POISON = ROOT / "tests" / "poison"
 
 def poisoned(code: str) -> subprocess.CompletedProcess:
     """A Python of its own in the mode."""
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(POISON), str(ROOT)]), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(POISON), str(ROOT)]),
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120
+    )
 
 
 def test_this_run_is_poisoned_where_that_was_asked_for() -> None:
-    """Python passes over a sitecustomize.py that fails, with a line on stderr; and where nobody asked, the mode is off."""
+    """Python passes over a sitecustomize.py that fails, with a line on stderr; and where nobody
+    asked, the mode is off."""
     asked = str(POISON) in os.environ.get("PYTHONPATH", "").split(os.pathsep)
     assert torch.are_deterministic_algorithms_enabled() == asked
     assert (np.empty.__module__ == "sitecustomize") == asked
@@ -94,6 +102,7 @@ for length in (5, 3, 80):
 
 @pytest.mark.slow
 def test_scores_and_caches_leave_nothing_unwritten_beside_what_is_read() -> None:
-    """On AMX, bf16 products read the room between rows: gradients were NaN at every vocabulary that is no multiple of 64."""
+    """On AMX, bf16 products read the room between rows: gradients were NaN at every vocabulary that
+    is no multiple of 64."""
     found = poisoned(WALKED)
     assert found.returncode == 0, found.stderr

@@ -1,4 +1,5 @@
-"""The machine as a run sees it: what products it has in hardware, and whether a second run would give the same bits."""
+"""The machine as a run sees it: what products it has in hardware, and whether a second run would
+give the same bits."""
 
 import os
 from collections.abc import Iterator
@@ -20,14 +21,25 @@ CPU, GPU = (Runtime(torch.device(kind), 0, 0, 1) for kind in ("cpu", "cuda"))
 
 @pytest.mark.parametrize(
     "limit, native",
-    [(None, True), ("", True), ("ALL", True), ("AVX512_CORE_BF16", True), ("avx512_core_amx", True), ("nonsense", True)]
-    + [(limit, False) for limit in ("SSE41", "AVX2", "avx2", "AVX2_VNNI_2", "AVX512_CORE", "avx512_core_vnni")],
+    [
+        (None, True),
+        ("", True),
+        ("ALL", True),
+        ("AVX512_CORE_BF16", True),
+        ("avx512_core_amx", True),
+        ("nonsense", True),
+    ]
+    + [
+        (limit, False)
+        for limit in ("SSE41", "AVX2", "avx2", "AVX2_VNNI_2", "AVX512_CORE", "avx512_core_vnni")
+    ],
 )
 @pytest.mark.parametrize("name", ["ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"])
 def test_bf16_is_native_where_products_may_use_it(
     name: str, limit: str | None, native: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A processor that has bf16 emulates it, slower than fp32, where its library of products is held to older instructions."""
+    """A processor that has bf16 emulates it, slower than fp32, where its library of products is
+    held to older instructions."""
     for each in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
         monkeypatch.delenv(each, raising=False)
     if limit is not None:
@@ -44,20 +56,39 @@ def test_bf16_is_native_where_products_may_use_it(
 @pytest.fixture
 def switches() -> Iterator[None]:
     """torch's, as they were."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill, cudnn = torch.utils.deterministic.fill_uninitialized_memory, torch.backends.cudnn.deterministic
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    fill, cudnn = (
+        torch.utils.deterministic.fill_uninitialized_memory,
+        torch.backends.cudnn.deterministic,
+    )
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-    torch.utils.deterministic.fill_uninitialized_memory, torch.backends.cudnn.deterministic = fill, cudnn
+    torch.utils.deterministic.fill_uninitialized_memory, torch.backends.cudnn.deterministic = (
+        fill,
+        cudnn,
+    )
 
 
-def test_a_gpu_keeps_the_order_of_its_sums_where_that_is_asked_for(switches: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_keeps_the_order_of_its_sums_where_that_is_asked_for(
+    switches: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One trial of a comparison after the other: the switches are what each asks for."""
     for wanted in (True, False, True):
         told = GPU.keep_order(wanted)
-        assert torch.are_deterministic_algorithms_enabled() == torch.backends.cudnn.deterministic == wanted
-        assert not torch.is_deterministic_algorithms_warn_only_enabled()  # or SDPA's kernels keep adding in any order
-        assert told.startswith("the same bits" if wanted else "nearly the same") and ("train.deterministic" in told) != wanted
+        assert (
+            torch.are_deterministic_algorithms_enabled()
+            == torch.backends.cudnn.deterministic
+            == wanted
+        )
+        # or SDPA's kernels keep adding in any order
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert (
+            told.startswith("the same bits" if wanted else "nearly the same")
+            and ("train.deterministic" in told) != wanted
+        )
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     for given, kept in ((None, ":4096:8"), (":16:8", ":16:8")):
         monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
@@ -70,22 +101,36 @@ def test_a_gpu_keeps_the_order_of_its_sums_where_that_is_asked_for(switches: Non
 def test_a_cpu_gives_the_same_bits_either_way(tmp_path: Path) -> None:
     before = torch.are_deterministic_algorithms_enabled()
     for name, wanted in (("on", True), ("off", False)):
-        events = train_here(merged(tiny_preset(), {"train": {"deterministic": wanted, "max_steps": 3}}), tmp_path / name)
+        events = train_here(
+            merged(tiny_preset(), {"train": {"deterministic": wanted, "max_steps": 3}}),
+            tmp_path / name,
+        )
         assert events[0]["repeats"].startswith("the same bits")
         assert torch.are_deterministic_algorithms_enabled() == before
     on, off = (Project(tmp_path / name).checkpoint() for name in ("on", "off"))
-    assert differences(on, off) == [] and detect_runtime().keep_order(False) == detect_runtime().keep_order(True)
+    assert differences(on, off) == [] and detect_runtime().keep_order(
+        False
+    ) == detect_runtime().keep_order(True)
 
 
 def test_whether_compiling_pays_is_a_question_of_one_device() -> None:
     """Ranks share the tokens of a run; of its steps each device makes all, with rows of its own."""
-    preset = decode_preset(tiny_preset(train={"max_steps": None}), Preset, "t", "t")  # 4 rows of 32 tokens
+    # 4 rows of 32 tokens
+    preset = decode_preset(tiny_preset(train={"max_steps": None}), Preset, "t", "t")
     budget, steps = Horizon(2 * 10**10, 2 * 10**10), Horizon(2 * 10**10, 2 * 10**10, 10**7, 10**7)
 
     def told(parameters: int, horizon: Horizon, world_size: int) -> str:
         model = torch.nn.Linear(1000, parameters // 1000, bias=False, device="meta")
-        return compile_plan(preset, replace(GPU, world_size=world_size), None, model, horizon, False)[1]
+        return compile_plan(
+            preset, replace(GPU, world_size=world_size), None, model, horizon, False
+        )[1]
 
-    assert told(10**7, budget, 1).startswith("compiled") and "takes about 1500 s" in told(10**7, budget, 8)
-    assert told(10**8, steps, 1).startswith("compiled") and told(10**8, steps, 8).startswith("compiled")
-    assert "takes about 768 s" in told(10**7, steps, 1) and "takes about 768 s" in told(10**7, steps, 8)
+    assert told(10**7, budget, 1).startswith("compiled") and "takes about 1500 s" in told(
+        10**7, budget, 8
+    )
+    assert told(10**8, steps, 1).startswith("compiled") and told(10**8, steps, 8).startswith(
+        "compiled"
+    )
+    assert "takes about 768 s" in told(10**7, steps, 1) and "takes about 768 s" in told(
+        10**7, steps, 8
+    )

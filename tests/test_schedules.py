@@ -24,14 +24,23 @@ def test_a_number_stays_what_it_is(progress: float) -> None:
 
 
 def test_a_piece_reaches_both_ends_exactly() -> None:
-    """-12 at the first update and exactly -4 at the last: no rounding at the ends, and clamped beyond them."""
+    """-12 at the first update and exactly -4 at the last: no rounding at the ends, and clamped
+    beyond them."""
     piece = schedule({"from": -12, "to": -4})
-    assert [value_at(piece, p) for p in (-0.1, 0.0, 0.5, 1.0, 1.1)] == [-12.0, -12.0, -8.0, -4.0, -4.0]
+    assert [value_at(piece, p) for p in (-0.1, 0.0, 0.5, 1.0, 1.1)] == [
+        -12.0,
+        -12.0,
+        -8.0,
+        -4.0,
+        -4.0,
+    ]
 
 
 def test_a_piece_holds_before_and_after_its_stretch() -> None:
     piece = schedule({"from": 1.0, "to": 3.0, "begin": 0.2, "end": 0.6})
-    assert [value_at(piece, p) for p in (0.0, 0.2, 0.4, 0.6, 1.0)] == pytest.approx([1.0, 1.0, 2.0, 3.0, 3.0])
+    assert [value_at(piece, p) for p in (0.0, 0.2, 0.4, 0.6, 1.0)] == pytest.approx(
+        [1.0, 1.0, 2.0, 3.0, 3.0]
+    )
 
 
 def test_cosine_is_half_way_in_the_middle_and_flat_at_the_ends() -> None:
@@ -47,7 +56,8 @@ def test_constant_ignores_its_end_value() -> None:
 
 
 def test_pieces_follow_each_other_and_hold_in_gaps() -> None:
-    """First 80 % then anneal; the value before the first piece and in a gap is the nearest one reached."""
+    """First 80 % then anneal; the value before the first piece and in a gap is the nearest one
+    reached."""
     pieces = schedule(
         [
             {"from": 1.0, "to": 2.0, "begin": 0.1, "end": 0.2},
@@ -60,14 +70,20 @@ def test_pieces_follow_each_other_and_hold_in_gaps() -> None:
 
 
 def test_a_jump_happens_at_the_border() -> None:
-    pieces = schedule([{"from": 1.0, "shape": "constant", "end": 0.5}, {"from": 3.0, "shape": "constant", "begin": 0.5}])
+    pieces = schedule(
+        [
+            {"from": 1.0, "shape": "constant", "end": 0.5},
+            {"from": 3.0, "shape": "constant", "begin": 0.5},
+        ]
+    )
     assert [value_at(pieces, p) for p in (0.4999, 0.5)] == [1.0, 3.0]
 
 
 @pytest.mark.parametrize("warmup", [0.0, 0.02, 0.5])
 @pytest.mark.parametrize("floor", [0.0, 0.1])
 def test_learning_rate_shapes(warmup: float, floor: float) -> None:
-    """Warm-up from 0 to 1 in all three; wsd is level and then falls in a line, cosine falls at once, constant never."""
+    """Warm-up from 0 to 1 in all three; wsd is level and then falls in a line, cosine falls at
+    once, constant never."""
     wsd = learning_rate_schedule("wsd", warmup, 0.2, floor)
     cosine = learning_rate_schedule("cosine", warmup, 0.2, floor)
     constant = learning_rate_schedule("constant", warmup, 0.2, floor)
@@ -75,7 +91,9 @@ def test_learning_rate_shapes(warmup: float, floor: float) -> None:
         assert value_at(shape, warmup / 2) == pytest.approx(0.5 if warmup else 1.0)
         assert value_at(shape, warmup) == pytest.approx(1.0)
     middle = (1 + warmup) / 2
-    assert value_at(wsd, 0.8) == pytest.approx(1.0) and value_at(wsd, 0.9) == pytest.approx((1 + floor) / 2)
+    assert value_at(wsd, 0.8) == pytest.approx(1.0) and value_at(wsd, 0.9) == pytest.approx(
+        (1 + floor) / 2
+    )
     assert value_at(cosine, middle) == pytest.approx((1 + floor) / 2)
     assert value_at(wsd, 1.0) == value_at(cosine, 1.0) == floor
     assert value_at(constant, middle) == value_at(constant, 1.0) == 1.0
@@ -85,16 +103,21 @@ def test_wsd_without_a_decay_stays_level() -> None:
     assert value_at(learning_rate_schedule("wsd", 0.1, 0.0, 0.0), 1.0) == 1.0
 
 
-# the horizon ---------------------------------------------------------------------------------------------------------
+# the horizon --------------------------------------------------------------------------------------
 
 
 def updates(horizon: Horizon, done: Progress, step_tokens: list[int]) -> list[tuple[float, float]]:
-    """(progress, middle) of each update of one run; the steps' sizes are used in turn, as the trainer counts them."""
+    """(progress, middle) of each update of one run; the steps' sizes are used in turn, as the
+    trainer counts them."""
     seen = []
     while horizon.end(done) is None:
         tokens = step_tokens[len(seen) % len(step_tokens)]
         seen.append((horizon.progress(done, tokens), horizon.middle(done, tokens)))
-        done.step, done.run_step, done.horizon_step = done.step + 1, done.run_step + 1, done.horizon_step + 1
+        done.step, done.run_step, done.horizon_step = (
+            done.step + 1,
+            done.run_step + 1,
+            done.horizon_step + 1,
+        )
         done.run_tokens += tokens
         done.horizon_tokens += tokens
     return seen
@@ -112,7 +135,8 @@ HORIZONS = {
 
 @pytest.mark.parametrize("name", HORIZONS)
 def test_a_schedule_starts_at_0_and_ends_at_exactly_1(name: str) -> None:
-    """0 at the first update, exactly 1 at the last, never backwards; one update alone is a first one."""
+    """0 at the first update, exactly 1 at the last, never backwards; one update alone is a first
+    one."""
     horizon, step_tokens = HORIZONS[name]
     progress = [p for p, _ in updates(horizon, Progress(), step_tokens)]
     assert progress[0] == 0.0 and progress == sorted(progress)
@@ -126,13 +150,19 @@ def test_a_schedule_ends_at_exactly_1_with_steps_of_any_size() -> None:
     for _ in range(50):
         steps = [sizes.randint(20, 90) for _ in range(30)]
         progress = [p for p, _ in updates(Horizon(1000, 1000), Progress(), steps)]
-        assert progress[0] == 0.0 and progress[-1] == 1.0 and max(progress[:-1]) < 1.0 and progress == sorted(progress)
+        assert (
+            progress[0] == 0.0
+            and progress[-1] == 1.0
+            and max(progress[:-1]) < 1.0
+            and progress == sorted(progress)
+        )
 
 
 @pytest.mark.parametrize("kind", ["wsd", "cosine", "constant"])
 @pytest.mark.parametrize("name", HORIZONS)
 def test_no_update_is_wasted_on_a_learning_rate_of_0(name: str, kind: str) -> None:
-    """Neither the first (warm-up from 0) nor the last (decay to 0), even when the last step reaches beyond the end."""
+    """Neither the first (warm-up from 0) nor the last (decay to 0), even when the last step reaches
+    beyond the end."""
     horizon, step_tokens = HORIZONS[name]
     shape = learning_rate_schedule(kind, 0.1, 0.2, 0.0)
     factors = [value_at(shape, middle) for _, middle in updates(horizon, Progress(), step_tokens)]
@@ -140,7 +170,8 @@ def test_no_update_is_wasted_on_a_learning_rate_of_0(name: str, kind: str) -> No
 
 
 def test_a_chain_of_runs_shares_one_horizon() -> None:
-    """Each run ends a little beyond its budget; the last run must not pay for all of them with a learning rate of 0."""
+    """Each run ends a little beyond its budget; the last run must not pay for all of them with a
+    learning rate of 0."""
     runs, step = 5, 7_300_000
     horizon, done = Horizon(RUN_TOKENS, runs * RUN_TOKENS), Progress()
     seen = []
@@ -154,21 +185,36 @@ def test_a_chain_of_runs_shares_one_horizon() -> None:
     assert progress[0] == 0.0 and progress[-1] == 1.0 and max(progress[:-1]) < 1.0
     assert min(factors) > 0.0 and done.run == runs
     begin_next_run(done, runs)
-    assert (done.horizon_runs, done.horizon_tokens, done.horizon_step, done.run) == (0, 0, 0, runs + 1)
+    assert (done.horizon_runs, done.horizon_tokens, done.horizon_step, done.run) == (
+        0,
+        0,
+        0,
+        runs + 1,
+    )
 
 
 @pytest.mark.parametrize(
-    "key, decay", [("lr_mult_WSD_warmup10_decay20_T20", 0.2), ("lr_mult_orig_code_warmup10pct_cosine_T20", 0.9)]
+    "key, decay",
+    [("lr_mult_WSD_warmup10_decay20_T20", 0.2), ("lr_mult_orig_code_warmup10pct_cosine_T20", 0.9)],
 )
 def test_harmonic_sft_decays_along_a_cosine(key: str, decay: float) -> None:
-    """Specification 000: WSD as its plan says, and, with a decay over all that is left, as its authors' code has it."""
-    expected = json.loads((Path(__file__).parent / "golden" / "harmonic" / "expected.json").read_text())[key]
+    """Specification 000: WSD as its plan says, and, with a decay over all that is left, as its
+    authors' code has it."""
+    expected = json.loads(
+        (Path(__file__).parent / "golden" / "harmonic" / "expected.json").read_text()
+    )[key]
     factors = learning_rate_schedule("wsd", 0.1, decay, 0.0, "cosine")
-    assert [value_at(factors, step / 20) for step in range(21)] == pytest.approx(expected, abs=1e-12)
+    assert [value_at(factors, step / 20) for step in range(21)] == pytest.approx(
+        expected, abs=1e-12
+    )
 
 
 def test_the_harmonic_exponent_ends_where_it_shall() -> None:
-    expected = json.loads((Path(__file__).parent / "golden" / "harmonic" / "expected.json").read_text())
+    expected = json.loads(
+        (Path(__file__).parent / "golden" / "harmonic" / "expected.json").read_text()
+    )
     exponents = [value_at(HarmonicSettings().h_exp, step / 19) for step in range(20)]
-    assert exponents == pytest.approx(expected["h_exp_anneal_step_over_total_minus_1_N20"], abs=1e-12)
+    assert exponents == pytest.approx(
+        expected["h_exp_anneal_step_over_total_minus_1_N20"], abs=1e-12
+    )
     assert exponents[0] == -12.0 and exponents[-1] == -4.0

@@ -1,4 +1,5 @@
-"""A terminal that is closed, a pipe that nobody reads, a disk that is full: what cannot be shown is lost, the work is not."""
+"""A terminal that is closed, a pipe that nobody reads, a disk that is full: what cannot be shown is
+lost, the work is not."""
 
 import contextlib
 import os
@@ -33,7 +34,9 @@ def test_writing_to_what_is_gone_raises_nothing() -> None:
     os.close(full)
 
 
-def test_a_reader_that_is_behind_is_waited_for_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reader_that_is_behind_is_waited_for_but_not_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A stream that does not block takes nothing while it is full."""
     monkeypatch.setattr("core.terminal.PATIENCE_SECONDS", 0.5)
     monkeypatch.setattr("core.terminal._Unbreakable.patience", 0.5)
@@ -60,7 +63,9 @@ def test_a_reader_that_is_behind_is_waited_for_but_not_for_ever(monkeypatch: pyt
     os.close(writer)
 
 
-@pytest.mark.parametrize("line, code", [("nothing", 2), pytest.param("t", 0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "line, code", [("nothing", 2), pytest.param("t", 0, marks=pytest.mark.slow)]
+)
 def test_a_full_stream_that_does_not_block_changes_no_exit_code(
     line: str, code: int, make_project: Callable[..., Project]
 ) -> None:
@@ -72,7 +77,16 @@ def test_a_full_stream_that_does_not_block_changes_no_exit_code(
             os.write(writer, bytes(4096))
     command = [sys.executable, "main.py"]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(command, cwd=project.folder, env=env, input=line, text=True, stdout=writer, stderr=writer, timeout=240)
+    ended = subprocess.run(
+        command,
+        cwd=project.folder,
+        env=env,
+        input=line,
+        text=True,
+        stdout=writer,
+        stderr=writer,
+        timeout=240,
+    )
     os.close(reader)
     os.close(writer)
     assert ended.returncode == code
@@ -80,23 +94,34 @@ def test_a_full_stream_that_does_not_block_changes_no_exit_code(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["| head -n 1", ">&- 2>&-"])
-def test_a_run_ends_well_without_anybody_to_read_what_it_shows(how: str, make_project: Callable[..., Project]) -> None:
+def test_a_run_ends_well_without_anybody_to_read_what_it_shows(
+    how: str, make_project: Callable[..., Project]
+) -> None:
     project = make_project({"t": SHORT})
     command = f"echo t | {sys.executable} main.py {how}; exit ${{PIPESTATUS[1]}}"
-    done = subprocess.run(["bash", "-c", command], cwd=project.folder, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=project.folder, capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0 and "Traceback" not in done.stdout + done.stderr, done.stderr
     assert project.finished() and project.events()[-1]["reason"] == "max_steps"
-    assert not [event for event in project.events("warning") if "stopped" in event["message"]], "views go on"
+    assert not [event for event in project.events("warning") if "stopped" in event["message"]], (
+        "views go on"
+    )
 
 
 @pytest.mark.slow
 def test_a_connection_that_drops_saves(make_project: Callable[..., Project]) -> None:
-    """SIGHUP and a terminal that answers every write with an error, as after an ssh that is lost: saved, exit code 130."""
+    """SIGHUP and a terminal that answers every write with an error, as after an ssh that is lost:
+    saved, exit code 130."""
     project = make_project({"t": LONG})
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(project.folder)
-        os.execve(sys.executable, [sys.executable, "main.py"], {**os.environ, "TERM": "xterm", "HF_HUB_OFFLINE": "1"})
+        os.execve(
+            sys.executable,
+            [sys.executable, "main.py"],
+            {**os.environ, "TERM": "xterm", "HF_HUB_OFFLINE": "1"},
+        )
     end = time.monotonic() + 120
     os.set_blocking(terminal, False)
     while project.num_steps() < 5:

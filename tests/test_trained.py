@@ -1,4 +1,5 @@
-"""What a model was trained with beside itself is used when it speaks: drafts, a memory, a planner."""
+"""What a model was trained with beside itself is used when it speaks: drafts, a memory, a
+planner."""
 
 import re
 from pathlib import Path
@@ -25,41 +26,65 @@ def shake_heads(root: Path, by: float) -> None:
     path = root / "checkpoints" / "t_current.pth"
     state = torch.load(path, weights_only=True)
     generator = torch.Generator().manual_seed(0)
-    state["heads"] = {name: each + by * torch.randn(each.shape, generator=generator) for name, each in state["heads"].items()}
+    state["heads"] = {
+        name: each + by * torch.randn(each.shape, generator=generator)
+        for name, each in state["heads"].items()
+    }
     torch.save(state, path)
 
 
-def test_a_model_with_a_draft_head_says_the_same_in_fewer_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is told at the start and, with what came of it, at the end; /draft shortens it; "never" leaves it out."""
+def test_a_model_with_a_draft_head_says_the_same_in_fewer_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is told at the start and, with what came of it, at the end; /draft shortens it; "never"
+    leaves it out."""
     train_here(merged(TRAINED, {"auxiliary": {"enable_draft": True, "draft_tokens": 3}}), tmp_path)
     drafted = piped(tmp_path, monkeypatch, "In year\nThe\n")
     plain = piped(tmp_path, monkeypatch, "In year\nThe\n", generate={"draft": "never"})
-    assert drafted[1] == "continues what you type; drafts up to 3 tokens at a time, and verifies them"
+    assert (
+        drafted[1] == "continues what you type; drafts up to 3 tokens at a time, and verifies them"
+    )
     assert drafted[2:-1] == plain[2:]
-    assert re.fullmatch(r"drafts: \d+ of \d+ guesses were right \(\d+%\); [\d.]+ tokens a pass of the model", drafted[-1])
+    assert re.fullmatch(
+        r"drafts: \d+ of \d+ guesses were right \(\d+%\); [\d.]+ tokens a pass of the model",
+        drafted[-1],
+    )
     speaker = speaker_of(load_trained(preset_of(), tmp_path, detect_runtime()))
     text = "".join(speaker.answer("In year"))
     drafter = speaker._voice.drafter
     assert drafter.guessed > 0 and drafter.said > 0
     assert obey(speaker, "/draft") == "draft is 3; /draft takes a whole number from 0 up"
-    assert obey(speaker, "/draft -1") == '/draft takes a whole number from 0 up, not "-1"; it stays 3'
+    assert (
+        obey(speaker, "/draft -1") == '/draft takes a whole number from 0 up, not "-1"; it stays 3'
+    )
     assert obey(speaker, "/draft 0") == "draft is 0 now" and "/draft 2" in obey(speaker, "/help")
     before = drafter.guessed
     obey(speaker, "/seed 42")
     assert "".join(speaker.answer("In year")) == text and drafter.guessed == before
 
 
-def test_a_memory_is_used_where_the_model_has_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first lines say so. Answers that fit into the context are the same as without, and a conversation is kept whole."""
-    train_here(merged(TRAINED, {"auxiliary": {"enable_memory": True, "memory_tokens_after": 4}}), tmp_path)
+def test_a_memory_is_used_where_the_model_has_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first lines say so. Answers that fit into the context are the same as without, and a
+    conversation is kept whole."""
+    train_here(
+        merged(TRAINED, {"auxiliary": {"enable_memory": True, "memory_tokens_after": 4}}), tmp_path
+    )
     compressed: list[int] = []
     compress = Memory.compress
-    monkeypatch.setattr(Memory, "compress", lambda *args: compressed.append(args[2].shape[1]) or compress(*args))
+    monkeypatch.setattr(
+        Memory, "compress", lambda *args: compressed.append(args[2].shape[1]) or compress(*args)
+    )
     said = []
     for memory in (True, False):
         for prompt in ("In year", "In year 31 the river of stone met the sea"):
             told = piped(tmp_path, monkeypatch, f"{prompt}\n", generate={"memory": memory})
-            assert told[1] == "continues what you type" + "; what no longer fits is remembered in a summary" * memory
+            assert (
+                told[1]
+                == "continues what you type"
+                + "; what no longer fits is remembered in a summary" * memory
+            )
             said.append((told[2:], compressed.copy()))
             compressed.clear()
     short, long, plain, cropped = said
@@ -80,18 +105,27 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_a_planner_guides_where_the_preset_says_so(planned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_planner_guides_where_the_preset_says_so(
+    planned: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Said in the first lines, and switched by a command; off, the text is the model's own."""
     trained = load_trained(preset_of(), planned, detect_runtime())
     number = 1  # of a text that does not end at once
     seed = derive_seed(42, "generate", number)
     own, guided = (
-        sample(Voice(trained.model, trained.tokenizer, 32, guide), "In year", trained.preset.generate, seed)  # type: ignore[arg-type]
+        sample(
+            Voice(trained.model, trained.tokenizer, 32, guide),
+            "In year",
+            trained.preset.generate,
+            seed,
+        )  # type: ignore[arg-type]
         for guide in (None, voice_of(trained)[1])
     )
     assert own != guided
     for on, text in ((False, own), (True, guided)):
-        speaker = speaker_of(load_trained(preset_of(generate={"planner": on}), planned, detect_runtime()))
+        speaker = speaker_of(
+            load_trained(preset_of(generate={"planner": on}), planned, detect_runtime())
+        )
         assert ("its planner weighs 8 tokens, 3 steps ahead" in speaker.about) == on
         assert "".join(speaker.alone("In year", number)) == text
     for line, said, text in (
@@ -105,4 +139,6 @@ def test_a_planner_guides_where_the_preset_says_so(planned: Path, monkeypatch: p
     lines = piped(planned, monkeypatch, "The\nIn year\n", generate={"planner": True})
     assert lines[1].startswith("continues what you type; its planner")
     assert "\n".join(lines).endswith(f"> In year\n{clean_lines(guided).strip()}")
-    assert PREVIEWS["generate"](preset_of(generate={"planner": True}), planned)[1].endswith(", by its planner")
+    assert PREVIEWS["generate"](preset_of(generate={"planner": True}), planned)[1].endswith(
+        ", by its planner"
+    )

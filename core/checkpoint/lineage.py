@@ -1,4 +1,5 @@
-"""A lineage as a whole: who may write to it, which sources its weights were learned from, and how it is put aside.
+"""A lineage as a whole: who may write to it, which sources its weights were learned from, and how
+it is put aside.
 
 In:    the project's root folder, the lineage's name
 Out:   the right to write to it, held until left; remarks; a lineage of another name
@@ -28,21 +29,26 @@ PATIENCE_SECONDS = 1.0
 """How long an owner may take from holding the lock to saying who it is."""
 
 
-# one owner at a time -------------------------------------------------------------------------------------------------
+# one owner at a time ------------------------------------------------------------------------------
 
 
 @contextmanager
 def owned(root: Path, lineage: str, job: str) -> Iterator[None]:
     """Be the only process that writes to a lineage. Raises UserError naming the one that does.
 
-    The lock is the system's: gone with its process, however that ends. Where a file system has none, the process that the file
-    names decides: one of this machine that still runs is in the way; of another machine nobody can tell, so it is not.
-    """
+    The lock is the system's: gone with its process, however that ends. Where a file system has
+    none, the process that the file names decides: one of this machine that still runs is in the
+    way; of another machine nobody can tell, so it is not."""
     path = root / "checkpoints" / f"{lineage}.lock"
     fresh = not path.parent.exists()
     descriptor = _locked(path, lineage)
     try:
-        owner = {"process": os.getpid(), "began": _began(os.getpid()), "host": socket.gethostname(), "since": time.time()}
+        owner = {
+            "process": os.getpid(),
+            "began": _began(os.getpid()),
+            "host": socket.gethostname(),
+            "since": time.time(),
+        }
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps({**owner, "job": job}).encode(), 0)
         yield
@@ -60,7 +66,9 @@ def _locked(path: Path, lineage: str) -> int:
         try:
             descriptor = open_lock(path)
         except OSError as error:
-            raise UserError(f"the lock {path} cannot be made: {cause(error, path)} Then start again.") from None
+            raise UserError(
+                f"the lock {path} cannot be made: {cause(error, path)} Then start again."
+            ) from None
         if not _held(descriptor):
             owner = _owner(descriptor)
             os.close(descriptor)
@@ -72,7 +80,8 @@ def _locked(path: Path, lineage: str) -> int:
 
 
 def _held(descriptor: int) -> bool:
-    """Lock the file; whether nobody else has. fcntl's lock, unlike flock's, is not inherited by helpers that outlive a kill."""
+    """Lock the file; whether nobody else has. fcntl's lock, unlike flock's, is not inherited by
+    helpers that outlive a kill."""
     if fcntl is not None:
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -100,7 +109,8 @@ def _owner(descriptor: int, patience: float = PATIENCE_SECONDS) -> dict[str, Any
 
 
 def _began(process: int) -> str | None:
-    """When a process began, as the system counts: a number that goes round comes back with another. None: it does not run."""
+    """When a process began, as the system counts: a number that goes round comes back with another.
+    None: it does not run."""
     try:
         state, *fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except (OSError, ValueError):
@@ -117,23 +127,33 @@ def _refusal(lineage: str, owner: dict[str, Any]) -> str:
             time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(since)),
             owner.get("job"),
         )
-        told = "process {} on {}, since {} (job {})".format(*("".join(filter(str.isprintable, str(f)[:80])) for f in facts))
+        told = "process {} on {}, since {} (job {})".format(
+            *("".join(filter(str.isprintable, str(f)[:80])) for f in facts)
+        )
     return (
-        f'the lineage "{lineage}" is in use by {told}. Two at once would overwrite each other\'s checkpoints. Wait for it, stop '
+        f'the lineage "{lineage}" is in use by {told}. Two at once would overwrite each other\'s '
+        "checkpoints. Wait for it, stop "
         'it (Ctrl-C or SIGTERM: it saves first), or give this preset another "lineage".'
     )
 
 
-# what it was learned from --------------------------------------------------------------------------------------------
+# what it was learned from -------------------------------------------------------------------------
 
 
-def changed_sources(found: dict[str, Any], preset: Any, unreachable: Collection[str] = ()) -> list[str]:
-    """What a person should know before going on from a checkpoint whose sources were not this preset's.
+def changed_sources(
+    found: dict[str, Any], preset: Any, unreachable: Collection[str] = ()
+) -> list[str]:
+    """What a person should know before going on from a checkpoint whose sources were not this
+    preset's.
 
     found         "progress", "preset" and "data" of the checkpoint
     unreachable   sources that cannot be read now either
     """
-    before = {s["name"]: s for s in found["preset"]["data"].get("sources", []) if isinstance(s, dict) and "name" in s}
+    before = {
+        s["name"]: s
+        for s in found["preset"]["data"].get("sources", [])
+        if isinstance(s, dict) and "name" in s
+    }
     now = {section.name: section.model_dump(mode="json") for section in preset.data.sources}
     read = set(found["data"].get("contents", before)) - set(found["data"]["drops"])
     told = []
@@ -142,53 +162,76 @@ def changed_sources(found: dict[str, Any], preset: Any, unreachable: Collection[
             told.append(f"without {name}, which is new")
         elif name not in read:
             told.append(f"without {name}, which could not be read then")
-        elif others := [key for key in now[name] if now[name][key] != before[name].get(key, now[name][key])]:
+        elif others := [
+            key for key in now[name] if now[name][key] != before[name].get(key, now[name][key])
+        ]:
             told.append(f"with another {name} ({', '.join(others)} changed)")
-    told += [f"with {name}, which the preset no longer names" for name in before if name in read and name not in now]
+    told += [
+        f"with {name}, which the preset no longer names"
+        for name in before
+        if name in read and name not in now
+    ]
     if not told or not found["progress"]["step"]:
         return []
-    what = "the weights and the tokenizer" if found["preset"]["tokenizer"].get("type") == "bpe" else "the weights"
+    what = (
+        "the weights and the tokenizer"
+        if found["preset"]["tokenizer"].get("type") == "bpe"
+        else "the weights"
+    )
     return [
-        f"{what} of step {found['progress']['step']:,} were learned {'; '.join(sorted(told))}. To begin anew, choose "
+        f"{what} of step {found['progress']['step']:,} were learned {'; '.join(sorted(told))}. To "
+        "begin anew, choose "
         '"start fresh" in the menu, or give the preset another "lineage": what is there is kept'
     ]
 
 
-# put aside -----------------------------------------------------------------------------------------------------------
+# put aside ----------------------------------------------------------------------------------------
 
 
 def has_checkpoints(root: Path, lineage: str) -> bool:
-    """Whether a start would go on from something: a run's checkpoints, or those of a comparison's trials."""
+    """Whether a start would go on from something: a run's checkpoints, or those of a comparison's
+    trials."""
     folder = root / "checkpoints"
     slots = [folder / slot_name(lineage, slot) for slot in SLOTS]
-    return any(path.exists() for path in slots) or next((folder / lineage).glob(f"*/{slot_name('*')}"), None) is not None
+    return (
+        any(path.exists() for path in slots)
+        or next((folder / lineage).glob(f"*/{slot_name('*')}"), None) is not None
+    )
 
 
 def name_aside(root: Path, lineage: str) -> str:
     """What a lineage that is put aside today would be called."""
     folders, number = (root / "checkpoints", root / "logs"), 2
     name = begun = f"{lineage}.before-{time.strftime('%Y-%m-%d')}"
-    while any((folder / name).exists() or next(folder.glob(f"{name}_*"), None) for folder in folders):
+    while any(
+        (folder / name).exists() or next(folder.glob(f"{name}_*"), None) for folder in folders
+    ):
         number, name = number + 1, f"{begun}-{number}"
     return name
 
 
 def put_aside(root: Path, lineage: str) -> str:
-    """Rename a lineage, checkpoints and logs, so that the next start of it is fresh; returns its new name, which `init_from`
-    takes. Raises UserError where it is in use or cannot be renamed.
+    """Rename a lineage, checkpoints and logs, so that the next start of it is fresh; returns its
+    new name, which `init_from` takes. Raises UserError where it is in use or cannot be renamed.
 
-    The newest checkpoint goes last but for the log: whatever stops this in between, a start goes on from it, or finds none.
-    """
+    The newest checkpoint goes last but for the log: whatever stops this in between, a start goes on
+    from it, or finds none."""
     checkpoints, logs = root / "checkpoints", root / "logs"
     ours = re.compile(rf"{re.escape(lineage)}(?P<rest>_({'|'.join(SLOTS)})\.pth.*|)")
     with owned(root, lineage, "start fresh"):
         name = name_aside(root, lineage)
-        found = [(path, match["rest"]) for path in checkpoints.iterdir() if (match := ours.fullmatch(path.name)) is not None]
+        found = [
+            (path, match["rest"])
+            for path in checkpoints.iterdir()
+            if (match := ours.fullmatch(path.name)) is not None
+        ]
         try:
             for path, rest in sorted(found, key=lambda each: each[1] == slot_name("")):
                 os.replace(path, checkpoints / f"{name}{rest}")
             if (logs / lineage).exists():
                 os.replace(logs / lineage, logs / name)
         except OSError as error:
-            raise UserError(f"the lineage {lineage} cannot be put aside: {cause(error, checkpoints / lineage)}") from None
+            raise UserError(
+                f"the lineage {lineage} cannot be put aside: {cause(error, checkpoints / lineage)}"
+            ) from None
     return name

@@ -1,4 +1,5 @@
-"""What a checkpoint holds: every key with its type, and what must be true between them; each slot is held against it.
+"""What a checkpoint holds: every key with its type, and what must be true between them; each slot
+is held against it.
 
 In:    what `torch.load` gave
 Out:   why that is no state of a training run, in words
@@ -10,7 +11,14 @@ import reprlib
 from typing import Annotated, Any, NotRequired
 
 import torch
-from pydantic import AfterValidator, BeforeValidator, Field, InstanceOf, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    InstanceOf,
+    TypeAdapter,
+    ValidationError,
+)
 from torch import Tensor
 from typing_extensions import TypedDict
 
@@ -32,7 +40,8 @@ def _json_of_a_tokenizer(text: str) -> str:
 
 
 class ProgressState(TypedDict):
-    """core/training/progress.py, Progress. `fraction` and the ledger came later; before it there was `source_tokens`."""
+    """core/training/progress.py, Progress. `fraction` and the ledger came later; before it there
+    was `source_tokens`."""
 
     step: Count
     tokens: Count
@@ -59,7 +68,8 @@ class RandomState(TypedDict):
 
 
 class SnapshotState(TypedDict):
-    """core/data/mixing.py, Mixer.snapshot. After a change of the data section the first four are kept."""
+    """core/data/mixing.py, Mixer.snapshot. After a change of the data section the first four are
+    kept."""
 
     index: Count
     cursors: dict[str, dict[str, Any]]
@@ -86,7 +96,9 @@ class DataState(TypedDict):
     """core/data/loader.py, Loader.state."""
 
     rows: Count
-    lanes: dict[Digits, Annotated[tuple[Count, list[Annotated[tuple[Count, Count], Listed]]], Listed]]
+    lanes: dict[
+        Digits, Annotated[tuple[Count, list[Annotated[tuple[Count, Count], Listed]]], Listed]
+    ]
     snapshot: SnapshotState | None
     drops: dict[str, int]
     renewals: list[Count]
@@ -97,7 +109,9 @@ class DataState(TypedDict):
     contents: NotRequired[dict[str, str]]
     epoch_tokens: NotRequired[Count | None]
     held_out: NotRequired[HeldOutState | None]
-    draws: NotRequired[list[Annotated[tuple[Count, Count, Count] | tuple[Count, Count, Count, Count], Listed]]]
+    draws: NotRequired[
+        list[Annotated[tuple[Count, Count, Count] | tuple[Count, Count, Count, Count], Listed]]
+    ]
     factors: NotRequired[list[Annotated[tuple[Count, dict[str, float]], Listed]]]
 
 
@@ -118,7 +132,8 @@ class TokenizerState(TypedDict):
 
 
 class PresetState(TypedDict):
-    """The resolved preset that the newest step was trained with. Its keys may be another version's: these are always there."""
+    """The resolved preset that the newest step was trained with. Its keys may be another version's:
+    these are always there."""
 
     name: str
     model: dict[str, Any]
@@ -132,7 +147,8 @@ class CheckpointState(TypedDict):
 
     model: Annotated[Named, Field(min_length=1)]
     heads: Named
-    optimizer: dict[str, dict[str, InstanceOf[Tensor] | float]]  # by parameter name; those of heads begin with "heads."
+    # by parameter name; those of heads begin with "heads."
+    optimizer: dict[str, dict[str, InstanceOf[Tensor] | float]]
     progress: ProgressState
     rng: RandomState
     data: DataState
@@ -152,8 +168,8 @@ _SCHEMA = TypeAdapter(CheckpointState)
 
 
 def problem_of(state: Any) -> str | None:
-    """Why this is no state that a run can go on from; None where it is one. No tensor's content is looked at but step counts;
-    see `not_finite`."""
+    """Why this is no state that a run can go on from; None where it is one. No tensor's content is
+    looked at but step counts; see `not_finite`."""
     try:
         _SCHEMA.validate_python(state, strict=True)
     except ValidationError as error:
@@ -177,12 +193,16 @@ def tensor_problem(tensor: Tensor) -> str | None:
 
 def not_finite(tensors: dict[str, Tensor]) -> list[str]:
     """The names of those that hold NaN or infinity. One pass over all of them."""
-    computed = {name: tensor.float() if tensor.itemsize == 1 else tensor for name, tensor in tensors.items()}  # no test of 8 bits
+    # no test of 8 bits
+    computed = {
+        name: tensor.float() if tensor.itemsize == 1 else tensor for name, tensor in tensors.items()
+    }
     return [name for name, tensor in computed.items() if not bool(torch.isfinite(tensor).all())]
 
 
 def _parameters(state: dict[str, Any]) -> dict[str, Tensor]:
-    """Of the model and of heads, by the names that the optimizer knows them by. Buffers are among them."""
+    """Of the model and of heads, by the names that the optimizer knows them by. Buffers are among
+    them."""
     return state["model"] | {f"heads.{name}": tensor for name, tensor in state["heads"].items()}
 
 
@@ -204,7 +224,8 @@ def _tensors_problem(state: dict[str, Any]) -> str | None:
 
 
 def _counts_problem(state: dict[str, Any]) -> str | None:
-    """Each update trains at least one token; a run and a horizon are parts of the lineage's life."""
+    """Each update trains at least one token; a run and a horizon are parts of the lineage's
+    life."""
     done = state["progress"]
     if state["rng"]["step"] != done["step"]:
         return f"progress.step is {done['step']}, rng.step {state['rng']['step']}"
@@ -216,12 +237,15 @@ def _counts_problem(state: dict[str, Any]) -> str | None:
         ("horizon_tokens", "tokens"),
     ):
         if done[less] > done[more]:
-            return f"progress.{less} is {done[less]}, more than progress.{more}, which is {done[more]}"
+            return (
+                f"progress.{less} is {done[less]}, more than progress.{more}, which is {done[more]}"
+            )
     return None
 
 
 def _optimizer_problem(state: dict[str, Any]) -> str | None:
-    """Each entry must be of a parameter that is there, of its shape, and no older than the lineage."""
+    """Each entry must be of a parameter that is there, of its shape, and no older than the
+    lineage."""
     parameters = _parameters(state)
     for name, entry in state["optimizer"].items():
         if name not in parameters:
@@ -229,11 +253,16 @@ def _optimizer_problem(state: dict[str, Any]) -> str | None:
         if set(entry) not in OPTIMIZERS:
             return f"optimizer.{name} has {', '.join(entry) or 'nothing'}: another optimizer's"
         moments = [value for key, value in entry.items() if key != "step"]
-        if any(not isinstance(each, Tensor) or each.shape != parameters[name].shape for each in moments):
+        if any(
+            not isinstance(each, Tensor) or each.shape != parameters[name].shape for each in moments
+        ):
             return f"optimizer.{name} has another shape than its parameter"
         step = torch.as_tensor(entry.get("step", 0.0))
         if step.numel() != 1:
             return f"optimizer.{name}.step is {step.numel()} numbers"
         if not 0 <= float(step) <= state["progress"]["step"]:
-            return f"optimizer.{name}.step is {float(step):.0f}, progress.step {state['progress']['step']}"
+            return (
+                f"optimizer.{name}.step is {float(step):.0f}, progress.step "
+                f"{state['progress']['step']}"
+            )
     return None

@@ -1,9 +1,11 @@
-"""Three rolling slots per lineage that survive a kill at any instant, a full disk and a damaged file.
+"""Three rolling slots per lineage that survive a kill at any instant, a full disk and a damaged
+file.
 
     checkpoints/<lineage>_current.pth   _prev.pth   _prev2.pth
 
-A new checkpoint is written aside, flushed to the disk, and only then the slots move: prev to prev2, current to prev, new to
-current. Training goes on as soon as the tensors are copied; the writing happens in a thread.
+A new checkpoint is written aside, flushed to the disk, and only then the slots move: prev to prev2,
+current to prev, new to current. Training goes on as soon as the tensors are copied; the writing
+happens in a thread.
 
 In:    a dict of tensors and plain values
 Out:   the newest slot that can be read
@@ -25,7 +27,17 @@ import torch
 from core.checkpoint.state import problem_of
 from core.errors import CheckpointError, first_line
 from core.file_names import SLOTS, slot_name
-from core.files import cause, check_regular, free_name, link_file, probe, replacing, standing, sweep, sync_folder
+from core.files import (
+    cause,
+    check_regular,
+    free_name,
+    link_file,
+    probe,
+    replacing,
+    standing,
+    sweep,
+    sync_folder,
+)
 
 FORMAT = 1
 """Raised when a checkpoint's layout changes in a way that older code cannot read."""
@@ -50,13 +62,18 @@ def read_checkpoint(path: Path, mmap: bool = False, whole: bool = True) -> dict[
                     raise ValueError("a checksum does not match")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # whatever reading a damaged file may raise
-        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)):
-            raise CheckpointError(f"{path} cannot be read: {error}. Mend that, or move the file away.") from None
+        if isinstance(error, MemoryError) or (
+            isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
+        ):
+            raise CheckpointError(
+                f"{path} cannot be read: {error}. Mend that, or move the file away."
+            ) from None
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise Damaged(reason[:120]) from None
     if isinstance(state, dict) and type(state.get("format")) is int and state["format"] > FORMAT:
         raise CheckpointError(
-            f"{path} has format {state['format']}, this program reads up to {FORMAT}. Update the program, "
+            f"{path} has format {state['format']}, this program reads up to {FORMAT}. Update the "
+            "program, "
             "or set another lineage in the preset."
         )
     if (problem := problem_of(state)) is not None:
@@ -68,27 +85,30 @@ class CheckpointStore:
     """The slots of one lineage. Only rank 0 saves."""
 
     def __init__(self, folder: Path, lineage: str, mirror: str | None = None):
-        """`lineage`: may be a path below the folder. `mirror`: another file name that always holds what `current` holds."""
+        """`lineage`: may be a path below the folder. `mirror`: another file name that always holds
+        what `current` holds."""
         self.folder, self.lineage = folder, lineage
         self.slots = [folder / slot_name(lineage, slot) for slot in SLOTS]
         self._mirror = folder / mirror if mirror else None
         self._thread: threading.Thread | None = None
         self._outcome: tuple[Path | None, float, str] | None = None
 
-    # reading ---------------------------------------------------------------------------------------------------------
+    # reading --------------------------------------------------------------------------------------
 
     def load(
         self, skip: int = 0, read_only: bool = False, settled: bool = False
     ) -> tuple[dict[str, Any] | None, Path | None, list[str]]:
-        """(state, its file, remarks) of the newest readable slot; (None, None, remarks) when there is none.
+        """(state, its file, remarks) of the newest readable slot; (None, None, remarks) when there
+        is none.
 
         skip        how many of the newest slots to leave out
-        read_only   for a lineage that somebody else trains: nothing is renamed, and tensors stay on the disk until they are used
+        read_only   for a lineage that somebody else trains: nothing is renamed, and tensors stay on
+                    the disk until they are used
         settled     leave out one that was saved amid bad steps, too; only the newest can be
 
-        A damaged slot is renamed to `*.damaged`, never deleted. Raises CheckpointError when a slot exists but this program
-        may not or cannot read it: starting afresh would overwrite somebody's work.
-        """
+        A damaged slot is renamed to `*.damaged`, never deleted. Raises CheckpointError when a slot
+        exists but this program may not or cannot read it: starting afresh would overwrite
+        somebody's work."""
         notes = []
         for path in self.slots[skip + (settled and _amid_bad_steps(self.slots[0])) :]:
             if not path.exists():
@@ -103,51 +123,61 @@ class CheckpointStore:
         return None, None, notes
 
     def peek(self) -> dict[str, Any] | None:
-        """Progress, preset and place in the data of the newest slot, without its tensors; None when there is none to read."""
+        """Progress, preset and place in the data of the newest slot, without its tensors; None when
+        there is none to read."""
         for path in self.slots:
             if path.exists():
                 try:
                     state = read_checkpoint(path, mmap=True, whole=False)
-                except (Damaged, CheckpointError):  # a preview judges no slot: loading it for real will say what is wrong
+                except (Damaged, CheckpointError):
+                    # a preview judges no slot: loading it for real will say what is wrong
                     continue
                 return {"path": path, **{key: state[key] for key in ("progress", "preset", "data")}}
         return None
 
-    # writing ---------------------------------------------------------------------------------------------------------
+    # writing --------------------------------------------------------------------------------------
 
     def prepare(self) -> list[str]:
-        """Find out before the first step what would keep the last one from being saved; returns remarks.
+        """Find out before the first step what would keep the last one from being saved; returns
+        remarks.
 
-        Only for who owns the lineage: what a killed run left half-written is deleted. Raises CheckpointError.
-        """
+        Only for who owns the lineage: what a killed run left half-written is deleted. Raises
+        CheckpointError."""
         current = self.slots[0]
         try:
             probe(current)
             paths = [*self.slots, *([self._mirror] if self._mirror is not None else [])]
             for path in paths:
                 sweep(path.parent, path.name)
-            current.with_name(f"{current.name}.tmp").unlink(missing_ok=True)  # as earlier versions called it
+            # as earlier versions called it
+            current.with_name(f"{current.name}.tmp").unlink(missing_ok=True)
             odd = [path for path in paths if path.exists() and not path.is_file()]
             return [f"{path.name} is no file; it is now {_set_aside(path).name}" for path in odd]
         except OSError as error:
-            raise CheckpointError(f"checkpoints cannot be written to {current.parent}: {cause(error, current)}") from None
+            raise CheckpointError(
+                f"checkpoints cannot be written to {current.parent}: {cause(error, current)}"
+            ) from None
 
     def check_room(self, size: int) -> None:
-        """Raises CheckpointError where the disk has no room for the slots of a run whose checkpoints have so many bytes."""
+        """Raises CheckpointError where the disk has no room for the slots of a run whose
+        checkpoints have so many bytes."""
         current = self.slots[0]
         try:
             probe(current, size)
             free = shutil.disk_usage(standing(current.parent)).free
         except OSError as error:
             raise CheckpointError(
-                f"a checkpoint of {size / 1e6:,.1f} MB cannot be written to {current.parent}: {cause(error, current)}"
+                f"a checkpoint of {size / 1e6:,.1f} MB cannot be written to {current.parent}: "
+                f"{cause(error, current)}"
             ) from None
         there = sum(path.stat().st_size for path in self.slots if path.exists())
         files = len(self.slots) + 1  # one more is being written while the slots are full
         if free + there < files * size:
             raise CheckpointError(
-                f"{current.parent} has {free / 1e6:,.1f} MB free, and this run needs {(files * size - there) / 1e6:,.1f} MB: "
-                f"{len(self.slots)} checkpoints of {size / 1e6:,.1f} MB and the one being written, less what is there already. "
+                f"{current.parent} has {free / 1e6:,.1f} MB free, and this run needs "
+                f"{(files * size - there) / 1e6:,.1f} MB: "
+                f"{len(self.slots)} checkpoints of {size / 1e6:,.1f} MB and the one being "
+                "written, less what is there already. "
                 "Free some space, or make the folder a link to one on a larger disk."
             )
 
@@ -155,9 +185,12 @@ class CheckpointStore:
         """Copy `state` and write it in the background; `outcome()` tells how it went."""
         self.wait()
         try:
-            thread = threading.Thread(target=self._write, args=(_copy(state),), name="checkpoint-writer")
+            thread = threading.Thread(
+                target=self._write, args=(_copy(state),), name="checkpoint-writer"
+            )
             thread.start()
-        except Exception as error:  # no memory for a copy, or for a thread: told as a failed write is
+        except Exception as error:
+            # no memory for a copy, or for a thread: told as a failed write is
             self._outcome = (None, 0.0, f"{first_line(error)}.")
         else:
             self._thread = thread
@@ -169,17 +202,19 @@ class CheckpointStore:
             self._thread = None
 
     def keep_newest(self) -> None:
-        """Delete the older slots, where the newest is there: of a run that is over, they are no longer needed."""
+        """Delete the older slots, where the newest is there: of a run that is over, they are no
+        longer needed."""
         self.wait()
         if self.slots[0].exists():
             for path in self.slots[1:]:
                 path.unlink(missing_ok=True)
 
     def outcome(self) -> tuple[Path | None, float, str] | None:
-        """(file, seconds, "") of a finished save, or (None, seconds, reason) of a failed one; None: nothing new. Told once.
+        """(file, seconds, "") of a finished save, or (None, seconds, reason) of a failed one; None:
+        nothing new. Told once.
 
-        (file, seconds, reason): it is saved, and only its other name, the mirror, could not be made.
-        """
+        (file, seconds, reason): it is saved, and only its other name, the mirror, could not be
+        made."""
         if self._thread is not None and self._thread.is_alive():
             return None
         outcome, self._outcome = self._outcome, None
@@ -194,9 +229,13 @@ class CheckpointStore:
                 file.flush()
                 os.fsync(file.fileno())
                 self._make_way()
-        except Exception as error:  # whatever it is, a save that failed must be told: nobody sees this thread die
-            true = error.__context__ if isinstance(error.__context__, OSError) else error  # torch wraps a failed write
-            told = cause(true, self.slots[0]) if isinstance(true, OSError) else f"{first_line(true)}."
+        except Exception as error:
+            # whatever it is, a save that failed must be told: nobody sees this thread die
+            # torch wraps a failed write
+            true = error.__context__ if isinstance(error.__context__, OSError) else error
+            told = (
+                cause(true, self.slots[0]) if isinstance(true, OSError) else f"{first_line(true)}."
+            )
             self._outcome = (None, time.monotonic() - started, told.splitlines()[0])
             return
         told = self._reflect()
@@ -209,14 +248,19 @@ class CheckpointStore:
         try:
             link_file(self.slots[0], self._mirror)
         except Exception as error:  # the checkpoint is there, whatever this is
-            told = cause(error, self._mirror) if isinstance(error, OSError) else f"{first_line(error)}."
+            told = (
+                cause(error, self._mirror)
+                if isinstance(error, OSError)
+                else f"{first_line(error)}."
+            )
             return f"{self._mirror.name} does not hold what {self.slots[0].name} does: {told}"
         sync_folder(self._mirror.parent)
         return ""
 
     def _make_way(self) -> None:
-        """Move the slots on, once the new checkpoint is safe on the disk. One that was saved amid bad steps is replaced where it
-        is: its weights may be at fault, and those before it are what a roll-back needs."""
+        """Move the slots on, once the new checkpoint is safe on the disk. One that was saved amid
+        bad steps is replaced where it is: its weights may be at fault, and those before it are what
+        a roll-back needs."""
         current, prev, prev2 = self.slots
         if _amid_bad_steps(current):
             return
@@ -243,7 +287,12 @@ def _amid_bad_steps(path: Path) -> bool:
 
 def stored_bytes(*modules: torch.nn.Module | None) -> int:
     """What the tensors of modules take in a checkpoint, those with several names counted once."""
-    tensors = {_place(t): t.nbytes for module in modules if module is not None for t in module.state_dict().values()}
+    tensors = {
+        _place(t): t.nbytes
+        for module in modules
+        if module is not None
+        for t in module.state_dict().values()
+    }
     return sum(tensors.values())
 
 
@@ -253,7 +302,8 @@ def _place(tensor: torch.Tensor) -> tuple:
 
 
 def _copy(value: Any) -> Any:
-    """A deep copy with every tensor on the CPU. One tensor under several names (tied weights) is copied once."""
+    """A deep copy with every tensor on the CPU. One tensor under several names (tied weights) is
+    copied once."""
     seen: dict[tuple, torch.Tensor] = {}
 
     def copy(v: Any) -> Any:
@@ -270,7 +320,9 @@ def _copy(value: Any) -> Any:
     return copy(value)
 
 
-LINEAGE_OF_ITS_OWN = 'Give the preset a "lineage" of its own, or its model the settings it was trained with.'
+LINEAGE_OF_ITS_OWN = (
+    'Give the preset a "lineage" of its own, or its model the settings it was trained with.'
+)
 
 
 def load_model(
@@ -288,7 +340,12 @@ def load_model(
     """
     own = module.state_dict()
     filled = {(tensor.data_ptr(), tensor.shape) for name, tensor in own.items() if name in saved}
-    missing = [n for n in sorted(own.keys() - saved.keys()) if (own[n].data_ptr(), own[n].shape) not in filled]  # tied: kept once
+    # tied: kept once
+    missing = [
+        n
+        for n in sorted(own.keys() - saved.keys())
+        if (own[n].data_ptr(), own[n].shape) not in filled
+    ]
     unknown = sorted(saved.keys() - own.keys())
     wrong = [
         f"{name} is {tuple(saved[name].shape)} there, {tuple(own[name].shape)} here"
@@ -307,4 +364,6 @@ def load_model(
             + f"\n{advice} Nothing was overwritten."
         )
     module.load_state_dict(saved, strict=False)
-    return [f"{name} is new: starts untrained" for name in missing] + [f"{name} was left out" for name in unknown]
+    return [f"{name} is new: starts untrained" for name in missing] + [
+        f"{name} was left out" for name in unknown
+    ]

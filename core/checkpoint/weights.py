@@ -1,12 +1,14 @@
-"""Weights made before: the newest slot of a lineage, a file of ours, one that PolychromaticLM published, or anybody's.
+"""Weights made before: the newest slot of a lineage, a file of ours, one that PolychromaticLM
+published, or anybody's.
 
 In:    a lineage, or a file's path, as a preset's `init_from` says it
 Out:   Weights: tensors by name, and what the file says beside them
 State: none; nothing is ever written or renamed here
 
     ours                 {"format", "model", "progress", "tokenizer", "preset", ...}
-    PolychromaticLM's    {"model", "optimizer", "scheduler", "step", "tau"}, as its files are; or, as its specification
-                         says, {"model_state_dict", "optimizer_state_dict", "scheduler_state_dict", "step", "tau"}
+    PolychromaticLM's    {"model", "optimizer", "scheduler", "step", "tau"}, as its files are; or,
+                         as its specification says, {"model_state_dict", "optimizer_state_dict",
+                         "scheduler_state_dict", "step", "tau"}
     anybody's            {name: tensor}, also as .safetensors
 """
 
@@ -35,7 +37,10 @@ MODEL_KEYS = ("model", "model_state_dict")
 WRAPPERS = ("module.", "_orig_mod.")
 """What DDP and torch.compile put before every name."""
 
-FITTING = "Give the preset's model the settings they were made with, and their tokenizer; or name other weights."
+FITTING = (
+    "Give the preset's model the settings they were made with, and their tokenizer; or "
+    "name other weights."
+)
 
 
 @dataclass
@@ -51,52 +56,92 @@ class Weights:
     preset: dict[str, Any] | None = None  # the resolved preset they were made with, as JSON
     notes: list[str] = field(default_factory=list)
     tokens: int | None = None  # that they were trained on
-    held_out: dict[str, Any] | None = None  # what they were not, see HoldOut.state in core/data/validation.py
+    # what they were not, see HoldOut.state in core/data/validation.py
+    held_out: dict[str, Any] | None = None
     heads: dict[str, Tensor] = field(default_factory=dict)  # of auxiliary heads
 
     @classmethod
-    def of(cls, state: dict[str, Any], path: Path, where: str, notes: list[str] | None = None) -> "Weights":
+    def of(
+        cls, state: dict[str, Any], path: Path, where: str, notes: list[str] | None = None
+    ) -> "Weights":
         """Of one of our own checkpoints. Older ones do not say how far schedules had come."""
         progress = state["progress"]
         fraction = progress.get("fraction", float(progress.get("finished", False)))
-        past = progress["step"], fraction, state["tokenizer"], state["preset"], notes or [], progress["tokens"]
-        return cls(state["model"], path, where, *past, state["data"].get("held_out"), state.get("heads", {}))
+        past = (
+            progress["step"],
+            fraction,
+            state["tokenizer"],
+            state["preset"],
+            notes or [],
+            progress["tokens"],
+        )
+        return cls(
+            state["model"],
+            path,
+            where,
+            *past,
+            state["data"].get("held_out"),
+            state.get("heads", {}),
+        )
 
     def __str__(self) -> str:
         return self.where if self.step is None else f"{self.where}, step {self.step:,}"
 
     def load_into(self, model: nn.Module, advice: str = FITTING) -> list[str]:
-        """Put them into a model; returns remarks. Raises CheckpointError naming everything that does not fit."""
+        """Put them into a model; returns remarks. Raises CheckpointError naming everything that
+        does not fit."""
         notes: list[str] = []
         self._check_kinds({})
         call_if_defined(model, "prepare_load", self.model, notes)
         self._check_kinds(model.state_dict())
-        if odd := not_finite(self.model | {f"heads.{name}": tensor for name, tensor in self.heads.items()}):
+        if odd := not_finite(
+            self.model | {f"heads.{name}": tensor for name, tensor in self.heads.items()}
+        ):
             names = ", ".join(odd[:4]) + (", ..." if len(odd) > 4 else "")
-            notes.append(f"not finite in {self.where}: {names}: nothing is learned from such weights; take an older checkpoint")
+            notes.append(
+                f"not finite in {self.where}: {names}: nothing is learned from such weights; take "
+                "an older checkpoint"
+            )
         return notes + load_model(model, self.model, self.where, advice=advice)
 
     def _check_kinds(self, own: dict[str, Tensor]) -> None:
-        """Raises UserError where a tensor is of a kind that copying would turn into other weights, or cannot copy."""
+        """Raises UserError where a tensor is of a kind that copying would turn into other weights,
+        or cannot copy."""
         for name, tensor in self.model.items():
             problem = tensor_problem(tensor)
-            if problem is None and name in own and own[name].is_floating_point() and not tensor.is_floating_point():
+            if (
+                problem is None
+                and name in own
+                and own[name].is_floating_point()
+                and not tensor.is_floating_point()
+            ):
                 problem = f"is {tensor.dtype}; weights are floating-point"
             if problem is not None:
-                raise UserError(f"{self.where}: {name} {problem}. Save it anew as plain floating-point weights, or name another.")
+                raise UserError(
+                    f"{self.where}: {name} {problem}. Save it anew as plain floating-point "
+                    "weights, or name another."
+                )
 
     def other_settings(self, model: Settings) -> list[str]:
-        """What their `model` section said otherwise than this one: "model.seq_length was 128, is 256"."""
-        return changed(self.preset["model"], model.model_dump(mode="json"), "model.") if self.preset is not None else []
+        """What their `model` section said otherwise than this one: "model.seq_length was 128, is
+        256"."""
+        return (
+            changed(self.preset["model"], model.model_dump(mode="json"), "model.")
+            if self.preset is not None
+            else []
+        )
 
     def tokenizer_state(self, settings: TokenizerSettings, root: Path) -> dict[str, Any]:
-        """The tokenizer whose tokens the weights mean: the file's, or else the preset's. Raises UserError."""
+        """The tokenizer whose tokens the weights mean: the file's, or else the preset's. Raises
+        UserError."""
         if self.tokenizer is not None:
             return self.tokenizer
         if settings.type == "bpe":
             raise UserError(
-                f'{self.where} has no tokenizer with it, and a "bpe" trained here would give its tokens other meanings. Name the '
-                'one the weights were trained with: "tokenizer": "Qwen/Qwen3-0.6B-Base", or {"type": "file", "path": "..."}.'
+                f'{self.where} has no tokenizer with it, and a "bpe" trained here would give its '
+                "tokens other meanings. Name the "
+                'one the weights were trained with: "tokenizer": "Qwen/Qwen3-0.6B-Base", or '
+                '{"type": "file", "path": "..."}.'
             )
         return build_tokenizer(settings, [], root=root).state()
 
@@ -114,7 +159,8 @@ def find_weights(origin: str, root: Path) -> Weights:
 
 
 def preview_weights(origin: str, root: Path) -> str:
-    """What the menu calls the weights that `init_from` names; quick, as nothing but the step is read. Raises UserError."""
+    """What the menu calls the weights that `init_from` names; quick, as nothing but the step is
+    read. Raises UserError."""
     path = own_path(origin, root)
     if is_file(origin):
         if not path.is_file():
@@ -128,18 +174,22 @@ def preview_weights(origin: str, root: Path) -> str:
 
 
 def newest_weights(lineage: str, root: Path) -> Weights:
-    """The newest slot of a lineage that can be read; its files stay as they are. Raises UserError."""
+    """The newest slot of a lineage that can be read; its files stay as they are. Raises
+    UserError."""
     store = CheckpointStore(root / "checkpoints", lineage)
     state, path, notes = store.load(read_only=True)
     if state is not None and path is not None:
         return Weights.of(state, path, path.name, notes)
     if notes:
-        raise UserError(f'no checkpoint of the lineage "{lineage}" can be read:\n  ' + "\n  ".join(notes))
+        raise UserError(
+            f'no checkpoint of the lineage "{lineage}" can be read:\n  ' + "\n  ".join(notes)
+        )
     raise _no_lineage(lineage, root)
 
 
 def read_weights(path: Path, where: str) -> Weights:
-    """The weights in a file. Raises UserError, or CheckpointError where a newer version of this program wrote it.
+    """The weights in a file. Raises UserError, or CheckpointError where a newer version of this
+    program wrote it.
 
     where   what people are told it is called
     """
@@ -152,16 +202,25 @@ def read_weights(path: Path, where: str) -> Weights:
         try:
             return Weights.of(read_checkpoint(path, mmap=True), path, where)
         except Damaged as reason:
-            raise UserError(f"{where} is damaged ({reason}). Name another file, or the lineage it comes from.") from None
+            raise UserError(
+                f"{where} is damaged ({reason}). Name another file, or the lineage it comes from."
+            ) from None
     model = next((state[key] for key in MODEL_KEYS if isinstance(state.get(key), dict)), None)
     if model is None:
         return Weights(_bare(state, where), path, where)
     tau = state.get("tau")
-    return Weights(_bare(model, where), path, where, _step(state), 1.0 if tau is None else fraction_of(float(tau)))
+    return Weights(
+        _bare(model, where),
+        path,
+        where,
+        _step(state),
+        1.0 if tau is None else fraction_of(float(tau)),
+    )
 
 
 def fraction_of(tau: float) -> float:
-    """How far a run of PolychromaticLM had come: its tau falls from 1 to 0.1 (specification 001)."""
+    """How far a run of PolychromaticLM had come: its tau falls from 1 to 0.1 (specification
+    001)."""
     return min(max((1.0 - tau) / 0.9, 0.0), 1.0)
 
 
@@ -172,12 +231,22 @@ def _step(state: dict[str, Any]) -> int | None:
 
 
 def _no_file(where: str) -> UserError:
-    return UserError(f"{where} does not exist. A path is relative to the folder of main.py; a lineage has no / in its name.")
+    return UserError(
+        f"{where} does not exist. A path is relative to the folder of main.py; a lineage has no / "
+        "in its name."
+    )
 
 
 def _no_lineage(lineage: str, root: Path) -> UserError:
-    whose = f'the preset "{lineage}"' if (root / "configs" / f"{lineage}.json").exists() else f'a preset of lineage "{lineage}"'
-    names = sorted(path.name.removesuffix(slot_name("")) for path in (root / "checkpoints").glob(slot_name("*")))
+    whose = (
+        f'the preset "{lineage}"'
+        if (root / "configs" / f"{lineage}.json").exists()
+        else f'a preset of lineage "{lineage}"'
+    )
+    names = sorted(
+        path.name.removesuffix(slot_name(""))
+        for path in (root / "checkpoints").glob(slot_name("*"))
+    )
     others = f" There are checkpoints of {', '.join(names)}." if names else ""
     return UserError(f"checkpoints/{slot_name(lineage)} is not there: run {whose} first.{others}")
 
@@ -185,15 +254,20 @@ def _no_lineage(lineage: str, root: Path) -> UserError:
 def _read_torch(path: Path, where: str) -> dict[str, Any]:
     try:
         # a published checkpoint is three times its weights: what is not used stays on the disk
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        state = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
     except MemoryError:
         raise
     except OSError as error:
         raise UserError(f"{where} cannot be read: {error}.") from None
     except Exception as error:  # whatever reading a damaged or foreign file may raise
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+        reason = (
+            str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+        )
         raise UserError(
-            f"{where} cannot be read as tensors and plain values, and code in a file is never run ({reason}). Load it where it "
+            f"{where} cannot be read as tensors and plain values, and code in a file is never run "
+            f"({reason}). Load it where it "
             "was made, and save only the state dict, best as .safetensors."
         ) from None
     if not isinstance(state, dict):
@@ -215,7 +289,10 @@ def _bare(model: dict[str, Any], where: str) -> dict[str, Tensor]:
     """The tensors under the model's own names."""
     if not model or not all(isinstance(value, Tensor) for value in model.values()):
         keys = ", ".join(map(str, list(model)[:6])) or "nothing"
-        raise UserError(f"{where} holds no weights that this program knows: {keys}. Save it as a state dict, {{name: tensor}}.")
+        raise UserError(
+            f"{where} holds no weights that this program knows: {keys}. Save it as a state dict, "
+            f"{{name: tensor}}."
+        )
     while prefix := next((p for p in WRAPPERS if all(name.startswith(p) for name in model)), None):
         model = {name.removeprefix(prefix): value for name, value in model.items()}
     return dict(model)

@@ -16,7 +16,8 @@ from core.preset.settings import NEXT_TOKEN
 
 NOT_METRICS = {"step", "tokens", "time", "seconds", "eval_tokens", "run", "run_step", "run_tokens"}
 CURVE_POINTS = 200
-"""A training curve is averaged into so many points: more are not seen in a picture, and would swell the report."""
+"""A training curve is averaged into so many points: more are not seen in a picture, and would swell
+the report."""
 
 HUGE = 1e100
 """A number beyond this is no measurement, and its statistics would overflow."""
@@ -30,7 +31,8 @@ class Outcome:
 
     metrics             of the last evaluation, at `tokens`; only finite numbers
     curves              metric -> all evaluations
-    training            cross-entropy (else the loss) of the steps, each point the mean over a stretch
+    training            cross-entropy (else the loss) of the steps, each point the mean over a
+                        stretch
     trained_by_loss     whether that is the loss
     tokens_per_second   median over the steps
     memory_mb           peak, as the last step told it
@@ -79,8 +81,15 @@ def read_outcome(trial: Trial) -> Outcome:
                 seconds, begun = seconds + last - begun, time
             begun, last = time if begun is None else begun, time
         if kind == "run_start":
-            out.parameters, out.device, out.init_from = event.get("parameters"), event.get("device"), event.get("init_from")
-            out.causal, out.objective = event.get("causal", True), event.get("objective", NEXT_TOKEN)
+            out.parameters, out.device, out.init_from = (
+                event.get("parameters"),
+                event.get("device"),
+                event.get("init_from"),
+            )
+            out.causal, out.objective = (
+                event.get("causal", True),
+                event.get("objective", NEXT_TOKEN),
+            )
         elif kind == "step":
             loss = _number(_dict(event.get("losses")).get("cross_entropy"))
             out.trained_by_loss, trained = loss is None, tokens
@@ -103,7 +112,8 @@ def read_outcome(trial: Trial) -> Outcome:
         elif kind == "run_end":
             out.receipt = event.get("receipt")
     if trial.status == "finished" and trained is not None and out.tokens != trained:
-        out.metrics = {}  # its last evaluation failed: the one before is of less training than the others'
+        # its last evaluation failed: the one before is of less training than the others'
+        out.metrics = {}
     out.training = _thinned(training)
     out.tokens_per_second = statistics.median(speeds) if speeds else None
     out.seconds = None if begun is None else seconds + last - begun
@@ -111,20 +121,38 @@ def read_outcome(trial: Trial) -> Outcome:
 
 
 def _metrics(event: dict[str, Any]) -> dict[str, float]:
-    """The finite numbers of an `eval` event, with its losses as "loss: <name>", what heads measure as "head: <name>", and the
-    loss of each source as "held out of: <source>"."""
+    """The finite numbers of an `eval` event, with its losses as "loss: <name>", what heads measure
+    as "head: <name>", and the loss of each source as "held out of: <source>"."""
     groups = [(prefix, event.get(key)) for prefix, key in ((LOSS, "losses"), (HEAD, "heads"))]
-    named = {prefix + name: value for prefix, group in groups if isinstance(group, dict) for name, value in group.items()}
-    named |= {f"{HELD_OUT}{name}": _dict(each).get("loss") for name, each in _dict(event.get("sources")).items()}
-    found = {key: _number(value) for key, value in (event | named).items() if key not in NOT_METRICS}
+    named = {
+        prefix + name: value
+        for prefix, group in groups
+        if isinstance(group, dict)
+        for name, value in group.items()
+    }
+    named |= {
+        f"{HELD_OUT}{name}": _dict(each).get("loss")
+        for name, each in _dict(event.get("sources")).items()
+    }
+    found = {
+        key: _number(value) for key, value in (event | named).items() if key not in NOT_METRICS
+    }
     return {key: value for key, value in found.items() if value is not None}
 
 
 def _read(event: dict[str, Any]) -> dict[str, float]:
-    """Of a `step` event, the shares of the tokens so far as "read of: <source>", where there are several sources."""
-    tokens = {name: _number(_dict(each).get("tokens")) or 0 for name, each in _dict(event.get("sources")).items()}
+    """Of a `step` event, the shares of the tokens so far as "read of: <source>", where there are
+    several sources."""
+    tokens = {
+        name: _number(_dict(each).get("tokens")) or 0
+        for name, each in _dict(event.get("sources")).items()
+    }
     total = sum(tokens.values())
-    return {f"{READ}{name}": count / total for name, count in tokens.items()} if len(tokens) > 1 and total else {}
+    return (
+        {f"{READ}{name}": count / total for name, count in tokens.items()}
+        if len(tokens) > 1 and total
+        else {}
+    )
 
 
 def _thinned(points: Curve) -> Curve:
@@ -133,7 +161,10 @@ def _thinned(points: Curve) -> Curve:
     if n <= CURVE_POINTS:
         return points
     edges = [n * i // CURVE_POINTS for i in range(CURVE_POINTS + 1)]
-    return [(points[b - 1][0], statistics.fmean(value for _, value in points[a:b])) for a, b in zip(edges, edges[1:])]
+    return [
+        (points[b - 1][0], statistics.fmean(value for _, value in points[a:b]))
+        for a, b in zip(edges, edges[1:])
+    ]
 
 
 def _dict(value: Any) -> dict:

@@ -11,7 +11,15 @@ from typing import Any
 
 from core.comparison.fairness import changes, primary, unfairness
 from core.comparison.outcome import Outcome, read_outcome
-from core.comparison.statistics import Difference, Ratio, Spread, holm, paired_difference, paired_ratio, spread
+from core.comparison.statistics import (
+    Difference,
+    Ratio,
+    Spread,
+    holm,
+    paired_difference,
+    paired_ratio,
+    spread,
+)
 from core.comparison.trials import Trial
 from core.comparison.verdict import Verdict, judge
 from core.metrics.table import LOSS, READ, Measure, measure, ordered
@@ -47,7 +55,8 @@ class Variant:
 class Comparison:
     """
     asked       the metric that was asked for
-    metric      the one that gives the verdicts: another one where comparing `asked` would not be fair
+    metric      the one that gives the verdicts: another one where comparing `asked` would not be
+                fair
     metrics     every metric some trial has, in the order of the report
     variants    the baseline first
     verdicts    on the other variants
@@ -78,9 +87,15 @@ class Comparison:
 
 
 def collect(
-    trials: list[Trial], *, name: str, description: str, metric: str = "cross_entropy", confidence: float = 0.95
+    trials: list[Trial],
+    *,
+    name: str,
+    description: str,
+    metric: str = "cross_entropy",
+    confidence: float = 0.95,
 ) -> Comparison:
-    """Read every trial's log and compare. Works at any time: what is not finished yet is left out of the statistics."""
+    """Read every trial's log and compare. Works at any time: what is not finished yet is left out
+    of the statistics."""
     assert trials, "nothing to compare"
     groups: dict[str, list[Outcome]] = {}
     for trial in trials:
@@ -94,20 +109,38 @@ def collect(
     found -= {key for key in found if key.startswith(READ) and _same_everywhere(key, outcomes)}
     keys = tuple(ordered(found))
     baseline = next(iter(groups.values()))
-    variants = tuple(_variant(group, baseline, keys, confidence, len(groups) - 1) for group in groups.values())
+    variants = tuple(
+        _variant(group, baseline, keys, confidence, len(groups) - 1) for group in groups.values()
+    )
     warnings = unfairness(presets, outcomes, metric, chosen)
     return Comparison(
-        name, description, metric, chosen, confidence, keys, variants, _verdicts(variants, chosen, confidence), tuple(warnings)
+        name,
+        description,
+        metric,
+        chosen,
+        confidence,
+        keys,
+        variants,
+        _verdicts(variants, chosen, confidence),
+        tuple(warnings),
     )
 
 
 def _same_everywhere(key: str, outcomes: list[Outcome]) -> bool:
     """Whether trials of one seed do not differ in it."""
-    found = {(outcome.trial.seed, outcome.metrics.get(key)) for outcome in outcomes if outcome.finished}
+    found = {
+        (outcome.trial.seed, outcome.metrics.get(key)) for outcome in outcomes if outcome.finished
+    }
     return len(found) == len({seed for seed, _ in found})
 
 
-def _variant(group: list[Outcome], baseline: list[Outcome], keys: tuple[str, ...], confidence: float, compared: int) -> Variant:
+def _variant(
+    group: list[Outcome],
+    baseline: list[Outcome],
+    keys: tuple[str, ...],
+    confidence: float,
+    compared: int,
+) -> Variant:
     trial, base = group[0].trial, baseline[0].trial
     finished = [outcome for outcome in group if outcome.finished]
     spreads = {key: spread([o.metrics[key] for o in finished if key in o.metrics]) for key in keys}
@@ -115,12 +148,17 @@ def _variant(group: list[Outcome], baseline: list[Outcome], keys: tuple[str, ...
     if group is not baseline:
 
         def by_seed(of: Callable[[Outcome], float | None]) -> tuple[dict, dict]:
-            return tuple({o.trial.seed: of(o) for o in part if o.finished} for part in (baseline, group))  # type: ignore
+            return tuple(
+                {o.trial.seed: of(o) for o in part if o.finished} for part in (baseline, group)
+            )  # type: ignore
 
         rest = {
             "changes": changes(base.preset, trial.preset),
             "differences": {
-                key: paired_difference(*by_seed(lambda o, key=key: o.metrics.get(key)), confidence, compared) for key in keys
+                key: paired_difference(
+                    *by_seed(lambda o, key=key: o.metrics.get(key)), confidence, compared
+                )
+                for key in keys
             },
             "speed": paired_ratio(*by_seed(lambda o: o.tokens_per_second)),
             "memory": paired_ratio(*by_seed(lambda o: o.memory_mb)),
@@ -135,13 +173,16 @@ def _verdicts(variants: tuple[Variant, ...], metric: str, confidence: float) -> 
     compared = sum(difference.p is not None for difference in differences)
     found = []
     for variant, difference, p in zip(others, differences, adjusted):
-        verdict = judge(variant.name, baseline.name, measure(metric), difference, p, confidence, compared)
+        verdict = judge(
+            variant.name, baseline.name, measure(metric), difference, p, confidence, compared
+        )
         found.append(replace(verdict, sentence=verdict.sentence + _left_out(baseline, variant)))
     return tuple(found)
 
 
 def _left_out(baseline: Variant, variant: Variant) -> str:
-    """The seeds that came to nothing: leaving them out makes what diverges look better than it is, so it is said."""
+    """The seeds that came to nothing: leaving them out makes what diverges look better than it is,
+    so it is said."""
     lost = [
         f"seed {outcome.trial.seed} ({part.name}: {outcome.trial.status})"
         for part in (baseline, variant)

@@ -1,7 +1,9 @@
-"""Paired statistics over seeds: is a variant's metric different from the baseline's, or is it only noise?
+"""Paired statistics over seeds: is a variant's metric different from the baseline's, or is it only
+noise?
 
-Trials of the same seed saw the same data in the same order, so their difference is free of what they share. The seeds'
-differences are taken as a sample of normal numbers, and their mean is tested against zero (Student's paired t-test).
+Trials of the same seed saw the same data in the same order, so their difference is free of what
+they share. The seeds' differences are taken as a sample of normal numbers, and their mean is tested
+against zero (Student's paired t-test).
 
 In:    a metric by seed, of the baseline and of a variant
 Out:   Difference, Spread, Ratio; Holm's adjustment
@@ -34,10 +36,12 @@ class Difference:
     """Variant minus baseline, paired by seed.
 
     seeds, values   the seeds both have a number for, and their differences
-    low, high       confidence interval of the mean; None with one seed, or where the differences do not vary
+    low, high       confidence interval of the mean; None with one seed, or where the differences do
+                    not vary
     p               two-sided p-value, not adjusted
     sd              of the differences
-    smallest        true difference that would have been found with probability 0.8; see `smallest_seen`
+    smallest        true difference that would have been found with probability 0.8; see
+                    `smallest_seen`
     """
 
     seeds: tuple[int, ...]
@@ -63,18 +67,27 @@ class Ratio:
 def spread(values: Sequence[float]) -> Spread:
     if not values:
         return Spread(0, None, None)
-    return Spread(len(values), statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
+    return Spread(
+        len(values), statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+    )
 
 
 def paired_difference(
-    baseline: Mapping[int, float | None], variant: Mapping[int, float | None], confidence: float = 0.95, variants: int = 1
+    baseline: Mapping[int, float | None],
+    variant: Mapping[int, float | None],
+    confidence: float = 0.95,
+    variants: int = 1,
 ) -> Difference:
-    """The difference of two {seed: metric}; seeds that either lacks, or has no finite number for, are left out.
+    """The difference of two {seed: metric}; seeds that either lacks, or has no finite number for,
+    are left out.
 
     confidence   level of the interval
-    variants     how many are compared with the baseline: `smallest` is at the level Holm's adjustment asks of the first
+    variants     how many are compared with the baseline: `smallest` is at the level Holm's
+                 adjustment asks of the first
     """
-    seeds = tuple(seed for seed in sorted(baseline) if _finite(baseline[seed]) and _finite(variant.get(seed)))
+    seeds = tuple(
+        seed for seed in sorted(baseline) if _finite(baseline[seed]) and _finite(variant.get(seed))
+    )
     values = tuple(variant[seed] - baseline[seed] for seed in seeds)
     if len(values) < 2:
         return Difference(seeds, values, mean=values[0] if values else None)
@@ -94,11 +107,11 @@ def paired_difference(
 
 
 def smallest_seen(sd: float, n: int, level: float, power: float = POWER) -> float | None:
-    """The true mean difference that a two-sided paired t-test at `level` finds with probability `power` over n pairs,
-    were the standard deviation of the differences `sd`.
+    """The true mean difference that a two-sided paired t-test at `level` finds with probability
+    `power` over n pairs, were the standard deviation of the differences `sd`.
 
-    From the noncentral t distribution; the tail of finding it with the wrong sign (below 0.1 %) is left out.
-    """
+    From the noncentral t distribution; the tail of finding it with the wrong sign (below 0.1 %) is
+    left out."""
     shift = _shift(n, level, power)
     return None if shift is None else shift * sd / math.sqrt(n)
 
@@ -121,7 +134,8 @@ def _shift(n: int, level: float, power: float) -> float | None:
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Holm's adjustment: the probability of even one false finding among all stays at the level. None stays None."""
+    """Holm's adjustment: the probability of even one false finding among all stays at the level.
+    None stays None."""
     order = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
     adjusted: list[float | None] = [None] * len(p_values)
     highest = 0.0
@@ -131,11 +145,21 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     return adjusted
 
 
-def paired_ratio(baseline: Mapping[int, float | None], variant: Mapping[int, float | None]) -> Ratio | None:
+def paired_ratio(
+    baseline: Mapping[int, float | None], variant: Mapping[int, float | None]
+) -> Ratio | None:
     """Ratios over the seeds both have a positive number for; None where there are none."""
-    both = [seed for seed in sorted(baseline) if _positive(baseline[seed]) and _positive(variant.get(seed))]
+    both = [
+        seed
+        for seed in sorted(baseline)
+        if _positive(baseline[seed]) and _positive(variant.get(seed))
+    ]
     ratios = [variant[seed] / baseline[seed] for seed in both]
-    return Ratio(len(ratios), statistics.geometric_mean(ratios), min(ratios), max(ratios)) if ratios else None
+    return (
+        Ratio(len(ratios), statistics.geometric_mean(ratios), min(ratios), max(ratios))
+        if ratios
+        else None
+    )
 
 
 def _finite(value: float | None) -> bool:

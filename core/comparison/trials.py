@@ -1,7 +1,8 @@
 """Which trials a comparison has, in which order, under which names, and what became of them.
 
 In:    a preset of job `compare`: its variants and seeds
-Out:   a Trial for each variant and seed, seed by seed and the baseline first; the preset that each of them runs
+Out:   a Trial for each variant and seed, seed by seed and the baseline first; the preset that each
+       of them runs
 State: logs/<lineage>/state.json: the outcomes that no checkpoint tells of
 """
 
@@ -21,9 +22,27 @@ from core.preset.settings import CompareSettings, VariantSettings
 STATE, REPORTS = "state.json", ("report.html", "report.md", "metrics.json")
 SLUG_LENGTH = 60
 
-FREE = ("name", "description", "lineage", "job", "variants", "seeds", "compare", "logging", "tokenize", "evaluate", "interpret")
-FREE_KEYS = ("data.workers", "data.cache_gigabytes", "train.checkpoint_every_minutes", "train.checkpoint_every_steps")
-"""What may change between two starts of a comparison: it changes nothing in what a trial computes."""
+FREE = (
+    "name",
+    "description",
+    "lineage",
+    "job",
+    "variants",
+    "seeds",
+    "compare",
+    "logging",
+    "tokenize",
+    "evaluate",
+    "interpret",
+)
+FREE_KEYS = (
+    "data.workers",
+    "data.cache_gigabytes",
+    "train.checkpoint_every_minutes",
+    "train.checkpoint_every_steps",
+)
+"""What may change between two starts of a comparison: it changes nothing in what a trial
+computes."""
 
 
 @dataclass(frozen=True)
@@ -48,19 +67,27 @@ class Trial:
 
 
 def plan(preset: Any, root: Path) -> list[Trial]:
-    """Every trial, waiting. A seed's trials stand together, so that a comparison cut short has whole pairs."""
+    """Every trial, waiting. A seed's trials stand together, so that a comparison cut short has
+    whole pairs."""
     names = slugs([variant.name for variant in preset.variants])
     trials = []
     for seed in preset.seeds:
         for variant in preset.variants:
             own = trial_preset(preset, variant, names[variant.name], seed)
-            trials.append(Trial(variant.name, seed, preset_json(own), root / "logs" / own.lineage, "waiting"))
+            trials.append(
+                Trial(variant.name, seed, preset_json(own), root / "logs" / own.lineage, "waiting")
+            )
     return trials
 
 
 def trial_preset(preset: Any, variant: VariantSettings, slug: str, seed: int) -> Any:
-    """What a trial trains. Its name follows from the trial alone: a run goes on only under the name it began with."""
-    beside = {"variants": [], "seeds": type(preset).model_fields["seeds"].default, "compare": CompareSettings().model_dump()}
+    """What a trial trains. Its name follows from the trial alone: a run goes on only under the name
+    it began with."""
+    beside = {
+        "variants": [],
+        "seeds": type(preset).model_fields["seeds"].default,
+        "compare": CompareSettings().model_dump(),
+    }
     of_its_own = {
         "job": "train",
         "name": f"{slug}, seed {seed}",
@@ -72,7 +99,8 @@ def trial_preset(preset: Any, variant: VariantSettings, slug: str, seed: int) ->
 
 
 def slugs(names: list[str]) -> dict[str, str]:
-    """A folder name for each variant. Where two would be the same, also to a disk that ignores case, the later gets a hash."""
+    """A folder name for each variant. Where two would be the same, also to a disk that ignores
+    case, the later gets a hash."""
     taken = {name.casefold() for name in (STATE, *REPORTS)}
     found = {}
     for name in names:
@@ -85,10 +113,11 @@ def slugs(names: list[str]) -> dict[str, str]:
 
 
 def changed(before: dict[str, Any], now: dict[str, Any], path: str = "") -> list[str]:
-    """What makes a trial another one than it was: "train.learning_rate was 0.003, is 0.01". Both are resolved presets.
+    """What makes a trial another one than it was: "train.learning_rate was 0.003, is 0.01". Both
+    are resolved presets.
 
-    A key that one of them lacks came with another version of this program, with a default that changed nothing.
-    """
+    A key that one of them lacks came with another version of this program, with a default that
+    changed nothing."""
     found = []
     for key in now.keys() & before.keys():
         where = f"{path}{key}"
@@ -106,29 +135,38 @@ def _short(text: str) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-# what became of them -------------------------------------------------------------------------------------------------
+# what became of them ------------------------------------------------------------------------------
 
 
 @dataclass
 class Outcomes:
-    """The outcomes that no checkpoint tells of, by trial; and how many processes the trials were run on."""
+    """The outcomes that no checkpoint tells of, by trial; and how many processes the trials were
+    run on."""
 
     world_size: int
     trials: dict[str, dict[str, Any]]  # Trial.key -> {"status", "note", "preset"}
 
 
 def read_outcomes(folder: Path, world_size: int) -> Outcomes:
-    """As `write_outcomes` left them in logs/<lineage>. None there, or none that can be read: nothing has happened yet."""
+    """As `write_outcomes` left them in logs/<lineage>. None there, or none that can be read:
+    nothing has happened yet."""
     try:
         state = read_json(folder / STATE)
-        known = {key: entry for key, entry in state["trials"].items() if (folder / key).is_dir() and _is_outcome(entry)}
+        known = {
+            key: entry
+            for key, entry in state["trials"].items()
+            if (folder / key).is_dir() and _is_outcome(entry)
+        }
         return Outcomes(int(state["world_size"]), known)
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return Outcomes(world_size, {})
 
 
 def _is_outcome(entry: dict[str, Any]) -> bool:
-    return all(isinstance(entry.get(key), kind) for key, kind in (("status", str), ("note", str), ("preset", dict)))
+    return all(
+        isinstance(entry.get(key), kind)
+        for key, kind in (("status", str), ("note", str), ("preset", dict))
+    )
 
 
 def write_outcomes(folder: Path, outcomes: Outcomes) -> None:
@@ -136,8 +174,11 @@ def write_outcomes(folder: Path, outcomes: Outcomes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all, whatever ends the process. Raises UserError when it cannot be written."""
+    """Whole or not at all, whatever ends the process. Raises UserError when it cannot be
+    written."""
     try:
         write_file(path, json.dumps(value, indent=2), durable=True)
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {cause(error, path)} Then start again.") from None
+        raise UserError(
+            f"{path} cannot be written: {cause(error, path)} Then start again."
+        ) from None

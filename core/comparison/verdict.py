@@ -11,15 +11,19 @@ from dataclasses import dataclass
 from core.comparison.statistics import POWER, Difference
 from core.metrics.table import Measure
 
-NO_SEEDS, ONE_SEED, NO_NOISE = "no common seed", "one seed: no interval", "no seed noise: no interval"
+NO_SEEDS, ONE_SEED, NO_NOISE = (
+    "no common seed",
+    "one seed: no interval",
+    "no seed noise: no interval",
+)
 SAME = "not distinguishable"
 
 
 @dataclass(frozen=True)
 class Verdict:
     """
-    word       "better", "worse" ("higher", "lower" where neither is better), "not distinguishable", "one seed: no interval",
-               "no seed noise: no interval" or "no common seed"
+    word       "better", "worse" ("higher", "lower" where neither is better), "not distinguishable",
+               "one seed: no interval", "no seed noise: no interval" or "no common seed"
     adjusted   the p-value after Holm's adjustment over the variants, on which the word rests
     """
 
@@ -41,30 +45,48 @@ def judge(
     """`compared`: how many variants have a p-value, over which it was adjusted."""
     n, amount = len(difference.seeds), Amount(measure, difference)
     if n == 0:
-        sentence = f"{variant} cannot be compared with {baseline}: no seed is finished in both with a {measure.label}."
+        sentence = (
+            f"{variant} cannot be compared with {baseline}: no seed is finished in both "
+            f"with a {measure.label}."
+        )
         return Verdict(variant, NO_SEEDS, sentence)
     if adjusted is None:
         word, which, why = NO_NOISE, f"exactly so in all {n} seeds", "no noise between seeds"
         if n == 1:
             word, which, why = ONE_SEED, "in the only seed finished in both", "one seed"
-        told = f"{variant} has a {measure.label} {amount.size()} {_way(difference)} than {baseline}, {which}"
+        told = (
+            f"{variant} has a {measure.label} {amount.size()} {_way(difference)} than "
+            f"{baseline}, {which}"
+        )
         return Verdict(variant, word, f"{told}; {why} gives no interval, so this is no verdict.")
     if difference.sd == 0:
-        return Verdict(variant, SAME, f"{variant} has the same {measure.label} as {baseline} in all {n} seeds.", adjusted)
+        return Verdict(
+            variant,
+            SAME,
+            f"{variant} has the same {measure.label} as {baseline} in all {n} seeds.",
+            adjusted,
+        )
     odds = f"{n} seeds, {'Holm-adjusted ' if compared > 1 else ''}{p_value(adjusted)}"
     if adjusted < 1 - confidence:
         told = f"{_told(variant, baseline, measure, difference)} by {amount.size()}"
         sentence = f"{told} ({percent(confidence)} interval {amount.size_span()}, {odds})."
         return Verdict(variant, _word(measure, difference), sentence, adjusted)
     sentence = (
-        f"{variant} is not distinguishable from {baseline} in {measure.label}: the difference is {amount.signed()} "
+        f"{variant} is not distinguishable from {baseline} in {measure.label}: the difference is "
+        f"{amount.signed()} "
         f"({percent(confidence)} interval {amount.signed_span()}, {odds})."
     )
     if difference.p < 1 - confidence:
-        sentence += f" Its interval alone leaves zero out, but among {compared} variants that is not rare enough."
+        sentence += (
+            f" Its interval alone leaves zero out, but among {compared} variants that is "
+            "not rare enough."
+        )
     elif difference.smallest is not None:
         smallest = amount.text(difference.smallest)
-        sentence += f" A true difference of {smallest} would have been found with {percent(POWER)} probability."
+        sentence += (
+            f" A true difference of {smallest} would have been found with "
+            f"{percent(POWER)} probability."
+        )
     return Verdict(variant, SAME, sentence, adjusted)
 
 
@@ -73,10 +95,18 @@ class Amount:
 
     def __init__(self, measure: Measure, difference: Difference):
         self._difference, self._unit = difference, f" {measure.unit}" if measure.unit else ""
-        known = [difference.high - difference.low] if difference.low is not None and difference.high > difference.low else []
+        known = (
+            [difference.high - difference.low]
+            if difference.low is not None and difference.high > difference.low
+            else []
+        )
         known += [abs(difference.mean)] if difference.mean and not known else []
         # two digits of the interval's half, or of the difference itself where there is no interval
-        self._digits = min(8, max(measure.digits, 1 - math.floor(math.log10(known[0] / 2)))) if known else measure.digits
+        self._digits = (
+            min(8, max(measure.digits, 1 - math.floor(math.log10(known[0] / 2))))
+            if known
+            else measure.digits
+        )
 
     def number(self, value: float | None, signed: bool = True) -> str:
         if value is None:

@@ -1,14 +1,15 @@
 """Conversations as ChatML: the text of one, its tokens, and which of them are learned.
 
 In:    messages: (role, content) in order
-Out:   ids, a mask and a number of bytes, without the end-of-document token, which objectives.py adds
+Out:   ids, a mask and a number of bytes, without the end-of-document token, which objectives.py
+       adds
 State: none
 
     <|im_start|>user⏎What is 2+2?<|im_end|>⏎<|im_start|>assistant⏎It is 4.<|im_end|>⏎
                                                                   ~~~~~~~~~~~~~~~~~~~ learned
 
-A message cannot leave its place: where the markers are special tokens, the tokenizer writes them for no text whatever.
-"""
+A message cannot leave its place: where the markers are special tokens, the tokenizer writes them
+for no text whatever."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -25,25 +26,33 @@ _WRITTEN_OUT = re.compile(rf"{re.escape(START)}(\w+)\n(.*?){re.escape(STOP)}\n",
 
 
 def render_chat(messages: Messages) -> str:
-    """A conversation as a person would see it; not for encoding, since a message may hold what looks like a marker."""
+    """A conversation as a person would see it; not for encoding, since a message may hold what
+    looks like a marker."""
     return _rendered(_turns(messages))
 
 
 def encode_chat(
-    tokenizer: Tokenizer, conversations: Sequence[Messages], read_only: Sequence[tuple[int, ...]] = ()
+    tokenizer: Tokenizer,
+    conversations: Sequence[Messages],
+    read_only: Sequence[tuple[int, ...]] = (),
 ) -> list[tuple[np.ndarray, np.ndarray, int]]:
-    """(ids (n,) int32, learned (n,) bool, UTF-8 bytes that are learned) of each conversation, all of them tokenized in one call.
+    """(ids (n,) int32, learned (n,) bool, UTF-8 bytes that are learned) of each conversation, all
+    of them tokenized in one call.
 
-    Learned are the tokens that lie wholly inside what an assistant says and the marker and line end that close it; a marker
-    that is a special token has no bytes.
+    Learned are the tokens that lie wholly inside what an assistant says and the marker and line end
+    that close it; a marker that is a special token has no bytes.
 
     read_only   of each conversation, the numbers of the assistant's messages that are not learned
     """
-    talks = [_turns(messages, *skipped) for messages, *skipped in zip_longest(conversations, read_only, fillvalue=())]
+    talks = [
+        _turns(messages, *skipped)
+        for messages, *skipped in zip_longest(conversations, read_only, fillvalue=())
+    ]
     if chat_note(tokenizer) is not None:
         return _encode_spelled_out(tokenizer, talks)
     start, stop = (np.array([tokenizer.special_id(marker)], dtype=np.int32) for marker in MARKERS)
-    # special tokens cut a text before anything else looks at it: its pieces give the tokens that the whole would
+    # special tokens cut a text before anything else looks at it: its pieces give the tokens that
+    # the whole would
     pieces = [f"{role}\n{content}" for turns in talks for role, content, _ in turns]
     (line_end, _), *rest = tokenizer.encode_with_spans(["\n", *pieces])
     encoded, out = iter(zip(pieces, rest)), []
@@ -69,8 +78,9 @@ def encode_turn(tokenizer: Tokenizer, messages: Messages) -> list[int]:
 
 
 def read_turn(text: str) -> Messages | None:
-    """The conversation in a prompt that is written out, "<|im_start|>user⏎Hello<|im_end|>⏎<|im_start|>assistant⏎"; None if it is
-    none. For prompts of presets: what a person types is never looked into."""
+    """The conversation in a prompt that is written out,
+    "<|im_start|>user⏎Hello<|im_end|>⏎<|im_start|>assistant⏎"; None if it is none. For prompts of
+    presets: what a person types is never looked into."""
     body = text.removesuffix(f"{START}{ASSISTANT}\n")
     found = tuple(_WRITTEN_OUT.findall(body))
     return found if found and body != text and render_chat(found) == body else None
@@ -80,7 +90,10 @@ def chat_note(tokenizer: Tokenizer) -> str | None:
     """What a person should know of conversations under this tokenizer."""
     if all(tokenizer.special_id(marker) is not None for marker in MARKERS):
         return None
-    return f"the tokenizer has no special tokens {START} and {STOP}: conversations spell them out as text"
+    return (
+        f"the tokenizer has no special tokens {START} and {STOP}: conversations spell them "
+        "out as text"
+    )
 
 
 Turns = list[tuple[str, str, bool]]
@@ -89,14 +102,20 @@ Turns = list[tuple[str, str, bool]]
 
 def _turns(messages: Messages, read_only: tuple[int, ...] = ()) -> Turns:
     numbered = enumerate(messages)
-    return [(role, said, role == ASSISTANT and i not in read_only) for i, (role, said) in numbered if role in ROLES]
+    return [
+        (role, said, role == ASSISTANT and i not in read_only)
+        for i, (role, said) in numbered
+        if role in ROLES
+    ]
 
 
 def _rendered(turns: Turns) -> str:
     return "".join(f"{START}{role}\n{content}{STOP}\n" for role, content, _ in turns)
 
 
-def _encode_spelled_out(tokenizer: Tokenizer, talks: list[Turns]) -> list[tuple[np.ndarray, np.ndarray, int]]:
+def _encode_spelled_out(
+    tokenizer: Tokenizer, talks: list[Turns]
+) -> list[tuple[np.ndarray, np.ndarray, int]]:
     out, texts = [], [_rendered(turns) for turns in talks]
     for turns, text, (ids, spans) in zip(talks, texts, tokenizer.encode_with_spans(texts)):
         learned, total = np.zeros(len(ids), np.bool_), 0
@@ -108,7 +127,8 @@ def _encode_spelled_out(tokenizer: Tokenizer, talks: list[Turns]) -> list[tuple[
 
 
 def _inside(text: str, spans: np.ndarray, begin: int, end: int) -> tuple[np.ndarray, int]:
-    """Which tokens (n,) lie wholly inside [begin, end) of the text, and the bytes that no token reaches into from outside."""
+    """Which tokens (n,) lie wholly inside [begin, end) of the text, and the bytes that no token
+    reaches into from outside."""
     first, last = spans[:, 0], spans[:, 1]
     before, after = last[(first < begin) & (last > begin)], first[(first < end) & (last > end)]
     text = text[max([begin, *before.tolist()]) : min([end, *after.tolist()])]
@@ -116,7 +136,8 @@ def _inside(text: str, spans: np.ndarray, begin: int, end: int) -> tuple[np.ndar
 
 
 def _bodies(turns: Turns) -> Iterator[tuple[int, int]]:
-    """[begin, end) in the rendered text of what each learned message says, its closing marker and line end included."""
+    """[begin, end) in the rendered text of what each learned message says, its closing marker and
+    line end included."""
     end = 0
     for role, content, own in turns:
         begin = end + len(f"{START}{role}\n")

@@ -1,4 +1,5 @@
-"""What flows into training: documents, the protocol of whatever yields them, and which of them are held out.
+"""What flows into training: documents, the protocol of whatever yields them, and which of them are
+held out.
 
 Importing this needs no torch: data workers start quickly.
 """
@@ -27,10 +28,12 @@ class Encoded:
     """A document as tokens: all that training needs of it."""
 
     ids: np.ndarray  # (n,) int32, without an end-of-document token
-    learned: np.ndarray | None  # (n,) bool: tokens that are predicted, not only read; None: all, and the document's end
+    # (n,) bool: tokens that are predicted, not only read; None: all, and the document's end
+    learned: np.ndarray | None
     digest: int  # of the document it was made from
     size: int  # characters of that document; 0 where there never were any
-    num_bytes: int | None = None  # UTF-8 bytes of the text that is learned; None where there is no text with it
+    # UTF-8 bytes of the text that is learned; None where there is no text with it
+    num_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +41,8 @@ class Document:
     """One piece of real data: a text, a conversation, or tokens."""
 
     text: str  # of a conversation: what is said in it; of tokens: empty
-    key: str  # stable identity inside the source, for logs and hold-out: "pathlib.py#3", "guide.pdf#12"
+    # stable identity inside the source, for logs and hold-out: "pathlib.py#3", "guide.pdf#12"
+    key: str
     messages: Messages | None = None  # of a conversation
     read_only: tuple[int, ...] = ()  # numbers of the assistant's messages that are not learned
     encoded: Encoded | None = None  # already tokenized: nothing else is looked at then
@@ -48,7 +52,11 @@ class Document:
         """64 bits that stand for its content, the same on every machine."""
         if self.encoded is not None:
             return self.encoded.digest
-        content = self.text if self.messages is None else repr(self.messages) + repr(self.read_only or "")[: -2 or None]
+        content = (
+            self.text
+            if self.messages is None
+            else repr(self.messages) + repr(self.read_only or "")[: -2 or None]
+        )
         return digest_of(content.encode("utf-8", "surrogatepass"))
 
     @property
@@ -59,15 +67,17 @@ class Document:
         return self.encoded.size or 4 * len(self.encoded.ids)
 
     def is_shorter_than(self, characters: int) -> bool:
-        """Whether its text is; tokens that never had a text are not, nor is a conversation: a short one is one all the same."""
+        """Whether its text is; tokens that never had a text are not, nor is a conversation: a short
+        one is one all the same."""
         if self.encoded is None:
             return self.messages is None and len(self.text) < characters
         return self.encoded.learned is None and 0 < self.encoded.size < characters
 
 
 class SkipRow(Exception):
-    """A row that gives no document. Its text is the reason, as a person should read it: "no message has text". The reader of
-    the file counts rows by reason, names the first of each, and goes on."""
+    """A row that gives no document. Its text is the reason, as a person should read it: "no message
+    has text". The reader of the file counts rows by reason, names the first of each, and goes
+    on."""
 
 
 class DocumentStream(Protocol):
@@ -76,7 +86,8 @@ class DocumentStream(Protocol):
     def __iter__(self) -> "DocumentStream": ...
 
     def __next__(self) -> Document:
-        """The next document. StopIteration: the epoch is over. SourceUnavailable: the source failed for good."""
+        """The next document. StopIteration: the epoch is over. SourceUnavailable: the source failed
+        for good."""
 
     def cursor(self) -> Cursor:
         """Where the next document starts: `source.stream(cursor)` goes on exactly there."""
@@ -95,13 +106,15 @@ class Source(Protocol):
         """
 
     @property
-    def notes(self) -> list[str]: ...  # what a person should be told after opening ("skipped 1 encrypted file: a.pdf")
+    # what a person should be told after opening ("skipped 1 encrypted file: a.pdf")
+    def notes(self) -> list[str]: ...
 
     def contents(self) -> str:
         """Changes when its files do: the order of an epoch may be another then."""
 
     def stream(self, cursor: Cursor) -> DocumentStream:
-        """The documents of epoch `cursor.get("epoch", 0)` from the cursor on, in an order fixed by seed and epoch."""
+        """The documents of epoch `cursor.get("epoch", 0)` from the cursor on, in an order fixed by
+        seed and epoch."""
 
 
 def shorter_than(characters: int) -> str:
@@ -111,7 +124,8 @@ def shorter_than(characters: int) -> str:
 
 def num_bytes_of(text: str) -> int:
     """In UTF-8: what bits per byte divides by."""
-    return len(text.encode("utf-8", "surrogatepass"))  # half a surrogate pair: as long as what stands for it
+    # half a surrogate pair: as long as what stands for it
+    return len(text.encode("utf-8", "surrogatepass"))
 
 
 def digest_of(content: bytes) -> int:
@@ -120,7 +134,8 @@ def digest_of(content: bytes) -> int:
 
 
 def held_out_by_hash(digest: int, fraction: float) -> bool:
-    """Whether the document with this digest belongs to validation: the same on every machine and rank."""
+    """Whether the document with this digest belongs to validation: the same on every machine and
+    rank."""
     return digest < fraction * 2**64
 
 
@@ -128,10 +143,11 @@ _BREAKS = [re.compile(p) for p in (r"\n\s*\n", r"[.!?][\"')\]]*\s", r"\n", r"\s"
 
 
 def split_text(text: str, low: int, high: int) -> list[str]:
-    """Cut a long text into pieces of `low` to `high` characters, at paragraph, sentence, line or word ends (in that order).
+    """Cut a long text into pieces of `low` to `high` characters, at paragraph, sentence, line or
+    word ends (in that order).
 
-    Nothing is lost: the pieces joined are the text. The last piece may be shorter than `low`; one of less than a quarter
-    of `low` is kept with its neighbour, even above `high`.
+    Nothing is lost: the pieces joined are the text. The last piece may be shorter than `low`; one
+    of less than a quarter of `low` is kept with its neighbour, even above `high`.
     """
     pieces, start = [], 0
     while len(text) - start > high + low // 4:

@@ -4,9 +4,10 @@
         ──► rows in global order ──► one Batch per optimizer step ──► queue ──► next_step()
 
 In:    what a Pipeline is made of, and the position to go on from
-Out:   StepRows: this rank's rows of one optimizer step, and the counts of the whole step over all ranks
-State: Position: what the *consumed* steps used; whatever was read ahead is read again after a resume
-"""
+Out:   StepRows: this rank's rows of one optimizer step, and the counts of the whole step over all
+       ranks
+State: Position: what the *consumed* steps used; whatever was read ahead is read again after a
+resume"""
 
 import copy
 import hashlib
@@ -42,9 +43,12 @@ class StepRows:
     documents: list[int]  # begun in this step, of each source
     epochs: list[int]  # begun in this step, of each source
     waited_seconds: float = 0.0  # for this rank's rows: 0 where they lay ready
-    numbers: list[int] = field(default_factory=list)  # of this rank's rows among those read for the step
-    head_counts: dict[str, float] = field(default_factory=dict)  # rows in which each auxiliary head has a place
-    told: dict[str, Any] = field(default_factory=dict)  # for the log: how they were chosen, where a curriculum did
+    # of this rank's rows among those read for the step
+    numbers: list[int] = field(default_factory=list)
+    # rows in which each auxiliary head has a place
+    head_counts: dict[str, float] = field(default_factory=dict)
+    # for the log: how they were chosen, where a curriculum did
+    told: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -61,12 +65,14 @@ class Loader:
     """Iterates over optimizer steps.
 
     make_pipeline    (position, lanes) -> Pipeline; picklable when there are worker processes
-    describe         a row as text, where it is to be told that nothing in it is learned: not where that is chance
+    describe         a row as text, where it is to be told that nothing in it is learned: not where
+                     that is chance
     parallel         world_size, rank, `sum(numbers)` and `gather(object)` over the ranks
     rows_per_step    global rows of one optimizer step; divisible by the number of ranks
     workers          processes per rank; 0 reads in a thread of this process
     facts            what else the state keeps: what the rows follow from besides the position
-    fill             whether a step is filled up from the groups of rows that follow, once lanes have ended
+    fill             whether a step is filled up from the groups of rows that follow, once lanes
+                     have ended
     """
 
     def __init__(
@@ -98,26 +104,34 @@ class Loader:
         self._held: Any = None  # what was read and found no room in the step before
         self._waited = 0.0
         self._behind = 0  # the draw that the snapshots of all ranks have reached
-        self._empty_rows = 0  # global rows in a row without a document: a whole round of lanes of them is the end
+        # global rows in a row without a document: a whole round of lanes of them is the end
+        self._empty_rows = 0
         self._replaced_at = -1  # the row at which a worker that died was replaced last
-        self._before: tuple[Position, list] | None = None  # where it stood before the step that was handed out last
-        self.unlearned = Unlearned(position.rows > position.passed_over * rows_per_step, of_chance=describe is None)
-        self.begun: list[tuple[str, int, int]] = []  # (source, documents, epochs) in steps passed over, since last asked
+        # where it stood before the step that was handed out last
+        self._before: tuple[Position, list] | None = None
+        self.unlearned = Unlearned(
+            position.rows > position.passed_over * rows_per_step, of_chance=describe is None
+        )
+        # (source, documents, epochs) in steps passed over, since last asked
+        self.begun: list[tuple[str, int, int]] = []
         self.dropped: list[tuple[str, str]] = []  # (source, reason) since last asked: for the log
         self.told: list[str] = []  # what else is to be warned of
-        self.skipped: dict[tuple[str, str, str], bool] = {}  # (source, file, why): whether it was logged
+        # (source, file, why): whether it was logged
+        self.skipped: dict[tuple[str, str, str], bool] = {}
 
     def next_step(self, should_stop: Callable[[], bool] = lambda: False) -> StepRows | None:
-        """The next step's rows; None when the data has ended. Raises NoData when every source has failed, ReadingFailed when
-        it cannot be read on, on all ranks and with the position as it was.
+        """The next step's rows; None when the data has ended. Raises NoData when every source has
+        failed, ReadingFailed when it cannot be read on, on all ranks and with the position as it
+        was.
 
-        A source that fails on any rank is dropped on all of them, from the same draw on. Once any rank is to stop while it
-        waits for rows, all of them raise Stopped, with the position as it was; so it is with an error of any rank. A step in
-        which no token is learned is passed over and counted; UserError where there is no end of them.
+        A source that fails on any rank is dropped on all of them, from the same draw on. Once any
+        rank is to stop while it waits for rows, all of them raise Stopped, with the position as it
+        was; so it is with an error of any rank. A step in which no token is learned is passed over
+        and counted; UserError where there is no end of them.
 
-        A step is one group of rows, those of so many lanes in turn. Where lanes have ended, the groups that follow are joined to
-        it as long as their rows find room, and rows without a document are left out: the same for any number of ranks.
-        """
+        A step is one group of rows, those of so many lanes in turn. Where lanes have ended, the
+        groups that follow are joined to it as long as their rows find room, and rows without a
+        document are left out: the same for any number of ranks."""
         self._waited, step, filled = 0.0, [], 0
         while True:
             item = self._next_item(should_stop, step)
@@ -145,7 +159,8 @@ class Loader:
             step, filled = [], 0
 
     def _next_item(self, should_stop: Callable[[], bool], step: list[_Group]) -> Any:
-        """What this rank reads after the groups of `step`: (Batch, rows), an error, or None where it is to stop."""
+        """What this rank reads after the groups of `step`: (Batch, rows), an error, or None where
+        it is to stop."""
         if self._held is not None:
             item, self._held = self._held, None
             return item
@@ -166,16 +181,30 @@ class Loader:
                 return item
 
     def _agreed(self, item: Any) -> _Group | None:
-        """What was read, as all ranks know it; None where all that follows the position is to be read once more."""
+        """What was read, as all ranks know it; None where all that follows the position is to be
+        read once more."""
         failed = item if isinstance(item, SourceFailed) else None
         broke = broke_by(item) if isinstance(item, BaseException) and failed is None else None
         batch, rows = (None, []) if isinstance(item, BaseException) or item is None else item
         failures = [float(failed is not None and failed.name == name) for name in self.source_names]
-        counts = [0, 0] if batch is None else [int((batch.labels >= 0).sum()), int((batch.source_ids >= 0).sum())]
+        counts = (
+            [0, 0]
+            if batch is None
+            else [int((batch.labels >= 0).sum()), int((batch.source_ids >= 0).sum())]
+        )
         filled = sum(bool(row.pieces) for row in rows)
-        places = [0] * self._parallel.world_size  # where each rank's snapshot stands: a sum fills in the others'
+        # where each rank's snapshot stands: a sum fills in the others'
+        places = [0] * self._parallel.world_size
         places[self._parallel.rank] = self._snapshot_index
-        own = [float(item is None), float(broke is not None), filled, *places, *failures, *counts, *self._read_of(rows)]
+        own = [
+            float(item is None),
+            float(broke is not None),
+            filled,
+            *places,
+            *failures,
+            *counts,
+            *self._read_of(rows),
+        ]
         stops, breaks, filled, *numbers = self._parallel.sum(own)
         self._behind, numbers = int(min(numbers[: len(places)])), numbers[len(places) :]
         if breaks:
@@ -190,11 +219,13 @@ class Loader:
         return _Group(batch, rows, int(filled), np.array(numbers, dtype=np.int64))
 
     def _step_of(self, groups: list[_Group]) -> StepRows | None:
-        """The step that these groups make, with the position moved past it; None where it is passed over."""
+        """The step that these groups make, with the position moved past it; None where it is passed
+        over."""
         targets, tokens, *read = np.sum([group.counts for group in groups], axis=0).tolist()
         by_source = np.reshape(read, (3, -1)).tolist()  # tokens, documents, epochs
         rows = [row for group in groups for row in group.rows]
-        kept = [i for i, row in enumerate(rows) if row.pieces or not self._fill] or [0]  # no rank is without a row
+        # no rank is without a row
+        kept = [i for i, row in enumerate(rows) if row.pieces or not self._fill] or [0]
         if targets == 0:
             if self._describe and self.unlearned.needs_example:
                 self.unlearned.show(self._describe(rows[kept[0]]))
@@ -209,14 +240,19 @@ class Loader:
         if targets == 0:
             self.unlearned.add(tokens)
             return None
-        own = [i for i in range(self.position.rows - first) if (first + i) % self._num_lanes in self._lanes]
+        own = [
+            i
+            for i in range(self.position.rows - first)
+            if (first + i) % self._num_lanes in self._lanes
+        ]
         whole = len(groups) == 1 and len(kept) == len(rows)
         batch = groups[0].batch if whole else collate([rows[i] for i in kept], self._packed)
         return StepRows(batch, targets, tokens, *by_source, self._waited, [own[i] for i in kept])
 
     @property
     def has_untold(self) -> bool:
-        """Whether this rank alone has met something, which rank 0, where the log is, does not know."""
+        """Whether this rank alone has met something, which rank 0, where the log is, does not
+        know."""
         return self._parallel.rank > 0 and (bool(self.told) or not all(self.skipped.values()))
 
     def gather_told(self) -> None:
@@ -240,8 +276,14 @@ class Loader:
         position = self.position
         own = {
             # of its own lanes only: after a resume it knows the others' as they were then
-            "lanes": {str(lane): position.lanes[lane] for lane in self._lanes if lane in position.lanes},
-            "receipts": {str(lane): position.receipts[lane] for lane in self._lanes if lane in position.receipts},
+            "lanes": {
+                str(lane): position.lanes[lane] for lane in self._lanes if lane in position.lanes
+            },
+            "receipts": {
+                str(lane): position.receipts[lane]
+                for lane in self._lanes
+                if lane in position.receipts
+            },
             "snapshot": position.snapshot,
             "renewals": position.renewals,
             "factors": position.factors,
@@ -251,27 +293,45 @@ class Loader:
         snapshots = [part["snapshot"] for part in parts if part["snapshot"]]
         lanes = {lane: place for part in parts for lane, place in part["lanes"].items()}
         receipts = {lane: link for part in parts for lane, link in part["receipts"].items()}
-        used = max((place.next for place in lanes.values()), default=0)  # how far beyond it was read is chance
+        # how far beyond it was read is chance
+        used = max((place.next for place in lanes.values()), default=0)
         return {
             "rows": position.rows,
-            "lanes": {lane: [place.next, [list(waiting) for waiting in place.waiting]] for lane, place in lanes.items()},
+            "lanes": {
+                lane: [place.next, [list(waiting) for waiting in place.waiting]]
+                for lane, place in lanes.items()
+            },
             "snapshot": min(snapshots, key=lambda s: s["index"]) if snapshots else None,
             "drops": dict(position.drops),
             # a rank forgets those behind its own snapshot; the oldest one may still need them
             "renewals": sorted({draw for part in parts for draw in part["renewals"]}),
-            "factors": sorted({draw: factors for part in parts for draw, factors in part["factors"].items()}.items()),
-            "draws": sorted({(index, *draw) for part in parts for index, draw in part["draws"].items() if index < used}),
+            "factors": sorted(
+                {
+                    draw: factors for part in parts for draw, factors in part["factors"].items()
+                }.items()
+            ),
+            "draws": sorted(
+                {
+                    (index, *draw)
+                    for part in parts
+                    for index, draw in part["draws"].items()
+                    if index < used
+                }
+            ),
             "passed_over": position.passed_over,
             "receipts": receipts,
-            "receipt": hashlib.blake2b(repr(sorted(receipts.items())).encode(), digest_size=8).hexdigest(),
+            "receipt": hashlib.blake2b(
+                repr(sorted(receipts.items())).encode(), digest_size=8
+            ).hexdigest(),
             **self._facts,
         }
 
     def reweight(self, factors: dict[str, float]) -> None:
-        """Multiply the weights of sources by these, {name: factor}, from the first draw that no rank has used yet.
+        """Multiply the weights of sources by these, {name: factor}, from the first draw that no
+        rank has used yet.
 
-        Every rank must call it, after the same step; the factors of rank 0 hold. Nothing happens where they hold already.
-        """
+        Every rank must call it, after the same step; the factors of rank 0 hold. Nothing happens
+        where they hold already."""
         factors = self._parallel.broadcast(factors)
         if factors != self.position.latest_factors:
             self.position.factors[self._read_anew()] = factors
@@ -282,7 +342,8 @@ class Loader:
         self._end_workers()
 
     def _read_of(self, rows: list[Row]) -> list[int]:
-        """Of each source the tokens in these rows; then the documents, and then the epochs, that begin in them."""
+        """Of each source the tokens in these rows; then the documents, and then the epochs, that
+        begin in them."""
         tokens, documents, epochs = np.zeros((3, len(self.source_names)), dtype=np.int64)
         for row in rows:
             for piece in row.pieces:
@@ -312,17 +373,22 @@ class Loader:
             self._snapshots.pop(0)
         position.snapshot = self._snapshots[0] if self._snapshots else None
         position.renewals = [draw for draw in position.renewals if draw >= self._snapshot_index]
-        position.factors = {draw: each for draw, each in position.factors.items() if draw >= self._snapshot_index}
-        # another rank that loses a source in mid-run asks what this one has drawn of it, as far back as it stands
-        position.draws = {index: draw for index, draw in position.draws.items() if index >= self._behind}
+        position.factors = {
+            draw: each for draw, each in position.factors.items() if draw >= self._snapshot_index
+        }
+        # another rank that loses a source in mid-run asks what this one has drawn of it, as far
+        # back as it stands
+        position.draws = {
+            index: draw for index, draw in position.draws.items() if index >= self._behind
+        }
 
     @property
     def _snapshot_index(self) -> int:
         return self.position.snapshot["index"] if self.position.snapshot else 0
 
     def _replace_workers(self, died: WorkerDied) -> None:
-        """Start all of this rank's workers again, and read on from the consumed position. Once: one that dies again before a step
-        is made would do so for ever."""
+        """Start all of this rank's workers again, and read on from the consumed position. Once: one
+        that dies again before a step is made would do so for ever."""
         self._replaced_at = self.position.rows
         self._stop_reading(None)
         self._end_workers()
@@ -333,13 +399,17 @@ class Loader:
         """What to raise on every rank, with the first reason that any of them has."""
         reason = next(each for each in self._parallel.gather(str(broke) if broke else None) if each)
         return ReadingFailed(
-            f"reading the data failed: {reason}.\nStart again to go on from the newest checkpoint; with "
-            '"data": {"workers": 0} reading takes the least memory, and a source taken out of the preset is not read.'
+            f"reading the data failed: {reason}.\nStart again to go on from the newest "
+            "checkpoint; with "
+            '"data": {"workers": 0} reading takes the least memory, and a source taken out of the '
+            "preset is not read."
         )
 
     def _drop(self, names: list[str], failed: SourceFailed | None) -> None:
-        """Leave sources out from the first draw that no rank has used yet, and read on from the consumed position."""
-        for draws in self._parallel.gather(self.position.draws):  # a rank that is ahead knows more of them
+        """Leave sources out from the first draw that no rank has used yet, and read on from the
+        consumed position."""
+        # a rank that is ahead knows more of them
+        for draws in self._parallel.gather(self.position.draws):
             self.position.draws = {**draws, **self.position.draws}
         first_unused = self._read_anew()
         reasons = {f.name: f.reason for f in self._parallel.gather(failed) if f is not None}
@@ -348,13 +418,18 @@ class Loader:
             self.dropped.append((name, reasons.get(name, "failed")))
         if set(self.source_names) <= set(self.position.drops):
             last = self.dropped[-1]
-            raise NoData(f"no source is left to read from; the last to fail was {last[0]}: {last[1]}")
+            raise NoData(
+                f"no source is left to read from; the last to fail was {last[0]}: {last[1]}"
+            )
 
     def _read_anew(self) -> int:
-        """Go on from the consumed position; returns the first draw that no rank has used yet, where a change may begin."""
+        """Go on from the consumed position; returns the first draw that no rank has used yet, where
+        a change may begin."""
         self._stop_reading(None)  # the next reader uses the same sources
         first_unused = max(self._parallel.gather(self.position.first_unused()))
-        self.position.draws = {index: draw for index, draw in self.position.draws.items() if index < first_unused}
+        self.position.draws = {
+            index: draw for index, draw in self.position.draws.items() if index < first_unused
+        }
         self._snapshots = [self.position.snapshot] if self.position.snapshot else []
         return first_unused
 
@@ -385,7 +460,8 @@ class Loader:
 
 
 def linked(chain: str, pieces: list[Piece]) -> str:
-    """A lane's hash chain with one more link: equal exactly when the same text was consumed in the same order."""
+    """A lane's hash chain with one more link: equal exactly when the same text was consumed in the
+    same order."""
     if not pieces:
         return chain
     content = repr([(p.index, p.digest, p.start, p.length) for p in pieces])

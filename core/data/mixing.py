@@ -1,8 +1,10 @@
-"""One global order of documents over all sources: which source each draw goes to, and where every source stands.
+"""One global order of documents over all sources: which source each draw goes to, and where every
+source stands.
 
 In:    opened sources
 Out:   Draw(index, source, document), index 0, 1, 2 ... : the same on every rank and worker
-State: `snapshot()`: the next index, each source's cursor and what was drawn of it, as JSON; draws are counter-based: they
+State: `snapshot()`: the next index, each source's cursor and what was drawn of it, as JSON; draws
+are counter-based: they
        keep no state of their own
 """
 
@@ -34,7 +36,8 @@ class SourceFailed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """One document of the global order; `document` is None where a dropped source's turn was lost."""
+    """One document of the global order; `document` is None where a dropped source's turn was
+    lost."""
 
     index: int
     source: int
@@ -47,26 +50,30 @@ class MixSettings:
     """How draws are shared out among the sources."""
 
     strategy: str  # "round_robin", "sequential" or "weighted"
-    weights: tuple[Schedule, ...]  # one per source (weighted), over the fraction of the horizon that has been drawn
+    # one per source (weighted), over the fraction of the horizon that has been drawn
+    weights: tuple[Schedule, ...]
     seed: int
     max_epochs: int | None = None
     unit: str = "documents"  # what weights are shares of: "documents" or "tokens"
     horizon_tokens: int = RUN_TOKENS
-    rates: tuple[float, ...] = ()  # tokens per character of each source: what counts how far the horizon has been drawn
+    # tokens per character of each source: what counts how far the horizon has been drawn
+    rates: tuple[float, ...] = ()
 
 
 class Mixer:
     """Iterates over the global order from a snapshot on.
 
     wanted    whether a document may be drawn; what is not wanted is passed over and takes no draw
-    drops     {source name: index} sources that failed: they take no draw from that index on, and turns of theirs before it
-              that can no longer be read are lost
+    drops     {source name: index} sources that failed: they take no draw from that index on, and
+              turns of theirs before it that can no longer be read are lost
     renewals  draws at which a new horizon begins
-    factors   {index: {source name: factor}} draws from which on the sources' weights have other factors
-    known     {index: (source, tokens, epoch)} of draws made before: those of a dropped source count as they did then
+    factors   {index: {source name: factor}} draws from which on the sources' weights have other
+              factors
+    known     {index: (source, tokens, epoch)} of draws made before: those of a dropped source count
+              as they did then
 
-    A reader tokenizes its own lanes' documents only, so how many tokens have been drawn is estimated from their characters,
-    which every reader sees alike.
+    A reader tokenizes its own lanes' documents only, so how many tokens have been drawn is
+    estimated from their characters, which every reader sees alike.
     """
 
     def __init__(
@@ -83,35 +90,55 @@ class Mixer:
         snapshot = snapshot or {}
         self.sources, self.settings, self._wanted = sources, settings, wanted
         self.index: int = snapshot.get("index", 0)
-        self._cursors: dict[str, dict] = {s.name: snapshot.get("cursors", {}).get(s.name, {}) for s in sources}
-        self._parked = {k: v for k, v in snapshot.get("cursors", {}).items() if k not in self._cursors}  # sources not in this mix
-        self._passed: dict[str, int] = dict(snapshot.get("passed", {}))  # documents behind its cursor that were drawn before
+        self._cursors: dict[str, dict] = {
+            s.name: snapshot.get("cursors", {}).get(s.name, {}) for s in sources
+        }
+        # sources not in this mix
+        self._parked = {
+            k: v for k, v in snapshot.get("cursors", {}).items() if k not in self._cursors
+        }
+        # documents behind its cursor that were drawn before
+        self._passed: dict[str, int] = dict(snapshot.get("passed", {}))
         self._ended: set[str] = set(snapshot.get("ended", []))
         if settings.max_epochs is not None:  # also where the mix begins anew
-            self._ended |= {name for name, at in self._cursors.items() if at.get("epoch", 0) >= settings.max_epochs}
-        self._current: int = snapshot.get("current", 0)  # the source being read through (sequential)
-        self._drawn: list[list[int]] = [list(snapshot.get("drawn", {}).get(s.name, (0, 0))) for s in sources]  # documents, tokens
+            self._ended |= {
+                name
+                for name, at in self._cursors.items()
+                if at.get("epoch", 0) >= settings.max_epochs
+            }
+        # the source being read through (sequential)
+        self._current: int = snapshot.get("current", 0)
+        # documents, tokens
+        self._drawn: list[list[int]] = [
+            list(snapshot.get("drawn", {}).get(s.name, (0, 0))) for s in sources
+        ]
         self._origin: int = snapshot.get("origin", 0)  # tokens drawn before this horizon
         self._renewals = frozenset(renewals)
-        self._changes, self._factors = factors or {}, dict(snapshot.get("factors", {}))  # of weights; 1 where none is named
+        # of weights; 1 where none is named
+        self._changes, self._factors = factors or {}, dict(snapshot.get("factors", {}))
         self._drop_at = [drops.get(s.name, NEVER) for s in sources]
         self._streams: dict[int, DocumentStream] = {}
         self._fresh: set[int] = set()  # sources of which this epoch has not given a document yet
-        self._dead: set[int] = set()  # dropped sources found unreadable: not tried (with all their retries) at every turn
+        # dropped sources found unreadable: not tried (with all their retries) at every turn
+        self._dead: set[int] = set()
         self._known = known or {}
-        self.made: dict[int, tuple[int, ...]] = {}  # as `known`: draws made since whoever reads it last emptied it
+        # as `known`: draws made since whoever reads it last emptied it
+        self.made: dict[int, tuple[int, ...]] = {}
         self._seed = derive_seed(settings.seed, "mix")
         self._given_rates = settings.rates or (USUAL_RATE,) * len(sources)
-        self._rates = tuple(snapshot.get("rates", self._given_rates))  # as they were when this horizon began
+        # as they were when this horizon began
+        self._rates = tuple(snapshot.get("rates", self._given_rates))
         self._horizon_tokens: int = snapshot.get("horizon_tokens", settings.horizon_tokens)
         self._levels = list(settings.weights) if settings.strategy == "weighted" else []
         self._fixed = all(isinstance(weight, int | float) for weight in self._levels)
-        self._shares = [float(limits(weight)[1]) for weight in self._levels]  # now; a schedule's are set at every draw
+        # now; a schedule's are set at every draw
+        self._shares = [float(limits(weight)[1]) for weight in self._levels]
 
     def snapshot(self) -> dict[str, Any]:
         """Everything needed to go on from the next draw."""
         cursors = {
-            s.name: self._streams[i].cursor() if i in self._streams else self._cursors[s.name] for i, s in enumerate(self.sources)
+            s.name: self._streams[i].cursor() if i in self._streams else self._cursors[s.name]
+            for i, s in enumerate(self.sources)
         }
         return {
             "index": self.index,
@@ -154,14 +181,19 @@ class Mixer:
                     raise SourceFailed(self.sources[choice].name, str(error)) from None
                 self._dead.add(choice)
                 continue
-            if document is not None:  # else the source has just ended: this draw is another source's
+            # else the source has just ended: this draw is another source's
+            if document is not None:
                 return self._draw(choice, document, self._tokens_of(choice, document))
         raise StopIteration
 
     def _draw(self, choice: int, document: Document | None, tokens: int) -> Draw:
         self._drawn[choice][0] += 1
         self._drawn[choice][1] += tokens
-        self.made[self.index] = choice, tokens, self._cursors[self.sources[choice].name].get("epoch", 0)
+        self.made[self.index] = (
+            choice,
+            tokens,
+            self._cursors[self.sources[choice].name].get("epoch", 0),
+        )
         opens = document is not None and choice in self._fresh
         self._fresh.discard(choice)
         self.index += 1
@@ -176,11 +208,19 @@ class Mixer:
     def _tokens_of(self, choice: int, document: Document) -> int:
         encoded = document.encoded
         characters = len(document.text) if encoded is None else encoded.size
-        return 1 + (len(encoded.ids) if encoded is not None and not characters else round(characters * self._rates[choice]))
+        return 1 + (
+            len(encoded.ids)
+            if encoded is not None and not characters
+            else round(characters * self._rates[choice])
+        )
 
     def _choose(self) -> int | None:
         """Which source the draw `self.index` belongs to; None when nothing is left."""
-        active = [i for i, s in enumerate(self.sources) if self.index < self._drop_at[i] and s.name not in self._ended]
+        active = [
+            i
+            for i, s in enumerate(self.sources)
+            if self.index < self._drop_at[i] and s.name not in self._ended
+        ]
         if self.settings.strategy == "weighted":
             active = [i for i in active if limits(self._levels[i])[1] > 0]
         if not active:
@@ -206,7 +246,8 @@ class Mixer:
         shares = [self._shares[i] * self._factors.get(self.sources[i].name, 1.0) for i in active]
         if self.settings.unit == "tokens":  # a source of long documents is drawn less often
             shares = [share / self._mean_tokens(i) for i, share in zip(active, shares)]
-        return shares if sum(shares) > 0 else [1.0] * len(active)  # those with a share just now may all have been dropped
+        # those with a share just now may all have been dropped
+        return shares if sum(shares) > 0 else [1.0] * len(active)
 
     def _mean_tokens(self, choice: int) -> float:
         documents, tokens = self._drawn[choice]
@@ -216,7 +257,8 @@ class Mixer:
         return everything[1] / everything[0] if everything[0] else 1.0
 
     def _read(self, choice: int) -> Document | None:
-        """The next document of a source that was not drawn before the mix began anew; None as of `_next_of`."""
+        """The next document of a source that was not drawn before the mix began anew; None as of
+        `_next_of`."""
         name = self.sources[choice].name
         while (document := self._next_of(choice)) is not None and self._passed.get(name, 0) > 0:
             self._passed[name] -= 1
@@ -224,7 +266,8 @@ class Mixer:
         return document
 
     def _next_of(self, choice: int) -> Document | None:
-        """The next document of a source, going on into its next epoch; None when it has ended for good."""
+        """The next document of a source, going on into its next epoch; None when it has ended for
+        good."""
         name = self.sources[choice].name
         fresh = False
         while True:
@@ -239,7 +282,10 @@ class Mixer:
                 if self._wanted(document):
                     return document
             if fresh:
-                raise SourceUnavailable("it has no document to train on: all are shorter than data.min_text_length, or held out")
+                raise SourceUnavailable(
+                    "it has no document to train on: all are shorter than data.min_text_length, "
+                    "or held out"
+                )
             epoch = self._cursors[name].get("epoch", 0) + 1
             self._cursors[name] = {"epoch": epoch}
             self._passed.pop(name, None)  # of the epoch behind: fewer are left of it now
@@ -247,7 +293,8 @@ class Mixer:
             if self.settings.max_epochs is not None and epoch >= self.settings.max_epochs:
                 self._ended.add(name)
                 return None
-            if self.settings.strategy == "sequential":  # its turn is over: the next source, or around again
+            # its turn is over: the next source, or around again
+            if self.settings.strategy == "sequential":
                 self._current = choice + 1
                 return None
 

@@ -16,17 +16,19 @@ from core.errors import UserError
 from core.preset.settings import MASKED_TOKENS, NEXT_TOKEN
 from core.randomness import derive_seed
 
-IGNORE_INDEX = -100  # the same number as core.contracts.IGNORE_INDEX; this floor of data workers must not import torch
+# the same number as core.contracts.IGNORE_INDEX; this floor of data workers must not import torch
+IGNORE_INDEX = -100
 
 Objective = Callable[[Encoded, int], tuple[np.ndarray, np.ndarray]]
 
 
 def next_token(document: Encoded, eos_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Each token from those before it, the first from the end-of-document token, which also closes the document.
+    """Each token from those before it, the first from the end-of-document token, which also closes
+    the document.
 
-    ids (n,) -> inputs (n+1,) = [eos, ids], labels (n+1,) = [ids, eos]. Every position has a target, unless the document says
-    which tokens are learned: then only those are targets, and its end is none.
-    """
+    ids (n,) -> inputs (n+1,) = [eos, ids], labels (n+1,) = [ids, eos]. Every position has a target,
+    unless the document says which tokens are learned: then only those are targets, and its end is
+    none."""
     framed = _framed(document, eos_id, eos_id)
     if document.learned is None:
         return framed[:-1], framed[1:]
@@ -37,11 +39,12 @@ def next_token(document: Encoded, eos_id: int) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class MaskedTokens:
-    """Some tokens from all the others: each is hidden behind [MASK] with one probability, and is the target where it stood.
+    """Some tokens from all the others: each is hidden behind [MASK] with one probability, and is
+    the target where it stood.
 
-    ids (n,) -> inputs (n+2,) = [begin, ids, end], labels (n+2,). As NeoBERT was trained: what is hidden always becomes [MASK],
-    never a random token or itself; special tokens stay. Of a document that says which tokens are learned, only those are hidden.
-    """
+    ids (n,) -> inputs (n+2,) = [begin, ids, end], labels (n+2,). As NeoBERT was trained: what is
+    hidden always becomes [MASK], never a random token or itself; special tokens stay. Of a document
+    that says which tokens are learned, only those are hidden."""
 
     begin_id: int
     end_id: int
@@ -64,19 +67,24 @@ class MaskedTokens:
 
 
 def build_objective(kind: str, tokenizer: Tokenizer, mask_fraction: float, seed: int) -> Objective:
-    """The objective of this name. Masked tokens with a tokenizer that has no [MASK] are a UserError."""
+    """The objective of this name. Masked tokens with a tokenizer that has no [MASK] are a
+    UserError."""
     if kind == NEXT_TOKEN:
         return lambda document, number: next_token(document, tokenizer.eos_id)
     assert kind == MASKED_TOKENS, kind
     mask_id = tokenizer.special_id(MASK)
     if mask_id is None:
         raise UserError(
-            f"this model learns masked tokens, and the tokenizer has no {MASK} among its special tokens. Take the tokenizer that "
-            'its weights came with, or one made here: "tokenizer": {"type": "bpe", "vocab_size": 8192}.'
+            f"this model learns masked tokens, and the tokenizer has no {MASK} among its special "
+            "tokens. Take the tokenizer that "
+            'its weights came with, or one made here: "tokenizer": {"type": "bpe", "vocab_size": '
+            "8192}."
         )
     begin_id = tokenizer.special_id("[CLS]")
     begin_id = tokenizer.eos_id if begin_id is None else begin_id
-    return MaskedTokens(begin_id, tokenizer.eos_id, mask_id, tokenizer.special_ids, mask_fraction, seed)
+    return MaskedTokens(
+        begin_id, tokenizer.eos_id, mask_id, tokenizer.special_ids, mask_fraction, seed
+    )
 
 
 def _framed(document: Encoded, begin_id: int, end_id: int) -> np.ndarray:

@@ -4,9 +4,12 @@ In:    documents as (inputs, labels), in their lane's order
 Out:   Row: arrays of T positions; attention and positions stay inside each document
 State: Place: which documents are still to be used, and from which position on
 
-    documents  end to end; one that reaches the row's end goes on in the next row:     |aaaab|bbbcc|cccdd|
-    best_fit   whole, unless longer than a row; those are cut where they fill one:     |aaaaa|abbbb|ccdd.|
-    padding    one piece of one document a row, the rest padded:                       |aaaa.|bbbb.|ccccc|
+    documents  end to end; one that reaches the row's end goes on in the next row:
+               |aaaab|bbbcc|cccdd|
+    best_fit   whole, unless longer than a row; those are cut where they fill one:
+               |aaaaa|abbbb|ccdd.|
+    padding    one piece of one document a row, the rest padded:
+               |aaaa.|bbbb.|ccccc|
 """
 
 from bisect import bisect_right, insort
@@ -19,15 +22,18 @@ import numpy as np
 from core.data.objectives import IGNORE_INDEX
 
 POOL_ROWS = 8
-"""Rows' worth of documents that best_fit chooses from: beyond this the rows get hardly fuller (docs/LOG.md)."""
+"""Rows' worth of documents that best_fit chooses from: beyond this the rows get hardly fuller
+(docs/LOG.md)."""
 
 
 SHORTEST_PIECE = 32
-"""What may be cut anyway fills a row's rest where that is at least a 32nd of the row: shorter pieces teach little."""
+"""What may be cut anyway fills a row's rest where that is at least a 32nd of the row: shorter
+pieces teach little."""
 
 
 class Place(NamedTuple):
-    """Where a lane stands: all documents before `next` are used up but those waiting, which go on at a position."""
+    """Where a lane stands: all documents before `next` are used up but those waiting, which go on
+    at a position."""
 
     next: int = 0
     waiting: tuple[tuple[int, int], ...] = ()  # (document index, first unused position)
@@ -62,14 +68,19 @@ class Row:
     input_ids: np.ndarray  # (T,) int32
     labels: np.ndarray  # (T,) int32
     position_ids: np.ndarray  # (T,) int32
-    document_ids: np.ndarray  # (T,) int32: 0, 1, ... inside the row; padding is a document of its own
+    # (T,) int32: 0, 1, ... inside the row; padding is a document of its own
+    document_ids: np.ndarray
     source_ids: np.ndarray  # (T,) int32: -1 on padding
     after: Place
     pieces: list[Piece]
-    snapshots: list[dict[str, Any]] = field(default_factory=list)  # of the mixer, taken since the row before
-    draws: dict[int, tuple[int, ...]] = field(default_factory=dict)  # index: (source, tokens, epoch), made since the row before
-    skipped: list[tuple[str, str, str]] = field(default_factory=list)  # (source, file, why), found since the row before
-    num_bytes: int = 0  # of what is learned of the documents that end in it, where `Packer.add` was told
+    # of the mixer, taken since the row before
+    snapshots: list[dict[str, Any]] = field(default_factory=list)
+    # index: (source, tokens, epoch), made since the row before
+    draws: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    # (source, file, why), found since the row before
+    skipped: list[tuple[str, str, str]] = field(default_factory=list)
+    # of what is learned of the documents that end in it, where `Packer.add` was told
+    num_bytes: int = 0
 
 
 @dataclass(slots=True)
@@ -114,7 +125,16 @@ class Packer:
         labels: np.ndarray,
         num_bytes: int = 0,
     ) -> None:
-        item = _Item(index, source, digest, opens_epoch, inputs, labels, self._resumed.pop(index, 0), num_bytes)
+        item = _Item(
+            index,
+            source,
+            digest,
+            opens_epoch,
+            inputs,
+            labels,
+            self._resumed.pop(index, 0),
+            num_bytes,
+        )
         self._items.append(item)
         self._positions += item.left
 
@@ -145,7 +165,16 @@ class Packer:
             position_ids[filled:end] = np.arange(stop - start)
             document_ids[filled:end] = len(pieces)
             source_ids[filled:end] = item.source
-            pieces.append(Piece(item.index, item.source, item.digest, start, stop - start, item.opens_epoch and start == 0))
+            pieces.append(
+                Piece(
+                    item.index,
+                    item.source,
+                    item.digest,
+                    start,
+                    stop - start,
+                    item.opens_epoch and start == 0,
+                )
+            )
             self._used(item, stop)
             filled = end
             num_bytes += item.num_bytes if item.left == 0 else 0
@@ -156,7 +185,8 @@ class Packer:
         return Row(self.lane, *found, self._place(), pieces, num_bytes=num_bytes)
 
     def _take(self, room: int) -> _Item | None:
-        """The document that the next `room` positions of the row begin with; None leaves them empty."""
+        """The document that the next `room` positions of the row begin with; None leaves them
+        empty."""
         return self._items[0] if self._items else None
 
     def _used(self, item: _Item, stop: int) -> None:
@@ -184,16 +214,18 @@ class OnePiece(Packer):
 
 
 class BestFit(Packer):
-    """Every row begins with the oldest document in a pool and is filled with the longest ones that still fit whole.
+    """Every row begins with the oldest document in a pool and is filled with the longest ones that
+    still fit whole.
 
-    Where none does, a document that has to be cut anyway, being longer than a row, is cut there. Nothing waits for ever, as each
-    row takes the oldest. After best-fit packing (arXiv 2404.10830), on a stream.
-    """
+    Where none does, a document that has to be cut anyway, being longer than a row, is cut there.
+    Nothing waits for ever, as each row takes the oldest. After best-fit packing (arXiv 2404.10830),
+    on a stream."""
 
     def __init__(self, lane: int, seq_length: int, pad_id: int, place: Place):
         super().__init__(lane, seq_length, pad_id, place)
         self._pool: dict[int, _Item] = {}  # by index, oldest first
-        self._sizes: list[tuple[int, int]] = []  # (positions it would take whole, -index) of the pool, sorted
+        # (positions it would take whole, -index) of the pool, sorted
+        self._sizes: list[tuple[int, int]] = []
         self._pooled = 0  # unused positions in the pool
 
     @property
@@ -206,8 +238,11 @@ class BestFit(Packer):
         return super().row()
 
     def _admit(self) -> None:
-        """Fill the pool, no further than it needs: what it holds must follow from the lane's place alone."""
-        while self._items and (self._items[0].index < self._next or self._pooled < POOL_ROWS * self.seq_length):
+        """Fill the pool, no further than it needs: what it holds must follow from the lane's place
+        alone."""
+        while self._items and (
+            self._items[0].index < self._next or self._pooled < POOL_ROWS * self.seq_length
+        ):
             item = self._items.popleft()
             self._next = max(self._next, item.index + 1)
             self._pool[item.index] = item
@@ -225,8 +260,13 @@ class BestFit(Packer):
         fitting = bisect_right(self._sizes, (room, 0))  # -index is never above 0
         if fitting:
             return self._pool[-self._sizes[fitting - 1][1]]
-        longest = self._pool[-self._sizes[-1][1]]  # the oldest of those longer than a row, if there are any
-        return longest if longest.left > self.seq_length and room * SHORTEST_PIECE >= self.seq_length else None
+        # the oldest of those longer than a row, if there are any
+        longest = self._pool[-self._sizes[-1][1]]
+        return (
+            longest
+            if longest.left > self.seq_length and room * SHORTEST_PIECE >= self.seq_length
+            else None
+        )
 
     def _used(self, item: _Item, stop: int) -> None:
         del self._sizes[bisect_right(self._sizes, (self._size(item), -item.index)) - 1]

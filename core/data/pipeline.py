@@ -2,16 +2,17 @@
 
                every L draws are dealt out, one to each lane     row n comes from lane n mod L
     sources ──► Mixer ──────────┬──► lane 0: objective ──► Packer ──┐
-                (global order)  ├──► lane 1: ...                    ├──► rows, global order ──► Loader
+                (global order)  ├──► lane 1: ...                    ├──► rows, global order ──►
+                                Loader
                                 └──► lane L-1                       ┘
 
-L lanes are fixed; ranks and workers share them out, each tokenizing only its own lanes' documents. So the rows, and their
-order, are the same for any number of ranks and workers.
+L lanes are fixed; ranks and workers share them out, each tokenizing only its own lanes' documents.
+So the rows, and their order, are the same for any number of ranks and workers.
 
 In:    opened sources, a tokenizer, a position
 Out:   rows of this reader's lanes, in global order
-State: carried by the rows: each says where its lane stands after it, and brings the mixer's snapshots
-"""
+State: carried by the rows: each says where its lane stands after it, and brings the mixer's
+snapshots"""
 
 import random
 from collections.abc import Iterator
@@ -31,8 +32,11 @@ from core.errors import SourceUnavailable
 from core.preset.settings import NEXT_TOKEN
 from core.randomness import derive_seed
 
-SNAPSHOT_EVERY = 256  # draws; a resume re-reads at most so many documents (and tokenizes none of them twice)
-READ_AHEAD = 128  # documents tokenized together: enough for the tokenizer's own threads (docs/LOG.md), few enough to stay near
+# draws; a resume re-reads at most so many documents (and tokenizes none of them twice)
+SNAPSHOT_EVERY = 256
+# documents tokenized together: enough for the tokenizer's own threads (docs/LOG.md), few enough to
+# stay near
+READ_AHEAD = 128
 
 
 @dataclass(frozen=True)
@@ -55,11 +59,16 @@ class Position:
     rows: int = 0  # global rows consumed
     lanes: dict[int, Place] = field(default_factory=dict)
     snapshot: dict[str, Any] | None = None  # the mixer, at an index no lane has yet to read before
-    drops: dict[str, int] = field(default_factory=dict)  # failed sources, and from which draw on they are gone
-    renewals: list[int] = field(default_factory=list)  # draws at which the schedules of the weights begin anew
-    factors: dict[int, dict[str, float]] = field(default_factory=dict)  # draws from which on sources' weights have other factors
-    draws: dict[int, tuple[int, ...]] = field(default_factory=dict)  # index: (source, tokens, epoch) since the snapshot
-    receipts: dict[int, str] = field(default_factory=dict)  # lane -> hash chain of all the pieces it has consumed
+    # failed sources, and from which draw on they are gone
+    drops: dict[str, int] = field(default_factory=dict)
+    # draws at which the schedules of the weights begin anew
+    renewals: list[int] = field(default_factory=list)
+    # draws from which on sources' weights have other factors
+    factors: dict[int, dict[str, float]] = field(default_factory=dict)
+    # index: (source, tokens, epoch) since the snapshot
+    draws: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    # lane -> hash chain of all the pieces it has consumed
+    receipts: dict[int, str] = field(default_factory=dict)
     passed_over: int = 0  # groups of rows in which no token was learned
 
     def first_unused(self) -> int:
@@ -68,20 +77,26 @@ class Position:
 
     @property
     def gone(self) -> set[str]:
-        """Sources that failed, or came to the end of their last epoch: the latter as far as the snapshot knows."""
+        """Sources that failed, or came to the end of their last epoch: the latter as far as the
+        snapshot knows."""
         return {*self.drops, *(self.snapshot or {}).get("ended", [])}
 
     @property
     def latest_factors(self) -> dict[str, float]:
         """On the sources' weights, from the first unused draw on; 1 where none is named."""
-        return self.factors[max(self.factors)] if self.factors else (self.snapshot or {}).get("factors", {})
+        return (
+            self.factors[max(self.factors)]
+            if self.factors
+            else (self.snapshot or {}).get("factors", {})
+        )
 
 
 class Dealer:
-    """Which lane each draw goes to: every L draws in a row go to the L lanes, in an order of chance that follows from the seed.
+    """Which lane each draw goes to: every L draws in a row go to the L lanes, in an order of chance
+    that follows from the seed.
 
-    Not simply in turn: sources take turns as well, and a lane that met only the source with the longest documents would pile
-    them up without end.
+    Not simply in turn: sources take turns as well, and a lane that met only the source with the
+    longest documents would pile them up without end.
     """
 
     def __init__(self, lanes: int, seed: int):
@@ -102,7 +117,8 @@ def share_of_lanes(lanes: int, readers: int, reader: int) -> list[int]:
 
 
 class Pipeline:
-    """The rows of some lanes, from a position on. Endless, unless the mix ends: then padding rows without any target."""
+    """The rows of some lanes, from a position on. Endless, unless the mix ends: then padding rows
+    without any target."""
 
     def __init__(
         self,
@@ -118,17 +134,30 @@ class Pipeline:
         self.lanes = lanes
         self._next_row = position.rows
         self._hold_out = hold_out
-        self._objective = build_objective(settings.objective, tokenizer, settings.mask_fraction, settings.mix.seed)
-        past = position.drops, position.snapshot, position.renewals, position.draws, position.factors
+        self._objective = build_objective(
+            settings.objective, tokenizer, settings.mask_fraction, settings.mix.seed
+        )
+        past = (
+            position.drops,
+            position.snapshot,
+            position.renewals,
+            position.draws,
+            position.factors,
+        )
         self._mixer = Mixer(sources, settings.mix, self._wanted, *past)
         self._dealer = Dealer(settings.lanes, settings.mix.seed)
         pack = PACKERS[settings.packing]
         self._packers: dict[int, Packer] = {
-            lane: pack(lane, settings.seq_length, tokenizer.eos_id, position.lanes.get(lane, Place())) for lane in lanes
+            lane: pack(
+                lane, settings.seq_length, tokenizer.eos_id, position.lanes.get(lane, Place())
+            )
+            for lane in lanes
         }
         self._snapshots: list[dict[str, Any]] = [self._mixer.snapshot()]
-        self._short: dict[str, tuple[str, int]] = {}  # source: the first text that is too short, and how many are
-        self._skipped: dict[tuple[str, str, str], bool] = {}  # (source, file, why): whether a row has told it
+        # source: the first text that is too short, and how many are
+        self._short: dict[str, tuple[str, int]] = {}
+        # (source, file, why): whether a row has told it
+        self._skipped: dict[tuple[str, str, str], bool] = {}
         self._ended = False
         self._failure: SourceFailed | None = None
 
@@ -150,9 +179,14 @@ class Pipeline:
 
     def _wanted(self, document: Document) -> bool:
         ready = document.encoded
-        if ready is not None and len(ready.ids) and (largest := int(ready.ids.max())) >= self.tokenizer.vocab_size:
+        if (
+            ready is not None
+            and len(ready.ids)
+            and (largest := int(ready.ids.max())) >= self.tokenizer.vocab_size
+        ):
             raise SourceUnavailable(
-                f"{document.key} holds token {largest}, beyond this preset's vocabulary of {self.tokenizer.vocab_size}: it was "
+                f"{document.key} holds token {largest}, beyond this preset's vocabulary of "
+                f"{self.tokenizer.vocab_size}: it was "
                 'made with another tokenizer; name that one in "tokenizer"'
             )
         if document.is_shorter_than(self.settings.min_text_length):
@@ -203,11 +237,16 @@ class Pipeline:
             packer.add(draw.index, draw.source, document.digest, draw.opens_epoch, inputs, labels)
 
     def _encoded(self, found: list[tuple[Packer, Draw, Document]]) -> list[Encoded | None]:
-        """The documents as tokens; None for one that the tokenizer cannot do with: it is named, and left out."""
+        """The documents as tokens; None for one that the tokenizer cannot do with: it is named, and
+        left out."""
         encoded: list[Encoded | None] = []
-        for (_, draw, document), each in zip(found, encode_each(self._encode, [document for _, _, document in found])):
+        for (_, draw, document), each in zip(
+            found, encode_each(self._encode, [document for _, _, document in found])
+        ):
             if isinstance(each, BaseException):
                 why = redacted(f"cannot be tokenized: {type(each).__name__}: {each}")
-                self._skipped.setdefault((self._mixer.sources[draw.source].name, document.key, why), False)
+                self._skipped.setdefault(
+                    (self._mixer.sources[draw.source].name, document.key, why), False
+                )
             encoded.append(None if isinstance(each, BaseException) else each)
         return encoded

@@ -44,7 +44,10 @@ class Reader:
         self._queue: queue.Queue = queue.Queue(maxsize=STEPS_AHEAD)
         self._stopping = threading.Event()
         self._thread = threading.Thread(
-            target=self._run, args=(read, packed, rows_per_step, pin_memory), name="data-reader", daemon=True
+            target=self._run,
+            args=(read, packed, rows_per_step, pin_memory),
+            name="data-reader",
+            daemon=True,
         )
         self._thread.start()
 
@@ -56,7 +59,12 @@ class Reader:
                     rows = [next(reading) for _ in range(rows_per_step)]
                     batch = collate(rows, packed)
                     if pin_memory:
-                        batch = Batch(**{k: v.pin_memory() if isinstance(v, torch.Tensor) else v for k, v in vars(batch).items()})
+                        batch = Batch(
+                            **{
+                                k: v.pin_memory() if isinstance(v, torch.Tensor) else v
+                                for k, v in vars(batch).items()
+                            }
+                        )
                     self._put((batch, rows))
             finally:
                 reading.close()
@@ -83,9 +91,11 @@ class Reader:
                     return None
 
     def close(self, patience: float | None = None) -> None:
-        """Ends the reading; waits for it so long at most. What then still waits for a source ends with the process."""
+        """Ends the reading; waits for it so long at most. What then still waits for a source ends
+        with the process."""
         self._stopping.set()
-        with contextlib.suppress(queue.Empty):  # a thread that finds room sees at once that it is to stop
+        # a thread that finds room sees at once that it is to stop
+        with contextlib.suppress(queue.Empty):
             while True:
                 self._queue.get_nowait()
         self._thread.join(patience)

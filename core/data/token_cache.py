@@ -1,11 +1,13 @@
-"""A local cache of tokenized documents: makes streams seekable, and reads and tokenizes each document once per machine.
+"""A local cache of tokenized documents: makes streams seekable, and reads and tokenizes each
+document once per machine.
 
-    shard ──► blocks of 256 positions ──► .cache/tokens/<address>/<block>.npz      address: a hash of shard and tokenizer
+    shard ──► blocks of 256 positions ──► .cache/tokens/<address>/<block>.npz      address: a hash
+    of shard and tokenizer
 
 In:    a source whose shards have an address (shards.py), and a tokenizer
 Out:   the same source; its documents come as tokens, from the cache where it has them
-State: the files. Any of them may vanish or be damaged at any time: it is made again, and nothing but time is lost
-"""
+State: the files. Any of them may vanish or be damaged at any time: it is made again, and nothing
+but time is lost"""
 
 import hashlib
 import io
@@ -28,10 +30,12 @@ from core.files import check_regular, open_lock, write_file
 
 CACHE = ".cache/tokens"
 VERSION = 2
-"""Part of every address: raised when the same text and tokenizer give other tokens, or a block holds other things."""
+"""Part of every address: raised when the same text and tokenizer give other tokens, or a block
+holds other things."""
 BLOCK = 256  # positions of a shard (rows, lines) in one file
 GRACE_SECONDS = 0.5
-"""How long the others leave the next block to whoever made the one before, as only they need not seek."""
+"""How long the others leave the next block to whoever made the one before, as only they need not
+seek."""
 POLL_SECONDS = 0.01
 FREE_BYTES = 4 << 30
 """Room on the disk that is left to others: checkpoints come first."""
@@ -79,7 +83,8 @@ class TokenCache:
 
     @contextmanager
     def only_one(self, address: str) -> Iterator[bool]:
-        """Whether nobody else is making a block of this shard; held until left, and freed when the process dies."""
+        """Whether nobody else is making a block of this shard; held until left, and freed when the
+        process dies."""
         path = self.folder / f"{address[:32]}.lock"
         try:
             import fcntl
@@ -141,7 +146,9 @@ class Cached(ShardView):
         number, last, first = start // BLOCK, False, True
         while not last:
             patient = not first and not maker.stands_at(number)
-            block, last, failure = self._block(address, number, maker, GRACE_SECONDS if patient else 0.0)
+            block, last, failure = self._block(
+                address, number, maker, GRACE_SECONDS if patient else 0.0
+            )
             for position, document in block:
                 if position > start:
                     yield position, document
@@ -149,8 +156,11 @@ class Cached(ShardView):
                 raise failure
             number, first = number + 1, False
 
-    def _block(self, address: str, number: int, maker: "_Maker", patience: float) -> tuple[Block, bool, Exception | None]:
-        """A block, from the cache, from another process that is making it, or made here; and what broke it off."""
+    def _block(
+        self, address: str, number: int, maker: "_Maker", patience: float
+    ) -> tuple[Block, bool, Exception | None]:
+        """A block, from the cache, from another process that is making it, or made here; and what
+        broke it off."""
         end = time.monotonic() + patience
         while True:
             if (found := self._cache.get(address, number)) is not None:
@@ -161,14 +171,17 @@ class Cached(ShardView):
                         return *found, None
                     if alone:
                         block, last, failure = maker.make(number)
-                        if failure is None and all(document.encoded is not None for _, document in block):
+                        if failure is None and all(
+                            document.encoded is not None for _, document in block
+                        ):
                             self._cache.put(address, number, block, last)
                         return block, last, failure
             time.sleep(POLL_SECONDS)
 
 
 class _Maker:
-    """Reads one shard and tokenizes it block by block; goes on from the block before where it can."""
+    """Reads one shard and tokenizes it block by block; goes on from the block before where it
+    can."""
 
     def __init__(self, source: Any, shard: Any, tokenizer: Tokenizer):
         self._source, self._shard, self._tokenizer = source, shard, tokenizer
@@ -185,21 +198,31 @@ class _Maker:
         found: Block = []
         item = failure = None
         try:
-            if self._documents is None or self._next > number or (self._next < number and self._source.seeks(self._shard)):
+            if (
+                self._documents is None
+                or self._next > number
+                or (self._next < number and self._source.seeks(self._shard))
+            ):
                 self._documents, self._held = self._source.read(self._shard, begin), None
-            while (item := self._held or next(self._documents, None)) is not None and item[0] <= end:
+            while (item := self._held or next(self._documents, None)) is not None and item[
+                0
+            ] <= end:
                 self._held = None
                 if item[0] > begin:
                     found.append(item)
             self._held, self._next = item, number + 1
-        except Exception as error:  # the source knows what to do about it, once the documents before it are read
+        except Exception as error:
+            # the source knows what to do about it, once the documents before it are read
             failure, self._documents = error, None
         return self._encoded(found), item is None and failure is None, failure
 
     def _encoded(self, found: Block) -> Block:
-        """The documents as tokens; one that the tokenizer cannot do with stays as it is, and whoever reads it meets the error."""
+        """The documents as tokens; one that the tokenizer cannot do with stays as it is, and
+        whoever reads it meets the error."""
         try:
-            encoded = encode_each(partial(encode, self._tokenizer), [document for _, document in found])
+            encoded = encode_each(
+                partial(encode, self._tokenizer), [document for _, document in found]
+            )
         except BaseException:  # of all of them; a tokenizer that panics raises what is no Exception
             return found
         return [
@@ -213,7 +236,11 @@ def packed(block: Block, last: bool) -> bytes:
     tokens = [document.encoded for _, document in block if document.encoded is not None]
     ids = np.concatenate([t.ids for t in tokens]) if tokens else np.zeros(0, dtype=np.int32)
     masked = any(t.learned is not None for t in tokens)
-    learned = [t.learned if t.learned is not None else np.ones(len(t.ids), dtype=bool) for t in tokens] if masked else []
+    learned = (
+        [t.learned if t.learned is not None else np.ones(len(t.ids), dtype=bool) for t in tokens]
+        if masked
+        else []
+    )
     out = io.BytesIO()
     np.savez(
         out,
@@ -222,9 +249,13 @@ def packed(block: Block, last: bool) -> bytes:
         positions=np.array([position for position, _ in block], dtype=np.int64),
         digests=np.array([t.digest for t in tokens], dtype=np.uint64),
         sizes=np.array([t.size for t in tokens], dtype=np.int64),
-        num_bytes=np.array([-1 if t.num_bytes is None else t.num_bytes for t in tokens], dtype=np.int64),
+        num_bytes=np.array(
+            [-1 if t.num_bytes is None else t.num_bytes for t in tokens], dtype=np.int64
+        ),
         learned=np.concatenate(learned) if learned else np.zeros(0, dtype=bool),
-        keys=np.frombuffer("\0".join(document.key for _, document in block).encode(*NAMES), dtype=np.uint8),
+        keys=np.frombuffer(
+            "\0".join(document.key for _, document in block).encode(*NAMES), dtype=np.uint8
+        ),
         last=np.array(last),
     )
     content = out.getvalue()
@@ -232,7 +263,8 @@ def packed(block: Block, last: bool) -> bytes:
 
 
 def unpacked(data: bytes) -> tuple[Block, bool]:
-    """What `packed` packed. Raises ValueError where a bit of it is another: what numpy says then may be anything, or nothing."""
+    """What `packed` packed. Raises ValueError where a bit of it is another: what numpy says then
+    may be anything, or nothing."""
     begun, content = data[:CHECKSUM_BYTES], data[CHECKSUM_BYTES:]
     if begun != checksum(content):
         raise ValueError("damaged")
@@ -245,7 +277,11 @@ def unpacked(data: bytes) -> tuple[Block, bool]:
     for i, end in enumerate(ends):
         mask = learned[begin:end] if len(learned) else None
         num_bytes = int(fields["num_bytes"][i])
-        facts = int(fields["digests"][i]), int(fields["sizes"][i]), None if num_bytes < 0 else num_bytes
+        facts = (
+            int(fields["digests"][i]),
+            int(fields["sizes"][i]),
+            None if num_bytes < 0 else num_bytes,
+        )
         tokens = Encoded(ids[begin:end], mask, *facts)
         block.append((int(fields["positions"][i]), Document("", keys[i], encoded=tokens)))
         begin = end

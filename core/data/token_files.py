@@ -2,13 +2,14 @@
 
     data/tokens/wikipedia/manifest.json  chunk_00000.bin  chunk_00001.bin ...
 
-A chunk is raw little-endian uint32, `chunk_size` tokens, fewer in the last. Every document is followed by the
-end-of-document token. A chunk is cut where it is full: a document may begin in one and end in the next.
+A chunk is raw little-endian uint32, `chunk_size` tokens, fewer in the last. Every document is
+followed by the end-of-document token. A chunk is cut where it is full: a document may begin in one
+and end in the next.
 
 In:    tokens of whole documents (ChunkWriter), or a folder (Chunks)
 Out:   the folder; documents, or plain tokens in any order of chunks
-State: the manifest, which never records a token that is not safely on the disk: whoever was killed goes on from it
-"""
+State: the manifest, which never records a token that is not safely on the disk: whoever was killed
+goes on from it"""
 
 import errno
 import hashlib
@@ -33,8 +34,9 @@ BLOCK = 1 << 20
 """Tokens looked at together when reading: 4 MB."""
 
 CHECKED_BYTES = 2 << 30
-"""Chunks up to this size are compared with their checksum before their first token is used. SHA-256 reads 0.4 to 2 GB/s: the
-default 400 MB cost 0.2 to 1 s per 100M tokens, which train for minutes at best. Far larger ones would hold up the first step."""
+"""Chunks up to this size are compared with their checksum before their first token is used. SHA-256
+reads 0.4 to 2 GB/s: the default 400 MB cost 0.2 to 1 s per 100M tokens, which train for minutes at
+best. Far larger ones would hold up the first step."""
 
 
 class BadChunks(Exception):
@@ -57,7 +59,8 @@ class Chunk:
 
 @dataclass
 class Manifest:
-    """What stands in manifest.json. Everything beyond the first six keys is left out by specification 001's own program."""
+    """What stands in manifest.json. Everything beyond the first six keys is left out by
+    specification 001's own program."""
 
     dataset_id: str
     config: str | None
@@ -70,7 +73,8 @@ class Manifest:
     complete: bool = True  # whether the source was read to its end, or as far as was asked for
     documents: int | None = None
     vocab_size: int | None = None
-    vocabulary_sha256: str | None = None  # of the tokens' names: the same for every version of the tokenizers library
+    # of the tokens' names: the same for every version of the tokenizers library
+    vocabulary_sha256: str | None = None
     tokenizer_sha256: str | None = None  # of the whole tokenizer, as the library writes it
     chunks: list[Chunk] = field(default_factory=list)
     writer: dict[str, Any] = field(default_factory=dict)  # what the tokenize job needs to go on
@@ -85,7 +89,8 @@ def chunk_name(index: int) -> str:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Raises BadChunks where there is none, or none that can be used. One of specification 001 lists no files: they are added."""
+    """Raises BadChunks where there is none, or none that can be used. One of specification 001
+    lists no files: they are added."""
     path = folder / MANIFEST
     try:
         found = read_json(path)
@@ -96,17 +101,26 @@ def read_manifest(folder: Path) -> Manifest:
     except OSError as error:
         raise BadChunks(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, TypeError) as error:
-        raise BadChunks(f"{path} is no manifest of token chunks ({str(error)[:100]}); tokenize anew") from None
+        raise BadChunks(
+            f"{path} is no manifest of token chunks ({str(error)[:100]}); tokenize anew"
+        ) from None
     if manifest.format > FORMAT:
-        raise BadChunks(f"{path} has format {manifest.format}, this program reads up to {FORMAT}: update the program")
+        raise BadChunks(
+            f"{path} has format {manifest.format}, this program reads up to {FORMAT}: update the "
+            "program"
+        )
     if manifest.dtype != "uint32":
-        raise BadChunks(f"{path} says dtype {manifest.dtype}; only uint32 can be read: convert the chunks, or tokenize anew")
+        raise BadChunks(
+            f"{path} says dtype {manifest.dtype}; only uint32 can be read: convert the chunks, or "
+            "tokenize anew"
+        )
     if "chunks" not in found:
         for index in range(manifest.num_chunks):
             size = _size(folder / chunk_name(index))
             if size % TOKEN.itemsize:
                 raise BadChunks(
-                    f"{folder / chunk_name(index)} has {size:,} bytes, which is no whole number of uint32 tokens: "
+                    f"{folder / chunk_name(index)} has {size:,} bytes, which is no whole number "
+                    "of uint32 tokens: "
                     "it was cut off or is not a token chunk; copy it again, or tokenize anew"
                 )
             manifest.chunks.append(Chunk(chunk_name(index), size // TOKEN.itemsize))
@@ -114,7 +128,8 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _made(kind: type, found: Any) -> Any:
-    """A dataclass from JSON; what it does not know is left out. Raises TypeError for what lacks, or is of another type."""
+    """A dataclass from JSON; what it does not know is left out. Raises TypeError for what lacks, or
+    is of another type."""
     if not isinstance(found, dict):
         raise TypeError(f"{json.dumps(found)[:40]} is no object")
     types = get_type_hints(kind)
@@ -125,7 +140,9 @@ def _made(kind: type, found: Any) -> Any:
             continue
         value, wanted = found[each.name], types[each.name]
         allowed = get_args(wanted) if isinstance(wanted, UnionType) else (wanted,)
-        if type(value) not in [get_origin(one) or one for one in allowed] or (type(value) is int and value < 0):
+        if type(value) not in [get_origin(one) or one for one in allowed] or (
+            type(value) is int and value < 0
+        ):
             raise TypeError(f'"{each.name}" is {json.dumps(value)[:40]}')
     return kind(**{key: value for key, value in found.items() if key in types})
 
@@ -140,10 +157,12 @@ class Chunks:
         last = len(self.manifest.chunks) - 1
         for index, chunk in enumerate(self.manifest.chunks):
             size, wanted = _size(folder / chunk.file), chunk.tokens * TOKEN.itemsize
-            growing = index == last and not self.manifest.complete  # may be ahead of what is recorded
+            # may be ahead of what is recorded
+            growing = index == last and not self.manifest.complete
             if size < wanted or (size > wanted and not growing):
                 raise BadChunks(
-                    f"{folder / chunk.file} has {size:,} bytes, the manifest says {wanted:,}: copy it again, or delete the "
+                    f"{folder / chunk.file} has {size:,} bytes, the manifest says {wanted:,}: "
+                    "copy it again, or delete the "
                     "folder and tokenize anew"
                 )
 
@@ -153,13 +172,20 @@ class Chunks:
         notes, manifest = [], self.manifest
         there = sum(chunk.tokens for chunk in manifest.chunks)
         if not manifest.complete:
-            notes.append(f"its tokenization was not finished ({there:,} tokens so far); run it again to go on")
+            notes.append(
+                f"its tokenization was not finished ({there:,} tokens so far); run it again to go "
+                "on"
+            )
         elif there != manifest.total_tokens:
-            notes.append(f"its manifest says {manifest.total_tokens:,} tokens, its chunks hold {there:,}; all of these are read")
+            notes.append(
+                f"its manifest says {manifest.total_tokens:,} tokens, its chunks hold {there:,}; "
+                "all of these are read"
+            )
         return notes
 
     def consecutive(self, order: Iterable[int], start: int = 0) -> Iterator[np.ndarray]:
-        """Tokens as they lie, chunk after chunk in the given order, from token `start` of them on: (n,) uint32, n <= BLOCK.
+        """Tokens as they lie, chunk after chunk in the given order, from token `start` of them on:
+        (n,) uint32, n <= BLOCK.
 
         This is how specification 001's program reads. Raises OSError or DamagedChunk.
         """
@@ -170,12 +196,13 @@ class Chunks:
             start = max(0, start - self.manifest.chunks[index].tokens)
 
     def documents(self, index: int, start: int = 0) -> Iterator[tuple[int, int, np.ndarray]]:
-        """(position after it, position of its first token, ids (n,) int32) of each document that *begins* in a chunk.
+        """(position after it, position of its first token, ids (n,) int32) of each document that
+        *begins* in a chunk.
 
-        One that runs over the chunk's end is read on in the next, by name; there, the piece up to the first end is passed over:
-        each document is read once and whole, in any order of chunks. Positions are tokens from the chunk's start; those that end
-        at `start` or before, and those without tokens, are left out. Raises OSError or DamagedChunk.
-        """
+        One that runs over the chunk's end is read on in the next, by name; there, the piece up to
+        the first end is passed over: each document is read once and whole, in any order of chunks.
+        Positions are tokens from the chunk's start; those that end at `start` or before, and those
+        without tokens, are left out. Raises OSError or DamagedChunk."""
         size, end = self.manifest.chunks[index].tokens, self.manifest.eos_token_id
         begin = self._begin(index, start)
         if begin >= size:
@@ -195,7 +222,8 @@ class Chunks:
                     return
             pieces.append(block[low:])
             at += len(block)
-        if (ids := _joined(pieces)) and at > start:  # the chunks were cut off, or end without a last end
+        # the chunks were cut off, or end without a last end
+        if (ids := _joined(pieces)) and at > start:
             yield at, begin, ids[0]
 
     def _on_from(self, index: int, start: int) -> Iterator[np.ndarray]:
@@ -218,7 +246,8 @@ class Chunks:
         return self._first_begin(index)
 
     def _first_begin(self, index: int) -> int:
-        """Where the first document of a chunk begins: behind the rest of the one before, if that runs into it."""
+        """Where the first document of a chunk begins: behind the rest of the one before, if that
+        runs into it."""
         if index == 0 or (self._map(index - 1)[-1:] == self.manifest.eos_token_id).all():
             return 0
         at = 0
@@ -231,7 +260,11 @@ class Chunks:
     def _tokens(self, index: int) -> np.ndarray:
         """A chunk, (n,) uint32, compared with its checksum when it is first used."""
         chunk = self.manifest.chunks[index]
-        if index not in self._checked and chunk.sha256 is not None and chunk.tokens * TOKEN.itemsize <= CHECKED_BYTES:
+        if (
+            index not in self._checked
+            and chunk.sha256 is not None
+            and chunk.tokens * TOKEN.itemsize <= CHECKED_BYTES
+        ):
             with (self.folder / chunk.file).open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != chunk.sha256:
                     raise DamagedChunk
@@ -246,12 +279,14 @@ class Chunks:
 
 
 class ChunkWriter:
-    """Appends to a folder, from what its manifest records on. One process at a time: raises BadChunks for a second."""
+    """Appends to a folder, from what its manifest records on. One process at a time: raises
+    BadChunks for a second."""
 
     def __init__(self, folder: Path, manifest: Manifest):
         """Raises OSError; BadChunks where the disk holds less than the manifest records."""
         self.folder, self.manifest = folder, manifest
-        self.tokens, self.documents = manifest.total_tokens, manifest.documents or 0  # with what is not yet saved
+        # with what is not yet saved
+        self.tokens, self.documents = manifest.total_tokens, manifest.documents or 0
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(folder)
         self._file: int | None = None  # descriptor of the chunk that is not yet full
@@ -268,7 +303,8 @@ class ChunkWriter:
             raise
 
     def add(self, tokens: np.ndarray) -> None:
-        """Append whole documents, each with its end: (n,) integers. Raises OSError; what was saved is safe then."""
+        """Append whole documents, each with its end: (n,) integers. Raises OSError; what was saved
+        is safe then."""
         tokens = np.ascontiguousarray(tokens, dtype=TOKEN)
         self.tokens += len(tokens)
         self.documents += int(np.count_nonzero(tokens == self.manifest.eos_token_id))
@@ -289,7 +325,8 @@ class ChunkWriter:
                 self._finish()
 
     def save(self, complete: bool = False, **writer: Any) -> None:
-        """Make all that was added safe, and record it together with `writer`. Raises OSError; what was saved before stays so."""
+        """Make all that was added safe, and record it together with `writer`. Raises OSError; what
+        was saved before stays so."""
         manifest = self.manifest
         if complete and self._file is not None:
             manifest.chunks[-1].sha256 = self._hash.hexdigest()
@@ -309,12 +346,16 @@ class ChunkWriter:
         self._file = self._lock = None
 
     def _open(self, chunk: Chunk) -> None:
-        """Go on in a chunk behind what is recorded of it: anything after that was not yet saved, and comes again."""
+        """Go on in a chunk behind what is recorded of it: anything after that was not yet saved,
+        and comes again."""
         path, recorded = self.folder / chunk.file, chunk.tokens * TOKEN.itemsize
         chunk.sha256, self._hash = None, hashlib.sha256()
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         if (size := os.fstat(self._file).st_size) < recorded:
-            raise BadChunks(f"{path} has {size:,} bytes, {recorded:,} were written: delete {self.folder} and start again")
+            raise BadChunks(
+                f"{path} has {size:,} bytes, {recorded:,} were written: delete {self.folder} and "
+                "start again"
+            )
         os.ftruncate(self._file, recorded)
         while block := os.read(self._file, 1 << 22):
             self._hash.update(block)
@@ -340,11 +381,14 @@ def _size(path: Path) -> int:
     except OSError as error:
         if error.errno == errno.EINVAL:
             raise BadChunks(f"{path}: {error.strerror}; copy it again, or tokenize anew") from None
-        raise BadChunks(f"{path} is missing, but the manifest lists it: copy it again, or tokenize anew") from None
+        raise BadChunks(
+            f"{path} is missing, but the manifest lists it: copy it again, or tokenize anew"
+        ) from None
 
 
 def _lock(folder: Path) -> int | None:
-    """A descriptor that keeps other writers out for as long as it is open; None where the system knows no such locks."""
+    """A descriptor that keeps other writers out for as long as it is open; None where the system
+    knows no such locks."""
     try:
         import fcntl
     except ImportError:
@@ -354,7 +398,9 @@ def _lock(folder: Path) -> int | None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise BadChunks(f"another process is writing to {folder}; wait for it, or stop it") from None
+        raise BadChunks(
+            f"another process is writing to {folder}; wait for it, or stop it"
+        ) from None
     except OSError:
         os.close(descriptor)
         return None

@@ -41,7 +41,8 @@ class Tokens:
     """A batch, tokenized."""
 
     tokens: np.ndarray  # (n,) uint32
-    ends: np.ndarray  # (texts,) int64: where in `tokens` the text's end is; a text without tokens adds none
+    # (texts,) int64: where in `tokens` the text's end is; a text without tokens adds none
+    ends: np.ndarray
     cursors: list[Cursor]
 
 
@@ -51,15 +52,18 @@ def usable_cores() -> int:
 
 
 class TokenPool:
-    """Tokenizes in `workers` processes; 0: in a thread of this one, which leaves the threads to the tokenizers library."""
+    """Tokenizes in `workers` processes; 0: in a thread of this one, which leaves the threads to the
+    tokenizers library."""
 
     def __init__(self, tokenizer: Tokenizer, workers: int):
         self._tokenizer = tokenizer
         self._ahead = 2 * max(1, workers)
         self._executor: Executor
         if workers:
-            context = multiprocessing.get_context("spawn")  # a fork would copy a process that has threads
-            with signals_held(OF_TERMINALS):  # by the process that multiprocessing keeps for its queues
+            # a fork would copy a process that has threads
+            context = multiprocessing.get_context("spawn")
+            # by the process that multiprocessing keeps for its queues
+            with signals_held(OF_TERMINALS):
                 self._executor = ProcessPoolExecutor(workers, context, _begin, (tokenizer.state(),))
         else:
             self._executor = ThreadPoolExecutor(1)
@@ -75,9 +79,11 @@ class TokenPool:
             process.join(max(0.0, end - time.monotonic()))
             process.kill()
 
-    def run(self, batches: Iterable[Batch], stop: Callable[[], bool] = lambda: False) -> Iterator[Tokens]:
-        """Each batch tokenized. What `batches` raises is raised here, after everything that came before it. Ends early, between
-        two batches, where it waits and `stop` says so.
+    def run(
+        self, batches: Iterable[Batch], stop: Callable[[], bool] = lambda: False
+    ) -> Iterator[Tokens]:
+        """Each batch tokenized. What `batches` raises is raised here, after everything that came
+        before it. Ends early, between two batches, where it waits and `stop` says so.
 
         Raises UserError when a process died.
         """
@@ -102,7 +108,8 @@ class TokenPool:
                     break
         except BrokenProcessPool:
             raise UserError(
-                "a tokenizing process died, probably for want of memory; everything saved so far is kept. Set tokenize.workers "
+                "a tokenizing process died, probably for want of memory; everything saved so far "
+                "is kept. Set tokenize.workers "
                 "to a smaller number (0: no processes) and start again to go on."
             ) from None
         finally:  # whoever has enough does not want the rest
@@ -129,7 +136,7 @@ def _encode(tokenizer: Tokenizer, texts: list[str]) -> tuple[np.ndarray, np.ndar
     return np.concatenate(pieces or [end[:0]]).astype(np.uint32), np.array(ends, np.int64)
 
 
-# in the processes ----------------------------------------------------------------------------------------------------
+# in the processes ---------------------------------------------------------------------------------
 
 _own: Tokenizer | None = None
 """The tokenizer of a worker process: made once, used for every batch."""

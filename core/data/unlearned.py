@@ -1,4 +1,5 @@
-"""Steps in which no token is learned: passed over and told once, and where there is no end of them refused.
+"""Steps in which no token is learned: passed over and told once, and where there is no end of them
+refused.
 
 In:    the steps that are passed over, one after the other
 Out:   a warning; UserError
@@ -14,7 +15,8 @@ REMEDY = "Check the conversations, or raise model.seq_length or train.per_gpu_ba
 
 
 class Unlearned:
-    """What has been passed over in a row. Where it is chance what is learned (`of_chance`), it is neither told nor refused."""
+    """What has been passed over in a row. Where it is chance what is learned (`of_chance`), it is
+    neither told nor refused."""
 
     def __init__(self, learned: bool, of_chance: bool):
         """`learned`: whether there has been a token to learn before."""
@@ -51,5 +53,6 @@ class Unlearned:
     def _refuse(self) -> None:
         if not self._of_chance:
             raise UserError(
-                f"no token of {self._steps:,} steps in a row, {self._tokens:,} tokens, is learned: {WHY}. {self._example}{REMEDY}"
+                f"no token of {self._steps:,} steps in a row, {self._tokens:,} tokens, is "
+                f"learned: {WHY}. {self._example}{REMEDY}"
             )

@@ -21,28 +21,33 @@ from core.data.tokenizer import MASK, Tokenizer
 from core.errors import SourceUnavailable
 
 SMALL_CORPUS = 1000
-"""Different texts below which a hash may hold out too few, or none at all: of those an exact share is held out."""
+"""Different texts below which a hash may hold out too few, or none at all: of those an exact share
+is held out."""
 SMALL_DOCUMENTS = 20_000
 """Documents that are read to find so many different texts."""
 PSEUDO_TOKENS, PSEUDO_CONTEXT = 1024, 128
-"""Tokens that are hidden one at a time, and of how many their context is made: each costs a row of its own."""
+"""Tokens that are hidden one at a time, and of how many their context is made: each costs a row of
+its own."""
 SCAN_LOCAL, SCAN_STREAM = 2_000_000_000, 200_000_000
-"""Characters of a source that are searched for held-out documents: what comes over a network would be read for hours."""
+"""Characters of a source that are searched for held-out documents: what comes over a network would
+be read for hours."""
 ENOUGH = 0.9
 """Of the tokens asked for: with fewer it is told."""
 
 
 @dataclass
 class HoldOut:
-    """What is held out: the texts whose stable hash is below a fraction, and of a small source as many as that fraction of its
-    texts is, at least one and never all.
+    """What is held out: the texts whose stable hash is below a fraction, and of a small source as
+    many as that fraction of its texts is, at least one and never all.
 
     A text is held out of every source or of none, wherever else it occurs.
     """
 
     fraction: float
-    held: dict[str, list[int]] = field(default_factory=dict)  # small sources: digests of what they hold out
-    released: list[int] = field(default_factory=list)  # digests that the hash would hold out, and are trained on
+    # small sources: digests of what they hold out
+    held: dict[str, list[int]] = field(default_factory=dict)
+    # digests that the hash would hold out, and are trained on
+    released: list[int] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)  # all that this lineage has trained on
     notes: list[str] = field(default_factory=list)
 
@@ -54,11 +59,19 @@ class HoldOut:
         return self.holds_digest(document.digest)
 
     def holds_digest(self, digest: int) -> bool:
-        return digest in self._held or (held_out_by_hash(digest, self.fraction) and digest not in self._released)
+        return digest in self._held or (
+            held_out_by_hash(digest, self.fraction) and digest not in self._released
+        )
 
     def state(self) -> dict[str, Any]:
-        """For the checkpoint: what was held out stays so when files are added, and what was not is never held out later."""
-        return {"held": self.held, "released": self.released, "sources": self.sources, "fraction": self.fraction}
+        """For the checkpoint: what was held out stays so when files are added, and what was not is
+        never held out later."""
+        return {
+            "held": self.held,
+            "released": self.released,
+            "sources": self.sources,
+            "fraction": self.fraction,
+        }
 
 
 def may_train(hold_out: HoldOut, min_text_length: int, document: Document) -> bool:
@@ -66,12 +79,19 @@ def may_train(hold_out: HoldOut, min_text_length: int, document: Document) -> bo
     return not document.is_shorter_than(min_text_length) and not hold_out.holds(document)
 
 
-def plan_hold_out(sources: list[Source], fraction: float, min_text_length: int, before: dict[str, Any] | None = None) -> HoldOut:
-    """Decide how each source is split. Finite sources are looked through, but no further than SMALL_CORPUS different texts.
+def plan_hold_out(
+    sources: list[Source],
+    fraction: float,
+    min_text_length: int,
+    before: dict[str, Any] | None = None,
+) -> HoldOut:
+    """Decide how each source is split. Finite sources are looked through, but no further than
+    SMALL_CORPUS different texts.
 
-    before  the state of an earlier plan: its choices stand, and so does its fraction where it was the smaller one: what may have
-            been trained on is not held out. Of what was added the hash decides; and of a new small source too, where its texts
-            may stand in a larger one that was trained on
+    before  the state of an earlier plan: its choices stand, and so does its fraction where it was
+            the smaller one: what may have been trained on is not held out. Of what was added the
+            hash decides; and of a new small source too, where its texts may stand in a larger one
+            that was trained on
     """
     known = before or {"held": {}, "released": [], "sources": []}
     asked, fraction = fraction, min(fraction, known.get("fraction", fraction))
@@ -79,40 +99,60 @@ def plan_hold_out(sources: list[Source], fraction: float, min_text_length: int, 
     trained = set(known.get("sources", names | known["held"].keys()))
     looked = {source.name: _texts_of(source, min_text_length) for source in sources}
     small = {name: texts for name, (texts, _) in looked.items() if texts}
-    chosen, released = {digest for digests in known["held"].values() for digest in digests}, set(known["released"])
+    chosen, released = (
+        {digest for digests in known["held"].values() for digest in digests},
+        set(known["released"]),
+    )
     held_before = HoldOut(fraction, known["held"], known["released"]).holds_digest
-    new = [name for name, texts in small.items() if not texts.keys() & set(known["held"].get(name, ()))]
+    new = [
+        name for name, texts in small.items() if not texts.keys() & set(known["held"].get(name, ()))
+    ]
     for name in sorted(new, key=lambda name: len(small[name])):
         texts = small[name]
         by_hash = [digest for digest in texts if held_out_by_hash(digest, fraction)]
         if name in trained or trained - small.keys():
             chosen |= set(by_hash) - released
             continue
-        learned = {digest for other in trained for digest in small[other] if not held_before(digest)}
+        learned = {
+            digest for other in trained for digest in small[other] if not held_before(digest)
+        }
         # of few copies first: held out with all of them, it would leave little to train on
-        for digest in sorted(texts.keys() - released - learned, key=lambda digest: (texts[digest], digest)):
+        for digest in sorted(
+            texts.keys() - released - learned, key=lambda digest: (texts[digest], digest)
+        ):
             if len(texts.keys() & chosen) >= _share(len(texts), fraction):
                 break
-            if all(len(others.keys() - chosen) > 1 for others in small.values() if digest in others):
+            if all(
+                len(others.keys() - chosen) > 1 for others in small.values() if digest in others
+            ):
                 chosen.add(digest)
-        released |= {digest for digest in by_hash if digest not in chosen} | (set(texts) if len(texts) == 1 else set())
+        released |= {digest for digest in by_hash if digest not in chosen} | (
+            set(texts) if len(texts) == 1 else set()
+        )
     for texts in small.values():
-        if all(d in chosen or (held_out_by_hash(d, fraction) and d not in released) for d in texts):  # files were taken away
+        # files were taken away
+        if all(d in chosen or (held_out_by_hash(d, fraction) and d not in released) for d in texts):
             chosen -= texts.keys()
             released |= texts.keys()
-    held = {name: [digest for digest in digests if digest in chosen] for name, digests in known["held"].items()}
+    held = {
+        name: [digest for digest in digests if digest in chosen]
+        for name, digests in known["held"].items()
+    }
     held |= {name: sorted(small[name].keys() & chosen) for name in new}
     plan = HoldOut(fraction, held, sorted(released), sorted(trained | names))
     plan.notes = [f"{name}: {short}" for name, (_, short) in looked.items() if short]
     plan.notes += [_note(name, texts, plan) for name, texts in small.items()]
     if fraction < asked:
-        plan.notes.append(f"validation_fraction is {fraction:g}, as before: the rest of {asked:g} has been trained on")
+        plan.notes.append(
+            f"validation_fraction is {fraction:g}, as before: the rest of {asked:g} has been "
+            "trained on"
+        )
     return plan
 
 
 def _texts_of(source: Source, min_text_length: int) -> tuple[Counter[int], str]:
-    """{digest: documents} of the texts of a small finite source, none of another; and how many of those looked at are too short,
-    as a person should read it."""
+    """{digest: documents} of the texts of a small finite source, none of another; and how many of
+    those looked at are too short, as a person should read it."""
     found: Counter[int] = Counter()
     short = looked = 0
     try:
@@ -128,7 +168,12 @@ def _texts_of(source: Source, min_text_length: int) -> tuple[Counter[int], str]:
         return Counter(), ""
     all_of_it = len(found) < SMALL_CORPUS and looked < SMALL_DOCUMENTS
     of = f"{'' if all_of_it else 'the first '}{looked:,} {'text' if looked == 1 else 'texts'}"
-    told = f"{short:,} of {of} {'is' if short == 1 else 'are'} {shorter_than(min_text_length)} and left out" if short else ""
+    told = (
+        f"{short:,} of {of} {'is' if short == 1 else 'are'} {shorter_than(min_text_length)} and "
+        "left out"
+        if short
+        else ""
+    )
     return Counter() if len(found) >= SMALL_CORPUS else found, told
 
 
@@ -146,9 +191,14 @@ def _note(name: str, texts: Counter[int], plan: HoldOut) -> str:
 
 
 def held_out_documents(
-    source: Source, hold_out: HoldOut, tokenizer: Tokenizer, min_text_length: int, between: Callable[[], None] = lambda: None
+    source: Source,
+    hold_out: HoldOut,
+    tokenizer: Tokenizer,
+    min_text_length: int,
+    between: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[int, Encoded]]:
-    """(its place among the source's documents, its tokens) of each document that is held out, as far as a source is searched."""
+    """(its place among the source's documents, its tokens) of each document that is held out, as
+    far as a source is searched."""
     left = SCAN_LOCAL if source.finite else SCAN_STREAM
     try:
         for scanned, document in enumerate(source.stream({})):
@@ -172,20 +222,30 @@ def validation_rows(
     min_text_length: int,
     between: Callable[[], None] = lambda: None,
 ) -> list[Row]:
-    """Packed rows of held-out documents: about `tokens` of them, shared evenly among the sources that have so many.
+    """Packed rows of held-out documents: about `tokens` of them, shared evenly among the sources
+    that have so many.
 
     between   called after each document that is read; may raise, to stop
     """
     numbers = range(len(sources))
     packers = [Packer(number, seq_length, tokenizer.eos_id, Place()) for number in numbers]
-    documents = [held_out_documents(source, hold_out, tokenizer, min_text_length, between) for source in sources]
+    documents = [
+        held_out_documents(source, hold_out, tokenizer, min_text_length, between)
+        for source in sources
+    ]
     collected, open_ones, wanted = [0] * len(sources), [*numbers], tokens // len(sources)
     while open_ones:
         for number in open_ones:
-            while collected[number] < wanted and (found := next(documents[number], None)) is not None:
+            while (
+                collected[number] < wanted and (found := next(documents[number], None)) is not None
+            ):
                 scanned, encoded = found
                 inputs, labels = objective(encoded, scanned)
-                known = tokenizer.num_bytes(encoded.ids) if encoded.num_bytes is None else encoded.num_bytes
+                known = (
+                    tokenizer.num_bytes(encoded.ids)
+                    if encoded.num_bytes is None
+                    else encoded.num_bytes
+                )
                 packers[number].add(scanned, number, encoded.digest, False, inputs, labels, known)
                 collected[number] += len(inputs)
         full = [number for number in open_ones if collected[number] >= wanted]
@@ -207,17 +267,20 @@ def shortfall(rows: list[Row], asked: int) -> str | None:
     if found >= ENOUGH * asked:
         return None
     return (
-        f"{found:,} tokens are evaluated, not the {asked:,} of train.eval_tokens: no more are held out in what is searched "
-        f"(all of a local source, up to {SCAN_LOCAL / 1e9:.0f} GB of text; {SCAN_STREAM / 1e6:.0f} MB of a stream). "
+        f"{found:,} tokens are evaluated, not the {asked:,} of train.eval_tokens: no more are "
+        "held out in what is searched "
+        f"(all of a local source, up to {SCAN_LOCAL / 1e9:.0f} GB of text; "
+        f"{SCAN_STREAM / 1e6:.0f} MB of a stream). "
         "For more, raise data.validation_fraction, or add text"
     )
 
 
 def hide_one(rows: list[Row], tokenizer: Tokenizer) -> list[Row]:
-    """Rows in each of which one token is hidden and is the only target: what pseudo-perplexity asks.
+    """Rows in each of which one token is hidden and is the only target: what pseudo-perplexity
+    asks.
 
-    They are the beginnings of some of `rows`, of masked tokens, from all over them; every token has its turn but special ones.
-    """
+    They are the beginnings of some of `rows`, of masked tokens, from all over them; every token has
+    its turn but special ones."""
     mask_id = tokenizer.special_id(MASK)
     size = min(PSEUDO_CONTEXT, len(rows[0].input_ids)) if rows else 1
     count = min(len(rows), PSEUDO_TOKENS // size)
@@ -228,6 +291,9 @@ def hide_one(rows: list[Row], tokenizer: Tokenizer) -> list[Row]:
         for t in np.flatnonzero(may).tolist():
             input_ids, labels = whole.copy(), np.full(size, IGNORE_INDEX, dtype=np.int32)
             input_ids[t], labels[t] = mask_id, whole[t]
-            kept = {name: getattr(row, name)[:size] for name in ("position_ids", "document_ids", "source_ids")}
+            kept = {
+                name: getattr(row, name)[:size]
+                for name in ("position_ids", "document_ids", "source_ids")
+            }
             found.append(replace(row, input_ids=input_ids, labels=labels, **kept))
     return found

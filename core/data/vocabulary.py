@@ -1,7 +1,8 @@
 """What a tokenizer made anywhere may lack, and how much of a text that costs.
 
 In:    a tokenizers-library JSON, as a dict; or a tokenizer and texts
-Out:   the same with a token for all it does not know, every token at the id it was made with; or what of the texts is not read
+Out:   the same with a token for all it does not know, every token at the id it was made with; or
+       what of the texts is not read
 State: none
 """
 
@@ -26,12 +27,12 @@ Spans = Sequence[tuple[np.ndarray, np.ndarray]]
 
 
 def mended(facts: dict[str, Any], end: str, where: str) -> dict[str, Any] | None:
-    """The tokenizer with a token for what it does not know, where it may meet such a thing and has none, or only `end` for it;
-    None where nothing is to be mended.
+    """The tokenizer with a token for what it does not know, where it may meet such a thing and has
+    none, or only `end` for it; None where nothing is to be mended.
 
-    The library numbers added tokens by the size of the vocabulary. One with holes in its ids, or one that grows here, gets them
-    into the vocabulary itself, each at its id, and `end` behind the others where it is not there. Raises UserError for an id
-    that is absurd.
+    The library numbers added tokens by the size of the vocabulary. One with holes in its ids, or
+    one that grows here, gets them into the vocabulary itself, each at its id, and `end` behind the
+    others where it is not there. Raises UserError for an id that is absurd.
     """
     facts = copy.deepcopy(facts)
     facts["added_tokens"] = facts.get("added_tokens") or []
@@ -40,9 +41,13 @@ def mended(facts: dict[str, Any], end: str, where: str) -> dict[str, Any] | None
     ids = {token["content"]: token["id"] for token in added} | vocabulary
     size, unknown = max(ids.values(), default=-1) + 1, unknown_of(model)
     if size > LARGEST_ID:
-        raise UserError(f"{where} has a token of id {size - 1:,}: no model has so many. Number its tokens from 0 on")
+        raise UserError(
+            f"{where} has a token of id {size - 1:,}: no model has so many. Number its tokens "
+            "from 0 on"
+        )
     lacking = not is_complete(facts) and (unknown not in vocabulary or unknown == end)
-    chance = bool(model.get("dropout"))  # a BPE that leaves out merges at random gives one text many encodings
+    # a BPE that leaves out merges at random gives one text many encodings
+    chance = bool(model.get("dropout"))
     if chance:
         model["dropout"] = None
     if not lacking and size == len(ids):
@@ -54,9 +59,15 @@ def mended(facts: dict[str, Any], end: str, where: str) -> dict[str, Any] | None
     for name in new:
         if name not in ids:
             ids[name] = max(ids.values(), default=-1) + 1
-            added.append(dict.fromkeys(FLAGS, False) | {"id": ids[name], "content": name, "special": True})
-    if isinstance(model["vocab"], list):  # a piece's place is its id; what was no piece before is never the likeliest one
-        names, worst = {i: name for name, i in ids.items()}, min((score for _, score in model["vocab"]), default=0.0)
+            added.append(
+                dict.fromkeys(FLAGS, False) | {"id": ids[name], "content": name, "special": True}
+            )
+    # a piece's place is its id; what was no piece before is never the likeliest one
+    if isinstance(model["vocab"], list):
+        names, worst = (
+            {i: name for name, i in ids.items()},
+            min((score for _, score in model["vocab"]), default=0.0),
+        )
         places = range(len(model["vocab"]), max(names) + 1)
         model["vocab"] += [[names.get(i, f"<hole {i}>"), worst - UNLIKELY] for i in places]
         model["unk_id"] = ids[unknown]
@@ -67,7 +78,8 @@ def mended(facts: dict[str, Any], end: str, where: str) -> dict[str, Any] | None
 
 
 def unknown_of(model: dict[str, Any]) -> str | None:
-    """The token that stands for what the model does not know, whether its vocabulary has it or not."""
+    """The token that stands for what the model does not know, whether its vocabulary has it or
+    not."""
     if isinstance(model["vocab"], list):
         index = model.get("unk_id")
         return None if index is None else model["vocab"][index][0]
@@ -79,17 +91,29 @@ def is_complete(facts: dict[str, Any]) -> bool:
     from tokenizers.pre_tokenizers import ByteLevel
 
     model, vocabulary = facts["model"], _ids_of(facts["model"])
-    in_bytes = any('"ByteLevel"' in json.dumps(facts.get(part)) for part in ("pre_tokenizer", "normalizer"))
-    if model.get("type", "BPE") == "BPE" and in_bytes and vocabulary.keys() >= set(ByteLevel.alphabet()):
+    in_bytes = any(
+        '"ByteLevel"' in json.dumps(facts.get(part)) for part in ("pre_tokenizer", "normalizer")
+    )
+    if (
+        model.get("type", "BPE") == "BPE"
+        and in_bytes
+        and vocabulary.keys() >= set(ByteLevel.alphabet())
+    ):
         return not model.get("end_of_word_suffix") or all(
             c + model["end_of_word_suffix"] in vocabulary for c in ByteLevel.alphabet()
         )
-    return bool(model.get("byte_fallback")) and all(f"<0x{byte:02X}>" in vocabulary for byte in range(256))
+    return bool(model.get("byte_fallback")) and all(
+        f"<0x{byte:02X}>" in vocabulary for byte in range(256)
+    )
 
 
 def _ids_of(model: dict[str, Any]) -> dict[str, int]:
     vocabulary = model["vocab"]
-    return {piece: i for i, (piece, _) in enumerate(vocabulary)} if isinstance(vocabulary, list) else vocabulary
+    return (
+        {piece: i for i, (piece, _) in enumerate(vocabulary)}
+        if isinstance(vocabulary, list)
+        else vocabulary
+    )
 
 
 @dataclass(frozen=True)
@@ -105,16 +129,23 @@ class Unread:
         return self.characters / self.of if self.of else 0.0
 
     def __str__(self) -> str:
-        return f"{100 * self.share:.3g} % of the characters have no token (first: {json.dumps(self.example, ensure_ascii=False)})"
+        return (
+            f"{100 * self.share:.3g} % of the characters have no token (first: "
+            f"{json.dumps(self.example, ensure_ascii=False)})"
+        )
 
 
 def unread(texts: Sequence[str], encoded: Spans, unknown_id: int | None) -> Unread:
-    """`encoded`: (ids, spans) of each of the texts. Lost is what the unknown token stands for, and what no token does; but white
-    space that no token stands for is what a tokenizer may pass over."""
+    """`encoded`: (ids, spans) of each of the texts. Lost is what the unknown token stands for, and
+    what no token does; but white space that no token stands for is what a tokenizer may pass
+    over."""
     lost, of, example = 0, 0, ""
     for text, (ids, spans) in zip(texts, encoded):
         is_unknown = ids == (-1 if unknown_id is None else unknown_id)
-        unknown, known = _covered(len(text), spans[is_unknown]), _covered(len(text), spans[~is_unknown])
+        unknown, known = (
+            _covered(len(text), spans[is_unknown]),
+            _covered(len(text), spans[~is_unknown]),
+        )
         blank = np.array([character.isspace() for character in text], dtype=bool)
         is_lost = ~known & (unknown | ~blank)
         lost, of = lost + int(is_lost.sum()), of + int((is_lost | ~blank).sum())

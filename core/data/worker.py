@@ -1,4 +1,5 @@
-"""A process that runs a Pipeline over some of a rank's lanes. Importing this needs no torch: workers start quickly.
+"""A process that runs a Pipeline over some of a rank's lanes. Importing this needs no torch:
+workers start quickly.
 
 In:    what a Pipeline is made of, and lanes; positions, one after another
 Out:   rows, in messages of a few
@@ -31,14 +32,18 @@ MakePipeline = Callable[[Position, list[int]], Pipeline]
 
 
 class Worker:
-    """The process, seen from the rank's reading thread. It lives on when reading goes on from another position."""
+    """The process, seen from the rank's reading thread. It lives on when reading goes on from
+    another position."""
 
     def __init__(self, make_pipeline: MakePipeline, lanes: list[int]):
-        context = multiprocessing.get_context("spawn")  # a fork would copy a process with threads and a device in it
+        # a fork would copy a process with threads and a device in it
+        context = multiprocessing.get_context("spawn")
         with signals_held(OF_TERMINALS):  # by the process that multiprocessing keeps for its queues
             self._queue: Any = context.Queue(maxsize=MESSAGES_AHEAD)
             self._positions: Any = context.Queue()
-        self._process = context.Process(target=_work, args=(make_pipeline, lanes, self._positions, self._queue), daemon=True)
+        self._process = context.Process(
+            target=_work, args=(make_pipeline, lanes, self._positions, self._queue), daemon=True
+        )
         with signals_held(OF_TERMINALS):  # until `_work` ignores them
             self._process.start()
         self._rows: list[Row] = []
@@ -51,7 +56,8 @@ class Worker:
         self._positions.put(position)
 
     def next_row(self, stopping: threading.Event) -> Row:
-        """Raises SourceFailed as the pipeline does, Stopped once `stopping` is set, ReadingBroke, and WorkerDied."""
+        """Raises SourceFailed as the pipeline does, Stopped once `stopping` is set, ReadingBroke,
+        and WorkerDied."""
         while not self._rows:
             try:
                 begun, item = self._queue.get(timeout=POLL_SECONDS)
@@ -93,7 +99,8 @@ class ReadingBroke(Exception):
 
 
 class WorkerDied(Exception):
-    """A worker process is gone, and what it had read. All of it can be read again. Its text says how it ended."""
+    """A worker process is gone, and what it had read. All of it can be read again. Its text says
+    how it ended."""
 
 
 def broke_by(error: BaseException) -> ReadingBroke:
@@ -110,12 +117,19 @@ def broke_by(error: BaseException) -> ReadingBroke:
 def _ending(exit_code: int | None) -> str:
     if exit_code is None or exit_code >= 0:
         return f"a data worker ended (exit code {exit_code})"
-    name = signal.Signals(-exit_code).name if -exit_code in set(signal.Signals) else f"signal {-exit_code}"
-    return f"a data worker was killed ({name})" + (", probably for want of memory" if -exit_code == signal.SIGKILL else "")
+    name = (
+        signal.Signals(-exit_code).name
+        if -exit_code in set(signal.Signals)
+        else f"signal {-exit_code}"
+    )
+    return f"a data worker was killed ({name})" + (
+        ", probably for want of memory" if -exit_code == signal.SIGKILL else ""
+    )
 
 
 def end_with_parent() -> None:
-    """Waits for the end of the process that started this one, and ends this one: left behind, it would wait for work for ever."""
+    """Waits for the end of the process that started this one, and ends this one: left behind, it
+    would wait for work for ever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -124,7 +138,8 @@ def end_with_parent() -> None:
 
 def _work(make_pipeline: MakePipeline, lanes: list[int], positions: Any, out: Any) -> None:
     """The worker process: reads from each position that it is given, until there is another one."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's business; it ends its workers itself
+    # Ctrl-C is the trainer's business; it ends its workers itself
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
     begun = 0
     while True:

@@ -1,9 +1,11 @@
-"""Quality on held-out documents: cross-entropy, perplexity, bits per byte, token accuracy, how sharp and how well aimed the
-predictions are, and whether the embedding table collapses. Of a model that predicts masked tokens also pseudo-perplexity
-(Salazar et al. 2020, arXiv 1910.14659), the original decoder as a baseline, and how prototypes lie.
+"""Quality on held-out documents: cross-entropy, perplexity, bits per byte, token accuracy, how
+sharp and how well aimed the predictions are, and whether the embedding table collapses. Of a model
+that predicts masked tokens also pseudo-perplexity (Salazar et al. 2020, arXiv 1910.14659), the
+original decoder as a baseline, and how prototypes lie.
 
 In:    a model, the loss stack, held-out rows (made when first asked for)
-Out:   a dict of numbers, the same on every rank and for any batch size (but where a head compares the rows of a batch)
+Out:   a dict of numbers, the same on every rank and for any batch size (but where a head compares
+       the rows of a batch)
 State: the rows
 """
 
@@ -44,10 +46,12 @@ OF_DECODER = {
 class Evaluator:
     """Evaluates a model on the same rows each time.
 
-    make_rows     -> held-out rows, each with the bytes of text in it: bits per byte can be compared between tokenizers, loss per
-                  token cannot; called once, at the first evaluation
-    sources       names, by the rows' numbers: where there are several, the first loss is told of each
-    hide_one      of a model that predicts masked tokens: those rows -> rows in each of which one token is hidden
+    make_rows     -> held-out rows, each with the bytes of text in it: bits per byte can be compared
+                  between tokenizers, loss per token cannot; called once, at the first evaluation
+    sources       names, by the rows' numbers: where there are several, the first loss is told of
+                  each
+    hide_one      of a model that predicts masked tokens: those rows -> rows in each of which one
+                  token is hidden
     """
 
     def __init__(
@@ -75,9 +79,13 @@ class Evaluator:
         self._of_heads: dict[str, Tensor] = {}  # (2,) each: sum and number of rows
 
     def run(
-        self, model: LanguageModel, progress: float, told: Callable[[int, int], None] = lambda done, total: None
+        self,
+        model: LanguageModel,
+        progress: float,
+        told: Callable[[int, int], None] = lambda done, total: None,
     ) -> dict[str, Any] | None:
-        """The numbers of an `eval` event; None when nothing is held out. Every rank must call it; what fails on one fails on all.
+        """The numbers of an `eval` event; None when nothing is held out. Every rank must call it;
+        what fails on one fails on all.
 
         told   called with how many of how many batches are done; may raise, to stop
         """
@@ -88,7 +96,9 @@ class Evaluator:
             failure = error
         finally:
             model.train(was_training)  # type: ignore[attr-defined]
-        told_by_all = self._parallel.gather(None if failure is None else (isinstance(failure, Stopped), first_line(failure)))
+        told_by_all = self._parallel.gather(
+            None if failure is None else (isinstance(failure, Stopped), first_line(failure))
+        )
         if failures := [each for each in told_by_all if each is not None]:
             stopped, line = max(failures)
             raise Stopped if stopped else failure or RuntimeError(f"on another process: {line}")
@@ -105,12 +115,15 @@ class Evaluator:
         if "cross_entropy" in means:
             numbers["cross_entropy"] = cross_entropy = means.pop("cross_entropy")
             if self._hide_one is None:
-                # the token-weighted mean; perplexity is its exponential, never a mean of exponentials
+                # the token-weighted mean; perplexity is its exponential, never a mean of
+                # exponentials
                 numbers["perplexity"] = _perplexity(cross_entropy)
                 bits = cross_entropy * count / math.log(2)
                 numbers["bits_per_byte"] = bits / self._num_bytes if self._num_bytes else None
         alone, _ = self._means(singles)
-        numbers |= {PSEUDO[name]: _perplexity(value) for name, value in alone.items() if name in PSEUDO}
+        numbers |= {
+            PSEUDO[name]: _perplexity(value) for name, value in alone.items() if name in PSEUDO
+        }
         return {
             **numbers,
             **means,
@@ -127,12 +140,17 @@ class Evaluator:
     def _of_own_rows(
         self, model: LanguageModel, progress: float, told: Callable[[int, int], None]
     ) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
-        """Sums over this rank's rows, those over the rows in each of which one token is hidden, and what the tables are like."""
+        """Sums over this rank's rows, those over the rows in each of which one token is hidden, and
+        what the tables are like."""
         if self._batches is None:
             rows = self._make_rows()
             self._num_bytes = sum(row.num_bytes for row in rows)
-            batches = [self._with_places(batch, i) for i, batch in enumerate(self._share(rows, self._batch_rows))]
-            if self._hide_one and (singles := self._hide_one(rows)):  # shorter: as many tokens at once as in the others
+            batches = [
+                self._with_places(batch, i)
+                for i, batch in enumerate(self._share(rows, self._batch_rows))
+            ]
+            # shorter: as many tokens at once as in the others
+            if self._hide_one and (singles := self._hide_one(rows)):
                 longer = len(rows[0].input_ids) // len(singles[0].input_ids)
                 self._singles = self._share(singles, self._batch_rows * max(1, longer))
             self._batches = batches
@@ -140,7 +158,12 @@ class Evaluator:
         model.eval()  # type: ignore[attr-defined]
         self._of_heads = {}
         sums, readout = self._sums(model, self._batches, progress, lambda done: told(done, total))
-        singles, _ = self._sums(model, self._singles, progress, lambda done: told(len(self._batches or []) + done, total))
+        singles, _ = self._sums(
+            model,
+            self._singles,
+            progress,
+            lambda done: told(len(self._batches or []) + done, total),
+        )
         return sums, singles, {} if readout is None else _of_tables(readout)
 
     def _share(self, rows: list[Row], at_once: int) -> list[Batch]:
@@ -149,22 +172,35 @@ class Evaluator:
         return [collate(own[i : i + at_once], packed=True) for i in range(0, len(own), at_once)]
 
     def _with_places(self, batch: Batch, number: int) -> Batch:
-        """Of this rank's batch of that number, with where heads look: the same for any number of ranks."""
+        """Of this rank's batch of that number, with where heads look: the same for any number of
+        ranks."""
         if self._heads is None:
             return batch
         first = number * self._batch_rows
-        rows = [self._parallel.rank + self._parallel.world_size * (first + i) for i in range(len(batch.labels))]
+        rows = [
+            self._parallel.rank + self._parallel.world_size * (first + i)
+            for i in range(len(batch.labels))
+        ]
         return self._heads.choose(batch, self._seed, 0, rows)
 
     def _means_of_heads(self) -> dict[str, float]:
         """Over the rows of all ranks in which a head has a place."""
-        everyones = self._parallel.gather({name: found.tolist() for name, found in self._of_heads.items()})
+        everyones = self._parallel.gather(
+            {name: found.tolist() for name, found in self._of_heads.items()}
+        )
         names = dict.fromkeys(name for sums in everyones for name in sums)
-        totals = {name: [sum(column) for column in zip(*(s[name] for s in everyones if name in s))] for name in names}
+        totals = {
+            name: [sum(column) for column in zip(*(s[name] for s in everyones if name in s))]
+            for name in names
+        }
         return {name: total / count for name, (total, count) in totals.items() if count}
 
     def _sums(
-        self, model: LanguageModel, batches: list[Batch], progress: float, told: Callable[[int], None]
+        self,
+        model: LanguageModel,
+        batches: list[Batch],
+        progress: float,
+        told: Callable[[int], None],
     ) -> tuple[dict[str, float], Readout | None]:
         sums: dict[str, float] = {}
         readout = None
@@ -183,11 +219,15 @@ class Evaluator:
         return {name: value / count for name, value in totals.items()} if count else {}, count
 
     @torch.no_grad()
-    def _measure(self, model: LanguageModel, batch: Batch, progress: float) -> tuple[dict[str, float], Readout]:
+    def _measure(
+        self, model: LanguageModel, batch: Batch, progress: float
+    ) -> tuple[dict[str, float], Readout]:
         """Sums over the targets of one batch; the readout."""
         moved = batch.to(self._device)
         num_sources = max(len(self._sources), 1 + int(batch.source_ids.max()))
-        with torch.autocast(self._device.type, dtype=self._dtype, enabled=self._dtype != torch.float32):
+        with torch.autocast(
+            self._device.type, dtype=self._dtype, enabled=self._dtype != torch.float32
+        ):
             output = model(moved)
             measures = self._stack.measure(output, moved, progress, num_sources)
             sums = {"count": measures.terms.count, **measures.facts}
@@ -198,11 +238,16 @@ class Evaluator:
                 for name, found in self._heads.measure(seen).items():
                     self._of_heads[name] = found.double() + self._of_heads.get(name, 0.0)
             if (decoder := call_if_defined(model, "baseline_readout")) is not None:
-                facts = self._baseline.measure(ModelOutput(output.hidden, decoder), moved, progress, num_sources).facts
+                facts = self._baseline.measure(
+                    ModelOutput(output.hidden, decoder), moved, progress, num_sources
+                ).facts
                 sums |= {told: facts[name] for name, told in OF_DECODER.items()}
         sums |= {f"losses/{name}": value for name, value in measures.terms.sums.items()}
         for i in range(len(self._sources)):
-            sums |= {f"sources/{i}": measures.terms.source_sums[i], f"targets/{i}": measures.terms.source_counts[i]}
+            sums |= {
+                f"sources/{i}": measures.terms.source_sums[i],
+                f"targets/{i}": measures.terms.source_counts[i],
+            }
         numbers = torch.stack([value.double() for value in sums.values()]).tolist()
         return dict(zip(sums, numbers)), output.readout
 

@@ -20,9 +20,14 @@ from core.losses.stack import LossStack
 KEPT = ("cross_entropy", "perplexity", "bits_per_byte", "token_accuracy")
 
 
-def held_out_rows(corpus: Corpus, tokenizer: Tokenizer, seq_length: int, tokens: int) -> dict[str, list[Row]]:
+def held_out_rows(
+    corpus: Corpus, tokenizer: Tokenizer, seq_length: int, tokens: int
+) -> dict[str, list[Row]]:
     """Held-out rows of each source, up to `tokens` tokens of each."""
-    return {name: corpus.validation_rows(tokenizer, seq_length, tokens, only=name) for name in corpus.names}
+    return {
+        name: corpus.validation_rows(tokenizer, seq_length, tokens, only=name)
+        for name in corpus.names
+    }
 
 
 def perplexity(
@@ -34,8 +39,13 @@ def perplexity(
     dtype: torch.dtype,
     told: Told,
 ) -> dict[str, Any] | None:
-    """Cross-entropy in nats per token, its exponential, bits per byte, accuracy, and of how many tokens; None without any."""
+    """Cross-entropy in nats per token, its exponential, bits per byte, accuracy, and of how many
+    tokens; None without any."""
     stack = LossStack([CrossEntropy(CrossEntropySettings(type="cross_entropy"))])
     evaluator = Evaluator(lambda: rows, stack, batch_rows, alone, device, dtype)
     found = evaluator.run(model, 1.0, told)
-    return None if found is None else {**{key: found[key] for key in KEPT}, "tokens": found["eval_tokens"]}
+    return (
+        None
+        if found is None
+        else {**{key: found[key] for key in KEPT}, "tokens": found["eval_tokens"]}
+    )

@@ -1,4 +1,5 @@
-"""What an evaluation found: kept in a file after each task, so that a start after an interruption goes on; told as tables.
+"""What an evaluation found: kept in a file after each task, so that a start after an interruption
+goes on; told as tables.
 
 In:    the harness's results of each task, numbers of each source
 Out:   evaluate.json, evaluate.md, and the same tables for a terminal
@@ -14,7 +15,8 @@ from typing import Any
 from core.files import read_json, write_file
 
 NOT_CAUSAL = (
-    "not causal: every position of this model sees the whole row, so its probability of a token depends on the tokens after it, "
+    "not causal: every position of this model sees the whole row, so its probability of a token "
+    "depends on the tokens after it, "
     "the scored answer included. Such numbers cannot be compared with a language model's."
 )
 TASK_HEADER = ["task", "metric", "value", "±", "examples", "shots", "version"]
@@ -38,10 +40,14 @@ class Findings:
 
 
 def read_findings(folder: Path, about: dict[str, Any]) -> Findings:
-    """What earlier starts found that still stands: `made_from` says of what model, data and settings each number is."""
+    """What earlier starts found that still stands: `made_from` says of what model, data and
+    settings each number is."""
     try:
         found = read_json(folder / "evaluate.json")
-        tasks, sources = ({k: v for k, v in found[key].items() if isinstance(v, dict)} for key in ("tasks", "domain_perplexity"))
+        tasks, sources = (
+            {k: v for k, v in found[key].items() if isinstance(v, dict)}
+            for key in ("tasks", "domain_perplexity")
+        )
         return Findings(about, tasks, sources)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return Findings(about)
@@ -50,12 +56,16 @@ def read_findings(folder: Path, about: dict[str, Any]) -> Findings:
 def write_findings(findings: Findings, folder: Path) -> None:
     """Both files; whoever reads one never sees half of it. Raises OSError."""
     whole = {**findings.about, "tasks": findings.tasks, "domain_perplexity": findings.sources}
-    for name, text in (("evaluate.json", json.dumps(plain(whole), indent=2)), ("evaluate.md", markdown(findings))):
+    for name, text in (
+        ("evaluate.json", json.dumps(plain(whole), indent=2)),
+        ("evaluate.md", markdown(findings)),
+    ):
         write_file(folder / name, text + "\n")
 
 
 def plain(value: Any) -> Any:
-    """As JSON can hold it: the harness gives numbers of numpy, functions and values that are no number."""
+    """As JSON can hold it: the harness gives numbers of numpy, functions and values that are no
+    number."""
     if isinstance(value, dict):
         return {str(key): plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple | set):
@@ -68,7 +78,8 @@ def plain(value: Any) -> Any:
 
 
 def of_harness(found: dict[str, Any]) -> dict[str, Any]:
-    """What is kept of the harness's results: for each task and group its metrics, examples, shots and version."""
+    """What is kept of the harness's results: for each task and group its metrics, examples, shots
+    and version."""
     kept: dict[str, Any] = {}
     for name, numbers in {**found["results"], **found.get("groups", {})}.items():
         metrics = []
@@ -91,25 +102,46 @@ def of_harness(found: dict[str, Any]) -> dict[str, Any]:
             "examples": numbers.get("sample_len"),
             "num_fewshot": found["n-shot"].get(name),
             "version": found["versions"].get(name),
-            "part_of": next((group for group, parts in found.get("group_subtasks", {}).items() if name in parts), None),
+            "part_of": next(
+                (
+                    group
+                    for group, parts in found.get("group_subtasks", {}).items()
+                    if name in parts
+                ),
+                None,
+            ),
         }
     return plain(kept)
 
 
-# tables --------------------------------------------------------------------------------------------------------------
+# tables -------------------------------------------------------------------------------------------
 
 
 def task_table(findings: Findings) -> Table:
     """A row for each metric; groups before their parts."""
     rows = []
     for entry in findings.tasks.values():
-        for name, found in sorted(entry["results"].items(), key=lambda item: item[1]["part_of"] is not None):
+        for name, found in sorted(
+            entry["results"].items(), key=lambda item: item[1]["part_of"] is not None
+        ):
             for i, each in enumerate(found["metrics"]):
                 label = ("  " if found["part_of"] else "") + name if i == 0 else ""
                 how = f" ({each['filter']})" if each["filter"] else ""
-                facts = [found["examples"], found["num_fewshot"], found["version"]] if i == 0 else ["", "", ""]
+                facts = (
+                    [found["examples"], found["num_fewshot"], found["version"]]
+                    if i == 0
+                    else ["", "", ""]
+                )
                 value, error = each["value"], each["stderr"]
-                rows.append([label, each["metric"] + how, _number(value), _number(error), *map(_shown, facts)])
+                rows.append(
+                    [
+                        label,
+                        each["metric"] + how,
+                        _number(value),
+                        _number(error),
+                        *map(_shown, facts),
+                    ]
+                )
     return _marked(findings, TASK_HEADER, rows)
 
 
@@ -117,7 +149,10 @@ def source_table(findings: Findings) -> Table:
     """A row for each source."""
     rows = []
     for name, found in findings.sources.items():
-        numbers = [_number(found[key]) for key in ("cross_entropy", "perplexity", "bits_per_byte", "token_accuracy")]
+        numbers = [
+            _number(found[key])
+            for key in ("cross_entropy", "perplexity", "bits_per_byte", "token_accuracy")
+        ]
         rows.append([name, *numbers, f"{found['tokens']:,}"])
     return _marked(findings, SOURCE_HEADER, rows)
 
@@ -127,20 +162,39 @@ def markdown(findings: Findings) -> str:
     about = findings.about
     model = about["model"]
     facts = {
-        "weights": model["weights"] + (f", step {model['step']:,}" if model["step"] is not None else ""),
+        "weights": model["weights"]
+        + (f", step {model['step']:,}" if model["step"] is not None else ""),
         "trained on": None if model["tokens"] is None else f"{model['tokens']:,} tokens",
-        "model": f"{model['type']}, {model['parameters']:,} parameters, context of {model['context']:,} tokens",
+        "model": f"{model['type']}, {model['parameters']:,} parameters, context of "
+        f"{model['context']:,} tokens",
         "precision": about["precision"],
         "device": about["device"],
-        "harness": about["harness"] and f"{about['harness']['package']} {about['harness']['version']}",
-        "limit": None if about["settings"]["limit"] is None else f"{about['settings']['limit']} examples of each task",
+        "harness": about["harness"]
+        and f"{about['harness']['package']} {about['harness']['version']}",
+        "limit": None
+        if about["settings"]["limit"] is None
+        else f"{about['settings']['limit']} examples of each task",
         "date": about["date"],
     }
-    lines = [f"# {about['preset']}", "", *(f"- {key}: {value}" for key, value in facts.items() if value is not None)]
+    lines = [
+        f"# {about['preset']}",
+        "",
+        *(f"- {key}: {value}" for key, value in facts.items() if value is not None),
+    ]
     lines += ["", f"**{findings.note}**"] if findings.note else []
-    for title, (header, rows) in (("Tasks", task_table(findings)), ("Held-out documents", source_table(findings))):
-        lines += ["", f"## {title}", "", _line(header), _line(["---"] * len(header)), *map(_line, rows)] if rows else []
-    notes = [*about["notes"], *(note for entry in findings.tasks.values() for note in entry["notes"])]
+    for title, (header, rows) in (
+        ("Tasks", task_table(findings)),
+        ("Held-out documents", source_table(findings)),
+    ):
+        lines += (
+            ["", f"## {title}", "", _line(header), _line(["---"] * len(header)), *map(_line, rows)]
+            if rows
+            else []
+        )
+    notes = [
+        *about["notes"],
+        *(note for entry in findings.tasks.values() for note in entry["notes"]),
+    ]
     lines += ["", "## Notes", "", *(f"- {note}" for note in dict.fromkeys(notes))] if notes else []
     return "\n".join(lines)
 

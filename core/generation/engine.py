@@ -1,19 +1,25 @@
-"""Text from a causal model: a batch of prompts of any length, each continued in its own way. The only code that does it.
+"""Text from a causal model: a batch of prompts of any length, each continued in its own way. The
+only code that does it.
 
-In:    a voice: a model and its tokenizer; rows: prompts as tokens, with what is wanted after them and a seed
+In:    a voice: a model and its tokenizer; rows: prompts as tokens, with what is wanted after them
+       and a seed
 Out:   the text after each prompt, whole or piece by piece
-State: none beyond the rows; the same seed gives the same text, whatever the other rows of the batch are
+State: none beyond the rows; the same seed gives the same text, whatever the other rows of the batch
+are
 
-    read    scores of each row's next token     a cache reads each token once, as long as the text fits the context
+    read    scores of each row's next token     a cache reads each token once, as long as the text
+            fits the context
     choose  block, temperature, nucleus         of the row's own, drawn with its own generator
-    say     the token joins the row             its text ends at a stop string, an end token or the limit
+    say     the token joins the row             its text ends at a stop string, an end token or the
+            limit
 
-A cache holds rows of one length. Prompts differ, so a batch is first read as far as its shortest prompt goes, and the others
-follow with their own tokens from there: nothing is padded, and each row sees exactly its tokens. Beyond the context, and without
-a cache, the whole context is read for each new token: what falls out of it changes what every position in it has seen. With a
-memory, half a context at a time becomes a summary instead, which stands before the rest and is cached with it. Guesses
-(core/generation/speculative.py) are read as a longer prompt is, and the cache is cut where the first one was wrong in any row.
-"""
+A cache holds rows of one length. Prompts differ, so a batch is first read as far as its shortest
+prompt goes, and the others follow with their own tokens from there: nothing is padded, and each row
+sees exactly its tokens. Beyond the context, and without a cache, the whole context is read for each
+new token: what falls out of it changes what every position in it has seen. With a memory, half a
+context at a time becomes a summary instead, which stands before the rest and is cached with it.
+Guesses (core/generation/speculative.py) are read as a longer prompt is, and the cache is cut where
+the first one was wrong in any row."""
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
@@ -33,7 +39,8 @@ from core.models.readout import full_scores
 from core.preset.settings import GenerateSettings
 
 Guide = Callable[[Tensor, Tensor], Tensor]
-"""hidden (n, D), the model's scores (n, V) of the tokens after them -> scores (n, V) to draw from instead."""
+"""hidden (n, D), the model's scores (n, V) of the tokens after them -> scores (n, V) to draw from
+instead."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +54,15 @@ class Voice:
     guide: Guide | None = None
     """What changes its scores."""
     drafter: Drafter | None = None
-    """What guesses tokens ahead, where the model's cache can forget them again; it changes no text."""
+    """What guesses tokens ahead, where the model's cache can forget them again; it changes no
+    text."""
     memory: Memory | None = None
     """What compresses the oldest tokens, where they would be left out."""
 
 
 COLDEST, HOTTEST = 1e-20, 1e20
-"""Scores divided by less or more are not finite in fp32; long before, the likeliest token is certain, or all are alike."""
+"""Scores divided by less or more are not finite in fp32; long before, the likeliest token is
+certain, or all are alike."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +80,13 @@ class Wish:
 
     @classmethod
     def of(cls, settings: GenerateSettings) -> "Wish":
-        return cls(tuple(settings.stop), settings.max_tokens, settings.temperature, settings.top_p, settings.no_repeat_ngram)
+        return cls(
+            tuple(settings.stop),
+            settings.max_tokens,
+            settings.temperature,
+            settings.top_p,
+            settings.no_repeat_ngram,
+        )
 
     @property
     def is_greedy(self) -> bool:
@@ -84,8 +99,16 @@ class Wish:
 class Row:
     """One prompt and what is said after it."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt: list[int], wish: Wish, seed: int, ends: Collection[int] = ()):
-        """ends   tokens that end the text besides the end of the document; they do not belong to it, and are never blocked"""
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt: list[int],
+        wish: Wish,
+        seed: int,
+        ends: Collection[int] = (),
+    ):
+        """ends   tokens that end the text besides the end of the document; they do not belong to
+        it, and are never blocked"""
         assert prompt, "a model needs a token to begin with"
         self.ids = list(prompt)
         self.continuation = Continuation(tokenizer, wish.until)
@@ -111,15 +134,19 @@ class Row:
     def choose(self, scores: Tensor) -> int:
         """The next token. scores (V,), which are changed."""
         if not torch.isfinite(scores.max()):
-            raise UserError("the model's scores are not finite: its weights are damaged, or its training diverged")
+            raise UserError(
+                "the model's scores are not finite: its weights are damaged, or its training "
+                "diverged"
+            )
         self._block(scores, self._repeats)
         if self._wish.is_greedy:
             return int(scores.argmax())
         return sample_top_p(self._wish.tempered(scores), self._wish.top_p, self._random)
 
     def foresee(self) -> Callable[[Tensor], int]:
-        """Chooses as the row will, one token after the other, from scores (V,) that are changed; nothing is said. It looks at few
-        tokens, as one that is far from likely is hardly the row's choice, too."""
+        """Chooses as the row will, one token after the other, from scores (V,) that are changed;
+        nothing is said. It looks at few tokens, as one that is far from likely is hardly the row's
+        choice, too."""
         random, repeats = torch.Generator(), self._repeats.fork()
         random.set_state(self._random.get_state())
 
@@ -142,10 +169,13 @@ class Row:
             scores[blocked] = float("-inf")
 
     def follow(self, text: list[int], scores: Tensor) -> None:
-        """Say what follows from scores (t, V) of the tokens after the last t of `text`. That begins as the row does, and may go
-        on with guesses: the row says on for as long as what it has said stands there."""
+        """Say what follows from scores (t, V) of the tokens after the last t of `text`. That begins
+        as the row does, and may go on with guesses: the row says on for as long as what it has said
+        stands there."""
         first = len(text) - len(scores)
-        while not self.over and len(self.ids) <= len(text) and self.ids[-1] == text[len(self.ids) - 1]:
+        while (
+            not self.over and len(self.ids) <= len(text) and self.ids[-1] == text[len(self.ids) - 1]
+        ):
             self.say(self.choose(scores[len(self.ids) - 1 - first]))
 
     def say(self, token: int) -> None:
@@ -161,7 +191,8 @@ class Row:
 
 @torch.no_grad()
 def advance(voice: Voice, rows: list[Row]) -> Iterator[None]:
-    """Continue rows until all are over; comes back after each pass of the model, for whoever shows them or wants to stop."""
+    """Continue rows until all are over; comes back after each pass of the model, for whoever shows
+    them or wants to stop."""
     reader, eos = Reader(voice), voice.tokenizer.eos_id
     drafts = Drafts(voice.drafter if reader.forgets else None, rows, voice.context)
     while waiting := [i for i, row in enumerate(rows) if not row.over]:
@@ -179,17 +210,25 @@ def advance(voice: Voice, rows: list[Row]) -> Iterator[None]:
 
 
 def stream(voice: Voice, row: Row) -> Iterator[str]:
-    """A row's text in pieces, as they are settled: never half a character, nor what a stop string cuts off."""
+    """A row's text in pieces, as they are settled: never half a character, nor what a stop string
+    cuts off."""
     for _ in advance(voice, [row]):
         if piece := row.continuation.take():
             yield piece
 
 
-def generate(voice: Voice, prompt: str, settings: GenerateSettings, seed: int, between: Callable[[], None] = lambda: None) -> str:
-    """Continue `prompt` by up to `settings.max_tokens` tokens, or to the end of the document, or to a stop string.
+def generate(
+    voice: Voice,
+    prompt: str,
+    settings: GenerateSettings,
+    seed: int,
+    between: Callable[[], None] = lambda: None,
+) -> str:
+    """Continue `prompt` by up to `settings.max_tokens` tokens, or to the end of the document, or to
+    a stop string.
 
-    A prompt that is a conversation written out (ChatML) is answered: encoded as in training, to the end of the assistant's turn.
-    `between`: called after each pass of the model; may raise, to stop.
+    A prompt that is a conversation written out (ChatML) is answered: encoded as in training, to the
+    end of the assistant's turn. `between`: called after each pass of the model; may raise, to stop.
     """
     row = _row_of_prompt(voice.tokenizer, prompt, Wish.of(settings), seed)
     for _ in advance(voice, [row]):
@@ -198,7 +237,8 @@ def generate(voice: Voice, prompt: str, settings: GenerateSettings, seed: int, b
 
 
 def document_start(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """The tokens of a text that begins a document, as in training: after the end of the one before. Markers in it are text."""
+    """The tokens of a text that begins a document, as in training: after the end of the one before.
+    Markers in it are text."""
     return [tokenizer.eos_id, *tokenizer.encode_batch([prompt])[0].tolist()]
 
 
@@ -212,25 +252,27 @@ def _row_of_prompt(tokenizer: Tokenizer, prompt: str, wish: Wish, seed: int) -> 
     return Row(tokenizer, ids, wish, seed, () if stop is None else (stop,))
 
 
-# choosing ------------------------------------------------------------------------------------------------------------
+# choosing -----------------------------------------------------------------------------------------
 
 
 FIRST_LOOK = 1024
-"""So many tokens are looked at before all of a vocabulary are sorted: that takes longer than a small model's pass."""
+"""So many tokens are looked at before all of a vocabulary are sorted: that takes longer than a
+small model's pass."""
 
 
 LIKELY = 256
-"""So many tokens of a draft's scores are looked at: of 16, far fewer guesses were right where much is possible (docs/LOG.md)."""
+"""So many tokens of a draft's scores are looked at: of 16, far fewer guesses were right where much
+is possible (docs/LOG.md)."""
 
 
 def sample_top_p(scores: Tensor, top_p: float, random: torch.Generator) -> int:
-    """One draw from the smallest set of most probable tokens that reaches `top_p`, the one that crosses it included
-    (Holtzman et al. 2020). scores (V,).
+    """One draw from the smallest set of most probable tokens that reaches `top_p`, the one that
+    crosses it included (Holtzman et al. 2020). scores (V,).
 
-    A race: each token arrives after a time drawn for it, and the sooner the more probable it is. So two distributions that are
-    near each other, a draft's and the model's, mostly draw the same token from the same random numbers (Daliri et al. 2024, arXiv
-    2408.07978): with a probability of (1 - d) / (1 + d) at least where d is their total variation distance.
-    """
+    A race: each token arrives after a time drawn for it, and the sooner the more probable it is. So
+    two distributions that are near each other, a draft's and the model's, mostly draw the same
+    token from the same random numbers (Daliri et al. 2024, arXiv 2408.07978): with a probability of
+    (1 - d) / (1 + d) at least where d is their total variation distance."""
     probabilities = torch.softmax(scores, dim=-1)  # (V,)
     best, ids = probabilities.topk(min(FIRST_LOOK, len(probabilities)))
     if len(best) < len(probabilities) and best.sum() < top_p:
@@ -239,8 +281,10 @@ def sample_top_p(scores: Tensor, top_p: float, random: torch.Generator) -> int:
 
 
 def race(best: Tensor, ids: Tensor, top_p: float, vocab_size: int, random: torch.Generator) -> int:
-    """The winner among the nucleus of `best` (n,), probabilities in order, and their `ids`. Every token has a draw of its own."""
-    draws = torch.rand(vocab_size, generator=random, dtype=torch.float64)  # of fp32's draws, one in 16 million would be 0
+    """The winner among the nucleus of `best` (n,), probabilities in order, and their `ids`. Every
+    token has a draw of its own."""
+    # of fp32's draws, one in 16 million would be 0
+    draws = torch.rand(vocab_size, generator=random, dtype=torch.float64)
     kept = (best.cumsum(-1) - best < top_p) & (best > 0)
     times = -torch.log1p(-draws[ids[kept]]) / best[kept]  # (n,)
     return int(ids[kept][times.argmin()])
@@ -253,7 +297,8 @@ class Repeats:
         """`known`: what is before the first of these tokens."""
         self._n, self._tail = n, () if known is None else known._tail
         self._known = known
-        self._followers: dict[tuple[int, ...], list[int]] = {}  # of each n - 1 tokens, those that came after them
+        # of each n - 1 tokens, those that came after them
+        self._followers: dict[tuple[int, ...], list[int]] = {}
         for token in ids if n else ():
             self.add(token)
 
@@ -272,28 +317,39 @@ class Repeats:
         return Repeats(self._n, [], self)
 
     def _after(self, tail: tuple[int, ...]) -> list[int]:
-        return self._followers.get(tail, []) + (self._known._after(tail) if self._known is not None else [])
+        return self._followers.get(tail, []) + (
+            self._known._after(tail) if self._known is not None else []
+        )
 
 
-# reading -------------------------------------------------------------------------------------------------------------
+# reading ------------------------------------------------------------------------------------------
 
 
 class Reader:
     """Reads texts that grow at their ends, all of one length."""
 
     def __init__(self, voice: Voice):
-        self._model, self._context, self._guide, self._memory = voice.model, voice.context, voice.guide, voice.memory
+        self._model, self._context, self._guide, self._memory = (
+            voice.model,
+            voice.context,
+            voice.guide,
+            voice.memory,
+        )
         self._device = next(voice.model.parameters()).device  # type: ignore[attr-defined]
         self._cache = call_if_defined(voice.model, "new_cache")
         self._read = 0  # tokens that are in the cache, or in the summary
         self._summary: Summary | None = None
         self._begin = 0  # tokens that are seen through it only
-        assert voice.memory is None or voice.memory.slots < voice.context // 2, "no room for a summary"
+        assert voice.memory is None or voice.memory.slots < voice.context // 2, (
+            "no room for a summary"
+        )
         self.forgets = hasattr(self._cache, "cut")
-        """Whether a text may become another one at its end, as long as all of it fits into the context."""
+        """Whether a text may become another one at its end, as long as all of it fits into the
+        context."""
 
     def read(self, rows: list[list[int]], count: int) -> tuple[ModelOutput, Tensor]:
-        """What the model makes of the last `count` tokens of each row, and scores (B, count, V) of those that follow them.
+        """What the model makes of the last `count` tokens of each row, and scores (B, count, V) of
+        those that follow them.
 
         Each row begins with what it was before, up to these.
         """
@@ -320,17 +376,25 @@ class Reader:
         return self._context - (0 if self._summary is None else self._summary.vectors.shape[1])
 
     def _compress(self, rows: list[list[int]], length: int) -> None:
-        """Until the rest fits: the oldest half context becomes one summary with what is in it already.
+        """Until the rest fits: the oldest half context becomes one summary with what is in it
+        already.
 
-        Where it begins depends on the length alone, so a text that is read at once is read as one that grew.
-        """
+        Where it begins depends on the length alone, so a text that is read at once is read as one
+        that grew."""
         while length - self._begin > self._room:
             end = self._begin + self._context // 2
-            self._summary = self._memory.compress(self._model, self._tokens(rows, self._begin, end), self._summary)  # type: ignore[union-attr]
-            self._cache, self._begin, self._read = call_if_defined(self._model, "new_cache"), end, end
+            self._summary = self._memory.compress(
+                self._model, self._tokens(rows, self._begin, end), self._summary
+            )  # type: ignore[union-attr]
+            self._cache, self._begin, self._read = (
+                call_if_defined(self._model, "new_cache"),
+                end,
+                end,
+            )
 
     def _pass(self, rows: list[list[int]], begin: int, end: int, cache: Any = None) -> ModelOutput:
-        """Of the tokens from `begin` to `end`; behind the summary, where these are the first after it."""
+        """Of the tokens from `begin` to `end`; behind the summary, where these are the first after
+        it."""
         ids = self._tokens(rows, begin, end)
         if self._summary is not None and begin == self._begin:
             return read(self._model, ids, self._summary, cache)

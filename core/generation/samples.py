@@ -1,4 +1,5 @@
-"""What people look at after an evaluation: texts that the model writes, blanks that it fills, words that lie near others.
+"""What people look at after an evaluation: texts that the model writes, blanks that it fills, words
+that lie near others.
 
 In:    a tokenizer, the preset's prompts and words
 Out:   events
@@ -27,14 +28,19 @@ def build_samples(
     seed: int,
     between: Callable[[], None] = lambda: None,
 ) -> tuple[Callable[[nn.Module, int], Iterator[Event]], list[str]]:
-    """(the events of a model at a step, remarks). The same model, step and seed give the same texts.
+    """(the events of a model at a step, remarks). The same model, step and seed give the same
+    texts.
 
     context   tokens that a model sees at once
     masked    whether prompts have blanks that the model fills
     between   called between tokens, and between blanks; may raise, to stop
     """
     words, unknown = word_ids(tokenizer, settings.neighbors_of)
-    notes = [f"generate.neighbors_of: {', '.join(unknown)} left out, being more than one token each"] if unknown else []
+    notes = (
+        [f"generate.neighbors_of: {', '.join(unknown)} left out, being more than one token each"]
+        if unknown
+        else []
+    )
 
     def samples(model: nn.Module, step: int) -> Iterator[Event]:
         model.eval()
@@ -43,7 +49,9 @@ def build_samples(
             if masked:
                 prompt, text = fill(model, tokenizer, prompt, voice.context)
             else:
-                text = generate(voice, prompt, settings, derive_seed(seed, "sample", step, i), between)
+                text = generate(
+                    voice, prompt, settings, derive_seed(seed, "sample", step, i), between
+                )
             yield "sample", {"prompt": prompt, "text": text}
             between()
         for each in neighbors(model, tokenizer, words):

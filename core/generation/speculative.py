@@ -1,16 +1,21 @@
-"""Guesses of what a model will say next, for one pass of the model to verify (Leviathan et al. 2023, arXiv 2211.17192).
+"""Guesses of what a model will say next, for one pass of the model to verify (Leviathan et al.
+2023, arXiv 2211.17192).
 
-In:    a draft head; of each row the hidden state before its last token, that token, and how the row chooses
+In:    a draft head; of each row the hidden state before its last token, that token, and how the row
+       chooses
 Out:   the rows' texts, a few guessed tokens longer
 State: those hidden states; how many tokens were guessed, and how many of them were said
 
-A guess is chosen as the row itself will choose, with the very random number that it will draw, but from the head's scores. Where
-these are near the model's, so is the token. To verify is no more than to say on: the row chooses from the model's scores as ever,
-and goes on for as long as it has said what was guessed. So a draft can change how fast a text comes, and never what it says.
+A guess is chosen as the row itself will choose, with the very random number that it will draw, but
+from the head's scores. Where these are near the model's, so is the token. To verify is no more than
+to say on: the row chooses from the model's scores as ever, and goes on for as long as it has said
+what was guessed. So a draft can change how fast a text comes, and never what it says.
 
-    said      t_1 .. t_n             the model has read t_1 .. t_(n-1), and its hidden state there begins the draft
+    said      t_1 .. t_n             the model has read t_1 .. t_(n-1), and its hidden state there
+              begins the draft
     read      t_n d_1 .. d_k         one pass, scores after each of them
-    said      t_(n+1) = d_1 .. t_(n+a) = d_a, and t_(n+a+1), which may be any; what was read after it is forgotten
+    said      t_(n+1) = d_1 .. t_(n+a) = d_a, and t_(n+a+1), which may be any; what was read after
+              it is forgotten
 """
 
 from collections.abc import Callable, Sequence
@@ -37,7 +42,8 @@ class Speaking(Protocol):
     @property
     def left(self) -> int: ...  # tokens it may still say
 
-    def foresee(self) -> Callable[[Tensor], int]: ...  # scores (V,), which are changed -> the token it would say next
+    # scores (V,), which are changed -> the token it would say next
+    def foresee(self) -> Callable[[Tensor], int]: ...
 
 
 class Drafter:
@@ -49,16 +55,21 @@ class Drafter:
         """Guessed at a time, at most."""
         self.passes = self.said = self.guessed = self.right = 0
 
-    def guesses(self, states: Tensor, rows: Sequence[Speaking], readout: Readout, count: int) -> list[list[int]]:
-        """`count` tokens after the last one of each row. states (n, D): the model's hidden states before those."""
+    def guesses(
+        self, states: Tensor, rows: Sequence[Speaking], readout: Readout, count: int
+    ) -> list[list[int]]:
+        """`count` tokens after the last one of each row. states (n, D): the model's hidden states
+        before those."""
         choosers, last = [row.foresee() for row in rows], [row.ids[-1] for row in rows]
         found = []
         with torch.autocast(states.device.type, enabled=False):
             states = states.to(torch.promote_types(states.dtype, torch.float32))
             for _ in range(count):
-                tokens = F.embedding(torch.tensor(last, device=states.device), readout.table)  # (n, D)
+                # (n, D)
+                tokens = F.embedding(torch.tensor(last, device=states.device), readout.table)
                 states = self._head.follow(states, tokens.to(states.dtype))
-                scores = full_scores(readout, states).cpu().nan_to_num_()  # (n, V); a head that is damaged guesses badly, no more
+                # (n, V); a head that is damaged guesses badly, no more
+                scores = full_scores(readout, states).cpu().nan_to_num_()
                 last = [choose(own) for choose, own in zip(choosers, scores)]
                 found.append(last)
         return [list(each) for each in zip(*found)]
@@ -67,7 +78,10 @@ class Drafter:
         """For people: how the guesses were, so far."""
         if self.guessed == 0:
             return None
-        share = f"{self.right:,} of {self.guessed:,} guesses were right ({self.right / self.guessed:.0%})"
+        share = (
+            f"{self.right:,} of {self.guessed:,} guesses were right "
+            f"({self.right / self.guessed:.0%})"
+        )
         return f"drafts: {share}; {self.said / self.passes:.2f} tokens a pass of the model"
 
 
@@ -81,26 +95,32 @@ class Drafts:
         self._lengths = [len(row.ids) for row in rows]
 
     def continued(self, length: int) -> list[list[int]]:
-        """Each row's tokens, and guesses after them; `length`: of the shortest row that is not over."""
+        """Each row's tokens, and guesses after them; `length`: of the shortest row that is not
+        over."""
         self._lengths = [len(row.ids) for row in self._rows]
         texts = [row.ids for row in self._rows]
         waiting = [i for i, row in enumerate(self._rows) if not row.over]
         if self._drafter is None or self._readout is None:
             return texts
-        wanted = max(self._lengths[i] + self._rows[i].left - 1 for i in waiting)  # the token after the last guess ends it
+        # the token after the last guess ends it
+        wanted = max(self._lengths[i] + self._rows[i].left - 1 for i in waiting)
         wanted = min(length + self._drafter.tokens, self._context, wanted)
         reach = min(wanted if self._states[i] is not None else self._lengths[i] for i in waiting)
         able = [i for i in waiting if self._lengths[i] < reach]
         if not able:
             return texts
-        states = torch.stack([state for i in able if (state := self._states[i]) is not None])  # (n, D)
-        found = self._drafter.guesses(states, [self._rows[i] for i in able], self._readout, reach - length)
+        # (n, D)
+        states = torch.stack([state for i in able if (state := self._states[i]) is not None])
+        found = self._drafter.guesses(
+            states, [self._rows[i] for i in able], self._readout, reach - length
+        )
         for i, guess in zip(able, found):
             texts[i] = texts[i] + guess
         return texts
 
     def verified(self, output: ModelOutput, length: int) -> None:
-        """After a pass, and what was said on it. Its hidden states (B, t, D) are those from token `length` of the rows on."""
+        """After a pass, and what was said on it. Its hidden states (B, t, D) are those from token
+        `length` of the rows on."""
         if self._drafter is None:
             return
         t, self._readout = output.hidden.shape[1], output.readout

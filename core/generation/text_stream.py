@@ -1,11 +1,14 @@
-"""The text of tokens that come one by one: as far as it is settled, until one of some strings comes up in it.
+"""The text of tokens that come one by one: as far as it is settled, until one of some strings comes
+up in it.
 
 In:    a tokenizer, strings that end the text; tokens
 Out:   the text, whole or in pieces
 State: the tokens, and how much of their text was taken
 
-    tokens decoded    ..... a b c é # # �            �   half a character: not shown before its other bytes have come
-    `take` gives      ..... a b c é                  ##  may begin the stop string ###: held back until that is known
+    tokens decoded    ..... a b c é # # �            �   half a character: not shown before its
+                      other bytes have come
+    `take` gives      ..... a b c é                  ##  may begin the stop string ###: held back
+                      until that is known
 """
 
 from core.data.tokenizer import Tokenizer
@@ -15,7 +18,8 @@ HALF = "\ufffd"
 
 
 class Continuation:
-    """A text that grows at its end. What `take` has given never changes, and the pieces join to `text`."""
+    """A text that grows at its end. What `take` has given never changes, and the pieces join to
+    `text`."""
 
     def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...] = ()):
         self._tokenizer = tokenizer
@@ -25,12 +29,14 @@ class Continuation:
         """What is settled; never half a character, unless the tokens ended amid one."""
         self.over = False
         self._ids: list[int] = []
-        self._begin = self._end = 0  # text before `_end` is in `_base`; tokens from `_begin` on give the next ones their context
+        # text before `_end` is in `_base`; tokens from `_begin` on give the next ones their context
+        self._begin = self._end = 0
         self._base = ""
         self._taken = 0
 
     def add(self, token: int) -> None:
-        """One more token. `over` is True when a stop string came up: `text` ends where it begins, and takes no more."""
+        """One more token. `over` is True when a stop string came up: `text` ends where it begins,
+        and takes no more."""
         assert not self.over
         self._ids.append(token)
         new = self._undecided()
@@ -45,15 +51,16 @@ class Continuation:
             self.over = True
 
     def take(self) -> str:
-        """What has been settled since the last time and no stop string can cut any more; may be empty."""
+        """What has been settled since the last time and no stop string can cut any more; may be
+        empty."""
         until = len(self.text) - (0 if self.over else self._held())
         piece = self.text[self._taken : until]
         self._taken = until
         return piece
 
     def _undecided(self) -> str:
-        """The text of the tokens after `_end`. A few tokens before them are decoded with them, as some tokenizers write the
-        first token of a text otherwise."""
+        """The text of the tokens after `_end`. A few tokens before them are decoded with them, as
+        some tokenizers write the first token of a text otherwise."""
         before = self._tokenizer.decode(self._ids[self._begin : self._end]) if self._end else ""
         return self._tokenizer.decode(self._ids[self._begin :])[len(before) :]
 
@@ -65,7 +72,9 @@ class Continuation:
     def _held(self) -> int:
         """Characters at the end that may be the beginning of a stop string."""
         lengths = range(min(self._longest - 1, len(self.text)), 0, -1)
-        return next((n for n in lengths if any(stop.startswith(self.text[-n:]) for stop in self._stops)), 0)
+        return next(
+            (n for n in lengths if any(stop.startswith(self.text[-n:]) for stop in self._stops)), 0
+        )
 
 
 def first_stop(text: str, until: tuple[str, ...]) -> int | None:

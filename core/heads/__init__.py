@@ -1,5 +1,5 @@
-"""The auxiliary heads a preset can switch on, in the order in which they are computed. Adding one: its file, its line here, and
-its `enable_` key and weight in AuxiliarySettings."""
+"""The auxiliary heads a preset can switch on, in the order in which they are computed. Adding one:
+its file, its line here, and its `enable_` key and weight in AuxiliarySettings."""
 
 from core.heads.draft import Draft
 from core.heads.dynamics import Dynamics

@@ -1,4 +1,5 @@
-"""The auxiliary heads of a preset: made for a model, checked against it, and put back from a checkpoint.
+"""The auxiliary heads of a preset: made for a model, checked against it, and put back from a
+checkpoint.
 
 In:    AuxiliarySettings, a model's output; a checkpoint's heads
 Out:   a HeadStack, and what is told of it
@@ -51,38 +52,65 @@ def check_heads(preset: Any, model: nn.Module, stack: LossStack) -> None:
     if not model.is_causal:
         masked = objective_of(preset.model) == MASKED_TOKENS
         why = "predicts masked tokens" if masked else "is not causal: its positions see later ones"
-        raise UserError(f"{keys}: heads predict what comes, but this model {why}. Set them to false, or take another model.")
+        raise UserError(
+            f"{keys}: heads predict what comes, but this model {why}. Set them to false, or take "
+            "another model."
+        )
     _check_memory(preset)
     if preset.auxiliary.enable_span_contrastive and preset.train.per_gpu_batch_size < 2:
         raise UserError(
-            "auxiliary.enable_span_contrastive tells a span from the others of a forward pass, and train.per_gpu_batch_size is "
+            "auxiliary.enable_span_contrastive tells a span from the others of a forward pass, "
+            "and train.per_gpu_batch_size is "
             "1. Set it to 2 or more."
         )
     on = [name for name in HEADS if getattr(preset.auxiliary, f"enable_{name}")]
     for name in on:
         if missing := [other for other in getattr(HEADS[name], "needs", ()) if other not in on]:
             others = ", ".join(f"auxiliary.enable_{other}" for other in missing)
-            raise UserError(f"auxiliary.enable_{name} builds on heads that are off. Set {others} to true, or it to false.")
+            raise UserError(
+                f"auxiliary.enable_{name} builds on heads that are off. Set {others} to true, or "
+                "it to false."
+            )
     if twice := sorted({loss.name for loss in stack.losses} & HEADS.keys()):
-        raise UserError(f'losses: {", ".join(twice)} is the name of an auxiliary head; give the loss another "name".')
+        raise UserError(
+            f"losses: {', '.join(twice)} is the name of an auxiliary head; give the loss another "
+            '"name".'
+        )
 
 
 def _check_memory(preset: Any) -> None:
     """Raises UserError where there is no room for what the memory head reads."""
-    T, n, K = preset.model.seq_length, preset.auxiliary.memory_tokens_after, preset.auxiliary.memory_slots
+    T, n, K = (
+        preset.model.seq_length,
+        preset.auxiliary.memory_tokens_after,
+        preset.auxiliary.memory_slots,
+    )
     least = 1 + 2 * max(n, K)
     if preset.auxiliary.enable_memory and least > T:
         raise UserError(
-            f"auxiliary.memory_tokens_after is {n} and memory_slots {K}: the memory head needs rows of {least} tokens or more, "
+            f"auxiliary.memory_tokens_after is {n} and memory_slots {K}: the memory head needs "
+            f"rows of {least} tokens or more, "
             f"and model.seq_length is {T}. Make it longer, or those smaller."
         )
 
 
 def load_heads(heads: HeadStack | None, saved: Mapping[str, Tensor]) -> list[str]:
-    """Put a checkpoint's heads in their places; tells which begin untrained, and which are left out."""
+    """Put a checkpoint's heads in their places; tells which begin untrained, and which are left
+    out."""
     own, there = set(heads or ()), {name.split(".")[0] for name in saved}
     if heads is not None:
         where, both = "the checkpoint's auxiliary heads", own & there
-        load_model(heads, dict(saved), where, lambda name: name.split(".")[0] not in both, LINEAGE_OF_ITS_OWN)
-    notes = [f"auxiliary head {name} is new: starts untrained" for name in HEADS if name in own - there]
-    return notes + [f"auxiliary head {name} of the checkpoint is off and was left out" for name in sorted(there - own)]
+        load_model(
+            heads,
+            dict(saved),
+            where,
+            lambda name: name.split(".")[0] not in both,
+            LINEAGE_OF_ITS_OWN,
+        )
+    notes = [
+        f"auxiliary head {name} is new: starts untrained" for name in HEADS if name in own - there
+    ]
+    return notes + [
+        f"auxiliary head {name} of the checkpoint is off and was left out"
+        for name in sorted(there - own)
+    ]

@@ -1,15 +1,17 @@
-"""The draft head: what the model will say after its next token, guessed token by token without reading them.
+"""The draft head: what the model will say after its next token, guessed token by token without
+reading them.
 
 In:    the hidden states of some positions p a row, and the coming tokens p+1 .. p+K
 Out:   mean over them of KL(language model's distribution at p+k || readout(s_k)), k = 1 .. K
 State: two norms and a gated two-layer map, 2D -> 2 x 2D -> D
 
-    s_0 = h_p        s_k = s_(k-1) + map(norm s_(k-1), norm E[token p+k])        readout(s_k) guesses token p+k+1
+    s_0 = h_p        s_k = s_(k-1) + map(norm s_(k-1), norm E[token p+k])        readout(s_k)
+                     guesses token p+k+1
 
-Specification 003, "speculative draft decoding"; recurrent as EAGLE is (Li et al. 2024, arXiv 2401.15077), but without attention,
-as it shall cost little. Embeddings and readout are the model's own. Nothing of the model gets a gradient from it: a model is the
-same with a draft head beside it as without.
-"""
+Specification 003, "speculative draft decoding"; recurrent as EAGLE is (Li et al. 2024, arXiv
+2401.15077), but without attention, as it shall cost little. Embeddings and readout are the model's
+own. Nothing of the model gets a gradient from it: a model is the same with a draft head beside it
+as without."""
 
 from collections.abc import Iterator
 
@@ -37,32 +39,46 @@ class Draft(nn.Module):
         self.inner, self.outer = nn.Linear(2 * D, 4 * D), nn.Linear(2 * D, D)
 
     def follow(self, states: Tensor, tokens: Tensor) -> Tensor:
-        """s_(k-1) and the embeddings of the tokens that come next, (..., D) each -> s_k (..., D)."""
-        gate, up = self.inner(torch.cat([self.norm_state(states), self.norm_token(tokens)], dim=-1)).chunk(2, dim=-1)
+        """s_(k-1) and the embeddings of the tokens that come next, (..., D) each -> s_k (...,
+        D)."""
+        gate, up = self.inner(
+            torch.cat([self.norm_state(states), self.norm_token(tokens)], dim=-1)
+        ).chunk(2, dim=-1)
         return states + self.outer(F.silu(gate) * up)  # (..., 2D) inside
 
     def choose(self, batch: Batch, draws: Tensor) -> Tensor:
-        """(B, n): evenly spread over the row's places, from one that is drawn; some of them twice where there are fewer."""
+        """(B, n): evenly spread over the row's places, from one that is drawn; some of them twice
+        where there are fewer."""
         _, stop = document_bounds(batch)
         time = torch.arange(stop.shape[1], device=stop.device)
         there = (batch.labels != IGNORE_INDEX) & (time + self.tokens < stop)  # (B, T)
         return pick_several(there, draws, self.positions)
 
     def forward(self, seen: Seen, places: Tensor, valid: Tensor) -> Tensor:  # type: ignore[override]
-        losses = [divergence(of_model, guess.log_softmax(-1)) for of_model, guess in self._guesses(seen, places)]
+        losses = [
+            divergence(of_model, guess.log_softmax(-1))
+            for of_model, guess in self._guesses(seen, places)
+        ]
         return torch.stack(losses).mean(0).view(places.shape).mean(1)
 
     @torch.no_grad()
     def measure(self, seen: Seen, places: Tensor, valid: Tensor) -> dict[str, Tensor]:
-        """How often the likeliest guess is the model's likeliest token, for the first of them and for the last; and `accepted`:
-        how many are, of K, before one is not. On the held-out text, where generation would go on with what was said."""
-        right = torch.stack([of_model.argmax(-1) == guess.argmax(-1) for of_model, guess in self._guesses(seen, places)])
+        """How often the likeliest guess is the model's likeliest token, for the first of them and
+        for the last; and `accepted`: how many are, of K, before one is not. On the held-out text,
+        where generation would go on with what was said."""
+        right = torch.stack(
+            [
+                of_model.argmax(-1) == guess.argmax(-1)
+                for of_model, guess in self._guesses(seen, places)
+            ]
+        )
         right = right.view(-1, *places.shape).float()  # (K, B, n)
         found = {"first": right[0], "last": right[-1], "accepted": right.cumprod(0).sum(0)}
         return {what: each.mean(1) for what, each in found.items()}
 
     def _guesses(self, seen: Seen, places: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """For k = 1 .. K, (B * n, V) each: log-probabilities of the model at p+k, and the scores of the guess."""
+        """For k = 1 .. K, (B * n, V) each: log-probabilities of the model at p+k, and the scores of
+        the guess."""
         readout, ids = seen.readout.detached(), seen.batch.input_ids
         states = seen.at(places).detach()  # (B, n, D)
         for k in range(1, self.tokens + 1):

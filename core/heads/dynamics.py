@@ -35,7 +35,8 @@ class Dynamics(nn.Sequential):
 
     def forward(self, seen: Seen, places: Tensor, valid: Tensor) -> Tensor:  # type: ignore[override]
         T = seen.hidden.shape[1]
-        ahead = (places + torch.arange(1, ROLLOUT + 1, device=places.device)).clamp(max=T - 1)  # (B, 3); within T where valid
+        # (B, 3); within T where valid
+        ahead = (places + torch.arange(1, ROLLOUT + 1, device=places.device)).clamp(max=T - 1)
         tokens = F.embedding(seen.batch.input_ids.gather(1, ahead), seen.readout.table)  # (B, 3, D)
         with torch.no_grad():
             target = seen.at(ahead).mean(1)  # (B, D)

@@ -4,9 +4,9 @@ In:    a Batch, a ModelOutput; a draw for each row
 Out:   Seen; positions that are valid and equally likely
 State: none
 
-A place is chosen on the CPU before the forward pass, from the batch alone: so its losses are counted over the whole optimizer
-step beforehand, and no micro-batch, rank or restart changes where a head looks.
-"""
+A place is chosen on the CPU before the forward pass, from the batch alone: so its losses are
+counted over the whole optimizer step beforehand, and no micro-batch, rank or restart changes where
+a head looks."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -29,16 +29,21 @@ class Seen:
     hidden: Tensor  # (B, T, D) with its graph
     readout: Readout
     batch: Batch
-    surprise: Callable[[Tensor], Tensor]  # positions (B, n) -> -log p of their targets (B, n), 0 where there is none; no graph
+    # positions (B, n) -> -log p of their targets (B, n), 0 where there is none; no graph
+    surprise: Callable[[Tensor], Tensor]
     dtype: torch.dtype  # of large matrix products; all else is fp32 or wider
     model: LanguageModel | None = None  # for a head that has it read something else
-    heads: Mapping[str, nn.Module] = field(default_factory=dict)  # all that are on, for a head that builds on others
+    # all that are on, for a head that builds on others
+    heads: Mapping[str, nn.Module] = field(default_factory=dict)
     cross_entropy: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
-    """Of what the model made of something else: hidden (B, n, D), labels (B, n) -> the sum () with its graph, values (B, n)."""
+    """Of what the model made of something else: hidden (B, n, D), labels (B, n) -> the sum () with
+    its graph, values (B, n)."""
 
     def at(self, positions: Tensor) -> Tensor:
         """Hidden states: (B,) -> (B, D) or (B, n) -> (B, n, D), in fp32 or wider."""
-        rows = torch.arange(len(positions), device=positions.device).view(-1, *[1] * (positions.ndim - 1))
+        rows = torch.arange(len(positions), device=positions.device).view(
+            -1, *[1] * (positions.ndim - 1)
+        )
         return self.wide(self.hidden[rows, positions])
 
     def wide(self, tensor: Tensor) -> Tensor:
@@ -46,7 +51,8 @@ class Seen:
 
 
 def pick(valid: Tensor, draws: Tensor) -> Tensor:
-    """One of the valid positions of each row: (B, T) bool, (B,) int64 >= 0 -> (B,), NOWHERE in a row without one."""
+    """One of the valid positions of each row: (B, T) bool, (B,) int64 >= 0 -> (B,), NOWHERE in a
+    row without one."""
     count = valid.sum(1)
     number = draws % count.clamp(min=1)
     position = (valid.cumsum(1) <= number[:, None]).sum(1)
@@ -54,7 +60,8 @@ def pick(valid: Tensor, draws: Tensor) -> Tensor:
 
 
 def pick_several(valid: Tensor, draws: Tensor, n: int) -> Tensor:
-    """Several, spread evenly from one that is drawn: (B, T) bool, (B,) -> (B, n); some twice in a row that has fewer."""
+    """Several, spread evenly from one that is drawn: (B, T) bool, (B,) -> (B, n); some twice in a
+    row that has fewer."""
     count = valid.sum(1).clamp(min=1)
     return torch.stack([pick(valid, draws % count + i * count // n) for i in range(n)], dim=1)
 

@@ -1,20 +1,24 @@
 """The memory head: what was read, compressed into summary tokens that later text is read behind.
 
 In:    of one place a row, the hidden states of a document before it, and the 2n tokens from it on
-Out:   mean -log p of these tokens' targets, read in two short rows behind summaries, and a weighted reconstruction loss
+Out:   mean -log p of these tokens' targets, read in two short rows behind summaries, and a weighted
+       reconstruction loss
 State: the compressor: `look` (K * 4, D), `say` (D, 4 D); `tell` (D, K D), which reconstructs
 
     document   [ A1            | A2 (n)      | B (n)      ]
-    rows read  [ A1 ]  ->  [ s1; A2 ]  ->  [ s2; B ]           s: K vectors in the place of input embeddings
+    rows read  [ A1 ]  ->  [ s1; A2 ]  ->  [ s2; B ]           s: K vectors in the place of input
+               embeddings
 
-Specification 003, near-term 3: "learned rolling summary token & reconstruction loss". A2 sees A1 through s1 only, and B sees both
-through s2 only, which is computed from hidden states that saw s1: so a summary is carried on, however long the text is
-(AutoCompressors, Chevalier et al. 2023, arXiv 2305.14788; recurrent memory, Bulatov et al. 2022, arXiv 2207.06881). The gradient
-reaches the compressor and the model, which learns to read what it never saw. `Reader` in core/generation/engine.py uses it.
+Specification 003, near-term 3: "learned rolling summary token & reconstruction loss". A2 sees A1
+through s1 only, and B sees both through s2 only, which is computed from hidden states that saw s1:
+so a summary is carried on, however long the text is (AutoCompressors, Chevalier et al. 2023, arXiv
+2305.14788; recurrent memory, Bulatov et al. 2022, arXiv 2207.06881). The gradient reaches the
+compressor and the model, which learns to read what it never saw. `Reader` in
+core/generation/engine.py uses it.
 
-The reconstruction is of the bag of tokens summarised so far (what Compressive Transformers, arXiv 1911.05507, do with attention):
-it reaches s directly from the first step on, while the model cannot yet read s, and needs no second decoder.
-"""
+The reconstruction is of the bag of tokens summarised so far (what Compressive Transformers, arXiv
+1911.05507, do with attention): it reaches s directly from the first step on, while the model cannot
+yet read s, and needs no second decoder."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,10 +32,12 @@ from core.contracts import IGNORE_INDEX, Batch, LanguageModel, ModelOutput, plai
 from core.heads.inputs import NOWHERE, Seen, document_bounds, is_text, pick
 from core.preset.settings import AuxiliarySettings
 
-# B batch rows, T seq_length, D hidden_size, V vocab_size, K summary tokens, n tokens read behind them, L positions
+# B batch rows, T seq_length, D hidden_size, V vocab_size, K summary tokens, n tokens read behind
+# them, L positions
 
 VIEWS = 4
-"""Weighted means of the hidden states that make one summary token: each looks for something else."""
+"""Weighted means of the hidden states that make one summary token: each looks for something
+else."""
 
 
 class Summary(NamedTuple):
@@ -49,21 +55,26 @@ class Memory(nn.Module):
         D = hidden_size
         self.slots, self.tokens_after = settings.memory_slots, settings.memory_tokens_after
         self.reconstruction_weight = settings.memory_reconstruction_weight
-        self.look = nn.Linear(D, self.slots * VIEWS, bias=False)  # a softmax over positions would not notice one
+        # a softmax over positions would not notice one
+        self.look = nn.Linear(D, self.slots * VIEWS, bias=False)
         self.say = nn.Linear(VIEWS * D, D)
         self.tell = nn.Linear(self.slots * D, D)
 
-    # training --------------------------------------------------------------------------------------------------------
+    # training -------------------------------------------------------------------------------------
 
     def choose(self, batch: Batch, draws: Tensor) -> Tensor:
         """(B, 3): where the document begins, where A2 begins and where B stops."""
         begin, stop = document_bounds(batch)
-        known = F.pad((batch.labels != IGNORE_INDEX).long().cumsum(1), (1, 0))  # (B, T+1) targets left of a position
+        # (B, T+1) targets left of a position
+        known = F.pad((batch.labels != IGNORE_INDEX).long().cumsum(1), (1, 0))
         time = torch.arange(stop.shape[1], device=stop.device).expand(stop.shape)
         end = time + 2 * self.tokens_after
         ahead = known.gather(1, end.clamp(max=stop.shape[1])) - known[:, :-1]
-        middle = pick(is_text(batch) & (time > begin) & (end <= stop) & (ahead > 0), draws)[:, None]  # (B, 1)
-        places = torch.cat([begin.gather(1, middle.clamp(min=0)), middle, middle + 2 * self.tokens_after], dim=1)
+        # (B, 1)
+        middle = pick(is_text(batch) & (time > begin) & (end <= stop) & (ahead > 0), draws)[:, None]
+        places = torch.cat(
+            [begin.gather(1, middle.clamp(min=0)), middle, middle + 2 * self.tokens_after], dim=1
+        )
         return torch.where(middle == NOWHERE, NOWHERE, places)
 
     def forward(self, seen: Seen, places: Tensor, valid: Tensor) -> Tensor:
@@ -75,26 +86,36 @@ class Memory(nn.Module):
 
     @torch.no_grad()
     def measure(self, seen: Seen, places: Tensor, valid: Tensor) -> dict[str, Tensor]:
-        """In nats per token of A2 and B. `gain`: what the summary saves, against reading A2, and B, with nothing before them.
-        `gap`: what it loses, against the row as it is, where all of the document is seen. `reconstruction`: per token before."""
+        """In nats per token of A2 and B. `gain`: what the summary saves, against reading A2, and B,
+        with nothing before them. `gap`: what it loses, against the row as it is, where all of the
+        document is seen. `reconstruction`: per token before."""
         hidden, labels, summaries = self._read_on(seen, places, valid)
         each = self._positions(seen, places)
         ids = seen.batch.input_ids.gather(1, each)
         with self._as_the_model_computes(seen):
             cropped = read(seen.model, ids.view(-1, self.tokens_after)).hidden  # (2 B, n, D)
-        (within, _), (without, _) = (self._nats(seen, states, labels) for states in (hidden, cropped.view_as(hidden)))
+        (within, _), (without, _) = (
+            self._nats(seen, states, labels) for states in (hidden, cropped.view_as(hidden))
+        )
         known = labels != IGNORE_INDEX
         full = torch.where(known, seen.surprise(each), 0.0).sum(1) / (2 * self.tokens_after)
-        share = 2 * self.tokens_after / known.sum(1).clamp(min=1)  # of means over all 2n to means over targets
+        # of means over all 2n to means over targets
+        share = 2 * self.tokens_after / known.sum(1).clamp(min=1)
         told = {"gain": (without - within) * share, "gap": (within - full) * share}
         return told | {"reconstruction": self._reconstruction(seen, places, summaries)}
 
-    def _read_on(self, seen: Seen, places: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Of A2 and B: hidden states (B, 2n, D) and labels (B, 2n); and the summaries before them, (B, K, D) each."""
+    def _read_on(
+        self, seen: Seen, places: Tensor, valid: Tensor
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Of A2 and B: hidden states (B, 2n, D) and labels (B, 2n); and the summaries before them,
+        (B, K, D) each."""
         assert seen.model is not None
         n, table = self.tokens_after, seen.readout.table
         begin, middle, _ = places[:, :, None].unbind(1)  # (B, 1) each
-        time, at = torch.arange(seen.hidden.shape[1], device=places.device), self._positions(seen, places)
+        time, at = (
+            torch.arange(seen.hidden.shape[1], device=places.device),
+            self._positions(seen, places),
+        )
         ids = seen.batch.input_ids.gather(1, at)
         labels = torch.where(valid[:, None], seen.batch.labels.gather(1, at), IGNORE_INDEX)
         first = self.summarise(seen.hidden, (time >= begin) & (time < middle))
@@ -111,30 +132,34 @@ class Memory(nn.Module):
         return at.clamp(max=seen.hidden.shape[1] - 1)  # only rows without a place would go beyond
 
     def _nats(self, seen: Seen, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The sum of -log p over a row's targets / 2n: (B,) without a graph; and the sum over rows, () with one."""
+        """The sum of -log p over a row's targets / 2n: (B,) without a graph; and the sum over rows,
+        () with one."""
         assert seen.cross_entropy is not None
         with self._as_the_model_computes(seen):
             total, values = seen.cross_entropy(hidden, labels)
         return values.sum(1) / labels.shape[1], total / labels.shape[1]
 
     def _reconstruction(self, seen: Seen, places: Tensor, summaries: list[Tensor]) -> Tensor:
-        """Mean -log p of the tokens before A2 as told by s1 alone, and before B by s2 alone: their mean, (B,).
+        """Mean -log p of the tokens before A2 as told by s1 alone, and before B by s2 alone: their
+        mean, (B,).
 
-        The table gets no gradient: telling tokens apart is the compressor's business, not the embeddings'.
-        """
+        The table gets no gradient: telling tokens apart is the compressor's business, not the
+        embeddings'."""
         begin, middle, _ = places[:, :, None].unbind(1)
         time = torch.arange(seen.hidden.shape[1], device=places.device)
         found = []
         for vectors, stop in zip(summaries, (middle, middle + self.tokens_after)):
             inside = (time >= begin) & (time < stop)  # (B, T)
-            scores = self.tell(vectors.flatten(1)) @ seen.wide(seen.readout.table.detach()).T  # (B, V)
+            # (B, V)
+            scores = self.tell(vectors.flatten(1)) @ seen.wide(seen.readout.table.detach()).T
             surprise = -scores.log_softmax(-1).gather(1, seen.batch.input_ids)  # (B, T)
             found.append(torch.where(inside, surprise, 0.0).sum(1) / inside.sum(1).clamp(min=1))
         return torch.stack(found).mean(0)
 
     @contextmanager
     def _as_the_model_computes(self, seen: Seen) -> Iterator[None]:
-        """Under the autocast of the pass, if there was one; and without drawing from the random numbers of those to come."""
+        """Under the autocast of the pass, if there was one; and without drawing from the random
+        numbers of those to come."""
         device = seen.hidden.device
         low = seen.dtype in (torch.bfloat16, torch.float16)
         with (
@@ -143,10 +168,11 @@ class Memory(nn.Module):
         ):
             yield
 
-    # use -------------------------------------------------------------------------------------------------------------
+    # use ------------------------------------------------------------------------------------------
 
     def summarise(self, hidden: Tensor, where: Tensor | None = None) -> Tensor:
-        """The summary tokens of hidden states (B, L, D), or of those that `where` (B, L) marks: (B, K, D), in fp32 or wider."""
+        """The summary tokens of hidden states (B, L, D), or of those that `where` (B, L) marks: (B,
+        K, D), in fp32 or wider."""
         with torch.autocast(hidden.device.type, enabled=False):
             hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
             scores = self.look(hidden)  # (B, L, K * VIEWS)
@@ -161,16 +187,24 @@ class Memory(nn.Module):
         return Summary(self.summarise(output.hidden), output.readout.table)
 
 
-def read(model: Any, input_ids: Tensor, summary: Summary | None = None, cache: Any = None) -> ModelOutput:
-    """What a model makes of K summary tokens and the tokens (B, t) behind them: hidden (B, K + t, D). A cache is extended.
+def read(
+    model: Any, input_ids: Tensor, summary: Summary | None = None, cache: Any = None
+) -> ModelOutput:
+    """What a model makes of K summary tokens and the tokens (B, t) behind them: hidden (B, K + t,
+    D). A cache is extended.
 
-    Never compiled: a compiled model would not notice the summary. What the model reports stays that of the pass before.
-    """
+    Never compiled: a compiled model would not notice the summary. What the model reports stays that
+    of the pass before."""
     told = dict(vars(model))
     try:
         if summary is None:
-            return model.forward(plain_batch(input_ids)) if cache is None else model.extend(input_ids, cache)
-        rows = F.pad(input_ids, (summary.vectors.shape[1], 0))  # any token: its embedding is replaced
+            return (
+                model.forward(plain_batch(input_ids))
+                if cache is None
+                else model.extend(input_ids, cache)
+            )
+        # any token: its embedding is replaced
+        rows = F.pad(input_ids, (summary.vectors.shape[1], 0))
         with _in_front(model, summary):
             return model.forward(plain_batch(rows)) if cache is None else model.extend(rows, cache)
     finally:
@@ -185,7 +219,9 @@ def _in_front(model: nn.Module, summary: Summary) -> Iterator[None]:
     def put(_: nn.Module, __: Any, embeddings: Tensor) -> Tensor:
         return torch.cat([summary.vectors.to(embeddings.dtype), embeddings[:, K:]], dim=1)
 
-    embedding = next(m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is summary.table)
+    embedding = next(
+        m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is summary.table
+    )
     handle = embedding.register_forward_hook(put)
     try:
         yield

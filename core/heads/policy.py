@@ -1,4 +1,5 @@
-"""The policy head: the next token's distribution from a map of its own, towards the language model's.
+"""The policy head: the next token's distribution from a map of its own, towards the language
+model's.
 
 In:    the hidden state of one position a row that has a target
 Out:   KL(language model || head), the language model's side without gradient
@@ -42,9 +43,11 @@ class Policy(nn.Linear):
 
     @torch.no_grad()
     def likeliest(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """The token after each state that is likeliest, and its log-probability: (..., D) -> (...) each. Scored in blocks."""
+        """The token after each state that is likeliest, and its log-probability: (..., D) -> (...)
+        each. Scored in blocks."""
         found: list[tuple[Tensor, Tensor]] = []
-        for block in states.flatten(0, -2).split(max(1, BLOCK_SCORES // self.out_features)):  # (m, D)
+        # (m, D)
+        for block in states.flatten(0, -2).split(max(1, BLOCK_SCORES // self.out_features)):
             scores = super().forward(block)  # (m, V)
             best, token = scores.max(-1)
             found.append((token, best - scores.logsumexp(-1)))

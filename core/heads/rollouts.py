@@ -1,17 +1,20 @@
 """Rollouts: from a hidden state, the hidden states to come, one step for each coming token.
 
-In:    the hidden state of one position p a row; of the embeddings of tokens p+1 .. p+K, one at each step
-Out:   the mean over the steps k of: the squared error of s_k to the hidden state at p+k, relative to that state's square; where
-       the value head is on, its squared error at s_k; where the policy head is on, its divergence there; to the targets of p+k
+In:    the hidden state of one position p a row; of the embeddings of tokens p+1 .. p+K, one at each
+       step
+Out:   the mean over the steps k of: the squared error of s_k to the hidden state at p+k, relative
+       to that state's square; where the value head is on, its squared error at s_k; where the
+       policy head is on, its divergence there; to the targets of p+k
 State: the transition, a two-layer map beside an identity, 2D -> 2D -> D
 
     s_0 = h_p,  s_k = s_(k-1) + g(s_(k-1), E[token p+k])
 
-Specification 003, "Multi-step Latent Rollouts"; MuZero (Schrittwieser et al. 2020, arXiv 1911.08265): the map is unrolled through
-its own states, and what is predicted from them is trained there, too. The gradient goes back through all steps, into the
-transition, the value and the policy head, and stops at h_p, the embeddings and all targets: not so in MuZero, but a model whose
-hidden states were drawn towards those to come predicted its next tokens worse (docs/LOG.md).
-Hidden states of different models have different sizes: a relative error is worth the same weight in all of them.
+Specification 003, "Multi-step Latent Rollouts"; MuZero (Schrittwieser et al. 2020, arXiv
+1911.08265): the map is unrolled through its own states, and what is predicted from them is trained
+there, too. The gradient goes back through all steps, into the transition, the value and the policy
+head, and stops at h_p, the embeddings and all targets: not so in MuZero, but a model whose hidden
+states were drawn towards those to come predicted its next tokens worse (docs/LOG.md). Hidden states
+of different models have different sizes: a relative error is worth the same weight in all of them.
 """
 
 import torch
@@ -47,27 +50,42 @@ class Rollouts(nn.Sequential):
         states, targets = self._unrolled(seen, places)  # (B, K, D) each
         losses = relative(states - targets, targets)  # (B, K)
         if "value" in seen.heads:
-            coming = coming_surprise(seen, self._ahead(seen, places)[:, :1], self.span_tokens, self.steps)
+            coming = coming_surprise(
+                seen, self._ahead(seen, places)[:, :1], self.span_tokens, self.steps
+            )
             losses = losses + (seen.heads["value"].predict(states) - coming) ** 2  # type: ignore[operator]
         if "policy" in seen.heads:
             with torch.no_grad():
-                teacher = seen.wide(seen.readout(targets.flatten(0, 1))).log_softmax(-1)  # (B * K, V)
+                # (B * K, V)
+                teacher = seen.wide(seen.readout(targets.flatten(0, 1))).log_softmax(-1)
             student = seen.heads["policy"].predict(states.flatten(0, 1))  # type: ignore[operator]
             losses = losses + divergence(teacher, student).view_as(losses)
         return losses.mean(1)
 
     def measure(self, seen: Seen, places: Tensor, valid: Tensor) -> dict[str, Tensor]:
-        """error_k: of s_k, relative to the square of the state at p+k. unchanged_k: of h_p in its place, what is to beat."""
+        """error_k: of s_k, relative to the square of the state at p+k. unchanged_k: of h_p in its
+        place, what is to beat."""
         states, targets = self._unrolled(seen, places)
         stays = seen.at(places)  # (B, 1, D)
-        found = {"error": relative(states - targets, targets), "unchanged": relative(stays - targets, targets)}  # (B, K) each
-        return {f"{what}_{k}": each[:, k - 1] for what, each in found.items() for k in range(1, self.steps + 1)}
+        # (B, K) each
+        found = {
+            "error": relative(states - targets, targets),
+            "unchanged": relative(stays - targets, targets),
+        }
+        return {
+            f"{what}_{k}": each[:, k - 1]
+            for what, each in found.items()
+            for k in range(1, self.steps + 1)
+        }
 
     def _unrolled(self, seen: Seen, places: Tensor) -> tuple[Tensor, Tensor]:
         """The states s_1 .. s_K, and the hidden states they stand for: (B, K, D) each."""
         ahead = self._ahead(seen, places)
         with torch.no_grad():
-            tokens = seen.wide(F.embedding(seen.batch.input_ids.gather(1, ahead), seen.readout.table))  # (B, K, D)
+            # (B, K, D)
+            tokens = seen.wide(
+                F.embedding(seen.batch.input_ids.gather(1, ahead), seen.readout.table)
+            )
             state, targets, states = seen.at(places[:, 0]), seen.at(ahead), []
         for token in tokens.unbind(1):
             state = self.step(state, token)
@@ -76,7 +94,9 @@ class Rollouts(nn.Sequential):
 
     def _ahead(self, seen: Seen, places: Tensor) -> Tensor:
         """p+1 .. p+K, within the row where p is valid: (B, K)."""
-        return (places + torch.arange(1, self.steps + 1, device=places.device)).clamp(max=seen.hidden.shape[1] - 1)
+        return (places + torch.arange(1, self.steps + 1, device=places.device)).clamp(
+            max=seen.hidden.shape[1] - 1
+        )
 
 
 def relative(error: Tensor, to: Tensor) -> Tensor:

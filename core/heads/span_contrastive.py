@@ -1,12 +1,13 @@
 """The span contrastive head: which of the batch's spans comes next.
 
 In:    one span a row; of its document, the hidden states before it
-Out:   InfoNCE (van den Oord et al. 2018, arXiv 1807.03748): the query is the mean projection of what comes before the span, the
-       keys are those of all spans of the forward pass, which get no gradient
+Out:   InfoNCE (van den Oord et al. 2018, arXiv 1807.03748): the query is the mean projection of
+       what comes before the span, the keys are those of all spans of the forward pass, which get no
+       gradient
 State: a two-layer map, D -> D -> D
 
-Specification 003, "span contrastive". The query takes positions before the span only: causal states after it contain it.
-"""
+Specification 003, "span contrastive". The query takes positions before the span only: causal states
+after it contain it."""
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +31,11 @@ class SpanContrastive(nn.Sequential):
     def choose(self, batch: Batch, draws: Tensor) -> Tensor:
         """(B, 3): where the document begins, where the span begins and where it stops."""
         begin, stop = document_bounds(batch)
-        length = (self.settings.span_mask_fraction * (stop - begin).double()).long().clamp(min=1)  # (B, T)
+        # (B, T)
+        length = (self.settings.span_mask_fraction * (stop - begin).double()).long().clamp(min=1)
         time = torch.arange(stop.shape[1], device=stop.device)
-        start = pick(is_text(batch) & (time > begin) & (time + length <= stop), draws)[:, None]  # (B, 1)
+        # (B, 1)
+        start = pick(is_text(batch) & (time > begin) & (time + length <= stop), draws)[:, None]
         at = start.clamp(min=0)
         places = torch.cat([begin.gather(1, at), start, at + length.gather(1, at)], dim=1)
         return torch.where(start == NOWHERE, NOWHERE, places)
@@ -45,10 +48,17 @@ class SpanContrastive(nn.Sequential):
         query = self[2](mean_over(inner, (time >= begin) & (time < start)))  # (B, D)
         with torch.no_grad():
             key = self[2](mean_over(inner, (time >= start) & (time < stop)))  # (B, D)
-        return info_nce(query, key, valid, self.settings.span_contrastive_temperature, self.settings.span_l2_normalize)
+        return info_nce(
+            query,
+            key,
+            valid,
+            self.settings.span_contrastive_temperature,
+            self.settings.span_l2_normalize,
+        )
 
     def first_layer(self, seen: Seen) -> Tensor:
-        """Of every position: (B, T, D). The one product of heads that is large enough for autocast's dtype."""
+        """Of every position: (B, T, D). The one product of heads that is large enough for
+        autocast's dtype."""
         weight, bias = (p.to(seen.dtype) for p in self[0].parameters())
         return self[1](F.linear(seen.hidden.to(seen.dtype), weight, bias))
 
@@ -56,11 +66,16 @@ class SpanContrastive(nn.Sequential):
 def mean_over(states: Tensor, where: Tensor) -> Tensor:
     """(B, T, D), (B, T) bool -> (B, D), 0 where a row has none; in fp32 or wider."""
     total = torch.bmm(where[:, None].to(states.dtype), states)[:, 0]
-    return total.to(torch.promote_types(states.dtype, torch.float32)) / where.sum(1, keepdim=True).clamp(min=1)
+    return total.to(torch.promote_types(states.dtype, torch.float32)) / where.sum(
+        1, keepdim=True
+    ).clamp(min=1)
 
 
-def info_nce(query: Tensor, key: Tensor, valid: Tensor, temperature: float, l2_normalize: bool) -> Tensor:
-    """-log of the share of a row's own key among all valid ones: (B, D), (B, D), (B,) bool -> (B,)."""
+def info_nce(
+    query: Tensor, key: Tensor, valid: Tensor, temperature: float, l2_normalize: bool
+) -> Tensor:
+    """-log of the share of a row's own key among all valid ones: (B, D), (B, D), (B,) bool ->
+    (B,)."""
     if l2_normalize:
         query, key = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
     scores = query @ key.T / temperature  # (B, B)

@@ -1,11 +1,12 @@
 """The value head: how surprising the coming span will be.
 
 In:    the hidden state of one position p a row
-Out:   squared error to the mean -log p of tokens p+1 .. p+n, as far as they are in p's document and have targets
+Out:   squared error to the mean -log p of tokens p+1 .. p+n, as far as they are in p's document and
+       have targets
 State: weight (1, D), bias (1,)
 
-Specification 003, "value head": the future average NLL over the forthcoming span; the original took the whole past.
-"""
+Specification 003, "value head": the future average NLL over the forthcoming span; the original took
+the whole past."""
 
 import math
 
@@ -29,8 +30,9 @@ class Value(nn.Linear):
 
     @torch.no_grad()
     def begin(self) -> None:
-        """Predict at first how surprised a model is that knows nothing. From 0, the error would begin at the square of that, and
-        its gradient drown all others for the first steps (docs/LOG.md)."""
+        """Predict at first how surprised a model is that knows nothing. From 0, the error would
+        begin at the square of that, and its gradient drown all others for the first steps
+        (docs/LOG.md)."""
         self.bias.fill_(self.ignorance)
 
     def choose(self, batch: Batch, draws: Tensor) -> Tensor:
@@ -47,14 +49,17 @@ class Value(nn.Linear):
 
 @torch.no_grad()
 def coming_surprise(seen: Seen, places: Tensor, span_tokens: int, roots: int = 1) -> Tensor:
-    """The mean -log p of the n tokens after each of the positions p .. p+roots-1, as far as p's document has them in the row:
-    p (B, 1) -> (B, roots)."""
+    """The mean -log p of the n tokens after each of the positions p .. p+roots-1, as far as p's
+    document has them in the row: p (B, 1) -> (B, roots)."""
     documents, labels = seen.batch.document_ids, seen.batch.labels
     T = labels.shape[1]
     # the target of position t is token t+1
     at = places + torch.arange(roots + span_tokens - 1, device=places.device)  # (B, roots + n - 1)
     inside, at = at < T, at.clamp(max=T - 1)
-    inside &= (documents.gather(1, at) == documents.gather(1, places)) & (labels.gather(1, at) != IGNORE_INDEX)
+    inside &= (documents.gather(1, at) == documents.gather(1, places)) & (
+        labels.gather(1, at) != IGNORE_INDEX
+    )
     values = torch.where(inside, seen.surprise(at), 0.0)
-    values, inside = values.unfold(1, span_tokens, 1), inside.unfold(1, span_tokens, 1)  # (B, roots, n)
+    # (B, roots, n)
+    values, inside = values.unfold(1, span_tokens, 1), inside.unfold(1, span_tokens, 1)
     return values.sum(2) / inside.sum(2).clamp(min=1)

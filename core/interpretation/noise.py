@@ -1,5 +1,5 @@
-"""What is noise: how far numbers of a category would be off with other texts of it, and how far categories would differ if their
-texts were shuffled among them.
+"""What is noise: how far numbers of a category would be off with other texts of it, and how far
+categories would differ if their texts were shuffled among them.
 
 In:    for each text, a document or a row of one, its tokens, and sums over them
 Out:   intervals of means; a Shift
@@ -22,14 +22,18 @@ FEWEST = 5
 
 
 def intervals(tokens: np.ndarray, sums: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """Lowest and highest plausible mean per token, (Q,) each, by a bootstrap over texts; None for too few of them.
+    """Lowest and highest plausible mean per token, (Q,) each, by a bootstrap over texts; None for
+    too few of them.
 
     tokens   (D,)
     sums     (D, Q)
     """
     if len(tokens) < FEWEST:
         return None
-    chosen = _generator("intervals").multinomial(len(tokens), np.full(len(tokens), 1 / len(tokens)), size=DRAWS)  # (draws, D)
+    # (draws, D)
+    chosen = _generator("intervals").multinomial(
+        len(tokens), np.full(len(tokens), 1 / len(tokens)), size=DRAWS
+    )
     means = (chosen @ sums) / (chosen @ tokens)[:, None]  # (draws, Q)
     tail = (1 - CONFIDENCE) / 2
     return np.quantile(means, tail, axis=0), np.quantile(means, 1 - tail, axis=0)
@@ -42,12 +46,18 @@ class Shift:
     value: np.ndarray  # (L, K) highest minus lowest mean of a category
     highest: np.ndarray  # (L, K) which category that is
     lowest: np.ndarray  # (L, K)
-    noise: np.ndarray | None  # (L, K) what shuffled texts stay below, at every layer and activation; None: too few
+    # (L, K) what shuffled texts stay below, at every layer and activation; None: too few
+    noise: np.ndarray | None
 
     @property
     def real(self) -> np.ndarray:
-        """(L, K) whether it is more than noise. If no category differed, there would be any with 5 % probability."""
-        return np.zeros(self.value.shape, dtype=bool) if self.noise is None else self.value > self.noise
+        """(L, K) whether it is more than noise. If no category differed, there would be any with 5
+        % probability."""
+        return (
+            np.zeros(self.value.shape, dtype=bool)
+            if self.noise is None
+            else self.value > self.noise
+        )
 
 
 def shift_of(tokens: list[np.ndarray], gates: list[np.ndarray]) -> Shift | None:
@@ -68,12 +78,15 @@ def shift_of(tokens: list[np.ndarray], gates: list[np.ndarray]) -> Shift | None:
     for _ in range(DRAWS):
         order = generator.permutation(len(all_tokens))
         sums = np.add.reduceat(all_gates[order], begins)  # (C, L, K)
-        shuffled.append(np.ptp(sums / np.add.reduceat(all_tokens[order], begins)[:, None, None], axis=0))
+        shuffled.append(
+            np.ptp(sums / np.add.reduceat(all_tokens[order], begins)[:, None, None], axis=0)
+        )
     return Shift(*found, _bound(np.stack(shuffled)))
 
 
 def _bound(shuffled: np.ndarray) -> np.ndarray:
-    """(draws, L, K) -> (L, K): a bound that only one draw in twenty crosses anywhere, and each place as often as any other."""
+    """(draws, L, K) -> (L, K): a bound that only one draw in twenty crosses anywhere, and each
+    place as often as any other."""
     usual = np.quantile(shuffled, CONFIDENCE, axis=0)  # (L, K)
     worst = (shuffled / np.maximum(usual, np.finfo(float).tiny)).max((1, 2))  # (draws,)
     return usual * np.quantile(worst, CONFIDENCE)

@@ -52,7 +52,8 @@ class Interpretation:
     causal: bool
     static: Static
     categories: list[Category]
-    unit: str  # "documents", what intervals and noise are over; "rows" where a category has too few documents
+    # "documents", what intervals and noise are over; "rows" where a category has too few documents
+    unit: str
     shift: Shift | None  # None of one category
 
     def mean(self, of: str) -> np.ndarray:
@@ -72,8 +73,15 @@ def interpret_routing(
     """`readings`: of each category, by its name."""
     documents = {name: reading.documents for name, reading in readings.items()}
     unit = "documents" if min(map(len, documents.values())) >= FEWEST else "rows"
-    texts = documents if unit == "documents" else {name: [s for _, s in reading.rows] for name, reading in readings.items()}
-    categories = [_category(name, len(documents[name]), texts[name], reading.neurons) for name, reading in readings.items()]
+    texts = (
+        documents
+        if unit == "documents"
+        else {name: [s for _, s in reading.rows] for name, reading in readings.items()}
+    )
+    categories = [
+        _category(name, len(documents[name]), texts[name], reading.neurons)
+        for name, reading in readings.items()
+    ]
     tokens = [np.array([sums.tokens for sums in each]) for each in texts.values()]
     shift = shift_of(tokens, [np.stack([sums.gates for sums in each]) for each in texts.values()])
     return Interpretation(about, activations, tau, causal, static, categories, unit, shift)
@@ -96,7 +104,7 @@ def _category(name: str, documents: int, texts: list[Sums], neurons: np.ndarray)
     return Category(name, documents, total, gates, deviation, *rest, neurons / total)
 
 
-# files ---------------------------------------------------------------------------------------------------------------
+# files --------------------------------------------------------------------------------------------
 
 
 def entropies(prefix: str, per_layer: np.ndarray) -> dict[str, float]:

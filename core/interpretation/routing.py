@@ -1,7 +1,9 @@
-"""What a routing is: how neurons weigh the activations, by themselves and given what a text makes of them, and how undecided.
+"""What a routing is: how neurons weigh the activations, by themselves and given what a text makes
+of them, and how undecided.
 
 In:    alpha (L, F, K), beta (L, K), gate outputs f (L, n, K), the temperature
-Out:   Static: what alpha alone says; Reading: for each row of a category's documents, sums over tokens
+Out:   Static: what alpha alone says; Reading: for each row of a category's documents, sums over
+       tokens
 State: none
 
 L num_layers, F neurons of a layer, K activations, n some positions of a text
@@ -16,8 +18,8 @@ import torch
 from torch import Tensor
 
 THRESHOLD = 0.01
-"""A neuron prefers an activation whose probability is ahead of the next by more than this. Closer than that, the largest of the
-four is an accident of training."""
+"""A neuron prefers an activation whose probability is ahead of the next by more than this. Closer
+than that, the largest of the four is an accident of training."""
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -26,7 +28,7 @@ def entropy(logits: Tensor) -> Tensor:
     return -(p * torch.log(p + 1e-10)).sum(-1)
 
 
-# by themselves -------------------------------------------------------------------------------------------------------
+# by themselves ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,13 @@ class Static:
     @property
     def distribution(self) -> np.ndarray:
         """(L, K) per cent of a layer's neurons whose largest alpha is this activation's."""
-        return 100 * np.stack([(self.preferred == k).mean(1) for k in range(self.num_activations)], axis=1)
+        return 100 * np.stack(
+            [(self.preferred == k).mean(1) for k in range(self.num_activations)], axis=1
+        )
 
     def stats(self) -> dict[str, Any]:
-        """entropy_stats.json of specification 001; deviations are those of all neurons, not of a sample of them."""
+        """entropy_stats.json of specification 001; deviations are those of all neurons, not of a
+        sample of them."""
         mean = float(self.entropy.mean())
         return {
             "per_layer_mean": self.entropy.mean(1).tolist(),
@@ -71,7 +76,7 @@ def static_routing(alpha: Tensor) -> Static:
     return Static(*(each.cpu().numpy() for each in found), alpha.shape[-1])
 
 
-# given a text --------------------------------------------------------------------------------------------------------
+# given a text -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -93,8 +98,10 @@ class Sums:
 class Reading:
     """What a category's documents made of the routing, as far as they are read."""
 
-    rows: list[tuple[int, Sums]] = field(default_factory=list)  # (which document, what a row of it gave)
-    neurons: np.ndarray | float = 0.0  # (L, F) sum over all tokens of each neuron's entropy, as in Sums
+    # (which document, what a row of it gave)
+    rows: list[tuple[int, Sums]] = field(default_factory=list)
+    # (L, F) sum over all tokens of each neuron's entropy, as in Sums
+    neurons: np.ndarray | float = 0.0
 
     def add(self, document: int, sums: Sums, neurons: np.ndarray) -> None:
         self.rows.append((document, sums))
@@ -119,19 +126,31 @@ class Router:
 
     @torch.no_grad()
     def read(self, gates: Tensor, tokens: int, positions: int) -> tuple[Sums, np.ndarray]:
-        """What a text of so many tokens makes of it, and the entropy of each neuron (L, F), summed like the rest. The neurons are
-        looked at in `positions` places, evenly spaced: at every token there would be (L, T, F, K) numbers.
+        """What a text of so many tokens makes of it, and the entropy of each neuron (L, F), summed
+        like the rest. The neurons are looked at in `positions` places, evenly spaced: at every
+        token there would be (L, T, F, K) numbers.
 
         gates   (L, T, K) f at each token, or (L, 1, K) for all of them
         """
         found = gates.shape[1]
-        places = torch.linspace(0, found - 1, min(positions, found), device=gates.device).round().long()
+        places = (
+            torch.linspace(0, found - 1, min(positions, found), device=gates.device).round().long()
+        )
         weights, tempered, free = [], [], []
-        for alpha, beta, f in zip(self.alpha, self.beta, gates[:, places].to(self.alpha.dtype)):  # (F, K), (K,), (n, K)
+        # (F, K), (K,), (n, K)
+        for alpha, beta, f in zip(self.alpha, self.beta, gates[:, places].to(self.alpha.dtype)):
             logits = alpha + (beta * f)[:, None]  # (n, F, K)
             weights.append(torch.softmax(logits / self.tau, dim=-1).mean((0, 1)))
             tempered.append(entropy(logits / self.tau).mean())
             free.append(entropy(logits).mean(0))
         exact, neurons = gates.double(), torch.stack(free).double()  # (L, T, K), (L, F)
-        means = exact.mean(1), exact.square().mean(1), torch.stack(weights), torch.stack(tempered), neurons.mean(1)
-        return Sums(tokens, *(tokens * mean.double().cpu().numpy() for mean in means)), tokens * neurons.cpu().numpy()
+        means = (
+            exact.mean(1),
+            exact.square().mean(1),
+            torch.stack(weights),
+            torch.stack(tempered),
+            neurons.mean(1),
+        )
+        return Sums(
+            tokens, *(tokens * mean.double().cpu().numpy() for mean in means)
+        ), tokens * neurons.cpu().numpy()

@@ -23,4 +23,5 @@ PREVIEWS = {
     "interpret": preview_interpret,
     "generate": preview_generate,
 }
-"""What the menu tells of a job's own before it tells of training: a function from preset and root folder to lines."""
+"""What the menu tells of a job's own before it tells of training: a function from preset and root
+folder to lines."""

@@ -1,6 +1,8 @@
-"""The `evaluate` job: a trained model on tasks of lm-evaluation-harness, and on the text its training held out.
+"""The `evaluate` job: a trained model on tasks of lm-evaluation-harness, and on the text its
+training held out.
 
-In:    a preset: its `init_from` or its lineage's newest checkpoint, its section `evaluate`, its data
+In:    a preset: its `init_from` or its lineage's newest checkpoint, its section `evaluate`, its
+       data
 Out:   logs/<lineage>/evaluate.json and evaluate.md, and their tables on the screen
 State: evaluate.json: whoever was stopped goes on with the tasks that are not in it
 
@@ -51,13 +53,19 @@ SAMPLED = 1024
 """Numbers of each tensor that tell these weights from others."""
 
 
-def evaluate(preset: Any, runtime: Runtime, parallel: Any, root: Path, started: float, console: Any) -> None:
-    """Measure what is not measured yet. Raises Interrupted after Ctrl-C, SIGTERM or SIGHUP, with every finished task kept."""
+def evaluate(
+    preset: Any, runtime: Runtime, parallel: Any, root: Path, started: float, console: Any
+) -> None:
+    """Measure what is not measured yet. Raises Interrupted after Ctrl-C, SIGTERM or SIGHUP, with
+    every finished task kept."""
     if parallel.rank != 0:
         return
     wanted = preset.evaluate
     if not wanted.tasks and not wanted.domain_perplexity:
-        raise UserError('there is nothing to evaluate: name some "evaluate.tasks", or set "domain_perplexity" to true')
+        raise UserError(
+            'there is nothing to evaluate: name some "evaluate.tasks", or set "domain_perplexity" '
+            "to true"
+        )
     if runtime.device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = False  # scores are promised in fp32
     with EvaluateView(console) as view, StopRequest() as stop:
@@ -85,7 +93,9 @@ def preview_evaluate(preset: Any, root: Path) -> list[str]:
         limit = f" (at most {wanted.limit:,} examples of each)" if wanted.limit else ""
         what.append(f"the tasks {', '.join(wanted.tasks)}{limit}")
     if wanted.domain_perplexity:
-        what.append(f"held-out documents of {', '.join(source.name for source in preset.data.sources)}")
+        what.append(
+            f"held-out documents of {', '.join(source.name for source in preset.data.sources)}"
+        )
     return [
         first,
         f"on {'; '.join(what) or 'nothing: name some tasks'}",
@@ -96,25 +106,41 @@ def preview_evaluate(preset: Any, root: Path) -> list[str]:
 class Desk:
     """One evaluation: what it measures, and what it has found."""
 
-    def __init__(self, trained: Trained, runtime: Runtime, root: Path, view: EvaluateView, stop: StopRequest):
-        self._trained, self._preset, self._root, self._view, self._stop = trained, trained.preset, root, view, stop
+    def __init__(
+        self, trained: Trained, runtime: Runtime, root: Path, view: EvaluateView, stop: StopRequest
+    ):
+        self._trained, self._preset, self._root, self._view, self._stop = (
+            trained,
+            trained.preset,
+            root,
+            view,
+            stop,
+        )
         self._wanted = self._preset.evaluate
-        self._device, self._dtype = runtime.device, runtime.compute_dtype(self._preset.train.precision)
+        self._device, self._dtype = (
+            runtime.device,
+            runtime.compute_dtype(self._preset.train.precision),
+        )
         self._folder = root / "logs" / self._preset.lineage
         self._context = self._preset.model.seq_length
         self._precision = "bf16, scores in fp32" if self._dtype == torch.bfloat16 else "fp32"
         self._weights = _fingerprint(trained)
         self._findings, self._measured = read_findings(self._folder, self._about(runtime)), 0
         with torch.no_grad():
-            provides = trained.model(plain_batch(torch.zeros(1, 1, dtype=torch.int64, device=self._device))).readout.provides
+            provides = trained.model(
+                plain_batch(torch.zeros(1, 1, dtype=torch.int64, device=self._device))
+            ).readout.provides
         if objective_of(self._preset.model) != NEXT_TOKEN:
             raise UserError(
-                f"{trained.where} holds a {self._preset.model.type}, which fills in masked tokens and continues no text: tasks "
-                "and perplexities ask for next tokens. Its own scores stand in its training's logs: metrics.jsonl and masked.png."
+                f"{trained.where} holds a {self._preset.model.type}, which fills in masked tokens "
+                "and continues no text: tasks "
+                "and perplexities ask for next tokens. Its own scores stand in its training's "
+                "logs: metrics.jsonl and masked.png."
             )
         if provides != "logits":
             raise UserError(
-                "this model's readout gives distances, which are no probabilities of a next token: it has no such scores"
+                "this model's readout gives distances, which are no probabilities of a next "
+                "token: it has no such scores"
             )
         if self._findings.note:
             view.tell(f"warning  {self._findings.note}")
@@ -148,7 +174,12 @@ class Desk:
 
     def _mark(self, **facts: Any) -> str:
         """What a number is made from, in short: with any of it changed, it is measured anew."""
-        made_from = {"weights": self._weights, "precision": self._precision, "context": self._context, **facts}
+        made_from = {
+            "weights": self._weights,
+            "precision": self._precision,
+            "context": self._context,
+            **facts,
+        }
         return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
 
     def tasks(self) -> None:
@@ -163,7 +194,9 @@ class Desk:
             seed=self._preset.train.seed,
         )
         kept = self._findings.tasks
-        self._findings.tasks = {name: kept[name] for name in names if kept.get(name, {}).get("made_from") == mark}
+        self._findings.tasks = {
+            name: kept[name] for name in names if kept.get(name, {}).get("made_from") == mark
+        }
         missing = [name for name in names if name not in self._findings.tasks]
         if not missing:
             return
@@ -176,7 +209,9 @@ class Desk:
             begun = time.monotonic()
             with self._view.turn(name):
                 model = as_harness_model(scorer, writer, tokenizer, self._told)
-                found = run_task(model, loaded.pop(name), self._wanted.limit, self._wanted.num_fewshot)
+                found = run_task(
+                    model, loaded.pop(name), self._wanted.limit, self._wanted.num_fewshot
+                )
             self._findings.tasks[name] = {
                 "made_from": mark,
                 "date": _now(),
@@ -185,7 +220,9 @@ class Desk:
                 "notes": [f"{name}: {note}" for note in writer.notes],
                 "results": of_harness(found),
             }
-            self._findings.tasks = {each: self._findings.tasks[each] for each in names if each in self._findings.tasks}
+            self._findings.tasks = {
+                each: self._findings.tasks[each] for each in names if each in self._findings.tasks
+            }
             self._keep()
 
     def held_out(self) -> None:
@@ -194,20 +231,32 @@ class Desk:
         if preset.train.eval_tokens == 0:
             self._note("train.eval_tokens is 0: no held-out documents are measured")
             return
-        how = {"tokens": preset.train.eval_tokens, "seed": preset.train.seed, "bytes": "of the text"}  # not of each token alone
+        # not of each token alone
+        how = {
+            "tokens": preset.train.eval_tokens,
+            "seed": preset.train.seed,
+            "bytes": "of the text",
+        }
         mark = self._mark(data=preset_json(preset)["data"], **how)
         kept = self._findings.sources
-        self._findings.sources = {name: found for name, found in kept.items() if found.get("made_from") == mark}
+        self._findings.sources = {
+            name: found for name, found in kept.items() if found.get("made_from") == mark
+        }
         if {source.name for source in preset.data.sources} <= set(self._findings.sources):
             return
         try:
-            corpus, notes = open_held_out(preset, self._root, Single(), trained.made_with, trained.held_out)
+            corpus, notes = open_held_out(
+                preset, self._root, Single(), trained.made_with, trained.held_out
+            )
         except NoData as error:
             if not self._wanted.tasks:
                 raise
             self._note(f"no held-out documents: {' '.join(str(error).split())}")
             return
-        for note in [*notes, *(told for kind in corpus.told_of(trained.tokenizer) for told in kind)]:
+        for note in [
+            *notes,
+            *(told for kind in corpus.told_of(trained.tokenizer) for told in kind),
+        ]:
             self._note(note)
         rows = held_out_rows(corpus, trained.tokenizer, self._context, preset.train.eval_tokens)
         for name in corpus.names:
@@ -221,13 +270,21 @@ class Desk:
                 continue
             if message := shortfall(rows[name], preset.train.eval_tokens):
                 self._note(f"{name}: {message}")
-            self._findings.sources[name] = {"made_from": mark, "date": _now(), "not_causal": self._findings.note, **found}
+            self._findings.sources[name] = {
+                "made_from": mark,
+                "date": _now(),
+                "not_causal": self._findings.note,
+                **found,
+            }
             self._keep()
 
     def finish(self) -> None:
         """Show everything that is known."""
         if not self._findings.tasks and not self._findings.sources:
-            raise NoData("nothing could be measured:\n" + "\n".join(f"  {note}" for note in self._findings.about["notes"]))
+            raise NoData(
+                "nothing could be measured:\n"
+                + "\n".join(f"  {note}" for note in self._findings.about["notes"])
+            )
         if not self._measured:
             file = (self._folder / "evaluate.json").relative_to(self._root)
             self._view.tell(f"all of it was measured already; delete {file} to measure anew")
@@ -245,7 +302,8 @@ class Desk:
     def _told(self, done: int, total: int) -> None:
         if self._stop():
             raise Interrupted(
-                f"interrupted after {self._measured} measurements; they are kept, start again to go on with the others"
+                f"interrupted after {self._measured} measurements; they are kept, start again to "
+                "go on with the others"
             )
         self._view.update(done, total)
 
@@ -262,7 +320,9 @@ class Desk:
             write_findings(self._findings, self._folder)
         except OSError as error:
             place = self._folder / "evaluate.json"
-            raise UserError(f"{place} cannot be written: {cause(error, place)} Then start again.") from None
+            raise UserError(
+                f"{place} cannot be written: {cause(error, place)} Then start again."
+            ) from None
 
 
 def _now() -> str:
@@ -271,15 +331,25 @@ def _now() -> str:
 
 def _fingerprint(trained: Trained) -> str:
     """Tells these weights, their tokenizer and the state of their schedules from others."""
-    digest = hashlib.sha256(json.dumps([trained.preset.model.model_dump(mode="json"), trained.step]).encode())
+    digest = hashlib.sha256(
+        json.dumps([trained.preset.model.model_dump(mode="json"), trained.step]).encode()
+    )
     digest.update(trained.tokenizer.fingerprint().encode())
     for name, tensor in sorted(trained.model.state_dict().items()):
         flat = tensor.detach().flatten()
-        digest.update(name.encode() + flat[:: max(1, len(flat) // SAMPLED)].float().cpu().numpy().tobytes())
+        digest.update(
+            name.encode() + flat[:: max(1, len(flat) // SAMPLED)].float().cpu().numpy().tobytes()
+        )
     return digest.hexdigest()[:16]
 
 
 def _files_of(folder: Path | None) -> list[list[Any]]:
     """The files of a folder, their sizes and dates: changed tasks are run anew."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts) if folder else []
+    paths = (
+        sorted(
+            path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts
+        )
+        if folder
+        else []
+    )
     return [[str(path), (found := path.stat()).st_size, found.st_mtime_ns] for path in paths]

@@ -1,11 +1,14 @@
 """The `generate` job: a trained model answers what is typed, or continues it, as it is typed.
 
-In:    a preset: its `init_from` or its lineage's newest checkpoint, its section `generate`; lines of standard input
+In:    a preset: its `init_from` or its lineage's newest checkpoint, its section `generate`; lines
+       of standard input
 Out:   answers on the screen; nothing is written
 State: the conversation, and what commands have changed
 
-    terminal   a prompt line; commands such as /temperature 0.7; Ctrl-C stops an answer, Ctrl-D leaves
-    pipe       each line after the preset's name is a prompt of its own; without one, `generate.prompts` are
+    terminal   a prompt line; commands such as /temperature 0.7; Ctrl-C stops an answer, Ctrl-D
+               leaves
+    pipe       each line after the preset's name is a prompt of its own; without one,
+               `generate.prompts` are
 
 Under torchrun rank 0 does it alone.
 """
@@ -34,7 +37,9 @@ from core.ui.plain import NOT_CAUSAL
 from core.voice import voice_of
 
 
-def generate(preset: Any, runtime: Runtime, parallel: Any, root: Path, started: float, console: Any) -> None:
+def generate(
+    preset: Any, runtime: Runtime, parallel: Any, root: Path, started: float, console: Any
+) -> None:
     """Answer until the input ends. Raises UserError when there is no model to ask."""
     if parallel.rank != 0:  # nor does it wait: a collective operation has a clock running
         return
@@ -45,7 +50,10 @@ def generate(preset: Any, runtime: Runtime, parallel: Any, root: Path, started: 
     model = trained.preset.model
     parameters = sum(p.numel() for p in trained.model.parameters())
     step = "" if trained.step is None else f", step {trained.step:,}"
-    view.tell(f"{trained.where}{step}: {model.type}, {text.count(parameters)} parameters, sees {model.seq_length:,} tokens")
+    view.tell(
+        f"{trained.where}{step}: {model.type}, {text.count(parameters)} parameters, sees "
+        f"{model.seq_length:,} tokens"
+    )
     speaker = speaker_of(trained)
     view.tell(speaker.about)
     if view.interactive:
@@ -65,7 +73,10 @@ def preview_generate(preset: Any, root: Path) -> list[str]:
     wanted = preset.generate
     if objective_of(preset.model) == MASKED_TOKENS:
         return [f"fills in {MASK} with {weights}"]
-    how = f"temperature {wanted.temperature:g}, top_p {wanted.top_p:g}, up to {wanted.max_tokens:,} tokens"
+    how = (
+        f"temperature {wanted.temperature:g}, top_p {wanted.top_p:g}, up to "
+        f"{wanted.max_tokens:,} tokens"
+    )
     return [f"talks with {weights}", how + ", by its planner" * wanted.planner]
 
 
@@ -80,7 +91,7 @@ def answer_all(speaker: "Speaker", prompts: list[str], view: TalkView) -> None:
             answer(speaker.alone(prompt, number, of_preset=True), view)
 
 
-# the terminal --------------------------------------------------------------------------------------------------------
+# the terminal -------------------------------------------------------------------------------------
 
 
 def talk(speaker: "Speaker", view: TalkView) -> None:
@@ -135,12 +146,31 @@ KNOBS = {
         "0.9",
         "draw from the likeliest tokens that together reach this probability",
     ),
-    "max": Knob("max_tokens", int, lambda x: x >= 1, "a whole number from 1 up", "200", "tokens an answer may have"),
-    "seed": Knob("seed", int, lambda x: True, "a whole number", "1", "the same seed and the same lines give the same answers"),
+    "max": Knob(
+        "max_tokens",
+        int,
+        lambda x: x >= 1,
+        "a whole number from 1 up",
+        "200",
+        "tokens an answer may have",
+    ),
+    "seed": Knob(
+        "seed",
+        int,
+        lambda x: True,
+        "a whole number",
+        "1",
+        "the same seed and the same lines give the same answers",
+    ),
 }
 SWITCH = ("off", "on")
 PLANNER = Knob(
-    "planner", SWITCH.index, lambda x: True, "on or off", "on", "draw from the planner's distribution, or the model's own"
+    "planner",
+    SWITCH.index,
+    lambda x: True,
+    "on or off",
+    "on",
+    "draw from the planner's distribution, or the model's own",
 )
 DRAFT = Knob(
     "draft",
@@ -164,7 +194,10 @@ def obey(speaker: "Speaker", line: str) -> str:
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean /{near[0]}?" if near else "/help lists those there are."
-        return f"there is no command /{name}; {hint} To say it to the model, begin the line with a space."
+        return (
+            f"there is no command /{name}; {hint} To say it to the model, begin the line with "
+            "a space."
+        )
     if name in OTHERS:
         if value:
             return f"/{name} takes nothing after it"
@@ -184,13 +217,19 @@ def obey(speaker: "Speaker", line: str) -> str:
 
 def _help(speaker: "Speaker") -> str:
     lines = [
-        (f"/{name} {knob.example}", f"{knob.help} (now {speaker.manner(knob.field)})") for name, knob in speaker.knobs.items()
+        (f"/{name} {knob.example}", f"{knob.help} (now {speaker.manner(knob.field)})")
+        for name, knob in speaker.knobs.items()
     ]
     lines += [(f"/{name}", what) for name, what in OTHERS.items()]
-    return "\n".join([*(f"{left:18} {right}" for left, right in lines), "A line that begins with a space is no command."])
+    return "\n".join(
+        [
+            *(f"{left:18} {right}" for left, right in lines),
+            "A line that begins with a space is no command.",
+        ]
+    )
 
 
-# who answers ---------------------------------------------------------------------------------------------------------
+# who answers --------------------------------------------------------------------------------------
 
 
 class Speaker:
@@ -210,7 +249,11 @@ class Speaker:
         if objective_of(trained.preset.model) == NEXT_TOKEN and not trained.model.is_causal:
             self.about += f"; {NOT_CAUSAL}"
         self.about = "; ".join([self.about, *told])
-        self.knobs = KNOBS | ({"planner": PLANNER} if self._planner else {}) | ({"draft": DRAFT} if self._voice.drafter else {})
+        self.knobs = (
+            KNOBS
+            | ({"planner": PLANNER} if self._planner else {})
+            | ({"draft": DRAFT} if self._voice.drafter else {})
+        )
 
     def answer(self, line: str) -> Iterator[str]:
         """What the model says after a line, piece by piece."""
@@ -251,14 +294,21 @@ class Speaker:
         return self._answers - 1
 
     def _row(self, ids: list[int], number: int) -> Row:
-        return Row(self._tokenizer, ids, self._wish, derive_seed(self._seed, "generate", number), self._ends)
+        return Row(
+            self._tokenizer,
+            ids,
+            self._wish,
+            derive_seed(self._seed, "generate", number),
+            self._ends,
+        )
 
     def _said(self, row: Row) -> Iterator[str]:
         return stream(self._voice, row)
 
 
 class Chatter(Speaker):
-    """Answers as the assistant of a conversation: of what fits into the context, or of all of it, with a memory."""
+    """Answers as the assistant of a conversation: of what fits into the context, or of all of it,
+    with a memory."""
 
     about = "answers you in a conversation"
 
@@ -291,11 +341,14 @@ class Chatter(Speaker):
         return [self._tokenizer.eos_id, *encode_turn(self._tokenizer, messages)]
 
     def _fitted(self) -> list[int]:
-        """The conversation's tokens; while they and an answer do not fit into the context, its oldest exchange is forgotten, but
-        for a memory, which compresses it."""
+        """The conversation's tokens; while they and an answer do not fit into the context, its
+        oldest exchange is forgotten, but for a memory, which compresses it."""
         if self._voice.memory is not None:
             return self._ids(self._messages)
-        while len(ids := self._ids(self._messages)) + self._wish.max_tokens > self._context and len(self._messages) > 2:
+        while (
+            len(ids := self._ids(self._messages)) + self._wish.max_tokens > self._context
+            and len(self._messages) > 2
+        ):
             self._messages = self._messages[2:]
         return ids
 

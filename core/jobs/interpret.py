@@ -1,7 +1,10 @@
-"""The `interpret` job: what the neurons of a PolyGLU model choose, by themselves and given text of each data source.
+"""The `interpret` job: what the neurons of a PolyGLU model choose, by themselves and given text of
+each data source.
 
-In:    a preset: its `init_from` or its lineage's newest checkpoint, its data, its section `interpret`
-Out:   logs/<lineage>/interpret/: figures, numbers, and a page that gathers them; a table on the screen
+In:    a preset: its `init_from` or its lineage's newest checkpoint, its data, its section
+       `interpret`
+Out:   logs/<lineage>/interpret/: figures, numbers, and a page that gathers them; a table on the
+       screen
 State: none
 
     weights --> alpha: what neurons prefer --------------------------------> figures, page
@@ -38,8 +41,11 @@ from core.ui.evaluate import EvaluateView
 FOLDER = "interpret"
 
 
-def interpret(preset: Any, runtime: Runtime, parallel: Any, root: Path, started: float, console: Any) -> None:
-    """Look into the model and write the report. Raises Interrupted after Ctrl-C, SIGTERM or SIGHUP; nothing is written then."""
+def interpret(
+    preset: Any, runtime: Runtime, parallel: Any, root: Path, started: float, console: Any
+) -> None:
+    """Look into the model and write the report. Raises Interrupted after Ctrl-C, SIGTERM or SIGHUP;
+    nothing is written then."""
     if parallel.rank != 0:  # nor does it wait: a collective operation has a clock running
         return
     with StopRequest() as stop, EvaluateView(console) as view:
@@ -59,26 +65,45 @@ def preview_interpret(preset: Any, root: Path) -> list[str]:
     ]
 
 
-def _interpret(preset: Any, runtime: Runtime, root: Path, view: EvaluateView, stop: Callable[[], bool]) -> None:
+def _interpret(
+    preset: Any, runtime: Runtime, root: Path, view: EvaluateView, stop: Callable[[], bool]
+) -> None:
     trained = load_trained(preset, root, runtime)
     _refuse(trained)
     notes = [*trained.notes, *_switch_noise_off(trained)]
-    corpus, told = open_held_out(trained.preset, root, Single(), trained.made_with, trained.held_out)
+    corpus, told = open_held_out(
+        trained.preset, root, Single(), trained.made_with, trained.held_out
+    )
     corpus.check_tokenizer(trained.tokenizer)
     reader = Reader(trained, runtime, view, stop)
-    readings = {name: reader.read(name, documents) for name, documents in corpus.held_out_inputs(trained.tokenizer).items()}
-    notes += [*told, *(f"{name} holds no document out, and is left out" for name, found in readings.items() if not found.rows)]
+    readings = {
+        name: reader.read(name, documents)
+        for name, documents in corpus.held_out_inputs(trained.tokenizer).items()
+    }
+    notes += [
+        *told,
+        *(
+            f"{name} holds no document out, and is left out"
+            for name, found in readings.items()
+            if not found.rows
+        ),
+    ]
     readings = {name: found for name, found in readings.items() if found.rows}
     for note in notes:
         view.tell(f"note  {note}")
     if not readings:
-        raise UserError("no source holds a document out, so there is no text to route: add documents to one of data.sources")
+        raise UserError(
+            "no source holds a document out, so there is no text to route: add documents to one "
+            "of data.sources"
+        )
     found = _found(trained, reader, readings, notes)
     folder = root / "logs" / preset.lineage / FOLDER
     try:
         write_interpretation(found, folder)
     except OSError as error:
-        raise UserError(f"{folder} cannot be written: {cause(error, folder / 'index.html')} Then start again.") from None
+        raise UserError(
+            f"{folder} cannot be written: {cause(error, folder / 'index.html')} Then start again."
+        ) from None
     table = layer_table(found)
     view.table("entropy in nats, and shift between categories", table.head, table.rows)
     for line in [*findings(found), *(f"caution  {warning}" for warning in warnings(found))]:
@@ -90,7 +115,8 @@ def _refuse(trained: Trained) -> None:
     """Raises UserError of a model that does not route."""
     if not getattr(trained.model, "routes", False):
         raise UserError(
-            f"{trained.where} holds a {_named(trained.preset.model)}, which routes nothing: only models of type polychromatic, "
+            f"{trained.where} holds a {_named(trained.preset.model)}, which routes nothing: only "
+            "models of type polychromatic, "
             'with feed_forward "polyglu", can be interpreted. Name one by "init_from".'
         )
 
@@ -99,7 +125,10 @@ def _switch_noise_off(trained: Trained) -> list[str]:
     """What is told of how the model is evaluated; in evaluation it may draw noise, as published."""
     how = trained.preset.model.routing.evaluate
     if how == "argmax":
-        return ['routing.evaluate is "argmax": the model takes the likeliest activation alone, of the weights that are told here']
+        return [
+            'routing.evaluate is "argmax": the model takes the likeliest activation alone, of the '
+            "weights that are told here"
+        ]
     if how == "soft":
         return []
     for block in trained.model.model_core:  # type: ignore[union-attr]
@@ -108,10 +137,16 @@ def _switch_noise_off(trained: Trained) -> list[str]:
 
 
 def _named(model: Any) -> str:
-    return f"{model.type} with {feed_forward}" if (feed_forward := getattr(model, "feed_forward", None)) else model.type
+    return (
+        f"{model.type} with {feed_forward}"
+        if (feed_forward := getattr(model, "feed_forward", None))
+        else model.type
+    )
 
 
-def _found(trained: Trained, reader: "Reader", readings: dict[str, Reading], notes: list[str]) -> Interpretation:
+def _found(
+    trained: Trained, reader: "Reader", readings: dict[str, Reading], notes: list[str]
+) -> Interpretation:
     preset, wanted = trained.preset, trained.preset.interpret
     about = {
         "preset": preset.name,
@@ -128,15 +163,23 @@ def _found(trained: Trained, reader: "Reader", readings: dict[str, Reading], not
         "notes": notes,
     }
     router = reader.router
-    return interpret_routing(about, NAMES, router.tau, bool(trained.model.is_causal), static_routing(router.alpha), readings)
+    return interpret_routing(
+        about,
+        NAMES,
+        router.tau,
+        bool(trained.model.is_causal),
+        static_routing(router.alpha),
+        readings,
+    )
 
 
-# reading -------------------------------------------------------------------------------------------------------------
+# reading ------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Reader:
-    """Sends held-out documents through the model, each in rows of its own: nothing else is pooled with it, and no padding."""
+    """Sends held-out documents through the model, each in rows of its own: nothing else is pooled
+    with it, and no padding."""
 
     trained: Trained
     runtime: Runtime
@@ -145,7 +188,10 @@ class Reader:
 
     def __post_init__(self) -> None:
         layers = [block.polyglu for block in self.trained.model.model_core]  # type: ignore[union-attr]
-        alpha, beta = (torch.stack([getattr(layer, name).detach().float() for layer in layers]) for name in ("alpha", "beta"))
+        alpha, beta = (
+            torch.stack([getattr(layer, name).detach().float() for layer in layers])
+            for name in ("alpha", "beta")
+        )
         self.router = Router(alpha, beta, float(self.trained.model.tau))  # type: ignore[arg-type]
 
     def read(self, name: str, documents: Iterator[np.ndarray]) -> Reading:
@@ -153,7 +199,9 @@ class Reader:
         wanted, seq_length = self.trained.preset.interpret, self.trained.preset.model.seq_length
         found, tokens = Reading(), 0
         self.view.start(name)
-        for document, row in rows_of(self._watched(documents), seq_length, wanted.tokens_per_category):
+        for document, row in rows_of(
+            self._watched(documents), seq_length, wanted.tokens_per_category
+        ):
             sums, neurons = self.router.read(self._gates(row), len(row), wanted.positions_per_row)
             found.add(document, sums, neurons)
             tokens += len(row)
@@ -165,10 +213,16 @@ class Reader:
     @torch.no_grad()
     def _gates(self, row: np.ndarray) -> Tensor:
         """(T,) -> f of every layer, (L, T or 1, K)."""
-        device, dtype = self.runtime.device, self.runtime.compute_dtype(self.trained.preset.train.precision)
+        device, dtype = (
+            self.runtime.device,
+            self.runtime.compute_dtype(self.trained.preset.train.precision),
+        )
         batch = plain_batch(torch.from_numpy(row).long().to(device)[None])
         # rows of every length come: compiled, each would be compiled anew
-        with uncompiled(device), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+        with (
+            uncompiled(device),
+            torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32),
+        ):
             self.trained.model(batch)
         return self.trained.model.gates[:, 0]  # type: ignore[index]
 
@@ -182,9 +236,12 @@ class Reader:
             raise Interrupted("interrupted before anything was written; start again to begin anew")
 
 
-def rows_of(documents: Iterator[np.ndarray], seq_length: int, tokens: int) -> Iterator[tuple[int, np.ndarray]]:
-    """(which document, row of at most seq_length tokens), until there are so many tokens: first the beginning of every document,
-    so that as many as can be are heard; then their second rows, and so on."""
+def rows_of(
+    documents: Iterator[np.ndarray], seq_length: int, tokens: int
+) -> Iterator[tuple[int, np.ndarray]]:
+    """(which document, row of at most seq_length tokens), until there are so many tokens: first the
+    beginning of every document, so that as many as can be are heard; then their second rows, and so
+    on."""
     read: list[np.ndarray] = []
     taken = 0
     for number, document in enumerate(documents):

@@ -1,9 +1,11 @@
-"""The `tokenize` job: every source of a preset to a folder of token chunks, and the tokenizer beside them.
+"""The `tokenize` job: every source of a preset to a folder of token chunks, and the tokenizer
+beside them.
 
 In:    a preset: its sources, its tokenizer, its section `tokenize`
-Out:   <output>/<source>/manifest.json and chunk_*.bin (core/data/token_files.py), <output>/tokenizer.json
-State: each manifest holds the source's cursor: whoever was stopped or killed goes on there, and the files come out the same
-"""
+Out:   <output>/<source>/manifest.json and chunk_*.bin (core/data/token_files.py),
+       <output>/tokenizer.json
+State: each manifest holds the source's cursor: whoever was stopped or killed goes on there, and the
+files come out the same"""
 
 import hashlib
 import re
@@ -20,7 +22,13 @@ from core.data.corpus import Corpus, open_corpus
 from core.data.documents import Cursor, DocumentStream, Source, shorter_than
 from core.data.token_files import MANIFEST, BadChunks, ChunkWriter, Manifest, read_manifest
 from core.data.token_pool import Batch, TokenPool, usable_cores
-from core.data.tokenizer import SAMPLE_CHARACTERS, Tokenizer, build_tokenizer, read_tokenizer, tokenizer_facts
+from core.data.tokenizer import (
+    SAMPLE_CHARACTERS,
+    Tokenizer,
+    build_tokenizer,
+    read_tokenizer,
+    tokenizer_facts,
+)
 from core.errors import Interrupted, NoData, SourceUnavailable, UserError
 from core.file_names import file_name, is_file_name
 from core.files import cause, own_path
@@ -36,8 +44,9 @@ BATCH_CHARACTERS = 250_000
 BATCH_DOCUMENTS = 1024
 
 THREADS_SUFFICE = 2
-"""Cores up to which the tokenizers library's own threads are used, not processes. On two, both reach 2.0M tokens/s, and threads
-need no half second to start. On more, turning ids into arrays would set their pace: 0.12 s of Python for each million tokens."""
+"""Cores up to which the tokenizers library's own threads are used, not processes. On two, both
+reach 2.0M tokens/s, and threads need no half second to start. On more, turning ids into arrays
+would set their pace: 0.12 s of Python for each million tokens."""
 
 MOST_PROCESSES = 32
 """One process reads for all of them: 0.03 s for each million tokens."""
@@ -59,8 +68,11 @@ class Task:
     limit: int  # tokens
 
 
-def tokenize(preset: Any, runtime: Runtime, parallel: Any, root: Path, started: float, console: Any) -> None:
-    """Write every source, one after the other. Raises Interrupted after Ctrl-C, SIGTERM or SIGHUP, with everything saved."""
+def tokenize(
+    preset: Any, runtime: Runtime, parallel: Any, root: Path, started: float, console: Any
+) -> None:
+    """Write every source, one after the other. Raises Interrupted after Ctrl-C, SIGTERM or SIGHUP,
+    with everything saved."""
     if parallel.rank != 0:  # one process does it all; its own helpers are no ranks
         return
     wanted = preset.tokenize
@@ -72,7 +84,9 @@ def tokenize(preset: Any, runtime: Runtime, parallel: Any, root: Path, started: 
             view.tell(f"warning  source {name} left out, the others go on: {reason}")
         tokenizer = _tokenizer(preset, corpus, root, view)
         notes, warnings = corpus.told_of(tokenizer)
-        for line in [f"note  {note}" for note in notes] + [f"warning  {warning}" for warning in warnings]:
+        for line in [f"note  {note}" for note in notes] + [
+            f"warning  {warning}" for warning in warnings
+        ]:
             view.tell(line)
         tasks = _tasks(preset, corpus, tokenizer, root)
         cores = usable_cores()
@@ -85,22 +99,35 @@ def tokenize(preset: Any, runtime: Runtime, parallel: Any, root: Path, started: 
                     _write(task, preset, pool, view, stop)
                 except SourceUnavailable as error:
                     failed[task.source.name] = str(error)
-                    view.tell(f"warning  source {task.source.name} stopped, the others go on: {error}")
+                    view.tell(
+                        f"warning  source {task.source.name} stopped, the others go on: {error}"
+                    )
         if len(failed) == len(preset.data.sources):
-            raise NoData("no source could be tokenized:\n" + "\n".join(f"  {name}: {why}" for name, why in failed.items()))
+            raise NoData(
+                "no source could be tokenized:\n"
+                + "\n".join(f"  {name}: {why}" for name, why in failed.items())
+            )
         view.tell(f"to train on it: {_how_to_use(preset, tasks)}")
 
 
 def preview_tokenize(preset: Any, root: Path) -> list[str]:
     """What the menu tells before the job is chosen."""
     wanted, kind = preset.tokenize, preset.tokenizer
-    what = {"bpe": f"a BPE of {kind.vocab_size:,} tokens trained on them", "byte": "bytes", "hub": str(kind.name)}
-    limit = f", at most {wanted.max_tokens:,} of a source" if isinstance(wanted.max_tokens, int) else ""
+    what = {
+        "bpe": f"a BPE of {kind.vocab_size:,} tokens trained on them",
+        "byte": "bytes",
+        "hub": str(kind.name),
+    }
+    limit = (
+        f", at most {wanted.max_tokens:,} of a source" if isinstance(wanted.max_tokens, int) else ""
+    )
     if isinstance(wanted.max_tokens, list):
         limit = f", at most {', '.join(f'{limit:,} of {name}' for name, limit in limits_of(preset).items())}"
     lines = [
-        f"tokenizes {', '.join(source.name for source in preset.data.sources)}; tokenizer: {what.get(kind.type, str(kind.path))}",
-        f"writes {wanted.output}/<source>/chunk_00000.bin ..., {wanted.chunk_tokens:,} tokens each{limit}",
+        f"tokenizes {', '.join(source.name for source in preset.data.sources)}; tokenizer: "
+        f"{what.get(kind.type, str(kind.path))}",
+        f"writes {wanted.output}/<source>/chunk_00000.bin ..., {wanted.chunk_tokens:,} tokens "
+        f"each{limit}",
     ]
     for source in preset.data.sources:
         try:
@@ -115,7 +142,12 @@ def preview_tokenize(preset: Any, root: Path) -> list[str]:
 def limits_of(preset: Any) -> dict[str, int]:
     """{source: tokens after which it is left}."""
     limits, sources = preset.tokenize.max_tokens or NO_LIMIT, preset.data.sources
-    return dict(zip([source.name for source in sources], limits if isinstance(limits, list) else [limits] * len(sources)))
+    return dict(
+        zip(
+            [source.name for source in sources],
+            limits if isinstance(limits, list) else [limits] * len(sources),
+        )
+    )
 
 
 def folder_of(preset: Any, root: Path, source: str = "") -> Path:
@@ -125,42 +157,56 @@ def folder_of(preset: Any, root: Path, source: str = "") -> Path:
     return own_path(preset.tokenize.output, root) / (name if source else "")
 
 
-# before anything is written ------------------------------------------------------------------------------------------
+# before anything is written -----------------------------------------------------------------------
 
 
 def _refuse(preset: Any, root: Path) -> None:
     """Raises UserError for what cannot be tokenized."""
     output, project = folder_of(preset, root).resolve(), root.resolve()
     if project.is_relative_to(output):
-        raise UserError(f"tokenize.output is {output}, which holds the project itself; name a folder of its own: ./data/tokens")
+        raise UserError(
+            f"tokenize.output is {output}, which holds the project itself; name a folder of its "
+            "own: ./data/tokens"
+        )
     limits, count = preset.tokenize.max_tokens, len(preset.data.sources)
     if isinstance(limits, list) and len(limits) != count:
-        raise UserError(f"tokenize.max_tokens has {len(limits)} numbers for {count} sources; give one for each, or one for all.")
+        raise UserError(
+            f"tokenize.max_tokens has {len(limits)} numbers for {count} sources; give one for "
+            "each, or one for all."
+        )
     for section in preset.data.sources:
         if section.type in NO_TEXT:
             raise UserError(
-                f'source {section.name} is of type "{section.type}" and cannot be tokenized: {NO_TEXT[section.type]}. '
+                f'source {section.name} is of type "{section.type}" and cannot be tokenized: '
+                f"{NO_TEXT[section.type]}. "
                 "Take it out of this preset; training reads it as it is."
             )
     folders: dict[Path, str] = {}
     for section in preset.data.sources:
         folder = folder_of(preset, Path(), section.name)
         if folder in folders:
-            raise UserError(f'sources {folders[folder]} and {section.name} would share {folder}; give one another "name"')
+            raise UserError(
+                f"sources {folders[folder]} and {section.name} would share {folder}; give one "
+                'another "name"'
+            )
         folders[folder] = section.name
 
 
 def _tokenizer(preset: Any, corpus: Corpus, root: Path, view: TokenizeView) -> Tokenizer:
-    """The one that stands in the output folder, if this preset put it there; else a new one, written there."""
+    """The one that stands in the output folder, if this preset put it there; else a new one,
+    written there."""
     output, asked = folder_of(preset, root), preset.tokenizer.model_dump(mode="json")
     path = output / "tokenizer.json"
     made_from = tokenizer_facts(path).get("made_from")
-    if path.exists() and made_from == asked and preset.tokenizer.type != "file":  # a file is looked at again
+    # a file is looked at again
+    if path.exists() and made_from == asked and preset.tokenizer.type != "file":
         standing = read_tokenizer(path)
         if all(standing.special_id(marker) is not None for marker in corpus.markers):
             return standing
     if preset.tokenizer.type == "bpe":
-        view.tell(f"training a BPE of {preset.tokenizer.vocab_size:,} tokens on a sample of the sources")
+        view.tell(
+            f"training a BPE of {preset.tokenizer.vocab_size:,} tokens on a sample of the sources"
+        )
     texts = corpus.sample_texts(SAMPLE_CHARACTERS) if preset.tokenizer.type == "bpe" else []
     tokenizer = build_tokenizer(preset.tokenizer, texts, corpus.markers, root)
     if path.exists():
@@ -168,19 +214,24 @@ def _tokenizer(preset: Any, corpus: Corpus, root: Path, view: TokenizeView) -> T
             return tokenizer
         if any(output.glob("*/manifest.json")):
             raise UserError(
-                f"{output} was tokenized with another tokenizer (made from {made_from}); this preset asks for {asked}.\n"
-                f'Delete the folder {output} to tokenize anew, or give the preset another "tokenize.output".'
+                f"{output} was tokenized with another tokenizer (made from {made_from}); this "
+                f"preset asks for {asked}.\n"
+                f"Delete the folder {output} to tokenize anew, or give the preset another "
+                '"tokenize.output".'
             )
     try:
         output.mkdir(parents=True, exist_ok=True)
         tokenizer.save(path, made_from=asked)
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {cause(error, path)} Then start again.") from None
+        raise UserError(
+            f"{path} cannot be written: {cause(error, path)} Then start again."
+        ) from None
     return tokenizer
 
 
 def _tasks(preset: Any, corpus: Corpus, tokenizer: Tokenizer, root: Path) -> list[Task]:
-    """What is to do. Raises UserError when a folder holds something else than this preset would write."""
+    """What is to do. Raises UserError when a folder holds something else than this preset would
+    write."""
     sha = hashlib.sha256(tokenizer.state()["json"].encode()).hexdigest()
     vocabulary = tokenizer.vocabulary_sha256(tokenizer.vocab_size)
     tasks = []
@@ -215,7 +266,10 @@ def _existing(folder: Path, wanted: Manifest) -> Manifest | None:
     """The manifest to go on from; None where there is none."""
     if not (folder / "manifest.json").exists():
         if any(folder.glob("chunk_*.bin")):
-            raise UserError(f"{folder} holds chunks without a manifest; move them away, or choose another tokenize.output")
+            raise UserError(
+                f"{folder} holds chunks without a manifest; move them away, or choose another "
+                "tokenize.output"
+            )
         return None
     try:
         found = read_manifest(folder)
@@ -223,7 +277,9 @@ def _existing(folder: Path, wanted: Manifest) -> Manifest | None:
         raise UserError(str(error)) from None
     before, now = found.writer.get("made_from"), wanted.writer["made_from"]
     if before is None:
-        raise UserError(f"{folder} was not written by this job; delete it, or choose another tokenize.output")
+        raise UserError(
+            f"{folder} was not written by this job; delete it, or choose another tokenize.output"
+        )
     old, new = ({**facts, **facts["source"]} for facts in (before, now))
     # a key that one of them lacks came with a newer version of this program
     changed = [key for key in new if key != "source" and old.get(key, new[key]) != new[key]]
@@ -232,16 +288,20 @@ def _existing(folder: Path, wanted: Manifest) -> Manifest | None:
     if changed:
         raise UserError(
             f"{folder} was begun with other settings ({', '.join(changed)} changed since).\n"
-            f'Delete the folder {folder} to tokenize it anew, or give the preset another "tokenize.output".'
+            f"Delete the folder {folder} to tokenize it anew, or give the preset another "
+            '"tokenize.output".'
         )
     return found
 
 
-# the work ------------------------------------------------------------------------------------------------------------
+# the work -----------------------------------------------------------------------------------------
 
 
-def _write(task: Task, preset: Any, pool: TokenPool, view: TokenizeView, stop: Callable[[], bool]) -> None:
-    """One source, from where its manifest stands to its end. Raises Interrupted, SourceUnavailable; all is saved then."""
+def _write(
+    task: Task, preset: Any, pool: TokenPool, view: TokenizeView, stop: Callable[[], bool]
+) -> None:
+    """One source, from where its manifest stands to its end. Raises Interrupted, SourceUnavailable;
+    all is saved then."""
     manifest, limit, name = task.manifest, task.limit, task.source.name
     if manifest.complete and (manifest.writer["ended"] or manifest.total_tokens >= limit):
         view.tell(f"{name}: {_told(task)} already; nothing to do")
@@ -260,7 +320,8 @@ def _write(task: Task, preset: Any, pool: TokenPool, view: TokenizeView, stop: C
             for batch in results:
                 kept = len(batch.ends)
                 if writer.tokens + len(batch.tokens) >= limit:
-                    kept = int(np.searchsorted(batch.ends, limit - writer.tokens)) + 1  # up to the document that reaches it
+                    # up to the document that reaches it
+                    kept = int(np.searchsorted(batch.ends, limit - writer.tokens)) + 1
                     outcome = "limit"
                 with _disk(task):
                     writer.add(batch.tokens[: batch.ends[kept - 1]])
@@ -282,24 +343,33 @@ def _write(task: Task, preset: Any, pool: TokenPool, view: TokenizeView, stop: C
             view.end()
         with _disk(task):
             writer.save(complete=outcome in ("end", "limit"), cursor=cursor, ended=outcome == "end")
-    told = [f"{short[0]:,} of the texts read are {shorter_than(length)} and left out"] if short[0] else []
+    told = (
+        [f"{short[0]:,} of the texts read are {shorter_than(length)} and left out"]
+        if short[0]
+        else []
+    )
     for note in [*task.source.notes, *told]:
         view.tell(f"note  {name}: {note}")
     if failure is not None:
         raise failure
     if outcome == "stopped":
-        raise Interrupted(f"interrupted after {_told(task)} of {name}; everything is saved, start again to go on")
+        raise Interrupted(
+            f"interrupted after {_told(task)} of {name}; everything is saved, start again to go on"
+        )
     view.tell(f"{name}: {_told(task)} in {task.folder}")
 
 
 def _batches(stream: DocumentStream, min_text_length: int, short: list[int]) -> Iterator[Batch]:
-    """The texts of a stream, some at a time. Blank ones are passed over, and those too short for training, which are counted in
-    `short`."""
+    """The texts of a stream, some at a time. Blank ones are passed over, and those too short for
+    training, which are counted in `short`."""
     texts, cursors, size = [], [], 0
     try:
         for document in stream:
             if document.messages is not None or document.encoded is not None:
-                raise UserError(f"{document.key} is no plain text and cannot be tokenized; take its source out of this preset")
+                raise UserError(
+                    f"{document.key} is no plain text and cannot be tokenized; take its source "
+                    "out of this preset"
+                )
             short[0] += document.is_shorter_than(min_text_length)
             if not document.text.strip() or document.is_shorter_than(min_text_length):
                 continue
@@ -318,7 +388,8 @@ def _batches(stream: DocumentStream, min_text_length: int, short: list[int]) -> 
 
 
 def _share(source: Source, limit: int) -> Callable[[int, Cursor], float | None]:
-    """(tokens, cursor) -> the part of the source that is done; None where its files are too few to tell."""
+    """(tokens, cursor) -> the part of the source that is done; None where its files are too few to
+    tell."""
     units = len(shards()) if (shards := getattr(source, "shards", None)) is not None else 0
 
     def share(tokens: int, cursor: Cursor) -> float | None:
@@ -349,7 +420,8 @@ def _disk(task: Task) -> Iterator[None]:
     except OSError as error:
         raise UserError(
             f"{task.folder} cannot be written: {cause(error, task.folder / MANIFEST)} "
-            f"{task.manifest.total_tokens:,} tokens of {task.source.name} are safe: start again to go on."
+            f"{task.manifest.total_tokens:,} tokens of {task.source.name} are safe: start again "
+            "to go on."
         ) from None
 
 
@@ -361,5 +433,10 @@ def _told(task: Task) -> str:
 def _how_to_use(preset: Any, tasks: list[Task]) -> str:
     """The lines for a preset that trains on what was written."""
     output = preset.tokenize.output.rstrip("/")
-    sources = ", ".join(f'{{"type": "tokens", "path": "{output}/{task.folder.name}"}}' for task in tasks)
-    return f'"data": {{"sources": [{sources}]}}, "tokenizer": {{"type": "file", "path": "{output}/tokenizer.json"}}'
+    sources = ", ".join(
+        f'{{"type": "tokens", "path": "{output}/{task.folder.name}"}}' for task in tasks
+    )
+    return (
+        f'"data": {{"sources": [{sources}]}}, "tokenizer": {{"type": "file", "path": '
+        f'"{output}/tokenizer.json"}}'
+    )

@@ -1,12 +1,14 @@
-"""What a token loss sees and what it answers: scores with everything shared between losses, and the gradient they collect.
+"""What a token loss sees and what it answers: scores with everything shared between losses, and the
+gradient they collect.
 
 In:    a block of fp32 scores, its labels, the embedding table
-Out:   softmaxes and their statistics, each computed once however many losses ask; one gradient of the scores
+Out:   softmaxes and their statistics, each computed once however many losses ask; one gradient of
+       the scores
 State: none beyond the block; the buffers go from block to block
 
-Every loss here is a function of few numbers of a softmax, so its gradient is a combination of few shapes: p, p * score, some
-single entries, a constant. Losses add factors; the block is written once, at the end (`Gradient.write`).
-"""
+Every loss here is a function of few numbers of a softmax, so its gradient is a combination of few
+shapes: p, p * score, some single entries, a constant. Losses add factors; the block is written
+once, at the end (`Gradient.write`)."""
 
 from collections.abc import Callable, Hashable
 from functools import cached_property
@@ -45,17 +47,27 @@ class Scratch:
 class Chunk:
     """Some scored positions. `scores`, `labels` and `table` are to be read only."""
 
-    def __init__(self, scores: Tensor, labels: Tensor, table: Tensor, progress: float, scratch: Scratch | None = None):
+    def __init__(
+        self,
+        scores: Tensor,
+        labels: Tensor,
+        table: Tensor,
+        progress: float,
+        scratch: Scratch | None = None,
+    ):
         self.scores = scores  # (n, V) logits or distances, fp32 or wider
         self.labels = labels  # (n,) int64, every one a real target
         self.table = table  # (V, D) input embedding table
-        self.progress = progress  # fraction of the run's horizon, 0 at the first update and 1 at the last
+        # fraction of the run's horizon, 0 at the first update and 1 at the last
+        self.progress = progress
         self.scratch = scratch or Scratch()
         self._shared: dict[Hashable, Any] = {}
 
     def softmax(self, temperature: float = 1.0) -> "Softmax":
         """softmax(scores / temperature), the same object for every loss that asks."""
-        return self.shared(("softmax", temperature), lambda: Softmax(self.scores, temperature, self.scratch))
+        return self.shared(
+            ("softmax", temperature), lambda: Softmax(self.scores, temperature, self.scratch)
+        )
 
     def shared(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` returns, made when `key` is first asked for."""
@@ -65,7 +77,8 @@ class Chunk:
 
 
 class Softmax:
-    """softmax(scores / temperature) over (n, V), and what losses need of it. No graph: see `Gradient`."""
+    """softmax(scores / temperature) over (n, V), and what losses need of it. No graph: see
+    `Gradient`."""
 
     def __init__(self, scores: Tensor, temperature: float, scratch: Scratch):
         self.scores, self.temperature, self._scratch = scores, temperature, scratch
@@ -130,10 +143,12 @@ class Softmax:
 
 
 class Gradient:
-    """d(total)/d(scores) and d(total)/d(table) of a block, as its losses collect them. Factors: numbers, () or (n,)."""
+    """d(total)/d(scores) and d(total)/d(table) of a block, as its losses collect them. Factors:
+    numbers, () or (n,)."""
 
     def __init__(self, chunk: Chunk, table: Callable[[], Tensor] | None = None):
-        """`table`: gives the (V, D) buffer for the table's gradient, to be added to; None when nobody wants that."""
+        """`table`: gives the (V, D) buffer for the table's gradient, to be added to; None when
+        nobody wants that."""
         self._chunk, self._table = chunk, table
         self._softmaxes: dict[float, tuple[Softmax, list, list]] = {}
         self._dense: list[Tensor] = []
@@ -158,7 +173,8 @@ class Gradient:
         self._of(softmax)[2].append(factor)
 
     def add_at(self, indices: Tensor, values: Any) -> None:
-        """values at single entries: both (n,), or both (n, k) without an index twice in a row; or one number for all"""
+        """values at single entries: both (n,), or both (n, k) without an index twice in a row; or
+        one number for all"""
         indices = _columns(indices)
         if not isinstance(values, Tensor) or values.ndim == 0:
             values = self._chunk.scores.new_ones(()).mul(values).expand(indices.shape)
@@ -173,7 +189,8 @@ class Gradient:
         self._dense.append(values)
 
     def write(self, out: Tensor) -> None:
-        """The sum of it all into `out` (n, V), which may be the scores. Overwrites the softmaxes: ask them nothing afterwards."""
+        """The sum of it all into `out` (n, V), which may be the scores. Overwrites the softmaxes:
+        ask them nothing afterwards."""
         terms: list[tuple[Tensor, Any]] = []
         for softmax, factors, score_factors in self._softmaxes.values():
             terms += [(softmax.weighted_scores, sum(score_factors))] if score_factors else []
@@ -182,7 +199,8 @@ class Gradient:
         if not terms:
             terms = [(self._chunk.scratch.take(self._chunk.scores).zero_(), None)]
         first, factor = terms[0]
-        total = out if out.dtype == first.dtype else first  # what is rounded is rounded once, at the end
+        # what is rounded is rounded once, at the end
+        total = out if out.dtype == first.dtype else first
         torch.mul(first, 1.0 if factor is None else _rows(factor), out=total)
         for values, factor in terms[1:]:
             total.add_(values if factor is None else values.mul_(_rows(factor)))
@@ -200,12 +218,12 @@ class Gradient:
 class TokenLoss:
     """A loss on the vocabulary: the base of every entry of LOSSES.
 
-    A subclass writes `per_token`. The stack sums, divides by the targets of the whole optimizer step, and weights. It may also
-    define `add_gradient(chunk, scale, gradient)`, which adds scale * d(sum of per_token)/d(scores), and the table's share, to
-    `gradient`; without it autograd differentiates `per_token`, which costs temporaries. With it, `per_token` is called without a
-    graph and may use `chunk.softmax`, which has none. And `facts() -> {name: function of a chunk to (n,)}`: what evaluation
-    tells of it beside its value.
-    """
+    A subclass writes `per_token`. The stack sums, divides by the targets of the whole optimizer
+    step, and weights. It may also define `add_gradient(chunk, scale, gradient)`, which adds scale *
+    d(sum of per_token)/d(scores), and the table's share, to `gradient`; without it autograd
+    differentiates `per_token`, which costs temporaries. With it, `per_token` is called without a
+    graph and may use `chunk.softmax`, which has none. And `facts() -> {name: function of a chunk to
+    (n,)}`: what evaluation tells of it beside its value."""
 
     needs = "logits"
     """Or "distances": what the model's readout must give."""
@@ -222,7 +240,8 @@ class TokenLoss:
 
 
 def argmax(scores: Tensor) -> Tensor:
-    """(n, V) -> (n,) the first of the highest. torch's own takes four times as long on a CPU, which has no vector code for it."""
+    """(n, V) -> (n,) the first of the highest. torch's own takes four times as long on a CPU, which
+    has no vector code for it."""
     width = 64
     whole = scores.shape[1] // width * width
     if scores.is_cuda or whole == 0:
@@ -233,12 +252,15 @@ def argmax(scores: Tensor) -> Tensor:
     index = block * width + inside.argmax(dim=1)
     if whole < scores.shape[1]:
         value, last = scores[:, whole:].max(dim=1)
-        index = torch.where(value > scores.gather(1, index[:, None]).squeeze(1), whole + last, index)
+        index = torch.where(
+            value > scores.gather(1, index[:, None]).squeeze(1), whole + last, index
+        )
     return index
 
 
 def top_indices(scores: Tensor, k: int) -> Tensor:
-    """(n, V) -> (n, k) where the k highest are, unordered. Exact: they lie in the k groups of columns with the highest maxima."""
+    """(n, V) -> (n, k) where the k highest are, unordered. Exact: they lie in the k groups of
+    columns with the highest maxima."""
     n, vocab_size = scores.shape
     k = min(k, vocab_size)
     groups = round((vocab_size * k) ** 0.5)  # then there are as many candidates as groups
@@ -246,7 +268,8 @@ def top_indices(scores: Tensor, k: int) -> Tensor:
         return scores.topk(k, dim=1, sorted=False).indices
     members = vocab_size // groups
     whole = groups * members
-    grouped = scores[:, :whole].unflatten(1, (members, groups))  # a group is every `groups`-th column: its maximum is vector code
+    # a group is every `groups`-th column: its maximum is vector code
+    grouped = scores[:, :whole].unflatten(1, (members, groups))
     group = grouped.amax(dim=1).topk(k, dim=1, sorted=False).indices  # (n, k)
     columns = (group[:, :, None] + torch.arange(0, whole, groups)).flatten(1)  # (n, k * members)
     columns = torch.cat([columns, torch.arange(whole, vocab_size).expand(n, -1)], dim=1)

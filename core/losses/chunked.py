@@ -1,11 +1,14 @@
-"""The walk over scored positions: the one place that cuts them into chunks and blocks, and carries gradients back.
+"""The walk over scored positions: the one place that cuts them into chunks and blocks, and carries
+gradients back.
 
-In:    hidden states, labels and the readout's scores; from its caller, block by block, the gradient of the scores
+In:    hidden states, labels and the readout's scores; from its caller, block by block, the gradient
+       of the scores
 Out:   blocks of fp32 scores for the losses; at the end the gradients of hidden and readout
 State: none; the buffers live as long as the walk
 
     positions ──► chunks: one matrix product each, long enough for it to run at full speed
-    chunk     ──► blocks: what the losses see, short enough that their passes over the scores stay in the cache
+    chunk     ──► blocks: what the losses see, short enough that their passes over the scores stay
+              in the cache
 """
 
 import os
@@ -19,17 +22,19 @@ from core.contracts import Readout
 from core.losses.base import Chunk, Gradient, Scratch
 from core.losses.scores import Scores
 
-# P positions of the batch, N those with a target, n of them in one chunk or block, D hidden_size, V vocab_size
+# P positions of the batch, N those with a target, n of them in one chunk or block, D hidden_size, V
+# vocab_size
 
 CHUNK_BYTES = {"cpu": 96 << 20, "cuda": 128 << 20}
 """Scores of one chunk, in the dtype of the matrix product; less where memory is small."""
 MEMORY_SHARE = 64
-"""A chunk is at most one part in so many of the device's memory: of all of it, not of what is free, as sums over chunks round
-differently and a resumed run must compute the same bits."""
+"""A chunk is at most one part in so many of the device's memory: of all of it, not of what is free,
+as sums over chunks round differently and a resumed run must compute the same bits."""
 BLOCK_BYTES = {"cpu": 5 << 20, "cuda": 128 << 20}
 """fp32 scores of one block. On a CPU, two or three such buffers stay in the cache (docs/LOG.md)."""
 TABLE_BLOCK_BYTES = {"cpu": 48 << 20, "cuda": 128 << 20}
-"""The same, when a loss multiplies with the whole embedding table or autograd adds temporaries: products want long blocks."""
+"""The same, when a loss multiplies with the whole embedding table or autograd adds temporaries:
+products want long blocks."""
 
 
 @dataclass
@@ -58,7 +63,8 @@ class Block:
 
 
 def even_rows(total: int, budget: int, row_bytes: int) -> int:
-    """Rows of each piece, when `total` rows are cut into nearly equal pieces of at most `budget` bytes."""
+    """Rows of each piece, when `total` rows are cut into nearly equal pieces of at most `budget`
+    bytes."""
     pieces = -(-total * row_bytes // budget)
     return max(1, -(-total // max(1, pieces)))
 
@@ -68,15 +74,23 @@ def chunk_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
     else:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 1 << 62
-    return max(1 << 20, min(CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]), total // MEMORY_SHARE))
+        total = (
+            os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            if hasattr(os, "sysconf")
+            else 1 << 62
+        )
+    return max(
+        1 << 20, min(CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]), total // MEMORY_SHARE)
+    )
 
 
-def walk(work: Work, hidden: Tensor, scores: Scores, hidden_gradient: Tensor | None = None) -> Iterator[Block]:
+def walk(
+    work: Work, hidden: Tensor, scores: Scores, hidden_gradient: Tensor | None = None
+) -> Iterator[Block]:
     """Yields the scored positions of hidden (P, D) block by block.
 
-    When a block is answered by the time the walk resumes, its gradient is carried back into `hidden_gradient` (P, D), if that
-    is given, and into `scores`.
+    When a block is answered by the time the walk resumes, its gradient is carried back into
+    `hidden_gradient` (P, D), if that is given, and into `scores`.
     """
     table = work.readout.table.detach()
     block_buffer, scratch = None, None
@@ -92,11 +106,15 @@ def walk(work: Work, hidden: Tensor, scores: Scores, hidden_gradient: Tensor | N
             seen = raw[inside]
             if raw.dtype != wide or not seen.is_contiguous():
                 if block_buffer is None:
-                    block_buffer = raw.new_empty(min(work.block_rows, stop - start), raw.shape[1], dtype=wide)
+                    block_buffer = raw.new_empty(
+                        min(work.block_rows, stop - start), raw.shape[1], dtype=wide
+                    )
                 seen = block_buffer[: at.stop - at.start].copy_(raw[inside])
             scratch = scratch or Scratch(seen)  # the first block is the longest
             scratch.give_back()
-            block = Block(at, Chunk(seen, work.labels[at], table, work.progress, scratch), gradient[inside])
+            block = Block(
+                at, Chunk(seen, work.labels[at], table, work.progress, scratch), gradient[inside]
+            )
             yield block
             answered = answered or block.answered
         if answered:

@@ -1,11 +1,12 @@
-"""The cosine objective (specification 002): the predicted mean embedding should point where the target's embedding points.
+"""The cosine objective (specification 002): the predicted mean embedding should point where the
+target's embedding points.
 
 In:    a Chunk of logits z (n, V), labels y, the input embedding table E (V, D)
 Out:   1 - cos(mu, E[y]), mu = softmax(z / temperature) E, one value per position
 State: none
 
-With L = 1 - cos(mu, e) and g = dL/dmu, d(L)/d(z_i) = p_i (g . E_i) / temperature: the term of the softmax's normaliser,
-p_i (g . mu), is 0, because the cosine does not change along mu.
+With L = 1 - cos(mu, e) and g = dL/dmu, d(L)/d(z_i) = p_i (g . E_i) / temperature: the term of the
+softmax's normaliser, p_i (g . mu), is 0, because the cosine does not change along mu.
 """
 
 from dataclasses import dataclass
@@ -25,13 +26,16 @@ EPS = 1e-12  # of F.normalize
 
 class CosineSettings(LossSettings):
     type: Literal["cosine"] = "cosine"
-    """1 - the cosine between the predicted mean embedding and the target's, in the input embedding table."""
+    """1 - the cosine between the predicted mean embedding and the target's, in the input embedding
+    table."""
     temperature: Schedule = 1.0
     """Divides the logits before the softmax that weighs the embeddings."""
     topk: int | None = Field(None, ge=1)
-    """Only the k most probable tokens make the mean: cheaper in a large vocabulary. Left out, all do."""
+    """Only the k most probable tokens make the mean: cheaper in a large vocabulary. Left out, all
+    do."""
     detach_table: bool = False
-    """Let no gradient reach the table through the mean and the target; it still learns as the readout, where it is tied."""
+    """Let no gradient reach the table through the mean and the target; it still learns as the
+    readout, where it is tied."""
 
     @model_validator(mode="after")
     def _in_range(self) -> "CosineSettings":
@@ -80,7 +84,8 @@ class Cosine(TokenLoss):
         weights = softmax.at(mean.kept).requires_grad_()  # (n, k)
         with torch.enable_grad():
             mixed = F.embedding_bag(mean.kept, table, per_sample_weights=weights, mode="sum")
-        (slopes,) = torch.autograd.grad(mixed, weights, by_mean)  # (n, k) by_mean . E, without holding n * k embeddings
+        # (n, k) by_mean . E, without holding n * k embeddings
+        (slopes,) = torch.autograd.grad(mixed, weights, by_mean)
         weights = weights.detach()
         gradient.add_at(mean.kept, slopes * weights / softmax.temperature)
         if into is not None:
@@ -93,7 +98,8 @@ class Cosine(TokenLoss):
 
 
 def mean_embedding(chunk: Chunk, temperature: float = 1.0, topk: int | None = None) -> _Mean:
-    """The mean embedding under softmax(scores / temperature) and its cosine to the target's, once for all that ask."""
+    """The mean embedding under softmax(scores / temperature) and its cosine to the target's, once
+    for all that ask."""
     if topk is not None and topk >= chunk.scores.shape[1]:
         topk = None
 
@@ -107,7 +113,9 @@ def mean_embedding(chunk: Chunk, temperature: float = 1.0, topk: int | None = No
         target = chunk.table[chunk.labels]  # (n, D)
         length, target_length = (v.norm(dim=1, keepdim=True).clamp_min(EPS) for v in (mu, target))
         unit, target_unit = mu / length, target / target_length
-        return _Mean(softmax, kept, unit, length, target_unit, target_length, (unit * target_unit).sum(dim=1))
+        return _Mean(
+            softmax, kept, unit, length, target_unit, target_length, (unit * target_unit).sum(dim=1)
+        )
 
     with torch.no_grad():
         return chunk.shared(("mean embedding", temperature, topk), make)

@@ -19,24 +19,31 @@ class CrossEntropySettings(LossSettings):
     type: Literal["cross_entropy"] = "cross_entropy"
     """Negative log-likelihood of the target, in nats."""
     label_smoothing: Schedule = 0.0
-    """Share of the target's probability that is spread evenly over the vocabulary (Szegedy et al. 2016, section 7). Evaluation's
-    cross_entropy is without it."""
+    """Share of the target's probability that is spread evenly over the vocabulary (Szegedy et al.
+    2016, section 7). Evaluation's cross_entropy is without it."""
 
     @model_validator(mode="after")
     def _in_range(self) -> "CrossEntropySettings":
         low, high = limits(self.label_smoothing)
         if low < 0.0 or high >= 1.0:
-            raise ValueError(f"label_smoothing must stay in [0, 1), but goes from {low:g} to {high:g}")
+            raise ValueError(
+                f"label_smoothing must stay in [0, 1), but goes from {low:g} to {high:g}"
+            )
         return self
 
 
 class CrossEntropy(TokenLoss):
     def per_token(self, chunk: Chunk) -> Tensor:
-        softmax, smoothing = chunk.softmax(), value_at(self.settings.label_smoothing, chunk.progress)
+        softmax, smoothing = (
+            chunk.softmax(),
+            value_at(self.settings.label_smoothing, chunk.progress),
+        )
         values = softmax.surprise(chunk.labels)
         if smoothing == 0.0:
             return values
-        return (1.0 - smoothing) * values + smoothing * (softmax.log_normalizer - chunk.scores.mean(dim=1))
+        return (1.0 - smoothing) * values + smoothing * (
+            softmax.log_normalizer - chunk.scores.mean(dim=1)
+        )
 
     def add_gradient(self, chunk: Chunk, scale: Any, gradient: Gradient) -> None:
         smoothing = value_at(self.settings.label_smoothing, chunk.progress)

@@ -1,12 +1,13 @@
 """The whole walk as one node of the autograd graph.
 
-In:    Work, the losses with their scales, and the tensors that may need gradients: hidden, the readout's, the table
+In:    Work, the losses with their scales, and the tensors that may need gradients: hidden, the
+       readout's, the table
 Out:   the scaled sum of the losses; every loss's value at every scored position
 State: none
 
-Values and gradients both come from the forward pass, and backward only multiplies. So no block's scores outlive the block and
-nothing is computed twice (as in Liger Kernel's fused linear cross-entropy, arXiv 2410.10989, here for any list of losses).
-"""
+Values and gradients both come from the forward pass, and backward only multiplies. So no block's
+scores outlive the block and nothing is computed twice (as in Liger Kernel's fused linear
+cross-entropy, arXiv 2410.10989, here for any list of losses)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ from core.losses.base import Chunk, Gradient, TokenLoss
 from core.losses.chunked import Block, Work, walk
 from core.losses.scores import scores_of
 
-# P positions of the batch, N those with a target, n of them in one block, D hidden_size, V vocab_size
+# P positions of the batch, N those with a target, n of them in one block, D hidden_size, V
+# vocab_size
 
 
 @dataclass
@@ -33,7 +35,8 @@ class Scaled:
 
 
 def walked_total(work: Work, losses: list[Scaled], hidden: Tensor) -> Tensor:
-    """The sum over losses of scale * sum of values: () with a graph if anything here needs a gradient. Fills the values."""
+    """The sum over losses of scale * sum of values: () with a graph if anything here needs a
+    gradient. Fills the values."""
     inputs = [hidden, *work.readout.parameters(), work.readout.table]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
         return _Walked.apply(work, losses, *inputs)
@@ -43,13 +46,17 @@ def walked_total(work: Work, losses: list[Scaled], hidden: Tensor) -> Tensor:
 class _Walked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, work: Work, losses: list[Scaled], *inputs: Tensor) -> Tensor:
-        total, ctx.gradients = _forward(work, losses, inputs, [tensor.requires_grad for tensor in inputs])
+        total, ctx.gradients = _forward(
+            work, losses, inputs, [tensor.requires_grad for tensor in inputs]
+        )
         return total
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
-        assert gradients is not None, "backward works once per call: it hands its buffers out as the gradients"
+        assert gradients is not None, (
+            "backward works once per call: it hands its buffers out as the gradients"
+        )
         # reading a scalar costs nothing on the CPU but would make a GPU wait
         if grad_total.device.type != "cpu" or grad_total.item() != 1.0:
             for gradient in gradients:
@@ -58,21 +65,26 @@ class _Walked(torch.autograd.Function):
         return None, None, *gradients
 
 
-def _forward(work: Work, losses: list[Scaled], inputs: Any, wanted: list[bool]) -> tuple[Tensor, list[Tensor | None]]:
+def _forward(
+    work: Work, losses: list[Scaled], inputs: Any, wanted: list[bool]
+) -> tuple[Tensor, list[Tensor | None]]:
     """The total, and its gradients by the inputs that want one."""
     hidden, table = inputs[0].detach(), work.readout.table
     wants_scores, wants_table = any(wanted[:-1]), wanted[-1]
     scores = scores_of(hidden, work.readout, wanted[:-1])
     tables = _Table(table) if wants_table and not scores.shared_with(table) else None
     into = None if not wants_table else scores.table_gradient if tables is None else tables.gradient
-    hidden_gradient = torch.zeros_like(hidden) if wanted[0] else None  # positions without a target keep the 0
+    # positions without a target keep the 0
+    hidden_gradient = torch.zeros_like(hidden) if wanted[0] else None
     for block in walk(work, hidden, scores, hidden_gradient):
-        with torch.autocast(hidden.device.type, enabled=False):  # losses are exact: scores come in fp32 and stay so
+        # losses are exact: scores come in fp32 and stay so
+        with torch.autocast(hidden.device.type, enabled=False):
             _answer(block, losses, wants_scores, into)
     total = torch.stack([scaled.values.sum() * scaled.scale for scaled in losses]).sum()
     gradients = [hidden_gradient, *scores.gradients(), tables.found if tables is not None else None]
     for i, wants in enumerate(wanted[:-1]):
-        if wants and gradients[i] is None:  # no target in the batch: DDP still waits for a gradient of every parameter
+        # no target in the batch: DDP still waits for a gradient of every parameter
+        if wants and gradients[i] is None:
             gradients[i] = torch.zeros_like(inputs[i])
     return total, gradients
 
@@ -90,8 +102,11 @@ class _Table:
         return self.found
 
 
-def _answer(block: Block, losses: list[Scaled], wants_scores: bool, table: Callable[[], Tensor] | None) -> None:
-    """Fills every loss's values, and gives the block its gradient; `table` gives the buffer for the table's."""
+def _answer(
+    block: Block, losses: list[Scaled], wants_scores: bool, table: Callable[[], Tensor] | None
+) -> None:
+    """Fills every loss's values, and gives the block its gradient; `table` gives the buffer for the
+    table's."""
     chunk = block.chunk
     gradient = Gradient(chunk, table)
     wants = wants_scores or table is not None
@@ -113,7 +128,9 @@ def _values(loss: TokenLoss, chunk: Chunk) -> Tensor:
     return loss.per_token(chunk)
 
 
-def _differentiate(block: Block, losses: list[Scaled], wants_scores: bool, gradient: Gradient) -> None:
+def _differentiate(
+    block: Block, losses: list[Scaled], wants_scores: bool, gradient: Gradient
+) -> None:
     """Values and gradients of losses that have none of their own."""
     chunk = block.chunk
     scores = chunk.scores.detach().requires_grad_(wants_scores)

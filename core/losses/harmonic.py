@@ -1,11 +1,12 @@
-"""The harmonic loss (specification 000; Baek et al. 2025, arXiv 2502.01628): a probability falls with a power of the distance.
+"""The harmonic loss (specification 000; Baek et al. 2025, arXiv 2502.01628): a probability falls
+with a power of the distance.
 
 In:    a Chunk of squared distances d2 (n, V) between unit vectors, labels (n,)
 Out:   -log p[label], p_v proportional to (d2_v + eps)**h with h < 0, one value per position
 State: none
 
-In the log domain, p = softmax(h log(d2 + eps)): finite where a hidden state equals a prototype, where the formula as it is
-written overflows in fp32 from a cosine of 0.9997 on.
+In the log domain, p = softmax(h log(d2 + eps)): finite where a hidden state equals a prototype,
+where the formula as it is written overflows in fp32 from a cosine of 0.9997 on.
 """
 
 from collections.abc import Callable
@@ -21,16 +22,20 @@ from core.schedules import Schedule, limits, value_at
 
 EPS = 1e-8
 FIXED = {"nll_h12": -12.0, "nll_h4": -4.0}
-"""Exponents at which evaluation also tells it: at others from time to time, its values could not be compared over a run."""
+"""Exponents at which evaluation also tells it: at others from time to time, its values could not be
+compared over a run."""
 
 
 class HarmonicSettings(LossSettings):
     type: Literal["harmonic"] = "harmonic"
     """Negative log-likelihood of the target under a power law of distances."""
-    h_exp: Schedule = Field(default_factory=lambda: {"from": -12.0, "to": -4.0}, validate_default=True)
+    h_exp: Schedule = Field(
+        default_factory=lambda: {"from": -12.0, "to": -4.0}, validate_default=True
+    )
     """The exponent: negative; the closer to 0, the harder the task."""
     distance: Literal["squared", "euclidean"] = "squared"
-    """What the exponent applies to: the squared distance plus 1e-8 (the authors' code), or the distance (the paper's text)."""
+    """What the exponent applies to: the squared distance plus 1e-8 (the authors' code), or the
+    distance (the paper's text)."""
 
     @model_validator(mode="after")
     def _in_range(self) -> "HarmonicSettings":
@@ -44,16 +49,23 @@ class Harmonic(TokenLoss):
     settings: HarmonicSettings
 
     def per_token(self, chunk: Chunk) -> Tensor:
-        return self._softmax(chunk, value_at(self.settings.h_exp, chunk.progress))[0].surprise(chunk.labels)
+        return self._softmax(chunk, value_at(self.settings.h_exp, chunk.progress))[0].surprise(
+            chunk.labels
+        )
 
     def facts(self) -> dict[str, Callable[[Chunk], Tensor]]:
-        return {name: lambda chunk, h=h: self._softmax(chunk, h)[0].surprise(chunk.labels) for name, h in FIXED.items()}
+        return {
+            name: lambda chunk, h=h: self._softmax(chunk, h)[0].surprise(chunk.labels)
+            for name, h in FIXED.items()
+        }
 
     def add_gradient(self, chunk: Chunk, scale: Any, gradient: Gradient) -> None:
         softmax, exponent = self._softmax(chunk, value_at(self.settings.h_exp, chunk.progress))
         factor = scale * exponent
         slopes = torch.mul(softmax.probabilities, factor, out=chunk.scratch.take(chunk.scores))
-        slopes.scatter_add_(1, chunk.labels[:, None], slopes.new_full((len(slopes), 1), -1.0).mul_(factor))
+        slopes.scatter_add_(
+            1, chunk.labels[:, None], slopes.new_full((len(slopes), 1), -1.0).mul_(factor)
+        )
         shifted = torch.add(chunk.scores, EPS, out=chunk.scratch.take(chunk.scores))
         gradient.add_dense(slopes.div_(shifted))
 
@@ -61,7 +73,11 @@ class Harmonic(TokenLoss):
         exponent = h * (1.0 if self.settings.distance == "squared" else 0.5)
 
         def make() -> Softmax:
-            powers = torch.add(chunk.scores, EPS, out=chunk.scratch.take(chunk.scores)).log_().mul_(exponent)
+            powers = (
+                torch.add(chunk.scores, EPS, out=chunk.scratch.take(chunk.scores))
+                .log_()
+                .mul_(exponent)
+            )
             return Softmax(powers, 1.0, chunk.scratch)
 
         return chunk.shared(("harmonic", exponent), make), exponent

@@ -1,7 +1,9 @@
-"""Scores of a chunk of hidden states, and the way of their gradient back to hidden states and readout.
+"""Scores of a chunk of hidden states, and the way of their gradient back to hidden states and
+readout.
 
 In:    hidden states (n, D), chunk after chunk; the gradient of each chunk's scores (n, V)
-Out:   scores (n, V) with a place for their gradient; gradients of hidden (n, D), and of the readout's parameters, added up
+Out:   scores (n, V) with a place for their gradient; gradients of hidden (n, D), and of the
+       readout's parameters, added up
 State: one buffer of scores and the sums, for as long as a walk
 """
 
@@ -20,13 +22,16 @@ from core.contracts import Readout
 class Scores(Protocol):
     """A readout at work on one chunk after the other."""
 
-    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]: ...  # (n, D) -> the scores and where their gradient goes (n, V)
+    # (n, D) -> the scores and where their gradient goes (n, V)
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]: ...
 
-    def backward(self, gradient: Tensor) -> Tensor | None: ...  # (n, V) -> (n, D); the readout's share is added up
+    # (n, V) -> (n, D); the readout's share is added up
+    def backward(self, gradient: Tensor) -> Tensor | None: ...
 
     def gradients(self) -> list[Tensor | None]: ...  # by the readout's parameters
 
-    def shared_with(self, table: Tensor) -> bool: ...  # whether `table` is a parameter whose gradient `table_gradient` takes too
+    # whether `table` is a parameter whose gradient `table_gradient` takes too
+    def shared_with(self, table: Tensor) -> bool: ...
 
     def table_gradient(self) -> Tensor: ...  # (V, D) to be added to
 
@@ -40,21 +45,26 @@ def compute_dtype(hidden: Tensor, parameter: Tensor) -> torch.dtype:
 
 
 def scores_of(hidden: Tensor, readout: Readout, wanted: list[bool]) -> "Scores":
-    """`wanted`: whether a gradient is wanted for hidden and for each of the readout's parameters."""
+    """`wanted`: whether a gradient is wanted for hidden and for each of the readout's
+    parameters."""
     if readout.linear is None:
         return AnyScores(hidden, readout, wanted)
-    return (SphereScores if readout.provides == "distances" else LinearScores)(hidden, readout, wanted)
+    return (SphereScores if readout.provides == "distances" else LinearScores)(
+        hidden, readout, wanted
+    )
 
 
 class LinearScores:
-    """A linear readout, by plain matrix products into one reused buffer, where the gradient takes the scores' place."""
+    """A linear readout, by plain matrix products into one reused buffer, where the gradient takes
+    the scores' place."""
 
     def __init__(self, hidden: Tensor, readout: Readout, wanted: list[bool]):
         self.weight, self.bias = readout.linear
         self.wants_hidden, self.wants_weight = wanted[:2]
         self.wants_bias = self.bias is not None and wanted[2]
         self.dtype = compute_dtype(hidden, self.weight)
-        self.compute_weight = self.weight.detach().to(self.dtype)  # (V, D) once per walk, not per chunk
+        # (V, D) once per walk, not per chunk
+        self.compute_weight = self.weight.detach().to(self.dtype)
         self.compute_bias = None if self.bias is None else self.bias.detach().to(self.dtype)
         self.buffer: Tensor | None = None
         self.weight_gradient: Tensor | None = None
@@ -75,13 +85,21 @@ class LinearScores:
         if self.wants_weight:
             self._add_to_weight_gradient(gradient.t())
         if self.wants_bias:
-            # a product with ones, because sum(dim=0) takes twice as long, and ten times as long when it also casts
-            share = torch.mm(gradient.new_ones(1, len(gradient)), gradient)[0].to(self.bias.dtype)  # (V,)
-            self.bias_gradient = share if self.bias_gradient is None else self.bias_gradient.add_(share)
+            # a product with ones, because sum(dim=0) takes twice as long, and ten times as long
+            # when it also casts
+            # (V,)
+            share = torch.mm(gradient.new_ones(1, len(gradient)), gradient)[0].to(self.bias.dtype)
+            self.bias_gradient = (
+                share if self.bias_gradient is None else self.bias_gradient.add_(share)
+            )
         return torch.mm(gradient, self.compute_weight) if self.wants_hidden else None
 
     def gradients(self) -> list[Tensor | None]:
-        return [self.weight_gradient] if self.bias is None else [self.weight_gradient, self.bias_gradient]
+        return (
+            [self.weight_gradient]
+            if self.bias is None
+            else [self.weight_gradient, self.bias_gradient]
+        )
 
     def shared_with(self, table: Tensor) -> bool:
         """Whether `table` is the weight, so that one buffer can take both gradients."""
@@ -101,8 +119,9 @@ class LinearScores:
         if self.dtype == self.weight.dtype:
             torch.addmm(total, gradient, self.hidden, beta=0.0 if first else 1.0, out=total)
             return
-        # A product in bf16 is rounded once per chunk; the sum over chunks is not. In pieces that are still in the cache when
-        # they are added, product and sum take less time than the product alone does in one piece (measured on a CPU).
+        # A product in bf16 is rounded once per chunk; the sum over chunks is not. In pieces that
+        # are still in the cache when they are added, product and sum take less time than the
+        # product alone does in one piece (measured on a CPU).
         for start in range(0, len(total), 8192):
             piece = slice(start, start + 8192)
             share = torch.mm(gradient[piece], self.hidden)
@@ -112,9 +131,10 @@ class LinearScores:
                 total[piece].add_(share)
 
     def _new_buffer(self, rows: int) -> Tensor:
-        """(rows, V) with every row at a multiple of 64 numbers. At the odd addresses that 50257 gives, a product in fp32 takes
-        1.5 times as long (512 x 50257 x 768: 335 instead of 225 ms); a tensor core minds as much. The numbers between the rows
-        are 0: AMX reads them, too, and multiplies them by 0, which is NaN for what memory may hold."""
+        """(rows, V) with every row at a multiple of 64 numbers. At the odd addresses that 50257
+        gives, a product in fp32 takes 1.5 times as long (512 x 50257 x 768: 335 instead of 225 ms);
+        a tensor core minds as much. The numbers between the rows are 0: AMX reads them, too, and
+        multiplies them by 0, which is NaN for what memory may hold."""
         vocab_size = len(self.weight)
         buffer = self.weight.new_empty(rows, -(-vocab_size // 64) * 64, dtype=self.dtype)
         buffer[:, vocab_size:].zero_()
@@ -122,8 +142,8 @@ class LinearScores:
 
 
 class SphereScores(LinearScores):
-    """Squared distances on the unit sphere (DistanceReadout), in fp32 whatever autocast says: bf16 knows no cosine between
-    0.9961 and 1, and TF32 puts a vector at a distance from itself."""
+    """Squared distances on the unit sphere (DistanceReadout), in fp32 whatever autocast says: bf16
+    knows no cosine between 0.9961 and 1, and TF32 puts a vector at a distance from itself."""
 
     def __init__(self, hidden: Tensor, readout: Readout, wanted: list[bool]):
         super().__init__(hidden, readout, wanted)
@@ -146,11 +166,19 @@ class SphereScores(LinearScores):
         gradient.mul_(-2.0).masked_fill_(clamped, 0.0)
         with _full_precision(gradient):
             by_unit = super().backward(gradient)
-        return None if by_unit is None else _through_normalize(by_unit, self.hidden, self.hidden_length)
+        return (
+            None
+            if by_unit is None
+            else _through_normalize(by_unit, self.hidden, self.hidden_length)
+        )
 
     def gradients(self) -> list[Tensor | None]:
         by_unit = self.weight_gradient
-        return [None if by_unit is None else _through_normalize(by_unit, self.compute_weight, self.length).to(self.weight.dtype)]
+        return [
+            None
+            if by_unit is None
+            else _through_normalize(by_unit, self.compute_weight, self.length).to(self.weight.dtype)
+        ]
 
     def shared_with(self, table: Tensor) -> bool:
         return False  # the sum kept here is that of the unit vectors
@@ -172,7 +200,9 @@ class AnyScores:
         return scores, torch.empty_like(scores) if any(self.wanted) else scores
 
     def backward(self, gradient: Tensor) -> Tensor | None:
-        inputs = [tensor for tensor, wants in zip([self.hidden, *self.parameters], self.wanted) if wants]
+        inputs = [
+            tensor for tensor, wants in zip([self.hidden, *self.parameters], self.wanted) if wants
+        ]
         found = iter(torch.autograd.grad(self.scores, inputs, gradient, allow_unused=True))
         hidden_gradient, *shares = [next(found) if wants else None for wants in self.wanted]
         for i, share in enumerate(shares):

@@ -26,8 +26,8 @@ class SharpnessSettings(LossSettings):
     weight: Schedule = 0.01
     """Factor in the sum of losses (the specification's lambda)."""
     penalty: Literal["non_max_sum", "neg_entropy", "neg_max_prob", "top_k_mass"] = "non_max_sum"
-    """non_max_sum: 1 - the highest probability. neg_entropy: the entropy. neg_max_prob: minus the highest probability.
-    top_k_mass: 1 - the sum of the top_k highest."""
+    """non_max_sum: 1 - the highest probability. neg_entropy: the entropy. neg_max_prob: minus the
+    highest probability. top_k_mass: 1 - the sum of the top_k highest."""
     top_k: int = Field(5, ge=1)
     """How many tokens top_k_mass lets have it all."""
 
@@ -53,7 +53,12 @@ class Sharpness(TokenLoss):
             gradient.add_softmax(softmax, scale * softmax.mean_score)
             gradient.add_weighted_scores(softmax, -scale)
             return
-        kept = softmax.top(self.settings.top_k) if self.settings.penalty == "top_k_mass" else softmax.best[:, None]  # (n, k)
+        # (n, k)
+        kept = (
+            softmax.top(self.settings.top_k)
+            if self.settings.penalty == "top_k_mass"
+            else softmax.best[:, None]
+        )
         share = softmax.at(kept)
         gradient.add_softmax(softmax, scale * share.sum(dim=1))
         gradient.add_at(kept, -scale * share)

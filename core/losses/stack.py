@@ -1,7 +1,9 @@
-"""The loss stack: the weighted sum of token losses on the vocabulary, without ever holding the (B*T, V) matrix of scores.
+"""The loss stack: the weighted sum of token losses on the vocabulary, without ever holding the
+(B*T, V) matrix of scores.
 
 In:    a ModelOutput, a Batch, and the valid targets of the whole optimizer step
-Out:   a scalar to call backward on, and the terms to report; `measure` gives evaluation's numbers by the same walk
+Out:   a scalar to call backward on, and the terms to report; `measure` gives evaluation's numbers
+       by the same walk
 State: none
 """
 
@@ -20,12 +22,14 @@ from core.losses.scores import compute_dtype, scores_of
 from core.losses.token_stats import OF_SCORES
 from core.schedules import changes, value_at
 
-# B batch rows, T seq_length, P = B * T positions, N those with a target, D hidden_size, V vocab_size
+# B batch rows, T seq_length, P = B * T positions, N those with a target, D hidden_size, V
+# vocab_size
 
 
 @dataclass
 class LossTerms:
-    """What one batch adds to the reports: sums over its valid targets, not weighted, detached, on the device."""
+    """What one batch adds to the reports: sums over its valid targets, not weighted, detached, on
+    the device."""
 
     count: Tensor  # () int64, valid targets
     sums: dict[str, Tensor]  # () for each loss
@@ -36,16 +40,21 @@ class LossTerms:
 
 @dataclass
 class Measures:
-    """Evaluation's numbers: sums to add up over batches and ranks, and then to divide by `terms.count`."""
+    """Evaluation's numbers: sums to add up over batches and ranks, and then to divide by
+    `terms.count`."""
 
     terms: LossTerms
-    facts: dict[str, Tensor]  # () each: of the predictions whatever the losses are, and what losses tell beside their values
+    # () each: of the predictions whatever the losses are, and what losses tell beside their values
+    facts: dict[str, Tensor]
 
 
 class LossStack:
-    """The losses of a run. How many positions a chunk and a block hold follows from the vocabulary, unless a test says it."""
+    """The losses of a run. How many positions a chunk and a block hold follows from the vocabulary,
+    unless a test says it."""
 
-    def __init__(self, losses: list[TokenLoss], chunk_rows: int | None = None, block_rows: int | None = None):
+    def __init__(
+        self, losses: list[TokenLoss], chunk_rows: int | None = None, block_rows: int | None = None
+    ):
         assert len({loss.name for loss in losses}) == len(losses), "losses report by name"
         self.losses, self.chunk_rows, self.block_rows = losses, chunk_rows, block_rows
 
@@ -54,13 +63,16 @@ class LossStack:
         for loss in self.losses:
             if loss.needs != readout.provides:
                 raise UserError(
-                    f'the loss "{loss.name}" needs {loss.needs}, but this model\'s readout gives {readout.provides}; '
+                    f'the loss "{loss.name}" needs {loss.needs}, but this model\'s readout gives '
+                    f"{readout.provides}; "
                     "choose another loss or another model"
                 )
 
     def scheduled(self, progress: float) -> dict[str, float]:
         """{"harmonic.h_exp": -7.5}: what the losses' settings that change over the run are now."""
-        settings = {f"{loss.name}.{key}": value for loss in self.losses for key, value in loss.settings}
+        settings = {
+            f"{loss.name}.{key}": value for loss in self.losses for key, value in loss.settings
+        }
         return {key: value_at(value, progress) for key, value in settings.items() if changes(value)}
 
     def count(self, batch: Batch) -> Tensor:
@@ -68,24 +80,38 @@ class LossStack:
         return (batch.labels != IGNORE_INDEX).sum()
 
     def __call__(
-        self, output: ModelOutput, batch: Batch, count: float | Tensor, progress: float, num_sources: int
+        self,
+        output: ModelOutput,
+        batch: Batch,
+        count: float | Tensor,
+        progress: float,
+        num_sources: int,
     ) -> tuple[Tensor, LossTerms]:
-        """The total with a graph, () = sum over losses of weight * sum over targets / count, and the terms to report.
+        """The total with a graph, () = sum over losses of weight * sum over targets / count, and
+        the terms to report.
 
-        `count` is that of the whole optimizer step over all ranks, so accumulation and padding never change the gradient.
-        Without a target the total is 0 and every gradient 0. Under no_grad only values are computed.
-        """
-        reads_table = any(getattr(loss, "reads_table", False) or not hasattr(loss, "add_gradient") for loss in self.losses)
+        `count` is that of the whole optimizer step over all ranks, so accumulation and padding
+        never change the gradient. Without a target the total is 0 and every gradient 0. Under
+        no_grad only values are computed."""
+        reads_table = any(
+            getattr(loss, "reads_table", False) or not hasattr(loss, "add_gradient")
+            for loss in self.losses
+        )
         hidden, work = self._work(output, batch, progress, reads_table)
         # a count of 0 only comes with an empty sum, and 0 / 1 is what that should be
         count = count.to(_wide(hidden)).clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
         weights = [value_at(loss.weight, progress) for loss in self.losses]
-        scaled = [Scaled(loss, w / count, _zeros(hidden, work), w != 0) for loss, w in zip(self.losses, weights)]
+        scaled = [
+            Scaled(loss, w / count, _zeros(hidden, work), w != 0)
+            for loss, w in zip(self.losses, weights)
+        ]
         total = walked_total(work, scaled, hidden)
         return total, self._terms([each.values for each in scaled], batch, work, num_sources)
 
     @torch.no_grad()
-    def measure(self, output: ModelOutput, batch: Batch, progress: float, num_sources: int) -> Measures:
+    def measure(
+        self, output: ModelOutput, batch: Batch, progress: float, num_sources: int
+    ) -> Measures:
         """The losses as they are at `progress`, and the facts. No gradient."""
         hidden, work = self._work(output, batch, progress, reads_table=True)
         readout = output.readout
@@ -106,27 +132,37 @@ class LossStack:
         return Measures(terms, {name: each.sum() for name, each in found.items()})
 
     @torch.no_grad()
-    def surprise_at(self, output: ModelOutput, batch: Batch, terms: LossTerms, at: Tensor) -> Tensor:
-        """-log p of the targets at some positions of each row: (B, n) -> (B, n), 0 where there is none.
+    def surprise_at(
+        self, output: ModelOutput, batch: Batch, terms: LossTerms, at: Tensor
+    ) -> Tensor:
+        """-log p of the targets at some positions of each row: (B, n) -> (B, n), 0 where there is
+        none.
 
-        `terms`: what the call gave. If the first loss is plain cross-entropy they hold it; else it is computed here.
-        """
+        `terms`: what the call gave. If the first loss is plain cross-entropy they hold it; else it
+        is computed here."""
         first = self.losses[0]
         if isinstance(first, CrossEntropy) and first.settings.label_smoothing == 0.0:
             return terms.values.gather(1, at)
-        hidden = output.hidden.gather(1, at[:, :, None].expand(-1, -1, output.hidden.shape[-1]))  # (B, n, D)
+        # (B, n, D)
+        hidden = output.hidden.gather(1, at[:, :, None].expand(-1, -1, output.hidden.shape[-1]))
         return self.cross_entropy(output.readout, hidden, batch.labels.gather(1, at))[1]
 
-    def cross_entropy(self, readout: Readout, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Plain cross-entropy of any hidden states (B, n, D) and labels (B, n), whatever the losses are: its sum () with a graph,
-        and its values (B, n) without one, 0 where there is no target. Walked over as all losses are."""
+    def cross_entropy(
+        self, readout: Readout, hidden: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Plain cross-entropy of any hidden states (B, n, D) and labels (B, n), whatever the losses
+        are: its sum () with a graph, and its values (B, n) without one, 0 where there is no target.
+        Walked over as all losses are."""
         zeros = torch.zeros_like(labels)
-        part = Batch(zeros, labels, zeros, zeros.int(), zeros.int(), packed=False)  # a loss reads no more
+        # a loss reads no more
+        part = Batch(zeros, labels, zeros, zeros.int(), zeros.int(), packed=False)
         plain = LossStack([CrossEntropy(CrossEntropySettings())], self.chunk_rows, self.block_rows)
         total, terms = plain(ModelOutput(hidden, readout), part, 1, 0.0, 1)
         return total, terms.values
 
-    def _work(self, output: ModelOutput, batch: Batch, progress: float, reads_table: bool) -> tuple[Tensor, Work]:
+    def _work(
+        self, output: ModelOutput, batch: Batch, progress: float, reads_table: bool
+    ) -> tuple[Tensor, Work]:
         """hidden (P, D), and what to walk over."""
         hidden = output.hidden.reshape(-1, output.hidden.shape[-1])
         labels = batch.labels.reshape(-1)
@@ -137,22 +173,29 @@ class LossStack:
             labels = labels[positions]
         vocab_size, device = len(output.readout.table), hidden.device
         itemsize = compute_dtype(hidden, output.readout.table).itemsize
-        block_bytes = (TABLE_BLOCK_BYTES if reads_table else BLOCK_BYTES)["cpu" if device.type == "cpu" else "cuda"]
-        chunk_rows = self.chunk_rows or even_rows(len(labels), chunk_bytes(device), vocab_size * itemsize)
+        block_bytes = (TABLE_BLOCK_BYTES if reads_table else BLOCK_BYTES)[
+            "cpu" if device.type == "cpu" else "cuda"
+        ]
+        chunk_rows = self.chunk_rows or even_rows(
+            len(labels), chunk_bytes(device), vocab_size * itemsize
+        )
         block_rows = self.block_rows or even_rows(chunk_rows, block_bytes, vocab_size * 4)
         return hidden, Work(output.readout, positions, labels, progress, chunk_rows, block_rows)
 
     def _terms(self, values: list[Tensor], batch: Batch, work: Work, num_sources: int) -> LossTerms:
         first = values[0]  # (N,)
         where = slice(None) if work.positions is None else work.positions
-        sources = batch.source_ids.reshape(-1)[where].long() + 1  # padding's -1 gets a bin that nobody reads
+        # padding's -1 gets a bin that nobody reads
+        sources = batch.source_ids.reshape(-1)[where].long() + 1
         everywhere = first.new_zeros(batch.labels.numel())
         everywhere[where] = first
         return LossTerms(
             count=torch.full((), len(first), device=first.device),
             sums={loss.name: each.sum() for loss, each in zip(self.losses, values)},
             source_sums=first.new_zeros(num_sources + 1).index_add_(0, sources, first)[1:],
-            source_counts=sources.new_zeros(num_sources + 1).index_add_(0, sources, torch.ones_like(sources))[1:],
+            source_counts=sources.new_zeros(num_sources + 1).index_add_(
+                0, sources, torch.ones_like(sources)
+            )[1:],
             values=everywhere.view(batch.labels.shape),
         )
 

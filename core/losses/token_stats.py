@@ -21,10 +21,12 @@ TOP = 5
 
 
 def _in_top(chunk: Chunk, sign: float) -> Tensor:
-    """(n,) whether fewer than TOP tokens have a better score than the target; `sign` -1 where lower is better."""
+    """(n,) whether fewer than TOP tokens have a better score than the target; `sign` -1 where lower
+    is better."""
     scores = chunk.scores if sign > 0 else -chunk.scores
     target = scores.gather(1, chunk.labels[:, None])  # (n, 1)
-    return (scores <= target).sum(dim=1) > scores.shape[1] - TOP  # not by those above it: nothing is above a NaN
+    # not by those above it: nothing is above a NaN
+    return (scores <= target).sum(dim=1) > scores.shape[1] - TOP
 
 
 OF_SCORES: dict[str, dict[str, Fact]] = {
@@ -41,5 +43,6 @@ OF_SCORES: dict[str, dict[str, Fact]] = {
         "top5_accuracy": lambda chunk: _in_top(chunk, -1.0),
     },
 }
-"""By what the readout gives. In nats; in nats; a probability; the cosine between the mean embedding and the target's; whether
-the target has the best score, and whether fewer than five tokens have a better one."""
+"""By what the readout gives. In nats; in nats; a probability; the cosine between the mean embedding
+and the target's; whether the target has the best score, and whether fewer than five tokens have a
+better one."""

@@ -1,4 +1,5 @@
-"""The z-loss keeps the softmax's normaliser near 1, so that logits do not drift (Chowdhery et al. 2022, arXiv 2204.02311, 5).
+"""The z-loss keeps the softmax's normaliser near 1, so that logits do not drift (Chowdhery et al.
+2022, arXiv 2204.02311, 5).
 
 In:    a Chunk of logits (n, V)
 Out:   logsumexp(logits)**2, one value per position

@@ -1,4 +1,5 @@
-"""The metrics log: one JSON object a line, the only record of a run and the only thing the views are fed from.
+"""The metrics log: one JSON object a line, the only record of a run and the only thing the views
+are fed from.
 
 In:    a path (none on ranks > 0), and the views: objects with `update(event)`
 Out:   logs/<lineage>/metrics.jsonl; every event also goes to every view
@@ -32,7 +33,8 @@ CUT_SHORT = ("interrupted", "failed", "diverged")
 
 
 class View(Protocol):
-    """Something that shows or copies events. It may define `close()`. It must not keep or change the dict it is given."""
+    """Something that shows or copies events. It may define `close()`. It must not keep or change
+    the dict it is given."""
 
     def update(self, event: dict) -> None: ...
 
@@ -55,7 +57,8 @@ class MetricsLog:
             self._guarded(self._open)
 
     def emit(self, event: str, *, step: int, tokens: int, **fields: Any) -> dict:
-        """Write one event and show it. Returns it as written: plain JSON, NaN and infinity replaced by null."""
+        """Write one event and show it. Returns it as written: plain JSON, NaN and infinity replaced
+        by null."""
         self._reached = step, tokens
         if event in ENDINGS:
             self._look_after_file()
@@ -70,19 +73,24 @@ class MetricsLog:
                 view.update(record)
             except Exception as error:  # a view is a convenience: training goes on without it
                 self.views.remove(view)
-                failed.append(f"{type(view).__name__} stopped, training goes on without it: {type(error).__name__}: {error}")
+                failed.append(
+                    f"{type(view).__name__} stopped, training goes on without it: "
+                    f"{type(error).__name__}: {error}"
+                )
         for message in failed:
             self.emit("warning", step=step, tokens=tokens, message=message)
         return record
 
     def sync(self) -> None:
-        """Everything emitted so far reaches the disk: a checkpoint written after this never knows more than the log."""
+        """Everything emitted so far reaches the disk: a checkpoint written after this never knows
+        more than the log."""
         self._look_after_file()
         if self._file is not None:
             self._guarded(lambda: os.fsync(self._file.fileno()))
 
     def _look_after_file(self) -> None:
-        """Somebody may have removed, moved, replaced or emptied the file while it was written: that is mended, and told."""
+        """Somebody may have removed, moved, replaced or emptied the file while it was written: that
+        is mended, and told."""
         told: list[str] = []
         if self._file is not None:
             self._guarded(lambda: told.extend(self._mended()))
@@ -90,12 +98,16 @@ class MetricsLog:
             self.emit("warning", step=self._reached[0], tokens=self._reached[1], message=message)
 
     def _mended(self) -> list[str]:
-        """The file is held open: as long as it is, what was removed can be written anew. Returns what a person should know."""
+        """The file is held open: as long as it is, what was removed can be written anew. Returns
+        what a person should know."""
         held = os.fstat(self._file.fileno())
         if held.st_size < self._length:
             lost = self._length - held.st_size
             self._cut(held.st_size)
-            return [f"{self.path} was cut off from outside: its last {lost:,} bytes are lost, curves have a gap. The run goes on"]
+            return [
+                f"{self.path} was cut off from outside: its last {lost:,} bytes are lost, curves "
+                "have a gap. The run goes on"
+            ]
         with suppress(FileNotFoundError):
             if os.path.samestat(os.stat(self.path), held):
                 return []
@@ -112,22 +124,27 @@ class MetricsLog:
         removed = self._file
         self._open()
         removed.close()
-        return [f"{self.path} {what} during the run: it is written anew, with every event so far. The run goes on"]
+        return [
+            f"{self.path} {what} during the run: it is written anew, with every event so far. The "
+            "run goes on"
+        ]
 
     def _set_aside(self) -> Path:
         """Where what stands in the log's place is kept from now on."""
         number = 1
-        while os.path.lexists(aside := self.path.with_name(f"{self.path.stem}.before-{number}{self.path.suffix}")):
+        while os.path.lexists(
+            aside := self.path.with_name(f"{self.path.stem}.before-{number}{self.path.suffix}")
+        ):
             number += 1
         os.replace(self.path, aside)
         return aside
 
     def rewind(self, step: int, evaluation_due: bool = False) -> list[str]:
-        """Drop every line of a later step, so that a resumed run leaves no step twice; nor an evaluation at `step`, if it is due.
-        Returns what a person should know.
+        """Drop every line of a later step, so that a resumed run leaves no step twice; nor an
+        evaluation at `step`, if it is due. Returns what a person should know.
 
-        Going back to step 0 means that there is no checkpoint: nothing is dropped then, the old log is set aside.
-        """
+        Going back to step 0 means that there is no checkpoint: nothing is dropped then, the old log
+        is set aside."""
         notes: list[str] = []
         if self._file is not None:
             self._guarded(lambda: notes.extend(self._rewind(step, evaluation_due)))
@@ -138,7 +155,9 @@ class MetricsLog:
         with open(self.path, "rb") as lines:
             for line in lines:  # steps never go down: the first later line ends it
                 of_line = _step_of(line)
-                if of_line > step or (evaluation_due and of_line == step and line.startswith(OF_EVALUATION)):
+                if of_line > step or (
+                    evaluation_due and of_line == step and line.startswith(OF_EVALUATION)
+                ):
                     break
                 kept, reached = kept + len(line), max(reached, of_line)
         if kept != self._length:
@@ -146,7 +165,10 @@ class MetricsLog:
         if reached == step:
             return []
         there = f"ends at step {reached:,}" if reached else "is gone, or holds no step"
-        return [f"{self.path} {there}, the checkpoint is of step {step:,}: what the log held between is lost, curves have a gap"]
+        return [
+            f"{self.path} {there}, the checkpoint is of step {step:,}: what the log held between "
+            "is lost, curves have a gap"
+        ]
 
     def _drop_after(self, kept: int, step: int) -> None:
         if step == 0:
@@ -181,8 +203,10 @@ class MetricsLog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             check_regular(self.path)
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)  # no hole, should it be emptied meanwhile
-        self._file = os.fdopen(descriptor, "r+b", buffering=0)  # unbuffered: a killed run loses no line it has shown
+        # no hole, should it be emptied meanwhile
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        # unbuffered: a killed run loses no line it has shown
+        self._file = os.fdopen(descriptor, "r+b", buffering=0)
         self._cut(os.fstat(descriptor).st_size)
 
     def _cut(self, limit: int) -> None:
@@ -201,7 +225,9 @@ class MetricsLog:
         self._length = end
 
     def _write(self, line: bytes) -> None:
-        if self._torn:  # half a line is left of a write that failed; without this the next line would be glued to it
+        # half a line is left of a write that failed; without this the next line would be glued to
+        # it
+        if self._torn:
             self._file.truncate(self._length)
             self._file.seek(self._length)
         self._torn = True
@@ -217,11 +243,15 @@ class MetricsLog:
         except OSError as error:
             if not self._warned:
                 self._warned = True
-                tell(f"warning: the metrics log {self.path} cannot be written ({error}); training goes on")
+                tell(
+                    f"warning: the metrics log {self.path} cannot be written ({error}); training "
+                    "goes on"
+                )
 
 
 def check_log(path: Path) -> None:
-    """Find out before the first step whether a log can be written. Raises UserError; what a killed run left beside it goes."""
+    """Find out before the first step whether a log can be written. Raises UserError; what a killed
+    run left beside it goes."""
     try:
         probe(path)
         sweep(path.parent)
@@ -229,11 +259,14 @@ def check_log(path: Path) -> None:
             check_regular(path)
             os.close(os.open(path, os.O_RDWR))  # a file may be read-only in a folder that is not
     except OSError as error:
-        raise UserError(f"the log {path} cannot be written: {cause(error, path)} Then start again.") from None
+        raise UserError(
+            f"the log {path} cannot be written: {cause(error, path)} Then start again."
+        ) from None
 
 
 def read_events(path: Path, most: int | None = None) -> Iterator[dict]:
-    """Every event of a log, oldest first; lines that are no whole event are passed over. A file that cannot be read has none.
+    """Every event of a log, oldest first; lines that are no whole event are passed over. A file
+    that cannot be read has none.
 
     most   of each kind at most so many, every n-th and the last; the others are not even decoded
     """
@@ -242,7 +275,9 @@ def read_events(path: Path, most: int | None = None) -> Iterator[dict]:
         with open(path, "rb") as file:
             for line in file if most is None else _thinned(file, most):
                 event = _decoded(line)
-                if isinstance(event.get("event"), str) and all(type(event.get(key)) is int for key in ("step", "tokens")):
+                if isinstance(event.get("event"), str) and all(
+                    type(event.get(key)) is int for key in ("step", "tokens")
+                ):
                     yield event
     except OSError:
         return
@@ -263,7 +298,10 @@ def _thinned(file: Iterable[bytes], most: int) -> list[bytes]:
             if len(lines) > most - 1:
                 kept[kind], every[kind] = lines[::2], 2 * every[kind]
         counts[kind] += 1
-    return [line for _, line in sorted({each for lines in [*kept.values(), last.values()] for each in lines})]
+    return [
+        line
+        for _, line in sorted({each for lines in [*kept.values(), last.values()] for each in lines})
+    ]
 
 
 def _kind_of(line: bytes) -> bytes:
@@ -272,7 +310,8 @@ def _kind_of(line: bytes) -> bytes:
 
 
 def evaluation_is_missing(path: Path, step: int) -> bool:
-    """Whether the log ends at this step, without the end of an evaluation there: the program was ended before or in it."""
+    """Whether the log ends at this step, without the end of an evaluation there: the program was
+    ended before or in it."""
     try:
         check_regular(path)
         with open(path, "rb") as file:
@@ -290,7 +329,8 @@ def evaluation_is_missing(path: Path, step: int) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """The value as standard JSON can hold it: non-finite floats as null, scalars of tensor libraries as numbers."""
+    """The value as standard JSON can hold it: non-finite floats as null, scalars of tensor
+    libraries as numbers."""
     if value is None or isinstance(value, (bool, int)):
         return value
     if isinstance(value, float):

@@ -1,6 +1,7 @@
 """What is known of each metric: its name, its unit, and whether lower or higher is better.
 
-In:    a key of an `eval` event, "loss: <name>", "head: <name>", "held out of: <source>" or "read of: <source>"
+In:    a key of an `eval` event, "loss: <name>", "head: <name>", "held out of: <source>" or "read
+       of: <source>"
 Out:   a Measure; the metrics there can be
 State: none
 """
@@ -47,7 +48,8 @@ _KNOWN = {
         Measure("decoder_cross_entropy", "decoder's cross-entropy", "nats per masked token", -1),
         Measure("decoder_pseudo_perplexity", "decoder's pseudo-perplexity", "", -1, 2),
         Measure("embedding_cosine", "embedding cosine", "", 1, 4),
-        # A sharper distribution is a property of a model, good or bad only together with its cross-entropy.
+        # A sharper distribution is a property of a model, good or bad only together with its
+        # cross-entropy.
         Measure("max_probability", "highest probability", "", 0, 4),
         Measure("entropy", "entropy", "nats per token", 0),
         Measure("table_cosine", "cosine between table rows", "", 0, 4),
@@ -59,12 +61,26 @@ _KNOWN = {
         Measure("prototype_spread", "spread of the cosines between prototypes", "", 0, 4),
         Measure("prototype_dimensions", "effective directions of the prototypes", "", 0, 1),
         Measure("prototype_drift", "drift of the prototypes", "", 0, 4),
-        Measure("head: planner.gain", "planner: log-probability of the next token, less the model's", "nats per token", 1, 4),
+        Measure(
+            "head: planner.gain",
+            "planner: log-probability of the next token, less the model's",
+            "nats per token",
+            1,
+            4,
+        ),
         Measure("head: planner.kl", "planner: divergence from the model", "nats per token", 0, 4),
         Measure("head: planner.changed", "planner: another token is likeliest", "", 0, 4),
         *(
-            Measure(f"head: rollouts.{what}_{k}", f"rollouts: {told} {k} on, relative to the hidden state’s square", "", better)
-            for what, told, better in (("error", "error", -1), ("unchanged", "error of no change", 0))
+            Measure(
+                f"head: rollouts.{what}_{k}",
+                f"rollouts: {told} {k} on, relative to the hidden state’s square",
+                "",
+                better,
+            )
+            for what, told, better in (
+                ("error", "error", -1),
+                ("unchanged", "error of no change", 0),
+            )
             for k in range(1, 9)
         ),
         Measure("head: memory.gain", "memory: gain over cropped text", "nats per token", 1),
@@ -72,7 +88,13 @@ _KNOWN = {
         Measure("head: memory.reconstruction", "memory: reconstruction", "nats per token", -1),
     )
 }
-_OF_A_TABLE = ("table_cosine", "prototype_cosine", "prototype_spread", "prototype_dimensions", "prototype_drift")
+_OF_A_TABLE = (
+    "table_cosine",
+    "prototype_cosine",
+    "prototype_spread",
+    "prototype_dimensions",
+    "prototype_drift",
+)
 PER_TOKEN = tuple(key for key in _KNOWN if key not in ("bits_per_byte", *_OF_A_TABLE))
 """Metrics whose value depends on how text is cut into tokens."""
 
@@ -82,7 +104,9 @@ def measure(key: str) -> Measure:
     if key.startswith(LOSS):
         return Measure(key, f"loss “{key.removeprefix(LOSS)}”", "", -1)
     if key.startswith(HEAD):
-        return _KNOWN.get(key) or Measure(key, f"head “{key.removeprefix(HEAD)}”", "", 0 if "." in key else -1)
+        return _KNOWN.get(key) or Measure(
+            key, f"head “{key.removeprefix(HEAD)}”", "", 0 if "." in key else -1
+        )
     if key.startswith(HELD_OUT):
         return Measure(key, f"loss on “{key.removeprefix(HELD_OUT)}”", "", -1)
     if key.startswith(READ):
@@ -94,9 +118,14 @@ def metrics_of(preset: Any) -> set[str]:
     """Every metric that evaluations of a preset may give."""
     model, sources = preset.model, [source.name for source in preset.data.sources]
     found = {"token_accuracy", "top5_accuracy", "table_cosine"}
-    masked, distances = objective_of(model) == MASKED_TOKENS, getattr(model, "head", None) == "distance"
+    masked, distances = (
+        objective_of(model) == MASKED_TOKENS,
+        getattr(model, "head", None) == "distance",
+    )
     if distances:
-        found |= {key for key in _KNOWN if key.startswith(("nll_", "prototype_", "pseudo_perplexity_"))}
+        found |= {
+            key for key in _KNOWN if key.startswith(("nll_", "prototype_", "pseudo_perplexity_"))
+        }
     else:
         found |= {"cross_entropy", "entropy", "max_probability", "embedding_cosine"}
         found |= {"pseudo_perplexity"} if masked else {"perplexity", "bits_per_byte"}
@@ -105,7 +134,9 @@ def metrics_of(preset: Any) -> set[str]:
     found |= {f"{LOSS}{loss.name or loss.type}" for loss in preset.losses}
     for head in (HEAD + key.removeprefix("enable_") for key in preset.auxiliary.heads):
         found |= {head, *(key for key in _KNOWN if key.startswith(f"{head}."))}
-    return found | {f"{what}{name}" for what in (HELD_OUT, READ) for name in sources if len(sources) > 1}
+    return found | {
+        f"{what}{name}" for what in (HELD_OUT, READ) for name in sources if len(sources) > 1
+    }
 
 
 def ordered(keys: set[str]) -> list[str]:
@@ -113,6 +144,10 @@ def ordered(keys: set[str]) -> list[str]:
     known = list(_KNOWN)
 
     def place(key: str) -> int:
-        return known.index(key) if key in known else len(known) + (not key.startswith(LOSS)) + (not key.startswith((LOSS, HEAD)))
+        return (
+            known.index(key)
+            if key in known
+            else len(known) + (not key.startswith(LOSS)) + (not key.startswith((LOSS, HEAD)))
+        )
 
     return sorted(keys, key=lambda key: (place(key), key))

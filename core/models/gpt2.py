@@ -1,4 +1,5 @@
-"""GPT-2 of any size with random weights: the transformers library's module, its initialisation and its names.
+"""GPT-2 of any size with random weights: the transformers library's module, its initialisation and
+its names.
 
 In:    Batch
 Out:   ModelOutput(hidden (B, T, D), LinearReadout), the readout tied to the embedding table
@@ -14,7 +15,8 @@ from core.preset.settings import Settings
 
 
 class GPT2Settings(Settings):
-    """GPT-2's architecture with random weights, at any size. The defaults are those of the smallest published one."""
+    """GPT-2's architecture with random weights, at any size. The defaults are those of the smallest
+    published one."""
 
     type: Literal["gpt2"] = "gpt2"
     hidden_size: int = Field(768, ge=1, le=131_072)
@@ -33,14 +35,20 @@ class GPT2Settings(Settings):
     @model_validator(mode="after")
     def _heads_fit(self) -> "GPT2Settings":
         if self.hidden_size % self.num_heads:
-            raise ValueError(f"num_heads {self.num_heads} does not divide hidden_size {self.hidden_size}")
+            raise ValueError(
+                f"num_heads {self.num_heads} does not divide hidden_size {self.hidden_size}"
+            )
         return self
 
     def num_parameters(self, vocab_size: int) -> int:
         """Counted without the library, which takes seconds to import: the menu asks."""
         D, F = self.hidden_size, self.intermediate_size or 4 * self.hidden_size
         norms, attention, feed_forward = 4 * D, 4 * D * D + 4 * D, 2 * D * F + F + D
-        return (vocab_size + self.seq_length) * D + self.num_layers * (norms + attention + feed_forward) + 2 * D
+        return (
+            (vocab_size + self.seq_length) * D
+            + self.num_layers * (norms + attention + feed_forward)
+            + 2 * D
+        )
 
 
 class GPT2(HuggingFaceLM):

@@ -1,4 +1,5 @@
-"""A causal language model of the Hugging Face Hub, or of a folder in its format: architecture, and published weights.
+"""A causal language model of the Hugging Face Hub, or of a folder in its format: architecture, and
+published weights.
 
 In:    a repository's or folder's config.json; its weights, where a lineage starts fresh; Batch
 Out:   ModelOutput(hidden (B, T, D), LinearReadout)
@@ -28,7 +29,8 @@ class HubSettings(Settings):
 
     type: Literal["hub"] = "hub"
     name: str = Field(min_length=1)
-    """Repository, such as "distilgpt2", or a folder with config.json and weights, relative to the project, such as "./mine"."""
+    """Repository, such as "distilgpt2", or a folder with config.json and weights, relative to the
+    project, such as "./mine"."""
     pretrained: bool = True
     """Start from the published weights; false: from random ones."""
     seq_length: int = Field(512, ge=2, le=10_000_000)
@@ -60,7 +62,8 @@ class HubSettings(Settings):
         return f"{what} from the Hub" if self.folder is None else what
 
     def check_tokenizer_section(self, tokenizer: Any) -> None:
-        """Raises UserError if a preset's tokenizer cannot be the one that the published weights were trained with."""
+        """Raises UserError if a preset's tokenizer cannot be the one that the published weights
+        were trained with."""
         if self.pretrained:
             refuse_new_tokenizer(self.name, tokenizer, '"pretrained": false')
 
@@ -75,15 +78,18 @@ class Hub(HuggingFaceLM):
         self.tell_how_to_pack()
         if vocab_size > self.vocab_size:
             raise UserError(
-                f'the tokenizer has {vocab_size:,} tokens, and model "{settings.name}" knows {self.vocab_size:,}. Use its own: '
-                f'{settings.tokenizer_hint}; or one that is smaller, with "pretrained": false in `model`.'
+                f'the tokenizer has {vocab_size:,} tokens, and model "{settings.name}" knows '
+                f"{self.vocab_size:,}. Use its own: "
+                f'{settings.tokenizer_hint}; or one that is smaller, with "pretrained": false in '
+                "`model`."
             )
 
     def load_published(self, notes: list[str]) -> None:
-        """Fetch and load the published weights, as a lineage that starts fresh wants. Raises UserError.
+        """Fetch and load the published weights, as a lineage that starts fresh wants. Raises
+        UserError.
 
-        They go from the library's model into this one by name: its own loading leaves some buffers undefined.
-        """
+        They go from the library's model into this one by name: its own loading leaves some buffers
+        undefined."""
         if not self.settings.pretrained:
             return
         kind = transformers().AutoModelForCausalLM
@@ -93,20 +99,29 @@ class Hub(HuggingFaceLM):
         published, info = _fetch(
             self.settings,
             "weights",
-            lambda name, **how: kind.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **how),
+            lambda name, **how: kind.from_pretrained(
+                name, dtype=torch.float32, output_loading_info=True, **how
+            ),
         )
         torch.set_rng_state(random)
-        if lacking := sorted({*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])}):
+        if lacking := sorted(
+            {*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])}
+        ):
             raise UserError(
-                f'the weights of "{self.settings.name}" lack {len(lacking)} parts of its architecture: {", ".join(lacking[:4])}. '
+                f'the weights of "{self.settings.name}" lack {len(lacking)} parts of its '
+                f"architecture: {', '.join(lacking[:4])}. "
                 'They are of another kind of model; choose another, or write "pretrained": false.'
             )
         self.load_state_dict(published.state_dict(), strict=True)
-        notes.append(f"starts from the published weights of {self.settings.name}, from {place_of(self.settings.name)}")
+        notes.append(
+            f"starts from the published weights of {self.settings.name}, from "
+            f"{place_of(self.settings.name)}"
+        )
 
 
 def _config(settings: HubSettings) -> Any:
-    """The architecture's config. Raises UserError if it cannot be had, or is not that of a causal model with room for a row."""
+    """The architecture's config. Raises UserError if it cannot be had, or is not that of a causal
+    model with room for a row."""
     library, name = transformers(), settings.name
     config = _fetch(settings, "config", library.AutoConfig.from_pretrained)
     if type(config) not in library.MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -115,34 +130,50 @@ def _config(settings: HubSettings) -> Any:
             f"Choose one that continues text, for instance {WORKING}."
         )
     if getattr(config, "quantization_config", None) is not None:
-        raise UserError(f'the weights of "{name}" are quantized, and cannot be trained. Take the repository they were made from.')
+        raise UserError(
+            f'the weights of "{name}" are quantized, and cannot be trained. Take the repository '
+            "they were made from."
+        )
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and settings.seq_length > positions:
         raise UserError(
-            f'model "{name}" knows {positions:,} positions, and model.seq_length is {settings.seq_length:,}. '
+            f'model "{name}" knows {positions:,} positions, and model.seq_length is '
+            f"{settings.seq_length:,}. "
             f'Write "seq_length": {positions} or less.'
         )
     return config
 
 
 def _build(settings: HubSettings, config: Any) -> Any:
-    """The library's model with random weights. Raises UserError if it cannot be had, or is not one that can be trained here."""
+    """The library's model with random weights. Raises UserError if it cannot be had, or is not one
+    that can be trained here."""
     try:
-        model = transformers().AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        model = transformers().AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=False
+        )
         why = obstacle(model)
-    except Exception as error:  # whatever an architecture's own code raises where it does not fit this machine or the trial
+    except Exception as error:
+        # whatever an architecture's own code raises where it does not fit this machine or the trial
         text = " ".join(str(error).split())[:200]
-        raise UserError(f'model "{settings.name}" cannot be built: {type(error).__name__}: {text}') from None
+        raise UserError(
+            f'model "{settings.name}" cannot be built: {type(error).__name__}: {text}'
+        ) from None
     if why is not None:
-        raise UserError(f'model "{settings.name}" cannot be trained here: {why}. What works is, for instance, {WORKING}.')
+        raise UserError(
+            f'model "{settings.name}" cannot be trained here: {why}. What works is, for instance, '
+            f"{WORKING}."
+        )
     return model
 
 
 def _fetch(settings: HubSettings, what: str, load: Callable[..., Any]) -> Any:
-    """What `load` makes of a repository or a folder; from the local cache where the Hub is out of reach. Raises UserError."""
+    """What `load` makes of a repository or a folder; from the local cache where the Hub is out of
+    reach. Raises UserError."""
     name, folder = settings.name, settings.folder
     if folder is not None and not (folder / "config.json").is_file():
-        raise UserError(f'model "{name}": there is no {folder / "config.json"}. Correct model.name.')
+        raise UserError(
+            f'model "{name}": there is no {folder / "config.json"}. Correct model.name.'
+        )
     unreachable = "" if folder is not None else why_unreachable()
     local = folder is not None or bool(unreachable)
     try:
@@ -150,12 +181,17 @@ def _fetch(settings: HubSettings, what: str, load: Callable[..., Any]) -> Any:
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         text = " ".join(str(error).split())
         if "trust_remote_code" in text or "model type" in text or "model_type" in text:
-            reason = f"it needs code that the installed transformers has not, and code from the Hub is never run ({text[:160]})"
+            reason = (
+                "it needs code that the installed transformers has not, and code from the "
+                f"Hub is never run ({text[:160]})"
+            )
         elif folder is not None:
             reason = text[:300]
         else:
             reason = unreachable or explain(error, name, kind="")
         raise UserError(
-            f'the {what} of model "{name}" could not be loaded from {place_of(name)}: {reason}\nCheck model.name and the network'
-            ', or train an architecture from random weights, such as "model": {"type": "gpt2"}, which needs no Hub.'
+            f'the {what} of model "{name}" could not be loaded from {place_of(name)}: '
+            f"{reason}\nCheck model.name and the network"
+            ', or train an architecture from random weights, such as "model": {"type": "gpt2"}, '
+            "which needs no Hub."
         ) from None

@@ -27,15 +27,18 @@ def transformers() -> Any:
     try:
         import transformers
     except ImportError:
-        raise MissingPackage("models of type gpt2 and hub need the package transformers: pip install transformers") from None
+        raise MissingPackage(
+            "models of type gpt2 and hub need the package transformers: pip install transformers"
+        ) from None
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     return transformers
 
 
 def configure(config: Any, dropout: float) -> Any:
-    """The config with every dropout set (GPT-2's silently brings 0.1), but no layers dropped; and without a cache of keys and
-    values, which has no place in training and keeps the library from looking for packed documents."""
+    """The config with every dropout set (GPT-2's silently brings 0.1), but no layers dropped; and
+    without a cache of keys and values, which has no place in training and keeps the library from
+    looking for packed documents."""
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
         part.use_cache = False
         for key, value in list(vars(part).items()):
@@ -45,10 +48,11 @@ def configure(config: Any, dropout: float) -> Any:
 
 
 class HuggingFaceLM(nn.Module):
-    """The trunk of a transformers causal LM, and a readout that shows its head. Labels never reach the library's code.
+    """The trunk of a transformers causal LM, and a readout that shows its head. Labels never reach
+    the library's code.
 
-    The library's module itself is not kept: its children are registered here, under their own names.
-    """
+    The library's module itself is not kept: its children are registered here, under their own
+    names."""
 
     is_causal = True
 
@@ -60,11 +64,17 @@ class HuggingFaceLM(nn.Module):
         for name, p in model.named_parameters(recurse=False):
             self.register_parameter(name, p)
         for name, buffer in model.named_buffers(recurse=False):
-            self.register_buffer(name, buffer, persistent=name not in model._non_persistent_buffers_set)
-        self._trunk, self._head, self._embedding = (_name_of(part, model) for part in parts_of(model))
+            self.register_buffer(
+                name, buffer, persistent=name not in model._non_persistent_buffers_set
+            )
+        self._trunk, self._head, self._embedding = (
+            _name_of(part, model) for part in parts_of(model)
+        )
         self.vocab_size = min(len(self._readout().weight), len(self._readout().table))
-        self.packs = True  # whether the trunk itself keeps packed documents apart; see `tell_how_to_pack`
-        self._extends: bool | None = None  # whether the library's cache gives what the whole text does; not tried yet: None
+        # whether the trunk itself keeps packed documents apart; see `tell_how_to_pack`
+        self.packs = True
+        # whether the library's cache gives what the whole text does; not tried yet: None
+        self._extends: bool | None = None
         self._cuts = False  # whether it does so after it was cut, too
 
     def forward(self, batch: Batch) -> ModelOutput:
@@ -72,34 +82,50 @@ class HuggingFaceLM(nn.Module):
         trunk = self.get_submodule(self._trunk)
         if not batch.packed:
             hidden = run_trunk(trunk, batch.input_ids)
-        elif self.packs:  # positions that start again are where the library begins another document, in every kind of mask
+        elif self.packs:
+            # positions that start again are where the library begins another document, in every
+            # kind of mask
             hidden = run_trunk(trunk, batch.input_ids, batch.position_ids)
         else:
             hidden = _one_by_one(trunk, batch)
         return ModelOutput(hidden, self._readout())
 
     def new_cache(self) -> "LibraryCache | None":
-        """The library's cache of keys and values; None where pieces of a text do not give what the whole does."""
+        """The library's cache of keys and values; None where pieces of a text do not give what the
+        whole does."""
         if self._extends is None:
-            self._extends = self._try([(0, 5), (5, 6), (6, 10), (10, 11), (11, PROBE_TOKENS)], LibraryCache)
-            self._cuts = self._extends and self._try([(0, 5), (2, 6), (4, 10), (10, PROBE_TOKENS)], CuttableCache)
-        return None if not self._extends else self._library_cache(CuttableCache if self._cuts else LibraryCache)
+            self._extends = self._try(
+                [(0, 5), (5, 6), (6, 10), (10, 11), (11, PROBE_TOKENS)], LibraryCache
+            )
+            self._cuts = self._extends and self._try(
+                [(0, 5), (2, 6), (4, 10), (10, PROBE_TOKENS)], CuttableCache
+            )
+        return (
+            None
+            if not self._extends
+            else self._library_cache(CuttableCache if self._cuts else LibraryCache)
+        )
 
     def extend(self, input_ids: Tensor, cache: "LibraryCache") -> ModelOutput:
         """Hidden states of the next positions (B, t) of unpacked texts."""
         trunk = self.get_submodule(self._trunk)
-        hidden = trunk(input_ids=input_ids, past_key_values=cache.kept, use_cache=True)[0]  # (B, t, D)
+        # (B, t, D)
+        hidden = trunk(input_ids=input_ids, past_key_values=cache.kept, use_cache=True)[0]
         return ModelOutput(hidden, self._readout())
 
     def attention_note(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """What to tell the user about how packed rows are computed."""
         if self.packs:
             return None
-        return "this architecture cannot keep packed documents apart, so each is computed as a row of its own, which is slower"
+        return (
+            "this architecture cannot keep packed documents apart, so each is computed as a "
+            "row of its own, which is slower"
+        )
 
     @torch.no_grad()
     def tell_how_to_pack(self) -> None:
-        """Try out whether the library's code for this architecture keeps documents apart; `packs` is False if it does not."""
+        """Try out whether the library's code for this architecture keeps documents apart; `packs`
+        is False if it does not."""
         ids = probe_ids(self.vocab_size)
         cut = PROBE_TOKENS // 2 - 1
         documents = (torch.arange(PROBE_TOKENS) >= cut).int()[None]
@@ -115,20 +141,28 @@ class HuggingFaceLM(nn.Module):
 
     @torch.no_grad()
     def _try(self, pieces: list[tuple[int, int]], kind: "type[LibraryCache]") -> bool:
-        """Whether a few tokens, read in pieces, come out as they do at once: not where a state is kept in another way. A piece
-        that begins before the end of the one before has the cache cut first."""
+        """Whether a few tokens, read in pieces, come out as they do at once: not where a state is
+        kept in another way. A piece that begins before the end of the one before has the cache cut
+        first."""
         positions = getattr(self.get_submodule(self._trunk).config, "max_position_embeddings", None)
-        if positions is not None and positions < PROBE_TOKENS:  # on a GPU, trying would end the process
+        # on a GPU, trying would end the process
+        if positions is not None and positions < PROBE_TOKENS:
             return False
         ids, training = probe_ids(self.vocab_size).to(self._readout().weight.device), self.training
         self.eval()
         try:
             with torch.autocast(ids.device.type, enabled=False):
-                whole, cache, end = run_trunk(self.get_submodule(self._trunk), ids), self._library_cache(kind), 0
+                whole, cache, end = (
+                    run_trunk(self.get_submodule(self._trunk), ids),
+                    self._library_cache(kind),
+                    0,
+                )
                 for begin, stop in pieces:
                     if begin < end:
                         cache.cut(begin)  # type: ignore[attr-defined]
-                    if not _close(self.extend(ids[:, begin:stop], cache).hidden, whole[:, begin:stop]):
+                    if not _close(
+                        self.extend(ids[:, begin:stop], cache).hidden, whole[:, begin:stop]
+                    ):
                         return False
                     end = stop
             return True
@@ -153,7 +187,8 @@ class LibraryCache:
 
 
 class CuttableCache(LibraryCache):
-    """One that can forget its newest positions. Raises ValueError where a layer keeps a window or a state: those cannot."""
+    """One that can forget its newest positions. Raises ValueError where a layer keeps a window or a
+    state: those cannot."""
 
     def __init__(self, kept: Any):
         super().__init__(kept)
@@ -169,18 +204,22 @@ def parts_of(model: Any) -> tuple[nn.Module, nn.Module, nn.Module]:
     return model.base_model, model.get_output_embeddings(), model.get_input_embeddings()
 
 
-def run_trunk(trunk: nn.Module, ids: Tensor, positions: Tensor | None = None) -> Tensor:  # (B, T) -> (B, T, D)
-    more = {} if positions is None else {"position_ids": positions}  # without, masks are plainly causal
+# (B, T) -> (B, T, D)
+def run_trunk(trunk: nn.Module, ids: Tensor, positions: Tensor | None = None) -> Tensor:
+    # without, masks are plainly causal
+    more = {} if positions is None else {"position_ids": positions}
     return trunk(input_ids=ids, use_cache=False, **more)[0]
 
 
 def _one_by_one(trunk: nn.Module, batch: Batch) -> Tensor:
-    """(B, T, D), each document in a row of its own: right for whatever is causal, also where the future is reached by
-    recurrence, convolution or distance alone. Documents of similar length go together, so that at most half is padding."""
+    """(B, T, D), each document in a row of its own: right for whatever is causal, also where the
+    future is reached by recurrence, convolution or distance alone. Documents of similar length go
+    together, so that at most half is padding."""
     ids = batch.input_ids.flatten()  # (B * T,)
     starts = document_starts(batch.document_ids).flatten()  # (B * T,)
     number = starts.cumsum(0) - 1  # (B * T,): which document
-    place = torch.arange(len(ids), device=ids.device) - starts.nonzero().flatten()[number]  # (B * T,): where in it
+    # (B * T,): where in it
+    place = torch.arange(len(ids), device=ids.device) - starts.nonzero().flatten()[number]
     lengths = torch.bincount(number)  # (n,)
     hidden, longest = None, int(lengths.max())
     while longest > 0:
@@ -198,7 +237,7 @@ def _one_by_one(trunk: nn.Module, batch: Batch) -> Tensor:
     return hidden.view(*batch.input_ids.shape, -1)
 
 
-# what a model must be like ---------------------------------------------------------------------------------------------
+# what a model must be like ------------------------------------------------------------------------
 
 
 def probe_ids(vocab_size: int) -> Tensor:
@@ -207,7 +246,8 @@ def probe_ids(vocab_size: int) -> Tensor:
 
 @torch.no_grad()
 def obstacle(model: Any) -> str | None:
-    """Why a transformers model cannot be trunk and linear readout here; None if it can. Tried out on a few tokens."""
+    """Why a transformers model cannot be trunk and linear readout here; None if it can. Tried out
+    on a few tokens."""
     training = model.training
     model.eval()
     try:
@@ -231,7 +271,10 @@ def _obstacles(model: Any) -> Iterator[str]:
 
     def enlarge(_: nn.Module, inputs: tuple[Tensor, ...], scores: Tensor) -> Tensor:
         # random weights give scores so small that a soft cap would not show
-        seen["hidden"], seen["scores"] = inputs[0], scores * (50.0 / scores.abs().max().clamp_min(1e-9))
+        seen["hidden"], seen["scores"] = (
+            inputs[0],
+            scores * (50.0 / scores.abs().max().clamp_min(1e-9)),
+        )
         return seen["scores"]
 
     handle = head.register_forward_hook(enlarge)
@@ -242,7 +285,10 @@ def _obstacles(model: Any) -> Iterator[str]:
     if "hidden" not in seen or not _close(seen["hidden"], hidden):
         yield "it changes the hidden states between its trunk and its readout"
     elif not _close(logits, seen["scores"]):
-        yield "it changes its scores after the readout (a soft cap or a scale, such as Gemma 2, Cohere and Granite have)"
+        yield (
+            "it changes its scores after the readout (a soft cap or a scale, such as Gemma 2, "
+            "Cohere and Granite have)"
+        )
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

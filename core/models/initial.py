@@ -21,5 +21,6 @@ def draw_weights(module: nn.Module) -> None:
 
 
 def draw_residual(projection: nn.Linear, num_layers: int) -> None:
-    """Draw a map that adds to the residual stream, two in each layer: narrower, so that the sum does not grow with depth."""
+    """Draw a map that adds to the residual stream, two in each layer: narrower, so that the sum
+    does not grow with depth."""
     nn.init.normal_(projection.weight, std=STD / math.sqrt(2 * num_layers))

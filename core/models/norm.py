@@ -1,4 +1,5 @@
-"""RMSNorm's arithmetic, shared by the models; each has a module of its own, as the published names of its gain differ.
+"""RMSNorm's arithmetic, shared by the models; each has a module of its own, as the published names
+of its gain differ.
 
 In:    x (..., D), gain (D,)
 Out:   (..., D) in the gain's dtype
@@ -13,14 +14,16 @@ from torch.nn import functional
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x**2) + eps) * gain, over the last dimension, in the gain's dtype (Zhang & Sennrich 2019)."""
+    """x / sqrt(mean(x**2) + eps) * gain, over the last dimension, in the gain's dtype (Zhang &
+    Sennrich 2019)."""
     if not torch.is_grad_enabled():
         return functional.rms_norm(x.to(gain.dtype), gain.shape, gain, eps)
     return _RMSNorm.apply(x, gain, eps)
 
 
 class _RMSNorm(torch.autograd.Function):
-    """torch's, but that only x is kept for the backward pass, in its own dtype; on a CPU torch keeps three of its size."""
+    """torch's, but that only x is kept for the backward pass, in its own dtype; on a CPU torch
+    keeps three of its size."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
@@ -36,4 +39,8 @@ class _RMSNorm(torch.autograd.Function):
         scale = torch.rsqrt(mean_square + ctx.eps)[..., None]
         unit = wide * scale
         along = torch.linalg.vecdot(grad * gain, unit)[..., None] / len(gain)
-        return ((grad * gain - unit * along) * scale).to(x.dtype), (grad * unit).flatten(0, -2).sum(0), None
+        return (
+            ((grad * gain - unit * along) * scale).to(x.dtype),
+            (grad * unit).flatten(0, -2).sum(0),
+            None,
+        )

@@ -1,13 +1,16 @@
-"""PolychromaticLM (specification 001, arXiv 2603.13347): grouped-query attention, and feed-forward layers whose neurons choose
-among four activations, by a preference of their own and by what was read; and its SwiGLU baseline.
+"""PolychromaticLM (specification 001, arXiv 2603.13347): grouped-query attention, and feed-forward
+layers whose neurons choose among four activations, by a preference of their own and by what was
+read; and its SwiGLU baseline.
 
 In:    Batch
 Out:   ModelOutput(hidden (B, T, D), LinearReadout), the readout tied to the embedding table
-State: parameters and buffers named as the published ones (`embeddings`, `model_core.N.gqa.W_q`, `model_core.N.polyglu.alpha`,
-       `rope.cosines`, `output_head`, ...); the temperature tau, which follows from the progress of the run
+State: parameters and buffers named as the published ones (`embeddings`, `model_core.N.gqa.W_q`,
+`model_core.N.polyglu.alpha`,
+       `rope.cosines`, `output_head`, ...); the temperature tau, which follows from the progress of
+       the run
 
-B batch, T time, D hidden_size, H num_heads, K num_kv_heads, Dh head_dim, F intermediate_size, L num_layers, G gate width
-"""
+B batch, T time, D hidden_size, H num_heads, K num_kv_heads, Dh head_dim, F intermediate_size, L
+num_layers, G gate width"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -20,11 +23,24 @@ from torch.utils.checkpoint import checkpoint
 
 from core.contracts import Batch, ModelOutput
 from core.interpretation.routing import entropy
-from core.models.attention import Attention, DocumentMask, attend, attend_to_past, choose_backend, compute_dtype
+from core.models.attention import (
+    Attention,
+    DocumentMask,
+    attend,
+    attend_to_past,
+    choose_backend,
+    compute_dtype,
+)
 from core.models.initial import draw_residual, draw_weights
 from core.models.kv_cache import KeyValueCache
 from core.models.norm import rms_norm
-from core.models.polyglu import NUM_ACTIVATIONS, neuron_factors, pick_activation, polyglu, position_factors
+from core.models.polyglu import (
+    NUM_ACTIVATIONS,
+    neuron_factors,
+    pick_activation,
+    polyglu,
+    position_factors,
+)
 from core.models.readout import LinearReadout
 from core.preset.settings import Settings
 from core.schedules import Piece, Schedule, limits, value_at
@@ -37,14 +53,16 @@ class RoutingSettings(Settings):
     """How the neurons of PolyGLU choose their activation."""
 
     pool: Literal["causal", "sequence"] = "causal"
-    """What a position's routing depends on. causal: the mean over its document up to it. sequence: the mean over the row,
-    the future, neighbours and padding included: as published, and its loss is not a language model's."""
+    """What a position's routing depends on. causal: the mean over its document up to it. sequence:
+    the mean over the row, the future, neighbours and padding included: as published, and its loss
+    is not a language model's."""
     tau: Schedule = Piece(start=1.0, to=0.1)
     """Temperature of the choice: high mixes the four activations, low takes one."""
     noise: bool = True
     """Gumbel noise on the choice in training, one draw per row and neuron."""
     evaluate: Literal["soft", "argmax", "sample"] = "soft"
-    """Outside training. soft: no noise. argmax: the likeliest activation alone. sample: noise as in training, as published."""
+    """Outside training. soft: no noise. argmax: the likeliest activation alone. sample: noise as in
+    training, as published."""
 
     @model_validator(mode="after")
     def _tau_is_positive(self) -> "RoutingSettings":
@@ -82,14 +100,19 @@ class PolychromaticSettings(Settings):
     attention: Attention = "auto"
     """What computes attention, as for simple_lm."""
     activation_checkpointing: bool = False
-    """Keep only each block's input for the backward pass and compute the rest again: each forward pass is done twice."""
+    """Keep only each block's input for the backward pass and compute the rest again: each forward
+    pass is done twice."""
 
     @model_validator(mode="after")
     def _heads_fit(self) -> "PolychromaticSettings":
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}")
+            raise ValueError(
+                f"num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}"
+            )
         if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd, and rotary positions turn pairs; add or take one")
+            raise ValueError(
+                f"head_dim {self.head_dim} is odd, and rotary positions turn pairs; add or take one"
+            )
         return self
 
     @property
@@ -97,12 +120,27 @@ class PolychromaticSettings(Settings):
         return self.intermediate_size or 4 * self.hidden_size
 
     def activation_bytes(self, bf16: bool) -> int:
-        """What one position leaves for the backward pass on a GPU, all layers together: of attention and feed-forward layer their
-        inputs before and after the norm; gate and up; queries, keys, values and their mix."""
-        D, F, Q, KV = self.hidden_size, self.neurons, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        kept = 2 if self.feed_forward == "polyglu" else 4  # SwiGLU: SiLU's result and the product as well
-        layer = 16 * D + 2 * kept * F + 8 * (Q + KV) if bf16 else 16 * D + 4 * kept * F + 16 * Q + 12 * KV
-        return 4 * D * self.num_layers + layer if self.activation_checkpointing else layer * self.num_layers
+        """What one position leaves for the backward pass on a GPU, all layers together: of
+        attention and feed-forward layer their inputs before and after the norm; gate and up;
+        queries, keys, values and their mix."""
+        D, F, Q, KV = (
+            self.hidden_size,
+            self.neurons,
+            self.num_heads * self.head_dim,
+            self.num_kv_heads * self.head_dim,
+        )
+        # SwiGLU: SiLU's result and the product as well
+        kept = 2 if self.feed_forward == "polyglu" else 4
+        layer = (
+            16 * D + 2 * kept * F + 8 * (Q + KV)
+            if bf16
+            else 16 * D + 4 * kept * F + 16 * Q + 12 * KV
+        )
+        return (
+            4 * D * self.num_layers + layer
+            if self.activation_checkpointing
+            else layer * self.num_layers
+        )
 
     def num_parameters(self, vocab_size: int) -> int:
         """Counted without building anything: the menu asks."""
@@ -125,16 +163,19 @@ class RMSNorm(nn.Module):
 
 
 class RoPE(nn.Module):
-    """Rotary positions (Su et al. 2021), half-split: coordinate i turns with coordinate i + Dh / 2."""
+    """Rotary positions (Su et al. 2021), half-split: coordinate i turns with coordinate i + Dh /
+    2."""
 
     def __init__(self, head_dim: int, seq_length: int, theta: float):
         super().__init__()
-        frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)  # (Dh / 2,)
+        # (Dh / 2,)
+        frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
         angles = torch.arange(seq_length, dtype=torch.float64)[:, None] * frequencies  # (T, Dh / 2)
         self.register_buffer("cosines", angles.cos().float())
         self.register_buffer("sins", angles.sin().float())
 
-    def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:  # (B, T) -> 2 x (B, T, 1, Dh / 2)
+    # (B, T) -> 2 x (B, T, 1, Dh / 2)
+    def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         return self.cosines[position_ids][:, :, None], self.sins[position_ids][:, :, None]
 
 
@@ -161,14 +202,20 @@ class GQA(nn.Module):
         super().__init__()
         D, Dh = settings.hidden_size, settings.head_dim
         self.head_dim = Dh
-        self.rmsnorm_q, self.rmsnorm_k = RMSNorm(Dh, settings.norm_eps), RMSNorm(Dh, settings.norm_eps)
+        self.rmsnorm_q, self.rmsnorm_k = (
+            RMSNorm(Dh, settings.norm_eps),
+            RMSNorm(Dh, settings.norm_eps),
+        )
         self.W_q = nn.Linear(D, settings.num_heads * Dh, bias=False)
         self.W_k = nn.Linear(D, settings.num_kv_heads * Dh, bias=False)
         self.W_v = nn.Linear(D, settings.num_kv_heads * Dh, bias=False)
         self.W_o = nn.Linear(settings.num_heads * Dh, D, bias=False)
 
     def forward(self, x: Tensor, shared: Pass, layer: int) -> Tensor:  # (B, T, D) -> (B, T, D)
-        q, k, v = (W(x).view(*x.shape[:2], -1, self.head_dim) for W in (self.W_q, self.W_k, self.W_v))  # (B, T, H or K, Dh)
+        # (B, T, H or K, Dh)
+        q, k, v = (
+            W(x).view(*x.shape[:2], -1, self.head_dim) for W in (self.W_q, self.W_k, self.W_v)
+        )
         q, k = rotate(self.rmsnorm_q(q), shared.turn), rotate(self.rmsnorm_k(k), shared.turn)
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))  # (B, H or K, T, Dh)
         if shared.cache is None:
@@ -187,13 +234,15 @@ class SwiGLU(nn.Module):
         self.W_gate, self.W_up = nn.Linear(D, F, bias=False), nn.Linear(D, F, bias=False)
         self.W_down = nn.Linear(F, D, bias=False)
 
-    def forward(self, x: Tensor, shared: Pass, layer: int) -> tuple[Tensor, None]:  # (B, T, D) -> (B, T, D)
+    # (B, T, D) -> (B, T, D)
+    def forward(self, x: Tensor, shared: Pass, layer: int) -> tuple[Tensor, None]:
         return self.W_down(functional.silu(self.W_gate(x)) * self.W_up(x)), None
 
 
 class PolyGLU(SwiGLU):
-    """State-conditional activation routing: each neuron mixes four activations by softmax((alpha + beta f(m) + noise) / tau),
-    where m is a mean over what was read and f a small network. Routing is computed in fp32."""
+    """State-conditional activation routing: each neuron mixes four activations by softmax((alpha +
+    beta f(m) + noise) / tau), where m is a mean over what was read and f a small network. Routing
+    is computed in fp32."""
 
     def __init__(self, settings: PolychromaticSettings):
         super().__init__(settings)
@@ -201,7 +250,9 @@ class PolyGLU(SwiGLU):
         self.alpha = nn.Parameter(torch.zeros(settings.neurons, NUM_ACTIVATIONS))
         self.beta = nn.Parameter(torch.ones(NUM_ACTIVATIONS))
         self.gate_net = nn.Sequential(
-            nn.Linear(settings.hidden_size, GATE_WIDTH), nn.ReLU(), nn.Linear(GATE_WIDTH, NUM_ACTIVATIONS)
+            nn.Linear(settings.hidden_size, GATE_WIDTH),
+            nn.ReLU(),
+            nn.Linear(GATE_WIDTH, NUM_ACTIVATIONS),
         )
 
     def forward(self, x: Tensor, shared: Pass, layer: int) -> tuple[Tensor, Tensor]:
@@ -212,7 +263,8 @@ class PolyGLU(SwiGLU):
             return self._routed(gate, up, f, shared, layer), f
 
     def _gates(self, x: Tensor, shared: Pass, layer: int) -> Tensor:
-        """f of the mean over the row, or over the document so far; there the mean of W x is taken, which is W of the mean."""
+        """f of the mean over the row, or over the document so far; there the mean of W x is taken,
+        which is W of the mean."""
         first, relu, second = self.gate_net
         if self.routing.pool == "sequence":
             return second(relu(first(x.mean(1, keepdim=True))))  # (B, 1, 4)
@@ -229,29 +281,50 @@ class PolyGLU(SwiGLU):
         """(B, T, F), f (B, T or 1, 4) -> (B, T, D)."""
         down = self.W_down.weight
         neuron, position = self.alpha[None], self.beta * f  # (1, F, 4), (B, T or 1, 4)
-        how = "sample" if self.training and self.routing.noise else "soft" if self.training else self.routing.evaluate
+        how = (
+            "sample"
+            if self.training and self.routing.noise
+            else "soft"
+            if self.training
+            else self.routing.evaluate
+        )
         if how == "argmax":
-            return functional.linear(pick_activation(gate, up, neuron, position), down.to(gate.dtype))
+            return functional.linear(
+                pick_activation(gate, up, neuron, position), down.to(gate.dtype)
+            )
         if how == "sample":
             neuron = neuron + gumbel(len(gate), *self.alpha.shape, like=self.alpha)  # (B, F, 4)
         if self.routing.pool == "sequence":
-            return polyglu(gate, up, down, torch.softmax((neuron + position) / shared.tau, dim=-1).transpose(1, 2))
+            return polyglu(
+                gate,
+                up,
+                down,
+                torch.softmax((neuron + position) / shared.tau, dim=-1).transpose(1, 2),
+            )
         fixed, name = {} if shared.cache is None else shared.cache.fixed, f"factors.{layer}"
         if name not in fixed:
             fixed[name] = neuron_factors(neuron / shared.tau)
-        return polyglu(gate, up, down, fixed[name].expand(len(gate), -1, -1), position_factors(position / shared.tau))
+        return polyglu(
+            gate,
+            up,
+            down,
+            fixed[name].expand(len(gate), -1, -1),
+            position_factors(position / shared.tau),
+        )
 
 
 def gumbel(*shape: int, like: Tensor) -> Tensor:
-    """-log of exponential draws, from torch's generator: the trainer seeds it for each step, as for dropout."""
+    """-log of exponential draws, from torch's generator: the trainer seeds it for each step, as for
+    dropout."""
     return -torch.empty(shape, dtype=like.dtype, device=like.device).exponential_().log()
 
 
 def running_sum(x: Tensor, position_ids: Tensor) -> Tensor:
-    """The sum of x (B, T, C) over each position's document up to it, in log2 T additions of whole tensors.
+    """The sum of x (B, T, C) over each position's document up to it, in log2 T additions of whole
+    tensors.
 
-    A document's sums never touch another document's numbers, which a difference of cumulative sums would by its rounding.
-    """
+    A document's sums never touch another document's numbers, which a difference of cumulative sums
+    would by its rounding."""
     T, shift = x.shape[1], 1
     while shift < T:
         before = functional.pad(x, (0, 0, shift, 0))[:, :T]
@@ -267,14 +340,18 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.rmsnorm_1 = RMSNorm(settings.hidden_size, settings.norm_eps)
         self.rmsnorm_2 = RMSNorm(settings.hidden_size, settings.norm_eps)
-        self.add_module(settings.feed_forward, {"polyglu": PolyGLU, "swiglu": SwiGLU}[settings.feed_forward](settings))
+        self.add_module(
+            settings.feed_forward,
+            {"polyglu": PolyGLU, "swiglu": SwiGLU}[settings.feed_forward](settings),
+        )
         self.gqa = GQA(settings)
 
     @property
     def feed_forward(self) -> nn.Module:
         return self.polyglu if hasattr(self, "polyglu") else self.swiglu
 
-    def forward(self, x: Tensor, shared: Pass, layer: int) -> tuple[Tensor, Tensor | None]:  # (B, T, D) -> (B, T, D), f
+    # (B, T, D) -> (B, T, D), f
+    def forward(self, x: Tensor, shared: Pass, layer: int) -> tuple[Tensor, Tensor | None]:
         dtype = shared.mask.dtype  # cast once here, or autocast keeps a copy for each matrix
         x = x + self.gqa(self.rmsnorm_1(x).to(dtype), shared, layer)
         added, f = self.feed_forward(self.rmsnorm_2(x).to(dtype), shared, layer)
@@ -293,33 +370,49 @@ class PolychromaticLM(nn.Module):
         self.is_causal = not self.routes or settings.routing.pool == "causal"
         self.rope = RoPE(settings.head_dim, settings.seq_length, settings.rope_theta)
         self.embeddings = nn.Embedding(vocab_size, settings.hidden_size)
-        self.model_core = nn.ModuleList(TransformerBlock(settings) for _ in range(settings.num_layers))
+        self.model_core = nn.ModuleList(
+            TransformerBlock(settings) for _ in range(settings.num_layers)
+        )
         self.rmsnorm = RMSNorm(settings.hidden_size, settings.norm_eps)
         self.output_head = nn.Linear(settings.hidden_size, vocab_size, bias=False)
         self._initialise()
         self.output_head.weight = self.embeddings.weight
         # a tensor, because a number would make a compiled model compile again at every change
-        self.register_buffer("tau", torch.tensor(float(value_at(settings.routing.tau, 0.0))), persistent=False)
+        self.register_buffer(
+            "tau", torch.tensor(float(value_at(settings.routing.tau, 0.0))), persistent=False
+        )
         self.gates: Tensor | None = None
-        """f of the last forward pass, (L, B, T or 1, 4), without gradient: what the routing made of what it read."""
+        """f of the last forward pass, (L, B, T or 1, 4), without gradient: what the routing made of
+        what it read."""
 
-    # the forward pass ------------------------------------------------------------------------------------------------
+    # the forward pass -----------------------------------------------------------------------------
 
     def forward(self, batch: Batch) -> ModelOutput:
-        """Hidden states of every position; attention, and the causal pool, stay inside each document."""
+        """Hidden states of every position; attention, and the causal pool, stay inside each
+        document."""
         x = self.embeddings(batch.input_ids)  # (B, T, D)
-        mask = DocumentMask.of(batch, compute_dtype(x), self.settings.head_dim, self.settings.attention)
-        return self._layers(x, Pass(mask, batch.position_ids, self.rope(batch.position_ids), self.tau))
+        mask = DocumentMask.of(
+            batch, compute_dtype(x), self.settings.head_dim, self.settings.attention
+        )
+        return self._layers(
+            x, Pass(mask, batch.position_ids, self.rope(batch.position_ids), self.tau)
+        )
 
     def _layers(self, x: Tensor, shared: Pass) -> ModelOutput:
         gates = []
         again = self.settings.activation_checkpointing and self.training and torch.is_grad_enabled()
         for layer, block in enumerate(self.model_core):
             # the second computation draws the same noise: checkpoint() keeps the generator's state
-            x, f = checkpoint(block, x, shared, layer, use_reentrant=False) if again else block(x, shared, layer)
+            x, f = (
+                checkpoint(block, x, shared, layer, use_reentrant=False)
+                if again
+                else block(x, shared, layer)
+            )
             gates.append(f)
         self.gates = torch.stack([f.detach() for f in gates]) if self.routes else None
-        return ModelOutput(self.rmsnorm(x), LinearReadout(self.output_head.weight, table=self.embeddings.weight))
+        return ModelOutput(
+            self.rmsnorm(x), LinearReadout(self.output_head.weight, table=self.embeddings.weight)
+        )
 
     def new_cache(self) -> KeyValueCache | None:
         """None where a later token changes what was computed for earlier ones, or noise does."""
@@ -330,11 +423,13 @@ class PolychromaticLM(nn.Module):
     def extend(self, input_ids: Tensor, cache: KeyValueCache) -> ModelOutput:
         """The next t tokens (B, t) of texts of which `cache` holds the beginning."""
         x, begin = self.embeddings(input_ids), cache.length
-        position_ids = torch.arange(begin, begin + input_ids.shape[1], device=x.device).expand(input_ids.shape)
+        position_ids = torch.arange(begin, begin + input_ids.shape[1], device=x.device).expand(
+            input_ids.shape
+        )
         mask = DocumentMask("sdpa", compute_dtype(x), causal=True)
         return self._layers(x, Pass(mask, position_ids, self.rope(position_ids), self.tau, cache))
 
-    # what the trainer calls ------------------------------------------------------------------------------------------
+    # what the trainer calls -----------------------------------------------------------------------
 
     def set_progress(self, progress: float) -> None:
         """Put the temperature where its schedule has it."""
@@ -342,33 +437,47 @@ class PolychromaticLM(nn.Module):
 
     @torch.no_grad()
     def report(self) -> dict[str, Tensor]:
-        """The temperature, and the routing's entropies in nats (ln 4 at most): `routing_entropy` of alpha alone,
-        `dynamic_routing_entropy` of alpha + beta f at up to 8 places of each row; both without tau and noise."""
+        """The temperature, and the routing's entropies in nats (ln 4 at most): `routing_entropy` of
+        alpha alone, `dynamic_routing_entropy` of alpha + beta f at up to 8 places of each row; both
+        without tau and noise."""
         if not self.routes:
             return {}
         layers: list[PolyGLU] = [block.polyglu for block in self.model_core]
-        found = {"tau": self.tau, "routing_entropy/mean": torch.stack([entropy(p.alpha).mean() for p in layers]).mean()}
+        found = {
+            "tau": self.tau,
+            "routing_entropy/mean": torch.stack([entropy(p.alpha).mean() for p in layers]).mean(),
+        }
         if self.gates is not None:
             f = self.gates[:, :, :: max(1, self.gates.shape[2] // 8)]  # (L, B, 8, 4)
-            dynamic = torch.stack([entropy(p.alpha + (p.beta * at)[:, :, None]).mean() for p, at in zip(layers, f)])  # (L,)
+            # (L,)
+            dynamic = torch.stack(
+                [entropy(p.alpha + (p.beta * at)[:, :, None]).mean() for p, at in zip(layers, f)]
+            )
             found["dynamic_routing_entropy/mean"] = dynamic.mean()
-            found |= {f"dynamic_routing_entropy/layer_{i}": value for i, value in enumerate(dynamic)}
+            found |= {
+                f"dynamic_routing_entropy/layer_{i}": value for i, value in enumerate(dynamic)
+            }
         return found
 
     def attention_note(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """What to tell the user if `settings.attention` cannot be had on a device; `dtype` is that of matrix products."""
+        """What to tell the user if `settings.attention` cannot be had on a device; `dtype` is that
+        of matrix products."""
         return choose_backend(self.settings.attention, device, dtype, self.settings.head_dim)[1]
 
     def prepare_load(self, saved: dict[str, Tensor], notes: list[str]) -> None:
-        """Tables of rotary positions are computed, never loaded: published ones have another length, or bf16's precision."""
+        """Tables of rotary positions are computed, never loaded: published ones have another
+        length, or bf16's precision."""
         own = {"rope.cosines": self.rope.cosines, "rope.sins": self.rope.sins}
         if any(name in saved and saved[name].shape != table.shape for name, table in own.items()):
             notes.append(f"rotary positions are computed for {self.settings.seq_length} tokens")
         saved.update(own)
-        saved.setdefault("output_head.weight", saved.get("embeddings.weight", self.output_head.weight))
+        saved.setdefault(
+            "output_head.weight", saved.get("embeddings.weight", self.output_head.weight)
+        )
 
     def _initialise(self) -> None:
-        """N(0, 0.02), biases 0; what adds to the residual stream is scaled by 1 / sqrt(2 L) (specification 001)."""
+        """N(0, 0.02), biases 0; what adds to the residual stream is scaled by 1 / sqrt(2 L)
+        (specification 001)."""
         self.apply(draw_weights)
         for block in self.model_core:
             for projection in (block.gqa.W_o, block.feed_forward.W_down):

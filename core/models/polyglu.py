@@ -1,12 +1,15 @@
-"""PolyGLU's mixture of four activations as one pass over the neurons, forward and backward, that stores nothing of size 4.
+"""PolyGLU's mixture of four activations as one pass over the neurons, forward and backward, that
+stores nothing of size 4.
 
     out = W_down (up * sum_k w_k act_k(gate))    act = ReLU, tanh, SiLU, GELU (erf)
-    w   = neuron                                 one set of weights for a whole row (pool "sequence"), or
+    w   = neuron                                 one set of weights for a whole row (pool
+        "sequence"), or
     w_k = neuron_k position_k / sum_j ...        a softmax that factorises (pool "causal")
 
-The weights of a neuron n at a position t are softmax_k((alpha_nk + noise_nk + beta_k f_k(t)) / tau), and an exponential of a sum
-is a product: exp((alpha + noise) / tau), one per neuron, times exp(beta f / tau), one per position. So the causal form needs no
-exponential per neuron and position, only their products.
+The weights of a neuron n at a position t are softmax_k((alpha_nk + noise_nk + beta_k f_k(t)) /
+tau), and an exponential of a sum is a product: exp((alpha + noise) / tau), one per neuron, times
+exp(beta f / tau), one per position. So the causal form needs no exponential per neuron and
+position, only their products.
 
 In:    what W_gate and W_up give, (B, T, F); factors per neuron (B, 4, F), per position (B, 4, T)
 Out:   (B, T, D), what W_down makes of the mixture
@@ -30,16 +33,17 @@ NUM_ACTIVATIONS = 4
 NAMES = ("ReLU", "Tanh", "SiLU", "GELU")
 
 NEURON_CENTRE, POSITION_CENTRE, POSITION_SPREAD = 40.0, 20.0, 90.0
-"""Where the largest logarithm of a factor is put, and how far below it one of a position's may be. Products then neither overflow
-nor all vanish: the largest's logarithm is from -30 to 60. A neuron's factor that fp32 cannot hold any more is 127 below its
-largest, and so without weight at any position. Where beta f differs by more than 90 tau, it counts as 90 tau apart."""
+"""Where the largest logarithm of a factor is put, and how far below it one of a position's may be.
+Products then neither overflow nor all vanish: the largest's logarithm is from -30 to 60. A neuron's
+factor that fp32 cannot hold any more is 127 below its largest, and so without weight at any
+position. Where beta f differs by more than 90 tau, it counts as 90 tau apart."""
 
 BLOCK = 1 << 17
 """Neurons x positions worked on at a time on a CPU: what a block needs stays in the cache."""
 
 PART = 1 << 24
-"""Neurons x positions given to a compiled kernel at a time. In the backward pass Inductor writes out about eight tensors of this
-size: so it does for a CPU, where its code was read."""
+"""Neurons x positions given to a compiled kernel at a time. In the backward pass Inductor writes
+out about eight tensors of this size: so it does for a CPU, where its code was read."""
 
 SQRT_HALF, INV_SQRT_2PI = math.sqrt(0.5), 1.0 / math.sqrt(2.0 * math.pi)
 
@@ -57,12 +61,16 @@ def position_factors(logits: Tensor) -> Tensor:
     return torch.exp(below + POSITION_CENTRE).contiguous()
 
 
-def polyglu(gate: Tensor, up: Tensor, down: Tensor, neuron: Tensor, position: Tensor | None = None) -> Tensor:
-    """(up * sum_k w_k act_k(gate)) @ down.T: (B, T, F) -> (B, T, D), in the dtype of `gate`; mixed in fp32, or float64.
+def polyglu(
+    gate: Tensor, up: Tensor, down: Tensor, neuron: Tensor, position: Tensor | None = None
+) -> Tensor:
+    """(up * sum_k w_k act_k(gate)) @ down.T: (B, T, F) -> (B, T, D), in the dtype of `gate`; mixed
+    in fp32, or float64.
 
     gate, up    (B, T, F)
     down        (D, F)
-    neuron      (B, 4, F) the weights themselves, or with `position` factors of them (`neuron_factors`)
+    neuron      (B, 4, F) the weights themselves, or with `position` factors of them
+                (`neuron_factors`)
     position    (B, 4, T) the other factors (`position_factors`)
     """
     if not torch.is_grad_enabled():
@@ -71,8 +79,8 @@ def polyglu(gate: Tensor, up: Tensor, down: Tensor, neuron: Tensor, position: Te
 
 
 def pick_activation(gate: Tensor, up: Tensor, neuron: Tensor, position: Tensor) -> Tensor:
-    """up * act_k(gate) with the k whose neuron + position is largest: the limit of tau to 0. Not for training: no gradient
-    reaches the logits, and tensors of (B, T, F) are written out.
+    """up * act_k(gate) with the k whose neuron + position is largest: the limit of tau to 0. Not
+    for training: no gradient reaches the logits, and tensors of (B, T, F) are written out.
 
     gate, up    (B, T, F)
     neuron      (B or 1, F, 4) and position (B, T or 1, 4): the logits' two parts
@@ -88,13 +96,16 @@ def pick_activation(gate: Tensor, up: Tensor, neuron: Tensor, position: Tensor) 
 
 
 class _PolyGLU(torch.autograd.Function):
-    """Chooses who mixes: blocks in the cache on a CPU, a compiled kernel on a GPU, the surrounding compiler inside one.
+    """Chooses who mixes: blocks in the cache on a CPU, a compiled kernel on a GPU, the surrounding
+    compiler inside one.
 
     What `down` multiplies is not kept for its gradient either: mixing again gives it along the way.
     """
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, down: Tensor, neuron: Tensor, position: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, gate: Tensor, up: Tensor, down: Tensor, neuron: Tensor, position: Tensor | None
+    ) -> Tensor:
         ctx.save_for_backward(gate, up, down, neuron, position)
         return _mix_and_project(gate, up, down, neuron, position)
 
@@ -108,7 +119,9 @@ class _PolyGLU(torch.autograd.Function):
         return of_gate, of_up, of_down.to(down.dtype), of_neuron, of_position
 
 
-def _mix_and_project(gate: Tensor, up: Tensor, down: Tensor, neuron: Tensor, position: Tensor | None) -> Tensor:
+def _mix_and_project(
+    gate: Tensor, up: Tensor, down: Tensor, neuron: Tensor, position: Tensor | None
+) -> Tensor:
     mixed = _by_device(gate, _forward_blocks, _forward)(gate, up, neuron, position)
     return functional.linear(mixed, down.to(gate.dtype))
 
@@ -120,7 +133,8 @@ def _by_device(x: Tensor, blocks: Any, formula: Any) -> Any:
 
 
 def _in_parts(formula: Any, *tensors: Tensor | None) -> Any:
-    """A formula over some rows of the batch at a time: what a compiler writes out between its kernels is of that size then."""
+    """A formula over some rows of the batch at a time: what a compiler writes out between its
+    kernels is of that size then."""
     rows = max(1, PART // tensors[0][0].numel())
     if rows >= len(tensors[0]):
         return formula(*tensors)
@@ -131,7 +145,7 @@ def _in_parts(formula: Any, *tensors: Tensor | None) -> Any:
     return tuple(None if of_rows[0] is None else torch.cat(of_rows) for of_rows in zip(*parts))
 
 
-# the formulas, for a compiler to fuse -------------------------------------------------------------------------------------
+# the formulas, for a compiler to fuse -------------------------------------------------------------
 
 
 def _activations(a: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -140,11 +154,17 @@ def _activations(a: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     cdf = 0.5 + 0.5 * torch.erf(a * SQRT_HALF)
     values = [torch.relu(a), tanh, a * sigmoid, a * cdf]
     density = torch.exp(-0.5 * a * a) * INV_SQRT_2PI
-    return values, [(a > 0).to(a.dtype), 1 - tanh * tanh, sigmoid * (1 + a * (1 - sigmoid)), cdf + a * density]
+    return values, [
+        (a > 0).to(a.dtype),
+        1 - tanh * tanh,
+        sigmoid * (1 + a * (1 - sigmoid)),
+        cdf + a * density,
+    ]
 
 
 def _weights(neuron: Tensor, position: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
-    """Unnormalised weights of each activation and their sum, as tensors that broadcast to (B, T, F); None: normalised."""
+    """Unnormalised weights of each activation and their sum, as tensors that broadcast to (B, T,
+    F); None: normalised."""
     if position is None:
         return [neuron[:, k, None, :] for k in range(NUM_ACTIVATIONS)], None
     products = [neuron[:, k, None, :] * position[:, k, :, None] for k in range(NUM_ACTIVATIONS)]
@@ -171,24 +191,41 @@ def _backward(
     slope = sum(w * s for w, s in zip(weights, slopes))
     if total is not None:
         mixed, of_mix = mixed / total, of_mix / total
-    out, of_gate, of_up = ((mixed * up).to(gate.dtype), (of_mix * slope).to(gate.dtype), (grad * mixed).to(up.dtype))
+    out, of_gate, of_up = (
+        (mixed * up).to(gate.dtype),
+        (of_mix * slope).to(gate.dtype),
+        (grad * mixed).to(up.dtype),
+    )
     if position is None:
-        return out, of_gate, of_up, torch.stack([(of_mix * value).sum(1) for value in values], 1), None
+        return (
+            out,
+            of_gate,
+            of_up,
+            torch.stack([(of_mix * value).sum(1) for value in values], 1),
+            None,
+        )
     of_weights = [of_mix * (value - mixed) for value in values]
-    of_neuron = torch.stack([(w * position[:, k, :, None]).sum(1) for k, w in enumerate(of_weights)], 1)
-    of_position = torch.stack([(w * neuron[:, k, None, :]).sum(2) for k, w in enumerate(of_weights)], 1)
+    of_neuron = torch.stack(
+        [(w * position[:, k, :, None]).sum(1) for k, w in enumerate(of_weights)], 1
+    )
+    of_position = torch.stack(
+        [(w * neuron[:, k, None, :]).sum(2) for k, w in enumerate(of_weights)], 1
+    )
     return out, of_gate, of_up, of_neuron, of_position
 
 
-# the same in blocks that stay in the cache --------------------------------------------------------------------------------
+# the same in blocks that stay in the cache --------------------------------------------------------
 
 
 def _blocks(gate: Tensor) -> Iterator[tuple[slice, slice]]:
-    """(batch rows, positions) of each block: some positions of one row, or several whole rows where rows are short."""
+    """(batch rows, positions) of each block: some positions of one row, or several whole rows where
+    rows are short."""
     B, T, F = gate.shape
     n = math.ceil(T / math.ceil(T * F / BLOCK))  # of equal size, the last one a little smaller
     rows = max(1, BLOCK // (T * F))
-    return ((slice(b, b + rows), slice(t, t + n)) for b in range(0, B, rows) for t in range(0, T, n))
+    return (
+        (slice(b, b + rows), slice(t, t + n)) for b in range(0, B, rows) for t in range(0, T, n)
+    )
 
 
 def _tanh(a: Tensor) -> Tensor:
@@ -201,7 +238,8 @@ def _values(a: Tensor) -> list[Tensor]:
 
 
 def _weigh(parts: list[Tensor], neuron: Tensor, position: Tensor | None) -> Tensor:
-    """sum_k w_k parts_k before any division: parts 4 x (b, n, F), neuron (b, 4, F), position (b, 4, n) -> (b, n, F)."""
+    """sum_k w_k parts_k before any division: parts 4 x (b, n, F), neuron (b, 4, F), position (b, 4,
+    n) -> (b, n, F)."""
     total = parts[0] * neuron[:, 0, None]
     if position is not None:
         total.mul_(position[:, 0, :, None])
@@ -217,7 +255,8 @@ def _forward_blocks(gate: Tensor, up: Tensor, neuron: Tensor, position: Tensor |
     out = torch.empty_like(gate)
     for b, t in _blocks(gate):
         w, at = neuron[b], None if position is None else position[b, :, t]
-        if at is not None and at.shape[-1] == 1:  # of one position the weights are no more than the factors
+        # of one position the weights are no more than the factors
+        if at is not None and at.shape[-1] == 1:
             w = w * at
             w, at = w / w.sum(1, keepdim=True), None
         mixed = _weigh(_values(gate[b, t].to(w.dtype)), w, at)  # (b, n, F)
@@ -235,7 +274,8 @@ def _backward_blocks(
     of_position = None if position is None else torch.empty_like(position)
     for b, t in _blocks(gate):
         w, at = neuron[b], None if position is None else position[b, :, t]
-        a, u, dy = (x[b, t].to(w.dtype) for x in (gate, up, grad))  # (b, n, F), as all below; they may be the caller's own
+        # (b, n, F), as all below; they may be the caller's own
+        a, u, dy = (x[b, t].to(w.dtype) for x in (gate, up, grad))
         values = _values(a)
         mixed, of_mix = _weigh(values, w, at), dy * u
         if at is not None:

@@ -1,6 +1,8 @@
-"""Where published weights lie, by the `name` that a preset gives, and which tokenizer they were trained with.
+"""Where published weights lie, by the `name` that a preset gives, and which tokenizer they were
+trained with.
 
-In:    a repository of the Hub, or a folder, relative to the project, which begins with ".", "/" or "~"
+In:    a repository of the Hub, or a folder, relative to the project, which begins with ".", "/" or
+       "~"
 Out:   paths of files; the tokenizer to write, and a refusal of one that cannot be it
 State: the Hub library's local cache
 """
@@ -32,14 +34,17 @@ def tokenizer_hint(name: str) -> str:
 
 
 def refuse_new_tokenizer(name: str, tokenizer: Any, otherwise: str) -> None:
-    """Raises UserError if a preset's tokenizer section cannot be the one that the published weights were trained with.
+    """Raises UserError if a preset's tokenizer section cannot be the one that the published weights
+    were trained with.
 
     otherwise   how the preset asks for random weights
     """
     if tokenizer.type in ("bpe", "byte"):
         raise UserError(
-            f'the weights of "{name}" mean the tokens of their own tokenizer, and the preset\'s is a new one, '
-            f'"{tokenizer.type}". Write {tokenizer_hint(name)}, or in `model` {otherwise}: random weights.'
+            f'the weights of "{name}" mean the tokens of their own tokenizer, and the preset\'s '
+            "is a new one, "
+            f'"{tokenizer.type}". Write {tokenizer_hint(name)}, or in `model` {otherwise}: random '
+            "weights."
         )
 
 
@@ -56,4 +61,6 @@ def find_file(name: str, file: str, advice: str) -> Path:
             raise SourceUnavailable(f"there is no {folder / file}")
         return fetch_file(name, file)
     except SourceUnavailable as error:
-        raise UserError(f'{file} of model "{name}" could not be loaded from {place_of(name)}: {error}\n{advice}') from None
+        raise UserError(
+            f'{file} of model "{name}" could not be loaded from {place_of(name)}: {error}\n{advice}'
+        ) from None

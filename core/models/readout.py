@@ -1,4 +1,5 @@
-"""The readouts: hidden states to logits by a matrix, or to squared distances from prototypes on the unit sphere.
+"""The readouts: hidden states to logits by a matrix, or to squared distances from prototypes on the
+unit sphere.
 
 In:    tensors the model owns: `lm_head.weight`, `lm_head.bias`, `embedding.weight`
 Out:   a Readout (core/contracts.py) for ModelOutput
@@ -17,9 +18,9 @@ from core.contracts import Readout
 class LinearReadout:
     """scores = hidden @ weight.T + bias.
 
-    Not a module, so that the owning model's state dict keeps its names. The model makes one in its forward:
-    `LinearReadout(self.lm_head.weight, self.lm_head.bias, self.embedding.weight)`, or, if tied,
-    `LinearReadout(self.embedding.weight)`.
+    Not a module, so that the owning model's state dict keeps its names. The model makes one in its
+    forward: `LinearReadout(self.lm_head.weight, self.lm_head.bias, self.embedding.weight)`, or, if
+    tied, `LinearReadout(self.embedding.weight)`.
     """
 
     provides = "logits"
@@ -40,14 +41,19 @@ class LinearReadout:
         return [self.weight] if self.bias is None else [self.weight, self.bias]
 
     def detached(self) -> "LinearReadout":
-        return LinearReadout(self.weight.detach(), None if self.bias is None else self.bias.detach(), self.table.detach())
+        return LinearReadout(
+            self.weight.detach(),
+            None if self.bias is None else self.bias.detach(),
+            self.table.detach(),
+        )
 
 
 class DistanceReadout:
-    """scores = |h - w|**2 of h = hidden / |hidden| and w = the rows of weight / |weight|: 2 - 2 cos, from 0 to 4.
+    """scores = |h - w|**2 of h = hidden / |hidden| and w = the rows of weight / |weight|: 2 - 2
+    cos, from 0 to 4.
 
-    As specification 000's DistLayer computes it: the cosine is clamped to [-1, 1], so that beyond it there is no gradient, and a
-    row of zeros is at distance 2 from everything.
+    As specification 000's DistLayer computes it: the cosine is clamped to [-1, 1], so that beyond
+    it there is no gradient, and a row of zeros is at distance 2 from everything.
     """
 
     provides = "distances"
@@ -72,6 +78,7 @@ class DistanceReadout:
 
 
 def full_scores(readout: Readout, hidden: Tensor) -> Tensor:
-    """Scores (n, V) of hidden states (n, D) in fp32 at least, whatever the model computes in: bf16 has three digits."""
+    """Scores (n, V) of hidden states (n, D) in fp32 at least, whatever the model computes in: bf16
+    has three digits."""
     with torch.autocast(hidden.device.type, enabled=False):
         return readout(hidden.to(torch.promote_types(hidden.dtype, torch.float32)))

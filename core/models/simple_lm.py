@@ -1,8 +1,10 @@
-"""The baseline language model of specification 003: embeddings, nn.MultiheadAttention blocks, a linear readout.
+"""The baseline language model of specification 003: embeddings, nn.MultiheadAttention blocks, a
+linear readout.
 
 In:    Batch
 Out:   ModelOutput(hidden (B, T, D), LinearReadout)
-State: parameters named as the original's (`embedding`, `pos_embedding`, `layers.N.self_attn`, ..., `lm_head`)
+State: parameters named as the original's (`embedding`, `pos_embedding`, `layers.N.self_attn`, ...,
+`lm_head`)
 
 B batch, T time, D hidden_size, H num_heads, Dh head width D/H, F intermediate_size, V vocab_size
 """
@@ -15,7 +17,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from core.contracts import Batch, ModelOutput
-from core.models.attention import Attention, DocumentMask, attend, attend_to_past, choose_backend, compute_dtype
+from core.models.attention import (
+    Attention,
+    DocumentMask,
+    attend,
+    attend_to_past,
+    choose_backend,
+    compute_dtype,
+)
 from core.models.initial import STD, draw_residual, draw_weights
 from core.models.kv_cache import KeyValueCache
 from core.models.readout import LinearReadout
@@ -39,19 +48,24 @@ class SimpleLMSettings(Settings):
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
     """Dropout probability after attention and feed-forward layers."""
     norm: Literal["pre", "post"] = "pre"
-    """pre: normalise before each layer, and once at the end. post: the original block, normalised after each layer."""
+    """pre: normalise before each layer, and once at the end. post: the original block, normalised
+    after each layer."""
     activation: Literal["gelu", "gelu_tanh", "relu"] = "gelu"
     """Non-linearity of the feed-forward layers; the original's is relu."""
     tie_embeddings: bool = True
-    """Readout and embedding share one table. Untied, the readout has its own and a bias, as the original's."""
+    """Readout and embedding share one table. Untied, the readout has its own and a bias, as the
+    original's."""
     attention: Attention = "auto"
-    """What computes attention; the result is the same. auto is sdpa, which runs everywhere. flex, varlen and flash (the package
-    flash-attn) skip what lies outside a document, on GPUs; where one cannot run, the program says so and uses sdpa."""
+    """What computes attention; the result is the same. auto is sdpa, which runs everywhere. flex,
+    varlen and flash (the package flash-attn) skip what lies outside a document, on GPUs; where one
+    cannot run, the program says so and uses sdpa."""
 
     @model_validator(mode="after")
     def _heads_fit(self) -> "SimpleLMSettings":
         if self.hidden_size % self.num_heads:
-            raise ValueError(f"num_heads {self.num_heads} does not divide hidden_size {self.hidden_size}")
+            raise ValueError(
+                f"num_heads {self.num_heads} does not divide hidden_size {self.hidden_size}"
+            )
         return self
 
 
@@ -59,19 +73,26 @@ ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tan
 
 
 class SelfAttention(nn.MultiheadAttention):
-    """nn.MultiheadAttention's parameters and arithmetic, on the shortest way to the attention kernel.
+    """nn.MultiheadAttention's parameters and arithmetic, on the shortest way to the attention
+    kernel.
 
-    The stock forward cannot be told that a mask is plainly causal, and has a path in evaluation mode whose rows turn NaN
-    where a mask hides every key.
+    The stock forward cannot be told that a mask is plainly causal, and has a path in evaluation
+    mode whose rows turn NaN where a mask hides every key.
     """
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, mask: DocumentMask | None, cache: KeyValueCache | None = None, layer: int = 0
+        self,
+        x: Tensor,
+        mask: DocumentMask | None,
+        cache: KeyValueCache | None = None,
+        layer: int = 0,
     ) -> Tensor:
-        """Inside each document of `mask`; or, with a cache, over all that its layer holds and x itself."""
+        """Inside each document of `mask`; or, with a cache, over all that its layer holds and x
+        itself."""
         B, T, D = x.shape
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, T, 3D)
-        q, k, v = qkv.view(B, T, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)  # each (B, H, T, Dh)
+        # each (B, H, T, Dh)
+        q, k, v = qkv.view(B, T, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         if cache is None:
             assert mask is not None
             mixed = attend(q, k, v, mask)  # (B, H, T, Dh)
@@ -94,7 +115,11 @@ class Block(nn.Module):
         self.pre_norm = settings.norm == "pre"
 
     def forward(
-        self, x: Tensor, mask: DocumentMask | None, cache: KeyValueCache | None = None, layer: int = 0
+        self,
+        x: Tensor,
+        mask: DocumentMask | None,
+        cache: KeyValueCache | None = None,
+        layer: int = 0,
     ) -> Tensor:  # (B, T, D) -> (B, T, D)
         if self.pre_norm:
             x = x + self.dropout(self.self_attn(self.norm1(x), mask, cache, layer))
@@ -134,7 +159,8 @@ class SimpleLM(nn.Module):
         return self.settings.hidden_size // self.settings.num_heads
 
     def attention_note(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """What to tell the user if `settings.attention` cannot be had on a device; `dtype` is that of matrix products."""
+        """What to tell the user if `settings.attention` cannot be had on a device; `dtype` is that
+        of matrix products."""
         return choose_backend(self.settings.attention, device, dtype, self._head_dim)[1]
 
     def forward(self, batch: Batch) -> ModelOutput:
@@ -150,8 +176,11 @@ class SimpleLM(nn.Module):
         return KeyValueCache(len(self.layers))
 
     def extend(self, input_ids: Tensor, cache: KeyValueCache) -> ModelOutput:
-        """Hidden states of the next positions (B, t) of unpacked texts; up to max_seq_len of them in all."""
-        positions = torch.arange(cache.length, cache.length + input_ids.shape[1], device=input_ids.device)
+        """Hidden states of the next positions (B, t) of unpacked texts; up to max_seq_len of them
+        in all."""
+        positions = torch.arange(
+            cache.length, cache.length + input_ids.shape[1], device=input_ids.device
+        )
         x = self.dropout(self.embedding(input_ids) + self.pos_embedding(positions))  # (B, t, D)
         for number, layer in enumerate(self.layers):
             x = layer(x, None, cache, number)
@@ -166,23 +195,32 @@ class SimpleLM(nn.Module):
         old = self.pos_embedding.weight
         if new_length <= len(old):
             return
-        self.pos_embedding = nn.Embedding(new_length, old.shape[1], device=old.device, dtype=old.dtype)
+        self.pos_embedding = nn.Embedding(
+            new_length, old.shape[1], device=old.device, dtype=old.dtype
+        )
         nn.init.normal_(self.pos_embedding.weight, std=STD)
         self.pos_embedding.weight[: len(old)] = old
 
     def prepare_load(self, saved: dict[str, Tensor], notes: list[str]) -> None:
         """Make saved weights of another row length fit: the longer position table wins."""
         table = saved.get("pos_embedding.weight")
-        if table is None or table.shape[1:] != self.pos_embedding.weight.shape[1:] or len(table) == self.max_seq_len:
+        if (
+            table is None
+            or table.shape[1:] != self.pos_embedding.weight.shape[1:]
+            or len(table) == self.max_seq_len
+        ):
             return
         if len(table) < self.max_seq_len:
             notes.append(f"the position table grows from {len(table)} to {self.max_seq_len} rows")
-            saved["pos_embedding.weight"] = torch.cat([table, self.pos_embedding.weight.detach()[len(table) :].to(table)])
+            saved["pos_embedding.weight"] = torch.cat(
+                [table, self.pos_embedding.weight.detach()[len(table) :].to(table)]
+            )
         else:
             self.extend_max_seq_len(len(table))
 
     def _initialise(self) -> None:
-        """N(0, 0.02), biases 0; pre-norm layers that add to the residual stream are scaled down (GPT-2, section 2.3)."""
+        """N(0, 0.02), biases 0; pre-norm layers that add to the residual stream are scaled down
+        (GPT-2, section 2.3)."""
         for module in self.modules():
             draw_weights(module)
             if isinstance(module, SelfAttention):

@@ -1,7 +1,7 @@
 """One small interface over one device and many: what differs between them, and nothing else.
 
-`Single` and `DDP` have the same methods. Numbers and objects travel over the host (gloo), gradients over the device's own
-backend.
+`Single` and `DDP` have the same methods. Numbers and objects travel over the host (gloo), gradients
+over the device's own backend.
 """
 
 from core.parallel.ddp import DDP

@@ -1,4 +1,5 @@
-"""Data parallelism over torchrun's processes: each holds the whole model, gradients are averaged (torch DDP)."""
+"""Data parallelism over torchrun's processes: each holds the whole model, gradients are averaged
+(torch DDP)."""
 
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
@@ -19,7 +20,9 @@ class DDP:
     def __init__(self, device: torch.device, store: Any, rank: int, world_size: int):
         self.rank, self.world_size, self._device = rank, world_size, device
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=HOST_TIMEOUT)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=HOST_TIMEOUT
+        )
 
     def wrap(self, module: nn.Module) -> nn.Module:
         ids = [self._device.index] if self._device.type == "cuda" else None

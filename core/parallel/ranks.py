@@ -1,4 +1,5 @@
-"""What rank 0 does first or alone, and what it means for the others: a user's mistake it meets is everybody's.
+"""What rank 0 does first or alone, and what it means for the others: a user's mistake it meets is
+everybody's.
 
 In:    the ranks (Single or DDP), an action
 Out:   its result, on every rank; or its UserError, on every rank
@@ -21,7 +22,8 @@ def on_rank_zero(parallel: Any, action: Callable[[], Any]) -> Any:
 
 
 def rank_zero_first(parallel: Any, action: Callable[[], Any]) -> Any:
-    """What `action` gives on each rank, where that cannot be sent; rank 0 runs it first, so that files are fetched once."""
+    """What `action` gives on each rank, where that cannot be sent; rank 0 runs it first, so that
+    files are fetched once."""
     result, error = _tried(action) if parallel.rank == 0 else (None, None)
     if (error := parallel.broadcast(error)) is not None:
         raise error

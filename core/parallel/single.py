@@ -13,11 +13,13 @@ class Single:
     world_size = 1
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """The module to call in training; its gradients are averaged over ranks when a backward pass ends."""
+        """The module to call in training; its gradients are averaged over ranks when a backward
+        pass ends."""
         return module
 
     def accumulate(self, module: nn.Module, last: bool) -> AbstractContextManager:
-        """Around forward and backward of one micro-batch; only the `last` of a step exchanges gradients."""
+        """Around forward and backward of one micro-batch; only the `last` of a step exchanges
+        gradients."""
         return nullcontext()
 
     def sum(self, numbers: list[float]) -> list[float]:

@@ -1,4 +1,5 @@
-"""A JSON file that a person wrote: read strictly, and every mistake told with its place and what to write instead.
+"""A JSON file that a person wrote: read strictly, and every mistake told with its place and what to
+write instead.
 
 In:    a path
 Out:   what the file says, and what is wrong with it
@@ -24,7 +25,8 @@ UNREADABLE = re.compile("[\x00\ud800-\udfff]")
 
 
 class Endless(int):
-    """A whole number of too many digits: it counts as one beyond every bound, and remembers how it was written."""
+    """A whole number of too many digits: it counts as one beyond every bound, and remembers how it
+    was written."""
 
     digits: str
 
@@ -35,20 +37,26 @@ class Endless(int):
 
 
 class _Repeating(dict):
-    """An object in which keys stand twice. Of those, JSON readers drop the first value without a word."""
+    """An object in which keys stand twice. Of those, JSON readers drop the first value without a
+    word."""
 
     twice: list[str]
 
 
 def read_json(path: Path) -> tuple[Any, list[str]]:
-    """(what the file says, what is wrong with keys and texts in it). Raises PresetError for a file that is no JSON."""
+    """(what the file says, what is wrong with keys and texts in it). Raises PresetError for a file
+    that is no JSON."""
     text = _text(path)
     try:
         problems: list[str] = []
-        return _looked_through(json.loads(text, object_pairs_hook=_object, parse_int=_whole), "", problems), problems
+        return _looked_through(
+            json.loads(text, object_pairs_hook=_object, parse_int=_whole), "", problems
+        ), problems
     except json.JSONDecodeError as error:
         where = f"line {error.lineno} column {error.colno}: {error.msg}"
-        raise PresetError(str(path), [f"{where}; the file is not valid JSON. {_advice(text, error)}".rstrip()]) from None
+        raise PresetError(
+            str(path), [f"{where}; the file is not valid JSON. {_advice(text, error)}".rstrip()]
+        ) from None
     except RecursionError:
         raise PresetError(str(path), ["cannot be read: its brackets are nested too deep"]) from None
 
@@ -62,24 +70,35 @@ def shown(value: Any) -> str:
 
 
 def _text(path: Path) -> str:
-    """Raises PresetError. Nothing but a plain file is opened: a pipe or a device would never end."""
+    """Raises PresetError. Nothing but a plain file is opened: a pipe or a device would never
+    end."""
     try:
         about = path.stat()
         if not stat.S_ISREG(about.st_mode):
             kind = "a folder" if stat.S_ISDIR(about.st_mode) else "no plain file"
-            raise PresetError(str(path), [f"cannot be read: it is {kind}; move it out of {path.parent.name}/"])
+            raise PresetError(
+                str(path), [f"cannot be read: it is {kind}; move it out of {path.parent.name}/"]
+            )
         if about.st_size > MOST_BYTES:
             raise PresetError(
-                str(path), [f"cannot be read: {about.st_size:,} bytes are too many for one ({MOST_BYTES:,} at most)"]
+                str(path),
+                [
+                    f"cannot be read: {about.st_size:,} bytes are too many for one "
+                    f"({MOST_BYTES:,} at most)"
+                ],
             )
         content = path.read_bytes()
         return content.decode(BYTE_ORDER_MARKS.get(content[:2], "utf-8-sig"))
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        raise PresetError(str(path), [f"cannot be read: line {line} is no UTF-8 text; save the file as UTF-8"]) from None
+        raise PresetError(
+            str(path), [f"cannot be read: line {line} is no UTF-8 text; save the file as UTF-8"]
+        ) from None
     except (OSError, ValueError) as error:
         why = (
-            f"it is a link to {os.readlink(path)}, which is not there" if path.is_symlink() else getattr(error, "strerror", error)
+            f"it is a link to {os.readlink(path)}, which is not there"
+            if path.is_symlink()
+            else getattr(error, "strerror", error)
         )
         raise PresetError(str(path), [f"cannot be read: {why}"]) from None
 
@@ -98,10 +117,14 @@ def _object(pairs: list[tuple[str, Any]]) -> dict:
 
 
 def _looked_through(value: Any, path: str, problems: list[str]) -> Any:
-    """The value with "?" for what no text can hold; each such place, and each key that stands twice, is a problem."""
+    """The value with "?" for what no text can hold; each such place, and each key that stands
+    twice, is a problem."""
     if isinstance(value, str):
         if UNREADABLE.search(value):
-            problems.append(f"{path or 'the preset'}  {shown(value)}: holds NUL or half a character; take it out")
+            problems.append(
+                f"{path or 'the preset'}  {shown(value)}: holds NUL or half a character; take it "
+                "out"
+            )
         return UNREADABLE.sub("?", value)
     if isinstance(value, list):
         return [_looked_through(item, f"{path}[{i}]", problems) for i, item in enumerate(value)]
@@ -109,8 +132,14 @@ def _looked_through(value: Any, path: str, problems: list[str]) -> Any:
         return value
     under = f"{path}." if path else ""
     for key in getattr(value, "twice", []):
-        problems.append(f'{under}{UNREADABLE.sub("?", key)}  the key "{key}" stands twice in one object; keep one of them')
-    return {UNREADABLE.sub("?", key): _looked_through(each, f"{under}{key}", problems) for key, each in value.items()}
+        problems.append(
+            f'{under}{UNREADABLE.sub("?", key)}  the key "{key}" stands twice in one object; keep '
+            "one of them"
+        )
+    return {
+        UNREADABLE.sub("?", key): _looked_through(each, f"{under}{key}", problems)
+        for key, each in value.items()
+    }
 
 
 def _advice(text: str, error: json.JSONDecodeError) -> str:
@@ -135,7 +164,10 @@ def _advice(text: str, error: json.JSONDecodeError) -> str:
     if here.startswith("_") and before[-1:].isdigit():
         return "A number has no _ in it."
     if re.match(r"[A-Za-z_]", here):
-        return 'true, false and null are written so; any other word stands in double quotes: "like this".'
+        return (
+            "true, false and null are written so; any other word stands in double quotes: "
+            '"like this".'
+        )
     if "Extra data" in error.msg:
         return "Something stands behind the closing bracket."
     if not here:

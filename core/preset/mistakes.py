@@ -1,4 +1,5 @@
-"""What a person is told of a mistake in a preset: its path, what stands there, and what would be right.
+"""What a person is told of a mistake in a preset: its path, what stands there, and what would be
+right.
 
 In:    an error of pydantic, what was decoded, the class it was decoded to
 Out:   one line
@@ -58,22 +59,33 @@ def explain(error: Any, data: Any, cls: type[BaseModel]) -> str:
         known = _known_keys(cls, error["loc"][:-1])
         return f"{where}  unknown key; {_meant(str(error['loc'][-1]), known, cls)}"
     message = error["msg"].removeprefix("Value error, ")
-    fix = _limits(cls, error["loc"]) if isinstance(node, float) and not math.isfinite(node) else _fix(error["type"], node)
+    fix = (
+        _limits(cls, error["loc"])
+        if isinstance(node, float) and not math.isfinite(node)
+        else _fix(error["type"], node)
+    )
     return f"{where}  {shown(node)}: {message[0].lower() + message[1:]}{fix}"
 
 
 def _meant(key: str, known: list[str], cls: type[BaseModel]) -> str:
-    """Which key was meant: by what others call it, by its letters, or by the section it belongs to."""
+    """Which key was meant: by what others call it, by its letters, or by the section it belongs
+    to."""
     ours = ELSEWHERE.get(key, key)
     meant = [ours] if ours in known else difflib.get_close_matches(key, known, n=1, cutoff=0.7)
-    meant = meant or [f"{name}.{ours}" for name in cls.model_fields if ours in _known_keys(cls, (name,))]
+    meant = meant or [
+        f"{name}.{ours}" for name in cls.model_fields if ours in _known_keys(cls, (name,))
+    ]
     meant = meant or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     return f'did you mean "{meant[0]}"?' if meant else f"known are {', '.join(known)}"
 
 
 def _fix(kind: str, value: Any) -> str:
     """What to write instead, where that is plain."""
-    if kind in ("int_type", "float_type") and isinstance(value, str) and re.fullmatch(NUMBER, value):
+    if (
+        kind in ("int_type", "float_type")
+        and isinstance(value, str)
+        and re.fullmatch(NUMBER, value)
+    ):
         whole = kind == "int_type" and float(value).is_integer()
         return f"; write {int(float(value)) if whole else value}, without quotes"
     if kind == "bool_type" and value in ("true", "false"):
@@ -92,9 +104,16 @@ def _known_keys(cls: type[BaseModel], loc: tuple) -> list[str]:
 
 def _limits(cls: type[BaseModel], loc: tuple) -> str:
     """Between which numbers the value at a place has to be."""
-    words = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
+    words = {
+        "minimum": "at least",
+        "exclusiveMinimum": "above",
+        "maximum": "at most",
+        "exclusiveMaximum": "below",
+    }
     nodes = [node for node in _schema_at(cls, loc) if node.get("type") in ("integer", "number")]
-    found = [f"{told} {nodes[0][key]:,}" for key, told in words.items() if nodes and key in nodes[0]]
+    found = [
+        f"{told} {nodes[0][key]:,}" for key, told in words.items() if nodes and key in nodes[0]
+    ]
     return f", {' and '.join(found)}" if found else ""
 
 
@@ -106,7 +125,11 @@ def _schema_at(cls: type[BaseModel], loc: tuple) -> list[dict]:
         found = []
         for node in _resolved(nodes, schema):
             if isinstance(part, int):
-                found += [node["items"]] if "items" in node else node.get("prefixItems", [])[part : part + 1]
+                found += (
+                    [node["items"]]
+                    if "items" in node
+                    else node.get("prefixItems", [])[part : part + 1]
+                )
             elif part in node.get("properties", {}):
                 found.append(node["properties"][part])
             else:  # a union tag: keep the members of that type

@@ -1,4 +1,5 @@
-"""The sections of a preset: every key a person may write, with its default, its limits and what it does.
+"""The sections of a preset: every key a person may write, with its default, its limits and what it
+does.
 
 In:    nothing; the sections of models, losses and sources stand beside the code they configure
 Out:   frozen pydantic classes, from which preset.py makes the Preset and its JSON Schema
@@ -21,10 +22,16 @@ NEXT_TOKEN, MASKED_TOKENS = "next_token", "masked_tokens"
 
 
 class Settings(Bounded, BaseModel):
-    """The base of every section: unknown keys are errors, values are not coerced, numbers have bounds, nothing changes after
-    decoding."""
+    """The base of every section: unknown keys are errors, values are not coerced, numbers have
+    bounds, nothing changes after decoding."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        populate_by_name=True,
+        use_attribute_docstrings=True,
+    )
 
 
 def objective_of(model: Settings) -> str:
@@ -38,29 +45,34 @@ class LossSettings(Settings):
     name: str | None = Field(None, min_length=1)
     """Name in logs; left out, its type. Two losses of one type need different ones."""
     weight: Schedule = 1.0
-    """Factor in the sum of losses. 0: only reported. Below 0: rewarded; one of the losses has to be above 0 at some moment."""
+    """Factor in the sum of losses. 0: only reported. Below 0: rewarded; one of the losses has to be
+    above 0 at some moment."""
 
 
 class TokenizerSettings(Settings):
     type: Literal["bpe", "byte", "hub", "file"] = "bpe"
-    """bpe: byte-level BPE trained on a sample of the preset's own sources. byte: 256 bytes. hub: a Hugging Face tokenizer.
-    file: a tokenizer.json on this machine."""
+    """bpe: byte-level BPE trained on a sample of the preset's own sources. byte: 256 bytes. hub: a
+    Hugging Face tokenizer. file: a tokenizer.json on this machine."""
     vocab_size: int = Field(8192, ge=260, le=1_000_000)
     """Vocabulary of a trained BPE."""
     name: str | None = Field(None, min_length=1)
     """Hub repository of a `hub` tokenizer, such as "gpt2"."""
     path: str | None = Field(None, min_length=1)
-    """The tokenizer.json of a `file` tokenizer, relative to the project, such as "./data/tokens/tokenizer.json". What ends a
-    document is read from the tokenizer_config.json beside it."""
+    """The tokenizer.json of a `file` tokenizer, relative to the project, such as
+    "./data/tokens/tokenizer.json". What ends a document is read from the tokenizer_config.json
+    beside it."""
 
     @model_validator(mode="after")
     def _hub_is_named(self) -> "TokenizerSettings":
         if (self.type == "hub") != (self.name is not None):
             raise ValueError(
-                '"type": "hub" goes with a "name", and only with it; to name a Hub tokenizer write "tokenizer": "gpt2"'
+                '"type": "hub" goes with a "name", and only with it; to name a Hub tokenizer '
+                'write "tokenizer": "gpt2"'
             )
         if (self.type == "file") != (self.path is not None):
-            raise ValueError('"type": "file" goes with a "path" to a tokenizer.json, and only with it')
+            raise ValueError(
+                '"type": "file" goes with a "path" to a tokenizer.json, and only with it'
+            )
         return self
 
 
@@ -79,25 +91,35 @@ class ScheduleSettings(Settings):
     @model_validator(mode="after")
     def _fits(self) -> "ScheduleSettings":
         if self.type == "wsd" and self.warmup + self.decay > 1.0:
-            raise ValueError(f"warmup {self.warmup:g} and decay {self.decay:g} are more than the whole run; together at most 1")
+            raise ValueError(
+                f"warmup {self.warmup:g} and decay {self.decay:g} are more than the whole run; "
+                "together at most 1"
+            )
         return self
 
 
 class CurriculumSettings(Settings):
-    """Which of the rows that are read are trained, by how difficult the model finds them: their loss among that of the others."""
+    """Which of the rows that are read are trained, by how difficult the model finds them: their
+    loss among that of the others."""
 
     candidates: int = Field(2, ge=2, le=1_000)
     """Rows read, and scored by a forward pass, for each that is trained."""
     bucket_weights: list[Schedule] = Field([1.0, 1.0, 1.0, 1.0], min_length=2)
-    """The candidates of a step are put into so many buckets of equal size by their loss, the easiest first. For each a number or
-    schedule: a row's chance against the others of its group. All equal: left to chance."""
+    """The candidates of a step are put into so many buckets of equal size by their loss, the
+    easiest first. For each a number or schedule: a row's chance against the others of its group.
+    All equal: left to chance."""
 
     @model_validator(mode="after")
     def _weights_fit(self) -> "CurriculumSettings":
-        for moment in sorted({0.0, 1.0, *(at for weight in self.bucket_weights for at in turns(weight))}):
+        for moment in sorted(
+            {0.0, 1.0, *(at for weight in self.bucket_weights for at in turns(weight))}
+        ):
             found = [value_at(weight, moment) for weight in self.bucket_weights]
             if min(found) < 0 or sum(found) <= 0:
-                raise ValueError(f"bucket_weights must not be negative, and not all zero; at {moment:g} they are {found}")
+                raise ValueError(
+                    f"bucket_weights must not be negative, and not all zero; at {moment:g} they "
+                    f"are {found}"
+                )
         return self
 
 
@@ -121,14 +143,15 @@ class TrainSettings(Settings):
     eps: float = Field(1e-8, gt=0.0, le=1.0)
     """AdamW's epsilon."""
     weight_decay: float = Field(0.1, ge=0.0, le=100.0)
-    """Decoupled weight decay, on matrices only (biases, norms and the position table are exempt)."""
+    """Decoupled weight decay, on matrices only (biases, norms and the position table are
+    exempt)."""
     muon_learning_rate: float = Field(0.02, gt=0.0, le=100.0)
     """Peak learning rate of the matrices under Muon."""
     max_grad_norm: float = Field(1.0, gt=0.0)
     """Global norm the gradient is clipped to."""
     trainable: list[str] | None = Field(None, min_length=1)
-    """Parameters to train, all others stay as they are: parts of names, such as "transformer_encoder.27", "*" for anything
-    between two dots. Left out: all."""
+    """Parameters to train, all others stay as they are: parts of names, such as
+    "transformer_encoder.27", "*" for anything between two dots. Left out: all."""
     seed: Seed = 42
     """Seed of everything random."""
     runs: int = Field(1, ge=1, le=1_000_000)
@@ -144,17 +167,21 @@ class TrainSettings(Settings):
     eval_at_start: bool = False
     """Also evaluate before the first update: what trained weights could do before."""
     checkpoint_every_minutes: float = Field(10.0, gt=0.0, le=1_000_000.0)
-    """Minutes between checkpoints. One is always written after the first steps, at the end and on Ctrl-C."""
+    """Minutes between checkpoints. One is always written after the first steps, at the end and on
+    Ctrl-C."""
     checkpoint_every_steps: int | None = Field(None, ge=1)
     """Also write a checkpoint every so many steps."""
     compile: Literal["auto", "always", "never"] = "auto"
     """torch.compile: auto compiles when the run is long enough to pay for it."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """auto: bf16 compute over fp32 weights where the device computes bf16 natively, fp32 elsewhere."""
+    """auto: bf16 compute over fp32 weights where the device computes bf16 natively, fp32
+    elsewhere."""
     deterministic: bool = False
-    """On a GPU, only kernels that give the same bits each time, which are slower; a CPU always does. See Checkpoints."""
+    """On a GPU, only kernels that give the same bits each time, which are slower; a CPU always
+    does. See Checkpoints."""
     curriculum: CurriculumSettings | None = None
-    """Reads more rows than are trained, and chooses among them by their loss. Left out: all rows are trained."""
+    """Reads more rows than are trained, and chooses among them by their loss. Left out: all rows
+    are trained."""
     train_tokens: int | None = None
     """Accepted for old presets and overridden: one run is always 100,000,000 tokens."""
 
@@ -165,16 +192,19 @@ class TrainSettings(Settings):
 
 
 class AuxiliarySettings(Settings):
-    """Auxiliary heads of the baseline LM, and adaptive weights of sources (specification 003, tier 1). All off by default."""
+    """Auxiliary heads of the baseline LM, and adaptive weights of sources (specification 003, tier
+    1). All off by default."""
 
     enable_policy: bool = False
-    """Predict the next token at a sampled position from a head of its own, towards the language model's distribution."""
+    """Predict the next token at a sampled position from a head of its own, towards the language
+    model's distribution."""
     enable_value: bool = False
     """Predict the average loss of the coming span."""
     enable_dynamics: bool = False
     """Predict the next three hidden states' mean from the present one and the three tokens."""
     enable_span_contrastive: bool = False
-    """Tell a masked span from the other spans of the forward pass (InfoNCE), by what stands before it."""
+    """Tell a masked span from the other spans of the forward pass (InfoNCE), by what stands before
+    it."""
     policy_kl_weight: Schedule = 0.05
     """Weight of the policy head's divergence."""
     value_weight: Schedule = 0.05
@@ -192,15 +222,15 @@ class AuxiliarySettings(Settings):
     span_l2_normalize: bool = True
     """Compare directions only."""
     enable_rollouts: bool = False
-    """Go from hidden state to hidden state by the coming tokens alone, several steps. Policy and value heads that are on learn
-    there, too."""
+    """Go from hidden state to hidden state by the coming tokens alone, several steps. Policy and
+    value heads that are on learn there, too."""
     rollouts_weight: Schedule = 0.05
     """Weight of the rollouts' error."""
     rollout_steps: int = Field(3, ge=1, le=8)
     """Steps of a rollout, in training and of the planner."""
     enable_planner: bool = False
-    """Learn to weigh the model's likeliest next tokens anew, by where rollouts of them lead. Needs the policy, value and rollouts
-    heads; `generate.planner` uses it."""
+    """Learn to weigh the model's likeliest next tokens anew, by where rollouts of them lead. Needs
+    the policy, value and rollouts heads; `generate.planner` uses it."""
     planner_weight: Schedule = 0.05
     """Weight of the planner's loss. Only the planner learns from it."""
     planner_positions: int = Field(4, ge=1, le=1_000_000)
@@ -210,17 +240,20 @@ class AuxiliarySettings(Settings):
     planner_kl_weight: float = Field(0.1, ge=0.0)
     """Weight, inside the planner's loss, of its distribution's divergence from the model's."""
     enable_memory: bool = False
-    """Learn to compress what was read into summary tokens, and to read on behind them: for texts longer than model.seq_length."""
+    """Learn to compress what was read into summary tokens, and to read on behind them: for texts
+    longer than model.seq_length."""
     memory_weight: Schedule = 0.2
     """Weight of the memory head's loss."""
     memory_tokens_after: int = Field(64, ge=1, le=1_000_000)
-    """Tokens that are read behind a summary, twice in a row; model.seq_length must be more than twice as many."""
+    """Tokens that are read behind a summary, twice in a row; model.seq_length must be more than
+    twice as many."""
     memory_slots: int = Field(1, ge=1, le=1_000_000)
     """Summary tokens."""
     memory_reconstruction_weight: float = Field(0.1, ge=0.0)
     """Share of the reconstruction loss in the memory head's loss."""
     enable_draft: bool = False
-    """Guess the tokens after the next one, for generation to draft with. The model itself learns nothing from it."""
+    """Guess the tokens after the next one, for generation to draft with. The model itself learns
+    nothing from it."""
     draft_weight: Schedule = 1.0
     """Weight of the draft head's divergence. Its gradient reaches the head alone."""
     draft_tokens: int = Field(4, ge=1, le=16)
@@ -242,21 +275,28 @@ class AuxiliarySettings(Settings):
     def _limits_in_order(self) -> "AuxiliarySettings":
         if self.adaptive_min_weight > self.adaptive_max_weight:
             raise ValueError(
-                f"adaptive_min_weight is {self.adaptive_min_weight:g}, above adaptive_max_weight, {self.adaptive_max_weight:g}"
+                f"adaptive_min_weight is {self.adaptive_min_weight:g}, above adaptive_max_weight, "
+                f"{self.adaptive_max_weight:g}"
             )
         return self
 
     @property
     def heads(self) -> list[str]:
         """The keys of the heads that are on."""
-        return [key for key, value in self if key.startswith("enable_") and key != "enable_adaptive_sources" and value]
+        return [
+            key
+            for key, value in self
+            if key.startswith("enable_") and key != "enable_adaptive_sources" and value
+        ]
 
 
 class GenerateSettings(Settings):
     prompts: list[str] = ["Once upon a time", "The most important", "def main("]
-    """Beginnings continued at each evaluation; a model that predicts masked tokens (neobert) fills in each [MASK] instead."""
+    """Beginnings continued at each evaluation; a model that predicts masked tokens (neobert) fills
+    in each [MASK] instead."""
     neighbors_of: list[str] = []
-    """Words whose nearest neighbours among the readout's vectors are told at each evaluation. Each has to be one token."""
+    """Words whose nearest neighbours among the readout's vectors are told at each evaluation. Each
+    has to be one token."""
     max_tokens: int = Field(60, ge=1, le=1_000_000)
     """New tokens of a sample, or of an answer."""
     temperature: float = Field(0.9, ge=0.0)
@@ -268,62 +308,82 @@ class GenerateSettings(Settings):
     stop: list[Annotated[str, Field(min_length=1)]] = []
     """Strings that end a text; they do not belong to it."""
     planner: bool = False
-    """The generate job: draw from the planner's distribution instead of the model's (`auxiliary.enable_planner`)."""
+    """The generate job: draw from the planner's distribution instead of the model's
+    (`auxiliary.enable_planner`)."""
     draft: Literal["auto", "never"] = "auto"
-    """The generate job: auto lets a model that has a draft head guess tokens ahead and verify them at once; never does not. What
-    is said is the same."""
+    """The generate job: auto lets a model that has a draft head guess tokens ahead and verify them
+    at once; never does not. What is said is the same."""
     chat: Literal["auto", "always", "never"] = "auto"
-    """The generate job: whether what is typed are turns of a conversation (ChatML), or beginnings to be continued. auto: a
-    conversation where the tokenizer has the special tokens <|im_start|> and <|im_end|>."""
+    """The generate job: whether what is typed are turns of a conversation (ChatML), or beginnings
+    to be continued. auto: a conversation where the tokenizer has the special tokens <|im_start|>
+    and <|im_end|>."""
     memory: bool = True
-    """The generate job: where the model was trained with the memory head, a text that outgrows model.seq_length goes on behind a
-    summary of its beginning. false: its oldest tokens are left out, as without that head."""
+    """The generate job: where the model was trained with the memory head, a text that outgrows
+    model.seq_length goes on behind a summary of its beginning. false: its oldest tokens are left
+    out, as without that head."""
 
 
 def _below_a_folder(output: str) -> str:
     parts = PurePath(output).parts
     if parts in ((), ("/",), ("~",)) or parts[-1] == "..":
-        raise ValueError('is no folder of its own: files would land in the project itself, or above it; "./data/tokens" is one')
+        raise ValueError(
+            "is no folder of its own: files would land in the project itself, or above it; "
+            '"./data/tokens" is one'
+        )
     return output
 
 
 class TokenizeSettings(Settings):
-    """The tokenize job: every source of `data` to a folder of chunks, which a source of type `tokens` reads."""
+    """The tokenize job: every source of `data` to a folder of chunks, which a source of type
+    `tokens` reads."""
 
     output: Annotated[str, AfterValidator(_below_a_folder)] = Field("./data/tokens", min_length=1)
     """Folder that gets the tokenizer, and a folder of chunks for each source."""
     chunk_tokens: int = Field(100_000_000, ge=1, le=10_000_000_000)
     """Tokens of a chunk: 4 bytes each."""
-    max_tokens: Annotated[int, Field(ge=1)] | Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] | None = None
-    """Tokens after which a source is left, at the end of a document: one number, or one per source. Left out: read to the end."""
+    max_tokens: (
+        Annotated[int, Field(ge=1)]
+        | Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)]
+        | None
+    ) = None
+    """Tokens after which a source is left, at the end of a document: one number, or one per source.
+    Left out: read to the end."""
     workers: int | None = Field(None, ge=0, le=256)
-    """Processes that tokenize; 0: the threads of this one. Left out: one per core. The files are the same for any number."""
+    """Processes that tokenize; 0: the threads of this one. Left out: one per core. The files are
+    the same for any number."""
 
 
 class EvaluateSettings(Settings):
-    """The evaluate job: a trained model on tasks of lm-evaluation-harness, and on text held out from training."""
+    """The evaluate job: a trained model on tasks of lm-evaluation-harness, and on text held out
+    from training."""
 
     tasks: list[Annotated[str, Field(min_length=1)]] = []
-    """Tasks by the harness's names, such as "gsm8k" or "mmlu_stem", or by those of files in `task_path`."""
+    """Tasks by the harness's names, such as "gsm8k" or "mmlu_stem", or by those of files in
+    `task_path`."""
     task_path: str | None = Field(None, min_length=1)
-    """Folder of task files of your own (YAML), relative to the project. Paths in them begin in this folder."""
+    """Folder of task files of your own (YAML), relative to the project. Paths in them begin in this
+    folder."""
     limit: int | None = Field(None, ge=1)
     """Examples of a task; left out, all of them."""
     num_fewshot: int | None = Field(None, ge=0, le=1_000)
-    """Solved examples before each question; left out, what the task says. A task that says 0 keeps it."""
+    """Solved examples before each question; left out, what the task says. A task that says 0 keeps
+    it."""
     batch_size: int = Field(16, ge=1, le=1_000_000)
     """Rows of one forward pass. The results are the same for any."""
     domain_perplexity: bool = True
-    """Also measure loss, perplexity and bits per byte on each source's held-out documents, `train.eval_tokens` of each."""
+    """Also measure loss, perplexity and bits per byte on each source's held-out documents,
+    `train.eval_tokens` of each."""
 
 
 class InterpretSettings(Settings):
-    """The interpret job: what the neurons of a PolyGLU model choose, by themselves and given held-out text of each source."""
+    """The interpret job: what the neurons of a PolyGLU model choose, by themselves and given
+    held-out text of each source."""
 
     tokens_per_category: int = Field(50_000, ge=1)
     """Held-out tokens read of each source: more give narrower intervals."""
     positions_per_row: int = Field(8, ge=1, le=1_000_000)
-    """Places of a row at which every neuron is looked at; what does not depend on neurons is taken from every token."""
+    """Places of a row at which every neuron is looked at; what does not depend on neurons is taken
+    from every token."""
 
 
 class VariantSettings(Settings):
@@ -332,18 +392,21 @@ class VariantSettings(Settings):
     name: str = Field(min_length=1)
     """Name in the report and the logs. The first variant is the baseline."""
     set: dict[str, Any] = {}
-    """What it changes, as a preset that extends this one would say it; nothing for the preset as it stands."""
+    """What it changes, as a preset that extends this one would say it; nothing for the preset as it
+    stands."""
 
 
 class CompareSettings(Settings):
     """The compare job: every variant with every seed, on the same data in the same order."""
 
     metric: str = Field("cross_entropy", min_length=1)
-    """Number of an evaluation that decides, such as "bits_per_byte"; "loss: cosine" is the value of that loss."""
+    """Number of an evaluation that decides, such as "bits_per_byte"; "loss: cosine" is the value of
+    that loss."""
     confidence: float = Field(0.95, gt=0.5, lt=1.0)
     """Probability with which the reported intervals hold."""
     stop_worse_by: float | None = Field(None, gt=0.0)
-    """Stop a variant whose cross-entropy is worse than the baseline's by more than this, from a third of the run on."""
+    """Stop a variant whose cross-entropy is worse than the baseline's by more than this, from a
+    third of the run on."""
 
 
 class LoggingSettings(Settings):
@@ -357,25 +420,33 @@ class DataSettingsBase(Settings):
     """Everything of `data` but the sources, whose kinds come from a table."""
 
     mix_strategy: Literal["round_robin", "sequential", "weighted"] = "round_robin"
-    """round_robin: one document from each in turn. sequential: each to its end. weighted: shares of `source_weights`."""
+    """round_robin: one document from each in turn. sequential: each to its end. weighted: shares of
+    `source_weights`."""
     source_weights: list[Schedule] | None = None
     """One number or schedule per source (weighted): its share of what is drawn."""
     weights_of: Literal["documents", "tokens"] = "documents"
-    """What source_weights are shares of: documents drawn, or their tokens (a source of long documents is drawn less often)."""
+    """What source_weights are shares of: documents drawn, or their tokens (a source of long
+    documents is drawn less often)."""
     min_text_length: int = Field(50, ge=1)
-    """Texts of fewer characters are left out, and counted; conversations may be as short as they are."""
+    """Texts of fewer characters are left out, and counted; conversations may be as short as they
+    are."""
     mask_fraction: float = Field(0.2, gt=0.0, lt=1.0)
-    """Share of the tokens that are hidden behind [MASK] and predicted, where the model learns that (neobert)."""
+    """Share of the tokens that are hidden behind [MASK] and predicted, where the model learns that
+    (neobert)."""
     packing: Literal["documents", "best_fit", "padding"] = "documents"
-    """documents: end to end, attention kept inside each. best_fit: kept whole wherever they fit. padding: one piece a row."""
+    """documents: end to end, attention kept inside each. best_fit: kept whole wherever they fit.
+    padding: one piece a row."""
     shuffle: Literal["documents", "shards"] = "documents"
-    """What each epoch puts in another order: shards (files) only, or also the documents in stretches of 1,024 inside them."""
+    """What each epoch puts in another order: shards (files) only, or also the documents in
+    stretches of 1,024 inside them."""
     validation_fraction: float = Field(0.01, gt=0.0, lt=0.5)
     """Share of the documents held out for evaluation, chosen by a hash of their text."""
     workers: int | None = Field(None, ge=0, le=64)
-    """Processes that read and tokenize, per rank; 0: a thread. Left out: a thread on CPU, one process on a GPU."""
+    """Processes that read and tokenize, per rank; 0: a thread. Left out: a thread on CPU, one
+    process on a GPU."""
     cache_gigabytes: float = Field(20.0, ge=0.0, le=1_000_000.0)
-    """Disk space for tokens of streams and compressed files, in .cache/ (safe to delete); 0: no cache."""
+    """Disk space for tokens of streams and compressed files, in .cache/ (safe to delete); 0: no
+    cache."""
     lanes: int = Field(24, ge=1, le=4096)
     """Parallel lanes the order of documents is laid over. The number of ranks must divide it."""
     train_tokens: int | None = None
@@ -388,17 +459,28 @@ class DataSettingsBase(Settings):
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f'two sources are called {", ".join(twice)}; give one another "name"')
         if self.mix_strategy == "weighted" and self.source_weights is None:
-            raise ValueError('mix_strategy "weighted" needs "source_weights", one number per source')
+            raise ValueError(
+                'mix_strategy "weighted" needs "source_weights", one number per source'
+            )
         if self.source_weights is not None:
             if len(self.source_weights) != len(sources):
-                raise ValueError(f"{len(self.source_weights)} source_weights for {len(sources)} sources; give one each")
-            for moment in sorted({0.0, 1.0, *(end for weight in self.source_weights for end in turns(weight))}):
+                raise ValueError(
+                    f"{len(self.source_weights)} source_weights for {len(sources)} sources; give "
+                    "one each"
+                )
+            for moment in sorted(
+                {0.0, 1.0, *(end for weight in self.source_weights for end in turns(weight))}
+            ):
                 shares = [value_at(weight, moment) for weight in self.source_weights]
                 if min(shares) < 0 or sum(shares) <= 0:
-                    raise ValueError(f"source_weights must not be negative, and not all zero; at {moment:g} they are {shares}")
+                    raise ValueError(
+                        f"source_weights must not be negative, and not all zero; at {moment:g} "
+                        f"they are {shares}"
+                    )
             if self.mix_strategy != "weighted":
                 raise ValueError(
-                    f'source_weights need "mix_strategy": "weighted", and it is "{self.mix_strategy}", which does not use them; '
+                    'source_weights need "mix_strategy": "weighted", and it is '
+                    f'"{self.mix_strategy}", which does not use them; '
                     "set it, or leave them out"
                 )
         return self

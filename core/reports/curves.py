@@ -8,13 +8,27 @@ State: none
 from pathlib import Path
 from typing import Any
 
-from core.reports.figure import dress, engineering, events_of, mark_beginnings, new_figure, number, save, title_of
+from core.reports.figure import (
+    dress,
+    engineering,
+    events_of,
+    mark_beginnings,
+    new_figure,
+    number,
+    save,
+    title_of,
+)
 
 
 def plot_losses(metrics_path: Path, out: Path) -> None:
-    """Draw `metrics_path` into `out`, replaced whole or not at all. Draws nothing when the log holds no step yet."""
+    """Draw `metrics_path` into `out`, replaced whole or not at all. Draws nothing when the log
+    holds no step yet."""
     events = events_of(metrics_path)
-    steps = [event for event in events if event["event"] == "step" and number(event.get("loss")) is not None]
+    steps = [
+        event
+        for event in events
+        if event["event"] == "step" and number(event.get("loss")) is not None
+    ]
     if not steps:
         return
     figure = new_figure(10, 7)
@@ -33,16 +47,37 @@ def _draw_losses(axes: Any, steps: list[dict], evals: list[dict]) -> None:
     smooth = _smoothed(raw)
     axes.plot(tokens, raw, color="#9ecae1", linewidth=0.6, alpha=0.8, label="training loss")
     axes.plot(tokens, smooth, color="#1f6fb4", linewidth=1.8, label="training loss, smoothed")
-    points = [(event["tokens"], value) for event in evals if (value := number(event.get("cross_entropy"))) is not None]
+    points = [
+        (event["tokens"], value)
+        for event in evals
+        if (value := number(event.get("cross_entropy"))) is not None
+    ]
     if points:
-        axes.plot(*zip(*points), color="#d95f02", linewidth=1.2, marker="o", markersize=4.5, label="evaluation cross-entropy")
+        axes.plot(
+            *zip(*points),
+            color="#d95f02",
+            linewidth=1.2,
+            marker="o",
+            markersize=4.5,
+            label="evaluation cross-entropy",
+        )
         last, value = points[-1]
         axes.annotate(
-            f"{value:.3f}", (last, value), xytext=(0, 8), textcoords="offset points", color="#d95f02", ha="right", fontsize=9
+            f"{value:.3f}",
+            (last, value),
+            xytext=(0, 8),
+            textcoords="offset points",
+            color="#d95f02",
+            ha="right",
+            fontsize=9,
         )
-    # The first few updates are so much higher than everything after them that they would flatten the rest of the curve.
+    # The first few updates are so much higher than everything after them that they would flatten
+    # the rest of the curve.
     shown = sorted(smooth + [value for _, value in points])
-    low, high = min(shown[0], sorted(raw)[len(raw) // 100]), shown[min(len(shown) - 1, int(0.99 * len(shown)))]
+    low, high = (
+        min(shown[0], sorted(raw)[len(raw) // 100]),
+        shown[min(len(shown) - 1, int(0.99 * len(shown)))],
+    )
     margin = max(0.05 * (high - low), 1e-3 * abs(high), 1e-9)
     axes.set_ylim(low - margin, high + 2 * margin)
     axes.set_ylabel("loss (nats per token)")
@@ -54,13 +89,24 @@ def _draw_rates(axes: Any, steps: list[dict]) -> None:
     rate = [number(event.get("learning_rate")) for event in steps]
     norm = [number(event.get("grad_norm")) for event in steps]
     nan = float("nan")
-    lines = axes.plot(tokens, [nan if v is None else v for v in rate], color="#1b9e77", linewidth=1.8, label="learning rate")
+    lines = axes.plot(
+        tokens,
+        [nan if v is None else v for v in rate],
+        color="#1b9e77",
+        linewidth=1.8,
+        label="learning rate",
+    )
     axes.set_ylabel("learning rate")
     axes.set_ylim(bottom=0)
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     other = axes.twinx()
     lines += other.plot(
-        tokens, [nan if v is None else v for v in norm], color="#7570b3", linewidth=0.6, alpha=0.7, label="grad norm"
+        tokens,
+        [nan if v is None else v for v in norm],
+        color="#7570b3",
+        linewidth=0.6,
+        alpha=0.7,
+        label="grad norm",
     )
     known = sorted(v for v in norm if v is not None)
     if known:  # one spike must not hide every other value

@@ -1,4 +1,5 @@
-"""The picture of a masked-token run: likelihoods, hits, pseudo-perplexities and the lie of the prototypes, by tokens trained on.
+"""The picture of a masked-token run: likelihoods, hits, pseudo-perplexities and the lie of the
+prototypes, by tokens trained on.
 
 In:    a metrics log, finished or still being written
 Out:   masked.png
@@ -13,7 +14,16 @@ from typing import Any
 
 from core.metrics.log import LOG
 from core.preset.settings import MASKED_TOKENS
-from core.reports.figure import dress, engineering, events_of, mark_beginnings, new_figure, number, save, title_of
+from core.reports.figure import (
+    dress,
+    engineering,
+    events_of,
+    mark_beginnings,
+    new_figure,
+    number,
+    save,
+    title_of,
+)
 from core.reports.style import SERIES
 from core.ui import text
 
@@ -118,10 +128,14 @@ class MaskedPlot:
 
 
 def plot_masked(metrics_path: Path, out: Path) -> None:
-    """Draw `metrics_path` into `out`, replaced whole or not at all. Draws nothing when the log holds no evaluation of masked
-    tokens; a panel without numbers is left out."""
+    """Draw `metrics_path` into `out`, replaced whole or not at all. Draws nothing when the log
+    holds no evaluation of masked tokens; a panel without numbers is left out."""
     events = events_of(metrics_path)
-    evals = [event for event in events if event["event"] == "eval" and event.get("objective") == MASKED_TOKENS]
+    evals = [
+        event
+        for event in events
+        if event["event"] == "eval" and event.get("objective") == MASKED_TOKENS
+    ]
     panels = [(panel, drawn) for panel in PANELS if (drawn := _drawn(panel.lines, evals))]
     if not panels:
         return
@@ -150,7 +164,14 @@ def plot_masked(metrics_path: Path, out: Path) -> None:
 def _drawn(lines: Iterable[Line], evals: list[dict]) -> list[tuple[Line, Points]]:
     """Those of which there is a number."""
     found = [
-        (line, [(e["tokens"], line.scale * value) for e in evals if (value := number(e.get(line.key))) is not None])
+        (
+            line,
+            [
+                (e["tokens"], line.scale * value)
+                for e in evals
+                if (value := number(e.get(line.key))) is not None
+            ],
+        )
         for line in lines
     ]
     return [(line, points) for line, points in found if points]
@@ -160,12 +181,20 @@ def _scheduled(events: list[dict]) -> list[tuple[Line, Points]]:
     """The exponents of distances in force at each step."""
     points: dict[str, Points] = {}
     for event in events:
-        for name, value in (event.get("scheduled") or {}).items() if event["event"] == "step" else ():
+        for name, value in (
+            (event.get("scheduled") or {}).items() if event["event"] == "step" else ()
+        ):
             if name.endswith("h_exp") and number(value) is not None:
                 points.setdefault(name, []).append((event["tokens"], value))
     several = len(points) > 1
-    labels = {name: f"{name if several else name.rpartition('.')[2]} in training (right)" for name in points}
-    return [(Line(name, labels[name], PINK, 1, right=True, marks=False), found) for name, found in points.items()]
+    labels = {
+        name: f"{name if several else name.rpartition('.')[2]} in training (right)"
+        for name in points
+    }
+    return [
+        (Line(name, labels[name], PINK, 1, right=True, marks=False), found)
+        for name, found in points.items()
+    ]
 
 
 def _draw(axes: Any, panel: Panel, lines: list[tuple[Line, Points]], legend_rows: int) -> None:
@@ -176,10 +205,16 @@ def _draw(axes: Any, panel: Panel, lines: list[tuple[Line, Points]], legend_rows
     other = axes.twinx() if any(line.right for line, _ in lines) else None
     handles = []
     for line, points in lines:
-        look = {"linestyle": (0, (4, 2)), "linewidth": 1.2, "zorder": 2, "markerfacecolor": "white"} if line.baseline else {}
+        look = (
+            {"linestyle": (0, (4, 2)), "linewidth": 1.2, "zorder": 2, "markerfacecolor": "white"}
+            if line.baseline
+            else {}
+        )
         look |= {"marker": "o", "markersize": 4.5} if line.marks and len(points) <= FEW else {}
         look = {"color": line.color, "linewidth": 1.8 if line.marks else 1.2, "zorder": 3} | look
-        handles += (other if line.right else axes).plot(*zip(*points), label=_label(line, points), **look)
+        handles += (other if line.right else axes).plot(
+            *zip(*points), label=_label(line, points), **look
+        )
     axes.set_ylabel(panel.unit)
     if panel.logarithmic:
         _logarithmic(axes, [value for _, points in lines for _, value in points])
@@ -215,7 +250,8 @@ def _label(line: Line, points: Points) -> str:
 
 
 def _logarithmic(axes: Any, values: list[float]) -> None:
-    """Over two decades or more ticks at powers of ten; below, where there may be none, at 1, 2 and 5 of each."""
+    """Over two decades or more ticks at powers of ten; below, where there may be none, at 1, 2 and
+    5 of each."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.set_yscale("log")

@@ -1,4 +1,5 @@
-"""What the pictures of a run share: reading its log, the frame of a figure, its title, and writing it.
+"""What the pictures of a run share: reading its log, the frame of a figure, its title, and writing
+it.
 
 In:    a metrics log, finished or still being written
 Out:   matplotlib figures, and a PNG of each
@@ -14,8 +15,9 @@ from core.metrics.log import read_events
 from core.ui.plain import remark
 
 PLOTTED = 2000
-"""Events of each kind that a picture shows, about as many as it has columns: the memory that drawing takes does not grow with
-the log. All of a log decoded were 170 MB more at 16 MB of it (docs/LOG.md)."""
+"""Events of each kind that a picture shows, about as many as it has columns: the memory that
+drawing takes does not grow with the log. All of a log decoded were 170 MB more at 16 MB of it
+(docs/LOG.md)."""
 
 
 def events_of(metrics_path: Path) -> list[dict]:
@@ -64,7 +66,8 @@ def save(figure: Any, out: Path) -> None:
     """As a PNG, replaced whole or not at all."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as file, warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # a letter that the font lacks is drawn as a box
+        # a letter that the font lacks is drawn as a box
+        warnings.simplefilter("ignore", UserWarning)
         figure.savefig(file, format="png")
 
 

@@ -1,4 +1,5 @@
-"""What reports are made of: one HTML file that needs nothing else, no network, no script, no other file.
+"""What reports are made of: one HTML file that needs nothing else, no network, no script, no other
+file.
 
 In:    text that may hold anything, tables, the body of a page
 Out:   HTML
@@ -28,7 +29,11 @@ def page(title: str, body: Iterable[str]) -> str:
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{html_text(title)}</title>\n<style>{STYLE}</style>"
     )
-    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n' + "\n".join(body) + "\n</body></html>\n"
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n'
+        + "\n".join(body)
+        + "\n</body></html>\n"
+    )
 
 
 def html_table(shown: Table, strong: bool = False) -> str:

@@ -26,10 +26,12 @@ SAME_RUNS = ("preset", "device", "world_size")
 
 
 class RunCard:
-    """Writes preset.json at the start, and run.json at the start, after the first step, at evaluations and at the end."""
+    """Writes preset.json at the start, and run.json at the start, after the first step, at
+    evaluations and at the end."""
 
     def __init__(self, folder: Path, preset: dict[str, Any], started: float, root: Path):
-        """`started`: unix time at which main.py began, so that `seconds_to_first_step` counts everything."""
+        """`started`: unix time at which main.py began, so that `seconds_to_first_step` counts
+        everything."""
         self._folder, self._preset, self._started, self._root = folder, preset, started, root
         self._card: dict[str, Any] = {}
         self._speeds: deque[float] = deque(maxlen=RECENT_STEPS)
@@ -41,9 +43,16 @@ class RunCard:
         if kind == "run_start":
             facts = {k: v for k, v in event.items() if k not in ("event", "time", "step", "tokens")}
             self._begun = event["time"] if facts.get("run_step") == 0 else None
-            self._card = {**facts, "started": self._started, "git_commit": _git_commit(self._root), "versions": versions()}
+            self._card = {
+                **facts,
+                "started": self._started,
+                "git_commit": _git_commit(self._root),
+                "versions": versions(),
+            }
             before = read_card(self._folder)
-            if "whole_run" in before and all(before.get(key) == facts.get(key) for key in SAME_RUNS):
+            if "whole_run" in before and all(
+                before.get(key) == facts.get(key) for key in SAME_RUNS
+            ):
                 self._card["whole_run"] = before["whole_run"]
         elif kind == "step":
             self._speeds.append(event["tokens_per_second"])
@@ -52,22 +61,35 @@ class RunCard:
                 return
             self._card["seconds_to_first_step"] = round(event["time"] - self._started, 2)
         elif kind == "eval":
-            self._card["last_eval"] = {k: v for k, v in event.items() if k not in ("event", "losses")}
+            self._card["last_eval"] = {
+                k: v for k, v in event.items() if k not in ("event", "losses")
+            }
         elif kind == "run_end":
-            self._card |= {"reason": event["reason"], "step": event["step"], "tokens": event["tokens"], "ended": event["time"]}
+            self._card |= {
+                "reason": event["reason"],
+                "step": event["step"],
+                "tokens": event["tokens"],
+                "ended": event["time"],
+            }
             if event["reason"] in FINISHED and self._begun is not None:
-                self._card["whole_run"] = {"seconds": round(event["time"] - self._begun, 2), "tokens": self._run_tokens}
+                self._card["whole_run"] = {
+                    "seconds": round(event["time"] - self._begun, 2),
+                    "tokens": self._run_tokens,
+                }
         else:
             return
         if self._speeds:
-            self._card["tokens_per_second"] = float(f"{statistics.median(self._speeds):.4g}")  # a slow one is not 0
+            # a slow one is not 0
+            self._card["tokens_per_second"] = float(f"{statistics.median(self._speeds):.4g}")
         _write(self._folder / "run.json", self._card)
-        if kind == "run_start" or not (self._folder / "preset.json").exists():  # the folder may have been removed since
+        # the folder may have been removed since
+        if kind == "run_start" or not (self._folder / "preset.json").exists():
             _write(self._folder / "preset.json", self._preset)
 
 
 def read_card(folder: Path) -> dict[str, Any]:
-    """The run card that an earlier run left; {} where there is none that can be read. Its values may be anything."""
+    """The run card that an earlier run left; {} where there is none that can be read. Its values
+    may be anything."""
     try:
         card = read_json(folder / "run.json")
     except (OSError, ValueError):
@@ -99,6 +121,11 @@ def _git_commit(root: Path) -> str | None:
     """The commit this program is at, with a "+" when files were changed since."""
     try:
         run = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty=+"]
-        return subprocess.run(run, capture_output=True, text=True, timeout=5, check=True).stdout.strip() or None
+        return (
+            subprocess.run(
+                run, capture_output=True, text=True, timeout=5, check=True
+            ).stdout.strip()
+            or None
+        )
     except (OSError, subprocess.SubprocessError):
         return None

@@ -11,11 +11,22 @@ from contextlib import contextmanager
 from typing import Any
 
 INK, GRID, PAPER = "#1f2328", "#d8dbe0", "#fefefe"
-"""What figures are drawn in; in the report each becomes a variable that dark mode sets to something else."""
+"""What figures are drawn in; in the report each becomes a variable that dark mode sets to something
+else."""
 
 SERIES = ["#4d4d4d", "#0072b2", "#d55e00", "#009e73", "#b4578f", "#8a6d00", "#3f9fd0", "#7a4fc9"]
-"""The baseline's grey, then colours after Okabe and Ito, told apart with any colour vision; each also has its own dashes."""
-_DARK_SERIES = ["#c4c9d0", "#56b4e9", "#f0883e", "#2fc795", "#e08fc0", "#d9b94a", "#9bd3f5", "#b497f0"]
+"""The baseline's grey, then colours after Okabe and Ito, told apart with any colour vision; each
+also has its own dashes."""
+_DARK_SERIES = [
+    "#c4c9d0",
+    "#56b4e9",
+    "#f0883e",
+    "#2fc795",
+    "#e08fc0",
+    "#d9b94a",
+    "#9bd3f5",
+    "#b497f0",
+]
 DASHES = [
     "solid",
     (0, (5, 1.5)),
@@ -28,10 +39,17 @@ DASHES = [
 ]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
 
-VARIABLES = {INK: "ink", GRID: "grid", PAPER: "paper", **{colour: f"s{i}" for i, colour in enumerate(SERIES)}}
+VARIABLES = {
+    INK: "ink",
+    GRID: "grid",
+    PAPER: "paper",
+    **{colour: f"s{i}" for i, colour in enumerate(SERIES)},
+}
 
 
-def _variables(ink: str, soft: str, grid: str, paper: str, box: str, warn: str, series: list[str]) -> str:
+def _variables(
+    ink: str, soft: str, grid: str, paper: str, box: str, warn: str, series: list[str]
+) -> str:
     named = {"ink": ink, "soft": soft, "grid": grid, "paper": paper, "box": box, "warn": warn}
     named |= {f"s{i}": colour for i, colour in enumerate(series)}
     return "".join(f"--{name}:{value};" for name, value in named.items())
@@ -83,10 +101,13 @@ def drawing(**own: Any) -> Iterator[None]:
     """matplotlib with the reports' letters and colours, and `own` settings over them."""
     import matplotlib
 
-    ink = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
+    ink = dict.fromkeys(
+        ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK
+    )
     plain = {"font.size": 9, "font.family": "sans-serif", "axes.linewidth": 0.8}
     with matplotlib.rc_context({**ink, **plain, **own}), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # a letter that the font lacks is drawn as a box
+        # a letter that the font lacks is drawn as a box
+        warnings.simplefilter("ignore", UserWarning)
         yield
 
 

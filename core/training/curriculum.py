@@ -1,17 +1,22 @@
-"""A curriculum by difficulty: of the rows that are read for a step, which ones are trained (specification 003, near term 5).
+"""A curriculum by difficulty: of the rows that are read for a step, which ones are trained
+(specification 003, near term 5).
 
-In:    the rows of a step over all ranks, `candidates` times as many as are trained; the model as it is
-Out:   the rows of this rank that are trained, with the counts of the whole step; what was passed over, for the log
+In:    the rows of a step over all ranks, `candidates` times as many as are trained; the model as it
+       is
+Out:   the rows of this rank that are trained, with the counts of the whole step; what was passed
+       over, for the log
 State: none; draws follow from the seed, the step and the row
 
-    candidates ──► loss of each ──► percentiles of all: buckets, easiest first ──► one of each group, by its bucket's weight
+    candidates ──► loss of each ──► percentiles of all: buckets, easiest first ──► one of each
+    group, by its bucket's weight
 
-As in Selective-Backprop (Jiang et al. 2019, arXiv 1910.00762) the loss is the model's own, and the chance follows from its
-percentile among others; here by a table of weights, each a schedule, so that a run may go from easy to hard or the other way.
+As in Selective-Backprop (Jiang et al. 2019, arXiv 1910.00762) the loss is the model's own, and the
+chance follows from its percentile among others; here by a table of weights, each a schedule, so
+that a run may go from easy to hard or the other way.
 
-A group is the rows k, k + R, k + 2R ... of a step that trains R rows. The number of ranks divides R and the number of lanes, so
-that all of a group belong to one rank, and any number of ranks trains the same rows.
-"""
+A group is the rows k, k + R, k + 2R ... of a step that trains R rows. The number of ranks divides R
+and the number of lanes, so that all of a group belong to one rank, and any number of ranks trains
+the same rows."""
 
 import time
 from collections.abc import Iterable
@@ -31,15 +36,17 @@ from core.randomness import derive_seed, uniform
 from core.runtime import uncompiled
 from core.schedules import value_at
 
-# c candidates of a group, R groups of a step (rows that are trained, over all ranks), n rows of this rank
+# c candidates of a group, R groups of a step (rows that are trained, over all ranks), n rows of
+# this rank
 
 
 def buckets_of(losses: np.ndarray, learned: np.ndarray, count: int) -> np.ndarray:
-    """The bucket of each row by the percentile of its loss among those that are learned: 0 the easiest, `count` - 1 the hardest.
+    """The bucket of each row by the percentile of its loss among those that are learned: 0 the
+    easiest, `count` - 1 the hardest.
 
-    losses, learned: (c, R), any loss where `learned` is False. Buckets' sizes differ by one row at most. Of equal losses the
-    earlier row's is the lower, so that there is one answer; a loss that is not a number is the highest.
-    """
+    losses, learned: (c, R), any loss where `learned` is False. Buckets' sizes differ by one row at
+    most. Of equal losses the earlier row's is the lower, so that there is one answer; a loss that
+    is not a number is the highest."""
     order = np.argsort(np.where(learned, losses, np.inf), axis=None, kind="stable")
     order = order[learned.ravel()[order]]
     found = np.zeros(losses.size, dtype=np.int64)
@@ -47,11 +54,14 @@ def buckets_of(losses: np.ndarray, learned: np.ndarray, count: int) -> np.ndarra
     return found.reshape(losses.shape)
 
 
-def choose(buckets: np.ndarray, learned: np.ndarray, weights: list[float], draws: np.ndarray) -> np.ndarray:
-    """Which candidate of each group is trained: (R,) in [0, c). Its chance is proportional to its bucket's weight.
+def choose(
+    buckets: np.ndarray, learned: np.ndarray, weights: list[float], draws: np.ndarray
+) -> np.ndarray:
+    """Which candidate of each group is trained: (R,) in [0, c). Its chance is proportional to its
+    bucket's weight.
 
-    buckets, learned: (c, R); draws: (R,) in [0, 1). A row without a target is only taken where its group has none with one. Where
-    all of a group weigh nothing, each has an equal chance.
+    buckets, learned: (c, R); draws: (R,) in [0, 1). A row without a target is only taken where its
+    group has none with one. Where all of a group weigh nothing, each has an equal chance.
     """
     chances = np.where(learned, np.asarray(weights)[buckets], 0.0)
     chances = np.where(chances.sum(0) > 0, chances, learned)
@@ -61,20 +71,38 @@ def choose(buckets: np.ndarray, learned: np.ndarray, weights: list[float], draws
 
 
 class Curriculum:
-    """Scores a step's rows with the model and keeps one of each group. Ranks agree on all of it in one exchange."""
+    """Scores a step's rows with the model and keeps one of each group. Ranks agree on all of it in
+    one exchange."""
 
-    def __init__(self, train: TrainSettings, num_sources: int, parallel: Any, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self,
+        train: TrainSettings,
+        num_sources: int,
+        parallel: Any,
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
         """`train.curriculum` is set. `dtype`: as in training."""
         assert train.curriculum is not None
         self._settings, self._seed, self._num_sources = train.curriculum, train.seed, num_sources
         self._parallel, self._device, self._dtype = parallel, device, dtype
-        self._stack = LossStack([CrossEntropy(CrossEntropySettings())])  # difficulty, whatever the run's losses are
-        self.note = f"curriculum: of {train.candidates} rows that are read one is trained; the loss that is told is of those"
+        # difficulty, whatever the run's losses are
+        self._stack = LossStack([CrossEntropy(CrossEntropySettings())])
+        self.note = (
+            f"curriculum: of {train.candidates} rows that are read one is trained; the "
+            "loss that is told is of those"
+        )
 
     def choose(
-        self, model: LanguageModel, rows: StepRows, micro_batches: Iterable[Batch], progress: float, step: int
+        self,
+        model: LanguageModel,
+        rows: StepRows,
+        micro_batches: Iterable[Batch],
+        progress: float,
+        step: int,
     ) -> StepRows:
-        """What is trained of `rows`. Every rank must call it. Nothing of training changes: no random draw, mode or gradient.
+        """What is trained of `rows`. Every rank must call it. Nothing of training changes: no
+        random draw, mode or gradient.
 
         micro_batches   `rows.batch` on the device, in pieces that fit it
         """
@@ -85,7 +113,9 @@ class Curriculum:
         losses = table[:, :, 0] / np.maximum(table[:, :, 1], 1)
         buckets = buckets_of(losses, learned, len(weights))
         seed, groups = derive_seed(self._seed, "curriculum", step), range(table.shape[1])
-        taken = choose(buckets, learned, weights, np.array([uniform(seed, group) for group in groups]))
+        taken = choose(
+            buckets, learned, weights, np.array([uniform(seed, group) for group in groups])
+        )
 
         is_taken = np.zeros(learned.shape, dtype=bool)
         is_taken[taken, groups] = True
@@ -95,7 +125,9 @@ class Curriculum:
         told = {
             "loss": losses[trained].mean(),
             "candidates_loss": losses[learned].mean(),
-            "buckets": (np.bincount(buckets[trained], minlength=len(weights)) / trained.sum()).tolist(),
+            "buckets": (
+                np.bincount(buckets[trained], minlength=len(weights)) / trained.sum()
+            ).tolist(),
             "weights": weights,
             "passed_over_tokens": rows.num_tokens - sum(source_tokens),
             "seconds": time.monotonic() - begun,
@@ -111,7 +143,8 @@ class Curriculum:
         )
 
     def _table(self, rows: StepRows, losses: torch.Tensor) -> np.ndarray:
-        """What all ranks know of all candidates: (c, R, 2 + sources): sum of losses; targets; tokens of each source."""
+        """What all ranks know of all candidates: (c, R, 2 + sources): sum of losses; targets;
+        tokens of each source."""
         targets = (rows.batch.labels >= 0).sum(1)
         tokens = [(rows.batch.source_ids == source).sum(1) for source in range(self._num_sources)]
         own = torch.stack([losses, targets, *tokens], dim=1).numpy()  # (n, 2 + sources) float64
@@ -123,13 +156,16 @@ class Curriculum:
 
     @torch.no_grad()
     def _losses(self, model: LanguageModel, micro_batches: Iterable[Batch]) -> torch.Tensor:
-        """The sum of cross-entropy over the targets of each row, as an evaluation would measure it: (n,) on the CPU."""
+        """The sum of cross-entropy over the targets of each row, as an evaluation would measure it:
+        (n,) on the CPU."""
         was_training = model.training  # type: ignore[attr-defined]
         model.eval()  # type: ignore[attr-defined]
         found = []
         with (
             uncompiled(self._device),
-            torch.autocast(self._device.type, dtype=self._dtype, enabled=self._dtype != torch.float32),
+            torch.autocast(
+                self._device.type, dtype=self._dtype, enabled=self._dtype != torch.float32
+            ),
         ):
             for batch in micro_batches:
                 _, terms = self._stack(model(batch), batch, 1, 0.0, self._num_sources)
@@ -139,14 +175,21 @@ class Curriculum:
 
 
 def build_curriculum(
-    train: TrainSettings, objective: str, num_sources: int, parallel: Any, device: torch.device, dtype: torch.dtype
+    train: TrainSettings,
+    objective: str,
+    num_sources: int,
+    parallel: Any,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Curriculum | None:
-    """None where the preset has none. Raises UserError where a row's loss would not tell how difficult it is."""
+    """None where the preset has none. Raises UserError where a row's loss would not tell how
+    difficult it is."""
     if train.curriculum is None:
         return None
     if objective == MASKED_TOKENS:
         raise UserError(
-            "train.curriculum chooses rows by their loss, but this model predicts masked tokens: a row's loss follows from which "
+            "train.curriculum chooses rows by their loss, but this model predicts masked tokens: "
+            "a row's loss follows from which "
             "of its tokens happen to be hidden. Leave the section out, or take another model."
         )
     return Curriculum(train, num_sources, parallel, device, dtype)

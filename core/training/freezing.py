@@ -16,10 +16,10 @@ from core.errors import UserError
 def train_only(model: nn.Module, patterns: list[str] | None) -> None:
     """Freeze every parameter that no pattern names; None freezes nothing.
 
-    A pattern is one or more whole parts of a name, between dots, anywhere in it: "transformer_encoder.27" stands for
-    "model.transformer_encoder.27.qkv.weight" and all its neighbours, and never for block 2. "*" and "?" stand for letters of a
-    part. Raises UserError for patterns that name nothing, or only what the model itself never trains.
-    """
+    A pattern is one or more whole parts of a name, between dots, anywhere in it:
+    "transformer_encoder.27" stands for "model.transformer_encoder.27.qkv.weight" and all its
+    neighbours, and never for block 2. "*" and "?" stand for letters of a part. Raises UserError for
+    patterns that name nothing, or only what the model itself never trains."""
     if patterns is None:
         return
     parameters = dict(model.named_parameters())
@@ -33,7 +33,11 @@ def train_only(model: nn.Module, patterns: list[str] | None) -> None:
         else:
             problems.append(f'"{pattern}" names no parameter{_hint(pattern, free)}')
     if problems:
-        raise UserError("train.trainable: " + "; ".join(problems) + f".\nThe model's parameters are {', '.join(_outline(free))}.")
+        raise UserError(
+            "train.trainable: "
+            + "; ".join(problems)
+            + f".\nThe model's parameters are {', '.join(_outline(free))}."
+        )
     for name in free:
         parameters[name].requires_grad_(any(names(pattern, name) for pattern in patterns))
 
@@ -42,16 +46,23 @@ def names(pattern: str, name: str) -> bool:
     """Whether the parts of `pattern` stand side by side among those of `name`."""
     wanted, parts = pattern.split("."), name.split(".")
     places = range(len(parts) - len(wanted) + 1)
-    return any(all(fnmatchcase(part, want) for want, part in zip(wanted, parts[place:])) for place in places)
+    return any(
+        all(fnmatchcase(part, want) for want, part in zip(wanted, parts[place:]))
+        for place in places
+    )
 
 
 def share_with_graph(model: nn.Module) -> float:
-    """The share of a model's layers that leave something for the backward pass: those from the first trained one on.
+    """The share of a model's layers that leave something for the backward pass: those from the
+    first trained one on.
 
-    Layers are counted by the numbers in parameter names, as blocks of a stack have them; what comes before the first block
-    (embeddings) needs them all.
+    Layers are counted by the numbers in parameter names, as blocks of a stack have them; what comes
+    before the first block (embeddings) needs them all.
     """
-    layers = [(next((int(part) for part in name.split(".") if part.isdigit()), None), p) for name, p in model.named_parameters()]
+    layers = [
+        (next((int(part) for part in name.split(".") if part.isdigit()), None), p)
+        for name, p in model.named_parameters()
+    ]
     count = 1 + max((layer for layer, _ in layers if layer is not None), default=0)
     reached = False
     trained = []
@@ -64,8 +75,13 @@ def share_with_graph(model: nn.Module) -> float:
 
 def _hint(pattern: str, free: list[str]) -> str:
     parts = list(dict.fromkeys(part for name in free for part in name.split(".")))
-    wrong = [part for part in pattern.split(".") if not any(fnmatchcase(each, part) for each in parts)]
-    near = difflib.get_close_matches(wrong[0], parts, n=1) if wrong and not wrong[0].isdigit() else []  # numbers are all alike
+    wrong = [
+        part for part in pattern.split(".") if not any(fnmatchcase(each, part) for each in parts)
+    ]
+    # numbers are all alike
+    near = (
+        difflib.get_close_matches(wrong[0], parts, n=1) if wrong and not wrong[0].isdigit() else []
+    )
     return f'; did you mean "{near[0]}"?' if near else ""
 
 
@@ -79,4 +95,6 @@ def _outline(free: list[str]) -> list[str]:
         numbered.setdefault(key, [])
         if at is not None:
             numbered[key].append(int(parts[at]))
-    return [f"{key}.{min(found)}..{max(found)}" if found else key for key, found in numbered.items()]
+    return [
+        f"{key}.{min(found)}..{max(found)}" if found else key for key, found in numbered.items()
+    ]

@@ -1,5 +1,5 @@
-"""How large a preset's model is, and what memory training it takes, before anything is made: what the menu tells, and what
-stops a run that could only fail.
+"""How large a preset's model is, and what memory training it takes, before anything is made: what
+the menu tells, and what stops a run that could only fail.
 
 In:    a preset, the size of its vocabulary
 Out:   Size; bytes; UserError for what no memory holds
@@ -24,7 +24,8 @@ SMALLEST_VOCABULARY = 257
 ROW_BYTES = 16
 """What a position of a row takes while it waits: tokens, targets, places, documents."""
 ROUGH = 8
-"""How much less a forward pass may take than `memory_estimate` says: nothing that fits is refused."""
+"""How much less a forward pass may take than `memory_estimate` says: nothing that fits is
+refused."""
 FEWER_ROWS = "Set train.per_gpu_batch_size, train.accumulation_steps or model.seq_length lower."
 SMALLER_MODEL = "Set model.hidden_size, model.num_layers or the size of the vocabulary lower."
 
@@ -39,9 +40,12 @@ class Size:
 
 
 class _Undrawn(TorchFunctionMode):
-    """Nothing is drawn: into tensors without memory torch would draw by way of its compiler, whose import takes over a second."""
+    """Nothing is drawn: into tensors without memory torch would draw by way of its compiler, whose
+    import takes over a second."""
 
-    def __torch_function__(self, function: Any, types: Any, arguments: tuple = (), named: dict | None = None) -> Any:
+    def __torch_function__(
+        self, function: Any, types: Any, arguments: tuple = (), named: dict | None = None
+    ) -> Any:
         named = named or {}
         drawn = function in (init.normal_, init.uniform_, init.kaiming_uniform_)
         return [*arguments, *named.values()][0] if drawn else function(*arguments, **named)
@@ -50,8 +54,8 @@ class _Undrawn(TorchFunctionMode):
 def size_of(preset: Any, vocab_size: int) -> Size | None:
     """Without allocating any weights; None where nobody knows before the model is there.
 
-    A model that is slow to build, or to import, counts its own in its settings. Raises UserError for patterns that name nothing.
-    """
+    A model that is slow to build, or to import, counts its own in its settings. Raises UserError
+    for patterns that name nothing."""
     settings, wish = preset.model, preset.train.trainable
     if hasattr(settings, "num_parameters"):
         count = settings.num_parameters(vocab_size)
@@ -63,15 +67,17 @@ def size_of(preset: Any, vocab_size: int) -> Size | None:
     train_only(model, wish)
     parameters = list(model.parameters())
     return Size(
-        sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad), share_with_graph(model)
+        sum(p.numel() for p in parameters),
+        sum(p.numel() for p in parameters if p.requires_grad),
+        share_with_graph(model),
     )
 
 
 def memory_estimate(preset: Any, size: Size, vocab_size: int, bf16: bool) -> tuple[int, int]:
     """Bytes one device needs, roughly: whatever the batch, and for each row of a micro-batch.
 
-    Weights in fp32, of the trained ones gradients and AdamW, autocast's copy of the weights, and the readout; what rows leave for
-    the backward pass, and what one layer computes with.
+    Weights in fp32, of the trained ones gradients and AdamW, autocast's copy of the weights, and
+    the readout; what rows leave for the backward pass, and what one layer computes with.
     """
     model = preset.model
     if hasattr(model, "activation_bytes"):
@@ -79,30 +85,59 @@ def memory_estimate(preset: Any, size: Size, vocab_size: int, bf16: bool) -> tup
     else:
         width = model.hidden_size * 14 + 2 * (model.intermediate_size or 4 * model.hidden_size)
         position = model.num_layers * width * (2 if bf16 else 4)
-    readout = (200 << 20) + 6 * vocab_size * model.hidden_size  # the walk's buffers, and its weight and gradient
-    policy = vocab_size * model.hidden_size if preset.auxiliary.enable_policy else 0  # the other auxiliary heads are small
+    # the walk's buffers, and its weight and gradient
+    readout = (200 << 20) + 6 * vocab_size * model.hidden_size
+    # the other auxiliary heads are small
+    policy = vocab_size * model.hidden_size if preset.auxiliary.enable_policy else 0
     weights = (6 if bf16 else 4) * size.parameters + 12 * size.trained + 16 * policy
-    kept = min(1.0, size.share_with_graph + 1 / model.num_layers) if size.share_with_graph < 1.0 else 1.0
+    kept = (
+        min(1.0, size.share_with_graph + 1 / model.num_layers)
+        if size.share_with_graph < 1.0
+        else 1.0
+    )
     return weights + readout, int(kept * position) * model.seq_length
 
 
 def check_memory(preset: Any, vocab_size: int, runtime: Runtime) -> None:
-    """Raises UserError where a run cannot fit, by what it needs at the least. Nothing is made to find that out.
+    """Raises UserError where a run cannot fit, by what it needs at the least. Nothing is made to
+    find that out.
 
     On a GPU too large a micro-batch is none of that: the first step halves it until it fits.
     """
     train, there = preset.train, runtime.memory_bytes()
     everything = preset.model_copy(update={"train": train.model_copy(update={"trainable": None})})
-    size = size_of(everything, vocab_size)  # of all weights, also where some are frozen: counted at once
+    # of all weights, also where some are frozen: counted at once
+    size = size_of(everything, vocab_size)
     rows = train.per_gpu_batch_size * train.accumulation_steps * train.candidates
-    needs = [(ROW_BYTES * rows * preset.model.seq_length, f"the {rows:,} rows of a step", FEWER_ROWS)]
+    needs = [
+        (ROW_BYTES * rows * preset.model.seq_length, f"the {rows:,} rows of a step", FEWER_ROWS)
+    ]
     if size is not None:
-        states = (12 if train.optimizer == "adamw" else 8) * size.trained if train.trainable is None else 0
-        needs.append((4 * size.parameters + states, f"{size.parameters:,} weights and what trains them", SMALLER_MODEL))
+        states = (
+            (12 if train.optimizer == "adamw" else 8) * size.trained
+            if train.trainable is None
+            else 0
+        )
+        needs.append(
+            (
+                4 * size.parameters + states,
+                f"{size.parameters:,} weights and what trains them",
+                SMALLER_MODEL,
+            )
+        )
     if size is not None and runtime.device.type == "cpu" and train.trainable is None:
         bf16 = runtime.compute_dtype(train.precision) == torch.bfloat16
         row = memory_estimate(preset, size, vocab_size, bf16)[1]
-        needs.append((row * train.per_gpu_batch_size // ROUGH, f"a pass of {train.per_gpu_batch_size:,} rows", FEWER_ROWS))
+        needs.append(
+            (
+                row * train.per_gpu_batch_size // ROUGH,
+                f"a pass of {train.per_gpu_batch_size:,} rows",
+                FEWER_ROWS,
+            )
+        )
     for needed, what, advice in needs:
         if needed > there:
-            raise UserError(f"{what} take {needed:,} bytes of memory or more, and {runtime.device_name} has {there:,}. {advice}")
+            raise UserError(
+                f"{what} take {needed:,} bytes of memory or more, and {runtime.device_name} has "
+                f"{there:,}. {advice}"
+            )

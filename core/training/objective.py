@@ -1,4 +1,5 @@
-"""Model, losses and auxiliary heads as one: what a step minimises, and what is clipped and told of it.
+"""Model, losses and auxiliary heads as one: what a step minimises, and what is clipped and told of
+it.
 
 In:    a batch, the counts of the whole step, progress
 Out:   the loss to go back from, the terms it is made of; the gradient's norm
@@ -18,16 +19,24 @@ from core.schedules import value_at
 
 
 class Objective(nn.Module):
-    """Model, losses and auxiliary heads as one module, so that data parallelism sees every forward and backward pass whole."""
+    """Model, losses and auxiliary heads as one module, so that data parallelism sees every forward
+    and backward pass whole."""
 
-    def __init__(self, model: nn.Module, stack: LossStack, num_sources: int, heads: HeadStack | None = None):
+    def __init__(
+        self, model: nn.Module, stack: LossStack, num_sources: int, heads: HeadStack | None = None
+    ):
         super().__init__()
         self.model, self.stack, self.num_sources, self.heads = model, stack, num_sources, heads
 
     def forward(
-        self, batch: Batch, count: float, progress: float, head_counts: dict[str, float] | None = None
+        self,
+        batch: Batch,
+        count: float,
+        progress: float,
+        head_counts: dict[str, float] | None = None,
     ) -> tuple[Tensor, LossTerms]:
-        """`count` and `head_counts`: the targets, and the rows of each head, that this rank's share of a step is divided by."""
+        """`count` and `head_counts`: the targets, and the rows of each head, that this rank's share
+        of a step is divided by."""
         output = self.model(batch)
         total, terms = self.stack(output, batch, count, progress, self.num_sources)
         if self.heads is None:
@@ -40,9 +49,14 @@ class Objective(nn.Module):
         return total + added, replace(terms, sums={**terms.sums, **sums})
 
     def clip(self, max_norm: float) -> Tensor:
-        """Clip the gradient to a global norm; returns what it was, or what is not finite if anything is not. Heads that the model
-        learns nothing from are clipped each alone: their size is no matter of the model's."""
-        apart = [list(head.parameters()) for head in self.heads.apart()] if self.heads is not None else []
+        """Clip the gradient to a global norm; returns what it was, or what is not finite if
+        anything is not. Heads that the model learns nothing from are clipped each alone: their size
+        is no matter of the model's."""
+        apart = (
+            [list(head.parameters()) for head in self.heads.apart()]
+            if self.heads is not None
+            else []
+        )
         others = {id(p) for group in apart for p in group}
         groups = [[p for p in self.parameters() if id(p) not in others], *apart]
         norm, *norms = [torch.nn.utils.clip_grad_norm_(group, max_norm) for group in groups]
@@ -55,4 +69,6 @@ class Objective(nn.Module):
 
     def scheduled(self, progress: float) -> dict[str, float]:
         """What changes over the run, as it is now."""
-        return self.stack.scheduled(progress) | (self.heads.scheduled(progress) if self.heads is not None else {})
+        return self.stack.scheduled(progress) | (
+            self.heads.scheduled(progress) if self.heads is not None else {}
+        )

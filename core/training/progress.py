@@ -13,7 +13,8 @@ from core.preset.settings import RUN_TOKENS
 
 @dataclass
 class Progress:
-    """Where a lineage stands. `step` and `tokens` count its whole life; a horizon is what the schedules span."""
+    """Where a lineage stands. `step` and `tokens` count its whole life; a horizon is what the
+    schedules span."""
 
     step: int = 0
     tokens: int = 0
@@ -28,16 +29,24 @@ class Progress:
     evaluation_due: bool = False  # the one that belongs after the last update is still to be made
     skipped: int = 0
     bad_in_a_row: int = 0  # skipped updates up to the last one
-    ledger: dict[str, dict[str, Any]] = field(default_factory=dict)  # source -> tokens, documents, epochs begun, last loss
+    # source -> tokens, documents, epochs begun, last loss
+    ledger: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, saved: dict[str, Any]) -> "Progress":
-        """From a checkpoint. Older ones counted the sources' tokens only; newer ones may count more."""
-        counted = {name: {"tokens": count} for name, count in saved.get("source_tokens", {}).items()}
+        """From a checkpoint. Older ones counted the sources' tokens only; newer ones may count
+        more."""
+        counted = {
+            name: {"tokens": count} for name, count in saved.get("source_tokens", {}).items()
+        }
         known = {each.name for each in fields(cls)}
-        return cls(**{"ledger": counted, **{key: value for key, value in saved.items() if key in known}})
+        return cls(
+            **{"ledger": counted, **{key: value for key, value in saved.items() if key in known}}
+        )
 
-    def expose(self, source: str, tokens: int, documents: int, epochs: int, loss: float | None) -> dict[str, Any]:
+    def expose(
+        self, source: str, tokens: int, documents: int, epochs: int, loss: float | None
+    ) -> dict[str, Any]:
         """Enter in the ledger what a step has read of a source; returns the source's account."""
         account = self.ledger.setdefault(source, {})
         for key, count in (("tokens", tokens), ("documents", documents), ("epochs", epochs)):
@@ -62,21 +71,28 @@ class Horizon:
         return min(max(by_tokens, by_steps), 1.0)
 
     def middle(self, done: Progress, step_tokens: int) -> float:
-        """The middle of this update, for the learning rate: neither the first nor the last update is wasted on a zero."""
-        left = min(step_tokens, self.horizon_tokens - done.horizon_tokens)  # the last update may reach beyond the end
+        """The middle of this update, for the learning rate: neither the first nor the last update
+        is wasted on a zero."""
+        # the last update may reach beyond the end
+        left = min(step_tokens, self.horizon_tokens - done.horizon_tokens)
         by_tokens = (done.horizon_tokens + left / 2) / self.horizon_tokens
         by_steps = (done.horizon_step + 0.5) / self.horizon_steps if self.horizon_steps else 0.0
         return min(max(by_tokens, by_steps), 1.0)
 
     def run_end(self, done: Progress) -> int:
-        """Tokens at which this run ends, as far as is known: where the horizon does, if that is before its budget."""
-        return max(1, min(self.run_tokens, self.horizon_tokens - done.horizon_tokens + done.run_tokens))
+        """Tokens at which this run ends, as far as is known: where the horizon does, if that is
+        before its budget."""
+        return max(
+            1, min(self.run_tokens, self.horizon_tokens - done.horizon_tokens + done.run_tokens)
+        )
 
     def end(self, done: Progress) -> str | None:
         """Why the run is over, or None."""
         if done.run_tokens >= self.run_tokens:
             return "budget"
-        return "max_steps" if self.run_steps is not None and done.run_step >= self.run_steps else None
+        return (
+            "max_steps" if self.run_steps is not None and done.run_step >= self.run_steps else None
+        )
 
 
 def begin_next_run(progress: Progress, runs: int) -> None:
@@ -86,5 +102,6 @@ def begin_next_run(progress: Progress, runs: int) -> None:
     progress.finished = progress.evaluation_due = False
     if progress.horizon_runs >= runs or runs == 1:
         progress.horizon_step = progress.horizon_tokens = progress.horizon_runs = 0
-    # each run ends a little beyond its budget; added up, the last updates of a long chain would find no learning rate left
+    # each run ends a little beyond its budget; added up, the last updates of a long chain would
+    # find no learning rate left
     progress.horizon_tokens = min(progress.horizon_tokens, progress.horizon_runs * RUN_TOKENS)

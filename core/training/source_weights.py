@@ -1,8 +1,11 @@
-"""What share of the mix each source has as a run goes on: its weight, and, where a preset adapts them, a factor on it.
+"""What share of the mix each source has as a run goes on: its weight, and, where a preset adapts
+them, a factor on it.
 
-    each source's loss over an interval ──► over their mean, clipped ──► smoothed ──► the factor   (specification 003, tier 1)
+    each source's loss over an interval ──► over their mean, clipped ──► smoothed ──► the factor
+    (specification 003, tier 1)
 
-In:    of every step each source's summed loss and its targets, and the tokens of the step, over all ranks
+In:    of every step each source's summed loss and its targets, and the tokens of the step, over all
+       ranks
 Out:   once an interval is full, a factor for each source; the loader makes the mix follow
 State: the factors, and what was counted since they last changed; `state()` is all of it
 """
@@ -16,17 +19,25 @@ from core.preset.settings import AuxiliarySettings
 from core.schedules import Schedule, value_at
 
 DIGITS = 3
-"""Of a factor that is handed on: runs whose losses differ in their last bits, as on one rank and on two, draw the same."""
+"""Of a factor that is handed on: runs whose losses differ in their last bits, as on one rank and on
+two, draw the same."""
 
 
 class SourceWeights:
-    """The weights of the sources in a mix. Without `enable_adaptive_sources` there are no factors, and nothing is counted.
+    """The weights of the sources in a mix. Without `enable_adaptive_sources` there are no factors,
+    and nothing is counted.
 
     schedules   {name: weight}
-    saved       `state()` of an earlier start: sources go on by their names, new ones begin at 1, absent ones are kept
+    saved       `state()` of an earlier start: sources go on by their names, new ones begin at 1,
+                absent ones are kept
     """
 
-    def __init__(self, schedules: dict[str, Schedule], settings: AuxiliarySettings, saved: dict[str, Any] | None = None):
+    def __init__(
+        self,
+        schedules: dict[str, Schedule],
+        settings: AuxiliarySettings,
+        saved: dict[str, Any] | None = None,
+    ):
         saved = saved or {}
         self._schedules, self._settings = schedules, settings
         self._exact: dict[str, float] = dict.fromkeys(schedules, 1.0) | saved.get("factors", {})
@@ -41,20 +52,27 @@ class SourceWeights:
         return {name: float(f"{self._exact[name]:.{DIGITS}g}") for name in adapted}
 
     def shares(self, progress: float, gone: Collection[str]) -> dict[str, dict[str, float]]:
-        """Of each source "weight", its share among those that are left, and "factor" where there are factors."""
+        """Of each source "weight", its share among those that are left, and "factor" where there
+        are factors."""
         factors = self.factors
-        weights = {name: value_at(schedule, progress) * factors.get(name, 1.0) for name, schedule in self._schedules.items()}
+        weights = {
+            name: value_at(schedule, progress) * factors.get(name, 1.0)
+            for name, schedule in self._schedules.items()
+        }
         weights |= {name: 0.0 for name in weights if name in gone}
         total = sum(weights.values()) or 1.0
         told = {name: {"factor": factors[name]} if factors else {} for name in weights}
         return {name: {"weight": weight / total, **told[name]} for name, weight in weights.items()}
 
-    def after_step(self, by_source: Iterable[tuple[str, float, float]], tokens: int) -> dict[str, float] | None:
-        """Count a step of (source, summed loss, targets); where that fills an interval, change the factors.
+    def after_step(
+        self, by_source: Iterable[tuple[str, float, float]], tokens: int
+    ) -> dict[str, float] | None:
+        """Count a step of (source, summed loss, targets); where that fills an interval, change the
+        factors.
 
-        Returns the mean losses (nats, or the first loss's unit) that changed them, None where the interval goes on. A loss that
-        is not finite is left out: an update that was skipped says nothing of a source.
-        """
+        Returns the mean losses (nats, or the first loss's unit) that changed them, None where the
+        interval goes on. A loss that is not finite is left out: an update that was skipped says
+        nothing of a source."""
         if not self._settings.enable_adaptive_sources:
             return None
         self._tokens += tokens
@@ -74,30 +92,51 @@ class SourceWeights:
         """All of it, as JSON, the same on every rank; nothing where weights are not adapted."""
         if not self._settings.enable_adaptive_sources:
             return {}
-        return {"factors": dict(self._exact), "sums": dict(self._sums), "counts": dict(self._counts), "tokens": self._tokens}
+        return {
+            "factors": dict(self._exact),
+            "sums": dict(self._sums),
+            "counts": dict(self._counts),
+            "tokens": self._tokens,
+        }
 
 
-def adapted(factors: dict[str, float], losses: dict[str, float], settings: AuxiliarySettings) -> dict[str, float]:
+def adapted(
+    factors: dict[str, float], losses: dict[str, float], settings: AuxiliarySettings
+) -> dict[str, float]:
     """New factors for the sources that have a loss (specification 003, tier 1).
 
-    w = clip(loss / mean of the losses, min, max); factor = smoothing * old + (1 - smoothing) * w. None where all losses are 0.
-    """
+    w = clip(loss / mean of the losses, min, max); factor = smoothing * old + (1 - smoothing) * w.
+    None where all losses are 0."""
     mean = sum(losses.values()) / len(losses) if losses else 0.0
     if mean <= 0:
         return {}
-    low, high, keep = settings.adaptive_min_weight, settings.adaptive_max_weight, settings.adaptive_smoothing
-    return {name: keep * factors[name] + (1 - keep) * min(max(loss / mean, low), high) for name, loss in losses.items()}
+    low, high, keep = (
+        settings.adaptive_min_weight,
+        settings.adaptive_max_weight,
+        settings.adaptive_smoothing,
+    )
+    return {
+        name: keep * factors[name] + (1 - keep) * min(max(loss / mean, low), high)
+        for name, loss in losses.items()
+    }
 
 
 def check_adaptive(preset: Any) -> list[str]:
-    """Remarks on what adapting means for a preset's sources. Raises UserError where its mix has no weights to adapt."""
+    """Remarks on what adapting means for a preset's sources. Raises UserError where its mix has no
+    weights to adapt."""
     if not preset.auxiliary.enable_adaptive_sources:
         return []
     strategy, count = preset.data.mix_strategy, len(preset.data.sources)
     if strategy != "weighted":
         raise UserError(
-            f'auxiliary.enable_adaptive_sources adapts data.source_weights, which data.mix_strategy "{strategy}" does not use. '
-            f'Set it to "weighted", with weights to begin with, such as "source_weights": {[1] * count}; or set '
+            "auxiliary.enable_adaptive_sources adapts data.source_weights, which "
+            f'data.mix_strategy "{strategy}" does not use. '
+            'Set it to "weighted", with weights to begin with, such as "source_weights": '
+            f"{[1] * count}; or set "
             "enable_adaptive_sources to false."
         )
-    return ["auxiliary.enable_adaptive_sources changes nothing: there is one source only"] if count == 1 else []
+    return (
+        ["auxiliary.enable_adaptive_sources changes nothing: there is one source only"]
+        if count == 1
+        else []
+    )

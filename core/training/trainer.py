@@ -4,7 +4,8 @@ In:    objects, through the constructor: nothing here knows a model's, a loss's 
 Out:   a trained model, events in the metrics log, checkpoints
 State: Progress, plus what its parts keep; `state()` is all of it
 
-One step: rows → places of heads → curriculum → count → forward → losses → backward → clip → guard → update
+One step: rows → places of heads → curriculum → count → forward → losses → backward → clip → guard →
+update
           → after_optimizer_step → report
 """
 
@@ -41,7 +42,8 @@ BAD_STEPS = 5
 """Non-finite steps in a row that mean the weights, not one batch, are at fault."""
 ROLL_BACKS = 2
 FIRST_SAVE_SECONDS = 30.0
-"""A run is first saved after this, then after twice as long each time, up to the preset's interval."""
+"""A run is first saved after this, then after twice as long each time, up to the preset's
+interval."""
 
 
 class Trainer:
@@ -67,18 +69,34 @@ class Trainer:
         compile_from_step: int | None = None,
         curriculum: Curriculum | None = None,
     ):
-        """`show`: events for people, after each evaluation. `extra_state`: what else a checkpoint must hold.
-        `compile_from_step`: the first step of the lineage to compile. `curriculum`: what chooses the rows that are trained."""
+        """`show`: events for people, after each evaluation. `extra_state`: what else a checkpoint
+        must hold. `compile_from_step`: the first step of the lineage to compile. `curriculum`: what
+        chooses the rows that are trained."""
         self.objective, self.model = objective, objective.model
         self.module = parallel.wrap(objective)
-        self.optimizer, self.loader, self.parallel, self.runtime = optimizer, loader, parallel, runtime
+        self.optimizer, self.loader, self.parallel, self.runtime = (
+            optimizer,
+            loader,
+            parallel,
+            runtime,
+        )
         self.settings, self.horizon, self.progress = settings, horizon, progress
         self.log, self.store, self.evaluate, self.show = log, store, evaluate, show
         self.extra_state, self.should_stop = extra_state, should_stop
         self.source_weights = source_weights
         self.curriculum = curriculum
-        left_out = partial(extra_state.update, compile_failed=True)  # for a resumed run, which then leaves it out as well
-        self.passes = Passes(self.module, self.model, parallel, runtime, settings, compile_from_step, self._warn, left_out)
+        # for a resumed run, which then leaves it out as well
+        left_out = partial(extra_state.update, compile_failed=True)
+        self.passes = Passes(
+            self.module,
+            self.model,
+            parallel,
+            runtime,
+            settings,
+            compile_from_step,
+            self._warn,
+            left_out,
+        )
         schedule = settings.schedule
         self._factor = learning_rate_schedule(
             schedule.type, schedule.warmup, schedule.decay, schedule.floor, schedule.decay_shape
@@ -92,11 +110,12 @@ class Trainer:
     def train(self) -> str:
         """Train until the run's end, an interruption or the end of the data; returns the reason.
 
-        However it stops, it is saved first; only weights at fault are not, nor what an update was half made of.
-        """
+        However it stops, it is saved first; only weights at fault are not, nor what an update was
+        half made of."""
         self.model.train()
         self._step_started = time.monotonic()
-        if self.progress.finished:  # and saved as such, but the program was ended before it was evaluated
+        # and saved as such, but the program was ended before it was evaluated
+        if self.progress.finished:
             reason = self.horizon.end(self.progress) or "max_epochs"
             return self._close(reason)
         try:
@@ -105,7 +124,13 @@ class Trainer:
             reason = "interrupted"
         except Exception as error:
             self._tell_left_out()
-            reason = "no_data" if isinstance(error, NoData) else "diverged" if isinstance(error, Diverged) else "failed"
+            reason = (
+                "no_data"
+                if isinstance(error, NoData)
+                else "diverged"
+                if isinstance(error, Diverged)
+                else "failed"
+            )
             if self._sound and self.progress.step > 0:
                 self._end(reason)
             else:
@@ -115,13 +140,15 @@ class Trainer:
         if failed:
             raise CheckpointError(
                 f"the end of the run could not be saved: {failed}\n"
-                f"The older checkpoints in {self.store.folder} are untouched. Mend that and start again."
+                f"The older checkpoints in {self.store.folder} are untouched. Mend that and start "
+                "again."
             )
         return reason
 
     def _train_on(self) -> str:
         """Step after step; returns why that is over."""
-        # an end waits for a finite step, or a roll-back: until then nobody knows whether the weights are at fault
+        # an end waits for a finite step, or a roll-back: until then nobody knows whether the
+        # weights are at fault
         while (reason := self.horizon.end(self.progress)) is None or self.progress.bad_in_a_row:
             if self.progress.evaluation_due and not self.progress.bad_in_a_row:
                 self.evaluate_and_sample()
@@ -134,9 +161,13 @@ class Trainer:
             self._tell_left_out()
             if rows is None:
                 if bad := self.progress.bad_in_a_row:
-                    self._warn(f"the data ended after {bad} skipped updates in a row: the weights may be at fault")
+                    self._warn(
+                        f"the data ended after {bad} skipped updates in a row: the weights may be "
+                        "at fault"
+                    )
                 return "max_epochs"
-            self._sound = self.parallel.world_size == 1  # of several ranks one that fails is alone: they cannot save together
+            # of several ranks one that fails is alone: they cannot save together
+            self._sound = self.parallel.world_size == 1
             try:
                 trained_tokens = self._train_step(rows)
             except Exception:
@@ -147,11 +178,15 @@ class Trainer:
                 return "interrupted"
         return reason
 
-    # one step --------------------------------------------------------------------------------------------------------
+    # one step -------------------------------------------------------------------------------------
 
     def _train_step(self, rows: StepRows) -> int:
-        """One update from these rows, or from those that the curriculum chooses; returns their tokens, over all ranks."""
-        done, progress = self.progress, self.horizon.progress(self.progress, rows.num_tokens // self.settings.candidates)
+        """One update from these rows, or from those that the curriculum chooses; returns their
+        tokens, over all ranks."""
+        done, progress = (
+            self.progress,
+            self.horizon.progress(self.progress, rows.num_tokens // self.settings.candidates),
+        )
         call_if_defined(self.model, "set_progress", progress)
         rows = self._with_places(rows)
         self.passes.rehearse(rows, progress, done.step)
@@ -176,48 +211,82 @@ class Trainer:
         """The rows with the places where auxiliary heads look, counted over all ranks."""
         if self.objective.heads is None:
             return rows
-        batch = self.objective.heads.choose(rows.batch, self.settings.seed, self.progress.step, rows.numbers)
+        batch = self.objective.heads.choose(
+            rows.batch, self.settings.seed, self.progress.step, rows.numbers
+        )
         counts = self.objective.heads.count(batch)
-        return replace(rows, batch=batch, head_counts=dict(zip(counts, self.parallel.sum(list(counts.values())))))
+        return replace(
+            rows,
+            batch=batch,
+            head_counts=dict(zip(counts, self.parallel.sum(list(counts.values())))),
+        )
 
-    def _report(self, terms: list[LossTerms], grad_norm: Tensor, rows: StepRows, progress: float) -> dict[str, Any]:
-        """The step's numbers over all micro-batches and ranks, with the one read of the device that a step makes."""
+    def _report(
+        self, terms: list[LossTerms], grad_norm: Tensor, rows: StepRows, progress: float
+    ) -> dict[str, Any]:
+        """The step's numbers over all micro-batches and ranks, with the one read of the device that
+        a step makes."""
         names = list(terms[0].sums)
-        sums = torch.stack([torch.stack([t.sums[name] for name in names]) for t in terms]).double().sum(0)
+        sums = (
+            torch.stack([torch.stack([t.sums[name] for name in names]) for t in terms])
+            .double()
+            .sum(0)
+        )
         source_sums = torch.stack([t.source_sums for t in terms]).double().sum(0)
         source_counts = torch.stack([t.source_counts for t in terms]).double().sum(0)
-        told = call_if_defined(self.model, "report") or {}  # means of the ranks' numbers, each of its last micro-batch
+        # means of the ranks' numbers, each of its last micro-batch
+        told = call_if_defined(self.model, "report") or {}
         of_model = torch.stack([value.double() for value in told.values()]) if told else sums[:0]
-        norm, *numbers = torch.cat([grad_norm.double().reshape(1), sums, source_sums, source_counts, of_model]).tolist()
+        norm, *numbers = torch.cat(
+            [grad_norm.double().reshape(1), sums, source_sums, source_counts, of_model]
+        ).tolist()
         numbers = self.parallel.sum(numbers)
-        losses = {name: value / max(rows.head_counts.get(name, rows.num_targets), 1) for name, value in zip(names, numbers)}
+        losses = {
+            name: value / max(rows.head_counts.get(name, rows.num_targets), 1)
+            for name, value in zip(names, numbers)
+        }
         weights = self.objective.weights(progress)
         k, s = len(names), self.objective.num_sources
         return {
             "loss": sum(weights[name] * value for name, value in losses.items()),
             "losses": losses,
             "grad_norm": norm,
-            "by_source": list(zip(self.loader.source_names, numbers[k : k + s], numbers[k + s : k + 2 * s])),
-            "model": {name: value / self.parallel.world_size for name, value in zip(told, numbers[k + 2 * s :])},
+            "by_source": list(
+                zip(self.loader.source_names, numbers[k : k + s], numbers[k + s : k + 2 * s])
+            ),
+            "model": {
+                name: value / self.parallel.world_size
+                for name, value in zip(told, numbers[k + 2 * s :])
+            },
         }
 
     def _is_finite(self, report: dict[str, Any]) -> bool:
-        """Whether the update may be made. Counts those that may not, and goes back to a checkpoint when they pile up."""
+        """Whether the update may be made. Counts those that may not, and goes back to a checkpoint
+        when they pile up."""
         if math.isfinite(report["loss"]) and math.isfinite(report["grad_norm"]):
             self.progress.bad_in_a_row = 0
             return True
         self.progress.skipped += 1
         self.progress.bad_in_a_row += 1
-        self._warn(f"step {self.progress.step + 1}: loss {report['loss']}, gradient norm {report['grad_norm']}; update skipped")
+        self._warn(
+            f"step {self.progress.step + 1}: loss {report['loss']}, gradient norm "
+            f"{report['grad_norm']}; update skipped"
+        )
         if self.progress.bad_in_a_row >= BAD_STEPS:
             self._roll_back()
         return False
 
-    def _advance(self, rows: StepRows, progress: float, report: dict[str, Any], factor: float) -> None:
+    def _advance(
+        self, rows: StepRows, progress: float, report: dict[str, Any], factor: float
+    ) -> None:
         """Count the step and log it."""
         done, now = self.progress, time.monotonic()
         done.fraction = progress
-        done.step, done.run_step, done.horizon_step = done.step + 1, done.run_step + 1, done.horizon_step + 1
+        done.step, done.run_step, done.horizon_step = (
+            done.step + 1,
+            done.run_step + 1,
+            done.horizon_step + 1,
+        )
         done.tokens += rows.num_tokens
         done.run_tokens += rows.num_tokens
         done.horizon_tokens += rows.num_tokens
@@ -248,44 +317,62 @@ class Trainer:
         self._step_started = now
 
     def _reweight(self, rows: StepRows, progress: float, report: dict[str, Any]) -> None:
-        """Other shares for the sources, where they follow how well each is learned and it is time."""
-        if (losses := self.source_weights.after_step(report["by_source"], rows.num_tokens)) is not None:
+        """Other shares for the sources, where they follow how well each is learned and it is
+        time."""
+        if (
+            losses := self.source_weights.after_step(report["by_source"], rows.num_tokens)
+        ) is not None:
             self.loader.reweight(self.source_weights.factors)
             shares = self.source_weights.shares(progress, self.loader.position.gone)
-            self._emit("reweighted", sources={name: {"loss": losses.get(name), **share} for name, share in shares.items()})
+            self._emit(
+                "reweighted",
+                sources={
+                    name: {"loss": losses.get(name), **share} for name, share in shares.items()
+                },
+            )
 
-    # between steps ---------------------------------------------------------------------------------------------------
+    # between steps --------------------------------------------------------------------------------
 
     def _look_after(self, step_tokens: int) -> bool:
-        """Save when it is time, before anything is evaluated; returns whether to stop. The ranks agree on it in one sum."""
+        """Save when it is time, before anything is evaluated; returns whether to stop. The ranks
+        agree on it in one sum."""
         every = self.settings.eval_every_tokens
         if self.progress.run_tokens // every > (self.progress.run_tokens - step_tokens) // every:
             self.progress.evaluation_due = True
         seconds = time.monotonic() - self._last_save
-        due = self.parallel.rank == 0 and seconds >= min(self._save_after, self.settings.checkpoint_every_minutes * 60)
+        due = self.parallel.rank == 0 and seconds >= min(
+            self._save_after, self.settings.checkpoint_every_minutes * 60
+        )
         every_steps = self.settings.checkpoint_every_steps
-        stop, due, untold = self.parallel.sum([float(self.should_stop()), float(due), float(self.loader.has_untold)])
+        stop, due, untold = self.parallel.sum(
+            [float(self.should_stop()), float(due), float(self.loader.has_untold)]
+        )
         if untold:
             self.loader.gather_told()
             self._tell_left_out()
         if stop:
             return True
         due = due or (every_steps is not None and self.progress.run_step % every_steps == 0)
-        if due and not self.progress.bad_in_a_row:  # weights at fault must not push out what a roll-back looks for
+        # weights at fault must not push out what a roll-back looks for
+        if due and not self.progress.bad_in_a_row:
             self._save_after *= 2
             self.save()
         self._tell_saved()
         return False
 
     def evaluate_and_sample(self) -> None:
-        """An evaluation and samples, as events. What fails of it is told and ends nothing; where it is stopped, it stays due."""
+        """An evaluation and samples, as events. What fails of it is told and ends nothing; where it
+        is stopped, it stays due."""
         self.progress.evaluation_due = False
         if self.settings.eval_tokens == 0:
             return
         started = time.monotonic()
-        call_if_defined(self.model, "set_progress", self.progress.fraction)  # a run that goes on has made no step yet
+        # a run that goes on has made no step yet
+        call_if_defined(self.model, "set_progress", self.progress.fraction)
         with uncompiled(self.runtime.device):  # other shapes and modes
-            numbers = self._look("evaluation", lambda: self.evaluate(self.model, self.progress.fraction))
+            numbers = self._look(
+                "evaluation", lambda: self.evaluate(self.model, self.progress.fraction)
+            )
             if numbers is not None:
                 self._emit("eval", **numbers, seconds=time.monotonic() - started)
             if self.parallel.rank == 0 and not self.progress.evaluation_due:
@@ -299,7 +386,8 @@ class Trainer:
             self._emit(event, **fields)
 
     def _look(self, what: str, action: Callable[[], Any]) -> Any:
-        """What `action` finds at the model; None where it fails, which is told once for each way to fail."""
+        """What `action` finds at the model; None where it fails, which is told once for each way to
+        fail."""
         try:
             return action()
         except Stopped:
@@ -324,7 +412,8 @@ class Trainer:
         return state
 
     def state(self) -> dict[str, Any]:
-        """Everything a resumed run needs; see interface in docs/guide.md. Every rank must call it."""
+        """Everything a resumed run needs; see interface in docs/guide.md. Every rank must call
+        it."""
         return {
             "model": self.model.state_dict(),
             "heads": self.objective.heads.state_dict() if self.objective.heads is not None else {},
@@ -338,13 +427,16 @@ class Trainer:
         }
 
     def _end(self, reason: str) -> tuple[str, str | None]:
-        """Save, then evaluate unless the run goes on at the next start; returns why it stops, and why it could not be saved."""
+        """Save, then evaluate unless the run goes on at the next start; returns why it stops, and
+        why it could not be saved."""
         done = self.progress
         if reason not in CUT_SHORT:
             done.evaluation_due = True
             done.finished = reason != "no_data"
             if done.finished:  # once all is read, no run of the chain is left
-                done.horizon_runs = self.settings.runs if reason == "max_epochs" else done.horizon_runs + 1
+                done.horizon_runs = (
+                    self.settings.runs if reason == "max_epochs" else done.horizon_runs + 1
+                )
         failed = self._save_now()
         reason = self._close(reason)
         return reason, failed and self._save_now()  # there may be room by now
@@ -354,7 +446,12 @@ class Trainer:
         if reason not in CUT_SHORT:
             self.evaluate_and_sample()
             reason = "interrupted" if self.progress.evaluation_due else reason
-        self._emit("run_end", reason=reason, receipt=self.loader.state()["receipt"], ledger=self.progress.ledger)
+        self._emit(
+            "run_end",
+            reason=reason,
+            receipt=self.loader.state()["receipt"],
+            ledger=self.progress.ledger,
+        )
         return reason
 
     def _save_now(self) -> str | None:
@@ -370,22 +467,30 @@ class Trainer:
             return None
         path, seconds, failed = outcome
         if path is None:
-            self._warn(f"checkpoint not saved: {failed} The older ones are untouched, training goes on")
+            self._warn(
+                f"checkpoint not saved: {failed} The older ones are untouched, training goes on"
+            )
             return failed
         if failed:
             self._warn(f"the checkpoint is saved, but {failed}")
-        self._emit("checkpoint", path=path.relative_to(self.store.folder.parent).as_posix(), seconds=seconds)
+        self._emit(
+            "checkpoint",
+            path=path.relative_to(self.store.folder.parent).as_posix(),
+            seconds=seconds,
+        )
         return None
 
     def _enter_passed_over(self) -> None:
-        """What began in steps that taught nothing goes into the ledger: it was read, though its tokens were not trained."""
+        """What began in steps that taught nothing goes into the ledger: it was read, though its
+        tokens were not trained."""
         while self.loader.begun:
             name, documents, epochs = self.loader.begun.pop()
             if documents or epochs:
                 self.progress.expose(name, 0, documents, epochs, None)
 
     def _tell_left_out(self) -> None:
-        """Sources that failed, files that could not be read, and what else the loader has to tell."""
+        """Sources that failed, files that could not be read, and what else the loader has to
+        tell."""
         if self.parallel.rank > 0:
             return
         while self.loader.told:
@@ -402,15 +507,27 @@ class Trainer:
                 self.loader.skipped[each] = True
 
     def _roll_back(self) -> None:
-        """Put weights and optimizer back to the newest checkpoint, and go on with the data after the bad stretch."""
+        """Put weights and optimizer back to the newest checkpoint, and go on with the data after
+        the bad stretch."""
         self._sound = False
         self.progress.bad_in_a_row = 0
         self.store.wait()
-        # a slot saved right after the update that ruined the weights is of no use: the second time an older one is taken
+        # a slot saved right after the update that ruined the weights is of no use: the second time
+        # an older one is taken
         older = self._rolled_back
-        told = f"loss or gradient were not finite {BAD_STEPS} times in a row at step {self.progress.step + 1}"
-        advice = "Lower train.learning_rate or train.max_grad_norm; the checkpoints before it are untouched."
-        state, path, notes = load_slot(self.store, self.parallel, older, True) if older < ROLL_BACKS else (None, None, [])
+        told = (
+            f"loss or gradient were not finite {BAD_STEPS} times in a row at step "
+            f"{self.progress.step + 1}"
+        )
+        advice = (
+            "Lower train.learning_rate or train.max_grad_norm; the checkpoints before it "
+            "are untouched."
+        )
+        state, path, notes = (
+            load_slot(self.store, self.parallel, older, True)
+            if older < ROLL_BACKS
+            else (None, None, [])
+        )
         for note in notes:
             self._warn(note)
         if state is None or path is None:
@@ -422,11 +539,18 @@ class Trainer:
             notes += load_model(self.model, state["model"], path.name)
             notes += load_heads(self.objective.heads, state["heads"])
         except CheckpointError as error:
-            raise Diverged(f"{told}, and the checkpoint before cannot be gone back to: {error}") from None
+            raise Diverged(
+                f"{told}, and the checkpoint before cannot be gone back to: {error}"
+            ) from None
         if not all(p.isfinite().all() for p in self.objective.parameters()):
-            raise Diverged(f"{told}, as are weights that {path.name} lacks ({'; '.join(notes)}). {advice}")
+            raise Diverged(
+                f"{told}, as are weights that {path.name} lacks ({'; '.join(notes)}). {advice}"
+            )
         self.optimizer.load(state["optimizer"])
-        self._warn(f"{BAD_STEPS} bad steps in a row: weights are back at {path.name}, step {state['progress']['step']}")
+        self._warn(
+            f"{BAD_STEPS} bad steps in a row: weights are back at {path.name}, step "
+            f"{state['progress']['step']}"
+        )
 
     def _warn(self, message: str) -> None:
         self._emit("warning", message=message)

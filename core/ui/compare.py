@@ -45,18 +45,28 @@ class Board:
         self._number = 0
         self._progress = Progress({})
         self._begun = self._opened = clock()
-        self._took: list[float] = []  # seconds of the trials that ran from their beginning to their end
+        # seconds of the trials that ran from their beginning to their end
+        self._took: list[float] = []
         self._whole = False
 
     def show(self, comparison: Comparison) -> None:
         """The trial that ran has ended, or none has begun."""
-        if self.trial is not None and self._whole and any(_is(self.trial, o.trial) and o.finished for o in comparison.outcomes):
+        if (
+            self.trial is not None
+            and self._whole
+            and any(_is(self.trial, o.trial) and o.finished for o in comparison.outcomes)
+        ):
             self._took.append(self.clock() - self._begun)
         self.comparison, self.trial = comparison, None
 
     def begin(self, trial: Trial, number: int) -> None:
         """The `number`th trial begins."""
-        self.trial, self._number, self._begun, self._whole = trial, number, self.clock(), trial.status == "waiting"
+        self.trial, self._number, self._begun, self._whole = (
+            trial,
+            number,
+            self.clock(),
+            trial.status == "waiting",
+        )
         self._progress = Progress({})
 
     def update(self, event: dict) -> None:
@@ -81,24 +91,39 @@ class Board:
         after = Text.assemble((f"  {int(share * 1000) / 10:.1f} %", "bold"), f"  {told}")
         after.append(f"  {text.duration(left)} left" if left else "", "cyan")
         elapsed = Text(f"{text.duration(self.clock() - self._opened)} elapsed", "dim")
-        title = Text.assemble((self.title, "bold cyan"), f"  {len(self.comparison.variants)} variants")
-        lines = [apart(title, elapsed, width), bar(share, max(8, width - after.cell_len)) + after, *self.table(width, rows)]
+        title = Text.assemble(
+            (self.title, "bold cyan"), f"  {len(self.comparison.variants)} variants"
+        )
+        lines = [
+            apart(title, elapsed, width),
+            bar(share, max(8, width - after.cell_len)) + after,
+            *self.table(width, rows),
+        ]
         for line in lines:
             line.truncate(width, overflow="ellipsis")
         return lines
 
     def table(self, width: int, rows: int) -> list[Text]:
-        """A line for each variant: every seed's value, their mean, the mean difference to the baseline."""
+        """A line for each variant: every seed's value, their mean, the mean difference to the
+        baseline."""
         if self.comparison is None:
             return []
-        variants, seeds = self.comparison.variants, [o.trial.seed for o in self.comparison.baseline.outcomes]
+        variants, seeds = (
+            self.comparison.variants,
+            [o.trial.seed for o in self.comparison.baseline.outcomes],
+        )
         title = rule(self.comparison.primary.label, 0)
-        longest = max(title.cell_len, *(Text(text.clean(variant.name)).cell_len + 3 for variant in variants))
+        longest = max(
+            title.cell_len, *(Text(text.clean(variant.name)).cell_len + 3 for variant in variants)
+        )
         name_width = min(longest, LONGEST_NAME, max(4, width // 3))
         fit = max(1, (width - name_width - MEAN - DIFFERENCE) // CELL)
         first = max(0, (seeds.index(self.trial.seed) if self.trial else len(seeds) - 1) - fit + 1)
         shown = range(first, min(len(seeds), first + fit))
-        heads = "".join(f"{f'seed {seeds[i]}':>{CELL}}" for i in shown) + f"{'mean':>{MEAN}}{'difference':>{DIFFERENCE}} "
+        heads = (
+            "".join(f"{f'seed {seeds[i]}':>{CELL}}" for i in shown)
+            + f"{'mean':>{MEAN}}{'difference':>{DIFFERENCE}} "
+        )
         names = [variant.name for variant in variants]
         row = names.index(self.trial.variant) if self.trial else 0
         top = max(0, row - rows + 1)
@@ -121,7 +146,9 @@ class Board:
         if variant is self.comparison.baseline:
             cells.append((f"{'baseline':>{DIFFERENCE}}", "dim"))
         elif metric in variant.differences and variant.differences[metric].mean is not None:
-            cells.append((f"{variant.differences[metric].mean:+.4f}".replace("-", "−").rjust(DIFFERENCE), ""))
+            cells.append(
+                (f"{variant.differences[metric].mean:+.4f}".replace("-", "−").rjust(DIFFERENCE), "")
+            )
         return line + Text.assemble(*cells)
 
     def _cell(self, outcome: Any, metric: str) -> tuple[str, str]:
@@ -134,7 +161,8 @@ class Board:
         return f"{said:>{CELL}}", style
 
     def _seconds_left(self, open_trials: int) -> float | None:
-        """Of the whole comparison; None until a trial, or the running one's steps, have shown how long one takes."""
+        """Of the whole comparison; None until a trial, or the running one's steps, have shown how
+        long one takes."""
         now = self._progress.seconds_left if self.trial else 0.0
         whole = sum(self._took) / len(self._took) if self._took else None
         if whole is None and now is not None and self.trial and self._progress.fraction < 1:
@@ -147,9 +175,16 @@ class Board:
 
 
 class ComparisonDashboard(Dashboard):
-    """One picture from the first trial to the last; a trial's dashboard has the rows below the table."""
+    """One picture from the first trial to the last; a trial's dashboard has the rows below the
+    table."""
 
-    def __init__(self, stream: TextIO, title: str, clock: Callable[[], float] = time.time, console: Console | None = None):
+    def __init__(
+        self,
+        stream: TextIO,
+        title: str,
+        clock: Callable[[], float] = time.time,
+        console: Console | None = None,
+    ):
         super().__init__(stream, clock, console)
         self.board = Board(title, clock)
         self._early: list[dict] = []  # what a trial tells before it starts
@@ -185,7 +220,9 @@ class ComparisonDashboard(Dashboard):
             left = height - len(lines)
             if self._state is None:
                 trial = self.board.trial
-                lines.append(Text(f"preparing {text.clean(trial.variant)}, seed {trial.seed}", "dim"))
+                lines.append(
+                    Text(f"preparing {text.clean(trial.variant)}, seed {trial.seed}", "dim")
+                )
             elif left > 0:
                 lines.append(self._state.frame(width, left, self.clock()))
         return Text("\n", no_wrap=True).join(lines[:height])
@@ -217,7 +254,9 @@ class ComparisonLines:
     def begin(self, trial: Trial, number: int) -> None:
         self.board.begin(trial, number)
         self._plain = PlainLines(self._stream, step_seconds=QUIET_STEPS_SECONDS)
-        write_line(self._stream, f"{self.board.where}: {text.clean(trial.variant)}, seed {trial.seed}")
+        write_line(
+            self._stream, f"{self.board.where}: {text.clean(trial.variant)}, seed {trial.seed}"
+        )
 
     def update(self, event: dict) -> None:
         """As a run's own lines, without what every trial would say again."""
@@ -246,7 +285,9 @@ class ComparisonLines:
 def comparison_view(stream: TextIO, title: str) -> ComparisonDashboard | ComparisonLines:
     """The dashboard on a terminal that can show it, plain lines elsewhere."""
     title = text.clean(title)
-    return ComparisonDashboard(stream, title) if can_draw(stream) else ComparisonLines(stream, title)
+    return (
+        ComparisonDashboard(stream, title) if can_draw(stream) else ComparisonLines(stream, title)
+    )
 
 
 def _is(one: Trial, other: Trial) -> bool:

@@ -1,4 +1,5 @@
-"""The live view of a run on a terminal; `view_for` picks it, or plain lines where a stream cannot be drawn on.
+"""The live view of a run on a terminal; `view_for` picks it, or plain lines where a stream cannot
+be drawn on.
 
 In:    events
 Out:   a picture that is redrawn in place, and stays on the screen when the run ends
@@ -25,15 +26,18 @@ REFRESH_PER_SECOND = 4
 class Dashboard:
     """Draws a run from its run_start to its run_end; events outside of a run come as plain lines.
 
-    Drawing happens in a thread of its own, so `update` costs no more than keeping the event. Whatever else is printed
-    while it draws appears above it. `close` gives the cursor back: call it on every way out.
-    """
+    Drawing happens in a thread of its own, so `update` costs no more than keeping the event.
+    Whatever else is printed while it draws appears above it. `close` gives the cursor back: call it
+    on every way out."""
 
-    def __init__(self, stream: TextIO, clock: Callable[[], float] = time.time, console: Console | None = None):
+    def __init__(
+        self, stream: TextIO, clock: Callable[[], float] = time.time, console: Console | None = None
+    ):
         self.console = console or Console(file=stream, highlight=False, soft_wrap=False)
         self.clock = clock
         self._plain = PlainLines(stream)
-        self._lock = threading.Lock()  # only around the state: rich's own lock must never be taken inside it
+        # only around the state: rich's own lock must never be taken inside it
+        self._lock = threading.Lock()
         self._state: RunState | None = None
         self._live: Live | None = None
 
@@ -63,12 +67,16 @@ class Dashboard:
         self._live.start()
 
     def render(self) -> Text:
-        """The picture at this moment. Leaves room below for the summary and the shell's prompt once the run is over."""
+        """The picture at this moment. Leaves room below for the summary and the shell's prompt once
+        the run is over."""
         try:
             with self._lock:
                 width, height = self.console.size
-                return self.picture(width, max(1, height - (3 if self._state and self._state.end else 1)))
-        except Exception as error:  # an exception here would end the drawing thread with a traceback over the picture
+                return self.picture(
+                    width, max(1, height - (3 if self._state and self._state.end else 1))
+                )
+        except Exception as error:
+            # an exception here would end the drawing thread with a traceback over the picture
             return Text(f"the dashboard cannot draw: {type(error).__name__}: {text.clean(error)}")
 
     def picture(self, width: int, height: int) -> Text:

@@ -29,7 +29,9 @@ class EvaluateView(WorkView):
 
             table = Table(title=Text(text.clean(title)), title_justify="left")
             for i, name in enumerate(header):
-                table.add_column(Text(text.clean(name)), justify="left" if i < 2 else "right", no_wrap=i == 0)
+                table.add_column(
+                    Text(text.clean(name)), justify="left" if i < 2 else "right", no_wrap=i == 0
+                )
             for row in rows:
                 table.add_row(*(Text(text.clean(cell)) for cell in row))
             self._bar.console.print(table)
@@ -37,5 +39,8 @@ class EvaluateView(WorkView):
         widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
         self.tell(title)
         for row in [header, *rows]:
-            cells = [cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))]
+            cells = [
+                cell.ljust(width) if i < 2 else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(row, widths))
+            ]
             self.tell("  " + "  ".join(cells).rstrip())

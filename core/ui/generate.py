@@ -1,4 +1,5 @@
-"""A person who types and a model that answers: a prompt line on a terminal, one line after the other from a pipe.
+"""A person who types and a model that answers: a prompt line on a terminal, one line after the
+other from a pipe.
 
 In:    standard input, the console; pieces of answers
 Out:   lines that were typed; answers, as they are made
@@ -49,12 +50,15 @@ class TalkView:
             return ""
 
     def given(self) -> Iterator[str]:
-        """The lines of a pipe that are not empty, each shown as if it were typed. Raises UserError for what is no text."""
+        """The lines of a pipe that are not empty, each shown as if it were typed. Raises UserError
+        for what is no text."""
         while self._given is not None:
             try:
                 line = self._given.readline()
             except UnicodeDecodeError:
-                raise UserError(f"standard input holds a line that is not text in {self._given.encoding}") from None
+                raise UserError(
+                    f"standard input holds a line that is not text in {self._given.encoding}"
+                ) from None
             if not line:
                 return
             if line.strip():

@@ -42,17 +42,19 @@ class PresetCard:
     group: str  # heading it stands under; groups come in the order of their first card
     title: str  # the preset's `name`
     description: str  # one line
-    preview: Callable[[], str] = str  # what it would do, some lines: worked out only when it is looked at
-    problem: str | None = None  # why it cannot be run; the first line is shown in the list, all of it when chosen
+    # what it would do, some lines: worked out only when it is looked at
+    preview: Callable[[], str] = str
+    # why it cannot be run; the first line is shown in the list, all of it when chosen
+    problem: str | None = None
     refusal: str = ""  # why it could not start when it was chosen
 
 
 def choose(cards: list[PresetCard], default: str) -> str:
     """The stem of the preset to run.
 
-    Raises KeyboardInterrupt when the user leaves the menu. Where there is no menu, UserError for a name that is no preset and for
-    a preset that has a problem (with all of the problem's text); in the menu, that stands below the list.
-    """
+    Raises KeyboardInterrupt when the user leaves the menu. Where there is no menu, UserError for a
+    name that is no preset and for a preset that has a problem (with all of the problem's text); in
+    the menu, that stands below the list."""
     if not cards:
         raise UserError("there are no presets: configs/ holds no .json file")
     if default not in {card.stem for card in cards}:
@@ -68,7 +70,11 @@ def choose(cards: list[PresetCard], default: str) -> str:
 
 def can_pick() -> bool:
     """Whether there is a terminal that a menu can be drawn on, and somebody at it."""
-    return _is_terminal(sys.stdin) and _is_terminal(sys.stdout) and os.environ.get("TERM", "") not in ("", "dumb", "unknown")
+    return (
+        _is_terminal(sys.stdin)
+        and _is_terminal(sys.stdout)
+        and os.environ.get("TERM", "") not in ("", "dumb", "unknown")
+    )
 
 
 def _is_terminal(stream: object) -> bool:
@@ -76,24 +82,30 @@ def _is_terminal(stream: object) -> bool:
 
 
 def _first_line(cards: list[PresetCard], default: str) -> str:
-    """The first line of standard input. Someone at a keyboard whose screen cannot be drawn on is told what to type."""
+    """The first line of standard input. Someone at a keyboard whose screen cannot be drawn on is
+    told what to type."""
     if sys.stdin is None or sys.stdin.closed:
         return ""
     if sys.stdin.isatty():
-        names = "".join(f"  {text.clean(card.stem)}  {text.clean(card.description)}\n" for card in cards)
+        names = "".join(
+            f"  {text.clean(card.stem)}  {text.clean(card.description)}\n" for card in cards
+        )
         tell(f"Presets:\n{names}Name of a preset (Enter takes {default}):")
     try:
         return sys.stdin.readline()
-    except UnicodeDecodeError:  # something was asked for, so this must not count as asking for nothing
+    except UnicodeDecodeError:
+        # something was asked for, so this must not count as asking for nothing
         return "\ufffd"
 
 
 def _named(cards: list[PresetCard], default: str, line: str) -> str:
-    """The preset that a line of text means: by file stem, file name, or `name`, in upper or lower case."""
+    """The preset that a line of text means: by file stem, file name, or `name`, in upper or lower
+    case."""
     wanted = line.strip().strip("\ufeff")
     if not wanted:
         tell(
-            f"No preset was named, so {default} starts. To choose another, run main.py on a terminal, or name one in the first "
+            f"No preset was named, so {default} starts. To choose another, run main.py on a "
+            "terminal, or name one in the first "
             f"line of its input: echo {cards[-1].stem} | python main.py"
         )
         return default
@@ -104,25 +116,40 @@ def _named(cards: list[PresetCard], default: str, line: str) -> str:
     if len(by_title) == 1:
         return by_title[0]
     if by_title:
-        raise UserError(f'"{text.clean(wanted)}" is the name of {len(by_title)} presets; say which: {", ".join(by_title)}')
+        raise UserError(
+            f'"{text.clean(wanted)}" is the name of {len(by_title)} presets; say which: '
+            f"{', '.join(by_title)}"
+        )
     known = {name.casefold(): card.stem for card in cards for name in (card.title, card.stem)}
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
     hint = f'; did you mean "{known[near[0]]}"?' if near else ""
-    listed = "\n".join(f"  {card.stem}" + (f"  ({text.clean(card.title)})" if card.title != card.stem else "") for card in cards)
+    listed = "\n".join(
+        f"  {card.stem}" + (f"  ({text.clean(card.title)})" if card.title != card.stem else "")
+        for card in cards
+    )
     raise UserError(f'no preset is called "{text.clean(wanted)}"{hint}\nPresets are\n{listed}')
 
 
 def _pick(cards: list[PresetCard], default: str) -> str:
-    """questionary's menu with a preview below it. It has the whole screen while open and leaves what was there untouched.
+    """questionary's menu with a preview below it. It has the whole screen while open and leaves
+    what was there untouched.
 
-    questionary's own place for more about a choice is inside its list, where a list longer than the screen scrolls it out
-    of sight; so its list, keys and style are taken and a pane of ours is put under them.
-    """
+    questionary's own place for more about a choice is inside its list, where a list longer than the
+    screen scrolls it out of sight; so its list, keys and style are taken and a pane of ours is put
+    under them."""
     import questionary
     from prompt_toolkit.application import Application, get_app_session
     from prompt_toolkit.filters import Always
     from prompt_toolkit.key_binding import KeyBindings, merge_key_bindings
-    from prompt_toolkit.layout import Dimension, FormattedTextControl, HSplit, Layout, ScrollOffsets, VerticalAlign, Window
+    from prompt_toolkit.layout import (
+        Dimension,
+        FormattedTextControl,
+        HSplit,
+        Layout,
+        ScrollOffsets,
+        VerticalAlign,
+        Window,
+    )
     from questionary.prompts.common import InquirerControl
 
     by_stem = {card.stem: card for card in cards}
@@ -132,10 +159,20 @@ def _pick(cards: list[PresetCard], default: str) -> str:
     name_width = min(max(cell_len(text.clean(card.title)) for card in cards), columns // 2)
 
     def choice(card: PresetCard) -> questionary.Choice:
-        name, says = text.clean(card.title), text.clean((card.problem or card.refusal or card.description).split("\n")[0])
-        styles = ("class:broken", "class:broken") if card.problem or card.refusal else ("", "class:beside")
+        name, says = (
+            text.clean(card.title),
+            text.clean((card.problem or card.refusal or card.description).split("\n")[0]),
+        )
+        styles = (
+            ("class:broken", "class:broken")
+            if card.problem or card.refusal
+            else ("", "class:beside")
+        )
         widths = (name_width, columns - name_width - 8)
-        return questionary.Choice([(s, "  " + _fitted(part, w)) for s, part, w in zip(styles, (name, says), widths)], card.stem)
+        return questionary.Choice(
+            [(s, "  " + _fitted(part, w)) for s, part, w in zip(styles, (name, says), widths)],
+            card.stem,
+        )
 
     choices = {card.stem: choice(card) for card in cards}
     listed: list[questionary.Choice] = []
@@ -152,8 +189,14 @@ def _pick(cards: list[PresetCard], default: str) -> str:
         use_jk_keys=False,
         style=questionary.Style.from_dict(STYLE),
     ).application
-    window = next(w for w in asked.layout.find_all_windows() if isinstance(w.content, InquirerControl))
-    window.cursorline, window.dont_extend_height, window.scroll_offsets = Always(), Always(), ScrollOffsets(top=2, bottom=2)
+    window = next(
+        w for w in asked.layout.find_all_windows() if isinstance(w.content, InquirerControl)
+    )
+    window.cursorline, window.dont_extend_height, window.scroll_offsets = (
+        Always(),
+        Always(),
+        ScrollOffsets(top=2, bottom=2),
+    )
 
     def here() -> PresetCard:
         return by_stem[window.content.get_pointed_at().value]
@@ -161,10 +204,19 @@ def _pick(cards: list[PresetCard], default: str) -> str:
     def lines(card: PresetCard) -> list[str]:
         whole = card.problem or card.refusal or f"{card.description}\n{previews.of(card)}"
         width = max(10, screen().columns - 4)
-        return [piece for line in whole.splitlines() for piece in textwrap.wrap(text.clean(line), width, subsequent_indent="  ")]
+        return [
+            piece
+            for line in whole.splitlines()
+            for piece in textwrap.wrap(text.clean(line), width, subsequent_indent="  ")
+        ]
 
     def preview() -> list[tuple[str, str]]:
-        return [("class:broken" if here().problem or here().refusal else "", "\n".join(f"  {line}" for line in lines(here())))]
+        return [
+            (
+                "class:broken" if here().problem or here().refusal else "",
+                "\n".join(f"  {line}" for line in lines(here())),
+            )
+        ]
 
     def height() -> Dimension:
         """The same for every preset, so that nothing moves; at most two fifths of the screen."""
@@ -177,12 +229,19 @@ def _pick(cards: list[PresetCard], default: str) -> str:
     keys = KeyBindings()
     keys.add("escape", eager=True)(leave)
     keys.add("c-d")(leave)
-    rule = FormattedTextControl(lambda: [("", "── "), ("class:pointer", text.clean(here().stem)), ("", " ")])
-    pane = Window(FormattedTextControl(preview, focusable=True, show_cursor=False), height=height, wrap_lines=True)
+    rule = FormattedTextControl(
+        lambda: [("", "── "), ("class:pointer", text.clean(here().stem)), ("", " ")]
+    )
+    pane = Window(
+        FormattedTextControl(preview, focusable=True, show_cursor=False),
+        height=height,
+        wrap_lines=True,
+    )
     ruler = Window(rule, height=1, char="─", style="class:beside")
     everything = HSplit([asked.layout.container, ruler, pane], align=VerticalAlign.TOP)
     application: Application = Application(
-        Layout(everything, focused_element=pane),  # not questionary's hidden input line, which has keys of its own
+        # not questionary's hidden input line, which has keys of its own
+        Layout(everything, focused_element=pane),
         key_bindings=merge_key_bindings([asked.key_bindings, keys]),
         style=asked.style,
         full_screen=True,
@@ -192,7 +251,8 @@ def _pick(cards: list[PresetCard], default: str) -> str:
 
 
 class Previews:
-    """What presets would do, each worked out beside the menu when it is looked at: one that is slow or fails disturbs nobody."""
+    """What presets would do, each worked out beside the menu when it is looked at: one that is slow
+    or fails disturbs nobody."""
 
     def __init__(self) -> None:
         self.changed: Callable[[], None] = lambda: None
@@ -209,7 +269,9 @@ class Previews:
         try:
             self._texts[card.stem] = card.preview()
         except Exception as error:
-            self._texts[card.stem] = f"cannot tell what it would do: {type(error).__name__}: {error}"
+            self._texts[card.stem] = (
+                f"cannot tell what it would do: {type(error).__name__}: {error}"
+            )
         self.changed()
 
 

@@ -17,7 +17,8 @@ from core.ui.progress import Progress
 
 STEP_SECONDS = 5.0
 NOT_CAUSAL = "not causal: sees later tokens"
-"""Said beside the numbers of a model whose positions see later ones: they are not a language model's."""
+"""Said beside the numbers of a model whose positions see later ones: they are not a language
+model's."""
 IS_MASKED = "masked tokens"
 """Said beside the numbers of a model that is to see both sides."""
 SCORES = {
@@ -42,9 +43,15 @@ MASKED_FIRST = {"token_accuracy": "top-1", "top5_accuracy": "top-5"}
 
 
 class PlainLines:
-    """One compact line for an event; of steps the first, the last, and one about every five seconds."""
+    """One compact line for an event; of steps the first, the last, and one about every five
+    seconds."""
 
-    def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic, step_seconds: float = STEP_SECONDS):
+    def __init__(
+        self,
+        stream: TextIO,
+        clock: Callable[[], float] = time.monotonic,
+        step_seconds: float = STEP_SECONDS,
+    ):
         self.stream, self.clock, self._step_seconds = stream, clock, step_seconds
         self._progress = Progress({})
         self._shown_at: float | None = None
@@ -83,8 +90,14 @@ class PlainLines:
             return
         event, self._pending, self._shown_at = self._pending, None, self.clock()
         parts = [f"step {event['step']:,}", f"{self._progress.counted} ({self._progress.percent})"]
-        parts += [f"loss {text.number(event.get('loss'))}", f"learning rate {text.number(event.get('learning_rate'))}"]
-        parts += [f"grad norm {text.number(event.get('grad_norm'), 2)}", f"{text.count(event.get('tokens_per_second'))} tokens/s"]
+        parts += [
+            f"loss {text.number(event.get('loss'))}",
+            f"learning rate {text.number(event.get('learning_rate'))}",
+        ]
+        parts += [
+            f"grad norm {text.number(event.get('grad_norm'), 2)}",
+            f"{text.count(event.get('tokens_per_second'))} tokens/s",
+        ]
         if event.get("skipped"):
             parts.append(f"skipped {event['skipped']}")
         if (left := self._progress.seconds_left) is not None:
@@ -96,7 +109,8 @@ class PlainLines:
 
 
 def describe(event: dict, previous_eval: dict) -> list[str]:
-    """The lines that tell of one event; none for events that have no words (steps, kinds not known here)."""
+    """The lines that tell of one event; none for events that have no words (steps, kinds not known
+    here)."""
     kind = event.get("event")
     if kind == "run_start":
         about = [
@@ -112,13 +126,19 @@ def describe(event: dict, previous_eval: dict) -> list[str]:
             lines.append("sources  " + ", ".join(text.clean(name) for name in event["sources"]))
         return lines + [f"note  {text.clean(note)}" for note in event.get("notes") or []]
     if kind == "eval":
-        return [f"{evaluation_title(event)}  " + "  ".join(f"{k} {v}" for k, v in scores(event, previous_eval))]
+        return [
+            f"{evaluation_title(event)}  "
+            + "  ".join(f"{k} {v}" for k, v in scores(event, previous_eval))
+        ]
     if kind == "sample":
         return [f"sample  {text.clean(event.get('prompt'))}│{text.clean(event.get('text'))}"]
     if kind == "neighbors":
         return [f"near {text.clean(event.get('word'))}  {neighbors(event)}"]
     if kind == "checkpoint":
-        return [f"checkpoint  {text.clean(event.get('path'))}  ({text.number(event.get('seconds'), 1)}s)"]
+        return [
+            f"checkpoint  {text.clean(event.get('path'))}  "
+            f"({text.number(event.get('seconds'), 1)}s)"
+        ]
     if kind == "warning":
         return [f"warning  {text.clean(event.get('message'))}"]
     if kind == "skipped":
@@ -132,7 +152,10 @@ def describe(event: dict, previous_eval: dict) -> list[str]:
 
 def left_out(event: dict) -> str:
     """ "pdf: thesis.pdf (encrypted)" """
-    return f"{text.clean(event.get('source'))}: {text.clean(event.get('file'))} ({text.clean(event.get('reason'))})"
+    return (
+        f"{text.clean(event.get('source'))}: {text.clean(event.get('file'))} "
+        f"({text.clean(event.get('reason'))})"
+    )
 
 
 def reweighted(event: dict) -> str:
@@ -140,7 +163,10 @@ def reweighted(event: dict) -> str:
 
     def told(name: str, each: dict) -> str:
         share = text.number((each.get("weight") or 0.0) * 100, 1)
-        return f"{text.clean(name)} {share} % (×{text.number(each.get('factor'))}, loss {text.number(each.get('loss'))})"
+        return (
+            f"{text.clean(name)} {share} % (×{text.number(each.get('factor'))}, loss "
+            f"{text.number(each.get('loss'))})"
+        )
 
     return ", ".join(told(name, each) for name, each in (event.get("sources") or {}).items())
 
@@ -157,7 +183,8 @@ REASONS = {
 
 
 def remark(event: dict) -> str:
-    """What has to be said beside the numbers of a run, if anything. That an encoder sees both sides is by design."""
+    """What has to be said beside the numbers of a run, if anything. That an encoder sees both sides
+    is by design."""
     if event.get("objective") == MASKED_TOKENS:
         return IS_MASKED
     return "" if event.get("causal", True) else NOT_CAUSAL
@@ -170,7 +197,10 @@ def evaluation_title(event: dict) -> str:
 
 def neighbors(event: dict) -> str:
     """ "queen 0.71, prince 0.69" """
-    return ", ".join(f"{text.clean(word)} {text.number(cosine, 2)}" for word, cosine in event.get("neighbors") or [])
+    return ", ".join(
+        f"{text.clean(word)} {text.number(cosine, 2)}"
+        for word, cosine in event.get("neighbors") or []
+    )
 
 
 def summary(event: dict) -> str:
@@ -194,9 +224,16 @@ def machine(event: dict) -> str:
 
 
 def scores(event: dict, before: dict) -> list[tuple[str, str]]:
-    """Names and values of what an evaluation measured; losses and likelihoods with the change against the one before."""
-    names = MASKED_FIRST | SCORES | MASKED_FIRST if event.get("objective") == MASKED_TOKENS else SCORES
-    return [(name, _score(key, event[key], before.get(key))) for key, name in names.items() if key in event]
+    """Names and values of what an evaluation measured; losses and likelihoods with the change
+    against the one before."""
+    names = (
+        MASKED_FIRST | SCORES | MASKED_FIRST if event.get("objective") == MASKED_TOKENS else SCORES
+    )
+    return [
+        (name, _score(key, event[key], before.get(key)))
+        for key, name in names.items()
+        if key in event
+    ]
 
 
 def _score(key: str, value: float | None, before: float | None) -> str:

@@ -19,7 +19,8 @@ class Progress:
 
     def __init__(self, start: dict):
         self.budget_tokens = start.get("end_tokens") or start.get("budget_tokens") or 0
-        self._about = self.budget_tokens != start.get("budget_tokens")  # where epochs end a run, that is known about only
+        # where epochs end a run, that is known about only
+        self._about = self.budget_tokens != start.get("budget_tokens")
         self._over = False
         self.max_steps = start.get("max_steps")
         self.tokens = start.get("run_tokens") or 0
@@ -29,14 +30,18 @@ class Progress:
             not self.budget_tokens or not per_step or self.max_steps * per_step < self.budget_tokens
         )
         self._per_step, self._every = per_step, start.get("eval_every_tokens") or 0
-        self._evaluation_seconds, self._evaluated = 0.0, -1  # of the last evaluation, and after which tokens of the run
+        # of the last evaluation, and after which tokens of the run
+        self._evaluation_seconds, self._evaluated = 0.0, -1
         compiled = start.get("compile_from_step")
-        self._compiles_at = 0 if compiled is None else compiled + 1  # with that step behind it, a run has its speed
-        self._warm = False  # the first step of a process is no guide: it may compile, and waits for the first data
+        # with that step behind it, a run has its speed
+        self._compiles_at = 0 if compiled is None else compiled + 1
+        # the first step of a process is no guide: it may compile, and waits for the first data
+        self._warm = False
         self._done = self._spent = 0.0
 
     def update(self, event: dict) -> None:
-        """Time is taken from the step's own tokens per second, which leaves evaluations and saving out, not from the clock."""
+        """Time is taken from the step's own tokens per second, which leaves evaluations and saving
+        out, not from the clock."""
         self._over = event.get("event") == "run_end" and event.get("reason") in FINISHED
         if event.get("event") == "eval":
             self._evaluation_seconds, self._evaluated = event.get("seconds") or 0.0, self.tokens
@@ -55,26 +60,43 @@ class Progress:
 
     @property
     def fraction(self) -> float:
-        done, whole = (self.steps, self.max_steps) if self.by_steps else (self.tokens, self.budget_tokens)
+        done, whole = (
+            (self.steps, self.max_steps) if self.by_steps else (self.tokens, self.budget_tokens)
+        )
         if self._over:
             return 1.0
-        return min(NEARLY if self._about and not self.by_steps else 1.0, done / whole) if whole else 0.0
+        return (
+            min(NEARLY if self._about and not self.by_steps else 1.0, done / whole)
+            if whole
+            else 0.0
+        )
 
     @property
     def seconds_left(self) -> float | None:
-        """With the evaluations still to come, as long as the last one took. None until two steps have shown a rate."""
+        """With the evaluations still to come, as long as the last one took. None until two steps
+        have shown a rate."""
         if self.fraction >= 1.0:
             return self._evaluations_left * self._evaluation_seconds
         if self._done <= 0:
             return None
-        return (1.0 - self.fraction) * self._spent / self._done + self._evaluations_left * self._evaluation_seconds
+        return (
+            1.0 - self.fraction
+        ) * self._spent / self._done + self._evaluations_left * self._evaluation_seconds
 
     @property
     def _evaluations_left(self) -> int:
         """At every so many tokens, and one at the end."""
-        if not self._every or self._over or (self.fraction >= 1.0 and self._evaluated == self.tokens):
+        if (
+            not self._every
+            or self._over
+            or (self.fraction >= 1.0 and self._evaluated == self.tokens)
+        ):
             return 0
-        end = self.tokens + (self.max_steps - self.steps) * self._per_step if self.by_steps else self.budget_tokens
+        end = (
+            self.tokens + (self.max_steps - self.steps) * self._per_step
+            if self.by_steps
+            else self.budget_tokens
+        )
         return max(1, math.ceil(end / self._every) - self.tokens // self._every)
 
     @property

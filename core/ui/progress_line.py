@@ -18,7 +18,8 @@ LINE_SECONDS = 5.0
 
 
 class WorkView:
-    """Lines that stay, and one place that changes. Close it on every way out: it gives the cursor back."""
+    """Lines that stay, and one place that changes. Close it on every way out: it gives the cursor
+    back."""
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic):
         self._stream, self._clock = stream, clock
@@ -34,7 +35,9 @@ class WorkView:
                 BarColumn(),
                 TextColumn("{task.fields[about]}", markup=False),
             ]
-            self._bar = Progress(*columns, console=Console(file=stream, highlight=False), refresh_per_second=4)
+            self._bar = Progress(
+                *columns, console=Console(file=stream, highlight=False), refresh_per_second=4
+            )
 
     def tell(self, line: str) -> None:
         """A line that stays."""
@@ -76,7 +79,12 @@ class WorkView:
         if self._bar is None:
             self.tell("  ".join([self._name, *parts]))
         else:
-            self._bar.update(self._task, completed=fraction or 0, total=1 if fraction else None, about="  ".join(parts))
+            self._bar.update(
+                self._task,
+                completed=fraction or 0,
+                total=1 if fraction else None,
+                about="  ".join(parts),
+            )
 
     def end(self) -> None:
         """Its turn is over."""

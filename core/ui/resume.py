@@ -1,4 +1,5 @@
-"""The question after the menu, where the chosen preset has been trained before: resume, or start fresh?
+"""The question after the menu, where the chosen preset has been trained before: resume, or start
+fresh?
 
 In:    the chosen preset's lineage, and what would be resumed, in words
 Out:   a lineage that goes on, or one that was put aside
@@ -14,11 +15,16 @@ from core.ui.menu import STYLE, can_pick
 
 
 def offer_fresh(root: Path, lineage: str, resumes: Callable[[], list[str]]) -> None:
-    """Put a lineage aside if it has checkpoints and the person at the terminal says so; where there is nobody, it goes on.
+    """Put a lineage aside if it has checkpoints and the person at the terminal says so; where there
+    is nobody, it goes on.
 
     Raises KeyboardInterrupt when the user leaves, UserError where it is in use.
     """
-    if can_pick() and has_checkpoints(root, lineage) and ask_fresh(resumes(), name_aside(root, lineage)):
+    if (
+        can_pick()
+        and has_checkpoints(root, lineage)
+        and ask_fresh(resumes(), name_aside(root, lineage))
+    ):
         print(f'  what was there is the lineage "{put_aside(root, lineage)}" now')
 
 

@@ -1,12 +1,13 @@
-"""What the dashboard shows, as lines: everything known of the run, laid out to fit a given width and height.
+"""What the dashboard shows, as lines: everything known of the run, laid out to fit a given width
+and height.
 
 In:    events, in order; then a size and the time
 Out:   a rich Text of at most that many lines, none wider than the screen
 State: the last event of each kind, recent and all losses, warnings and samples
 
-The head is always there. Below it come sections in order of importance, each with the rows it needs at least; what does not
-fit is left out from the bottom, and what is left over goes to the section that can use it, last to the chart.
-"""
+The head is always there. Below it come sections in order of importance, each with the rows it needs
+at least; what does not fit is left out from the bottom, and what is left over goes to the section
+that can use it, last to the chart."""
 
 from collections import deque
 from dataclasses import dataclass
@@ -22,11 +23,13 @@ from core.ui.plain import evaluation_title, left_out, machine, neighbors, scores
 from core.ui.progress import Progress
 
 QUIET_SECONDS = 10.0
-"""After so long without any event the dashboard says so: a first step being compiled, an evaluation, or something stuck."""
+"""After so long without any event the dashboard says so: a first step being compiled, an
+evaluation, or something stuck."""
 CHART_ROWS = 12
 SAMPLE_ROWS = 9  # before the chart takes its part
 SAMPLE_CHARACTERS = 2000
-NAME, VALUE, LEAST_VALUE = 14, 16, 12  # cells of a name; of a number with its change in brackets; of one without
+# cells of a name; of a number with its change in brackets; of one without
+NAME, VALUE, LEAST_VALUE = 14, 16, 12
 PREDICTIONS = {
     "entropy": "entropy",
     "max_probability": "max p",
@@ -38,9 +41,17 @@ PREDICTIONS = {
     "prototype_drift": "drift",
 }
 """Numbers of an evaluation that are shown beside its scores."""
-OF_MODELS = {"routing_entropy/mean": "static entropy", "dynamic_routing_entropy/mean": "route entropy"}
+OF_MODELS = {
+    "routing_entropy/mean": "static entropy",
+    "dynamic_routing_entropy/mean": "route entropy",
+}
 """Numbers a model reports of itself, by other names; those of single layers are in the log only."""
-ENDINGS = {"budget": "finished", "max_steps": "finished", "max_epochs": "finished", "interrupted": "interrupted"}
+ENDINGS = {
+    "budget": "finished",
+    "max_steps": "finished",
+    "max_epochs": "finished",
+    "interrupted": "interrupted",
+}
 
 
 WIDE_SOURCES = 92
@@ -136,7 +147,9 @@ class RunState:
     def _head(self, width: int, now: float) -> list[Text]:
         start, step = self.start, self.step
         name = Text.assemble(
-            (text.clean(start.get("preset")), "bold cyan"), "  ", (f"lineage {text.clean(start.get('lineage'))}", "")
+            (text.clean(start.get("preset")), "bold cyan"),
+            "  ",
+            (f"lineage {text.clean(start.get('lineage'))}", ""),
         )
         name.append(f"  run {start.get('run')}", "")
         if start.get("resumed_from"):
@@ -150,11 +163,19 @@ class RunState:
         elif not step:
             left = "preparing the first step"
         else:
-            left = f"{text.duration(progress.seconds_left)} left" if progress.seconds_left is not None else ""
-        after = Text.assemble((f"  {progress.percent:>7}", "bold"), f"  {progress.counted}", (f"  {left}", "cyan"))
+            left = (
+                f"{text.duration(progress.seconds_left)} left"
+                if progress.seconds_left is not None
+                else ""
+            )
+        after = Text.assemble(
+            (f"  {progress.percent:>7}", "bold"), f"  {progress.counted}", (f"  {left}", "cyan")
+        )
         out.append(bar(progress.fraction, max(8, width - after.cell_len)) + after)
 
-        loss = Text.assemble(("loss           ", "dim"), (f"{text.number(step.get('loss'), 4):<10}", "bold"))
+        loss = Text.assemble(
+            ("loss           ", "dim"), (f"{text.number(step.get('loss'), 4):<10}", "bold")
+        )
         spark = text.chart(list(self.recent), max(8, width - loss.cell_len))[0]
         out += [Text(), loss + Text(spark, "green")]
         cells = [
@@ -168,9 +189,16 @@ class RunState:
             cells.append(("skipped", f"{step['skipped']} updates"))
         if len(losses := step.get("losses") or {}) > 1:
             cells += [(text.clean(key), text.number(value)) for key, value in losses.items()]
-        cells += [(text.clean(name).rpartition(".")[2], text.number(v)) for name, v in (step.get("scheduled") or {}).items()]
+        cells += [
+            (text.clean(name).rpartition(".")[2], text.number(v))
+            for name, v in (step.get("scheduled") or {}).items()
+        ]
         of_model = (step.get("model") or {}).items()
-        cells += [(OF_MODELS.get(name, name), text.number(value)) for name, value in of_model if "/layer_" not in name]
+        cells += [
+            (OF_MODELS.get(name, name), text.number(value))
+            for name, value in of_model
+            if "/layer_" not in name
+        ]
         out += _grid(cells, width)
         if not self.end and now - self.last_event > QUIET_SECONDS:
             out.append(Text(f"no news for {text.duration(now - self.last_event)}", "yellow"))
@@ -180,14 +208,32 @@ class RunState:
         if not self.evals:
             return Section(0, [])
         event, before = self.evals[-1], self.evals[0] if len(self.evals) == 2 else {}
-        cells = [(name.replace("pseudo-perplexity", "pseudo-ppl"), value) for name, value in scores(event, before)]
-        beside = {name: event[key] for key, name in PREDICTIONS.items() if event.get(key) is not None}
-        cells += [(name, text.number(value, 3 if value < 100 else 1)) for name, value in beside.items()]
-        longest = max((len(name) for name, _ in cells), default=0)  # of ours: a loss may have any name
-        losses = {key: value for key, value in (event.get("losses") or {}).items() if key != "cross_entropy"}
-        cells += [(text.clean(key), text.number(value)) for key, value in (losses | (event.get("heads") or {})).items()]
+        cells = [
+            (name.replace("pseudo-perplexity", "pseudo-ppl"), value)
+            for name, value in scores(event, before)
+        ]
+        beside = {
+            name: event[key] for key, name in PREDICTIONS.items() if event.get(key) is not None
+        }
+        cells += [
+            (name, text.number(value, 3 if value < 100 else 1)) for name, value in beside.items()
+        ]
+        # of ours: a loss may have any name
+        longest = max((len(name) for name, _ in cells), default=0)
+        losses = {
+            key: value
+            for key, value in (event.get("losses") or {}).items()
+            if key != "cross_entropy"
+        }
+        cells += [
+            (text.clean(key), text.number(value))
+            for key, value in (losses | (event.get("heads") or {})).items()
+        ]
         names = max(NAME, longest)
-        lines = [rule(evaluation_title(event), width), *_grid(cells, width, max(2, width // (names + VALUE)), names)]
+        lines = [
+            rule(evaluation_title(event), width),
+            *_grid(cells, width, max(2, width // (names + VALUE)), names),
+        ]
         return Section(min(len(lines), 3), lines)
 
     def _sources(self, width: int) -> Section:
@@ -198,7 +244,9 @@ class RunState:
         wide = width >= WIDE_SOURCES
         bar_width = max(6, min(30, width - (82 if wide else 62)))
         name_width = max(10, min(30, width - bar_width - (54 if wide else 34)))
-        heads = f"{'share':>{bar_width + 9}}{'weight':>9}{'loss':>9}" + (f"{'documents':>11}{'epoch':>7}" if wide else "")
+        heads = f"{'share':>{bar_width + 9}}{'weight':>9}{'loss':>9}" + (
+            f"{'documents':>11}{'epoch':>7}" if wide else ""
+        )
         lines = [rule("sources", width, heads + "  ")]
         for name, each in sorted(sources.items(), key=lambda item: -(item[1].get("tokens") or 0)):
             share = (each.get("tokens") or 0) / total
@@ -206,9 +254,15 @@ class RunState:
             label.truncate(name_width, overflow="ellipsis", pad=True)
             numbers = f"{share * 100:>7.1f} %{text.number(each.get('weight')):>9}{text.number(each.get('loss')):>9}"
             if wide:
-                numbers += f"{text.count(each.get('documents')):>11}{text.count(each.get('epochs')):>7}"
+                numbers += (
+                    f"{text.count(each.get('documents')):>11}{text.count(each.get('epochs')):>7}"
+                )
             filled = round(share * bar_width)
-            lines.append(label + Text(" " * (width - name_width - bar_width - len(numbers) - 2)) + Text("█" * filled, "blue"))
+            lines.append(
+                label
+                + Text(" " * (width - name_width - bar_width - len(numbers) - 2))
+                + Text("█" * filled, "blue")
+            )
             lines[-1].append("·" * (bar_width - filled), "dim").append(numbers)
         return Section(min(len(lines), 4), lines)
 
@@ -222,24 +276,37 @@ class RunState:
 
     def _warnings(self, width: int) -> Section:
         """The newest first, so that cropping takes the oldest."""
-        lines = [Text("  " + text.clean(event.get("message"))[:500], "yellow") for event in reversed(self.warnings)]
+        lines = [
+            Text("  " + text.clean(event.get("message"))[:500], "yellow")
+            for event in reversed(self.warnings)
+        ]
         return Section(2, [rule("warnings", width), *lines[:5]] if lines else [])
 
     def _sample(self, width: int) -> Section:
         lines: list[Text] = []
-        gap = "  " if self.start.get("objective") == MASKED_TOKENS else ""  # what fills a mask does not go on with the prompt
+        # what fills a mask does not go on with the prompt
+        gap = "  " if self.start.get("objective") == MASKED_TOKENS else ""
         for event in self.samples:
-            prompt, continuation = text.clean(event.get("prompt")), text.clean(str(event.get("text"))[:SAMPLE_CHARACTERS])
+            prompt, continuation = (
+                text.clean(event.get("prompt")),
+                text.clean(str(event.get("text"))[:SAMPLE_CHARACTERS]),
+            )
             # Some write the prompt again at the beginning of the text; once is enough here.
             both = Text.assemble((prompt[:200], "bold"), gap, continuation.removeprefix(prompt))
             lines += [Text("  ") + line for line in _folded(both, width - 4)]
         for event in self.neighbors:
-            line = Text.assemble("near ", (text.clean(event.get("word")), "bold"), f"  {neighbors(event)}")
+            line = Text.assemble(
+                "near ", (text.clean(event.get("word")), "bold"), f"  {neighbors(event)}"
+            )
             lines += [Text("  ") + line for line in _folded(line, width - 4)]
         if not lines:
             return Section(0, [])
-        what, last = ("sample", self.samples[-1]) if self.samples else ("neighbors", self.neighbors[-1])
-        return Section(3, [rule(f"{what} at {text.count(last.get('tokens'))} tokens", width), *lines])
+        what, last = (
+            ("sample", self.samples[-1]) if self.samples else ("neighbors", self.neighbors[-1])
+        )
+        return Section(
+            3, [rule(f"{what} at {text.count(last.get('tokens'))} tokens", width), *lines]
+        )
 
     def _chart(self, width: int, rows: int) -> list[Text]:
         values = self.history.values
@@ -255,7 +322,8 @@ class RunState:
 
 
 def _with(events: list[dict], event: dict) -> list[dict]:
-    """Those of the same evaluation, and one more; the first of another one leaves the others behind."""
+    """Those of the same evaluation, and one more; the first of another one leaves the others
+    behind."""
     return [*events, event] if events and events[-1].get("step") == event.get("step") else [event]
 
 
@@ -276,7 +344,9 @@ def bar(fraction: float, width: int) -> Text:
     return Text.assemble(("━" * done, "cyan"), ("━" * (width - done), "grey35"))
 
 
-def _grid(cells: list[tuple[str, str]], width: int, columns: int = 3, names: int = NAME) -> list[Text]:
+def _grid(
+    cells: list[tuple[str, str]], width: int, columns: int = 3, names: int = NAME
+) -> list[Text]:
     """Names and values in at most so many columns; `names`: cells of a name."""
     columns = max(1, min(columns, width // (names + LEAST_VALUE)))
     each = width // columns

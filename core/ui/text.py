@@ -1,4 +1,5 @@
-"""Numbers, durations and foreign text in the form a person reads, and small charts in block characters.
+"""Numbers, durations and foreign text in the form a person reads, and small charts in block
+characters.
 
 In:    numbers and strings
 Out:   strings
@@ -41,7 +42,8 @@ def duration(seconds: float | None) -> str:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A loss or a norm: fixed point where that is readable, powers of ten elsewhere, a dash where there is none."""
+    """A loss or a norm: fixed point where that is readable, powers of ten elsewhere, a dash where
+    there is none."""
     if value is None:
         return "–"
     if value == 0:
@@ -65,15 +67,18 @@ def memory(megabytes: float | None) -> str:
 
 
 def chart(values: Sequence[float], width: int, rows: int = 1) -> list[str]:
-    """Columns of blocks, top row first. Longer series are averaged into `width` columns; the lowest value is still one
-    block high, so that it can be told from a column without value."""
+    """Columns of blocks, top row first. Longer series are averaged into `width` columns; the lowest
+    value is still one block high, so that it can be told from a column without value."""
     if not values or width < 1:
         return [""] * rows
     columns = _binned(values, width)
     low, high = min(columns), max(columns)
     scale = (rows * 8 - 1) / (high - low) if high > low else 0.0
     heights = [1 + round((value - low) * scale) for value in columns]
-    return ["".join(BLOCKS[min(8, max(0, h - 8 * row))] for h in heights) for row in reversed(range(rows))]
+    return [
+        "".join(BLOCKS[min(8, max(0, h - 8 * row))] for h in heights)
+        for row in reversed(range(rows))
+    ]
 
 
 def _binned(values: Sequence[float], width: int) -> list[float]:
@@ -85,7 +90,8 @@ def _binned(values: Sequence[float], width: int) -> list[float]:
 
 
 class History:
-    """A whole run's values in bounded memory: when full, neighbours are averaged and each place stands for twice as many."""
+    """A whole run's values in bounded memory: when full, neighbours are averaged and each place
+    stands for twice as many."""
 
     def __init__(self, capacity: int = 512):
         self.values: list[float] = []

@@ -20,7 +20,8 @@ class TokenizeView(WorkView):
         self.start(name)
 
     def update(self, tokens: int, documents: int, fraction: float | None) -> None:
-        """So much is written. `fraction` of the source that is done; None where nobody knows its size."""
+        """So much is written. `fraction` of the source that is done; None where nobody knows its
+        size."""
         if not self.due:
             return
         spent, new = self.seconds, tokens - self._began_tokens

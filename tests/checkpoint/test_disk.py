@@ -1,4 +1,5 @@
-"""What would keep a run from saving is found before its first step, and told by its real cause; and how every file is written."""
+"""What would keep a run from saving is found before its first step, and told by its real cause; and
+how every file is written."""
 
 import errno
 import os
@@ -51,7 +52,10 @@ def refused(root: Path, **changes: Any) -> str:
 def test_a_file_or_a_dangling_link_in_place_of_a_folder(place: str, tmp_path: Path) -> None:
     (tmp_path / place).symlink_to("gone")
     told = refused(tmp_path)
-    assert f"{tmp_path / place} is a link to gone, which is not there. Make that folder, or remove the link." in told
+    assert (
+        f"{tmp_path / place} is a link to gone, which is not there. Make that folder, or remove "
+        "the link." in told
+    )
     (tmp_path / place).unlink()
     (tmp_path / place).write_text("in the way")
     told = refused(tmp_path)
@@ -60,7 +64,9 @@ def test_a_file_or_a_dangling_link_in_place_of_a_folder(place: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("place", ["checkpoints", "logs"])
-def test_a_disk_that_is_read_only_or_full(place: str, disk: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_disk_that_is_read_only_or_full(
+    place: str, disk: Callable[[str], Path], tmp_path: Path
+) -> None:
     folder = disk("size=300k")
     (tmp_path / place).symlink_to(folder)
     (folder / "filling").write_bytes(bytes(300_000 // 4096 * 4096))
@@ -71,20 +77,32 @@ def test_a_disk_that_is_read_only_or_full(place: str, disk: Callable[[str], Path
     assert "Read-only file system. Mount it for writing" in told and "space" not in told
 
 
-def test_room_for_all_slots_is_needed_before_the_first_step(disk: Callable[[str], Path], tmp_path: Path) -> None:
-    """Room for one checkpoint but not for three and the one being written; enough once older slots are there to be replaced."""
+def test_room_for_all_slots_is_needed_before_the_first_step(
+    disk: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Room for one checkpoint but not for three and the one being written; enough once older slots
+    are there to be replaced."""
     (tmp_path / "checkpoints").symlink_to(disk("size=1m"))
     told = refused(tmp_path)
-    assert "1.0 MB free, and this run needs 1.7 MB: 3 checkpoints of 0.4 MB and the one being written" in told, told
+    assert (
+        "1.0 MB free, and this run needs 1.7 MB: 3 checkpoints of 0.4 MB and the one being written"
+        in told
+    ), told
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
-def test_the_size_of_a_checkpoint_is_known_before_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_of_a_checkpoint_is_known_before_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """For AdamW and for Muon, with heads: within a few hundredths of the file."""
     for name, changes in (("adamw", {}), ("muon", {"optimizer": "muon"})):
         sizes: list[int] = []
-        monkeypatch.setattr(CheckpointStore, "check_room", lambda store, size, sizes=sizes: sizes.append(size))
-        preset = tiny_preset(train=changes, model={"hidden_size": 128}, auxiliary={"enable_value": True})
+        monkeypatch.setattr(
+            CheckpointStore, "check_room", lambda store, size, sizes=sizes: sizes.append(size)
+        )
+        preset = tiny_preset(
+            train=changes, model={"hidden_size": 128}, auxiliary={"enable_value": True}
+        )
         train_here(preset, tmp_path / name)
         written = (tmp_path / name / "checkpoints" / "t_current.pth").stat().st_size
         assert 0.95 * written < sizes[0] <= written, name
@@ -95,7 +113,9 @@ def test_a_limit_on_the_size_of_files(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))
     try:
         with pytest.raises(
-            CheckpointError, match=r"a checkpoint of 0\.4 MB cannot be written .*File too large\. A limit \(ulimit -f\)"
+            CheckpointError,
+            match=r"a checkpoint of 0\.4 MB cannot be written .*File too large\. A limit \(ulimit "
+            r"-f\)",
         ):
             train_here(tiny_preset(), tmp_path)
     finally:
@@ -105,13 +125,20 @@ def test_a_limit_on_the_size_of_files(tmp_path: Path) -> None:
 
 def test_the_cause_is_the_cause(tmp_path: Path) -> None:
     """What to do follows from it: space is freed only where space is what lacks."""
-    advice = {code: cause(OSError(code, os.strerror(code)), tmp_path / "f") for code in (errno.EACCES, errno.EPERM, errno.EIO)}
+    advice = {
+        code: cause(OSError(code, os.strerror(code)), tmp_path / "f")
+        for code in (errno.EACCES, errno.EPERM, errno.EIO)
+    }
     assert all("space" not in told for told in advice.values())
-    assert "right to write" in advice[errno.EACCES] == advice[errno.EPERM].replace("Operation not permitted", "Permission denied")
+    assert (
+        "right to write"
+        in advice[errno.EACCES]
+        == advice[errno.EPERM].replace("Operation not permitted", "Permission denied")
+    )
     assert "space" in cause(OSError(errno.EDQUOT, "Disk quota exceeded"), tmp_path / "f")
 
 
-# how a file is written -----------------------------------------------------------------------------------------------
+# how a file is written ----------------------------------------------------------------------------
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -148,17 +175,26 @@ def test_a_whole_run_writes_through_no_link(tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.write_text("precious")
     logs, checkpoints = tmp_path / "root" / "logs" / "t", tmp_path / "root" / "checkpoints"
-    names = [logs / f"{n}.tmp" for n in ("run.json", "preset.json", "loss.png", f"loss.png.{os.getpid()}")]
+    names = [
+        logs / f"{n}.tmp"
+        for n in ("run.json", "preset.json", "loss.png", f"loss.png.{os.getpid()}")
+    ]
     for link in [*names, checkpoints / "t_current.pth.tmp", checkpoints / "t.lock.tmp"]:
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(victim)
     train_here(tiny_preset(), tmp_path / "root")
-    assert victim.read_text() == "precious" and (checkpoints / "t_current.pth").stat().st_size > 100_000
+    assert (
+        victim.read_text() == "precious"
+        and (checkpoints / "t_current.pth").stat().st_size > 100_000
+    )
 
 
 def test_many_writers_of_one_file_leave_one_whole(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    threads = [threading.Thread(target=write_file, args=(path, bytes([65 + i]) * 300_000)) for i in range(8)]
+    threads = [
+        threading.Thread(target=write_file, args=(path, bytes([65 + i]) * 300_000))
+        for i in range(8)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -169,8 +205,14 @@ def test_many_writers_of_one_file_leave_one_whole(tmp_path: Path) -> None:
 
 def test_what_killed_writers_left_is_swept(tmp_path: Path) -> None:
     """Of the files asked for; not what is another's, not what somebody may still be writing."""
-    halves = {name: tmp_path / f".{name}.0123456789abcdef.tmp" for name in ("t_current.pth", "t2_current.pth")}
-    kept = [tmp_path / name for name in ("t_current.pth", ".t_current.pth.tmp", "t_current.pth.0123456789abcdef.tmp")]
+    halves = {
+        name: tmp_path / f".{name}.0123456789abcdef.tmp"
+        for name in ("t_current.pth", "t2_current.pth")
+    }
+    kept = [
+        tmp_path / name
+        for name in ("t_current.pth", ".t_current.pth.tmp", "t_current.pth.0123456789abcdef.tmp")
+    ]
     for path in (*halves.values(), *kept):
         path.write_text("x")
     sweep(tmp_path, "t_current.pth", unused_seconds=3600)
@@ -181,7 +223,8 @@ def test_what_killed_writers_left_is_swept(tmp_path: Path) -> None:
 
 
 def test_what_is_left_beside_a_checkpoint_is_swept(tmp_path: Path) -> None:
-    """Also of its mirror, a name that keeps a whole checkpoint, and of the file that was written to try the disk."""
+    """Also of its mirror, a name that keeps a whole checkpoint, and of the file that was written to
+    try the disk."""
     number = "0123456789abcdef"
     left = [
         f".lm_current.pth.{number}.tmp",
@@ -215,24 +258,36 @@ def test_a_file_gets_another_name(tmp_path: Path) -> None:
         assert (tmp_path / "two").samefile(tmp_path / "one") and len(list(tmp_path.iterdir())) == 2
 
 
-# what is no file -----------------------------------------------------------------------------------------------------
+# what is no file ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "stand_in", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero"), lambda path: path.symlink_to(path)]
+    "stand_in",
+    [
+        os.mkfifo,
+        Path.mkdir,
+        lambda path: path.symlink_to("/dev/zero"),
+        lambda path: path.symlink_to(path),
+    ],
 )
-def test_what_is_no_file_is_told_and_hangs_nobody(stand_in: Callable[[Path], None], tmp_path: Path) -> None:
-    """A pipe, a folder, a device, a link in a circle, where a preset, `.env` or a run card should be."""
+def test_what_is_no_file_is_told_and_hangs_nobody(
+    stand_in: Callable[[Path], None], tmp_path: Path
+) -> None:
+    """A pipe, a folder, a device, a link in a circle, where a preset, `.env` or a run card should
+    be."""
     for name in ("t.json", ".env", "run.json"):
         stand_in(tmp_path / name)
     with pytest.raises(PresetError, match="cannot be read"):
         read_preset(tmp_path / "t.json", Preset)
     told = read_dotenv(tmp_path / ".env")
-    assert told == [] if (tmp_path / ".env").is_dir() else "cannot be read (" in told[0]  # a folder is a virtual environment
+    # a folder is a virtual environment
+    assert told == [] if (tmp_path / ".env").is_dir() else "cannot be read (" in told[0]
     assert read_card(tmp_path) == {}
 
 
-@pytest.mark.parametrize("content", [b"", b"[1]", b"5", b"\xff", b"\0" * 100, b"[" * 100_000, b'{"a": 1e400', b"null"])
+@pytest.mark.parametrize(
+    "content", [b"", b"[1]", b"5", b"\xff", b"\0" * 100, b"[" * 100_000, b'{"a": 1e400', b"null"]
+)
 def test_a_run_card_that_is_none(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_bytes(content)
     assert read_card(tmp_path) == {}
@@ -254,4 +309,8 @@ def test_a_checkpoint_that_fails_half_way_is_told_by_its_cause(tmp_path: Path) -
     store.save({"model": {"a": torch.zeros(3)}})
     store.wait()
     outcome = store.outcome()
-    assert outcome is not None and outcome[0] is None and outcome[2] == f"{tmp_path / 'checkpoints'} is no folder. Move it away."
+    assert (
+        outcome is not None
+        and outcome[0] is None
+        and outcome[2] == f"{tmp_path / 'checkpoints'} is no folder. Move it away."
+    )

@@ -1,4 +1,5 @@
-"""Checkpoints: three slots that survive a kill at any instant, a full disk and a damaged file; nobody's work is overwritten."""
+"""Checkpoints: three slots that survive a kill at any instant, a full disk and a damaged file;
+nobody's work is overwritten."""
 
 import os
 import random
@@ -22,9 +23,21 @@ KILLS = 30
 
 def state_of(number: int, size: int = 1000) -> dict[str, Any]:
     """A state that tells whether all of it is of one save."""
-    weights = {"a": torch.full((size,), float(number)), "b": torch.full((7, 3), number, dtype=torch.int64)}
-    counts = dict.fromkeys(("step", "tokens", "run_step", "run_tokens", "horizon_step", "horizon_tokens"), number)
-    data = {"rows": number, "lanes": {"0": [1, [[0, 5]]]}, "snapshot": None, "drops": {}, "renewals": [], "receipts": {}}
+    weights = {
+        "a": torch.full((size,), float(number)),
+        "b": torch.full((7, 3), number, dtype=torch.int64),
+    }
+    counts = dict.fromkeys(
+        ("step", "tokens", "run_step", "run_tokens", "horizon_step", "horizon_tokens"), number
+    )
+    data = {
+        "rows": number,
+        "lanes": {"0": [1, [[0, 5]]]},
+        "snapshot": None,
+        "drops": {},
+        "renewals": [],
+        "receipts": {},
+    }
     return {
         "format": FORMAT,
         "model": weights,
@@ -58,7 +71,7 @@ def slots(store: CheckpointStore) -> list[int]:
     return [number_of(torch.load(path, weights_only=True)) for path in store.slots if path.exists()]
 
 
-# rotation ------------------------------------------------------------------------------------------------------------
+# rotation -----------------------------------------------------------------------------------------
 
 
 def test_three_slots_rotate(tmp_path: Path) -> None:
@@ -69,7 +82,11 @@ def test_three_slots_rotate(tmp_path: Path) -> None:
         path, seconds, failed = save(store, number)
         assert (path, failed) == (tmp_path / "checkpoints" / "mine_current.pth", "") and seconds > 0
         assert slots(store) == list(range(number, 0, -1))[:3]
-    assert sorted(p.name for p in store.folder.iterdir()) == ["mine_current.pth", "mine_prev.pth", "mine_prev2.pth"]
+    assert sorted(p.name for p in store.folder.iterdir()) == [
+        "mine_current.pth",
+        "mine_prev.pth",
+        "mine_prev2.pth",
+    ]
     state, path, notes = store.load()
     assert number_of(state) == 5 and path == store.slots[0] and notes == []
     assert store.peek()["progress"]["step"] == 5
@@ -95,7 +112,9 @@ def test_the_mirror_always_holds_what_current_holds(tmp_path: Path) -> None:
     assert slots(store) == [2, 1] and len(list(tmp_path.iterdir())) == 3
 
 
-def test_without_hard_links_the_mirror_is_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_hard_links_the_mirror_is_a_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Some file systems have none."""
 
     def refuse(*_: Any) -> None:
@@ -109,11 +128,16 @@ def test_without_hard_links_the_mirror_is_a_copy(tmp_path: Path, monkeypatch: py
 
 
 def test_a_tensor_of_several_names_is_copied_and_written_once(tmp_path: Path) -> None:
-    """Tied weights, as `state_dict` gives them: an object for each name. The room that is asked for is the room it takes."""
-    model = nn.ModuleDict({"table": nn.Embedding(300, 50), "readout": nn.Linear(50, 300, bias=False)})
+    """Tied weights, as `state_dict` gives them: an object for each name. The room that is asked for
+    is the room it takes."""
+    model = nn.ModuleDict(
+        {"table": nn.Embedding(300, 50), "readout": nn.Linear(50, 300, bias=False)}
+    )
     model["readout"].weight = model["table"].weight
     copied = _copy({"model": model.state_dict(), "other": [model["table"].weight[:7]]})
-    assert copied["model"]["table.weight"] is copied["model"]["readout.weight"] and copied["other"][0].shape == (7, 50)
+    assert copied["model"]["table.weight"] is copied["model"]["readout.weight"] and copied["other"][
+        0
+    ].shape == (7, 50)
     assert stored_bytes(model) == 300 * 50 * 4
     store = CheckpointStore(tmp_path, "t")
     store.save({**state_of(1), "model": model.state_dict()})
@@ -122,20 +146,34 @@ def test_a_tensor_of_several_names_is_copied_and_written_once(tmp_path: Path) ->
 
 
 def test_training_may_go_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
-    """What is saved is what was there at the call, whatever happens to the tensors afterwards; tied ones are stored once."""
+    """What is saved is what was there at the call, whatever happens to the tensors afterwards; tied
+    ones are stored once."""
     store = CheckpointStore(tmp_path, "t")
     weight = torch.zeros(300_000)
-    moments = {"step": torch.tensor(3.0), "exp_avg": torch.zeros(300_000), "exp_avg_sq": torch.ones(300_000)}
-    store.save({**state_of(3), "model": {"a": weight, "tied": weight}, "optimizer": {"a": moments}, "more": (0.9, 0.95)})
+    moments = {
+        "step": torch.tensor(3.0),
+        "exp_avg": torch.zeros(300_000),
+        "exp_avg_sq": torch.ones(300_000),
+    }
+    store.save(
+        {
+            **state_of(3),
+            "model": {"a": weight, "tied": weight},
+            "optimizer": {"a": moments},
+            "more": (0.9, 0.95),
+        }
+    )
     weight.fill_(1.0)
     store.wait()
     state = store.load()[0]
-    assert (state["model"]["a"] == 0).all() and state["model"]["a"].data_ptr() == state["model"]["tied"].data_ptr()
+    assert (state["model"]["a"] == 0).all() and state["model"]["a"].data_ptr() == state["model"][
+        "tied"
+    ].data_ptr()
     assert store.slots[0].stat().st_size < 3_700_000
     assert state["optimizer"]["a"]["step"] == 3 and state["more"] == [0.9, 0.95]
 
 
-# damage --------------------------------------------------------------------------------------------------------------
+# damage -------------------------------------------------------------------------------------------
 
 
 def cut_short(path: Path) -> None:
@@ -171,9 +209,14 @@ class Trap:
         return Path.touch, (Path("sprung"),)
 
 
-@pytest.mark.parametrize("damage", [cut_short, empty, overwrite, flip_a_bit, no_model, foreign_code])
-def test_a_damaged_slot_is_set_aside_and_an_older_one_taken(damage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Never deleted, and the run says so. torch reads on over flipped bits; and code inside a checkpoint never runs."""
+@pytest.mark.parametrize(
+    "damage", [cut_short, empty, overwrite, flip_a_bit, no_model, foreign_code]
+)
+def test_a_damaged_slot_is_set_aside_and_an_older_one_taken(
+    damage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never deleted, and the run says so. torch reads on over flipped bits; and code inside a
+    checkpoint never runs."""
     monkeypatch.chdir(tmp_path)
     store = CheckpointStore(tmp_path, "t")
     for number in (1, 2, 3):
@@ -183,15 +226,22 @@ def test_a_damaged_slot_is_set_aside_and_an_older_one_taken(damage: Any, tmp_pat
     assert (store.peek() or {"progress": {"step": 2}})["progress"]["step"] in (2, 3)
     state, path, notes = store.load()
     assert number_of(state) == 2 and path == store.slots[1]
-    assert len(notes) == 1 and notes[0].startswith("t_current.pth is damaged (") and "t_current.pth.damaged" in notes[0]
-    assert (tmp_path / "t_current.pth.damaged").read_bytes() == broken and not store.slots[0].exists()
+    assert (
+        len(notes) == 1
+        and notes[0].startswith("t_current.pth is damaged (")
+        and "t_current.pth.damaged" in notes[0]
+    )
+    assert (tmp_path / "t_current.pth.damaged").read_bytes() == broken and not store.slots[
+        0
+    ].exists()
     assert not (tmp_path / "sprung").exists()
     save(store, 4)
     assert slots(store) == [4, 2]
 
 
 def test_every_damaged_slot_is_kept(tmp_path: Path) -> None:
-    """All three slots, and again: no damaged file takes another's name; nothing readable means a fresh start, told."""
+    """All three slots, and again: no damaged file takes another's name; nothing readable means a
+    fresh start, told."""
     store = CheckpointStore(tmp_path, "t")
     for number in (1, 2, 3):
         save(store, number)
@@ -209,12 +259,14 @@ def test_a_newer_format_is_refused_and_left_alone(tmp_path: Path) -> None:
     """An older program must not take it for damaged, nor start afresh over it."""
     store = CheckpointStore(tmp_path, "t")
     torch.save(state_of(1) | {"format": FORMAT + 1}, tmp_path / "t_current.pth")
-    with pytest.raises(CheckpointError, match=f"has format {FORMAT + 1}, this program reads up to {FORMAT}"):
+    with pytest.raises(
+        CheckpointError, match=f"has format {FORMAT + 1}, this program reads up to {FORMAT}"
+    ):
         store.load()
     assert [p.name for p in tmp_path.iterdir()] == ["t_current.pth"]
 
 
-# kills and full disks ------------------------------------------------------------------------------------------------
+# kills and full disks -----------------------------------------------------------------------------
 
 SAVE_FOR_EVER = """
 import os, sys
@@ -258,19 +310,27 @@ print(written)
 
 
 def run_script(code: str, *arguments: str) -> subprocess.CompletedProcess:
-    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     return done
 
 
 def test_a_kill_at_any_moment_leaves_a_loadable_slot(tmp_path: Path) -> None:
-    """kill -9 while saving, again and again: always whole, undamaged, and never older than the last finished save."""
+    """kill -9 while saving, again and again: always whole, undamaged, and never older than the last
+    finished save."""
     saves = int(run_script(SAVE_FOR_EVER, str(tmp_path), str(KILLS), "1").stdout)
     assert saves > KILLS
 
 
 def test_a_kill_between_the_renames_loses_nothing(tmp_path: Path) -> None:
-    """Every state in which the rotation can be left: an older or a newer save is found, and the next save goes on."""
+    """Every state in which the rotation can be left: an older or a newer save is found, and the
+    next save goes on."""
     for gone in ({0}, {1}, {0, 1}, {0, 2}):
         store = CheckpointStore(tmp_path / str(gone), "t")
         for number in (1, 2, 3):
@@ -278,13 +338,20 @@ def test_a_kill_between_the_renames_loses_nothing(tmp_path: Path) -> None:
         for slot in gone:
             store.slots[slot].unlink()
         left = slots(store)
-        halves = [store.folder / name for name in (".t_current.pth.0123456789abcdef.tmp", "t_current.pth.tmp")]
+        halves = [
+            store.folder / name
+            for name in (".t_current.pth.0123456789abcdef.tmp", "t_current.pth.tmp")
+        ]
         for half in halves:  # as this version and those before it would leave one
             half.write_bytes(b"half a file")
         store.prepare()
         assert number_of(store.load()[0]) == left[0]
         save(store, 4)
-        assert slots(store)[0] == 4 and slots(store)[1] == left[0] and not any(half.exists() for half in halves)
+        assert (
+            slots(store)[0] == 4
+            and slots(store)[1] == left[0]
+            and not any(half.exists() for half in halves)
+        )
 
 
 def test_a_write_that_fails_leaves_the_older_slots(tmp_path: Path) -> None:
@@ -323,18 +390,25 @@ def test_a_full_disk_leaves_the_older_slots(tmp_path: Path) -> None:
         subprocess.run(["umount", str(disk)], check=True)
 
 
-# fitting a model -----------------------------------------------------------------------------------------------------
+# fitting a model ----------------------------------------------------------------------------------
 
 
 def test_what_does_not_fit_is_refused_by_name_and_nothing_changes() -> None:
     """Every difference is named: shape, missing, unknown; the model keeps its weights."""
     module = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     before = {name: p.clone() for name, p in module.state_dict().items()}
-    saved = {name: p + 1 for name, p in before.items() if name != "1.bias"} | {"2.weight": torch.zeros(1)}
+    saved = {name: p + 1 for name, p in before.items() if name != "1.bias"} | {
+        "2.weight": torch.zeros(1)
+    }
     saved["0.weight"] = torch.zeros(5, 3)
     with pytest.raises(CheckpointError) as caught:
         load_model(module, saved, "t_current.pth")
-    for told in ("0.weight is (5, 3) there, (4, 3) here", "1.bias is missing there", "2.weight is unknown here", "t_current.pth"):
+    for told in (
+        "0.weight is (5, 3) there, (4, 3) here",
+        "1.bias is missing there",
+        "2.weight is unknown here",
+        "t_current.pth",
+    ):
         assert told in str(caught.value)
     assert all(torch.equal(p, before[name]) for name, p in module.state_dict().items())
 
@@ -344,7 +418,9 @@ def test_names_that_may_differ_are_reported() -> None:
     module = nn.ModuleDict({"trunk": nn.Linear(2, 2), "head": nn.Linear(2, 1)})
     saved = {name: p + 1 for name, p in module.state_dict().items() if name.startswith("trunk")}
     saved["old.weight"] = torch.zeros(1)
-    remarks = load_model(module, dict(saved), "x", may_differ=lambda name: name.startswith(("head", "old")))
+    remarks = load_model(
+        module, dict(saved), "x", may_differ=lambda name: name.startswith(("head", "old"))
+    )
     assert remarks == [
         "head.bias is new: starts untrained",
         "head.weight is new: starts untrained",
@@ -356,15 +432,27 @@ def test_names_that_may_differ_are_reported() -> None:
 def test_another_model_in_the_same_lineage_is_refused(tmp_path: Path) -> None:
     """Before anything is written: the checkpoint and the log stay as they were, bit for bit."""
     train_here(tiny_preset(lineage="shared"), tmp_path)
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".txt"}
-    with pytest.raises(CheckpointError, match=r'do not fit.*\n.*there.*here[\s\S]*"lineage"[\s\S]*Nothing was overwritten'):
+    before = {
+        path: path.read_bytes()
+        for path in tmp_path.rglob("*")
+        if path.is_file() and path.suffix != ".txt"
+    }
+    with pytest.raises(
+        CheckpointError,
+        match=r'do not fit.*\n.*there.*here[\s\S]*"lineage"[\s\S]*Nothing was overwritten',
+    ):
         train_here(tiny_preset(lineage="shared", model={"hidden_size": 48}), tmp_path, "other")
-    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".txt"}
+    after = {
+        path: path.read_bytes()
+        for path in tmp_path.rglob("*")
+        if path.is_file() and path.suffix != ".txt"
+    }
     assert after == before
 
 
 def test_longer_rows_extend_the_position_table(tmp_path: Path) -> None:
-    """The run goes on from the weights, its old positions kept, and says what it did; everything loads as weights only."""
+    """The run goes on from the weights, its old positions kept, and says what it did; everything
+    loads as weights only."""
     train_here(tiny_preset(lineage="shared"), tmp_path)
     path = tmp_path / "checkpoints" / "shared_current.pth"
     old = torch.load(path, weights_only=True)
@@ -372,17 +460,32 @@ def test_longer_rows_extend_the_position_table(tmp_path: Path) -> None:
     events = train_here(longer, tmp_path, "other")
     new = torch.load(path, weights_only=True)
     assert new["model"]["pos_embedding.weight"].shape == (48, 32) and new["progress"]["step"] == 10
-    torch.testing.assert_close(new["model"]["pos_embedding.weight"][:32], old["model"]["pos_embedding.weight"])
+    torch.testing.assert_close(
+        new["model"]["pos_embedding.weight"][:32], old["model"]["pos_embedding.weight"]
+    )
     notes = [event["notes"] for event in events if event["event"] == "run_start"][-1]
     assert "the position table grows from 32 to 48 rows" in notes
-    assert any(note.startswith("optimizer state starts afresh for 1 parameters: pos_embedding.weight") for note in notes)
+    assert any(
+        note.startswith("optimizer state starts afresh for 1 parameters: pos_embedding.weight")
+        for note in notes
+    )
 
 
 def test_the_checkpoint_holds_what_the_interface_says(tmp_path: Path) -> None:
     """Read with torch.load(path, weights_only=True): a dict with at least these keys."""
     train_here(tiny_preset(train={"max_steps": 2}), tmp_path)
     state = torch.load(tmp_path / "checkpoints" / "t_current.pth", weights_only=True)
-    assert {"format", "model", "heads", "optimizer", "progress", "rng", "data", "tokenizer", "preset"} <= set(state)
+    assert {
+        "format",
+        "model",
+        "heads",
+        "optimizer",
+        "progress",
+        "rng",
+        "data",
+        "tokenizer",
+        "preset",
+    } <= set(state)
     assert {"step", "tokens", "run"} <= set(state["progress"]) and state["progress"]["step"] == 2
     assert state["preset"]["name"] == "t" and state["format"] == FORMAT
 

@@ -1,4 +1,5 @@
-"""Starting from other weights, and loading a trained model: which file is taken, what comes along, what starts afresh."""
+"""Starting from other weights, and loading a trained model: which file is taken, what comes along,
+what starts afresh."""
 
 import shutil
 import sys
@@ -62,7 +63,9 @@ def source_state(root: Path) -> dict[str, Any]:
 def assembled(root: Path, preset: dict, stem: str = "b") -> TrainingSession:
     """Everything up to the first step."""
     decoded = decode_preset(preset, Preset, stem, stem)
-    session = build_training(decoded, detect_runtime(), Single(), root, lambda *_: [], lambda: False)
+    session = build_training(
+        decoded, detect_runtime(), Single(), root, lambda *_: [], lambda: False
+    )
     session.trainer.loader.close()
     session.log.close()
     return session
@@ -72,19 +75,31 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-# files that others may have written ----------------------------------------------------------------------------------
+# files that others may have written ---------------------------------------------------------------
 
 
 def short_keys(state: dict, path: Path) -> None:
     """What PolychromaticLM's portable checkpoints hold on disk."""
     torch.save(
-        {"model": state["model"], "optimizer": {"state": {}}, "scheduler": {"last_epoch": 7}, "step": 7, "tau": 0.55}, path
+        {
+            "model": state["model"],
+            "optimizer": {"state": {}},
+            "scheduler": {"last_epoch": 7},
+            "step": 7,
+            "tau": 0.55,
+        },
+        path,
     )
 
 
 def long_keys(state: dict, path: Path) -> None:
     """What its specification says they hold."""
-    rest = {"optimizer_state_dict": {"state": {}}, "scheduler_state_dict": {}, "step": 7, "tau": 0.55}
+    rest = {
+        "optimizer_state_dict": {"state": {}},
+        "scheduler_state_dict": {},
+        "step": 7,
+        "tau": 0.55,
+    }
     torch.save({"model_state_dict": state["model"], **rest}, path)
 
 
@@ -98,7 +113,14 @@ def before_zip_files(state: dict, path: Path) -> None:
 
 def safetensors(state: dict, path: Path) -> None:
     """Tied weights are kept once there: the readout's has no entry."""
-    save_file({name: value.contiguous() for name, value in state["model"].items() if name != "lm_head.weight"}, path)
+    save_file(
+        {
+            name: value.contiguous()
+            for name, value in state["model"].items()
+            if name != "lm_head.weight"
+        },
+        path,
+    )
 
 
 def our_own(state: dict, path: Path) -> None:
@@ -124,21 +146,43 @@ def test_from_a_file(kind: str, root: Path) -> None:
     session = assembled(root, merged(SOURCE, {"init_from": f"./weights/{name}"}))
     trainer = session.trainer
     assert same(trainer.model.state_dict(), source_state(root)["model"])
-    assert f"weights from ./weights/{name}{step}; optimizer and schedules start afresh" in session.notes
-    assert preview_weights(f"./weights/{name}", root) in (f"./weights/{name}{step}", f"./weights/{name}")
-    assert (trainer.progress.step, trainer.progress.tokens, trainer.progress.fraction) == (0, 0, 0.0)
+    assert (
+        f"weights from ./weights/{name}{step}; optimizer and schedules start afresh"
+        in session.notes
+    )
+    assert preview_weights(f"./weights/{name}", root) in (
+        f"./weights/{name}{step}",
+        f"./weights/{name}",
+    )
+    assert (trainer.progress.step, trainer.progress.tokens, trainer.progress.fraction) == (
+        0,
+        0,
+        0.0,
+    )
     assert all(not state for state in trainer.optimizer.state().values())
-    assert session.start_event["init_from"] == f"./weights/{name}{step}" and session.start_event["resumed_from"] is None
+    assert (
+        session.start_event["init_from"] == f"./weights/{name}{step}"
+        and session.start_event["resumed_from"] is None
+    )
 
 
 def test_from_a_lineage(root: Path) -> None:
     """Its newest weights and its tokenizer. Its files stay as they are."""
     before = {path.name: path.read_bytes() for path in (root / "checkpoints").iterdir()}
-    preset = merged(SOURCE, {"init_from": "t", "tokenizer": {"type": "bpe", "vocab_size": 300}, "model": {"dropout": 0.5}})
+    preset = merged(
+        SOURCE,
+        {
+            "init_from": "t",
+            "tokenizer": {"type": "bpe", "vocab_size": 300},
+            "model": {"dropout": 0.5},
+        },
+    )
     session = assembled(root, preset)
     assert same(session.trainer.model.state_dict(), source_state(root)["model"])
     assert session.trainer.extra_state["tokenizer"] == source_state(root)["tokenizer"]
-    assert "weights from t_current.pth, step 3; optimizer and schedules start afresh" in session.notes
+    assert (
+        "weights from t_current.pth, step 3; optimizer and schedules start afresh" in session.notes
+    )
     assert "the checkpoint's tokenizer is used; the preset's differs" in session.notes
     assert "they were made with other settings: model.dropout was 0.0, is 0.5" in session.notes
     assert {path.name: path.read_bytes() for path in (root / "checkpoints").iterdir()} == before
@@ -148,12 +192,16 @@ def test_the_model_makes_weights_fit(root: Path) -> None:
     """prepare_load is asked, as for a checkpoint: a position table may be shorter than the rows."""
     session = assembled(root, merged(SOURCE, {"init_from": "t", "model": {"seq_length": 48}}))
     assert "the position table grows from 32 to 48 rows" in session.notes
-    own, table = session.trainer.model.state_dict(), source_state(root)["model"]["pos_embedding.weight"]
+    own, table = (
+        session.trainer.model.state_dict(),
+        source_state(root)["model"]["pos_embedding.weight"],
+    )
     assert torch.equal(own["pos_embedding.weight"][:32], table)
 
 
 def test_the_lineage_goes_on_from_its_own_checkpoint(root: Path) -> None:
-    """Once it has one, init_from is not used again; the weights it began with may be gone. A run knows what it began with."""
+    """Once it has one, init_from is not used again; the weights it began with may be gone. A run
+    knows what it began with."""
     preset = merged(SOURCE, {"init_from": "t", "name": "fine-tuned"})
     first = train_here(preset, root, "b")
     for path in (root / "checkpoints").glob("t_*"):
@@ -178,10 +226,16 @@ def test_a_damaged_slot_is_passed_over_and_left_alone(root: Path) -> None:
     shutil.copy(folder / "t_current.pth", folder / "t_prev.pth")
     flip_a_bit(folder / "t_current.pth")
     session = assembled(root, merged(SOURCE, {"init_from": "t"}))
-    assert "t_current.pth is damaged (a checksum does not match), and an older slot is taken" in session.notes
+    assert (
+        "t_current.pth is damaged (a checksum does not match), and an older slot is taken"
+        in session.notes
+    )
     assert "weights from t_prev.pth, step 3; optimizer and schedules start afresh" in session.notes
     flip_a_bit(folder / "t_prev.pth")
-    with pytest.raises(UserError, match=r'no checkpoint of the lineage "t" can be read:\n  t_current.pth is damaged'):
+    with pytest.raises(
+        UserError,
+        match=r'no checkpoint of the lineage "t" can be read:\n  t_current.pth is damaged',
+    ):
         assembled(root, merged(SOURCE, {"init_from": "t"}))
     with pytest.raises(UserError, match=r"checkpoints/t_prev\.pth is damaged"):
         find_weights("checkpoints/t_prev.pth", root)
@@ -208,8 +262,10 @@ def test_what_is_not_there_is_told(root: Path, monkeypatch: pytest.MonkeyPatch) 
     torch.save({**source_state(root), "format": FORMAT + 1}, root / "newer.pth")
     short_keys(source_state(root), root / "published.pt")
     wanted = {
-        "nobody": r'nobody_current.pth is not there: run a preset of lineage "nobody" first. There are checkpoints of t\.',
-        "planned": r'checkpoints/planned_current.pth is not there: run the preset "planned" first\.',
+        "nobody": r'nobody_current.pth is not there: run a preset of lineage "nobody" first. '
+        r"There are checkpoints of t\.",
+        "planned": r'checkpoints/planned_current.pth is not there: run the preset "planned" '
+        r"first\.",
         "./no.pt": r"\./no\.pt does not exist. A path is relative to the folder of main\.py",
         "notes.pt": r"notes\.pt holds no weights that this program knows: a, b\.",
         "list.pt": r"list\.pt holds a list, not weights by name",
@@ -221,8 +277,16 @@ def test_what_is_not_there_is_told(root: Path, monkeypatch: pytest.MonkeyPatch) 
     for origin, told in wanted.items():
         with pytest.raises(UserError, match=told):
             assembled(root, merged(SOURCE, {"init_from": origin}))
-    with pytest.raises(UserError, match=r'published\.pt has no tokenizer with it, and a "bpe" trained here'):
-        assembled(root, merged(SOURCE, {"init_from": "published.pt", "tokenizer": {"type": "bpe", "vocab_size": 300}}))
+    with pytest.raises(
+        UserError, match=r'published\.pt has no tokenizer with it, and a "bpe" trained here'
+    ):
+        assembled(
+            root,
+            merged(
+                SOURCE,
+                {"init_from": "published.pt", "tokenizer": {"type": "bpe", "vocab_size": 300}},
+            ),
+        )
     assert not (root / "sprung").exists() and not list((root / "checkpoints").glob("b_*"))
     assert not (root / "logs" / "b").exists()
 
@@ -230,15 +294,26 @@ def test_what_is_not_there_is_told(root: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_weights_that_do_not_fit_are_named(root: Path) -> None:
     short_keys(source_state(root), root / "published.pt")
     with pytest.raises(CheckpointError) as error:
-        assembled(root, merged(SOURCE, {"init_from": "published.pt", "model": {"hidden_size": 64, "num_layers": 1}}))
+        assembled(
+            root,
+            merged(
+                SOURCE, {"init_from": "published.pt", "model": {"hidden_size": 64, "num_layers": 1}}
+            ),
+        )
     told = str(error.value)
     assert told.startswith("the weights in published.pt do not fit this preset's model:")
     assert "embedding.weight is (257, 32) there, (257, 64) here" in told and "... and" in told
-    assert "Give the preset's model the settings they were made with, and their tokenizer; or name other weights." in told
+    assert (
+        "Give the preset's model the settings they were made with, and their tokenizer; or name "
+        "other weights." in told
+    )
 
 
 def test_a_lineage_does_not_start_from_itself() -> None:
-    with pytest.raises(PresetError, match='init_from  "b" is its own lineage, which a preset goes on with anyway; leave it out'):
+    with pytest.raises(
+        PresetError,
+        match='init_from  "b" is its own lineage, which a preset goes on with anyway; leave it out',
+    ):
         decode_preset(merged(SOURCE, {"init_from": "b"}), Preset, "b", "b")
     with pytest.raises(PresetError, match="init_from"):
         decode_preset(merged(SOURCE, {"init_from": ""}), Preset, "b", "b")
@@ -248,24 +323,42 @@ def test_the_menu_tells(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("core.launch.ROOT", root)
 
     def told(**changes: Any) -> str:
-        return _card("2_b", decode_preset(merged(SOURCE, changes), Preset, "b", "b"), detect_runtime()).preview().splitlines()[-1]
+        return (
+            _card("2_b", decode_preset(merged(SOURCE, changes), Preset, "b", "b"), detect_runtime())
+            .preview()
+            .splitlines()[-1]
+        )
 
     assert told(init_from="t") == "starts from the weights of t_current.pth, step 3"
-    assert told(init_from="./checkpoints/t_current.pth") == "starts from the weights of ./checkpoints/t_current.pth, step 3"
-    assert told(init_from="u").startswith("cannot start yet: checkpoints/u_current.pth is not there: run a preset of lineage")
+    assert (
+        told(init_from="./checkpoints/t_current.pth")
+        == "starts from the weights of ./checkpoints/t_current.pth, step 3"
+    )
+    assert told(init_from="u").startswith(
+        "cannot start yet: checkpoints/u_current.pth is not there: run a preset of lineage"
+    )
     assert told() == "starts fresh"
     shutil.copy(root / "checkpoints" / "t_current.pth", root / "checkpoints" / "b_current.pth")
     assert told(init_from="t").startswith("starts run 2 from step 3 in b_current.pth")
 
 
-# comparisons ---------------------------------------------------------------------------------------------------------
+# comparisons --------------------------------------------------------------------------------------
 
 
 def test_every_trial_starts_from_the_same_weights(root: Path) -> None:
     variants = [{"name": "tuned"}, {"name": "high", "set": {"train": {"learning_rate": 0.1}}}]
     variants.append({"name": "from nothing", "set": {"init_from": None}})
     preset = decode_preset(
-        merged(SOURCE, {"job": "compare", "init_from": "t", "variants": variants, "seeds": [1], "train": {"eval_tokens": 50}}),
+        merged(
+            SOURCE,
+            {
+                "job": "compare",
+                "init_from": "t",
+                "variants": variants,
+                "seeds": [1],
+                "train": {"eval_tokens": 50},
+            },
+        ),
         Preset,
         "c",
         "c",
@@ -280,35 +373,52 @@ def test_every_trial_starts_from_the_same_weights(root: Path) -> None:
 def test_weights_trained_further_between_trials_are_told() -> None:
     presets = {name: {"init_from": "t"} for name in ("a", "b")}
     outcomes = [
-        Outcome(Trial(name, 1, presets[name], Path(), "finished"), init_from=f"t_current.pth, step {step}")
+        Outcome(
+            Trial(name, 1, presets[name], Path(), "finished"),
+            init_from=f"t_current.pth, step {step}",
+        )
         for name, step in (("a", 3), ("b", 6))
     ]
     (told,) = unfairness(presets, outcomes, "cross_entropy", "cross_entropy")
-    assert told.startswith("Trials did not begin with the same weights of t (t_current.pth, step 3; t_current.pth, step 6)")
+    assert told.startswith(
+        "Trials did not begin with the same weights of t (t_current.pth, step 3; t_current.pth, "
+        "step 6)"
+    )
     assert unfairness(presets, [outcomes[0], outcomes[0]], "cross_entropy", "cross_entropy") == []
 
 
-# a trained model -----------------------------------------------------------------------------------------------------
+# a trained model ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def told_progress(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     told: list[float] = []
-    monkeypatch.setattr(SimpleLM, "set_progress", lambda self, progress: told.append(progress), raising=False)
+    monkeypatch.setattr(
+        SimpleLM, "set_progress", lambda self, progress: told.append(progress), raising=False
+    )
     return told
 
 
 def loaded(root: Path, **changes: Any) -> Any:
-    return load_trained(decode_preset(merged(SOURCE, changes), Preset, "b", "b"), root, detect_runtime())
+    return load_trained(
+        decode_preset(merged(SOURCE, changes), Preset, "b", "b"), root, detect_runtime()
+    )
 
 
-@pytest.mark.parametrize("how", [{"init_from": "t"}, {"lineage": "t"}], ids=["init_from", "own lineage"])
+@pytest.mark.parametrize(
+    "how", [{"init_from": "t"}, {"lineage": "t"}], ids=["init_from", "own lineage"]
+)
 def test_a_trained_model(how: dict, root: Path, told_progress: list[float]) -> None:
-    """As it was saved: weights, tokenizer, and the section `model` of the preset it was trained with."""
+    """As it was saved: weights, tokenizer, and the section `model` of the preset it was trained
+    with."""
     found = loaded(root, **how, model={"num_layers": 4, "seq_length": 16}, train={"seed": 5})
     assert same(found.model.state_dict(), source_state(root)["model"]) and not found.model.training
     assert found.tokenizer.state() == source_state(root)["tokenizer"]
-    assert (found.preset.model.num_layers, found.preset.model.seq_length, found.preset.train.seed) == (2, 32, 5)
+    assert (
+        found.preset.model.num_layers,
+        found.preset.model.seq_length,
+        found.preset.train.seed,
+    ) == (2, 32, 5)
     assert (found.where, found.step) == ("t_current.pth", 3)
     (note,) = found.notes
     assert note.startswith("the model is as in t_current.pth, not as the preset says: ")
@@ -316,7 +426,9 @@ def test_a_trained_model(how: dict, root: Path, told_progress: list[float]) -> N
     assert told_progress == [1.0]
 
 
-def test_a_trained_model_is_where_its_schedules_were(root: Path, told_progress: list[float]) -> None:
+def test_a_trained_model_is_where_its_schedules_were(
+    root: Path, told_progress: list[float]
+) -> None:
     """Stopped half way; and of checkpoints that do not say so yet, the end if the run was over."""
     state = source_state(root)
     for progress in ({"fraction": 0.5, "finished": False}, {"finished": True}, {"finished": False}):
@@ -339,24 +451,40 @@ def test_a_published_model(write: Callable, root: Path, told_progress: list[floa
 
 
 def test_nothing_trained_yet(root: Path) -> None:
-    with pytest.raises(UserError, match=r"checkpoints/b_current.pth is not there: run a preset of lineage \"b\" first"):
+    with pytest.raises(
+        UserError,
+        match=r"checkpoints/b_current.pth is not there: run a preset of lineage \"b\" first",
+    ):
         loaded(root)
 
 
 @pytest.mark.slow
-def test_two_ranks_start_from_the_same_weights(trained: Path, make_project: Callable[..., Project]) -> None:
+def test_two_ranks_start_from_the_same_weights(
+    trained: Path, make_project: Callable[..., Project]
+) -> None:
     """The first losses are those of one rank with twice the accumulation."""
     preset = merged(SOURCE, {"init_from": "t", "train": {"max_steps": 2, "precision": "fp32"}})
     project = make_project({"b": preset})
     shutil.copytree(trained / "checkpoints", project.folder / "checkpoints")
-    result = project.run("b", command=[sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"])
+    result = project.run(
+        "b",
+        command=[
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+        ],
+    )
     assert result.code == 0 and "weights from t_current.pth, step 3" in result.text, result.text
     train_here(merged(preset, {"train": {"accumulation_steps": 2}}), project.folder, "one")
-    two, one = ([event["loss"] for event in project.events("step", lineage)] for lineage in ("b", "one"))
+    two, one = (
+        [event["loss"] for event in project.events("step", lineage)] for lineage in ("b", "one")
+    )
     assert len(two) == 2 and two == pytest.approx(one, abs=1e-5)
 
 
-# ranks ---------------------------------------------------------------------------------------------------------------
+# ranks --------------------------------------------------------------------------------------------
 
 
 class Rank:
@@ -383,6 +511,12 @@ def test_a_mistake_of_rank_zero_is_everybodys() -> None:
             with pytest.raises(UserError, match="no such file"):
                 together(Rank(rank, said), fail)
     said, calls = [], []
-    assert [on_rank_zero(Rank(rank, said), lambda: calls.append(0) or 5) for rank in (0, 1)] == [5, 5] and len(calls) == 1
+    assert [on_rank_zero(Rank(rank, said), lambda: calls.append(0) or 5) for rank in (0, 1)] == [
+        5,
+        5,
+    ] and len(calls) == 1
     said, calls = [], []
-    assert [rank_zero_first(Rank(rank, said), lambda: calls.append(0) or 5) for rank in (0, 1)] == [5, 5] and len(calls) == 2
+    assert [rank_zero_first(Rank(rank, said), lambda: calls.append(0) or 5) for rank in (0, 1)] == [
+        5,
+        5,
+    ] and len(calls) == 2

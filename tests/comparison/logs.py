@@ -39,7 +39,8 @@ def write_log(
     text: str = "a tree",
     start: Mapping[str, Any] | None = None,
 ) -> None:
-    """A run whose cross-entropy falls to `final`; `extra` goes into every evaluation, `start` into its beginning."""
+    """A run whose cross-entropy falls to `final`; `extra` goes into every evaluation, `start` into
+    its beginning."""
     with MetricsLog(folder / "metrics.jsonl") as log:
         log.emit("run_start", step=0, tokens=0, parameters=1234, device="CPU", **dict(start or {}))
         for step in range(1, steps + 1):

@@ -1,4 +1,5 @@
-"""Small corpora and readers for the pipeline's tests: real sources on disk, and ranks that are threads of this process."""
+"""Small corpora and readers for the pipeline's tests: real sources on disk, and ranks that are
+threads of this process."""
 
 import functools
 import json
@@ -31,7 +32,9 @@ from core.preset.settings import TokenizerSettings
 SEQ_LENGTH = 32
 LANES = 6
 FINGERPRINT = "unchanged"
-NEXT_TOKEN = build_objective("next_token", build_tokenizer(TokenizerSettings(type="byte"), []), 0.2, 0)
+NEXT_TOKEN = build_objective(
+    "next_token", build_tokenizer(TokenizerSettings(type="byte"), []), 0.2, 0
+)
 
 
 @functools.cache
@@ -40,8 +43,11 @@ def byte_tokenizer(masks: bool = False) -> Tokenizer:
     return build_tokenizer(TokenizerSettings(type="byte"), [], (MASK,) if masks else ())
 
 
-def write_corpus(folder: Path, sizes: dict[str, int], low: int = 20, high: int = 200) -> list[TextSettings]:
-    """One file of JSON lines for each name, with so many documents; every document's text is unlike any other's."""
+def write_corpus(
+    folder: Path, sizes: dict[str, int], low: int = 20, high: int = 200
+) -> list[TextSettings]:
+    """One file of JSON lines for each name, with so many documents; every document's text is unlike
+    any other's."""
     folder.mkdir(parents=True, exist_ok=True)
     sections = []
     for name, count in sizes.items():
@@ -67,19 +73,30 @@ def make_factory(
     cache_gigabytes: float = 0.0,
     mask_fraction: float | None = None,
 ) -> PipelineFactory:
-    """A factory over opened sources. `wrap` may put something around each source; `mix` stands for strategy and max_epochs; with
-    a `mask_fraction` it makes rows of masked tokens."""
+    """A factory over opened sources. `wrap` may put something around each source; `mix` stands for
+    strategy and max_epochs; with a `mask_fraction` it makes rows of masked tokens."""
     sources = [wrap(build_source(section, folder, 1)) for section in sections]
     for source in sources:
         source.open()
     tokenizer = byte_tokenizer(masks=mask_fraction is not None)
     weights = tuple(float(1 + i) for i in range(len(sections)))
-    settings = PipelineSettings(mix or MixSettings(strategy, weights, 1, max_epochs), lanes, SEQ_LENGTH, packing, 1)
+    settings = PipelineSettings(
+        mix or MixSettings(strategy, weights, 1, max_epochs), lanes, SEQ_LENGTH, packing, 1
+    )
     if mask_fraction is not None:
         settings = replace(settings, objective="masked_tokens", mask_fraction=mask_fraction)
     hold_out = hold_out or HoldOut(0.05)
     return PipelineFactory(
-        sections, folder, 1, tokenizer.state(), hold_out, settings, shuffle, cache_gigabytes, sources=sources, tokenizer=tokenizer
+        sections,
+        folder,
+        1,
+        tokenizer.state(),
+        hold_out,
+        settings,
+        shuffle,
+        cache_gigabytes,
+        sources=sources,
+        tokenizer=tokenizer,
     )
 
 
@@ -109,24 +126,42 @@ def make_loader(
     lanes = factory.settings.lanes
     ranks = parallel or Single()
     facts = {"fingerprint": FINGERPRINT}
-    return kind(factory, position, ranks, rows, names, lanes, packed, workers=workers, facts=facts, fill=fill)
+    return kind(
+        factory,
+        position,
+        ranks,
+        rows,
+        names,
+        lanes,
+        packed,
+        workers=workers,
+        facts=facts,
+        fill=fill,
+    )
 
 
 def steps(loader: Loader, count: int | None = None) -> list[np.ndarray]:
-    """The next steps of one rank, each as (rows, 5, T): all there is in a batch; None reads to the end of the data.
+    """The next steps of one rank, each as (rows, 5, T): all there is in a batch; None reads to the
+    end of the data.
 
-    They are put back into the groups that were read for them, so that a row's place tells its lane; rows of nothing but padding
-    are -1 all over, those that a step left out as well.
+    They are put back into the groups that were read for them, so that a row's place tells its lane;
+    rows of nothing but padding are -1 all over, those that a step left out as well.
     """
     found: list[np.ndarray] = []
     at = loader.position.rows
     while (count is None or len(found) < count) and (step := loader.next_step()) is not None:
         b = step.batch
-        fields = np.stack([b.input_ids, b.labels, b.position_ids, b.document_ids, b.source_ids], axis=1)
+        fields = np.stack(
+            [b.input_ids, b.labels, b.position_ids, b.document_ids, b.source_ids], axis=1
+        )
         before = loader._before[0].rows  # type: ignore[index]
         rows = {before + n: row for n, row in zip(step.numbers, fields) if (row[4] >= 0).any()}
         while at < loader.position.rows:
-            own = [n for n in range(at, at + loader._rows_per_step) if n % loader._num_lanes in loader._lanes]
+            own = [
+                n
+                for n in range(at, at + loader._rows_per_step)
+                if n % loader._num_lanes in loader._lanes
+            ]
             found.append(np.stack([rows.get(n, np.full_like(fields[0], -1)) for n in own]))
             at += loader._rows_per_step
     return found
@@ -146,7 +181,8 @@ def merged(ranks: list[list[np.ndarray]]) -> list[np.ndarray]:
 
 
 def texts_of(found: list[np.ndarray], lanes: int = LANES) -> list[str]:
-    """The whole documents in steps that begin at row 0. One that goes on beyond the last step is left out."""
+    """The whole documents in steps that begin at row 0. One that goes on beyond the last step is
+    left out."""
     tokenizer = byte_tokenizer()
     rows = np.concatenate(found)
     texts = []
@@ -176,26 +212,39 @@ class History:
     """What a run consumed, over all its segments and ranks."""
 
     rows: dict[int, Row]  # by global number; rows of nothing but padding are left out
-    documents: list[int]  # the ledger: documents and epochs of each source that the steps say begin in them
+    # the ledger: documents and epochs of each source that the steps say begin in them
+    documents: list[int]
     epochs: list[int]
     states: list[dict]  # saved after each segment
     dropped: set[tuple[str, str]]
-    factors: dict[int, dict[str, float]] = field(default_factory=dict)  # draws from which on weights had other factors
+    # draws from which on weights had other factors
+    factors: dict[int, dict[str, float]] = field(default_factory=dict)
 
     @property
     def state(self) -> dict:
         return self.states[-1]
 
     def __eq__(self, other: object) -> bool:
-        """Whether the same was consumed in the same order: the receipt, and, which it stands for, everything in every row."""
+        """Whether the same was consumed in the same order: the receipt, and, which it stands for,
+        everything in every row."""
         assert isinstance(other, History)
         equal = (
             self.rows.keys() == other.rows.keys()
-            and all(np.array_equal(as_array(row), as_array(other.rows[n])) for n, row in self.rows.items())
-            and all((row.pieces, row.after) == (other.rows[n].pieces, other.rows[n].after) for n, row in self.rows.items())
+            and all(
+                np.array_equal(as_array(row), as_array(other.rows[n]))
+                for n, row in self.rows.items()
+            )
+            and all(
+                (row.pieces, row.after) == (other.rows[n].pieces, other.rows[n].after)
+                for n, row in self.rows.items()
+            )
         )
-        receipts = [(history.state["receipt"], history.state["receipts"]) for history in (self, other)]
-        assert equal == (receipts[0] == receipts[1]), f"the receipt does not tell: rows equal {equal}, {receipts}"
+        receipts = [
+            (history.state["receipt"], history.state["receipts"]) for history in (self, other)
+        ]
+        assert equal == (receipts[0] == receipts[1]), (
+            f"the receipt does not tell: rows equal {equal}, {receipts}"
+        )
         return equal and (self.documents, self.epochs) == (other.documents, other.epochs)
 
     @property
@@ -212,20 +261,32 @@ class Recorder(Loader):
 
     def _advance(self, rows: list[Row]) -> None:
         first = self.position.rows
-        numbers = [n for n in range(first, first + self._rows_per_step) if n % self._num_lanes in self._lanes]
-        assert [n % self._num_lanes for n in numbers] == [row.lane for row in rows], "rows of other lanes than their turn's"
+        numbers = [
+            n
+            for n in range(first, first + self._rows_per_step)
+            if n % self._num_lanes in self._lanes
+        ]
+        assert [n % self._num_lanes for n in numbers] == [row.lane for row in rows], (
+            "rows of other lanes than their turn's"
+        )
         self.consumed |= zip(numbers, rows)
         self.factors |= self.position.factors
         super()._advance(rows)
 
 
 class Reweighting(Recorder):
-    """One that changes the factors of the sources every three rounds of lanes, with steps of a round, as a trainer may do it."""
+    """One that changes the factors of the sources every three rounds of lanes, with steps of a
+    round, as a trainer may do it."""
 
     def next_step(self, *how: Any) -> StepRows | None:
         step, done = super().next_step(*how), self.position.rows // LANES
         if step is not None and done % 3 == 0:
-            self.reweight({name: (0.3, 1.0, 2.5)[(done // 3 + i * i) % 3] for i, name in enumerate(self.source_names)})
+            self.reweight(
+                {
+                    name: (0.3, 1.0, 2.5)[(done // 3 + i * i) % 3]
+                    for i, name in enumerate(self.source_names)
+                }
+            )
         return step
 
 
@@ -235,21 +296,34 @@ def history(
     state: dict | None = None,
     recorder: type[Recorder] = Recorder,
 ) -> History:
-    """Runs a plan from a saved state on. Between segments everything but the state, as JSON, is forgotten.
+    """Runs a plan from a saved state on. Between segments everything but the state, as JSON, is
+    forgotten.
 
     make  number of the segment -> a factory with sources of its own
     """
     found = History({}, [], [], [], set())
     for number, segment in enumerate(plan):
 
-        def job(parallel: Any, number: int = number, segment: Segment = segment, state: dict | None = state) -> tuple:
+        def job(
+            parallel: Any,
+            number: int = number,
+            segment: Segment = segment,
+            state: dict | None = state,
+        ) -> tuple:
             factory = make(number)
             loader = make_loader(
-                factory, start() if state is None else resumed(state, factory), segment.rows, parallel, segment.workers, recorder
+                factory,
+                start() if state is None else resumed(state, factory),
+                segment.rows,
+                parallel,
+                segment.workers,
+                recorder,
             )
             loader.consumed, loader.factors, ledger, done = {}, {}, [], 0
             try:
-                while (segment.steps is None or done < segment.steps) and (step := loader.next_step()) is not None:
+                while (segment.steps is None or done < segment.steps) and (
+                    step := loader.next_step()
+                ) is not None:
                     ledger.append((step.documents, step.epochs))
                     done += 1
                 return loader.consumed, ledger, loader.state(), loader.dropped, loader.factors
@@ -258,41 +332,66 @@ def history(
 
         ranks = Ranks(segment.ranks).run(job)
         consumed = {n: row for rank in ranks for n, row in rank[0].items()}
-        assert len(consumed) == sum(len(rank[0]) for rank in ranks) and not consumed.keys() & found.rows.keys()
-        assert all(rank[1:3] == ranks[0][1:3] for rank in ranks), "every rank must see the same ledger and the same merged state"
+        assert (
+            len(consumed) == sum(len(rank[0]) for rank in ranks)
+            and not consumed.keys() & found.rows.keys()
+        )
+        assert all(rank[1:3] == ranks[0][1:3] for rank in ranks), (
+            "every rank must see the same ledger and the same merged state"
+        )
         found.rows |= {n: row for n, row in sorted(consumed.items()) if row.pieces}
         ledger, state, _, _ = ranks[0][1:]
         for column, counts in enumerate((found.documents, found.epochs)):
-            counts[:] = [sum(numbers) for numbers in zip(*(step[column] for step in ledger), *([counts] if counts else []))]
+            counts[:] = [
+                sum(numbers)
+                for numbers in zip(
+                    *(step[column] for step in ledger), *([counts] if counts else [])
+                )
+            ]
         found.states.append(json.loads(json.dumps(state)))
         found.dropped |= {name for rank in ranks for name in rank[3]}
         found.factors |= {draw: factors for rank in ranks for draw, factors in rank[4].items()}
     return found
 
 
-def check_accounts(found: History, factory: PipelineFactory, lost: Collection[int] = (), renewals: Sequence[int] = ()) -> None:
-    """A history since the beginning is what one reader of the whole mix, reading on its own, says it must be.
+def check_accounts(
+    found: History,
+    factory: PipelineFactory,
+    lost: Collection[int] = (),
+    renewals: Sequence[int] = (),
+) -> None:
+    """A history since the beginning is what one reader of the whole mix, reading on its own, says
+    it must be.
 
-    Each draw is the document that it has to be, on the lane that it has to be on; each is used from its start on without a gap,
-    wholly, but for those that the state says are waiting; and the ledger counts them.
+    Each draw is the document that it has to be, on the lane that it has to be on; each is used from
+    its start on without a gap, wholly, but for those that the state says are waiting; and the
+    ledger counts them.
 
     lost      draws that may be missing, or break off
     renewals  draws at which a new horizon began
     """
     settings = factory.settings
-    ends = 2 if settings.objective == "masked_tokens" else 1  # positions of a document that are none of its tokens
+    # positions of a document that are none of its tokens
+    ends = 2 if settings.objective == "masked_tokens" else 1
     drops = found.state["drops"]
-    mixed = factory(Position(drops=drops, renewals=list(renewals), factors=found.factors), [])._mixer
+    mixed = factory(
+        Position(drops=drops, renewals=list(renewals), factors=found.factors), []
+    )._mixer
     dealer = Dealer(settings.lanes, settings.mix.seed)
     used: Counter[int] = Counter()
     who: dict[int, tuple[int, int, int]] = {}
     for row in found.rows.values():
         for piece in row.pieces:
-            assert piece.start == used[piece.index], f"draw {piece.index} goes on at {piece.start}, {used[piece.index]} were used"
+            assert piece.start == used[piece.index], (
+                f"draw {piece.index} goes on at {piece.start}, {used[piece.index]} were used"
+            )
             used[piece.index] += piece.length
             told = (piece.source, piece.digest, row.lane)
             assert who.setdefault(piece.index, told) == told, f"draw {piece.index} is two documents"
-    places = {int(lane): (place[0], {i: at for i, at in place[1]}) for lane, place in found.state["lanes"].items()}
+    places = {
+        int(lane): (place[0], {i: at for i, at in place[1]})
+        for lane, place in found.state["lanes"].items()
+    }
     documents, epochs = [0] * len(factory.sections), [0] * len(factory.sections)
     for index in range(max(used) + 1 if used else 0):
         draw = next(mixed)
@@ -304,14 +403,19 @@ def check_accounts(found: History, factory: PipelineFactory, lost: Collection[in
             f"{used[index]} of draw {index} were used, {expected} must have been"
         )
         if used[index]:
-            assert who[index] == (draw.source, draw.document.digest, dealer.lane(index)), f"draw {index} is another document"
+            assert who[index] == (draw.source, draw.document.digest, dealer.lane(index)), (
+                f"draw {index} is another document"
+            )
             documents[draw.source] += 1
             epochs[draw.source] += draw.opens_epoch
-    assert (documents, epochs) == (found.documents, found.epochs), "the ledger does not tell what was consumed"
+    assert (documents, epochs) == (found.documents, found.epochs), (
+        "the ledger does not tell what was consumed"
+    )
 
 
 class Ranks:
-    """Data-parallel ranks as threads of this process: the interface of core/parallel with a barrier for a network."""
+    """Data-parallel ranks as threads of this process: the interface of core/parallel with a barrier
+    for a network."""
 
     def __init__(self, world_size: int):
         self.world_size = world_size
@@ -319,7 +423,8 @@ class Ranks:
         self._box: list[Any] = [None] * world_size
 
     def run(self, job: Callable[[Any], Any]) -> list[Any]:
-        """`job(parallel)` on every rank; the results by rank. The first error of any rank is raised."""
+        """`job(parallel)` on every rank; the results by rank. The first error of any rank is
+        raised."""
         results: list[Any] = [None] * self.world_size
         errors: list[BaseException] = []
 
@@ -336,7 +441,9 @@ class Ranks:
         for thread in threads:
             thread.join()
         if errors:
-            raise next((e for e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0])
+            raise next(
+                (e for e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0]
+            )
         return results
 
     def exchange(self, rank: int, value: Any) -> list[Any]:
@@ -362,7 +469,8 @@ class _Rank:
 
 
 class Fails:
-    """A source of one file that is broken at one place: document `at` of it can never be read, nor a second epoch."""
+    """A source of one file that is broken at one place: document `at` of it can never be read, nor
+    a second epoch."""
 
     def __init__(self, source: Any, at: int):
         self._source, self._at = source, at

@@ -15,7 +15,8 @@ Line = tuple[float, float, str]  # x and baseline of a line of text
 
 
 def pdf_of_lines(pages: Sequence[Sequence[Line]], size: float = 9) -> bytes:
-    """Lines of Latin text at exact places: what a layout is made of. A line may begin with its own size: "6|a footnote"."""
+    """Lines of Latin text at exact places: what a layout is made of. A line may begin with its own
+    size: "6|a footnote"."""
     objects = [CATALOG, b"", b"", b"", FONT]
     kids = []
     for lines in pages:
@@ -28,7 +29,10 @@ def pdf_of_lines(pages: Sequence[Sequence[Line]], size: float = 9) -> bytes:
         kids.append(len(objects) + 1)
         objects += [PAGE.replace(b"4 0 R", b"%d 0 R" % (len(objects) + 2)) % FONT_5]
         objects += [stream("\n".join(body).encode("latin-1"), filters=1)]
-    objects[1] = b"<< /Type /Pages /Kids [%s] /Count %d >>" % (b" ".join(b"%d 0 R" % kid for kid in kids), len(kids))
+    objects[1] = b"<< /Type /Pages /Kids [%s] /Count %d >>" % (
+        b" ".join(b"%d 0 R" % kid for kid in kids),
+        len(kids),
+    )
     objects[2] = objects[3] = b"null"
     return raw_pdf(objects)
 
@@ -38,7 +42,9 @@ def locked(data: bytes, user: str, owner: str = "owner") -> bytes:
     import pymupdf
 
     with pymupdf.open(stream=data, filetype="pdf") as document:
-        return document.tobytes(encryption=pymupdf.PDF_ENCRYPT_AES_256, user_pw=user, owner_pw=owner)
+        return document.tobytes(
+            encryption=pymupdf.PDF_ENCRYPT_AES_256, user_pw=user, owner_pw=owner
+        )
 
 
 def column(text: str, x: float, y: float, width: int, size: float = 9) -> list[Line]:
@@ -64,7 +70,8 @@ def scanned_pdf(pages: int = 1) -> bytes:
 
 
 def raw_pdf(objects: Sequence[bytes], root: int = 1) -> bytes:
-    """A file of these objects, the first of which is number 1: whatever a library would refuse to write."""
+    """A file of these objects, the first of which is number 1: whatever a library would refuse to
+    write."""
     out, offsets = bytearray(b"%PDF-1.7\n"), []
     for number, body in enumerate(objects, 1):
         offsets.append(len(out))
@@ -72,7 +79,11 @@ def raw_pdf(objects: Sequence[bytes], root: int = 1) -> bytes:
     start = len(out)
     out += b"xref\n0 %d\n0000000000 65535 f \n" % (len(objects) + 1)
     out += b"".join(b"%010d 00000 n \n" % offset for offset in offsets)
-    out += b"trailer << /Size %d /Root %d 0 R >>\nstartxref\n%d\n%%%%EOF\n" % (len(objects) + 1, root, start)
+    out += b"trailer << /Size %d /Root %d 0 R >>\nstartxref\n%d\n%%%%EOF\n" % (
+        len(objects) + 1,
+        root,
+        start,
+    )
     return bytes(out)
 
 
@@ -87,7 +98,9 @@ def stream(data: bytes, entries: bytes = b"", filters: int = 0) -> bytes:
 CATALOG = b"<< /Type /Catalog /Pages 2 0 R >>"
 PAGES = b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>"
 FONT = b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>"
-PAGE = b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 595 842] /Contents 4 0 R /Resources << %s >> >>"
+PAGE = (
+    b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 595 842] /Contents 4 0 R /Resources << %s >> >>"
+)
 FONT_5 = b"/Font << /F 5 0 R >>"
 
 
@@ -96,13 +109,19 @@ def no_pages() -> bytes:
 
 
 def endless_forms(fan_out: int = 30, depth: int = 14) -> bytes:
-    """Forms that draw forms: each calls the next `fan_out` times, so fan_out ** depth drawings, with no cycle to be found."""
+    """Forms that draw forms: each calls the next `fan_out` times, so fan_out ** depth drawings,
+    with no cycle to be found."""
     forms = []
     for level in range(depth):
         here, below = 6 + level, 7 + level
-        resources = b"/Resources << %s /XObject << /X %d 0 R >> >>" % (FONT_5, below if level < depth - 1 else here)
+        resources = b"/Resources << %s /XObject << /X %d 0 R >> >>" % (
+            FONT_5,
+            below if level < depth - 1 else here,
+        )
         body = b"/X Do " * fan_out if level < depth - 1 else b"BT /F 9 Tf 50 700 Td (x) Tj ET"
-        forms.append(stream(body, b"/Type /XObject /Subtype /Form /BBox [0 0 595 842] " + resources))
+        forms.append(
+            stream(body, b"/Type /XObject /Subtype /Form /BBox [0 0 595 842] " + resources)
+        )
     page = PAGE % (FONT_5 + b" /XObject << /X 6 0 R >>")
     return raw_pdf([CATALOG, PAGES, page, stream(b"/X Do"), FONT, *forms])
 
@@ -111,7 +130,16 @@ def self_drawing_form() -> bytes:
     """A form that draws itself: MuPDF sees this one."""
     resources = b"/Resources << /XObject << /X 6 0 R >> >>"
     form = stream(b"/X Do /X Do", b"/Type /XObject /Subtype /Form /BBox [0 0 595 842] " + resources)
-    return raw_pdf([CATALOG, PAGES, PAGE % (FONT_5 + b" /XObject << /X 6 0 R >>"), stream(b"/X Do"), FONT, form])
+    return raw_pdf(
+        [
+            CATALOG,
+            PAGES,
+            PAGE % (FONT_5 + b" /XObject << /X 6 0 R >>"),
+            stream(b"/X Do"),
+            FONT,
+            form,
+        ]
+    )
 
 
 def page_tree_cycle() -> bytes:
@@ -138,13 +166,29 @@ def drawn_by_chain(length: int = 3000) -> bytes:
     forms = []
     for i in range(length):
         inner = b"/Resources << /XObject << /X %d 0 R >> >>" % (7 + i if i < length - 1 else 6 + i)
-        forms.append(stream(b"/X Do", b"/Type /XObject /Subtype /Form /BBox [0 0 595 842] " + inner))
-    return raw_pdf([CATALOG, PAGES, PAGE % (FONT_5 + b" /XObject << /X 6 0 R >>"), stream(b"/X Do"), FONT, *forms])
+        forms.append(
+            stream(b"/X Do", b"/Type /XObject /Subtype /Form /BBox [0 0 595 842] " + inner)
+        )
+    return raw_pdf(
+        [
+            CATALOG,
+            PAGES,
+            PAGE % (FONT_5 + b" /XObject << /X 6 0 R >>"),
+            stream(b"/X Do"),
+            FONT,
+            *forms,
+        ]
+    )
 
 
 def deep_page_tree(depth: int = 3000) -> bytes:
-    inner = [b"<< /Type /Pages /Kids [%d 0 R] /Count 1 /Parent %d 0 R >>" % (i + 3, i + 1) for i in range(depth)]
-    return raw_pdf([CATALOG, *inner, b"<< /Type /Page /Parent %d 0 R /MediaBox [0 0 9 9] >>" % (depth + 1)])
+    inner = [
+        b"<< /Type /Pages /Kids [%d 0 R] /Count 1 /Parent %d 0 R >>" % (i + 3, i + 1)
+        for i in range(depth)
+    ]
+    return raw_pdf(
+        [CATALOG, *inner, b"<< /Type /Page /Parent %d 0 R /MediaBox [0 0 9 9] >>" % (depth + 1)]
+    )
 
 
 def many_contents(count: int = 300_000) -> bytes:

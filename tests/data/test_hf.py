@@ -1,4 +1,5 @@
-"""Hub datasets through the real `datasets` code, against a hub on loopback: exact resume, plain refusals, broken lines."""
+"""Hub datasets through the real `datasets` code, against a hub on loopback: exact resume, plain
+refusals, broken lines."""
 
 import gzip
 import io
@@ -48,26 +49,57 @@ def hub():
 
     sizes = [20, 33, 7, 15]
     card = (
-        b"---\nconfigs:\n- config_name: big\n  data_files: big/*.jsonl\n- config_name: small\n  data_files: small/*.jsonl\n---\n"
+        b"---\nconfigs:\n- config_name: big\n  data_files: big/*.jsonl\n- config_name: "
+        b"small\n  data_files: small/*.jsonl\n---\n"
     )
     with Hub() as hub:
         hub.add_dataset(
-            "me/parquet", {f"data/train-{k}.parquet": parquet(rows(k, n), row_group_size=6) for k, n in enumerate(sizes)}
+            "me/parquet",
+            {
+                f"data/train-{k}.parquet": parquet(rows(k, n), row_group_size=6)
+                for k, n in enumerate(sizes)
+            },
         )
-        hub.add_dataset("me/gzip", {f"en/train.{k}.json.gz": gzip.compress(lines(rows(k, n))) for k, n in enumerate(sizes)})
-        hub.add_dataset("me/zstd", {f"train/{k}.jsonl.zst": zstandard.compress(lines(rows(k, n))) for k, n in enumerate(sizes)})
-        hub.add_dataset("me/configs", {"README.md": card, "big/0.jsonl": lines(rows(0, 3)), "small/0.jsonl": lines(rows(1, 3))})
-        hub.add_dataset("me/script", {"script.py": b"import datasets", "data/train.parquet": parquet(rows(0, 3))})
+        hub.add_dataset(
+            "me/gzip",
+            {
+                f"en/train.{k}.json.gz": gzip.compress(lines(rows(k, n)))
+                for k, n in enumerate(sizes)
+            },
+        )
+        hub.add_dataset(
+            "me/zstd",
+            {
+                f"train/{k}.jsonl.zst": zstandard.compress(lines(rows(k, n)))
+                for k, n in enumerate(sizes)
+            },
+        )
+        hub.add_dataset(
+            "me/configs",
+            {
+                "README.md": card,
+                "big/0.jsonl": lines(rows(0, 3)),
+                "small/0.jsonl": lines(rows(1, 3)),
+            },
+        )
+        hub.add_dataset(
+            "me/script",
+            {"script.py": b"import datasets", "data/train.parquet": parquet(rows(0, 3))},
+        )
         hub.add_dataset("me/gated", {"data/train.parquet": parquet(rows(0, 3))}, gated=True)
         hub.tokens |= {"hf_withoutAccess1234": set(), "hf_withAccess12345678": {"me/gated"}}
-        hub.add_dataset("me/qa", {"train.jsonl": lines([{"question": f"q{i}", "answer": f"a{i}"} for i in range(4)])})
+        hub.add_dataset(
+            "me/qa",
+            {"train.jsonl": lines([{"question": f"q{i}", "answer": f"a{i}"} for i in range(4)])},
+        )
         yield hub
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dataset", ["me/parquet", "me/gzip", "me/zstd"])
 def test_resume_is_no_resume(hub: Hub, tmp_path: Path, dataset: str) -> None:
-    """From every cursor of two epochs, through JSON and a fresh source: the rest of the straight run."""
+    """From every cursor of two epochs, through JSON and a fresh source: the rest of the straight
+    run."""
     result = hub.run(
         PROLOGUE
         + """
@@ -104,11 +136,20 @@ def test_resume_reads_no_row_group_behind_it(tmp_path: Path) -> None:
     with Hub() as hub:
         hub.add_dataset("me/long", {"train.parquet": data})
         key = hub.run(
-            PROLOGUE + 'print(json.dumps(next(source("me/long").stream({"epoch": 0, "shard": 0, "row": 1700})).key))', tmp_path
+            PROLOGUE
+            + 'print(json.dumps(next(source("me/long").stream({"epoch": 0, "shard": 0, "row": '
+            "1700})).key))",
+            tmp_path,
         )
-        fetched = [request.split()[-1].split("-") for request in hub.requests if "train.parquet " in request]
+        fetched = [
+            request.split()[-1].split("-")
+            for request in hub.requests
+            if "train.parquet " in request
+        ]
     assert key == "train.parquet#1700"
-    assert sum(min(int(end), len(data) - 1) - int(begin) + 1 for begin, end in fetched) < 0.6 * len(data)
+    assert sum(min(int(end), len(data) - 1) - int(begin) + 1 for begin, end in fetched) < 0.6 * len(
+        data
+    )
     assert not [begin for begin, _ in fetched if 1_000_000 < int(begin) < 0.8 * len(data)]
 
 
@@ -131,14 +172,20 @@ print(json.dumps([good, failed, seconds, [d.text for d in stream]]))
     )
     assert good == ["right_config", "qa"]
     assert qa == [f"Q: q{i}\nA: a{i}" for i in range(4)]
-    token = f"create a token with read access at {hub.url}/settings/tokens, put it as HF_TOKEN=... into the file .env in the "
+    token = (
+        f"create a token with read access at {hub.url}/settings/tokens, put it as "
+        "HF_TOKEN=... into the file .env in the "
+    )
     token += "project's folder (or into the environment), and start again"
     assert failed == {
-        "gated": f"me/gated is gated: open {hub.url}/datasets/me/gated in a browser, log in, agree to the terms or ask for "
+        "gated": f"me/gated is gated: open {hub.url}/datasets/me/gated in a browser, log in, "
+        "agree to the terms or ask for "
         f"access; then {token}",
-        "absent": f"me/absent is not on the Hub, or is private; check the spelling at {hub.url}/datasets/me/absent; if it is "
+        "absent": "me/absent is not on the Hub, or is private; check the spelling at "
+        f"{hub.url}/datasets/me/absent; if it is "
         f"private, {token} (the token of an account that may read it)",
-        "script": "me/script is a loading script, which no version of datasets runs any more; choose a copy of it in Parquet",
+        "script": "me/script is a loading script, which no version of datasets runs any more; "
+        "choose a copy of it in Parquet",
         "no_config": 'me/configs needs another "config": big, small',
         "wrong_config": 'me/configs needs another "config": big, small',
         "split": 'me/parquet has no such "split"; it has train',
@@ -150,7 +197,8 @@ print(json.dumps([good, failed, seconds, [d.text for d in stream]]))
 
 @pytest.mark.slow
 def test_tokens_are_used_and_never_shown(hub: Hub, tmp_path: Path) -> None:
-    """None, one without access, a wrong one, the right one: each is told what to do, and no text holds the token."""
+    """None, one without access, a wrong one, the right one: each is told what to do, and no text
+    holds the token."""
     code = (
         PROLOGUE
         + """
@@ -160,10 +208,16 @@ print(json.dumps(opened(source("me/gated", name="gated"), source("me/absent", na
     )
     good, failed = hub.run(code, tmp_path, HF_TOKEN="hf_withoutAccess1234")
     assert good == ["qa"] and "the account of your token has no access" in failed["gated"]
-    assert f"{hub.url}/datasets/me/gated" in failed["gated"] and "your token must have read access" in failed["absent"]
+    assert (
+        f"{hub.url}/datasets/me/gated" in failed["gated"]
+        and "your token must have read access" in failed["absent"]
+    )
     good, wrong = hub.run(code, tmp_path, HF_TOKEN="hf_mistypedMistyped")
     assert good == [] and set(wrong) == {"gated", "absent", "qa"}
-    assert all("the Hub refused your token" in reason and "/settings/tokens" in reason for reason in wrong.values())
+    assert all(
+        "the Hub refused your token" in reason and "/settings/tokens" in reason
+        for reason in wrong.values()
+    )
     strange, odd = hub.run(code, tmp_path, HF_TOKEN="hf_no\u00ef such header\t1")
     assert strange == []
     good, granted = hub.run(code, tmp_path, HF_TOKEN="hf_withAccess12345678")
@@ -173,7 +227,9 @@ print(json.dumps(opened(source("me/gated", name="gated"), source("me/absent", na
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dataset, file", [("me/parquet", "train-1.parquet"), ("me/gzip", "train.1.json.gz")])
+@pytest.mark.parametrize(
+    "dataset, file", [("me/parquet", "train-1.parquet"), ("me/gzip", "train.1.json.gz")]
+)
 @pytest.mark.parametrize(
     "how",
     [
@@ -186,7 +242,9 @@ print(json.dumps(opened(source("me/gated", name="gated"), source("me/absent", na
     ],
     ids=["cut", "520", "429", "503", "stalled", "slow"],
 )
-def test_a_broken_line_is_tried_again(hub: Hub, tmp_path: Path, dataset: str, file: str, how: dict) -> None:
+def test_a_broken_line_is_tried_again(
+    hub: Hub, tmp_path: Path, dataset: str, file: str, how: dict
+) -> None:
     """Dropped connections and server errors in mid-run: the same documents as without them."""
     code = (
         PROLOGUE
@@ -207,7 +265,8 @@ print(json.dumps([d.text for d in s.stream({})]))
 
 @pytest.mark.slow
 def test_what_is_odd_in_a_dataset_costs_itself(tmp_path: Path) -> None:
-    """A row that is none, a file without the column, a flipped block, a cut file: counted and named; the other shards go on."""
+    """A row that is none, a file without the column, a flipped block, a cut file: counted and
+    named; the other shards go on."""
     whole = [{"text": f"{i} " + random.Random(i).randbytes(30).hex()} for i in range(300)]
     how = {"row_group_size": 100, "write_page_checksum": True, "use_dictionary": False}
     flipped, packed = bytearray(parquet(whole, **how)), gzip.compress(lines(whole))
@@ -215,9 +274,17 @@ def test_what_is_odd_in_a_dataset_costs_itself(tmp_path: Path) -> None:
         flipped[at] ^= 0xFF
     bad = lines(whole[:2]) + b'{"text": null}\n{not json\n{"text": "\xff"}\n' + lines(whole[2:4])
     with Hub() as hub:
-        hub.add_dataset("me/tables", {"train-0.parquet": bytes(flipped), "train-1.parquet": parquet(whole, **how)})
-        files = {"train-0.json.gz": packed[: len(packed) // 2], "train-1.json.gz": gzip.compress(bad)}
-        hub.add_dataset("me/lines", files | {"train-2.json.gz": gzip.compress(lines([{"body": "x"}]))})
+        hub.add_dataset(
+            "me/tables",
+            {"train-0.parquet": bytes(flipped), "train-1.parquet": parquet(whole, **how)},
+        )
+        files = {
+            "train-0.json.gz": packed[: len(packed) // 2],
+            "train-1.json.gz": gzip.compress(bad),
+        }
+        hub.add_dataset(
+            "me/lines", files | {"train-2.json.gz": gzip.compress(lines([{"body": "x"}]))}
+        )
         found = hub.run(
             PROLOGUE
             + """
@@ -233,10 +300,14 @@ print(json.dumps(out))
         )
     (tables, told), (rows, said) = found
     assert (
-        sum(key.startswith("train-1") for key in tables) == 300 and 100 <= sum(key.startswith("train-0") for key in tables) < 300
+        sum(key.startswith("train-1") for key in tables) == 300
+        and 100 <= sum(key.startswith("train-0") for key in tables) < 300
     )
     assert told == ["used 1 file up to the damage: train-0.parquet"]
-    assert sum(key.startswith("train-1") for key in rows) == 4 and 50 < sum(key.startswith("train-0") for key in rows) < 300
+    assert (
+        sum(key.startswith("train-1") for key in rows) == 4
+        and 50 < sum(key.startswith("train-0") for key in rows) < 300
+    )
     hint = 'set "text_field" to one of them, or "fields" and "format"'
     assert said == [
         'skipped 1 file without the column "text": train-2.json.gz',
@@ -266,15 +337,26 @@ except Exception as error:
     print(json.dumps([type(error).__name__, str(error)]))
 """
     )
-    kind, message = _run_with_fault(hub, tmp_path, code, "me/parquet", "train-2.parquet", status=520)
-    assert kind == "SourceUnavailable" and message.startswith("reading failed 5 times in a row; ") and "HTTP 520" in message
-    kind, message = _run_with_fault(hub, tmp_path, code, "me/parquet", "train-2.parquet", status=403)
+    kind, message = _run_with_fault(
+        hub, tmp_path, code, "me/parquet", "train-2.parquet", status=520
+    )
+    assert (
+        kind == "SourceUnavailable"
+        and message.startswith("reading failed 5 times in a row; ")
+        and "HTTP 520" in message
+    )
+    kind, message = _run_with_fault(
+        hub, tmp_path, code, "me/parquet", "train-2.parquet", status=403
+    )
     assert kind == "SourceUnavailable" and "refused access to me/parquet (HTTP 403)" in message
 
 
 @pytest.mark.slow
-def test_a_hub_that_is_away_for_a_moment_costs_no_source_in_mid_run(hub: Hub, tmp_path: Path) -> None:
-    """A data worker opens again later. At the start of a run, no connection is told at once, and an answer is asked for twice."""
+def test_a_hub_that_is_away_for_a_moment_costs_no_source_in_mid_run(
+    hub: Hub, tmp_path: Path
+) -> None:
+    """A data worker opens again later. At the start of a run, no connection is told at once, and an
+    answer is asked for twice."""
     code = (
         PROLOGUE
         + """
@@ -300,18 +382,26 @@ print(json.dumps([away(False, 0), away(True, 1.0), away(True, 0)]))
     assert "cannot reach 127.0.0.1" in given_up[1]["p"] and 2.5 < given_up[2] < 6
 
     fault = hub.fail("me/parquet", status=503, headers={"Retry-After": "0"}, times=1, method="GET")
-    good, failed, _ = hub.run(PROLOGUE + 'print(json.dumps(opened(source("me/parquet", name="p"))))', tmp_path / "fresh")
+    good, failed, _ = hub.run(
+        PROLOGUE + 'print(json.dumps(opened(source("me/parquet", name="p"))))', tmp_path / "fresh"
+    )
     hub.heal()
     assert (good, failed) == (["p"], {}) and fault.seen
 
 
 @pytest.mark.slow
 def test_the_wait_a_hub_asks_for_is_found_and_cut(hub: Hub, tmp_path: Path) -> None:
-    """In the errors of huggingface_hub itself and under those of `datasets`; by either header; never beyond a minute."""
+    """In the errors of huggingface_hub itself and under those of `datasets`; by either header;
+    never beyond a minute."""
     hub.fail("me/first", status=429, headers={"Retry-After": "7"})
     hub.fail("me/second", status=503, headers={"Retry-After": "3600"})
     hub.fail(
-        "me/third", status=429, headers={"RateLimit": '"api";r=0;t=55', "RateLimit-Policy": '"fixed window";"api";q=500;w=300'}
+        "me/third",
+        status=429,
+        headers={
+            "RateLimit": '"api";r=0;t=55',
+            "RateLimit-Policy": '"fixed window";"api";q=500;w=300',
+        },
     )
     hub.fail("me/fourth", status=403, headers={"Retry-After": "7"})
     waits, texts, slept = hub.run(
@@ -342,7 +432,12 @@ print(json.dumps([waits, texts, slept]))
     )
     hub.heal()
     assert waits == [[7, 7, True], [60, 60, True], [55, 55, True], [0, 0, False]]
-    assert "HTTP 429" in texts[0] and "/settings/tokens" in texts[0] and "HTTP 503" in texts[1] and "HTTP 403" in texts[3]
+    assert (
+        "HTTP 429" in texts[0]
+        and "/settings/tokens" in texts[0]
+        and "HTTP 503" in texts[1]
+        and "HTTP 403" in texts[3]
+    )
     assert slept == [61.0] * 5  # the library adds a second
 
 
@@ -369,7 +464,9 @@ except Exception as error:
     assert passing and reason.startswith("the connection to the Hub failed") and seconds < 5
 
 
-def _run_with_fault(hub: Hub, folder: Path, code: str, dataset: str, match: str, **how: object) -> list:
+def _run_with_fault(
+    hub: Hub, folder: Path, code: str, dataset: str, match: str, **how: object
+) -> list:
     """Runs a script that opens, says so and waits; the fault begins only then."""
     import subprocess
     import sys
@@ -383,7 +480,9 @@ def _run_with_fault(hub: Hub, folder: Path, code: str, dataset: str, match: str,
         stderr=subprocess.PIPE,
         text=True,
     )
-    assert process.stdout is not None and process.stdout.readline() == "opened\n", process.communicate()[1]
+    assert process.stdout is not None and process.stdout.readline() == "opened\n", (
+        process.communicate()[1]
+    )
     fault = hub.fail(match, **how)
     out, err = process.communicate("\n", timeout=90)
     hub.heal()
@@ -406,7 +505,10 @@ print(json.dumps(opened(local, *(source(name) for name in names))))
         hub_env(endpoint, tmp_path),
     )
     assert good == ["python_stdlib"] and len(failed) == 3
-    assert all(reason.startswith("cannot reach") and "check the network" in reason for reason in failed.values())
+    assert all(
+        reason.startswith("cannot reach") and "check the network" in reason
+        for reason in failed.values()
+    )
     assert seconds < 5 and time.monotonic() - begin < 10
 
 
@@ -414,8 +516,8 @@ print(json.dumps(opened(local, *(source(name) for name in names))))
 def test_a_silent_hub_does_not_outlast_the_deadline(hub: Hub, tmp_path: Path) -> None:
     hub.fail("me/parquet", delay_seconds=20)
     code = (
-        PROLOGUE
-        + 'b=time.monotonic(); f=open_sources([source("me/parquet")], 3.0)[1]; print(json.dumps([f, time.monotonic()-b]))'
+        PROLOGUE + 'b=time.monotonic(); f=open_sources([source("me/parquet")], 3.0)[1]; '
+        "print(json.dumps([f, time.monotonic()-b]))"
     )
     failed, seconds = hub.run(code, tmp_path)
     hub.heal()

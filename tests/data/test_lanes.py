@@ -22,7 +22,8 @@ def test_every_lane_gets_one_document_of_each_round() -> None:
 
 @pytest.mark.parametrize("documents", [LANES, LANES * 2, LANES * 4])
 def test_a_corpus_as_long_as_the_lanes_starves_none(tmp_path: Path, documents: int) -> None:
-    """One held-out document at the same place of every epoch must not be the same lane's every time."""
+    """One held-out document at the same place of every epoch must not be the same lane's every
+    time."""
     (section,) = write_corpus(tmp_path, {"a": documents})
     factory = make_factory(tmp_path, [section])
     held = next(iter(factory.sources[0].stream({}))).digest
@@ -31,16 +32,22 @@ def test_a_corpus_as_long_as_the_lanes_starves_none(tmp_path: Path, documents: i
     assert {row.lane for row in rows if (row.source_ids >= 0).all()} == set(range(LANES))
 
 
-def test_sources_of_unlike_lengths_leave_no_pile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With as many sources as divide the lanes, each lane still sees all of them, so no lane lags ever further behind."""
-    monkeypatch.setattr(pipeline, "READ_AHEAD", 32)  # what is read ahead waits too, and is not what is asked
+def test_sources_of_unlike_lengths_leave_no_pile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With as many sources as divide the lanes, each lane still sees all of them, so no lane lags
+    ever further behind."""
+    # what is read ahead waits too, and is not what is asked
+    monkeypatch.setattr(pipeline, "READ_AHEAD", 32)
     sections = write_corpus(tmp_path / "long", {"long": 40}, low=1500, high=2500)
     sections += write_corpus(tmp_path / "long", {"short": 40}, low=20, high=40)
     factory = make_factory(tmp_path / "long", sections)
     reader = factory(start(), list(range(LANES)))
     rows = list(islice(iter(reader), LANES * 2000))
     for lane in range(LANES):
-        assert {source for row in rows if row.lane == lane for source in row.source_ids.tolist()} == {0, 1}
+        assert {
+            source for row in rows if row.lane == lane for source in row.source_ids.tolist()
+        } == {0, 1}
     used = sum(int((row.source_ids >= 0).sum()) for row in rows)
     waiting = sum(packer._positions for packer in reader._packers.values())
     assert waiting < 0.25 * used, f"{waiting} positions wait, {used} were used"

@@ -1,4 +1,5 @@
-"""The mix: shares that are schedules, shares of tokens, and horizons, all of them functions of the place alone."""
+"""The mix: shares that are schedules, shares of tokens, and horizons, all of them functions of the
+place alone."""
 
 import json
 from pathlib import Path
@@ -10,12 +11,20 @@ from core.data.sources import build_source
 from core.schedules import Piece
 from tests.data.corpus import write_corpus
 
-FALLING = [Piece(start=0.9, shape="constant", end=0.5), Piece(start=0.9, to=0.1, begin=0.5, end=0.6)]
+FALLING = [
+    Piece(start=0.9, shape="constant", end=0.5),
+    Piece(start=0.9, to=0.1, begin=0.5, end=0.6),
+]
 RISING = [Piece(start=0.1, shape="constant", end=0.5), Piece(start=0.1, to=0.9, begin=0.5, end=0.6)]
 LENGTH = 99  # characters of every document: 100 tokens by the rate below
 
 
-def mixer(folder: Path, settings: MixSettings, snapshot: dict | None = None, renewals: tuple[int, ...] = ()) -> Mixer:
+def mixer(
+    folder: Path,
+    settings: MixSettings,
+    snapshot: dict | None = None,
+    renewals: tuple[int, ...] = (),
+) -> Mixer:
     sections = write_corpus(folder, {"a": 400, "b": 400})
     sources = [build_source(section, folder, 1) for section in sections]
 
@@ -39,7 +48,8 @@ def scheduled(horizon: int = 200_000) -> MixSettings:
 
 
 def test_shares_follow_their_schedules(tmp_path: Path) -> None:
-    """By the tokens drawn: nine to one in the first half of the horizon, one to nine after six tenths of it."""
+    """By the tokens drawn: nine to one in the first half of the horizon, one to nine after six
+    tenths of it."""
     draws = taken(mixer(tmp_path, scheduled()), 2400)
     done, early, late = 0, [], []
     for draw in draws:
@@ -49,7 +59,9 @@ def test_shares_follow_their_schedules(tmp_path: Path) -> None:
             late.append(draw)
         done += tokens_of([draw])
     assert done > 200_000 and len(early) > 500 and len(late) > 500
-    assert share_of_first(early) == pytest.approx(0.9, abs=0.04) and share_of_first(late) == pytest.approx(0.1, abs=0.04)
+    assert share_of_first(early) == pytest.approx(0.9, abs=0.04) and share_of_first(
+        late
+    ) == pytest.approx(0.1, abs=0.04)
 
 
 def test_a_new_horizon_begins_its_schedules_anew(tmp_path: Path) -> None:
@@ -60,8 +72,11 @@ def test_a_new_horizon_begins_its_schedules_anew(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("unit", ["documents", "tokens"])
 def test_any_snapshot_goes_on_alike(unit: str, tmp_path: Path) -> None:
-    """Also across a new horizon, and under a preset whose horizon or rates are others meanwhile: they count from the next on."""
-    settings = MixSettings("weighted", (FALLING, RISING), 3, unit=unit, horizon_tokens=20_000, rates=(1.0, 1.0))
+    """Also across a new horizon, and under a preset whose horizon or rates are others meanwhile:
+    they count from the next on."""
+    settings = MixSettings(
+        "weighted", (FALLING, RISING), 3, unit=unit, horizon_tokens=20_000, rates=(1.0, 1.0)
+    )
     straight = mixer(tmp_path, settings, renewals=(300,))
     snapshots, draws = [], []
     for _ in range(500):
@@ -70,12 +85,15 @@ def test_any_snapshot_goes_on_alike(unit: str, tmp_path: Path) -> None:
     for at in (0, 1, 77, 299, 300, 301, 450):
         again = mixer(tmp_path, settings, snapshots[at], renewals=(300,))
         assert taken(again, 500 - at) == draws[at:]
-    other = MixSettings("weighted", (FALLING, RISING), 3, unit=unit, horizon_tokens=7, rates=(0.3, 2.0))
+    other = MixSettings(
+        "weighted", (FALLING, RISING), 3, unit=unit, horizon_tokens=7, rates=(0.3, 2.0)
+    )
     assert taken(mixer(tmp_path, other, snapshots[350]), 150) == draws[350:]
 
 
 def test_shares_of_tokens(tmp_path: Path) -> None:
-    """A source whose documents are ten times as long is drawn a tenth as often: its tokens are what has the share."""
+    """A source whose documents are ten times as long is drawn a tenth as often: its tokens are what
+    has the share."""
     write_corpus(tmp_path / "short", {"a": 300}, low=20, high=40)
     write_corpus(tmp_path / "long", {"b": 300}, low=200, high=400)
     from core.data.sources.text import TextSettings
@@ -101,5 +119,9 @@ def test_each_epoch_is_opened_once(tmp_path: Path) -> None:
         draw = next(straight)
         opened += [(draw.index, draw.source)] * draw.opens_epoch
     assert opened == [(0, 0), (1, 1), (800, 0), (801, 1), (1600, 0), (1601, 1)]
-    assert is_beginning({}) and is_beginning({"epoch": 3}) and is_beginning({"epoch": 3, "unit": 0, "piece": 0})
+    assert (
+        is_beginning({})
+        and is_beginning({"epoch": 3})
+        and is_beginning({"epoch": 3, "unit": 0, "piece": 0})
+    )
     assert not is_beginning({"epoch": 0, "unit": 0, "piece": 1})

@@ -1,4 +1,5 @@
-"""PDF files: each is read rightly or named with its reason, and none, however hostile, hangs or ends a run."""
+"""PDF files: each is read rightly or named with its reason, and none, however hostile, hangs or
+ends a run."""
 
 import gc
 import json
@@ -18,13 +19,36 @@ from core.data.documents import Document
 from core.data.sources import open_sources
 from core.data.sources.pdf import pool as pdf_pool
 from core.data.sources.pdf.cache import CACHE, EXTRACTOR_VERSION, Outcome, PdfCache, digest_of_file
-from core.data.sources.pdf.messages import CRASH, DAMAGED, EMPTY, ENCRYPTED, GOOD, PAGELESS, SCANNED, SLOW
+from core.data.sources.pdf.messages import (
+    CRASH,
+    DAMAGED,
+    EMPTY,
+    ENCRYPTED,
+    GOOD,
+    PAGELESS,
+    SCANNED,
+    SLOW,
+)
 from core.data.sources.pdf.source import PdfSettings, PdfSource
 from core.errors import SourceUnavailable
 from tests.data import pdfs
 
 ROOT = Path(__file__).resolve().parents[2]
-WORDS = ("alpha", "bravo", "charlie", "delta", "echo", "foxtrot", "golf", "hotel", "india", "juliet", "kilo", "lima", "mike")
+WORDS = (
+    "alpha",
+    "bravo",
+    "charlie",
+    "delta",
+    "echo",
+    "foxtrot",
+    "golf",
+    "hotel",
+    "india",
+    "juliet",
+    "kilo",
+    "lima",
+    "mike",
+)
 
 
 def words(seed: int, count: int) -> str:
@@ -32,14 +56,19 @@ def words(seed: int, count: int) -> str:
     return " ".join(rng.choice(WORDS) for _ in range(count))
 
 
-# files ---------------------------------------------------------------------------------------------------------------
+# files --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def make_source(tmp_path: Path) -> Iterator[Callable[..., PdfSource]]:
     made: list[PdfSource] = []
 
-    def make(files: dict[str, bytes] | None = None, seconds: float = 60, memory: int = 1 << 30, workers: int = 1) -> PdfSource:
+    def make(
+        files: dict[str, bytes] | None = None,
+        seconds: float = 60,
+        memory: int = 1 << 30,
+        workers: int = 1,
+    ) -> PdfSource:
         for name, data in (files or {}).items():
             (tmp_path / "pdfs").mkdir(exist_ok=True)
             (tmp_path / "pdfs" / name).write_bytes(data)
@@ -95,8 +124,12 @@ def until(condition: Callable[[], object], seconds: float = 15) -> None:
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
 
-def test_bad_pdfs_are_skipped_and_named(make_source: Callable[..., PdfSource], capfd: pytest.CaptureFixture) -> None:
-    good = pdfs.pdf_of_lines([pdfs.column(f"Page {n}. " + words(n, 500) + ".", 50, 70, 95) for n in range(3)])
+def test_bad_pdfs_are_skipped_and_named(
+    make_source: Callable[..., PdfSource], capfd: pytest.CaptureFixture
+) -> None:
+    good = pdfs.pdf_of_lines(
+        [pdfs.column(f"Page {n}. " + words(n, 500) + ".", 50, 70, 95) for n in range(3)]
+    )
     source = make_source(
         {
             "good.pdf": good,
@@ -119,14 +152,22 @@ def test_bad_pdfs_are_skipped_and_named(make_source: Callable[..., PdfSource], c
     assert set(source.notes) == told
     documents = all_of(source)
     texts = [d.text for d in documents if d.key.startswith("good")]
-    assert len(texts) >= 2 and all(len(text) <= 5750 for text in texts) and texts[-1].rstrip().endswith(".")
-    assert [d.text for d in documents if d.key.startswith("open")] == ["No password is needed for this."]
+    assert (
+        len(texts) >= 2
+        and all(len(text) <= 5750 for text in texts)
+        and texts[-1].rstrip().endswith(".")
+    )
+    assert [d.text for d in documents if d.key.startswith("open")] == [
+        "No password is needed for this."
+    ]
     assert set(source.notes) == told  # said once, however often they are met
     assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("make", [True, False])
-def test_no_pdfs_says_where_to_put_them(make_source: Callable[..., PdfSource], tmp_path: Path, make: bool) -> None:
+def test_no_pdfs_says_where_to_put_them(
+    make_source: Callable[..., PdfSource], tmp_path: Path, make: bool
+) -> None:
     if make:
         (tmp_path / "pdfs").mkdir()
     _, failed = open_sources([make_source()])
@@ -134,13 +175,18 @@ def test_no_pdfs_says_where_to_put_them(make_source: Callable[..., PdfSource], t
 
 
 def test_what_is_left_out_is_not_read(tmp_path: Path) -> None:
-    """So the default presets take a person's own PDFs, and not the program's guide; without any, it is as if there were none."""
+    """So the default presets take a person's own PDFs, and not the program's guide; without any, it
+    is as if there were none."""
     (tmp_path / "pdfs").mkdir()
-    (tmp_path / "pdfs" / "guide.pdf").write_bytes(pdfs.pdf_of_lines([pdfs.column("The guide of the program.", 72, 72, 60)]))
+    (tmp_path / "pdfs" / "guide.pdf").write_bytes(
+        pdfs.pdf_of_lines([pdfs.column("The guide of the program.", 72, 72, 60)])
+    )
     source = PdfSource(PdfSettings(leave_out=["guide.pdf"]), tmp_path, 1)
     _, failed = open_sources([source])
     assert "holds no PDF but guide.pdf; put PDF files there" in failed["pdf"]
-    (tmp_path / "pdfs" / "mine.pdf").write_bytes(pdfs.pdf_of_lines([pdfs.column("A text of my own.", 72, 72, 60)]))
+    (tmp_path / "pdfs" / "mine.pdf").write_bytes(
+        pdfs.pdf_of_lines([pdfs.column("A text of my own.", 72, 72, 60)])
+    )
     opened, _ = open_sources([source])
     assert [d.key for d in all_of(opened[0])] == ["mine.pdf#0"] and source.notes == []
     source._pool.close()
@@ -154,10 +200,15 @@ def test_only_bad_pdfs_fail_with_their_reasons(make_source: Callable[..., PdfSou
 
 
 @pytest.mark.slow
-def test_hostile_files_first_do_not_eat_up_the_opening(make_source: Callable[..., PdfSource]) -> None:
-    source = make_source({f"h{i}.pdf": pdfs.endless_forms(31 + i) for i in range(8)} | {"z.pdf": paragraph("a text")})
+def test_hostile_files_first_do_not_eat_up_the_opening(
+    make_source: Callable[..., PdfSource],
+) -> None:
+    source = make_source(
+        {f"h{i}.pdf": pdfs.endless_forms(31 + i) for i in range(8)} | {"z.pdf": paragraph("a text")}
+    )
     order = source.order(0)
-    source.order = lambda epoch: sorted(order, key=lambda unit: unit.label)  # the good one comes last
+    # the good one comes last
+    source.order = lambda epoch: sorted(order, key=lambda unit: unit.label)
     begin = time.monotonic()
     source.open()
     assert time.monotonic() - begin < 9
@@ -165,7 +216,9 @@ def test_hostile_files_first_do_not_eat_up_the_opening(make_source: Callable[...
 
 
 @pytest.mark.slow
-def test_only_slow_files_say_so(make_source: Callable[..., PdfSource], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_slow_files_say_so(
+    make_source: Callable[..., PdfSource], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("core.data.sources.pdf.source.OPEN_SECONDS", 1.5)
     with pytest.raises(SourceUnavailable, match=r"no text within 1\.5 s in any of its 1 files"):
         make_source({"h.pdf": pdfs.endless_forms()}).open()
@@ -183,8 +236,16 @@ def good_pdf(number: int) -> tuple[bytes, str]:
     if kind == 1:  # two columns written line by line across both, a title above, a footnote below
         left, right = body, f"Right{number} " + words(number + 1, 60) + " stop."
         pairs = [pdfs.column(left, 50, 150, 45), pdfs.column(right, 320, 150, 45)]
-        mixed = [line for i in range(max(map(len, pairs))) for column in pairs for line in column[i : i + 1]]
-        title, note = "A title that stands over both of the columns of this page", f"1 Footnote {number}"
+        mixed = [
+            line
+            for i in range(max(map(len, pairs)))
+            for column in pairs
+            for line in column[i : i + 1]
+        ]
+        title, note = (
+            "A title that stands over both of the columns of this page",
+            f"1 Footnote {number}",
+        )
         page = [(60.0, 60.0, f"14|{title}"), *mixed, (50.0, 700.0, f"6|{note}")]
         return pdfs.pdf_of_lines([page]), "\n\n".join([title, left, right, note])
     if kind == 2:  # headers, footers, and a paragraph over all pages
@@ -204,7 +265,10 @@ def good_pdf(number: int) -> tuple[bytes, str]:
         ]
         return pdfs.pdf_of_lines(pages), " ".join(parts)
     if kind == 3:  # a word cut at every line's end
-        cut = [(50.0, 70.0 + 11 * i, f"{words(i, 10)} exam-" if i == 0 else f"ple {words(i, 9)} exam-") for i in range(8)]
+        cut = [
+            (50.0, 70.0 + 11 * i, f"{words(i, 10)} exam-" if i == 0 else f"ple {words(i, 9)} exam-")
+            for i in range(8)
+        ]
         whole = "".join(text.removesuffix("-") for _, _, text in cut) + f"ple {number}."
         return pdfs.pdf_of_lines([[*cut, (50.0, 158.0, f"ple {number}.")]]), whole
     if kind == 4:
@@ -221,7 +285,8 @@ def good_pdf(number: int) -> tuple[bytes, str]:
 HOSTILE = {  # what MuPDF 1.28 makes of each
     "forms.pdf": (lambda: pdfs.endless_forms(), "slow"),  # never ends
     "operators.pdf": (lambda: pdfs.bomb(b"q Q ", 300), "slow"),  # about 25 ms per MB
-    "letters.pdf": (lambda: pdfs.bomb(b"BT /F 9 Tf 50 700 Td (abc) Tj ET ", 60), "too large"),  # about 6 times its size
+    # about 6 times its size
+    "letters.pdf": (lambda: pdfs.bomb(b"BT /F 9 Tf 50 700 Td (abc) Tj ET ", 60), "too large"),
     "string.pdf": (lambda: pdfs.string_bomb(40), "too large"),
     "contents.pdf": (lambda: pdfs.many_contents(), "too large"),
     "self.pdf": (pdfs.self_drawing_form, SCANNED),  # MuPDF sees the rest itself
@@ -234,9 +299,12 @@ HOSTILE = {  # what MuPDF 1.28 makes of each
 
 @pytest.mark.slow
 def test_the_folder_of_two_hundred(
-    make_source: Callable[..., PdfSource], capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    make_source: Callable[..., PdfSource],
+    capfd: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Good, damaged, encrypted, empty, scanned, huge and hostile files: each read rightly or named with its reason, in time."""
+    """Good, damaged, encrypted, empty, scanned, huge and hostile files: each read rightly or named
+    with its reason, in time."""
     files: dict[str, bytes] = {name: make() for name, (make, _) in HOSTILE.items()}
     expected = {name: kind for name, (_, kind) in HOSTILE.items()}
     texts: dict[str, str] = {}
@@ -279,13 +347,21 @@ def test_the_folder_of_two_hundred(
     assert {name: got.get(name) for name in texts} == texts
     told = skipped(source)
     kinds = {name: told.get(name, "").split(" (over")[0] for name in expected}
-    for name in ("letters.pdf", "string.pdf", "contents.pdf"):  # a machine at its limits may need all the time to fill the memory
+    # a machine at its limits may need all the time to fill the memory
+    for name in ("letters.pdf", "string.pdf", "contents.pdf"):
         kinds[name] = kinds[name].replace("slow", "too large")
     assert kinds == expected
     assert set(got) | set(told) == set(files) and not set(got) & set(told)
     units = [unit.label for unit in source.order(0)]
-    assert [name for name in units if name in got] == list(got)  # in the epoch's order, whatever was read ahead
-    assert sum(note.startswith("skipped 10 damaged") or "encrypted files: lock" in note for note in source.notes) >= 1
+    # in the epoch's order, whatever was read ahead
+    assert [name for name in units if name in got] == list(got)
+    assert (
+        sum(
+            note.startswith("skipped 10 damaged") or "encrypted files: lock" in note
+            for note in source.notes
+        )
+        >= 1
+    )
 
     begin = time.monotonic()
     assert all_of(source) == documents
@@ -304,13 +380,15 @@ def test_the_folder_of_two_hundred(
     assert capfd.readouterr() == ("", "")
 
 
-# workers -------------------------------------------------------------------------------------------------------------
+# workers ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @linux
 @pytest.mark.parametrize("who", ["worker", "fork"])
-def test_a_killed_worker_is_replaced_and_its_file_tried_again(make_source: Callable[..., PdfSource], who: str) -> None:
+def test_a_killed_worker_is_replaced_and_its_file_tried_again(
+    make_source: Callable[..., PdfSource], who: str
+) -> None:
     source = make_source({"a.pdf": pdfs.text_then_bomb("Hello to you", b"q Q ", 15)})
     out: list[Document] = []
     reading = threading.Thread(target=lambda: out.extend(all_of(source)))
@@ -327,7 +405,9 @@ def test_a_killed_worker_is_replaced_and_its_file_tried_again(make_source: Calla
 
 @pytest.mark.slow
 @linux
-def test_a_file_that_always_kills_its_reader_is_named(make_source: Callable[..., PdfSource]) -> None:
+def test_a_file_that_always_kills_its_reader_is_named(
+    make_source: Callable[..., PdfSource],
+) -> None:
     source = make_source({"a.pdf": pdfs.endless_forms(), "b.pdf": paragraph("A text.")})
     ended = threading.Event()
 
@@ -351,14 +431,17 @@ def test_a_file_that_always_kills_its_reader_is_named(make_source: Callable[...,
 def test_a_worker_that_does_not_keep_the_limit_is_killed(
     make_source: Callable[..., PdfSource], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pdf_pool, "LATE_SECONDS", -59.0)  # its own limit is a minute: it would still be reading
+    # its own limit is a minute: it would still be reading
+    monkeypatch.setattr(pdf_pool, "LATE_SECONDS", -59.0)
     source = make_source({"a.pdf": pdfs.endless_forms()})
     with pytest.raises(SourceUnavailable, match=r"slow \(over 60 s\) file: a\.pdf"):
         all_of(source)
 
 
 @linux
-def test_workers_ignore_ctrl_c_hold_no_torch_and_go_with_their_source(make_source: Callable[..., PdfSource]) -> None:
+def test_workers_ignore_ctrl_c_hold_no_torch_and_go_with_their_source(
+    make_source: Callable[..., PdfSource],
+) -> None:
     source = make_source({"a.pdf": paragraph("A text.")})
     assert len(all_of(source)) == 1
     (pid,) = worker_pids(source)
@@ -441,7 +524,7 @@ def test_without_pymupdf_the_package_is_named(
         make_source({"a.pdf": paragraph("A text.")}).open()
 
 
-# cache ---------------------------------------------------------------------------------------------------------------
+# cache --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -466,15 +549,22 @@ def test_the_cache_remembers_what_follows_from_the_file(
     first = make_source(files, seconds=0.5)
     documents = all_of(first)
     assert sorted(counted) == ["a.pdf", "b.pdf", "slow.pdf"]
-    assert all_of(first) == documents and len(counted) == 3  # slow is remembered while the program runs,
+    # slow is remembered while the program runs,
+    assert all_of(first) == documents and len(counted) == 3
     (tmp_path / "pdfs" / "renamed.pdf").write_bytes(files["a.pdf"])
     assert [d.text for d in all_of(make_source(seconds=0.5))] == ["A text."] * 2
-    assert counted[3:] == ["slow.pdf"]  # and tried again by the next; the same content under another name is not
+    # and tried again by the next; the same content under another name is not
+    assert counted[3:] == ["slow.pdf"]
     folder = tmp_path / CACHE
-    assert sorted(p.suffix for p in folder.iterdir()) == [".gz", ".gz"]  # no lock and nothing half-written is left
+    # no lock and nothing half-written is left
+    assert sorted(p.suffix for p in folder.iterdir()) == [".gz", ".gz"]
     for path in folder.iterdir():
         path.write_bytes(path.read_bytes()[:-9])
-    assert all_of(make_source(seconds=0.5))[0].text == "A text." and sorted(counted[4:]) == ["a.pdf", "b.pdf", "slow.pdf"]
+    assert all_of(make_source(seconds=0.5))[0].text == "A text." and sorted(counted[4:]) == [
+        "a.pdf",
+        "b.pdf",
+        "slow.pdf",
+    ]
     digest = digest_of_file(tmp_path / "pdfs" / "a.pdf")
     assert PdfCache(tmp_path).get(digest) == (GOOD, "A text.", False)  # written anew
     (folder / f"{digest}-{EXTRACTOR_VERSION}.json.gz").write_bytes(b"\x1f\x8b junk")
@@ -489,7 +579,9 @@ def test_time_and_memory_are_not_cached(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["a file in its place", "a folder without rights"])
-def test_an_unwritable_cache_costs_only_time(make_source: Callable[..., PdfSource], tmp_path: Path, what: str) -> None:
+def test_an_unwritable_cache_costs_only_time(
+    make_source: Callable[..., PdfSource], tmp_path: Path, what: str
+) -> None:
     folder = tmp_path / CACHE
     if what == "a file in its place":
         folder.parent.write_text("")
@@ -499,13 +591,19 @@ def test_an_unwritable_cache_costs_only_time(make_source: Callable[..., PdfSourc
     try:
         source = make_source({"a.pdf": paragraph("A text."), "b.pdf": paragraph("B text.")})
         source.open()
-        assert sorted(d.text for d in all_of(source)) == sorted(d.text for d in all_of(source)) == ["A text.", "B text."]
+        assert (
+            sorted(d.text for d in all_of(source))
+            == sorted(d.text for d in all_of(source))
+            == ["A text.", "B text."]
+        )
     finally:
         if folder.is_dir():
             folder.chmod(0o700)
 
 
-def test_readers_of_the_same_folder_share_the_work(make_source: Callable[..., PdfSource], counted: list[str]) -> None:
+def test_readers_of_the_same_folder_share_the_work(
+    make_source: Callable[..., PdfSource], counted: list[str]
+) -> None:
     files = {f"{n}.pdf": paragraph(f"Text {n}. " + words(n, 50)) for n in range(8)}
     sources = [make_source(files) for _ in range(3)]
     out: dict[int, list[Document]] = {}
@@ -523,8 +621,11 @@ def test_readers_of_the_same_folder_share_the_work(make_source: Callable[..., Pd
 
 
 @pytest.mark.slow
-def test_the_time_of_a_slow_file_is_spent_once(make_source: Callable[..., PdfSource], counted: list[str]) -> None:
-    """Ranks want the same file at the same time: those that wait take the word of the one that tried."""
+def test_the_time_of_a_slow_file_is_spent_once(
+    make_source: Callable[..., PdfSource], counted: list[str]
+) -> None:
+    """Ranks want the same file at the same time: those that wait take the word of the one that
+    tried."""
     sources = [make_source({"a.pdf": pdfs.endless_forms()}, seconds=1) for _ in range(3)]
     failed: list[str] = []
 
@@ -539,11 +640,17 @@ def test_the_time_of_a_slow_file_is_spent_once(make_source: Callable[..., PdfSou
         thread.start()
     for thread in threads:
         thread.join(30)
-    assert counted == ["a.pdf"] and len(failed) == 3 and all("slow (over 1 s) file: a.pdf" in text for text in failed)
+    assert (
+        counted == ["a.pdf"]
+        and len(failed) == 3
+        and all("slow (over 1 s) file: a.pdf" in text for text in failed)
+    )
 
 
 def test_memory_is_limited(make_source: Callable[..., PdfSource]) -> None:
-    source = make_source({"a.pdf": pdfs.string_bomb(40), "b.pdf": paragraph("A text.")}, memory=100 << 20)
+    source = make_source(
+        {"a.pdf": pdfs.string_bomb(40), "b.pdf": paragraph("A text.")}, memory=100 << 20
+    )
     assert [d.text for d in all_of(source)] == ["A text."]
     assert skipped(source) == {"a.pdf": "too large (over 0.098 GB of memory)"}
 

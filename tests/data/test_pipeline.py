@@ -1,4 +1,5 @@
-"""The order of the data is a function of seed and position alone: any number of ranks and workers, any interruption.
+"""The order of the data is a function of seed and position alone: any number of ranks and workers,
+any interruption.
 
 Everything here reads real files through the real sources; ranks are threads, workers are processes.
 """
@@ -53,16 +54,21 @@ def read_all(loader: Loader, count: int | None) -> list[np.ndarray]:
 def text_lines(folder: Path, name: str) -> list[str]:
     """The documents of a corpus, as written."""
 
-    return [json.loads(line)["text"] for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)["text"] for line in (folder / f"{name}.jsonl").read_text().splitlines()
+    ]
 
 
-# ranks and workers ---------------------------------------------------------------------------------------------------
+# ranks and workers --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_rows_are_the_same_for_any_number_of_ranks(strategy: str, packing: str, tmp_path: Path) -> None:
-    """One rank, two, three: the same batches once put together, over more than two epochs of the smallest source."""
+def test_rows_are_the_same_for_any_number_of_ranks(
+    strategy: str, packing: str, tmp_path: Path
+) -> None:
+    """One rank, two, three: the same batches once put together, over more than two epochs of the
+    smallest source."""
     sections = write_corpus(tmp_path, SIZES)
     one = read_all(make_loader(make_factory(tmp_path, sections, strategy, packing), start()), 40)
     for world_size in (2, 3):
@@ -77,7 +83,8 @@ def test_rows_are_the_same_for_any_number_of_ranks(strategy: str, packing: str, 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 3])
 def test_rows_are_the_same_for_any_number_of_workers(workers: int, tmp_path: Path) -> None:
-    """Worker processes share the lanes out and change nothing; neither does going on with another number of them."""
+    """Worker processes share the lanes out and change nothing; neither does going on with another
+    number of them."""
     sections = write_corpus(tmp_path, SIZES)
     factory = make_factory(tmp_path, sections, "weighted")
     threaded = read_all(make_loader(factory, start()), 60)
@@ -92,19 +99,29 @@ def test_rows_are_the_same_for_any_number_of_workers(workers: int, tmp_path: Pat
 
 def test_what_one_rank_alone_meets_reaches_rank_0(tmp_path: Path) -> None:
     """The log is there. A file that several could not read is told once."""
-    factory, shared = make_factory(tmp_path, write_corpus(tmp_path, {"a": 30})), ("a", "f1", "no text")
+    factory, shared = (
+        make_factory(tmp_path, write_corpus(tmp_path, {"a": 30})),
+        ("a", "f1", "no text"),
+    )
 
     def job(parallel: Any) -> tuple:
         loader = make_loader(factory, start(), parallel=parallel)
         loader.told = ["a worker died"] if parallel.rank == 1 else []
-        loader.skipped = [{shared: True}, {shared: False, ("a", "f2", "no text"): False}, {}][parallel.rank]
+        loader.skipped = [{shared: True}, {shared: False, ("a", "f2", "no text"): False}, {}][
+            parallel.rank
+        ]
         before = loader.has_untold
         loader.gather_told()
         loader.close()
         return before, loader.has_untold, loader.told, loader.skipped
 
     first, second, third = Ranks(3).run(job)
-    assert first == (False, False, ["process 1: a worker died"], {shared: True, ("a", "f2", "no text"): False})
+    assert first == (
+        False,
+        False,
+        ["process 1: a worker died"],
+        {shared: True, ("a", "f2", "no text"): False},
+    )
     assert second[:3] == (True, False, []) and third[:3] == (False, False, [])
 
 
@@ -122,7 +139,8 @@ def test_no_document_is_on_two_ranks(tmp_path: Path) -> None:
 
 
 def test_rows_of_all_lanes_come_in_turn(tmp_path: Path) -> None:
-    """Row n is of lane n mod L, whatever the lengths of the documents; a reader of some lanes has exactly those rows."""
+    """Row n is of lane n mod L, whatever the lengths of the documents; a reader of some lanes has
+    exactly those rows."""
     sections = write_corpus(tmp_path, SIZES)
     factory = make_factory(tmp_path, sections)
     everything = iter(factory(start(), list(range(LANES))))
@@ -133,7 +151,7 @@ def test_rows_of_all_lanes_come_in_turn(tmp_path: Path) -> None:
         assert np.array_equal(as_array(next(some)), as_array(row))
 
 
-# interruptions -------------------------------------------------------------------------------------------------------
+# interruptions ------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -142,9 +160,12 @@ def test_rows_of_all_lanes_come_in_turn(tmp_path: Path) -> None:
 def test_resuming_anywhere_equals_not_stopping(
     strategy: str, packing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped at random steps, by way of JSON, over several epochs: the batches are the uninterrupted run's."""
+    """Stopped at random steps, by way of JSON, over several epochs: the batches are the
+    uninterrupted run's."""
     sections = write_corpus(tmp_path, SIZES)
-    straight = read_all(make_loader(make_factory(tmp_path, sections, strategy, packing), start()), 120)
+    straight = read_all(
+        make_loader(make_factory(tmp_path, sections, strategy, packing), start()), 120
+    )
     points = random.Random(f"{strategy} {packing}")
     for snapshot_every in (3, 20, 256):
         monkeypatch.setattr(pipeline, "SNAPSHOT_EVERY", snapshot_every)
@@ -160,9 +181,12 @@ def test_resuming_anywhere_equals_not_stopping(
 
 
 def test_a_step_may_be_smaller_or_larger_than_the_lanes(tmp_path: Path) -> None:
-    """Rows of a step need not be a multiple of the lanes; stopping in the middle of a round of lanes loses nothing."""
+    """Rows of a step need not be a multiple of the lanes; stopping in the middle of a round of
+    lanes loses nothing."""
     sections = write_corpus(tmp_path, SIZES)
-    whole = np.concatenate(read_all(make_loader(make_factory(tmp_path, sections), start(), rows=LANES), 40))
+    whole = np.concatenate(
+        read_all(make_loader(make_factory(tmp_path, sections), start(), rows=LANES), 40)
+    )
     for rows in (1, 4, 7, 16):
         position, found = start(), []
         for count in (3, 1, 5):
@@ -175,25 +199,33 @@ def test_a_step_may_be_smaller_or_larger_than_the_lanes(tmp_path: Path) -> None:
 
 
 def test_a_long_run_reads_little_again(tmp_path: Path) -> None:
-    """The saved snapshot follows behind: a resume reads at most some hundreds of documents twice, not the whole epoch."""
+    """The saved snapshot follows behind: a resume reads at most some hundreds of documents twice,
+    not the whole epoch."""
     sections = write_corpus(tmp_path, {"a": 3000}, low=5, high=20)
     loader = make_loader(make_factory(tmp_path, sections), start())
     steps(loader, 300)
     state = loader.state()
     loader.close()
     reached = min(after[0] for after in state["lanes"].values())
-    assert reached > 1000 and 0 <= reached - state["snapshot"]["index"] <= 2 * pipeline.SNAPSHOT_EVERY
+    assert (
+        reached > 1000 and 0 <= reached - state["snapshot"]["index"] <= 2 * pipeline.SNAPSHOT_EVERY
+    )
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_the_number_of_ranks_may_change_at_every_resume(packing: str, tmp_path: Path) -> None:
-    """1, 2, 3, 2, 2, 1 ranks in turn, each going on from the state merged over all ranks: one uninterrupted order."""
+    """1, 2, 3, 2, 2, 1 ranks in turn, each going on from the state merged over all ranks: one
+    uninterrupted order."""
     sections = write_corpus(tmp_path, SIZES)
-    straight = read_all(make_loader(make_factory(tmp_path, sections, "weighted", packing), start()), 70)
+    straight = read_all(
+        make_loader(make_factory(tmp_path, sections, "weighted", packing), start()), 70
+    )
     state, done = None, 0
     for world_size, count in ((1, 9), (2, 11), (3, 7), (2, 13), (2, 17), (1, 13)):
 
-        def job(parallel: object, count: int = count, state: dict | None = state) -> tuple[list[np.ndarray], dict]:
+        def job(
+            parallel: object, count: int = count, state: dict | None = state
+        ) -> tuple[list[np.ndarray], dict]:
             factory = make_factory(tmp_path, sections, "weighted", packing)
             position = resumed(state, factory) if state is not None else start()
             loader = make_loader(factory, position, parallel=parallel)
@@ -203,23 +235,32 @@ def test_the_number_of_ranks_may_change_at_every_resume(packing: str, tmp_path: 
             return found, saved
 
         ranks = Ranks(world_size).run(job)
-        assert same(merged([found for found, _ in ranks]), straight[done : done + count]), f"{world_size} ranks, {done} steps"
-        assert all(saved == ranks[0][1] for _, saved in ranks), "every rank must see the same merged state"
+        assert same(merged([found for found, _ in ranks]), straight[done : done + count]), (
+            f"{world_size} ranks, {done} steps"
+        )
+        assert all(saved == ranks[0][1] for _, saved in ranks), (
+            "every rank must see the same merged state"
+        )
         state, done = ranks[0][1], done + count
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_changed_data_section_trains_on_nothing_twice(strategy: str, packing: str, tmp_path: Path) -> None:
-    """Stopped in the first epochs and late in the last, changed, and stopped and changed once more: no document more often than
-    max_epochs says, and what is left out is no more than the lanes held waiting."""
+def test_a_changed_data_section_trains_on_nothing_twice(
+    strategy: str, packing: str, tmp_path: Path
+) -> None:
+    """Stopped in the first epochs and late in the last, changed, and stopped and changed once more:
+    no document more often than max_epochs says, and what is left out is no more than the lanes held
+    waiting."""
     sizes = {"a": 400, "b": 60, "c": 8}
     sections = write_corpus(tmp_path, sizes, low=20, high=60)
     contents = dict.fromkeys(sizes, "")
     for cuts, epochs in (((20, 9), 1), ((70, 40), 2), ((150, 1), 2)):
         position, found, lost = start(), [], 0
         for count in (*cuts, None):
-            loader = make_loader(make_factory(tmp_path, sections, strategy, packing, max_epochs=epochs), position)
+            loader = make_loader(
+                make_factory(tmp_path, sections, strategy, packing, max_epochs=epochs), position
+            )
             loader._facts["contents"] = contents
             found += texts_of(steps(loader, count))
             state = json.loads(json.dumps(loader.state()))
@@ -231,12 +272,18 @@ def test_a_changed_data_section_trains_on_nothing_twice(strategy: str, packing: 
         read = Counter(found)
         assert max(read.values()) <= epochs, read.most_common(3)
         hold_out = HoldOut(0.05)
-        every = [t for name in sizes for t in text_lines(tmp_path, name) if not hold_out.holds(Document(t, ""))]
+        every = [
+            t
+            for name in sizes
+            for t in text_lines(tmp_path, name)
+            if not hold_out.holds(Document(t, ""))
+        ]
         assert sum(epochs - read[text] for text in every) <= lost < len(every) / 2
 
 
 def test_a_file_that_changed_is_read_again_no_more_often_than_told(tmp_path: Path) -> None:
-    """Its next epoch is the one after those begun, not after that of the last snapshot; after the last, it ends."""
+    """Its next epoch is the one after those begun, not after that of the last snapshot; after the
+    last, it ends."""
     sections = write_corpus(tmp_path, {"a": 90, "b": 20}, low=20, high=60)
     for epochs, again in ((2, 0), (3, 1)):
         factory = make_factory(tmp_path, sections, max_epochs=epochs)
@@ -245,18 +292,21 @@ def test_a_file_that_changed_is_read_again_no_more_often_than_told(tmp_path: Pat
         begun = Counter(text for text in texts_of(steps(loader, 14)) if text.startswith("b "))
         state = json.loads(json.dumps(loader.state()))
         loader.close()
-        assert state["snapshot"]["cursors"]["b"].get("epoch", 0) == 0 and max(begun.values()) >= 2  # the snapshot is behind
+        # the snapshot is behind
+        assert state["snapshot"]["cursors"]["b"].get("epoch", 0) == 0 and max(begun.values()) >= 2
         position, notes = data_position(state, FINGERPRINT, {"a": "", "b": "new"}, epochs)
         loader = make_loader(make_factory(tmp_path, sections, max_epochs=epochs), position)
         after = Counter(text for text in texts_of(steps(loader)) if text.startswith("b "))
         loader.close()
         assert ("b begin with all their files" in notes[0]) == bool(again), notes
-        assert ("of b nothing more is read, as train.max_epochs is 2" in notes[0]) != bool(again), notes
+        assert ("of b nothing more is read, as train.max_epochs is 2" in notes[0]) != bool(again), (
+            notes
+        )
         most = max((begun + after).values())
         assert most <= epochs and (most == epochs or not again)
 
 
-# sources that fail ---------------------------------------------------------------------------------------------------
+# sources that fail --------------------------------------------------------------------------------
 
 
 def without(found: list[np.ndarray], source: int) -> bool:
@@ -266,12 +316,17 @@ def without(found: list[np.ndarray], source: int) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_a_source_that_fails_is_dropped_at_one_draw_on_all_ranks(strategy: str, world_size: int, tmp_path: Path) -> None:
-    """No rank reads it beyond that draw, the others go on, a second run does the same, and so does a resumed one."""
+def test_a_source_that_fails_is_dropped_at_one_draw_on_all_ranks(
+    strategy: str, world_size: int, tmp_path: Path
+) -> None:
+    """No rank reads it beyond that draw, the others go on, a second run does the same, and so does
+    a resumed one."""
     sections = write_corpus(tmp_path, {"a": 100, "b": 200, "c": 200}, low=5, high=40)
 
     def factory_now() -> object:
-        return make_factory(tmp_path, sections, strategy, wrap=lambda s: Fails(s, 60) if s.name == "b" else s)
+        return make_factory(
+            tmp_path, sections, strategy, wrap=lambda s: Fails(s, 60) if s.name == "b" else s
+        )
 
     def job(parallel: object) -> tuple[list[np.ndarray], list, dict, dict]:
         loader = make_loader(factory_now(), start(), parallel=parallel)
@@ -301,7 +356,11 @@ def test_no_document_of_the_other_sources_is_lost_when_one_fails(tmp_path: Path)
     """All that the others hold is read, once, whatever was read ahead when the failure came."""
     sections = write_corpus(tmp_path, {"a": 60, "b": 60, "c": 60})
     factory = make_factory(
-        tmp_path, sections, max_epochs=1, hold_out=HoldOut(0.0), wrap=lambda s: Fails(s, 25) if s.name == "b" else s
+        tmp_path,
+        sections,
+        max_epochs=1,
+        hold_out=HoldOut(0.0),
+        wrap=lambda s: Fails(s, 25) if s.name == "b" else s,
     )
     loader = make_loader(factory, start())
     found = texts_of(read_all(loader, None))
@@ -327,7 +386,8 @@ def test_when_the_last_source_fails_there_is_no_data(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_files_that_vanish_are_dropped_with_workers_too(tmp_path: Path) -> None:
-    """Worker processes open the sources anew after a drop: the lost one must not stop them again and again."""
+    """Worker processes open the sources anew after a drop: the lost one must not stop them again
+    and again."""
     sections = write_corpus(tmp_path, {"a": 30, "b": 30})
     loader = make_loader(make_factory(tmp_path, sections), start(), workers=1)
     assert len(steps(loader, 2)) == 2
@@ -342,19 +402,28 @@ def test_files_that_vanish_are_dropped_with_workers_too(tmp_path: Path) -> None:
     assert [name for name, _ in loader.dropped] == ["b"]
 
 
-# epochs --------------------------------------------------------------------------------------------------------------
+# epochs -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("rows", [1, 4, LANES, 16])
-def test_max_epochs_reads_everything_so_many_times(strategy: str, packing: str, rows: int, tmp_path: Path) -> None:
-    """The data ends by itself, on every rank at once, and not before the longest lane is empty: nothing is left unread."""
+def test_max_epochs_reads_everything_so_many_times(
+    strategy: str, packing: str, rows: int, tmp_path: Path
+) -> None:
+    """The data ends by itself, on every rank at once, and not before the longest lane is empty:
+    nothing is left unread."""
     sections = write_corpus(tmp_path, SIZES)
-    (tmp_path / "a.jsonl").open("a").write('{"text": "a the last one is long ' + "y" * 3000 + '"}\n')
-    factory = make_factory(tmp_path, sections, strategy, packing, max_epochs=2, hold_out=HoldOut(0.0))
+    (tmp_path / "a.jsonl").open("a").write(
+        '{"text": "a the last one is long ' + "y" * 3000 + '"}\n'
+    )
+    factory = make_factory(
+        tmp_path, sections, strategy, packing, max_epochs=2, hold_out=HoldOut(0.0)
+    )
     found = texts_of(read_all(make_loader(factory, start(), rows=rows), None))
-    assert Counter(found) == Counter(2 * [text for name in SIZES for text in text_lines(tmp_path, name)])
+    assert Counter(found) == Counter(
+        2 * [text for name in SIZES for text in text_lines(tmp_path, name)]
+    )
 
 
 def test_epochs_come_in_another_order() -> None:
@@ -366,17 +435,26 @@ def test_epochs_come_in_another_order() -> None:
     assert orders[0] == orders[2] != orders[1] and sorted(orders[0]) == sorted(orders[1])
 
 
-# mixing --------------------------------------------------------------------------------------------------------------
+# mixing -------------------------------------------------------------------------------------------
 
 
-def draws(folder: Path, sizes: dict[str, int], settings: MixSettings, count: int, drops: dict | None = None) -> list[int]:
+def draws(
+    folder: Path,
+    sizes: dict[str, int],
+    settings: MixSettings,
+    count: int,
+    drops: dict | None = None,
+) -> list[int]:
     sources = make_factory(folder, write_corpus(folder, sizes)).sources
     mixer = Mixer(sources, settings, lambda document: True, drops or {})
     return [draw.source for draw, _ in zip(mixer, range(count))]
 
 
 def test_round_robin_takes_one_from_each_in_turn(tmp_path: Path) -> None:
-    assert draws(tmp_path, {"a": 5, "b": 5, "c": 5}, MixSettings("round_robin", (1, 1, 1), 1), 9) == [0, 1, 2] * 3
+    assert (
+        draws(tmp_path, {"a": 5, "b": 5, "c": 5}, MixSettings("round_robin", (1, 1, 1), 1), 9)
+        == [0, 1, 2] * 3
+    )
 
 
 def test_sequential_reads_each_to_its_end_and_starts_again(tmp_path: Path) -> None:
@@ -385,20 +463,28 @@ def test_sequential_reads_each_to_its_end_and_starts_again(tmp_path: Path) -> No
 
 
 def test_weighted_draws_come_in_the_given_shares(tmp_path: Path) -> None:
-    """Shares of the documents drawn; a weight of 0 is never drawn; they are renormalised when a source is gone."""
+    """Shares of the documents drawn; a weight of 0 is never drawn; they are renormalised when a
+    source is gone."""
     settings = MixSettings("weighted", (3.0, 1.0, 0.0), 7)
     found = draws(tmp_path, {"a": 50, "b": 50, "c": 50}, settings, 4000)
     counts = Counter(found)
     assert counts[2] == 0 and counts[0] / 4000 == pytest.approx(0.75, abs=0.03)
     assert found == draws(tmp_path / "again", {"a": 50, "b": 50, "c": 50}, settings, 4000)
-    assert found != draws(tmp_path / "other", {"a": 50, "b": 50, "c": 50}, MixSettings("weighted", (3.0, 1.0, 0.0), 8), 4000)
+    assert found != draws(
+        tmp_path / "other",
+        {"a": 50, "b": 50, "c": 50},
+        MixSettings("weighted", (3.0, 1.0, 0.0), 8),
+        4000,
+    )
     dropped = draws(tmp_path / "dropped", {"a": 50, "b": 50, "c": 50}, settings, 300, {"a": 100})
     assert dropped[:100] == found[:100] and set(dropped[100:]) == {1}
 
 
 def test_an_ended_source_leaves_its_turns_to_the_others(tmp_path: Path) -> None:
     """Under max_epochs: nobody waits for it, nothing is drawn twice."""
-    found = draws(tmp_path, {"a": 2, "b": 6}, MixSettings("round_robin", (1, 1), 1, max_epochs=1), 100)
+    found = draws(
+        tmp_path, {"a": 2, "b": 6}, MixSettings("round_robin", (1, 1), 1, max_epochs=1), 100
+    )
     assert Counter(found) == {0: 2, 1: 6}
 
 

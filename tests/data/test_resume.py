@@ -1,11 +1,13 @@
-"""Resume ≡ no resume, and held-out documents stay out: every kind of source, mixing strategy and packing, at random points.
+"""Resume ≡ no resume, and held-out documents stay out: every kind of source, mixing strategy and
+packing, at random points.
 
-A plan is a list of segments, each with its own number of ranks (threads here), workers (processes) and rows a step; between
-segments everything but the saved state is forgotten. Whatever the plan, what is consumed is the same, row by row, and it is what
-one reader of the whole mix says it must be (corpus.check_accounts).
+A plan is a list of segments, each with its own number of ranks (threads here), workers (processes)
+and rows a step; between segments everything but the saved state is forgotten. Whatever the plan,
+what is consumed is the same, row by row, and it is what one reader of the whole mix says it must be
+(corpus.check_accounts).
 
-The constants of the pipeline are made small here, so that a few hundred short documents cross the borders of snapshots, windows,
-cached blocks, pieces of files and epochs many times.
+The constants of the pipeline are made small here, so that a few hundred short documents cross the
+borders of snapshots, windows, cached blocks, pieces of files and epochs many times.
 """
 
 import gzip
@@ -61,7 +63,10 @@ from tests.data.test_hf import lines, parquet
 from tests.hub import Hub
 
 HORIZON = 4000  # tokens: most of a reference run
-FALLING = [Piece(start=0.9, shape="constant", end=0.4), Piece(start=0.9, to=0.1, begin=0.4, end=0.6)]
+FALLING = [
+    Piece(start=0.9, shape="constant", end=0.4),
+    Piece(start=0.9, to=0.1, begin=0.4, end=0.6),
+]
 RISING = [Piece(start=0.1, shape="constant", end=0.4), Piece(start=0.1, to=0.9, begin=0.4, end=0.6)]
 
 STRATEGIES = ["round_robin", "sequential", "weighted", "annealed"]
@@ -124,16 +129,29 @@ def write_data(root: Path, count: int = 9) -> None:
     draw = random.Random(3)
 
     def said(name: str, most: int = 90) -> str:
-        return f"{name}: " + " ".join("abcdefghij"[: draw.randint(1, 10)] for _ in range(draw.randint(1, most // 5))) + "."
+        return (
+            f"{name}: "
+            + " ".join(
+                "abcdefghij"[: draw.randint(1, 10)] for _ in range(draw.randint(1, most // 5))
+            )
+            + "."
+        )
 
     def rows(name: str, size: int) -> list[dict]:
         return [{"text": said(f"{name} {i}"), "id": i} for i in range(size)]
 
     def chat(name: str, size: int) -> list[dict]:
         def told(i: int) -> list[tuple[str, str]]:
-            return [("assistant", said(f"{name} {i}", 60)), ("user", "so?"), ("assistant", said("so", 20))]
+            return [
+                ("assistant", said(f"{name} {i}", 60)),
+                ("user", "so?"),
+                ("assistant", said("so", 20)),
+            ]
 
-        return [{"messages": [{"role": role, "content": content} for role, content in told(i)]} for i in range(size)]
+        return [
+            {"messages": [{"role": role, "content": content} for role, content in told(i)]}
+            for i in range(size)
+        ]
 
     def lines(found: list[dict]) -> bytes:
         return "".join(json.dumps(row) + "\n" for row in found).encode()
@@ -142,18 +160,28 @@ def write_data(root: Path, count: int = 9) -> None:
         (root / folder).mkdir(parents=True)
     for i in range(3):
         size = count + 4 * i
-        (root / f"texts/{i}.{('txt', 'md', 'py')[i]}").write_text("\n\n".join(said(f"text {i} {k}") for k in range(size)))
-        (root / f"library/{'deep/' * (i == 1)}{i}.py").write_text("\n".join(f"# {said(f'code {i} {k}')}" for k in range(size)))
+        (root / f"texts/{i}.{('txt', 'md', 'py')[i]}").write_text(
+            "\n\n".join(said(f"text {i} {k}") for k in range(size))
+        )
+        (root / f"library/{'deep/' * (i == 1)}{i}.py").write_text(
+            "\n".join(f"# {said(f'code {i} {k}')}" for k in range(size))
+        )
         (root / f"rows/{i}.jsonl").write_bytes(lines(rows(f"jsonl {i}", size)))
         (root / f"rows/{i}.jsonl.gz").write_bytes(gzip.compress(lines(rows(f"gz {i}", size))))
-        (root / f"rows/{i}.jsonl.zst").write_bytes(zstandard.compress(lines(rows(f"zst {i}", size))))
+        (root / f"rows/{i}.jsonl.zst").write_bytes(
+            zstandard.compress(lines(rows(f"zst {i}", size)))
+        )
         (root / f"chat/{i}.jsonl.gz").write_bytes(gzip.compress(lines(chat(f"chat {i}", size))))
         for folder, found in (
             ("rows", rows(f"parquet {i}", size)),
             ("dataset", rows(f"hf {i}", size)),
             ("chat_dataset", chat(f"hf {i}", size)),
         ):
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(found), root / folder / f"train-{i}.parquet", row_group_size=5)
+            pyarrow.parquet.write_table(
+                pyarrow.Table.from_pylist(found),
+                root / folder / f"train-{i}.parquet",
+                row_group_size=5,
+            )
     write_pdfs(root / "pdfs", [[said(f"pdf {i} {k}") for k in range(6)] for i in range(3)])
     write_tokens(root / "tokens", [said(f"tokens {i}") for i in range(3 * count)])
     write_corpus(root, {"other": 17}, low=5, high=90)
@@ -163,13 +191,17 @@ def write_pdfs(folder: Path, files: list[list[str]]) -> None:
     pymupdf = pytest.importorskip("pymupdf")
     for i, paragraphs in enumerate(files):
         with pymupdf.open() as document:
-            document.new_page().insert_textbox((50, 50, 550, 780), "\n\n".join(paragraphs), fontsize=9)
+            document.new_page().insert_textbox(
+                (50, 50, 550, 780), "\n\n".join(paragraphs), fontsize=9
+            )
             document.save(folder / f"{i}.pdf")
 
 
 def write_tokens(folder: Path, texts: list[str], chunk_size: int = 300) -> None:
     tokenizer = byte_tokenizer()
-    manifest = Manifest("test", None, 0, 0, chunk_size, tokenizer.eos_id, complete=False, documents=0)
+    manifest = Manifest(
+        "test", None, 0, 0, chunk_size, tokenizer.eos_id, complete=False, documents=0
+    )
     writer = ChunkWriter(folder, manifest)
     for ids in tokenizer.encode_batch(texts):
         writer.add(np.append(ids, tokenizer.eos_id))
@@ -197,22 +229,35 @@ def random_plan(
     return plan
 
 
-MOSTLY_SLOW = [pytest.param(packing, marks=[pytest.mark.slow] * (packing != "best_fit")) for packing in PACKINGS]
+MOSTLY_SLOW = [
+    pytest.param(packing, marks=[pytest.mark.slow] * (packing != "best_fit"))
+    for packing in PACKINGS
+]
 """The packing that can go wrong in most ways, and, when there is time, all of them."""
 
 EVERY_COMBINATION = [
-    pytest.param(kind, strategy, packing, marks=[pytest.mark.slow] * (packing != "best_fit" or (i + j) % 2 == 1))
-    for (i, kind), (j, strategy), packing in product(enumerate(KINDS), enumerate(STRATEGIES), PACKINGS)
+    pytest.param(
+        kind,
+        strategy,
+        packing,
+        marks=[pytest.mark.slow] * (packing != "best_fit" or (i + j) % 2 == 1),
+    )
+    for (i, kind), (j, strategy), packing in product(
+        enumerate(KINDS), enumerate(STRATEGIES), PACKINGS
+    )
 ]
 """Two of the strategies for every kind, and, when there is time, all of them."""
 
-# every kind, strategy and packing ------------------------------------------------------------------------------------
+# every kind, strategy and packing -----------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "strategy", "packing"), EVERY_COMBINATION)
-def test_resume_is_no_resume(kind: str, strategy: str, packing: str, root: Path, small: None) -> None:
-    """At random points, with another number of ranks and of rows a step each time: the same is consumed, and it is all there."""
+def test_resume_is_no_resume(
+    kind: str, strategy: str, packing: str, root: Path, small: None
+) -> None:
+    """At random points, with another number of ranks and of rows a step each time: the same is
+    consumed, and it is all there."""
     draw = random.Random(f"{kind} {strategy} {packing}")
     sections = [KINDS[kind], TextSettings(path="other.jsonl", name="other")]
     shuffle = draw.choice(["documents", "shards"])
@@ -227,7 +272,7 @@ def test_resume_is_no_resume(kind: str, strategy: str, packing: str, root: Path,
     assert history(make, plan) == straight, f"{shuffle}, {plan}"
 
 
-# where a run may be cut ----------------------------------------------------------------------------------------------
+# where a run may be cut ---------------------------------------------------------------------------
 
 
 def both(kind: str = "jsonl") -> list:
@@ -239,23 +284,35 @@ def both(kind: str = "jsonl") -> list:
 def test_a_run_may_be_cut_after_every_step(
     packing: str, recorder: type[Recorder], root: Path, small: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fifty segments of one step each, and from each of their states the rest in one: nothing else is consumed.
+    """Fifty segments of one step each, and from each of their states the rest in one: nothing else
+    is consumed.
 
-    Also where the weights of sources are adapted meanwhile, which begins to read anew each time, and not where one is cut.
-    """
+    Also where the weights of sources are adapted meanwhile, which begins to read anew each time,
+    and not where one is cut."""
     if recorder is Reweighting:
-        monkeypatch.setattr(pipeline, "READ_AHEAD", 40)  # what was read too far, and the snapshots taken there, must be forgotten
+        # what was read too far, and the snapshots taken there, must be forgotten
+        monkeypatch.setattr(pipeline, "READ_AHEAD", 40)
 
     def make(number: int) -> PipelineFactory:
-        return make_factory(root, both(), packing=packing, mix=mix_of("annealed"), shuffle="documents")
+        return make_factory(
+            root, both(), packing=packing, mix=mix_of("annealed"), shuffle="documents"
+        )
 
     straight = history(make, [Segment(50)], recorder=recorder)
     check_accounts(straight, make(0))
     assert len(straight.factors) == (16 if recorder is Reweighting else 0)
-    stepwise = history(make, [Segment(1, ranks=1 + number % 3) for number in range(50)], recorder=recorder)
-    assert stepwise == straight and stepwise.state == straight.state and stepwise.factors == straight.factors
+    stepwise = history(
+        make, [Segment(1, ranks=1 + number % 3) for number in range(50)], recorder=recorder
+    )
+    assert (
+        stepwise == straight
+        and stepwise.state == straight.state
+        and stepwise.factors == straight.factors
+    )
     for done in range(1, 50, 7):
-        rest = history(make, [Segment(50 - done, ranks=1 + done % 2)], stepwise.states[done - 1], recorder)
+        rest = history(
+            make, [Segment(50 - done, ranks=1 + done % 2)], stepwise.states[done - 1], recorder
+        )
         assert rest.state["receipt"] == straight.state["receipt"], f"after {done} steps"
 
 
@@ -288,14 +345,22 @@ class Watched(Recorder):
 
 
 def test_ranks_may_stand_at_unlike_snapshots(root: Path, small: None) -> None:
-    """The merged state goes back to the oldest of them, and a new horizon that only some ranks have behind them stays in it."""
+    """The merged state goes back to the oldest of them, and a new horizon that only some ranks have
+    behind them stays in it."""
     renewals = list(range(20, 400, 13))
 
     def make(number: int) -> PipelineFactory:
         return make_factory(root, both(), packing="best_fit", mix=mix_of("annealed"))
 
     begin = {
-        **{"rows": 0, "lanes": {}, "snapshot": None, "drops": {}, "receipts": {}, "fingerprint": FINGERPRINT},
+        **{
+            "rows": 0,
+            "lanes": {},
+            "snapshot": None,
+            "drops": {},
+            "receipts": {},
+            "fingerprint": FINGERPRINT,
+        },
         "renewals": renewals,
     }
     straight = history(make, [Segment(60)], begin)
@@ -309,8 +374,11 @@ def test_ranks_may_stand_at_unlike_snapshots(root: Path, small: None) -> None:
 
 
 @pytest.mark.parametrize("window", [1, 7, 64, 299, 300, 301, 1000])
-def test_shuffled_tokens_go_on_from_every_place(window: int, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A window of tokens may begin inside a document, and a document may run into the next chunk: each comes whole, and once."""
+def test_shuffled_tokens_go_on_from_every_place(
+    window: int, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A window of tokens may begin inside a document, and a document may run into the next chunk:
+    each comes whole, and once."""
     monkeypatch.setattr(TokensSource, "window", window)
     source = build_source(KINDS["tokens"], root, 1)
     stream, found = Shuffled(source, 1).stream({}), []
@@ -323,14 +391,17 @@ def test_shuffled_tokens_go_on_from_every_place(window: int, root: Path, monkeyp
     digests = [digest for _, digest in found]
     assert sorted(digests) == sorted(document.digest for document in source.stream({}))
     for done, (cursor, _) in enumerate(found):
-        assert [document.digest for document in Shuffled(source, 1).stream(cursor)] == digests[done:]
+        assert [document.digest for document in Shuffled(source, 1).stream(cursor)] == digests[
+            done:
+        ]
 
 
-# the cache -----------------------------------------------------------------------------------------------------------
+# the cache ----------------------------------------------------------------------------------------
 
 
 def damage(folder: Path, draw: random.Random) -> int:
-    """Flip bits in, shorten, empty, fill with noise and delete the files of the token cache; how many there were."""
+    """Flip bits in, shorten, empty, fill with noise and delete the files of the token cache; how
+    many there were."""
     files = sorted((folder / cache.CACHE).glob("*/*.npz"))
     for path in files:
         try:
@@ -356,10 +427,17 @@ def damage(folder: Path, draw: random.Random) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("kind", CACHED)
-def test_the_cache_changes_nothing_whatever_becomes_of_it(kind: str, seed: int, root: Path, small: None) -> None:
-    """On, off, deleted or damaged between segments, and shared by ranks: the order is that of a run without it."""
+def test_the_cache_changes_nothing_whatever_becomes_of_it(
+    kind: str, seed: int, root: Path, small: None
+) -> None:
+    """On, off, deleted or damaged between segments, and shared by ranks: the order is that of a run
+    without it."""
     draw = random.Random(f"{kind} {seed}")
-    strategy, packing, shuffle = draw.choice(STRATEGIES), draw.choice(PACKINGS), draw.choice(["documents", "shards"])
+    strategy, packing, shuffle = (
+        draw.choice(STRATEGIES),
+        draw.choice(PACKINGS),
+        draw.choice(["documents", "shards"]),
+    )
     found = []
 
     def make(number: int, on: bool = True) -> PipelineFactory:
@@ -387,13 +465,17 @@ def test_the_cache_changes_nothing_whatever_becomes_of_it(kind: str, seed: int, 
 def joined(parts: list[History]) -> History:
     rows = {n: row for part in parts for n, row in part.rows.items()}
     documents, epochs = (
-        [sum(column) for column in zip(*counts)] for counts in zip(*((p.documents, p.epochs) for p in parts if p.documents))
+        [sum(column) for column in zip(*counts)]
+        for counts in zip(*((p.documents, p.epochs) for p in parts if p.documents))
     )
-    return History(rows, documents, epochs, parts[-1].states, set().union(*(part.dropped for part in parts)))
+    return History(
+        rows, documents, epochs, parts[-1].states, set().union(*(part.dropped for part in parts))
+    )
 
 
 def test_no_damage_to_a_cached_block_goes_unseen() -> None:
-    """Any flipped bit, any shorter file: refused. numpy's own checks let some through, and answer others with any error."""
+    """Any flipped bit, any shorter file: refused. numpy's own checks let some through, and answer
+    others with any error."""
     draw = np.random.default_rng(0)
     block = []
     for i in range(60):
@@ -403,8 +485,14 @@ def test_no_damage_to_a_cached_block_goes_unseen() -> None:
     data = cache.packed(block, True)
     found, last = cache.unpacked(data)
     assert last and [described(item) for item in found] == [described(item) for item in block]
-    heads = [at + i for at in range(len(data)) if data.startswith(b"\x93NUMPY", at) for i in range(128)]
-    places = [*heads, *range(len(data) - 300, len(data)), *draw.integers(0, len(data), 100).tolist()]
+    heads = [
+        at + i for at in range(len(data)) if data.startswith(b"\x93NUMPY", at) for i in range(128)
+    ]
+    places = [
+        *heads,
+        *range(len(data) - 300, len(data)),
+        *draw.integers(0, len(data), 100).tolist(),
+    ]
     damaged = [data[:n] for n in (0, 1, 7, 1000, len(data) - 1)]
     for place in places:
         flipped = bytearray(data)
@@ -419,39 +507,76 @@ def described(item: tuple[int, Document]) -> tuple:
     at, document = item
     tokens = document.encoded
     assert tokens is not None and tokens.learned is not None
-    return at, document.key, tokens.ids.tolist(), tokens.learned.tolist(), tokens.digest, tokens.size
+    return (
+        at,
+        document.key,
+        tokens.ids.tolist(),
+        tokens.learned.tolist(),
+        tokens.digest,
+        tokens.size,
+    )
 
 
 def test_a_file_may_have_any_name(root: Path, tmp_path: Path, small: None) -> None:
-    """Bytes that are no UTF-8, line ends: it is read, held out by its keys and cached like any other."""
-    shutil.copy(root / "rows/0.jsonl.gz", tmp_path / b"caf\xe9 au\nlait.jsonl.gz".decode("utf-8", "surrogateescape"))
+    """Bytes that are no UTF-8, line ends: it is read, held out by its keys and cached like any
+    other."""
+    shutil.copy(
+        root / "rows/0.jsonl.gz",
+        tmp_path / b"caf\xe9 au\nlait.jsonl.gz".decode("utf-8", "surrogateescape"),
+    )
     section = TextSettings(path=".", name="it")
-    made = [make_factory(tmp_path, [section], shuffle="documents", cache_gigabytes=0.01 * on) for on in (0, 1, 1)]
-    runs = [history(lambda _, factory=factory: factory, [Segment(10), Segment(10)]) for factory in made]
-    assert runs[0] == runs[1] == runs[2] and made[0].sources[0].contents() and len(runs[0].digests) > 5
+    made = [
+        make_factory(tmp_path, [section], shuffle="documents", cache_gigabytes=0.01 * on)
+        for on in (0, 1, 1)
+    ]
+    runs = [
+        history(lambda _, factory=factory: factory, [Segment(10), Segment(10)]) for factory in made
+    ]
+    assert (
+        runs[0] == runs[1] == runs[2] and made[0].sources[0].contents() and len(runs[0].digests) > 5
+    )
 
 
-# the end of the data -------------------------------------------------------------------------------------------------
+# the end of the data ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("packing", MOSTLY_SLOW)
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_two_epochs_hold_everything_twice(strategy: str, packing: str, root: Path, small: None) -> None:
-    """Whatever interrupts them: each position of each document once an epoch, and the ledger says so."""
+def test_two_epochs_hold_everything_twice(
+    strategy: str, packing: str, root: Path, small: None
+) -> None:
+    """Whatever interrupts them: each position of each document once an epoch, and the ledger says
+    so."""
     draw = random.Random(f"{strategy} {packing}")
-    sections = [KINDS["jsonl.zst"], TextSettings(path="other.jsonl", name="other"), TextSettings(path="texts", name="texts")]
+    sections = [
+        KINDS["jsonl.zst"],
+        TextSettings(path="other.jsonl", name="other"),
+        TextSettings(path="texts", name="texts"),
+    ]
 
     def make(number: int) -> PipelineFactory:
         mix = mix_of(strategy, 3, max_epochs=2)
-        return make_factory(root, sections, packing=packing, mix=mix, hold_out=HoldOut(0.0), shuffle="documents")
+        return make_factory(
+            root, sections, packing=packing, mix=mix, hold_out=HoldOut(0.0), shuffle="documents"
+        )
 
     straight = history(make, [Segment(None)])
-    plan = [*random_plan(draw, max(straight.rows) // 2 // LANES * LANES, 4), Segment(None, draw.choice([1, 2, 3]))]
+    plan = [
+        *random_plan(draw, max(straight.rows) // 2 // LANES * LANES, 4),
+        Segment(None, draw.choice([1, 2, 3])),
+    ]
     found = history(make, plan)
     assert found == straight, plan
     check_accounts(found, make(0))
-    everything = Counter(d.digest for source in make(0).sources for epoch in (0, 1) for d in source.stream({"epoch": epoch}))
-    begun = Counter(piece.digest for row in found.rows.values() for piece in row.pieces if piece.start == 0)
+    everything = Counter(
+        d.digest
+        for source in make(0).sources
+        for epoch in (0, 1)
+        for d in source.stream({"epoch": epoch})
+    )
+    begun = Counter(
+        piece.digest for row in found.rows.values() for piece in row.pieces if piece.start == 0
+    )
     assert begun == everything and set(everything.values()) == {2}
     assert not any(waiting for _, waiting in found.state["lanes"].values())
     assert found.epochs == [2, 2, 2] and sum(found.documents) == everything.total()
@@ -459,7 +584,7 @@ def test_two_epochs_hold_everything_twice(strategy: str, packing: str, root: Pat
     assert not again.rows and again.state["receipt"] == found.state["receipt"]
 
 
-# shares --------------------------------------------------------------------------------------------------------------
+# shares -------------------------------------------------------------------------------------------
 
 
 def tokens_of(found: History, first: int, last: int) -> list[int]:
@@ -469,9 +594,14 @@ def tokens_of(found: History, first: int, last: int) -> list[int]:
 
 
 @pytest.mark.parametrize("packing", MOSTLY_SLOW)
-def test_shares_turn_with_their_schedule_whatever_interrupts(packing: str, tmp_path: Path, small: None) -> None:
-    """Of tokens: nine to one before the turn, one to nine after it, though one source's documents are five times as long."""
-    sections = write_corpus(tmp_path, {"long": 60}, low=150, high=250) + write_corpus(tmp_path, {"short": 60}, low=20, high=40)
+def test_shares_turn_with_their_schedule_whatever_interrupts(
+    packing: str, tmp_path: Path, small: None
+) -> None:
+    """Of tokens: nine to one before the turn, one to nine after it, though one source's documents
+    are five times as long."""
+    sections = write_corpus(tmp_path, {"long": 60}, low=150, high=250) + write_corpus(
+        tmp_path, {"short": 60}, low=20, high=40
+    )
     horizon = 120_000
 
     def make(number: int) -> PipelineFactory:
@@ -483,8 +613,10 @@ def test_shares_turn_with_their_schedule_whatever_interrupts(packing: str, tmp_p
     draw = random.Random(packing)
     assert history(make, random_plan(draw, steps * LANES, 5)) == straight
     check_accounts(straight, make(0))
-    # a share p of tokens in documents of about equal length within a source: n draws leave sqrt(p (1 - p) / n) of chance
-    filled = sum(tokens_of(straight, 0, 10**9)) / (steps * LANES * SEQ_LENGTH)  # of the rows; the rest is padding
+    # a share p of tokens in documents of about equal length within a source: n draws leave sqrt(p
+    # (1 - p) / n) of chance
+    # of the rows; the rest is padding
+    filled = sum(tokens_of(straight, 0, 10**9)) / (steps * LANES * SEQ_LENGTH)
     turn = int(0.38 * steps * LANES / filled), int(0.64 * steps * LANES / filled)
     for (first, last), share in (((0, turn[0]), 0.9), ((turn[1], 10**9), 0.1)):
         counts = tokens_of(straight, first, last)
@@ -492,13 +624,18 @@ def test_shares_turn_with_their_schedule_whatever_interrupts(packing: str, tmp_p
             assert counts[0] / sum(counts) == pytest.approx(share, abs=0.06), f"{first} to {last}"
 
 
-# sources that fail ---------------------------------------------------------------------------------------------------
+# sources that fail --------------------------------------------------------------------------------
 
 
 def broken_run(
-    tmp_path: Path, strategy: str, packing: str, wraps: Callable[[], Callable[[Any], Any]], seed: int = 1
+    tmp_path: Path,
+    strategy: str,
+    packing: str,
+    wraps: Callable[[], Callable[[Any], Any]],
+    seed: int = 1,
 ) -> tuple[History, PipelineFactory, set[int]]:
-    """Two ranks of one lane each, which soon stand far apart, until b fails; "annealed" ones are adapted meanwhile, too.
+    """Two ranks of one lane each, which soon stand far apart, until b fails; "annealed" ones are
+    adapted meanwhile, too.
 
     What they consumed, a factory of what they would have read, and the draws of b before its drop.
     """
@@ -514,24 +651,35 @@ def broken_run(
     recorder = Reweighting if strategy == "annealed" else Recorder
     found = history(lambda number: make(number, wraps()), plan, recorder=recorder)
     assert {name for name, _ in found.dropped} == {"b"} == set(found.state["drops"])
-    drop, mixed = found.state["drops"]["b"], make(0)(Position(drops=found.state["drops"], factors=found.factors), [])._mixer
+    drop, mixed = (
+        found.state["drops"]["b"],
+        make(0)(Position(drops=found.state["drops"], factors=found.factors), [])._mixer,
+    )
     return found, make(0), {draw.index for draw in islice(mixed, drop) if draw.source == 0}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_failure_leaves_all_ranks_one_order(strategy: str, packing: str, tmp_path: Path, small: None) -> None:
-    """A document that no rank can read: all that could be is consumed, and the ranks go on in one order."""
-    found, whole, _ = broken_run(tmp_path, strategy, packing, lambda: lambda s: Fails(s, 8) if s.name == "b" else s)
+def test_a_failure_leaves_all_ranks_one_order(
+    strategy: str, packing: str, tmp_path: Path, small: None
+) -> None:
+    """A document that no rank can read: all that could be is consumed, and the ranks go on in one
+    order."""
+    found, whole, _ = broken_run(
+        tmp_path, strategy, packing, lambda: lambda s: Fails(s, 8) if s.name == "b" else s
+    )
     check_accounts(found, whole)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("packing", MOSTLY_SLOW)
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_failure_on_one_rank_leaves_all_one_order(strategy: str, packing: str, tmp_path: Path, small: None) -> None:
-    """What the others have read and used of it meanwhile is lost to that rank, and nothing else is lost or read twice."""
+def test_a_failure_on_one_rank_leaves_all_one_order(
+    strategy: str, packing: str, tmp_path: Path, small: None
+) -> None:
+    """What the others have read and used of it meanwhile is lost to that rank, and nothing else is
+    lost or read twice."""
     for rank in (0, 1):
         broken = chain([rank == 0, rank == 1], repeat(False))
 
@@ -544,7 +692,8 @@ def test_a_failure_on_one_rank_leaves_all_one_order(strategy: str, packing: str,
 
 
 class Vanishes:
-    """A source that is gone for every reader once one of them has come to document `at`: not even read again."""
+    """A source that is gone for every reader once one of them has come to document `at`: not even
+    read again."""
 
     def __init__(self, source: Any, at: int, gone: threading.Event):
         self._source, self._at, self._gone = source, at, gone
@@ -581,36 +730,52 @@ class _Vanishing:
 def test_a_source_that_vanishes_leaves_all_ranks_one_order(
     strategy: str, packing: str, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing of it can be read again, not even what a rank needs to find its place: the others lose nothing all the same."""
+    """Nothing of it can be read again, not even what a rank needs to find its place: the others
+    lose nothing all the same."""
     monkeypatch.setattr(pipeline, "SNAPSHOT_EVERY", 60)
     for seed in range(2):
         gone = threading.Event()
         wrap = partial(Vanishes, at=(10, 6)[seed], gone=gone)
         found, whole, before = broken_run(
-            tmp_path, strategy, packing, lambda wrap=wrap: lambda s: wrap(s) if s.name == "b" else s, seed
+            tmp_path,
+            strategy,
+            packing,
+            lambda wrap=wrap: lambda s: wrap(s) if s.name == "b" else s,
+            seed,
         )
         check_accounts(found, whole, before)
 
 
-# held-out documents --------------------------------------------------------------------------------------------------
+# held-out documents -------------------------------------------------------------------------------
 
 TWICE = "the same text in three places, of which one is held out"
 
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Large sources, held out by hash, and small ones that hold out their last documents; some texts are in several."""
+    """Large sources, held out by hash, and small ones that hold out their last documents; some
+    texts are in several."""
     root = tmp_path_factory.mktemp("many")
     write_corpus(root, {"large": 420, "small": 40}, low=5, high=30)
     large = [json.loads(line)["text"] for line in (root / "large.jsonl").read_text().splitlines()]
     small = [json.loads(line)["text"] for line in (root / "small.jsonl").read_text().splitlines()]
     with gzip.open(root / "mixed.jsonl.gz", "wt") as file:
-        for line in [TWICE, *large[100:160], small[-1], *small[:5], *(f"mixed {i}" for i in range(60)), TWICE]:
+        for line in [
+            TWICE,
+            *large[100:160],
+            small[-1],
+            *small[:5],
+            *(f"mixed {i}" for i in range(60)),
+            TWICE,
+        ]:
             file.write(json.dumps({"text": line}) + "\n")
     for name, count in (("chat", 350), ("few", 30)):
         with gzip.open(root / f"{name}.jsonl.gz", "wt") as file:
             for i in range(count):
-                file.write(json.dumps({"messages": [{"role": "assistant", "content": f"{name} {i} says"}]}) + "\n")
+                file.write(
+                    json.dumps({"messages": [{"role": "assistant", "content": f"{name} {i} says"}]})
+                    + "\n"
+                )
     write_tokens(root / "tokens", [f"tokens {i}" for i in range(350)], 1000)
     write_tokens(root / "little", [f"little {i}" for i in range(25)], 100)
     return root
@@ -622,22 +787,35 @@ HELD = {
         TextSettings(path="small.jsonl", name="small"),
         TextSettings(path="mixed.jsonl.gz", name="mixed"),
     ],
-    "chat": [ChatSettings(path="chat.jsonl.gz", name="chat"), ChatSettings(path="few.jsonl.gz", name="few")],
-    "tokens": [TokensSettings(path="tokens", name="tokens"), TokensSettings(path="little", name="little")],
+    "chat": [
+        ChatSettings(path="chat.jsonl.gz", name="chat"),
+        ChatSettings(path="few.jsonl.gz", name="few"),
+    ],
+    "tokens": [
+        TokensSettings(path="tokens", name="tokens"),
+        TokensSettings(path="little", name="little"),
+    ],
 }
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))]
+)
 @pytest.mark.parametrize("kinds", HELD)
-def test_validation_documents_never_occur_in_training(kinds: str, seed: int, many: Path, small: None) -> None:
-    """Over the log of what was consumed, for any ranks and resumes; and nothing else is kept from training."""
+def test_validation_documents_never_occur_in_training(
+    kinds: str, seed: int, many: Path, small: None
+) -> None:
+    """Over the log of what was consumed, for any ranks and resumes; and nothing else is kept from
+    training."""
     draw = random.Random(f"{kinds} {seed}")
     sections, packing, strategy = HELD[kinds], draw.choice(PACKINGS), STRATEGIES[seed]
     cached, fraction, plans = 0.01 * draw.choice([0, 1]), 0.08, []
 
     def make(number: int) -> PipelineFactory:
         sources = [build_source(section, many, 1) for section in sections]
-        plans.append(plan_hold_out(sources, fraction, 1, plans[-1].state() if plans and number else None))
+        plans.append(
+            plan_hold_out(sources, fraction, 1, plans[-1].state() if plans and number else None)
+        )
         mix = mix_of(strategy, len(sections), max_epochs=2)
         how = {"packing": packing, "mix": mix, "shuffle": "documents", "cache_gigabytes": cached}
         return make_factory(many, sections, hold_out=plans[-1], **how)
@@ -646,19 +824,28 @@ def test_validation_documents_never_occur_in_training(kinds: str, seed: int, man
     check_accounts(found, make(0))
     assert all(plan.state() == plans[0].state() for plan in plans)
     factory = make(0)
-    documents = [(source.name, document) for source in factory.sources for document in source.stream({})]
+    documents = [
+        (source.name, document) for source in factory.sources for document in source.stream({})
+    ]
     held = {document.digest for _, document in documents if plans[0].holds(document)}
-    rows = validation_rows(factory.sources, plans[0], byte_tokenizer(), NEXT_TOKEN, SEQ_LENGTH, 10**9, 1)
+    rows = validation_rows(
+        factory.sources, plans[0], byte_tokenizer(), NEXT_TOKEN, SEQ_LENGTH, 10**9, 1
+    )
     read = {piece.digest for row in rows for piece in row.pieces}
-    assert read == held and not held & found.digests, f"{len(held & found.digests)} of {len(held)} were trained on"
+    assert read == held and not held & found.digests, (
+        f"{len(held & found.digests)} of {len(held)} were trained on"
+    )
     assert held | found.digests == {document.digest for _, document in documents}
-    assert all(any(d.digest in held for name, d in documents if name == section.name) for section in sections)
+    assert all(
+        any(d.digest in held for name, d in documents if name == section.name)
+        for section in sections
+    )
     for section in sections:
         texts = {document.digest for name, document in documents if name == section.name}
         assert len(texts & held) == round(fraction * len(texts)) > 0
 
 
-# processes and the network -------------------------------------------------------------------------------------------
+# processes and the network ------------------------------------------------------------------------
 
 MIXES = [
     ["txt", "jsonl", "jsonl.gz"],
@@ -668,14 +855,18 @@ MIXES = [
     ["hf", "chat dataset"],
 ]
 PLANS = [(seed, MIXES[seed % 3], Recorder) for seed in range(12)]
-PLANS += [(seed, MIXES[0], Reweighting) for seed in (7,)] + [(18, MIXES[3], Recorder), (19, MIXES[4], Recorder)]
-"""Every strategy with every packing, also with weights that are adapted meanwhile. The last two start slowly in every process:
-with one plan each."""
+PLANS += [(seed, MIXES[0], Reweighting) for seed in (7,)] + [
+    (18, MIXES[3], Recorder),
+    (19, MIXES[4], Recorder),
+]
+"""Every strategy with every packing, also with weights that are adapted meanwhile. The last two
+start slowly in every process: with one plan each."""
 
 
 @pytest.fixture(scope="module")
 def larger(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same kinds of data, enough of them for constants as they are: workers know of no others."""
+    """The same kinds of data, enough of them for constants as they are: workers know of no
+    others."""
     root = tmp_path_factory.mktemp("larger")
     write_data(root, count=60)
     return root
@@ -683,17 +874,31 @@ def larger(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("seed", "kinds", "recorder"), PLANS)
-def test_workers_and_ranks_change_nothing(seed: int, kinds: list[str], recorder: type[Recorder], larger: Path) -> None:
-    """Random plans of 1, 2 and 3 ranks with 0, 1 and 3 worker processes each, with the token cache on and off."""
+def test_workers_and_ranks_change_nothing(
+    seed: int, kinds: list[str], recorder: type[Recorder], larger: Path
+) -> None:
+    """Random plans of 1, 2 and 3 ranks with 0, 1 and 3 worker processes each, with the token cache
+    on and off."""
     draw = random.Random(seed)
-    strategy, packing, shuffle = STRATEGIES[seed % 4], PACKINGS[seed // 4 % 3], draw.choice(["documents", "shards"])
+    strategy, packing, shuffle = (
+        STRATEGIES[seed % 4],
+        PACKINGS[seed // 4 % 3],
+        draw.choice(["documents", "shards"]),
+    )
     sections = [KINDS[kind].model_copy(update={"name": kind.replace(" ", "_")}) for kind in kinds]
     total = 120 * LANES
     cached = [draw.choice([0.0, 0.01]) for _ in range(9)]
 
     def make(number: int) -> PipelineFactory:
         mix = mix_of(strategy, len(sections))
-        return make_factory(larger, sections, packing=packing, mix=mix, shuffle=shuffle, cache_gigabytes=cached[number % 9])
+        return make_factory(
+            larger,
+            sections,
+            packing=packing,
+            mix=mix,
+            shuffle=shuffle,
+            cache_gigabytes=cached[number % 9],
+        )
 
     straight = history(make, [Segment(total // LANES)], recorder=recorder)
     check_accounts(straight, make(0))
@@ -703,12 +908,15 @@ def test_workers_and_ranks_change_nothing(seed: int, kinds: list[str], recorder:
         plan = random_plan(draw, total, 3, workers=(0, 1, 3), **how)
     if not any(segment.workers for segment in plan):
         plan = [segment._replace(workers=3) for segment in plan]
-    assert history(make, plan, recorder=recorder) == straight, f"{strategy}, {packing}, {shuffle}, {plan}"
+    assert history(make, plan, recorder=recorder) == straight, (
+        f"{strategy}, {packing}, {shuffle}, {plan}"
+    )
 
 
 @pytest.mark.slow
 def test_one_rank_then_two_then_one(larger: Path) -> None:
-    """The case that the README promises, with as many workers as may be: the hash chain is the same."""
+    """The case that the README promises, with as many workers as may be: the hash chain is the
+    same."""
 
     def make(number: int) -> PipelineFactory:
         return make_factory(
@@ -720,7 +928,9 @@ def test_one_rank_then_two_then_one(larger: Path) -> None:
 
     straight = history(make, [Segment(150)])
     for workers in (0, 1, 3):
-        found = history(make, [Segment(40, 1, workers), Segment(60, 2, workers), Segment(50, 1, workers)])
+        found = history(
+            make, [Segment(40, 1, workers), Segment(60, 2, workers), Segment(50, 1, workers)]
+        )
         assert found.state["receipt"] == straight.state["receipt"] and found == straight
 
 
@@ -771,17 +981,32 @@ print(json.dumps(max(harmed)))
 
 @pytest.mark.slow
 def test_a_hub_changes_nothing(tmp_path: Path) -> None:
-    """Parquet and gzipped JSON streamed from a hub, every strategy and packing (their pairs are tested on files above), the cache
-    on, off and damaged even while it is in use, and a worker process: as in one go without a cache."""
+    """Parquet and gzipped JSON streamed from a hub, every strategy and packing (their pairs are
+    tested on files above), the cache on, off and damaged even while it is in use, and a worker
+    process: as in one go without a cache."""
     draw = random.Random(8)
-    texts = [[{"text": f"{shard} {i} " + "hub " * draw.randint(1, 20)} for i in range(n)] for shard, n in enumerate([11, 17, 5])]
+    texts = [
+        [{"text": f"{shard} {i} " + "hub " * draw.randint(1, 20)} for i in range(n)]
+        for shard, n in enumerate([11, 17, 5])
+    ]
     others = [[{"text": row["text"] + "gz"} for row in rows] for rows in texts]
-    talks = [{"messages": [{"role": "assistant", "content": f"{i} says " + "so " * draw.randint(1, 20)}]} for i in range(25)]
+    talks = [
+        {"messages": [{"role": "assistant", "content": f"{i} says " + "so " * draw.randint(1, 20)}]}
+        for i in range(25)
+    ]
     with Hub() as hub:
         hub.add_dataset(
-            "me/parquet", {f"data/train-{k}.parquet": parquet(rows, row_group_size=4) for k, rows in enumerate(texts)}
+            "me/parquet",
+            {
+                f"data/train-{k}.parquet": parquet(rows, row_group_size=4)
+                for k, rows in enumerate(texts)
+            },
         )
-        hub.add_dataset("me/gzip", {f"en/train.{k}.json.gz": gzip.compress(lines(rows)) for k, rows in enumerate(others)})
+        hub.add_dataset(
+            "me/gzip",
+            {f"en/train.{k}.json.gz": gzip.compress(lines(rows)) for k, rows in enumerate(others)},
+        )
         hub.add_dataset("me/chat", {"train.jsonl": lines(talks)})
-        # a worker that is ended leaves the lock of the bars of `datasets` behind, and Python tells of it
+        # a worker that is ended leaves the lock of the bars of `datasets` behind, and Python tells
+        # of it
         assert hub.run(ON_THE_HUB, tmp_path, str(tmp_path), PYTHONWARNINGS="ignore") > 3

@@ -1,4 +1,5 @@
-"""Shuffling: every document once an epoch, in another order each, and a place is all that a resume needs."""
+"""Shuffling: every document once an epoch, in another order each, and a place is all that a resume
+needs."""
 
 import json
 import random
@@ -25,7 +26,9 @@ def write_files(folder: Path) -> list[str]:
     texts = []
     draw = random.Random(0)
     for file, count in (("a", 100), ("b", 16), ("c", 5), ("d", 0), ("e", 48)):
-        lines: list[dict[str, Any]] = [{"text": f"{file} {i}"} if draw.random() < 0.8 else {"text": None} for i in range(count)]
+        lines: list[dict[str, Any]] = [
+            {"text": f"{file} {i}"} if draw.random() < 0.8 else {"text": None} for i in range(count)
+        ]
         (folder / f"{file}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         texts += [line["text"] for line in lines if line["text"]]
     return texts
@@ -49,7 +52,8 @@ def test_an_epoch_is_a_permutation_and_none_is_like_another(tmp_path: Path) -> N
 
 
 def test_every_place_is_enough_to_go_on(tmp_path: Path) -> None:
-    """From each cursor, through JSON, the rest of the epoch comes as it would have, and so do the cursors."""
+    """From each cursor, through JSON, the rest of the epoch comes as it would have, and so do the
+    cursors."""
     write_files(tmp_path)
     stream = shuffled(tmp_path).stream({})
     found = [(document, stream.cursor()) for document in stream]
@@ -77,7 +81,8 @@ def test_the_cache_changes_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("broken_for", [2, None])
 def test_a_broken_read_loses_nothing_before_it(broken_for: int | None, tmp_path: Path) -> None:
-    """What can be tried again leaves no trace in the order; what cannot costs only what lies behind it."""
+    """What can be tried again leaves no trace in the order; what cannot costs only what lies behind
+    it."""
     texts = write_files(tmp_path)
     whole = [d.text for d in shuffled(tmp_path).stream({})]
     tries = []
@@ -85,13 +90,19 @@ def test_a_broken_read_loses_nothing_before_it(broken_for: int | None, tmp_path:
     class Breaks(Small):
         def read(self, unit: Unit, start: int) -> Iterator[tuple[int, Document]]:
             for position, document in super().read(unit, start):
-                if unit.label == "a.jsonl" and position > 40 and (broken_for is None or len(tries) < broken_for):
+                if (
+                    unit.label == "a.jsonl"
+                    and position > 40
+                    and (broken_for is None or len(tries) < broken_for)
+                ):
                     tries.append(position)
                     raise Damaged("damaged")
                 yield position, document
 
         def recover(self, unit: Unit, error: Exception, failures: int) -> bool:
-            return (broken_for is not None and unit.label == "a.jsonl") or super().recover(unit, error, failures)
+            return (broken_for is not None and unit.label == "a.jsonl") or super().recover(
+                unit, error, failures
+            )
 
     source = Breaks(TextSettings(path="*.jsonl", name="s"), tmp_path, 1)
     stream = Shuffled(source, 1).stream({})
@@ -104,7 +115,12 @@ def test_a_broken_read_loses_nothing_before_it(broken_for: int | None, tmp_path:
         assert found == whole
         return
     lost = {text for text in texts if text.startswith("a ") and int(text.split()[1]) >= 40}
-    assert sorted(found) == sorted(set(texts) - lost) and "skipped 1 damaged file: a.jsonl" in source.notes
+    assert (
+        sorted(found) == sorted(set(texts) - lost)
+        and "skipped 1 damaged file: a.jsonl" in source.notes
+    )
     for done in range(0, len(found), 7):
-        again = Shuffled(Breaks(TextSettings(path="*.jsonl", name="s"), tmp_path, 1), 1).stream(cursors[done])
+        again = Shuffled(Breaks(TextSettings(path="*.jsonl", name="s"), tmp_path, 1), 1).stream(
+            cursors[done]
+        )
         assert [d.text for d in again] == found[done + 1 :]

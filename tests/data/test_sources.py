@@ -1,4 +1,5 @@
-"""Local sources: resume equals no resume, the order is a function of seed and epoch, and bad files are named, not fatal."""
+"""Local sources: resume equals no resume, the order is a function of seed and epoch, and bad files
+are named, not fatal."""
 
 import gzip
 import json
@@ -16,7 +17,22 @@ from core.data.sources.pdf.source import PdfSettings
 from core.data.sources.text import PythonStdlibSettings, TextSettings
 from core.errors import SourceUnavailable
 
-WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "wizards", "bake", "bread"]
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "while",
+    "seven",
+    "wizards",
+    "bake",
+    "bread",
+]
 
 
 def prose(seed: int, characters: int) -> str:
@@ -35,11 +51,15 @@ def rows(count: int, tag: str) -> list[dict]:
 def write_jsonl(path: Path, lines: list) -> None:
     import zstandard
 
-    data = b"".join((line if isinstance(line, bytes) else json.dumps(line).encode()) + b"\n" for line in lines)
+    data = b"".join(
+        (line if isinstance(line, bytes) else json.dumps(line).encode()) + b"\n" for line in lines
+    )
     if path.suffix == ".gz":
         data = gzip.compress(data)
     elif path.suffix == ".zst":
-        data = zstandard.ZstdCompressor().compress(data[: len(data) // 2]) + zstandard.ZstdCompressor().compress(
+        data = zstandard.ZstdCompressor().compress(
+            data[: len(data) // 2]
+        ) + zstandard.ZstdCompressor().compress(
             data[len(data) // 2 :]
         )  # two frames, as parallel compressors write them
     path.write_bytes(data)
@@ -65,7 +85,11 @@ def write_pdf(path: Path, text: str | None, password: str | None = None) -> None
             page.insert_image((50, 50, 300, 300), pixmap=pixels)
         else:
             page.insert_textbox((50, 50, 550, 780), text[start : start + 2500], fontsize=9)
-    lock = {"encryption": pymupdf.PDF_ENCRYPT_AES_256, "user_pw": password, "owner_pw": password} if password else {}
+    lock = (
+        {"encryption": pymupdf.PDF_ENCRYPT_AES_256, "user_pw": password, "owner_pw": password}
+        if password
+        else {}
+    )
     document.save(path, **lock)
 
 
@@ -92,7 +116,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 LOCAL = {
     "plain": TextSettings(path="texts"),
-    "rows": TextSettings(path=["rows/*.jsonl", "rows/*.gz", "rows/*.zst", "rows/d.parquet"], name="rows"),
+    "rows": TextSettings(
+        path=["rows/*.jsonl", "rows/*.gz", "rows/*.zst", "rows/d.parquet"], name="rows"
+    ),
     "pdf": PdfSettings(),
     "python_stdlib": PythonStdlibSettings(),
     "hf_local": HfSettings(dataset="./rows/d.parquet"),
@@ -110,7 +136,8 @@ def documents(source, cursor: dict, limit: int = 1_000_000) -> list[Document]:
 
 @pytest.mark.parametrize("kind", LOCAL)
 def test_resume_is_no_resume(root: Path, kind: str) -> None:
-    """Cut anywhere in two epochs, go on with a fresh source from the JSON of the cursor: the same documents."""
+    """Cut anywhere in two epochs, go on with a fresh source from the JSON of the cursor: the same
+    documents."""
     limit = 60 if kind == "python_stdlib" else 1_000_000
     for epoch in (0, 1):
         straight, cursors = [], []
@@ -122,10 +149,16 @@ def test_resume_is_no_resume(root: Path, kind: str) -> None:
             except StopIteration:
                 break
         assert len(straight) > 3 and len({d.key for d in straight}) == len(straight)
-        for cut in [0, len(cursors) - 1, *random.Random(3).sample(range(len(cursors)), min(12, len(cursors)))]:
+        for cut in [
+            0,
+            len(cursors) - 1,
+            *random.Random(3).sample(range(len(cursors)), min(12, len(cursors))),
+        ]:
             cursor = json.loads(json.dumps(cursors[cut]))
             assert (
-                documents(build_source(LOCAL[kind], root, 7), cursor, len(straight) - cut or 1)[: len(straight) - cut]
+                documents(build_source(LOCAL[kind], root, 7), cursor, len(straight) - cut or 1)[
+                    : len(straight) - cut
+                ]
                 == (straight[cut:])
             ), cursor
 
@@ -142,7 +175,11 @@ def test_order_follows_from_seed_and_epoch(root: Path, kind: str) -> None:
 
 def test_every_epoch_holds_every_row(root: Path) -> None:
     source = build_source(LOCAL["rows"], root, 1)
-    expected = sorted(row["text"] for tag, n in (("a", 23), ("b", 31), ("c", 17), ("d", 41)) for row in rows(n, tag))
+    expected = sorted(
+        row["text"]
+        for tag, n in (("a", 23), ("b", 31), ("c", 17), ("d", 41))
+        for row in rows(n, tag)
+    )
     for epoch in (0, 1):
         assert sorted(d.text for d in source.stream({"epoch": epoch})) == expected
 
@@ -162,8 +199,11 @@ def test_plain_text_is_cut_without_loss(root: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["txt", "jsonl"])
-def test_long_files_are_read_in_stretches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
-    """The stretches together are the file, each line in exactly one, wherever the boundaries fall."""
+def test_long_files_are_read_in_stretches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    """The stretches together are the file, each line in exactly one, wherever the boundaries
+    fall."""
     path = tmp_path / f"long.{suffix}"
     text = "".join(f'{{"text": "line {i} é{"x" * (i % 37)}"}}\n' for i in range(900))
     path.write_text(text)
@@ -202,7 +242,10 @@ def test_files_may_come_and_go_between_runs(tmp_path: Path) -> None:
 
 def test_bad_rows_are_counted_once(tmp_path: Path) -> None:
     good = rows(4, "x")
-    write_jsonl(tmp_path / "x.jsonl", [good[0], b"{not json", b"", good[1], {"id": 1}, {"text": None}, b"\xff\xfe", *good[2:]])
+    write_jsonl(
+        tmp_path / "x.jsonl",
+        [good[0], b"{not json", b"", good[1], {"id": 1}, {"text": None}, b"\xff\xfe", *good[2:]],
+    )
     source = build_source(TextSettings(path="x.jsonl"), tmp_path, 1)
     source.open()
     for epoch in (0, 1):
@@ -226,15 +269,24 @@ def test_damaged_files_are_skipped_and_named(tmp_path: Path) -> None:
     assert len([d for d in source.stream({}) if d.key.startswith("good")]) == 3
     assert 50 < len([d for d in source.stream({}) if d.key.startswith("cut")]) < 400
     skipped, used = source.notes
-    assert skipped.startswith("skipped 2 damaged files: ") and "junk.jsonl.zst" in skipped and "junk.parquet" in skipped
+    assert (
+        skipped.startswith("skipped 2 damaged files: ")
+        and "junk.jsonl.zst" in skipped
+        and "junk.parquet" in skipped
+    )
     assert used == "used 1 file up to the damage: cut.jsonl.gz"
 
 
 @pytest.mark.parametrize("name", ["r.jsonl", "r.jsonl.gz", "r.jsonl.zst", "r.parquet"])
 def test_missing_column_names_the_columns(tmp_path: Path, name: str) -> None:
-    (write_parquet if name.endswith("parquet") else write_jsonl)(tmp_path / name, [{"body": "x", "id": 1}])
+    (write_parquet if name.endswith("parquet") else write_jsonl)(
+        tmp_path / name, [{"body": "x", "id": 1}]
+    )
     _, failed = open_sources([build_source(TextSettings(path=".", name="s"), tmp_path, 1)])
-    assert failed == {"s": f'{name} has no column "text"; its columns are body, id: set "text_field" to one of them'}
+    assert failed == {
+        "s": f'{name} has no column "text"; its columns are body, id: set "text_field" to one of '
+        "them"
+    }
     source = build_source(TextSettings(path=name, text_field="body"), tmp_path, 1)
     assert [d.text for d in source.stream({})] == ["x"]
 
@@ -266,7 +318,9 @@ def test_python_stdlib_is_the_library_only() -> None:
     source = build_source(PythonStdlibSettings(), Path("."), 1)
     source.open()
     labels = [unit.label for unit in source.order(0)]
-    assert {"pathlib.py", "json/decoder.py", "asyncio/tasks.py"} <= set(labels) and len(labels) > 300
+    assert {"pathlib.py", "json/decoder.py", "asyncio/tasks.py"} <= set(labels) and len(
+        labels
+    ) > 300
     outside = {"site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
     assert not [label for label in labels if outside & set(label.split("/"))]
 
@@ -286,22 +340,35 @@ def test_open_sources_keeps_order_and_deadline(root: Path) -> None:
 
     good = [build_source(LOCAL[kind], root, 1) for kind in ("pdf", "plain", "rows")]
     begin = time.monotonic()
-    opened, failed = open_sources([good[0], Slow(), good[1], Broken(), good[2]], deadline_seconds=1.5)
+    opened, failed = open_sources(
+        [good[0], Slow(), good[1], Broken(), good[2]], deadline_seconds=1.5
+    )
     assert time.monotonic() - begin < 3.0
     assert opened == good
-    assert failed["broken"] == "ZeroDivisionError: a fault" and failed["slow"].startswith("no answer within 1.5 s")
+    assert failed["broken"] == "ZeroDivisionError: a fault" and failed["slow"].startswith(
+        "no answer within 1.5 s"
+    )
 
 
 def test_names(tmp_path: Path) -> None:
     assert TextSettings(path="data/my stories.jsonl.gz").name == "my_stories"
     assert TextSettings(path="data/*.txt").name == "data"
     assert TextSettings(path=["a.md", "b.md"]).name == "a"
-    assert TextSettings(path="data/A [1]/b?.txt").name == "data", "where nothing has that name, it is a pattern"
-    for name, path in (("A_1", "A [1]"), ("B_2", "B [2]/*.txt"), ("t_2024_brouillon", "Été [2024] (brouillon)")):
+    assert TextSettings(path="data/A [1]/b?.txt").name == "data", (
+        "where nothing has that name, it is a pattern"
+    )
+    for name, path in (
+        ("A_1", "A [1]"),
+        ("B_2", "B [2]/*.txt"),
+        ("t_2024_brouillon", "Été [2024] (brouillon)"),
+    ):
         (tmp_path / path.removesuffix("/*.txt")).mkdir()
         assert TextSettings(path=str(tmp_path / path)).name == name
     assert PythonStdlibSettings().name == "python_stdlib" and PdfSettings().name == "pdf"
-    assert HfSettings(dataset="wikimedia/wikipedia", config="20231101.en").name == "wikimedia_wikipedia-20231101.en"
+    assert (
+        HfSettings(dataset="wikimedia/wikipedia", config="20231101.en").name
+        == "wikimedia_wikipedia-20231101.en"
+    )
     assert HfSettings(dataset="x/y", name="mine").name == "mine"
 
 
@@ -332,7 +399,10 @@ def test_wrong_hf_sections_are_refused(section: dict, problem: str) -> None:
 
 
 def test_local_hf_formats_fields(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "qa.jsonl", [{"q": f"q{i}", "a": i} for i in range(5)] + [{"q": "no answer", "a": None}])
+    write_jsonl(
+        tmp_path / "qa.jsonl",
+        [{"q": f"q{i}", "a": i} for i in range(5)] + [{"q": "no answer", "a": None}],
+    )
     settings = HfSettings(dataset="qa.jsonl", fields=["q", "a"], format="Q: {q}\nA: {a} {{}}")
     source = build_source(settings, tmp_path, 1)
     source.open()
@@ -345,7 +415,9 @@ def test_local_hf_folder_and_missing_path(root: Path, tmp_path: Path) -> None:
         write_parquet(tmp_path / f"train-{i}.parquet", rows(10, f"s{i}"))
     source = build_source(HfSettings(dataset=f"./{tmp_path.name}", name="x"), tmp_path.parent, 1)
     source.open()
-    assert sorted(d.text for d in source.stream({})) == sorted(r["text"] for i in range(3) for r in rows(10, f"s{i}"))
+    assert sorted(d.text for d in source.stream({})) == sorted(
+        r["text"] for i in range(3) for r in rows(10, f"s{i}")
+    )
     with pytest.raises(SourceUnavailable, match="does not exist"):
         build_source(HfSettings(dataset="./nowhere"), tmp_path, 1).open()
     with pytest.raises(SourceUnavailable, match="its columns are id, text"):
@@ -353,10 +425,17 @@ def test_local_hf_folder_and_missing_path(root: Path, tmp_path: Path) -> None:
 
 
 def test_local_text_stands_for_a_dataset_of_the_hub(tmp_path: Path) -> None:
-    """`tinyshakespeare` is the file where it is there, under the same name in weights and logs; else the Hub's."""
-    settings = HfSettings.model_validate(NAMED_SOURCES["tinyshakespeare"] | {"name": "tinyshakespeare"})
+    """`tinyshakespeare` is the file where it is there, under the same name in weights and logs;
+    else the Hub's."""
+    settings = HfSettings.model_validate(
+        NAMED_SOURCES["tinyshakespeare"] | {"name": "tinyshakespeare"}
+    )
     remote = build_source(settings, tmp_path, 7)
-    assert type(remote).__name__ == "HfSource" and remote.columns == ["Text"] and remote.name == "tinyshakespeare"
+    assert (
+        type(remote).__name__ == "HfSource"
+        and remote.columns == ["Text"]
+        and remote.name == "tinyshakespeare"
+    )
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "tinyshakespeare.txt").write_text(prose(1, 40_000))
     local = build_source(settings, tmp_path, 7)

@@ -1,4 +1,5 @@
-"""The token cache: the same documents with it, without it, and after anything that can happen to its files."""
+"""The token cache: the same documents with it, without it, and after anything that can happen to
+its files."""
 
 import gzip
 import json
@@ -25,13 +26,19 @@ SHARDS = 3
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    """Compressed files, which cannot be sought in; some rows without text; one exactly two blocks long."""
+    """Compressed files, which cannot be sought in; some rows without text; one exactly two blocks
+    long."""
     draw = random.Random(0)
     for shard, count in enumerate((700, 2 * BLOCK, 5)):
         rows = [
-            {"text": f"{shard} {i} " + "x" * draw.randint(0, 40)} if draw.random() < 0.9 else {"text": None} for i in range(count)
+            {"text": f"{shard} {i} " + "x" * draw.randint(0, 40)}
+            if draw.random() < 0.9
+            else {"text": None}
+            for i in range(count)
         ]
-        (tmp_path / f"{shard}.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+        (tmp_path / f"{shard}.jsonl.gz").write_bytes(
+            gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode())
+        )
     return tmp_path
 
 
@@ -46,7 +53,9 @@ def cached(folder: Path, limit: int = 1 << 30) -> Cached:
 def read(source: Any, cursor: dict | None = None) -> list[tuple]:
     stream = source.stream(cursor or {})
     tokenizer = byte_tokenizer()
-    return [(d.key, d.digest, encode(tokenizer, [d])[0].ids.tolist(), stream.cursor()) for d in stream]
+    return [
+        (d.key, d.digest, encode(tokenizer, [d])[0].ids.tolist(), stream.cursor()) for d in stream
+    ]
 
 
 def blocks(folder: Path) -> list[Path]:
@@ -54,7 +63,8 @@ def blocks(folder: Path) -> list[Path]:
 
 
 def test_documents_and_cursors_are_the_sources_own(corpus: Path) -> None:
-    """While the cache grows, once it is there, and after it was deleted, from the beginning and from any cursor."""
+    """While the cache grows, once it is there, and after it was deleted, from the beginning and
+    from any cursor."""
     expected = read(plain(corpus))
     assert read(cached(corpus)) == expected == read(cached(corpus))
     assert len(blocks(corpus)) == 3 + 2 + 1
@@ -72,7 +82,14 @@ def test_a_damaged_block_is_made_again(harm: str, corpus: Path) -> None:
         data = bytearray(path.read_bytes())
         if harm == "flip":
             data[(number * 7919) % len(data)] ^= 0x20
-        path.write_bytes({"flip": bytes(data), "cut": bytes(data[: len(data) // 2]), "empty": b"", "text": b"not a block"}[harm])
+        path.write_bytes(
+            {
+                "flip": bytes(data),
+                "cut": bytes(data[: len(data) // 2]),
+                "empty": b"",
+                "text": b"not a block",
+            }[harm]
+        )
     assert read(cached(corpus)) == expected
 
 
@@ -93,7 +110,9 @@ def test_no_flipped_bit_changes_a_token(corpus: Path) -> None:
         ]
 
 
-def test_several_readers_make_each_block_once(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_readers_make_each_block_once(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ranks and workers read the same stream side by side: what one has made, the others find."""
     made: list[tuple] = []
     make = cache._Maker.make
@@ -119,7 +138,8 @@ def test_several_readers_make_each_block_once(corpus: Path, monkeypatch: pytest.
 
 
 def test_a_reader_that_died_holds_up_nobody(corpus: Path) -> None:
-    """A process killed while it made a block leaves a lock that the system frees, and perhaps half a file."""
+    """A process killed while it made a block leaves a lock that the system frees, and perhaps half
+    a file."""
     expected = read(cached(corpus))
     folder = blocks(corpus)[0].parent
     for path in blocks(corpus):
@@ -139,7 +159,9 @@ def test_the_size_has_a_limit(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("reason", ["read-only", "a file in its place", "a full disk"])
-def test_a_cache_that_cannot_be_written_costs_only_time(reason: str, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_be_written_costs_only_time(
+    reason: str, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = read(plain(corpus))
     if reason == "read-only":
         (corpus / CACHE).mkdir(parents=True)
@@ -147,7 +169,8 @@ def test_a_cache_that_cannot_be_written_costs_only_time(reason: str, corpus: Pat
         def refuse(*_: Any) -> None:
             raise PermissionError("read-only file system")
 
-        monkeypatch.setattr(os, "replace", refuse)  # root may write anywhere: the mode of a folder would not stop it
+        # root may write anywhere: the mode of a folder would not stop it
+        monkeypatch.setattr(os, "replace", refuse)
     elif reason == "a full disk":
         monkeypatch.setattr(cache, "FREE_BYTES", 1 << 60)
     else:
@@ -164,7 +187,9 @@ def test_a_changed_file_is_read_anew(corpus: Path) -> None:
 def test_another_reader_reads_anew(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What an older program made of the same files is not taken."""
     monkeypatch.setattr("core.data.sources.text.READER", 1)
-    monkeypatch.setattr(TextSource, "document", lambda self, values, key: Document("as it was read before", key))
+    monkeypatch.setattr(
+        TextSource, "document", lambda self, values, key: Document("as it was read before", key)
+    )
     read(cached(corpus))
     monkeypatch.undo()
     assert read(cached(corpus)) == read(plain(corpus))
@@ -180,26 +205,43 @@ def test_a_block_comes_back_as_it_was(vocabulary: int) -> None:
         Document("", "b ü#1", encoded=Encoded(some(0), None, 0, 1)),
         Document("", "c#7", encoded=Encoded(some(3), np.array([True, False, True]), 5, 4)),
     ]
-    (block, last) = unpacked(packed([(1, documents[0]), (2, documents[1]), (8, documents[2])], True))
+    (block, last) = unpacked(
+        packed([(1, documents[0]), (2, documents[1]), (8, documents[2])], True)
+    )
     assert last and [position for position, _ in block] == [1, 2, 8]
     for (_, found), document in zip(block, documents):
-        assert (found.key, found.digest, found.encoded.size) == (document.key, document.digest, document.encoded.size)
-        assert np.array_equal(found.encoded.ids, document.encoded.ids) and found.encoded.ids.dtype == np.int32
-    assert block[2][1].encoded.learned.tolist() == [True, False, True] and block[0][1].encoded.learned.all()
+        assert (found.key, found.digest, found.encoded.size) == (
+            document.key,
+            document.digest,
+            document.encoded.size,
+        )
+        assert (
+            np.array_equal(found.encoded.ids, document.encoded.ids)
+            and found.encoded.ids.dtype == np.int32
+        )
+    assert (
+        block[2][1].encoded.learned.tolist() == [True, False, True]
+        and block[0][1].encoded.learned.all()
+    )
     assert unpacked(packed([], False)) == ([], False)
 
 
 def test_bytes_of_the_text_are_kept(corpus: Path) -> None:
-    """What bits per byte divide by comes from the cache as from the text; a document that never had a text has none."""
+    """What bits per byte divide by comes from the cache as from the text; a document that never had
+    a text has none."""
     expected = [len(document.text.encode()) for document in plain(corpus).stream({})]
     for _ in range(2):
-        assert [d.encoded.num_bytes for d in cached(corpus).stream({}) if d.encoded is not None] == expected
+        assert [
+            d.encoded.num_bytes for d in cached(corpus).stream({}) if d.encoded is not None
+        ] == expected
     block = [(1, Document("", "k", encoded=Encoded(np.array([5], np.int32), None, 7, 0)))]
     ((_, document),), _ = unpacked(packed(block, True))
     assert document.encoded is not None and document.encoded.num_bytes is None
 
 
-def test_blocks_of_another_version_are_made_again(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_of_another_version_are_made_again(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What an older program encoded or kept otherwise is never read as this one's."""
     expected, before = read(cached(corpus)), len(blocks(corpus))
     monkeypatch.setattr(cache, "VERSION", cache.VERSION + 1)

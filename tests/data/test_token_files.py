@@ -1,4 +1,5 @@
-"""Token chunks: specification 001's files and order exactly; every document once and whole, wherever a chunk ends."""
+"""Token chunks: specification 001's files and order exactly; every document once and whole,
+wherever a chunk ends."""
 
 import json
 import random
@@ -34,11 +35,16 @@ def source_of(folder: Path, seed: int | None = None, run_seed: int = 1) -> Token
 
 def documents(seed: int, count: int, longest: int = 40) -> list[np.ndarray]:
     rng = random.Random(seed)
-    return [np.array([rng.randint(1, 999) for _ in range(rng.randint(1, longest))], np.int32) for _ in range(count)]
+    return [
+        np.array([rng.randint(1, 999) for _ in range(rng.randint(1, longest))], np.int32)
+        for _ in range(count)
+    ]
 
 
 def empty_manifest(chunk_size: int) -> Manifest:
-    return Manifest("test", None, 0, 0, chunk_size, EOS, complete=False, documents=0, vocab_size=1000)
+    return Manifest(
+        "test", None, 0, 0, chunk_size, EOS, complete=False, documents=0, vocab_size=1000
+    )
 
 
 def write(folder: Path, found: list[np.ndarray], chunk_size: int, complete: bool = True) -> Path:
@@ -58,17 +64,20 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-# specification 001 ---------------------------------------------------------------------------------------------------
+# specification 001 --------------------------------------------------------------------------------
 
 
 def stretches(tokens: Iterator[int], length: int) -> Iterator[list[int]]:
-    """Consecutive stretches as the reference reads them: without overlap, the last filled up with ends."""
+    """Consecutive stretches as the reference reads them: without overlap, the last filled up with
+    ends."""
     while stretch := list(islice(tokens, length)):
         yield stretch + [EOS_001] * (length - len(stretch))
 
 
 def raw(name: str, order: list[int], start: int = 0) -> Iterator[int]:
-    return chain.from_iterable(block.tolist() for block in Chunks(GOLDEN / name).consecutive(order, start))
+    return chain.from_iterable(
+        block.tolist() for block in Chunks(GOLDEN / name).consecutive(order, start)
+    )
 
 
 @pytest.mark.parametrize("name", SEEDS)
@@ -76,38 +85,59 @@ def test_the_first_epochs_order_is_the_references(name: str) -> None:
     source = source_of(GOLDEN / name, SEEDS[name], run_seed=7)
     order = EXPECTED["loader_chunk_order"][name]
     assert [unit.label for unit in source.order(0)] == [f"chunk_{index:05d}.bin" for index in order]
-    assert source.order(1) == source_of(GOLDEN / name, SEEDS[name], run_seed=8).order(1)  # its own seed, in every epoch
+    # its own seed, in every epoch
+    assert source.order(1) == source_of(GOLDEN / name, SEEDS[name], run_seed=8).order(1)
 
 
 def test_consecutive_tokens_are_the_references() -> None:
     assert list(stretches(raw("code", [0]), 9)) == EXPECTED["reader_code_len9_unshuffled"]
-    assert next(stretches(raw("math", [0, 1, 2], start=60), 5)) == EXPECTED["reader_math_seek60_len5"]
+    assert (
+        next(stretches(raw("math", [0, 1, 2], start=60), 5)) == EXPECTED["reader_math_seek60_len5"]
+    )
 
 
 def test_documents_with_their_ends_put_back_are_the_references_tokens() -> None:
-    """In the order of names. Empty documents are left out, so their ends are too: two ends in a row become one."""
+    """In the order of names. Empty documents are left out, so their ends are too: two ends in a row
+    become one."""
     for name in SEEDS:
-        found = [unit for unit in sorted(source_of(GOLDEN / name).order(0), key=lambda unit: unit.label)]
+        found = [
+            unit for unit in sorted(source_of(GOLDEN / name).order(0), key=lambda unit: unit.label)
+        ]
         source = source_of(GOLDEN / name)
-        again = [t for unit in found for _, d in source.read(unit, 0) for t in [*d.encoded.ids.tolist(), EOS_001]]
+        again = [
+            t
+            for unit in found
+            for _, d in source.read(unit, 0)
+            for t in [*d.encoded.ids.tolist(), EOS_001]
+        ]
         tokens = [*raw(name, list(range(len(found)))), EOS_001]
-        once = [t for t, before in zip(tokens, [EOS_001, *tokens]) if (t, before) != (EOS_001, EOS_001)]
+        once = [
+            t for t, before in zip(tokens, [EOS_001, *tokens]) if (t, before) != (EOS_001, EOS_001)
+        ]
         assert again == once
         if name == "code":
             assert list(stretches(iter(again[:-1]), 9)) == EXPECTED["reader_code_len9_unshuffled"]
 
 
 def test_the_references_batches_come_out_of_these_streams() -> None:
-    """Its draws (one `choices` per sequence; the ratio is that of the micro-batch before) over our tokens in its chunk order."""
+    """Its draws (one `choices` per sequence; the ratio is that of the micro-batch before) over our
+    tokens in its chunk order."""
     names, seq_length = list(SEEDS), 8
-    reading = {n: stretches(raw(n, EXPECTED["loader_chunk_order"][n]), seq_length + 1) for n in names}
+    reading = {
+        n: stretches(raw(n, EXPECTED["loader_chunk_order"][n]), seq_length + 1) for n in names
+    }
     rng, ratio = random.Random(42), shares(0, 100)
     for number, expected in enumerate(EXPECTED["loader_batches"]):
         rows = [next(reading[rng.choices(names, weights=ratio)[0]]) for _ in range(2)]
         ratio = shares(number, 100)
         inputs, targets = [row[:-1] for row in rows], [row[1:] for row in rows]
         assert inputs == expected["input_ids"] and targets == expected["targets"]
-        ends = [r * seq_length + c + 1 for r, row in enumerate(inputs) for c, token in enumerate(row) if token == EOS_001]
+        ends = [
+            r * seq_length + c + 1
+            for r, row in enumerate(inputs)
+            for c, token in enumerate(row)
+            if token == EOS_001
+        ]
         bounds = sorted({0, *ends, *((r + 1) * seq_length for r in range(2))})
         assert bounds == expected["cu_seqlens"] and max(np.diff(bounds)) == expected["max_seqlen"]
 
@@ -119,27 +149,35 @@ def shares(step: int, total: int) -> list[float]:
     return [value_at([Piece(start=a, to=b, begin=begin, end=1.0)], progress) for a, b in pairs]
 
 
-@pytest.mark.parametrize(("table", "total"), [("mixing_total19531", 19531), ("mixing_total100", 100)])
+@pytest.mark.parametrize(
+    ("table", "total"), [("mixing_total19531", 19531), ("mixing_total100", 100)]
+)
 def test_the_mix_over_the_run_is_the_references(table: str, total: int) -> None:
     for step, expected in EXPECTED[table]["ratios"].items():
         assert shares(int(step), total) == pytest.approx(expected, abs=1e-12)
 
 
-# documents and chunks ------------------------------------------------------------------------------------------------
+# documents and chunks -----------------------------------------------------------------------------
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
-    """The files are what specification 001 says: raw little-endian uint32 and its keys; the rest of the manifest is true."""
+    """The files are what specification 001 says: raw little-endian uint32 and its keys; the rest of
+    the manifest is true."""
     found = documents(1, 50)
     folder = write(tmp_path / "t", found, 100)
     tokens = np.concatenate([np.append(ids, EOS) for ids in found])
     manifest = json.loads((folder / "manifest.json").read_text())
     on_disk = b"".join((folder / chunk["file"]).read_bytes() for chunk in manifest["chunks"])
     assert on_disk == tokens.astype("<u4").tobytes()
-    sizes = [(folder / f"chunk_{i:05d}.bin").stat().st_size // 4 for i in range(manifest["num_chunks"])]
+    sizes = [
+        (folder / f"chunk_{i:05d}.bin").stat().st_size // 4 for i in range(manifest["num_chunks"])
+    ]
     assert sizes[:-1] == [100] * (len(sizes) - 1) and 0 < sizes[-1] <= 100
     assert manifest["total_tokens"] == len(tokens) == sum(sizes) and manifest["documents"] == 50
-    assert sum(chunk["documents"] for chunk in manifest["chunks"]) == 50 and manifest["complete"] is True
+    assert (
+        sum(chunk["documents"] for chunk in manifest["chunks"]) == 50
+        and manifest["complete"] is True
+    )
     assert {"dataset_id", "config", "chunk_size", "eos_token_id", "vocab_size"} <= set(manifest)
     reader = Chunks(folder)
     read = [ids.tolist() for index in range(len(sizes)) for _, _, ids in reader.documents(index)]
@@ -151,19 +189,26 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 def test_no_document_is_lost_or_read_twice_in_any_order(
     seed: int, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Some run over several chunks, some end exactly where a chunk does; chunks come in a shuffled order."""
+    """Some run over several chunks, some end exactly where a chunk does; chunks come in a shuffled
+    order."""
     monkeypatch.setattr(chunks_module, "BLOCK", block)
     rng = random.Random(seed)
     found = documents(seed, 30, rng.choice([5, 40, 200]))
     folder = write(tmp_path / "t", found, rng.choice([7, 20, 50]))
     source = source_of(folder, run_seed=seed)
-    assert [unit.label for unit in source.order(0)] != sorted(unit.label for unit in source.order(0))
+    assert [unit.label for unit in source.order(0)] != sorted(
+        unit.label for unit in source.order(0)
+    )
     stream = source.stream({})
     read, keys = [], []
     for document in stream:
         read.append(document.encoded.ids.tolist())
         keys.append(document.key)
-        assert document.encoded.ids.dtype == np.int32 and document.encoded.learned is None and document.encoded.size == 0
+        assert (
+            document.encoded.ids.dtype == np.int32
+            and document.encoded.learned is None
+            and document.encoded.size == 0
+        )
     assert sorted(read) == sorted(ids.tolist() for ids in found) and len(set(keys)) == len(keys)
 
 
@@ -182,7 +227,10 @@ def test_a_resumed_stream_goes_on_at_every_document(tmp_path: Path) -> None:
 def test_the_order_of_chunks_is_a_function_of_seed_and_epoch(tmp_path: Path) -> None:
     folder = write(tmp_path / "t", documents(1, 200), 60)
     orders = {
-        tuple(u.label for u in source_of(folder, seed, run).order(e)) for seed in (None, 5) for run in (1, 2) for e in (0, 1)
+        tuple(u.label for u in source_of(folder, seed, run).order(e))
+        for seed in (None, 5)
+        for run in (1, 2)
+        for e in (0, 1)
     }
     assert len(orders) == 6  # with a seed of its own, the run's makes no difference
 
@@ -199,12 +247,19 @@ def test_empty_documents_are_left_out_and_a_last_one_without_an_end_is_read(tmp_
     folder.mkdir()
     np.array([EOS, EOS, 5, 6, EOS, EOS, 7], "<u4").tofile(folder / "chunk_00000.bin")
     np.array([8, EOS, EOS, 9, 9], "<u4").tofile(folder / "chunk_00001.bin")
-    facts = {"dataset_id": "x", "config": None, "total_tokens": 12, "num_chunks": 2, "chunk_size": 7, "eos_token_id": EOS}
+    facts = {
+        "dataset_id": "x",
+        "config": None,
+        "total_tokens": 12,
+        "num_chunks": 2,
+        "chunk_size": 7,
+        "eos_token_id": EOS,
+    }
     (folder / "manifest.json").write_text(json.dumps(facts))
     assert sorted(texts(source_of(folder))) == [[5, 6], [7, 8], [9, 9]]
 
 
-# what may be wrong ---------------------------------------------------------------------------------------------------
+# what may be wrong --------------------------------------------------------------------------------
 
 
 def flip(path: Path, at: int) -> None:
@@ -215,19 +270,24 @@ def flip(path: Path, at: int) -> None:
 
 def test_a_damaged_chunk_is_left_out_and_named(tmp_path: Path) -> None:
     """Only what lies in it is lost; a document that runs into it ends where the chunk begins."""
-    found = [np.arange(100 * i + 1, 100 * i + 31, dtype=np.int32) % 999 + 1 for i in range(20)]  # 31 tokens each with the end
+    # 31 tokens each with the end
+    found = [np.arange(100 * i + 1, 100 * i + 31, dtype=np.int32) % 999 + 1 for i in range(20)]
     folder = write(tmp_path / "t", found, 100)
     flip(folder / "chunk_00002.bin", 40)
     source = source_of(folder)
     cut = found[6][: 200 - 6 * 31].tolist()  # document 6 runs into chunk 2, document 9 out of it
-    assert sorted(texts(source)) == sorted([*(ids.tolist() for i, ids in enumerate(found) if not 6 <= i <= 9), cut])
+    assert sorted(texts(source)) == sorted(
+        [*(ids.tolist() for i, ids in enumerate(found) if not 6 <= i <= 9), cut]
+    )
     assert source.notes == ["skipped 1 damaged file: chunk_00002.bin"]
 
 
 def test_a_source_of_one_damaged_chunk_cannot_be_opened(tmp_path: Path) -> None:
     folder = write(tmp_path / "t", documents(4, 10), 10000)
     flip(folder / "chunk_00000.bin", 8)
-    with pytest.raises(SourceUnavailable, match=r"no document in .*skipped 1 damaged file: chunk_00000.bin"):
+    with pytest.raises(
+        SourceUnavailable, match=r"no document in .*skipped 1 damaged file: chunk_00000.bin"
+    ):
         source_of(folder)
 
 
@@ -236,20 +296,38 @@ def test_a_source_of_one_damaged_chunk_cannot_be_opened(tmp_path: Path) -> None:
     [
         (lambda folder: (folder / "manifest.json").unlink(), "make it first.*91_tokenize_local"),
         (lambda folder: (folder / "manifest.json").write_text("{"), "no manifest of token chunks"),
-        (lambda folder: (folder / "manifest.json").write_text('{"num_chunks": 1}'), "no manifest of token chunks"),
-        (lambda folder: edit(folder, total_tokens="many"), 'manifest.json is no manifest.*"total_tokens" is "many"'),
+        (
+            lambda folder: (folder / "manifest.json").write_text('{"num_chunks": 1}'),
+            "no manifest of token chunks",
+        ),
+        (
+            lambda folder: edit(folder, total_tokens="many"),
+            'manifest.json is no manifest.*"total_tokens" is "many"',
+        ),
         (lambda folder: edit(folder, eos_token_id=True), '"eos_token_id" is true'),
         (lambda folder: edit(folder, documents=-1), '"documents" is -1'),
         (lambda folder: edit(folder, chunks={}), '"chunks" is {}'),
         (lambda folder: edit(folder, chunks=[None]), "null is no object"),
         (lambda folder: edit(folder, chunks=[{"file": 3, "tokens": 1}]), '"file" is 3'),
-        (lambda folder: edit(folder, chunks=[{"file": "chunk_00000.bin", "tokens": "1"}]), '"tokens" is "1"'),
+        (
+            lambda folder: edit(folder, chunks=[{"file": "chunk_00000.bin", "tokens": "1"}]),
+            '"tokens" is "1"',
+        ),
         (lambda folder: edit(folder, chunks=[{"file": "chunk_00000.bin"}]), '"tokens" is missing'),
-        (lambda folder: (folder / "chunk_00001.bin").unlink(), "chunk_00001.bin is missing, but the manifest lists it"),
-        (lambda folder: (folder / "chunk_00001.bin").write_bytes(b"\0" * 399), "399 bytes, the manifest says 400: copy it again"),
+        (
+            lambda folder: (folder / "chunk_00001.bin").unlink(),
+            "chunk_00001.bin is missing, but the manifest lists it",
+        ),
+        (
+            lambda folder: (folder / "chunk_00001.bin").write_bytes(b"\0" * 399),
+            "399 bytes, the manifest says 400: copy it again",
+        ),
         (lambda folder: edit(folder, dtype="uint16"), "says dtype uint16; only uint32 can be read"),
         (lambda folder: edit(folder, format=9), "has format 9, .*update the program"),
-        (lambda folder: (edit(folder, chunks=None), cut(folder)), "398 bytes, which is no whole number of uint32"),
+        (
+            lambda folder: (edit(folder, chunks=None), cut(folder)),
+            "398 bytes, which is no whole number of uint32",
+        ),
         (lambda folder: edit(folder, chunks=[], num_chunks=0), "holds no token yet"),
     ],
 )
@@ -264,7 +342,9 @@ def test_a_folder_that_cannot_be_used_says_what_to_do(change, told: str, tmp_pat
 def edit(folder: Path, **facts: object) -> None:
     """Change facts in a manifest; None takes them out."""
     manifest = json.loads((folder / "manifest.json").read_text()) | facts
-    manifest = {key: value for key, value in manifest.items() if value is not None or key == "config"}
+    manifest = {
+        key: value for key, value in manifest.items() if value is not None or key == "config"
+    }
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -273,18 +353,30 @@ def cut(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:398])
 
 
-def test_the_miscounts_of_the_references_resumed_manifests_are_told_and_mended(tmp_path: Path) -> None:
-    """It counts a partial chunk as full, and in a second run only that run's tokens: the files are believed."""
+def test_the_miscounts_of_the_references_resumed_manifests_are_told_and_mended(
+    tmp_path: Path,
+) -> None:
+    """It counts a partial chunk as full, and in a second run only that run's tokens: the files are
+    believed."""
     found = documents(4, 20)
     folder = write(tmp_path / "t", found, 100)
-    edit(folder, chunks=None, complete=None, documents=None, format=None, dtype=None, total_tokens=1000)
+    edit(
+        folder,
+        chunks=None,
+        complete=None,
+        documents=None,
+        format=None,
+        dtype=None,
+        total_tokens=1000,
+    )
     source = source_of(folder)
     assert sorted(texts(source)) == sorted(ids.tolist() for ids in found)
     assert any("says 1,000 tokens, its chunks hold" in note for note in source.notes)
 
 
 def test_ids_beyond_the_vocabulary_are_damage(tmp_path: Path) -> None:
-    """Even where no checksum could tell: on a GPU such an id ends the run without a word of sense."""
+    """Even where no checksum could tell: on a GPU such an id ends the run without a word of
+    sense."""
     folder = write(tmp_path / "t", documents(4, 20), 10000)
     edit(folder, chunks=None, vocab_size=500)
     with pytest.raises(SourceUnavailable, match="damaged"):
@@ -295,7 +387,8 @@ def test_an_unfinished_folder_can_be_used_while_it_is_written(tmp_path: Path) ->
     found = documents(5, 30)
     folder = write(tmp_path / "t", found, 100, complete=False)
     last = sorted(folder.glob("chunk_*.bin"))[-1]
-    last.write_bytes(last.read_bytes() + b"\x01\x02\x03\x04\x05")  # the writer is ahead of what it has recorded
+    # the writer is ahead of what it has recorded
+    last.write_bytes(last.read_bytes() + b"\x01\x02\x03\x04\x05")
     source = source_of(folder)
     assert sorted(texts(source)) == sorted(ids.tolist() for ids in found)
     assert any("was not finished" in note and "run it again" in note for note in source.notes)
@@ -308,7 +401,12 @@ def test_the_run_must_use_the_tokenizer_the_chunks_were_made_with(tmp_path: Path
     other = build_tokenizer(TokenizerSettings(vocab_size=280), [text[::-1] for text in sample])
     small = build_tokenizer(TokenizerSettings(type="byte"), [])
     folder = write(tmp_path / "t", documents(1, 5), 1000)
-    edit(folder, vocab_size=own.vocab_size, vocabulary_sha256=own.vocabulary_sha256(own.vocab_size), eos_token_id=own.eos_id)
+    edit(
+        folder,
+        vocab_size=own.vocab_size,
+        vocabulary_sha256=own.vocabulary_sha256(own.vocab_size),
+        eos_token_id=own.eos_id,
+    )
     source = TokensSource(TokensSettings(path="t"), tmp_path, 1)
     source.list_units()
     source.check_tokenizer(own)
@@ -324,7 +422,7 @@ def test_the_run_must_use_the_tokenizer_the_chunks_were_made_with(tmp_path: Path
             source.check_tokenizer(tokenizer)
 
 
-# the writer ----------------------------------------------------------------------------------------------------------
+# the writer ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -373,4 +471,7 @@ def test_a_manifest_keeps_all_it_says(tmp_path: Path) -> None:
     manifest = read_manifest(folder)
     manifest.save(folder)
     assert asdict(read_manifest(folder)) == asdict(manifest)
-    assert SOURCES["tokens"][0] is TokensSettings and TokensSettings(path="./data/tokens/wiki").name == "wiki"
+    assert (
+        SOURCES["tokens"][0] is TokensSettings
+        and TokensSettings(path="./data/tokens/wiki").name == "wiki"
+    )

@@ -1,4 +1,5 @@
-"""Tokenizers: every text comes back, the end-of-document token cannot be written by a text, bytes are counted right."""
+"""Tokenizers: every text comes back, the end-of-document token cannot be written by a text, bytes
+are counted right."""
 
 import json
 import os
@@ -31,7 +32,11 @@ HARD_TEXTS = [
 
 @pytest.fixture(params=["byte", "bpe"])
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
-    settings = TokenizerSettings(type="byte") if request.param == "byte" else TokenizerSettings(vocab_size=400)
+    settings = (
+        TokenizerSettings(type="byte")
+        if request.param == "byte"
+        else TokenizerSettings(vocab_size=400)
+    )
     return build_tokenizer(settings, [story(i) for i in range(20)])
 
 
@@ -61,7 +66,9 @@ def test_bytes_are_bytes() -> None:
     """256 bytes and the end of a document: nothing is learnt."""
     tokenizer = build_tokenizer(TokenizerSettings(type="byte"), ["ignored"] * 100)
     assert tokenizer.vocab_size == 257
-    assert [len(ids) for ids in tokenizer.encode_batch(HARD_TEXTS)] == [len(text.encode()) for text in HARD_TEXTS]
+    assert [len(ids) for ids in tokenizer.encode_batch(HARD_TEXTS)] == [
+        len(text.encode()) for text in HARD_TEXTS
+    ]
 
 
 def test_training_twice_gives_the_same_tokenizer() -> None:
@@ -74,10 +81,13 @@ def test_training_twice_gives_the_same_tokenizer() -> None:
 
 
 def test_a_bpe_learns_merges_and_keeps_to_its_size() -> None:
-    """A text like the sample takes far fewer tokens than bytes; a sample too small for the vocabulary gives a smaller one."""
+    """A text like the sample takes far fewer tokens than bytes; a sample too small for the
+    vocabulary gives a smaller one."""
     tokenizer = build_tokenizer(TokenizerSettings(vocab_size=400), [story(i) for i in range(30)])
     text = story(77)
-    assert tokenizer.vocab_size == 400 and len(tokenizer.encode_batch([text])[0]) < 0.5 * len(text.encode())
+    assert tokenizer.vocab_size == 400 and len(tokenizer.encode_batch([text])[0]) < 0.5 * len(
+        text.encode()
+    )
     assert 257 <= build_tokenizer(TokenizerSettings(vocab_size=8192), ["ab ab ab"]).vocab_size < 300
     with pytest.raises(ValidationError):
         TokenizerSettings(vocab_size=200)  # fewer than there are bytes
@@ -97,18 +107,29 @@ except UserError as error:
 """
     env = {**os.environ, **NO_HUB, "HF_HOME": str(tmp_path)}
     began = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=100)
-    assert time.monotonic() - began < 30  # a minute and more, when the library is left to its retries
-    assert done.stdout.startswith('2 tokenizer "nobody/has-this" could not be loaded') and "127.0.0.1" in done.stdout
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=100
+    )
+    # a minute and more, when the library is left to its retries
+    assert time.monotonic() - began < 30
+    assert (
+        done.stdout.startswith('2 tokenizer "nobody/has-this" could not be loaded')
+        and "127.0.0.1" in done.stdout
+    )
     assert '"tokenizer": {"type": "bpe"' in done.stdout and "Traceback" not in done.stderr
 
 
-QWEN_PIECES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-"""Where Qwen3's tokenizer cuts a text first; transformers brings it with the class, whatever the file says."""
+QWEN_PIECES = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| "
+    r"?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""Where Qwen3's tokenizer cuts a text first; transformers brings it with the class, whatever the
+file says."""
 
 
 def qwen_folder(folder: Path, eos_token: str) -> "tokenizers.Tokenizer":
-    """A tokenizer of the shape of Qwen3's: the special tokens come after the vocabulary, then tokens that are none."""
+    """A tokenizer of the shape of Qwen3's: the special tokens come after the vocabulary, then
+    tokens that are none."""
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     backend.normalizer = tokenizers.normalizers.NFC()
     pieces = tokenizers.pre_tokenizers.Split(tokenizers.Regex(QWEN_PIECES), "isolated")
@@ -116,22 +137,36 @@ def qwen_folder(folder: Path, eos_token: str) -> "tokenizers.Tokenizer":
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([pieces, in_bytes])
     backend.decoder = tokenizers.decoders.ByteLevel()
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=alphabet, show_progress=False
+    )
     backend.train_from_iterator([story(1)], trainer)
-    backend.add_special_tokens([tokenizers.AddedToken(text, special=True) for text in (END, *MARKERS)])
+    backend.add_special_tokens(
+        [tokenizers.AddedToken(text, special=True) for text in (END, *MARKERS)]
+    )
     backend.add_tokens([tokenizers.AddedToken("<think>", special=False)])
     folder.mkdir()
     backend.save(str(folder / "tokenizer.json"))
-    facts = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": eos_token, "pad_token": END, "bos_token": None}
-    facts |= {"add_bos_token": False, "additional_special_tokens": list(MARKERS), "model_max_length": 131072}
+    facts = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "eos_token": eos_token,
+        "pad_token": END,
+        "bos_token": None,
+    }
+    facts |= {
+        "add_bos_token": False,
+        "additional_special_tokens": list(MARKERS),
+        "model_max_length": 131072,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(facts))
     return backend
 
 
 @pytest.mark.slow
 def test_a_tokenizer_folder_needs_no_network(tmp_path: Path) -> None:
-    """A name may be a local folder in Hugging Face's form; its own end-of-text token is used. Qwen3's base models end a document
-    with <|endoftext|>, 151643 of 151,669; a chat model's config says <|im_end|>, which is why the presets name a base model."""
+    """A name may be a local folder in Hugging Face's form; its own end-of-text token is used.
+    Qwen3's base models end a document with <|endoftext|>, 151643 of 151,669; a chat model's config
+    says <|im_end|>, which is why the presets name a base model."""
     trained = build_tokenizer(TokenizerSettings(vocab_size=300), [story(1)])
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "tokenizer.json").write_text(trained.state()["json"])
@@ -154,7 +189,10 @@ for name in ("own", "base", "chat"):
     own, *qwen = map(json.loads, done.stdout.splitlines())
     assert own[:3] == [trained.eos_id, 300, trained.encode_batch([story(1)])[0].tolist()]
     for found, backend, end in zip(qwen, (base, chat), (END, MARKERS[1]), strict=True):
-        size, special = backend.get_vocab_size(), [backend.token_to_id(text) for text in (END, *MARKERS)]
+        size, special = (
+            backend.get_vocab_size(),
+            [backend.token_to_id(text) for text in (END, *MARKERS)],
+        )
         assert special == [size - 4, size - 3, size - 2]
         assert found[:3] == [backend.token_to_id(end), size, backend.encode(story(1)).ids]
         assert found[3] == [*special, None]

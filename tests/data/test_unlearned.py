@@ -18,11 +18,16 @@ ROWS = 4
 
 
 class Silent:
-    """A pipeline of whose rows most have nothing to learn, by what they hold; that of the lane `broken` fails after some."""
+    """A pipeline of whose rows most have nothing to learn, by what they hold; that of the lane
+    `broken` fails after some."""
 
     def __init__(self, factory: Any, broken: int | None = None):
         self._factory, self._broken = factory, broken
-        self.settings, self.sections, self.sources = factory.settings, factory.sections, factory.sources
+        self.settings, self.sections, self.sources = (
+            factory.settings,
+            factory.sections,
+            factory.sources,
+        )
 
     def __call__(self, position: Position, lanes: list[int]) -> Iterator[Row]:
         for number, row in enumerate(self._factory(position, lanes)):
@@ -33,12 +38,17 @@ class Silent:
 
 
 def rows_of(factory: Silent, ranks: int, cuts: list[int]) -> tuple[list[tuple], dict]:
-    """(the rows of the first steps by their numbers, the state after them), read in so many parts."""
+    """(the rows of the first steps by their numbers, the state after them), read in so many
+    parts."""
     found, state = [], None
     for count in cuts:
 
-        def job(parallel: Any, count: int = count, state: dict | None = state) -> tuple[list[tuple], dict]:
-            loader = make_loader(factory, start() if state is None else resumed(state, factory), ROWS, parallel)
+        def job(
+            parallel: Any, count: int = count, state: dict | None = state
+        ) -> tuple[list[tuple], dict]:
+            loader = make_loader(
+                factory, start() if state is None else resumed(state, factory), ROWS, parallel
+            )
             try:
                 steps = [loader.next_step() for _ in range(count)]
                 rows = [
@@ -56,16 +66,21 @@ def rows_of(factory: Silent, ranks: int, cuts: list[int]) -> tuple[list[tuple], 
     return found, state
 
 
-def test_steps_without_targets_are_passed_over_alike_on_all_ranks_and_after_a_stop(tmp_path: Path) -> None:
+def test_steps_without_targets_are_passed_over_alike_on_all_ranks_and_after_a_stop(
+    tmp_path: Path,
+) -> None:
     factory = Silent(make_factory(tmp_path, write_corpus(tmp_path, {"a": 60, "b": 60})))
-    (one, state), (two, of_two), (cut, of_cut) = (rows_of(factory, *how) for how in ((1, [12]), (2, [12]), (1, [5, 4, 3])))
+    (one, state), (two, of_two), (cut, of_cut) = (
+        rows_of(factory, *how) for how in ((1, [12]), (2, [12]), (1, [5, 4, 3]))
+    )
     assert state["passed_over"] > 3
     assert [row[1:] for row in one] == [row[1:] for row in two] == [row[1:] for row in cut]
     assert state == of_two == of_cut
 
 
 def test_what_begins_in_steps_passed_over_is_counted(tmp_path: Path) -> None:
-    """Every document and epoch of the data, on any number of ranks: with the steps, or with those that teach nothing."""
+    """Every document and epoch of the data, on any number of ranks: with the steps, or with those
+    that teach nothing."""
     factory = make_factory(tmp_path, write_corpus(tmp_path, {"a": 60, "b": 60}), max_epochs=2)
 
     def job(parallel: Any, factory: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -73,7 +88,9 @@ def test_what_begins_in_steps_passed_over_is_counted(tmp_path: Path) -> None:
         while (step := loader.next_step()) is not None:
             found.append([step.documents, step.epochs])
         loader.close()
-        passed = np.array([[documents, epochs] for _, documents, epochs in loader.begun]).reshape(-1, 2, 2)
+        passed = np.array([[documents, epochs] for _, documents, epochs in loader.begun]).reshape(
+            -1, 2, 2
+        )
         return np.sum(found, axis=0), passed.sum(axis=0).T
 
     ((everything, none),) = Ranks(1).run(lambda parallel: job(parallel, factory))
@@ -85,7 +102,9 @@ def test_what_begins_in_steps_passed_over_is_counted(tmp_path: Path) -> None:
 
 def test_a_step_that_is_given_back_is_read_again(tmp_path: Path) -> None:
     """The state is that of before it, and so are the rows that come next."""
-    loader = make_loader(make_factory(tmp_path, write_corpus(tmp_path, {"a": 60, "b": 60})), start(), ROWS)
+    loader = make_loader(
+        make_factory(tmp_path, write_corpus(tmp_path, {"a": 60, "b": 60})), start(), ROWS
+    )
     for _ in range(6):
         loader.next_step()
     before, given = loader.state(), loader.next_step()

@@ -1,4 +1,5 @@
-"""Tokenizers made anywhere: no text acts as a control token, gaps are mended or told, bytes are those of the text."""
+"""Tokenizers made anywhere: no text acts as a control token, gaps are mended or told, bytes are
+those of the text."""
 
 import io
 import json
@@ -28,13 +29,18 @@ from tests.data.test_sources import write_jsonl
 from tests.project import tiny_preset, train_here
 
 STOP = "</s>"
-WORDS = {word: i for i, word in enumerate(["a", "b", "<", "/", "s", ">", STOP, "[PAD]", MASK, *MARKERS, "[UNK]"])}
+WORDS = {
+    word: i
+    for i, word in enumerate(["a", "b", "<", "/", "s", ">", STOP, "[PAD]", MASK, *MARKERS, "[UNK]"])
+}
 LETTERS = {letter: i for i, letter in enumerate(dict.fromkeys("ab</s> >|_imtrend[]MASKPD"))}
 MERGES = [("<", "/"), ("</", "s"), ("</s", ">")]
 MERGED = LETTERS | {"".join(pair): len(LETTERS) + i for i, pair in enumerate(MERGES)}
 
 
-def backend_of(model: Any, before: Any = None, normalizer: Any = None, added: tuple[str, ...] = ()) -> Backend:
+def backend_of(
+    model: Any, before: Any = None, normalizer: Any = None, added: tuple[str, ...] = ()
+) -> Backend:
     backend = Backend(model)
     if before is not None:
         backend.pre_tokenizer = before
@@ -46,7 +52,12 @@ def backend_of(model: Any, before: Any = None, normalizer: Any = None, added: tu
 
 def words(*, lower: bool = False, compatible: bool = False, **how: Any) -> Backend:
     steps = [normalizers.NFKC()] * compatible + [normalizers.Lowercase()] * lower
-    return backend_of(models.WordLevel(WORDS, "[UNK]"), pre_tokenizers.WhitespaceSplit(), normalizers.Sequence(steps), **how)
+    return backend_of(
+        models.WordLevel(WORDS, "[UNK]"),
+        pre_tokenizers.WhitespaceSplit(),
+        normalizers.Sequence(steps),
+        **how,
+    )
 
 
 def pieces() -> Backend:
@@ -55,7 +66,9 @@ def pieces() -> Backend:
 
 
 IMITATED = {
-    "an added token that is not special": lambda: backend_of(models.BPE(LETTERS, []), added=(STOP, *MARKERS, MASK, "[PAD]")),
+    "an added token that is not special": lambda: backend_of(
+        models.BPE(LETTERS, []), added=(STOP, *MARKERS, MASK, "[PAD]")
+    ),
     "merges": lambda: backend_of(models.BPE(MERGED, MERGES)),
     "merges that are ignored": lambda: backend_of(
         models.BPE(MERGED, MERGES, ignore_merges=True), pre_tokenizers.WhitespaceSplit()
@@ -74,14 +87,21 @@ TYPED += ["a ＜/s＞ b", "ü", STOP, STOP * 3]
 
 def read(backend: Backend, folder: Path, **config: Any) -> Tokenizer:
     backend.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **config}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **config})
+    )
     return read_tokenizer(folder / "tokenizer.json")
 
 
 @pytest.mark.parametrize("kind", IMITATED)
 def test_no_text_acts_as_a_control_token(tmp_path: Path, kind: str) -> None:
-    """From a file, from a folder of the Hub's form and from a checkpoint's state; other tokens of the text are what they were."""
-    config = {"eos_token": STOP, "pad_token": "[PAD]", "mask_token": MASK} if kind != "merges" else {"eos_token": STOP}
+    """From a file, from a folder of the Hub's form and from a checkpoint's state; other tokens of
+    the text are what they were."""
+    config = (
+        {"eos_token": STOP, "pad_token": "[PAD]", "mask_token": MASK}
+        if kind != "merges"
+        else {"eos_token": STOP}
+    )
     made = [read(IMITATED[kind](), tmp_path, **config)]
     if kind in ("an added token that is not special", "words"):
         made.append(build_tokenizer(TokenizerSettings(type="hub", name=str(tmp_path)), []))
@@ -91,17 +111,24 @@ def test_no_text_acts_as_a_control_token(tmp_path: Path, kind: str) -> None:
         control = {tokenizer.eos_id, *tokenizer.special_ids} - {tokenizer.unknown_id}
         assert {tokenizer.special_id(name) for name in (STOP, MASK, *MARKERS)} - {None} <= control
         assert tokenizer.special_id(STOP) == tokenizer.eos_id != tokenizer.unknown_id
-        for text, ids, (same, spans) in zip(TYPED, tokenizer.encode_batch(TYPED), tokenizer.encode_with_spans(TYPED)):
+        for text, ids, (same, spans) in zip(
+            TYPED, tokenizer.encode_batch(TYPED), tokenizer.encode_with_spans(TYPED)
+        ):
             assert not control & set(ids.tolist()) and len(ids), text
-            assert ids.tolist() == same.tolist() and len(spans) == len(ids) and ids.dtype == np.int32
+            assert (
+                ids.tolist() == same.tolist() and len(spans) == len(ids) and ids.dtype == np.int32
+            )
         for i in (tokenizer._backend.token_to_id(name) for name in ("a", "b")):
             assert i in tokenizer.encode_batch([f"a {STOP} b"])[0]
     if kind == "merges":  # nothing of it is lost: it is spelled
-        assert tokenizer.decode(tokenizer.encode_batch([f"a{STOP}b"])[0].tolist()).split() == list(f"a{STOP}b")
+        assert tokenizer.decode(tokenizer.encode_batch([f"a{STOP}b"])[0].tolist()).split() == list(
+            f"a{STOP}b"
+        )
 
 
 def test_what_is_no_control_token_stays_one_token(tmp_path: Path) -> None:
-    """<think> and runs of spaces are text in the eyes of whoever made the tokenizer; so is a pad token that is a character."""
+    """<think> and runs of spaces are text in the eyes of whoever made the tokenizer; so is a pad
+    token that is a character."""
     backend = backend_of(models.BPE(LETTERS, []), added=("<think>", "   "))
     tokenizer = read(backend, tmp_path, pad_token="a")
     ids = tokenizer.encode_batch(["a   b<think>"])[0].tolist()
@@ -114,8 +141,16 @@ def numbers(model: Any, before: Any = None) -> Any:
 
 SPLIT = pre_tokenizers.WhitespaceSplit()
 GAPS = {
-    "words without an unknown one": (numbers(models.WordLevel({"a": 0, "b": 1}), SPLIT), 4, [0, 3, 1]),
-    "words, its name is not there": (numbers(models.WordLevel({"a": 0, "b": 1}, "[UNK]"), SPLIT), 4, [0, 3, 1]),
+    "words without an unknown one": (
+        numbers(models.WordLevel({"a": 0, "b": 1}), SPLIT),
+        4,
+        [0, 3, 1],
+    ),
+    "words, its name is not there": (
+        numbers(models.WordLevel({"a": 0, "b": 1}, "[UNK]"), SPLIT),
+        4,
+        [0, 3, 1],
+    ),
     "words with holes": (numbers(models.WordLevel({"a": 0, "b": 2}), SPLIT), 5, [0, 4, 2]),
     "word pieces": (numbers(models.WordPiece({"a": 0, "b": 9}), SPLIT), 12, [0, 11, 9]),
     "characters": (numbers(models.BPE({"a": 0, "b": 1, " ": 2}, [])), 5, [0, 2, 4, 4, 2, 1]),
@@ -124,24 +159,40 @@ GAPS = {
         5,
         [0, 2, 4, 4, 2, 1],
     ),
-    "likely pieces": (numbers(models.Unigram([("a", -1.0), ("b", -1.0), (" ", -1.0)], None)), 5, [0, 2, 4, 2, 1]),
-    "bytes that were not seen": (numbers(models.BPE({"a": 0, "b": 1, "Ġ": 2}, []), pre_tokenizers.ByteLevel(False)), 5, None),
+    "likely pieces": (
+        numbers(models.Unigram([("a", -1.0), ("b", -1.0), (" ", -1.0)], None)),
+        5,
+        [0, 2, 4, 2, 1],
+    ),
+    "bytes that were not seen": (
+        numbers(models.BPE({"a": 0, "b": 1, "Ġ": 2}, []), pre_tokenizers.ByteLevel(False)),
+        5,
+        None,
+    ),
 }
 
 
 @pytest.mark.parametrize("kind", GAPS)
 def test_a_gap_becomes_an_unknown_token(tmp_path: Path, kind: str) -> None:
-    """ "a éü b": never a traceback, nothing dropped or glued, every token at the id it had; and how much it is, is known."""
+    """ "a éü b": never a traceback, nothing dropped or glued, every token at the id it had; and how
+    much it is, is known."""
     make, size, expected = GAPS[kind]
     tokenizer = read(make(), tmp_path)
     ids, spans = tokenizer.encode_with_spans(["a éü b"])[0]
     assert expected is None or ids.tolist() == expected
     assert (ids[0], ids[-1]) == tuple(tokenizer._backend.token_to_id(name) for name in "ab")
-    assert spans[ids == tokenizer.unknown_id].min() == 2 and spans[ids == tokenizer.unknown_id].max() == 4
-    assert tokenizer.vocab_size == size and {tokenizer.eos_id, tokenizer.unknown_id} <= set(tokenizer.special_ids)
+    assert (
+        spans[ids == tokenizer.unknown_id].min() == 2
+        and spans[ids == tokenizer.unknown_id].max() == 4
+    )
+    assert tokenizer.vocab_size == size and {tokenizer.eos_id, tokenizer.unknown_id} <= set(
+        tokenizer.special_ids
+    )
     assert not tokenizer.is_complete and tokenizer.special_id(END) == tokenizer.eos_id
     unread = tokenizer.unread(["a éü b", "a b " * 48])
-    assert (unread.characters, unread.of, unread.example) == (2, 100, "éü") and str(unread).startswith("2 % of the characters")
+    assert (unread.characters, unread.of, unread.example) == (2, 100, "éü") and str(
+        unread
+    ).startswith("2 % of the characters")
     assert tokenizer.decode(list(range(size))) is not None  # a hole is no token, and no error
     (tmp_path / "again").mkdir()
     tokenizer.save(tmp_path / "again" / "tokenizer.json")
@@ -149,7 +200,8 @@ def test_a_gap_becomes_an_unknown_token(tmp_path: Path, kind: str) -> None:
 
 
 def test_white_space_counts_where_it_is_lost(tmp_path: Path) -> None:
-    """Between words that a tokenizer cuts at white space, it is passed over; where it would be a token of its own, it is not."""
+    """Between words that a tokenizer cuts at white space, it is passed over; where it would be a
+    token of its own, it is not."""
     for before, lost, of in ((SPLIT, 0, 96), (None, 95, 191)):
         letters = read(backend_of(models.BPE({"a": 0, "b": 1}, []), before), tmp_path)
         unread = letters.unread([" ".join("ab" * 48)])
@@ -158,7 +210,9 @@ def test_white_space_counts_where_it_is_lost(tmp_path: Path) -> None:
 
 def test_a_file_may_leave_out_what_it_has_not(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
-    path.write_text(json.dumps({"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "?"}}))
+    path.write_text(
+        json.dumps({"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "?"}})
+    )
     assert read_tokenizer(path).encode_batch(["a"])[0].tolist() == [0]
 
 
@@ -171,30 +225,43 @@ def test_what_can_write_everything_has_no_gap(tmp_path: Path) -> None:
 
 
 def test_one_text_has_one_encoding(tmp_path: Path) -> None:
-    """A BPE whose file leaves out merges at random: the same text, the same tokens, or no run could be resumed."""
+    """A BPE whose file leaves out merges at random: the same text, the same tokens, or no run could
+    be resumed."""
     tokenizer = read(backend_of(models.BPE(MERGED, MERGES, dropout=0.5)), tmp_path)
     assert len({tuple(ids.tolist()) for ids in tokenizer.encode_batch([STOP] * 50)}) == 1
 
 
 def test_absurd_ids_are_refused(tmp_path: Path) -> None:
     read(backend_of(models.WordLevel({"a": 0, "b": 12345}), added=("z",)), tmp_path)
-    (tmp_path / "tokenizer.json").write_text((tmp_path / "tokenizer.json").read_text().replace("12345", "4000000000"))
+    (tmp_path / "tokenizer.json").write_text(
+        (tmp_path / "tokenizer.json").read_text().replace("12345", "4000000000")
+    )
     with pytest.raises(UserError, match="has a token of id 4,000,000,000: no model has so many"):
         read_tokenizer(tmp_path / "tokenizer.json")
 
 
-# what a person is told -----------------------------------------------------------------------------------------------
+# what a person is told ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("letters, loud", [("abcdefgh ", None), ("abcdefg ", 0), ("ab ", 1), ("", 2)])
+@pytest.mark.parametrize(
+    "letters, loud", [("abcdefgh ", None), ("abcdefg ", 0), ("ab ", 1), ("", 2)]
+)
 def test_what_has_no_token_is_told(tmp_path: Path, letters: str, loud: int | None) -> None:
-    """By source, with its share and an example: a note, from 1 % on a warning; where it is everything, training is refused."""
+    """By source, with its share and an example: a note, from 1 % on a warning; where it is
+    everything, training is refused."""
     write_jsonl(tmp_path / "x.jsonl", [{"text": "abcdefg" * 20 + "h" * (i == 0)} for i in range(9)])
-    tokenizer = read(backend_of(models.BPE({letter: i for i, letter in enumerate(letters)}, [])), tmp_path)
-    preset = decode_preset(tiny_preset(data={"sources": [{"type": "text", "path": "x.jsonl"}]}), Preset, "t", "t")
+    tokenizer = read(
+        backend_of(models.BPE({letter: i for i, letter in enumerate(letters)}, [])), tmp_path
+    )
+    preset = decode_preset(
+        tiny_preset(data={"sources": [{"type": "text", "path": "x.jsonl"}]}), Preset, "t", "t"
+    )
     corpus = open_corpus(preset, tmp_path, Single())
     if loud == 2:
-        with pytest.raises(UserError, match=r'no token for anything that x says \(100 % .*"abcdefgabcdefgabcdef"\).*"bpe"'):
+        with pytest.raises(
+            UserError,
+            match=r'no token for anything that x says \(100 % .*"abcdefgabcdefgabcdef"\).*"bpe"',
+        ):
             corpus.told_of(tokenizer)
         return
     notes, warnings = corpus.told_of(tokenizer)
@@ -203,20 +270,40 @@ def test_what_has_no_token_is_told(tmp_path: Path, letters: str, loud: int | Non
         assert not notes and not warnings
     else:
         share = {0: "0.0793 %", 1: "71.5 %"}[loud]
-        assert not told[1 - loud] and f'x: {share} of the characters have no token (first: "{"hc"[loud]}' in told[loud][0]
+        assert (
+            not told[1 - loud]
+            and f'x: {share} of the characters have no token (first: "{"hc"[loud]}' in told[loud][0]
+        )
 
 
-# bytes ---------------------------------------------------------------------------------------------------------------
+# bytes --------------------------------------------------------------------------------------------
 
 
 def llama_like() -> Backend:
-    """Marks of leading spaces, and bytes for what has no token: as in shared files of Llama and Mistral."""
-    names = ["<unk>", "<s>", STOP, *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"theandor", "th", "▁th", "▁the", "the"]
+    """Marks of leading spaces, and bytes for what has no token: as in shared files of Llama and
+    Mistral."""
+    names = [
+        "<unk>",
+        "<s>",
+        STOP,
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "▁",
+        *"theandor",
+        "th",
+        "▁th",
+        "▁the",
+        "the",
+    ]
     vocabulary = {name: i for i, name in enumerate(dict.fromkeys(names))}
     merges = [("t", "h"), ("▁", "th"), ("▁th", "e"), ("th", "e")]
     model = models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     backend = backend_of(model, pre_tokenizers.Metaspace())
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    steps = [
+        decoders.Replace("▁", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ]
     backend.decoder = decoders.Sequence(steps)
     backend.add_special_tokens(["<unk>", "<s>", STOP])
     return backend
@@ -267,38 +354,46 @@ def bytes_of(tokenizer: Tokenizer, documents: list[Any]) -> int:
 
 @pytest.mark.parametrize("kind", READERS)
 def test_bits_per_byte_divide_by_the_bytes_of_the_text(tmp_path: Path, kind: str) -> None:
-    """Not by those of tokens decoded one by one; dropped and unknown characters were in the text, too."""
+    """Not by those of tokens decoded one by one; dropped and unknown characters were in the text,
+    too."""
     from core.data.documents import Document
 
     tokenizer = READERS[kind](tmp_path)
-    assert bytes_of(tokenizer, [Document(text, text.encode("utf-8", "replace").decode()) for text in BYTES]) == sum(
-        BYTES.values()
-    )
+    assert bytes_of(
+        tokenizer, [Document(text, text.encode("utf-8", "replace").decode()) for text in BYTES]
+    ) == sum(BYTES.values())
 
 
 @pytest.mark.parametrize("kind", READERS)
 def test_of_a_conversation_only_what_is_learned_counts(tmp_path: Path, kind: str) -> None:
     """The answers, the line end behind each, and the markers where they are spelled out."""
-    said = (("user", "the 漢 other"), ("assistant", "thé  nön"), ("user", "and"), ("assistant", "no"))
+    said = (
+        ("user", "the 漢 other"),
+        ("assistant", "thé  nön"),
+        ("user", "and"),
+        ("assistant", "no"),
+    )
     ((_, learned, num_bytes),) = encode_chat(READERS[kind](tmp_path), [said])
     assert learned.any() and num_bytes == 10 + 2 + 2 * len(f"{MARKERS[1]}\n")
 
 
 def test_tokens_without_text_count_as_they_are_written(tmp_path: Path) -> None:
-    """Chunks keep no text: the whole document is decoded; exact, but that marks of leading spaces drop one that was there."""
+    """Chunks keep no text: the whole document is decoded; exact, but that marks of leading spaces
+    drop one that was there."""
     from core.data.documents import Document, Encoded
 
     texts = [text for text in BYTES if "\ud800" not in text]
     for kind in ("byte", "bpe", "llama"):
         tokenizer = READERS[kind](tmp_path)
         encoded = [Encoded(ids, None, i, 0) for i, ids in enumerate(tokenizer.encode_batch(texts))]
-        assert bytes_of(tokenizer, [Document("", str(i), encoded=each) for i, each in enumerate(encoded)]) == 54 - (
-            kind == "llama"
-        )
+        assert bytes_of(
+            tokenizer, [Document("", str(i), encoded=each) for i, each in enumerate(encoded)]
+        ) == 54 - (kind == "llama")
 
 
 def test_a_tokenizer_that_swallows_something_is_not_lossless() -> None:
-    """Added tokens that take the spaces around them, or are no bytes, and words without what is between them."""
+    """Added tokens that take the spaces around them, or are no bytes, and words without what is
+    between them."""
     plain = READERS["byte"](Path())
     assert plain.is_lossless
 
@@ -310,9 +405,17 @@ def test_a_tokenizer_that_swallows_something_is_not_lossless() -> None:
 
     assert other(AddedToken("world"), AddedToken("<|x|>", lstrip=True, special=True)).is_lossless
     swallows = other(AddedToken("world", lstrip=True))
-    assert swallows.decode(swallows.encode_batch(["hello world"])[0].tolist()) == "helloworld" and not swallows.is_lossless
-    assert not other(AddedToken("b", rstrip=True)).is_lossless and not other(AddedToken("\u00e9")).is_lossless
-    in_words = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    assert (
+        swallows.decode(swallows.encode_batch(["hello world"])[0].tolist()) == "helloworld"
+        and not swallows.is_lossless
+    )
+    assert (
+        not other(AddedToken("b", rstrip=True)).is_lossless
+        and not other(AddedToken("\u00e9")).is_lossless
+    )
+    in_words = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     assert not other(before=in_words).is_lossless
 
 
@@ -323,12 +426,15 @@ def test_two_tokens_of_one_id_are_refused(kind: str, tmp_path: Path) -> None:
     facts = json.loads(backend_of(model).to_str())
     facts["model"]["vocab"] |= {"twice": facts["model"]["vocab"]["a"]}
     (tmp_path / "tokenizer.json").write_text(json.dumps(facts))
-    with pytest.raises(UserError, match=r"tokenizer.json gives a and twice one id, \d+: number its tokens apart"):
+    with pytest.raises(
+        UserError, match=r"tokenizer.json gives a and twice one id, \d+: number its tokens apart"
+    ):
         read_tokenizer(tmp_path / "tokenizer.json")
 
 
 def test_spans_are_not_trimmed() -> None:
-    """RoBERTa's post-processor takes leading spaces off spans: a token that reaches into the header would be learned."""
+    """RoBERTa's post-processor takes leading spaces off spans: a token that reaches into the header
+    would be learned."""
     tokenizer = build_tokenizer(TokenizerSettings(vocab_size=270), ["\n\n\n\n" * 50], MARKERS)
     facts = tokenizer.state()
     backend = Backend.from_str(facts["json"])
@@ -339,7 +445,7 @@ def test_spans_are_not_trimmed() -> None:
         assert np.array_equal(one, other)
 
 
-# through the program -------------------------------------------------------------------------------------------------
+# through the program ------------------------------------------------------------------------------
 
 
 def held_out_of(preset: dict, root: Path) -> list[Any]:
@@ -350,17 +456,31 @@ def held_out_of(preset: dict, root: Path) -> list[Any]:
 def test_a_run_tells_exact_bits_per_byte(tmp_path: Path) -> None:
     """Of texts and of conversations, whatever the tokenizer; and says how much it cannot read."""
     write_jsonl(
-        tmp_path / "x.jsonl", [{"text": f"{i} the other and {STOP} thé  漢字 🙂 then nothing more of it\n"} for i in range(60)]
+        tmp_path / "x.jsonl",
+        [
+            {"text": f"{i} the other and {STOP} thé  漢字 🙂 then nothing more of it\n"}
+            for i in range(60)
+        ],
     )
-    said = [[{"role": "user", "content": f"the {i}?"}, {"role": "assistant", "content": f"nön {i} 漢"}] for i in range(60)]
+    said = [
+        [{"role": "user", "content": f"the {i}?"}, {"role": "assistant", "content": f"nön {i} 漢"}]
+        for i in range(60)
+    ]
     write_jsonl(tmp_path / "chats.jsonl", [{"messages": messages} for messages in said])
     for number, (make, end) in enumerate([(llama_like, STOP), (bert_like, "[SEP]")]):
         read(make(), tmp_path, eos_token=end)
         for kind in ("text", "chat"):
             path = {"text": "x.jsonl", "chat": "chats.jsonl"}[kind]
-            data = {"sources": [{"type": kind, "path": path}], "validation_fraction": 0.1, "min_text_length": 1}
+            data = {
+                "sources": [{"type": kind, "path": path}],
+                "validation_fraction": 0.1,
+                "min_text_length": 1,
+            }
             train = {"max_steps": 1, "eval_tokens": 100_000}
-            own = {"model": {"seq_length": 128}, "tokenizer": {"type": "file", "path": "tokenizer.json"}}
+            own = {
+                "model": {"seq_length": 128},
+                "tokenizer": {"type": "file", "path": "tokenizer.json"},
+            }
             preset = tiny_preset(**own, data=data, train=train)
             events = train_here(preset, tmp_path, f"t{number}{kind}")
             (found,) = [event for event in events if event["event"] == "eval"]
@@ -369,19 +489,33 @@ def test_a_run_tells_exact_bits_per_byte(tmp_path: Path) -> None:
             sizes = [d.messages[1][1] if d.messages else d.text for d in held]
             num_bytes = sum(len(text.encode()) + spelled * (kind == "chat") for text in sizes)
             bits = found["cross_entropy"] * found["eval_tokens"] / math.log(2)
-            assert len(held) > 1 and found["bits_per_byte"] == pytest.approx(bits / num_bytes, rel=1e-9)
+            assert len(held) > 1 and found["bits_per_byte"] == pytest.approx(
+                bits / num_bytes, rel=1e-9
+            )
             told = [event["message"] for event in events if event["event"] == "warning"]
             assert ("have no token" in str(told)) == (number == 1), told
 
 
 def test_texts_that_name_the_end_are_no_more_documents(tmp_path: Path) -> None:
-    """50 texts, and the end of a document among the words of each: 50 documents, in chunks as in training."""
+    """50 texts, and the end of a document among the words of each: 50 documents, in chunks as in
+    training."""
     tokenizer = read(words(added=(STOP,)), tmp_path, eos_token=STOP)
-    write_jsonl(tmp_path / "x.jsonl", [{"text": f"a b {STOP} {'a ' * 20} a{STOP}b"} for _ in range(50)])
+    write_jsonl(
+        tmp_path / "x.jsonl", [{"text": f"a b {STOP} {'a ' * 20} a{STOP}b"} for _ in range(50)]
+    )
     section = {"type": "text", "path": "x.jsonl"}
-    own = {"tokenizer": {"type": "file", "path": "tokenizer.json"}, "data": {"sources": [section], "min_text_length": 1}}
+    own = {
+        "tokenizer": {"type": "file", "path": "tokenizer.json"},
+        "data": {"sources": [section], "min_text_length": 1},
+    }
     preset = {"job": "tokenize", **own, "tokenize": {"output": "tokens", "workers": 0}}
     console = io.StringIO()
-    tokenize(decode_preset(preset, Preset, "t", "t"), detect_runtime(), Single(), tmp_path, 0.0, console)
+    tokenize(
+        decode_preset(preset, Preset, "t", "t"), detect_runtime(), Single(), tmp_path, 0.0, console
+    )
     manifest = read_manifest(tmp_path / "tokens" / "x")
-    assert manifest.documents == 50 and manifest.eos_token_id == tokenizer.eos_id and "warning  x: 1" in console.getvalue()
+    assert (
+        manifest.documents == 50
+        and manifest.eos_token_id == tokenizer.eos_id
+        and "warning  x: 1" in console.getvalue()
+    )

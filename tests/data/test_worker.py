@@ -1,4 +1,5 @@
-"""The processes that read: they end with the program, however it ends; and when they end before, nothing is lost."""
+"""The processes that read: they end with the program, however it ends; and when they end before,
+nothing is lost."""
 
 import gzip
 import os
@@ -22,7 +23,17 @@ from core.data.token_pool import Batch, TokenPool
 from core.data.tokenizer import Tokenizer
 from core.data.worker import CLOSE_SECONDS, Worker
 from core.errors import ReadingFailed
-from tests.data.corpus import LANES, Ranks, byte_tokenizer, make_factory, make_loader, same, start, steps, write_corpus
+from tests.data.corpus import (
+    LANES,
+    Ranks,
+    byte_tokenizer,
+    make_factory,
+    make_loader,
+    same,
+    start,
+    steps,
+    write_corpus,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
@@ -45,8 +56,11 @@ def is_running(pid: int) -> bool:
 
 
 def test_a_worker_ends_with_a_program_that_was_killed() -> None:
-    """kill -9 leaves the program no time to end it, and it would wait for its next position for ever."""
-    with subprocess.Popen([sys.executable, "-c", PROGRAM], cwd=ROOT, stdout=subprocess.PIPE, text=True) as program:
+    """kill -9 leaves the program no time to end it, and it would wait for its next position for
+    ever."""
+    with subprocess.Popen(
+        [sys.executable, "-c", PROGRAM], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as program:
         assert program.stdout is not None
         pid = int(program.stdout.readline())
         assert is_running(pid)
@@ -86,15 +100,19 @@ def test_ctrl_c_while_workers_start_ends_none_and_prints_nothing(tmp_path: Path)
     """A terminal sends it to the whole group; SIGTERM ends a worker as before."""
     (tmp_path / "starting.py").write_text(STARTING)
     run = [sys.executable, str(tmp_path / "starting.py")]
-    where: dict[str, Any] = {"cwd": ROOT, "env": {**os.environ, "PYTHONPATH": str(ROOT)}, "start_new_session": True}
+    where: dict[str, Any] = {
+        "cwd": ROOT,
+        "env": {**os.environ, "PYTHONPATH": str(ROOT)},
+        "start_new_session": True,
+    }
     ended = subprocess.run(run, capture_output=True, text=True, timeout=120, **where)
     assert (ended.stdout, ended.stderr) == (f"(0, 0)\n{-signal.SIGTERM}\n5\n", "")
 
 
 @pytest.mark.slow
 def test_a_worker_that_is_killed_is_started_again(tmp_path: Path) -> None:
-    """As by the out-of-memory killer, once idle and once reading: the same rows come, and it is told. One that dies again before
-    a step is made ends the run, with what to do."""
+    """As by the out-of-memory killer, once idle and once reading: the same rows come, and it is
+    told. One that dies again before a step is made ends the run, with what to do."""
     factory = make_factory(tmp_path, write_corpus(tmp_path, {"a": 300, "b": 200}), "weighted")
     straight = make_loader(factory, start())
     expected = steps(straight, 60)
@@ -103,10 +121,13 @@ def test_a_worker_that_is_killed_is_started_again(tmp_path: Path) -> None:
     for count in (0, 20):
         found += steps(loader, count)
         os.kill(loader._workers[1]._process.pid, signal.SIGKILL)
-        loader._read_anew()  # what was read ahead is not there: the next step needs the process that is gone
+        # what was read ahead is not there: the next step needs the process that is gone
+        loader._read_anew()
         found += steps(loader, 15)
     assert same(found, expected)
-    assert [told.split(";")[0] for told in loader.told] == ["a data worker was killed (SIGKILL), probably for want of memory"] * 2
+    assert [told.split(";")[0] for told in loader.told] == [
+        "a data worker was killed (SIGKILL), probably for want of memory"
+    ] * 2
     straight.next_step(), loader.next_step()
     assert loader.state()["receipts"] == straight.state()["receipts"]
 
@@ -119,7 +140,9 @@ def test_a_worker_that_is_killed_is_started_again(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Worker, "begin", killed)
         loader._read_anew()
-        with pytest.raises(ReadingFailed, match=r"(?s)was killed \(SIGKILL\).*Start again.*\"workers\": 0"):
+        with pytest.raises(
+            ReadingFailed, match=r"(?s)was killed \(SIGKILL\).*Start again.*\"workers\": 0"
+        ):
             steps(loader, 1)
     state = loader.state()
     loader.close()
@@ -130,7 +153,9 @@ def test_a_worker_that_is_killed_is_started_again(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_frozen_worker_does_not_hold_up_the_end(tmp_path: Path) -> None:
     """SIGSTOP leaves it deaf to SIGTERM; the run has other things to do than to wait for it."""
-    loader: Loader = make_loader(make_factory(tmp_path, write_corpus(tmp_path, {"a": 300})), start(), workers=1)
+    loader: Loader = make_loader(
+        make_factory(tmp_path, write_corpus(tmp_path, {"a": 300})), start(), workers=1
+    )
     steps(loader, 2)
     process = loader._workers[0]._process
     os.kill(process.pid, signal.SIGSTOP)
@@ -157,7 +182,8 @@ def test_a_frozen_tokenizing_process_does_not_hold_up_the_end(tmp_path: Path) ->
 
 
 def test_an_error_that_nobody_expected_ends_every_rank_with_its_reason(tmp_path: Path) -> None:
-    """On one rank only, in the thread that reads: none waits for it, and the position is as it was."""
+    """On one rank only, in the thread that reads: none waits for it, and the position is as it
+    was."""
     sections = write_corpus(tmp_path, {"a": 300})
 
     def job(parallel: Any) -> tuple[str, int]:
@@ -181,16 +207,23 @@ def test_an_error_that_nobody_expected_ends_every_rank_with_its_reason(tmp_path:
 
     ended = Ranks(2).run(job)
     assert {count for _, count in ended} == {4}
-    assert all("LookupError: an odd thing (test_worker.py, line " in told and "Start again" in told for told, _ in ended)
+    assert all(
+        "LookupError: an odd thing (test_worker.py, line " in told and "Start again" in told
+        for told, _ in ended
+    )
 
 
-def test_an_odd_file_or_text_costs_no_more_than_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever it makes a library raise, with the token cache and without it; named with the reason, and the rows are those
-    without it."""
+def test_an_odd_file_or_text_costs_no_more_than_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it makes a library raise, with the token cache and without it; named with the
+    reason, and the rows are those without it."""
     sections = write_corpus(tmp_path, {"a": 60, "b": 60, "c": 60})
     for name in "abc":
         path = tmp_path / f"{name}.jsonl"
-        (tmp_path / f"{'a' * (name != 'a')}{name}.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
+        (tmp_path / f"{'a' * (name != 'a')}{name}.jsonl.gz").write_bytes(
+            gzip.compress(path.read_bytes())
+        )
     section = sections[0].model_copy(update={"path": ["a.jsonl.gz", "a?.jsonl.gz"]})
     read, encode = TextSource.read, Tokenizer.encode_batch
 
@@ -208,7 +241,9 @@ def test_an_odd_file_or_text_costs_no_more_than_itself(tmp_path: Path, monkeypat
     monkeypatch.setattr(Tokenizer, "encode_batch", odd_encode)
     found = []
     for gigabytes in (0.0, 0.1, 0.1):
-        loader = make_loader(make_factory(tmp_path, [section], max_epochs=2, cache_gigabytes=gigabytes), start())
+        loader = make_loader(
+            make_factory(tmp_path, [section], max_epochs=2, cache_gigabytes=gigabytes), start()
+        )
         found.append(np.concatenate(steps(loader)))
         assert sorted(loader.skipped) == [
             ("a", "ab.jsonl.gz", "unreadable (RecursionError)"),

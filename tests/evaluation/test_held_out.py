@@ -1,4 +1,5 @@
-"""What evaluation says: its numbers equal their definitions, for any batch size and on any number of ranks."""
+"""What evaluation says: its numbers equal their definitions, for any batch size and on any number
+of ranks."""
 
 import math
 from pathlib import Path
@@ -22,7 +23,9 @@ from tests.heads.setup import heads_for
 
 def small_model() -> SimpleLM:
     torch.manual_seed(3)
-    model = SimpleLM(SimpleLMSettings(hidden_size=32, num_layers=1, num_heads=2, seq_length=32), 257)
+    model = SimpleLM(
+        SimpleLMSettings(hidden_size=32, num_layers=1, num_heads=2, seq_length=32), 257
+    )
     with torch.no_grad():
         model.embedding.weight.mul_(20)  # far from uniform, so that rows differ in loss
     return model
@@ -30,21 +33,28 @@ def small_model() -> SimpleLM:
 
 def held_rows(folder: Path) -> list[Row]:
     """The packed rows of a small corpus, with the bytes of text in each."""
-    factory = make_factory(folder, write_corpus(folder, {"a": 9, "b": 6}, low=3, high=90), max_epochs=1)
+    factory = make_factory(
+        folder, write_corpus(folder, {"a": 9, "b": 6}, low=3, high=90), max_epochs=1
+    )
     rows = [row for row, _ in zip(factory(start(), [0, 1, 2]), range(40)) if row.pieces]
     for row in rows:  # of the byte tokenizer every token is a byte, but the end of a document
         row.num_bytes = int(((row.labels >= 0) & (row.labels != factory.tokenizer.eos_id)).sum())
     return rows
 
 
-def evaluator(rows: list[Row], batch_rows: int, parallel: Any = None, heads: HeadStack | None = None) -> Evaluator:
+def evaluator(
+    rows: list[Row], batch_rows: int, parallel: Any = None, heads: HeadStack | None = None
+) -> Evaluator:
     stack, device = LossStack([CrossEntropy(CrossEntropySettings())]), torch.device("cpu")
     where = parallel or Single(), device, torch.float32
-    return Evaluator(lambda: rows, stack, batch_rows, *where, heads=heads, seed=1, sources=("a", "b"))
+    return Evaluator(
+        lambda: rows, stack, batch_rows, *where, heads=heads, seed=1, sources=("a", "b")
+    )
 
 
 def by_hand(rows: list[Row], model: SimpleLM, source: int | None = None) -> dict[str, float]:
-    """The numbers of an evaluation, or of one source in it, from their definitions, row by row, in float64."""
+    """The numbers of an evaluation, or of one source in it, from their definitions, row by row, in
+    float64."""
     nats, count, correct, num_bytes = 0.0, 0, 0, 0
     for row in rows:
         batch = collate([row], packed=True)
@@ -55,7 +65,8 @@ def by_hand(rows: list[Row], model: SimpleLM, source: int | None = None) -> dict
             target = int(row.labels[t])
             nats -= torch.log_softmax(scores[t], 0)[target].item()
             correct += int(scores[t].argmax()) == target
-            num_bytes += target != 0  # of the byte tokenizer every token is a byte, but the end of a document
+            # of the byte tokenizer every token is a byte, but the end of a document
+            num_bytes += target != 0
             count += 1
     return {
         "cross_entropy": nats / count,
@@ -67,7 +78,8 @@ def by_hand(rows: list[Row], model: SimpleLM, source: int | None = None) -> dict
 
 
 def test_evaluation_equals_its_definitions(tmp_path: Path) -> None:
-    """Perplexity is the exponential of the token-weighted mean, never a mean of exponentials; bits per byte by hand."""
+    """Perplexity is the exponential of the token-weighted mean, never a mean of exponentials; bits
+    per byte by hand."""
     model, held = small_model(), held_rows(tmp_path)
     expected = by_hand(held, model)
     found = evaluator(held, 4).run(model, 0.0)
@@ -75,7 +87,9 @@ def test_evaluation_equals_its_definitions(tmp_path: Path) -> None:
     assert found["losses"] == pytest.approx({"cross_entropy": expected["cross_entropy"]}, rel=1e-5)
     assert found["perplexity"] == math.exp(found["cross_entropy"])
     for number, name in enumerate(("a", "b")):
-        assert found["sources"][name]["loss"] == pytest.approx(by_hand(held, model, number)["cross_entropy"], rel=1e-5)
+        assert found["sources"][name]["loss"] == pytest.approx(
+            by_hand(held, model, number)["cross_entropy"], rel=1e-5
+        )
     assert found["sources"]["a"] != found["sources"]["b"]
 
 
@@ -83,9 +97,14 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
     exact = ("losses", "sources", "objective")
     for name, each in expected["sources"].items():
         assert found["sources"][name] == pytest.approx(each, rel=1e-5)
-    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-6) and found["objective"] == expected["objective"]
+    assert (
+        found["losses"] == pytest.approx(expected["losses"], rel=1e-6)
+        and found["objective"] == expected["objective"]
+    )
     numbers = {key: value for key, value in found.items() if key not in exact}
-    assert numbers == pytest.approx({key: value for key, value in expected.items() if key not in exact}, rel=1e-6)
+    assert numbers == pytest.approx(
+        {key: value for key, value in expected.items() if key not in exact}, rel=1e-6
+    )
 
 
 def test_evaluation_is_the_same_for_any_batch_size(tmp_path: Path) -> None:
@@ -96,7 +115,8 @@ def test_evaluation_is_the_same_for_any_batch_size(tmp_path: Path) -> None:
 
 
 def test_evaluation_is_the_same_on_two_ranks(tmp_path: Path) -> None:
-    """Each rank measures its rows, all get the same numbers; three ranks too, one of them perhaps with fewer rows."""
+    """Each rank measures its rows, all get the same numbers; three ranks too, one of them perhaps
+    with fewer rows."""
     held, models = held_rows(tmp_path), [small_model() for _ in range(3)]
     alone = evaluator(held, 4).run(small_model(), 0.0)
 
@@ -109,7 +129,8 @@ def test_evaluation_is_the_same_on_two_ranks(tmp_path: Path) -> None:
 
 
 def test_evaluating_twice_gives_the_same_bits_and_changes_nothing(tmp_path: Path) -> None:
-    """The model comes back in training mode, without gradients, with its weights; dropout was off."""
+    """The model comes back in training mode, without gradients, with its weights; dropout was
+    off."""
     model = small_model().train()
     model.dropout.p = 0.5
     before = {name: p.clone() for name, p in model.state_dict().items()}
@@ -124,14 +145,23 @@ def test_nothing_held_out_is_no_evaluation(tmp_path: Path) -> None:
 
 
 def test_heads_are_measured_on_held_out_rows(tmp_path: Path) -> None:
-    """At places of their own, the same for any batch and any number of ranks; with what else a head measures beside its loss."""
+    """At places of their own, the same for any batch and any number of ranks; with what else a head
+    measures beside its loss."""
     held, model = held_rows(tmp_path), small_model()
     heads = heads_for(32, 257, enable_policy=True, enable_value=True)
     heads["value"].measure = lambda seen, places, valid: {"place": places[:, 0].float()}
     found = evaluator(held, 4, heads=heads).run(model, 0.0)["heads"]
-    assert list(found) == ["policy", "value", "value.place"] and found["value"] > 0 and 0 < found["value.place"] < 31
+    assert (
+        list(found) == ["policy", "value", "value.place"]
+        and found["value"] > 0
+        and 0 < found["value.place"] < 31
+    )
     assert "heads" not in evaluator(held, 4).run(model, 0.0)
-    assert evaluator(held, 100, heads=heads).run(model, 0.0)["heads"] == pytest.approx(found, rel=1e-5)
+    assert evaluator(held, 100, heads=heads).run(model, 0.0)["heads"] == pytest.approx(
+        found, rel=1e-5
+    )
     models = [small_model() for _ in range(3)]  # not in the threads, which share random numbers
-    for other in Ranks(3).run(lambda ranks: evaluator(held, 4, ranks, heads).run(models[ranks.rank], 0.0)["heads"]):
+    for other in Ranks(3).run(
+        lambda ranks: evaluator(held, 4, ranks, heads).run(models[ranks.rank], 0.0)["heads"]
+    ):
         assert other == pytest.approx(found, rel=1e-5)

@@ -1,5 +1,5 @@
-"""Generation: exact nucleus, no repeated n-gram, the same seed the same text, never more context than the model knows; batches
-and caches that change no token."""
+"""Generation: exact nucleus, no repeated n-gram, the same seed the same text, never more context
+than the model knows; batches and caches that change no token."""
 
 from collections import Counter
 from typing import Any
@@ -12,11 +12,28 @@ from core.contracts import Batch, ModelOutput
 from core.data.chat import MARKERS, START, encode_chat, encode_turn, render_chat
 from core.data.tokenizer import Tokenizer, build_tokenizer
 from core.errors import UserError
-from core.generation.engine import FIRST_LOOK, Row, Voice, Wish, advance, document_start, generate, sample_top_p, stream
+from core.generation.engine import (
+    FIRST_LOOK,
+    Row,
+    Voice,
+    Wish,
+    advance,
+    document_start,
+    generate,
+    sample_top_p,
+    stream,
+)
 from core.models.readout import LinearReadout
 from core.models.simple_lm import SimpleLM, SimpleLMSettings
 from core.preset.settings import GenerateSettings, TokenizerSettings
-from tests.evaluation.harness.tiny import CONTEXT, KINDS, OF_TEXT, build, byte_tokenizer, continue_by_hand
+from tests.evaluation.harness.tiny import (
+    CONTEXT,
+    KINDS,
+    OF_TEXT,
+    build,
+    byte_tokenizer,
+    continue_by_hand,
+)
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +69,12 @@ def scores(**letters: float) -> Tensor:
 PROBABILITIES = [0.5, 0.3, 0.12, 0.05, 0.03]
 
 
-@pytest.mark.parametrize(("top_p", "kept"), [(0.3, 1), (0.49, 1), (0.51, 2), (0.79, 2), (0.81, 3), (0.96, 4), (1.0, 5)])
+@pytest.mark.parametrize(
+    ("top_p", "kept"), [(0.3, 1), (0.49, 1), (0.51, 2), (0.79, 2), (0.81, 3), (0.96, 4), (1.0, 5)]
+)
 def test_the_nucleus_keeps_the_token_that_crosses(top_p: float, kept: int) -> None:
-    """The smallest set that reaches top_p (Holtzman et al. 2020), drawn from in exactly its renormalised shares."""
+    """The smallest set that reaches top_p (Holtzman et al. 2020), drawn from in exactly its
+    renormalised shares."""
     logits = torch.tensor(PROBABILITIES, dtype=torch.float64).log()[[3, 0, 4, 2, 1]]  # in no order
     order = [1, 4, 3, 0, 2]  # places of the probabilities above, best first
     random, n = torch.Generator().manual_seed(0), 4000
@@ -62,7 +82,8 @@ def test_the_nucleus_keeps_the_token_that_crosses(top_p: float, kept: int) -> No
     exact = [p / sum(PROBABILITIES[:kept]) for p in PROBABILITIES[:kept]]
     assert set(drawn) <= set(order[:kept])
     chi2 = sum((drawn[token] - n * p) ** 2 / (n * p) for token, p in zip(order, exact))
-    assert chi2 < 25.0  # 4 degrees of freedom: chance passes this once in twenty thousand, and the seed is fixed
+    # 4 degrees of freedom: chance passes this once in twenty thousand, and the seed is fixed
+    assert chi2 < 25.0
 
 
 def test_the_best_token_is_always_kept() -> None:
@@ -111,10 +132,12 @@ def test_the_end_of_the_document_ends_the_text(tokenizer: Tokenizer) -> None:
 
 @pytest.mark.parametrize("marked", [True, False])
 def test_a_conversation_in_a_preset_is_answered(marked: bool) -> None:
-    """Encoded as training encodes conversations, where the tokenizer has the markers and where they are spelled out; the answer
-    ends with its marker."""
+    """Encoded as training encodes conversations, where the tokenizer has the markers and where they
+    are spelled out; the answer ends with its marker."""
     messages = (("user", "abc"),)
-    tokenizer = build_tokenizer(TokenizerSettings(vocab_size=300), ["abcabc say"] * 20, MARKERS if marked else ())
+    tokenizer = build_tokenizer(
+        TokenizerSettings(vocab_size=300), ["abcabc say"] * 20, MARKERS if marked else ()
+    )
     rest = list(encode_chat(tokenizer, [(*messages, ("assistant", "say"))])[0][0])
     began = [tokenizer.eos_id, *encode_turn(tokenizer, messages)]
 
@@ -125,14 +148,25 @@ def test_a_conversation_in_a_preset_is_answered(marked: bool) -> None:
 
     model = Scripted(say, tokenizer.vocab_size)
     settings = GenerateSettings(max_tokens=50, no_repeat_ngram=0)
-    assert generate(Voice(model, tokenizer, 200), f"{render_chat(messages)}{START}assistant\n", settings, seed=1) == "say"
+    assert (
+        generate(
+            Voice(model, tokenizer, 200),
+            f"{render_chat(messages)}{START}assistant\n",
+            settings,
+            seed=1,
+        )
+        == "say"
+    )
     assert model.seen[0][0] == began
 
 
 def test_the_context_is_cropped_to_what_the_model_knows(tokenizer: Tokenizer) -> None:
-    """It starts from the end-of-document token; beyond the context the oldest tokens fall away and positions start at 0."""
+    """It starts from the end-of-document token; beyond the context the oldest tokens fall away and
+    positions start at 0."""
     model = Scripted(lambda ids: scores(a=1.0, b=1.0, c=1.0))
-    generate(Voice(model, tokenizer, 8), "xy", GenerateSettings(max_tokens=20, no_repeat_ngram=0), seed=1)
+    generate(
+        Voice(model, tokenizer, 8), "xy", GenerateSettings(max_tokens=20, no_repeat_ngram=0), seed=1
+    )
     assert model.seen[0][0] == [tokenizer.eos_id, *tokenizer.encode_batch(["xy"])[0].tolist()]
     assert [len(ids) for ids, _ in model.seen] == [min(3 + i, 8) for i in range(20)]
     assert all(positions == list(range(len(ids))) for ids, positions in model.seen)
@@ -143,19 +177,25 @@ def test_the_context_is_cropped_to_what_the_model_knows(tokenizer: Tokenizer) ->
 def test_the_same_seed_gives_the_same_text(tokenizer: Tokenizer) -> None:
     """With a real model, longer than its context; whatever state the global generator is in."""
     torch.manual_seed(1)
-    model = SimpleLM(SimpleLMSettings(hidden_size=16, num_layers=1, num_heads=1, seq_length=8), 257).eval()
+    model = SimpleLM(
+        SimpleLMSettings(hidden_size=16, num_layers=1, num_heads=1, seq_length=8), 257
+    ).eval()
     settings = GenerateSettings(max_tokens=30, top_p=0.99)
     texts = []
     for seed in (5, 5, 6):
         torch.manual_seed(len(texts))
         before = torch.get_rng_state()
         texts.append(generate(Voice(model, tokenizer, 8), "an", settings, seed=seed))
-        assert torch.equal(torch.get_rng_state(), before), "the run's own randomness must not be touched"
+        assert torch.equal(torch.get_rng_state(), before), (
+            "the run's own randomness must not be touched"
+        )
     assert texts[0] == texts[1] != texts[2]
 
 
 @pytest.mark.parametrize(("temperature", "winners"), [(1e-40, {7}), (1e40, set(range(200)))])
-def test_a_temperature_that_no_float_can_divide_by(temperature: float, winners: set[int], tokenizer: Tokenizer) -> None:
+def test_a_temperature_that_no_float_can_divide_by(
+    temperature: float, winners: set[int], tokenizer: Tokenizer
+) -> None:
     """The likeliest token, as with 0; and any that is not blocked."""
     row = Row(tokenizer, [3], Wish(temperature=temperature), 0)
     for number in range(50):
@@ -167,11 +207,14 @@ def test_a_temperature_that_no_float_can_divide_by(temperature: float, winners: 
 def test_a_temperature_of_zero_takes_the_likeliest(tokenizer: Tokenizer) -> None:
     model = Scripted(lambda ids: scores(a=1.0, b=1.01))
     settings = GenerateSettings(max_tokens=20, temperature=0.0, no_repeat_ngram=0)
-    assert {generate(Voice(model, tokenizer, 64), "x", settings, seed=seed) for seed in range(3)} == {"b" * 20}
+    assert {
+        generate(Voice(model, tokenizer, 64), "x", settings, seed=seed) for seed in range(3)
+    } == {"b" * 20}
 
 
 def test_stop_strings_of_the_settings_end_a_sample(tokenizer: Tokenizer) -> None:
-    model = Scripted(lambda ids: scores(**{"abc"[(len(ids) - 2) % 3]: 50.0}))  # "abcabc" after a prompt of one letter
+    # "abcabc" after a prompt of one letter
+    model = Scripted(lambda ids: scores(**{"abc"[(len(ids) - 2) % 3]: 50.0}))
     for stop, text in ((["ca"], "ab"), (["zz", "cab"], "ab"), ([], "abcabcab")):
         settings = GenerateSettings(max_tokens=8, no_repeat_ngram=0, stop=stop)
         assert generate(Voice(model, tokenizer, 64), "x", settings, seed=1) == text
@@ -179,7 +222,8 @@ def test_stop_strings_of_the_settings_end_a_sample(tokenizer: Tokenizer) -> None
 
 @pytest.mark.parametrize("top_p", [0.3, 0.95, 1.0])
 def test_looking_at_a_few_tokens_first_changes_no_draw(top_p: float) -> None:
-    """A vocabulary larger than that, flat or peaked: only tokens of the nucleus, in their shares."""
+    """A vocabulary larger than that, flat or peaked: only tokens of the nucleus, in their
+    shares."""
     for spread in (0.1, 3.0, 8.0):
         logits = spread * torch.randn(4 * FIRST_LOOK, generator=torch.Generator().manual_seed(1))
         probabilities, order = torch.softmax(logits, -1).sort(descending=True)
@@ -200,7 +244,13 @@ def test_what_ends_a_text_is_never_blocked(tokenizer: Tokenizer) -> None:
         out[bar] = 9.0 if len(ids) > 6 else -1e4
         return out
 
-    row = Row(tokenizer, document_start(tokenizer, "aa|a|"), Wish(max_tokens=10, no_repeat_ngram=1), 1, ends=[bar])
+    row = Row(
+        tokenizer,
+        document_start(tokenizer, "aa|a|"),
+        Wish(max_tokens=10, no_repeat_ngram=1),
+        1,
+        ends=[bar],
+    )
     for _ in advance(Voice(Scripted(say), tokenizer, 64), [row]):
         pass
     assert row.text == "b"
@@ -212,7 +262,7 @@ def test_scores_that_are_no_numbers_are_told(tokenizer: Tokenizer) -> None:
         generate(Voice(model, tokenizer, 64), "x", GenerateSettings(), seed=1)
 
 
-# batches and caches ----------------------------------------------------------------------------------------------------
+# batches and caches -------------------------------------------------------------------------------
 
 RAGGED = ["In year 31", "a", "", "the river of", "The stone met", "x" * 60, "a"]
 
@@ -224,11 +274,17 @@ def written(model: nn.Module, rows: list[Row]) -> list[list[int]]:
 
 
 def rows_of(wish: Wish) -> list[Row]:
-    return [Row(byte_tokenizer(), document_start(byte_tokenizer(), text), wish, seed) for seed, text in enumerate(RAGGED)]
+    return [
+        Row(byte_tokenizer(), document_start(byte_tokenizer(), text), wish, seed)
+        for seed, text in enumerate(RAGGED)
+    ]
 
 
 @pytest.mark.parametrize("kind", OF_TEXT)
-@pytest.mark.parametrize("wish", [Wish(max_tokens=20), Wish(max_tokens=20, temperature=1.5, top_p=0.9, no_repeat_ngram=2)])
+@pytest.mark.parametrize(
+    "wish",
+    [Wish(max_tokens=20), Wish(max_tokens=20, temperature=1.5, top_p=0.9, no_repeat_ngram=2)],
+)
 def test_a_batch_is_each_row_alone_with_a_cache_or_without(kind: str, wish: Wish) -> None:
     """Token for token, for prompts of any length, beyond the context too."""
     model = build(kind, byte_tokenizer().vocab_size)
@@ -236,7 +292,9 @@ def test_a_batch_is_each_row_alone_with_a_cache_or_without(kind: str, wish: Wish
     assert [written(model, [row])[0] for row in rows_of(wish)] == together
     model.new_cache = lambda: None
     assert written(model, rows_of(wish)) == together
-    assert len({tuple(row) for row in together}) == len(RAGGED) - (wish.temperature == 0.0), "a prompt stands there twice"
+    assert len({tuple(row) for row in together}) == len(RAGGED) - (wish.temperature == 0.0), (
+        "a prompt stands there twice"
+    )
 
 
 @pytest.mark.parametrize("kind", OF_TEXT)
@@ -245,7 +303,9 @@ def test_the_likeliest_tokens_are_those_found_by_hand(kind: str) -> None:
     model = build(kind, byte_tokenizer().vocab_size)
     row = Row(byte_tokenizer(), document_start(byte_tokenizer(), "The"), Wish(max_tokens=15), 0)
     begin = list(row.ids)
-    assert written(model, [row])[0][4:] == continue_by_hand(model, begin, 15, stop=byte_tokenizer().eos_id)
+    assert written(model, [row])[0][4:] == continue_by_hand(
+        model, begin, 15, stop=byte_tokenizer().eos_id
+    )
 
 
 def test_a_model_of_the_hub_generates_the_same_in_batches() -> None:
@@ -261,7 +321,9 @@ def test_a_model_of_the_hub_generates_the_same_in_batches() -> None:
     found = []
     for batches in ([prompts], [[prompt] for prompt in prompts]):
         for batch in batches:
-            rows = [Row(Numbers(), ids, Wish(max_tokens=12, temperature=1.0), len(ids)) for ids in batch]  # type: ignore[arg-type]
+            rows = [
+                Row(Numbers(), ids, Wish(max_tokens=12, temperature=1.0), len(ids)) for ids in batch
+            ]  # type: ignore[arg-type]
             for _ in advance(Voice(model, Numbers(), CONTEXT), rows):  # type: ignore[arg-type]
                 pass
             found += [row.ids for row in rows]
@@ -269,12 +331,21 @@ def test_a_model_of_the_hub_generates_the_same_in_batches() -> None:
 
 
 def test_pieces_of_a_stream_join_to_the_text() -> None:
-    """Of a model that says bytes which are no characters; one that is left amid its text has said what was shown."""
+    """Of a model that says bytes which are no characters; one that is left amid its text has said
+    what was shown."""
     tokenizer, model = byte_tokenizer(), build("simple_lm", byte_tokenizer().vocab_size)
     wish = Wish(max_tokens=60, temperature=2.0, until=("qq",))
-    pieces = list(stream(Voice(model, tokenizer, CONTEXT), row := Row(tokenizer, document_start(tokenizer, "a"), wish, 5)))
+    pieces = list(
+        stream(
+            Voice(model, tokenizer, CONTEXT),
+            row := Row(tokenizer, document_start(tokenizer, "a"), wish, 5),
+        )
+    )
     assert "".join(pieces) == row.text and row.over and len(pieces) > 10 and "" not in pieces
-    begun = stream(Voice(model, tokenizer, CONTEXT), again := Row(tokenizer, document_start(tokenizer, "a"), wish, 5))
+    begun = stream(
+        Voice(model, tokenizer, CONTEXT),
+        again := Row(tokenizer, document_start(tokenizer, "a"), wish, 5),
+    )
     first = [next(begun) for _ in range(5)]
     begun.close()
     assert first == pieces[:5] and not again.over and again.text.startswith("".join(first))

@@ -1,4 +1,5 @@
-"""Drafts: what is said is what is said without them, token for token, whatever was guessed; good guesses save passes."""
+"""Drafts: what is said is what is said without them, token for token, whatever was guessed; good
+guesses save passes."""
 
 import itertools
 from collections import Counter
@@ -46,28 +47,37 @@ class Foretold(Drafter):
 
 def head_for(hidden_size: int, tokens: int = 3) -> Draft:
     torch.manual_seed(3)
-    return Draft(AuxiliarySettings(draft_tokens=tokens), hidden_size, 1).double().apply(draw_weights)
+    return (
+        Draft(AuxiliarySettings(draft_tokens=tokens), hidden_size, 1).double().apply(draw_weights)
+    )
 
 
-def rows_of(tokenizer: Any, prompts: list[list[int]], wish: Wish, ends: tuple[int, ...] = ()) -> list[Any]:
+def rows_of(
+    tokenizer: Any, prompts: list[list[int]], wish: Wish, ends: tuple[int, ...] = ()
+) -> list[Any]:
     rows = [Row(tokenizer, prompt, wish, seed, ends) for seed, prompt in enumerate(prompts)]
     for number, row in enumerate(rows):
         row.number, row.eos = number, tokenizer.eos_id  # type: ignore[attr-defined]
     return rows
 
 
-def written(model: nn.Module, rows: list[Any], drafter: Drafter | None = None, tokenizer: Any = None) -> tuple[list[Any], int]:
+def written(
+    model: nn.Module, rows: list[Any], drafter: Drafter | None = None, tokenizer: Any = None
+) -> tuple[list[Any], int]:
     """What the rows said, and in how many passes."""
     voice = Voice(model, tokenizer or byte_tokenizer(), CONTEXT, drafter=drafter)  # type: ignore[arg-type]
     passes = sum(1 for _ in advance(voice, rows))
     return [(row.ids, row.text) for row in rows], passes
 
 
-@pytest.mark.parametrize("kind", [kind for kind in OF_TEXT if kind not in ("post-norm", "not causal")])
+@pytest.mark.parametrize(
+    "kind", [kind for kind in OF_TEXT if kind not in ("post-norm", "not causal")]
+)
 @pytest.mark.parametrize("wish", WISHES)
 def test_drafts_change_no_text(kind: str, wish: Wish) -> None:
-    """Of prompts of any length, up to the context's end and beyond it; with a block, stop strings and ends amid a draft. Right
-    guesses, mistakes here and there, and nothing but mistakes; alone and together."""
+    """Of prompts of any length, up to the context's end and beyond it; with a block, stop strings
+    and ends amid a draft. Right guesses, mistakes here and there, and nothing but mistakes; alone
+    and together."""
     tokenizer = byte_tokenizer()
     model = build(kind, tokenizer.vocab_size)
     ends = tuple(range(97, 123, 4)) if wish.until else ()
@@ -79,7 +89,10 @@ def test_drafts_change_no_text(kind: str, wish: Wish) -> None:
         found, needed = written(model, rows_of(tokenizer, prompts, wish, ends), drafter)
         assert found == plain and drafter.guessed > 0 and (drafter.right == 0) == (wrong_every == 1)
         assert needed < passes or wrong_every < 10**9
-    assert [written(model, [row], Foretold(known, 3))[0][0] for row in rows_of(tokenizer, prompts, wish, ends)] == plain
+    assert [
+        written(model, [row], Foretold(known, 3))[0][0]
+        for row in rows_of(tokenizer, prompts, wish, ends)
+    ] == plain
 
 
 def test_a_model_without_a_cache_is_read_as_ever() -> None:
@@ -88,12 +101,16 @@ def test_a_model_without_a_cache_is_read_as_ever() -> None:
     model, prompts = build("not causal", tokenizer.vocab_size), [document_start(tokenizer, "ab")]
     plain, passes = written(model, rows_of(tokenizer, prompts, wish))
     drafter = Foretold({0: plain[0][0]}, 10**9)
-    assert not can_draft(model) and written(model, rows_of(tokenizer, prompts, wish), drafter) == (plain, passes)
+    assert not can_draft(model) and written(model, rows_of(tokenizer, prompts, wish), drafter) == (
+        plain,
+        passes,
+    )
     assert drafter.passes == 0
 
 
 def test_right_guesses_save_passes() -> None:
-    """k right guesses give k + 1 tokens a pass. The first pass has nothing to guess from; the last token needs no guess."""
+    """k right guesses give k + 1 tokens a pass. The first pass has nothing to guess from; the last
+    token needs no guess."""
     tokenizer, wish = byte_tokenizer(), Wish(max_tokens=17)
     model = build("simple_lm", tokenizer.vocab_size)
     prompt = [document_start(tokenizer, "abc")]
@@ -104,8 +121,12 @@ def test_right_guesses_save_passes() -> None:
     assert (drafter.said, drafter.guessed, drafter.right, drafter.passes) == (17, 12, 12, 5)
 
 
-@pytest.mark.parametrize(("name", "drafts"), [("llama", True), ("pythia", True), ("mistral", False)])
-def test_models_of_the_library_draft_where_their_cache_keeps_every_position(name: str, drafts: bool) -> None:
+@pytest.mark.parametrize(
+    ("name", "drafts"), [("llama", True), ("pythia", True), ("mistral", False)]
+)
+def test_models_of_the_library_draft_where_their_cache_keeps_every_position(
+    name: str, drafts: bool
+) -> None:
     """A window of 3 tokens has forgotten what a cut would need."""
     model = test_huggingface.build(name).double()
     assert can_draft(model) == drafts
@@ -116,11 +137,19 @@ def test_models_of_the_library_draft_where_their_cache_keeps_every_position(name
         def decode(self, ids: list[int]) -> str:
             return "".join(chr(65 + i) for i in ids)
 
-    numbers, prompts, wish = Numbers(), [[1, 2], [3], list(range(5, 20))], Wish(max_tokens=12, temperature=1.0)
+    numbers, prompts, wish = (
+        Numbers(),
+        [[1, 2], [3], list(range(5, 20))],
+        Wish(max_tokens=12, temperature=1.0),
+    )
     plain, passes = written(model, rows_of(numbers, prompts, wish), tokenizer=numbers)
     drafter = Foretold({number: ids for number, (ids, _) in enumerate(plain)}, 4)
     found, needed = written(model, rows_of(numbers, prompts, wish), drafter, numbers)
-    assert found == plain and (needed < passes and drafter.right > 0 if drafts else needed == passes and drafter.guessed == 0)
+    assert found == plain and (
+        needed < passes and drafter.right > 0
+        if drafts
+        else needed == passes and drafter.guessed == 0
+    )
 
 
 def test_foreseeing_is_choosing_and_leaves_the_row_as_it_was() -> None:
@@ -143,7 +172,7 @@ def test_foreseeing_is_choosing_and_leaves_the_row_as_it_was() -> None:
     assert len(pairs) == len(set(pairs))
 
 
-# in distribution -----------------------------------------------------------------------------------------------------
+# in distribution ----------------------------------------------------------------------------------
 
 V, TOKENS, TEXTS, PER_BATCH = 7, 4, 1600, 200
 
@@ -161,7 +190,9 @@ class Letters:
 def small() -> Any:
     """Its next token depends on the last ones most, and somewhat on those before."""
     torch.manual_seed(1)
-    shape = SimpleLMSettings(hidden_size=32, num_layers=1, num_heads=2, seq_length=CONTEXT, tie_embeddings=False)
+    shape = SimpleLMSettings(
+        hidden_size=32, num_layers=1, num_heads=2, seq_length=CONTEXT, tie_embeddings=False
+    )
     model = SimpleLM(shape, V).double().eval()
     torch.nn.init.normal_(model.embedding.weight, std=0.3)
     torch.nn.init.normal_(model.lm_head.weight, std=0.3)
@@ -171,14 +202,19 @@ def small() -> Any:
 def trained_head(model: nn.Module) -> Draft:
     """A head that has seen the model's hidden states of random tokens for a while."""
     head = head_for(32)
-    optimizer, random = torch.optim.AdamW(head.parameters(), lr=1e-2), torch.Generator().manual_seed(1)
+    optimizer, random = (
+        torch.optim.AdamW(head.parameters(), lr=1e-2),
+        torch.Generator().manual_seed(1),
+    )
     for _ in range(120):
         batch = plain_batch(torch.randint(0, V, (32, 8), generator=random))
         with torch.no_grad():
             output = model(batch)
         seen = Seen(output.hidden, output.readout, batch, lambda at: at, torch.float64)
         optimizer.zero_grad()
-        head(seen, torch.arange(4).expand(32, -1), torch.ones(32, dtype=torch.bool)).mean().backward()
+        head(
+            seen, torch.arange(4).expand(32, -1), torch.ones(32, dtype=torch.bool)
+        ).mean().backward()
         optimizer.step()
     return head
 
@@ -190,7 +226,8 @@ def ignorant_head() -> Draft:
 
 
 def probabilities(model: nn.Module, wish: Wish) -> dict[tuple[int, ...], float]:
-    """Of every text that can be said after token 0, from the model's scores alone: one plain pass for each beginning."""
+    """Of every text that can be said after token 0, from the model's scores alone: one plain pass
+    for each beginning."""
     found, open_ = {}, {(): 1.0}
     for _ in range(TOKENS):
         longer = {}
@@ -206,7 +243,8 @@ def probabilities(model: nn.Module, wish: Wish) -> dict[tuple[int, ...], float]:
 
 
 def test_texts_come_as_often_as_the_model_has_it(small: nn.Module) -> None:
-    """Chi-squared of thousands of texts against their exact probabilities: with a head that knows nothing, and a good one."""
+    """Chi-squared of thousands of texts against their exact probabilities: with a head that knows
+    nothing, and a good one."""
     wish, tokenizer = Wish(max_tokens=TOKENS, temperature=0.9, top_p=0.95), Letters()
     exact = probabilities(small, wish)
     assert abs(sum(exact.values()) - 1) < 1e-9
@@ -224,6 +262,8 @@ def test_texts_come_as_often_as_the_model_has_it(small: nn.Module) -> None:
         cells = [(counted[text], p * TEXTS) for text, p in often.items()]
         cells.append((TEXTS - sum(n for n, _ in cells), TEXTS * (1 - sum(often.values()))))
         chi2, freedom = sum((n - e) ** 2 / e for n, e in cells), len(cells) - 1
-        assert freedom > 25 and chi2 < freedom + 4 * (2 * freedom) ** 0.5, "chance passes this about once in ten thousand"
+        assert freedom > 25 and chi2 < freedom + 4 * (2 * freedom) ** 0.5, (
+            "chance passes this about once in ten thousand"
+        )
         rates.append(drafter.right / drafter.guessed)
     assert rates[1] > 1.5 * rates[0] > 0, f"the good head guesses better: {rates}"

@@ -29,11 +29,13 @@ LENGTHS = [[16], [6, 10], [3, 1, 8], [2, 2, 2], [1, 4], [14]]
 
 
 def rows_of(lengths: list[list[int]], width: int, vocab_size: int, seed: int = 2) -> Batch:
-    """Packed documents of these lengths, each row filled up with padding; every label is the next token of its document."""
+    """Packed documents of these lengths, each row filled up with padding; every label is the next
+    token of its document."""
     generator = torch.Generator().manual_seed(seed)
     B = len(lengths)
     ids = torch.randint(0, vocab_size, (B, width), generator=generator)
-    labels = torch.randint(0, vocab_size, (B, width), generator=generator)  # at a document's end, a token the row does not have
+    # at a document's end, a token the row does not have
+    labels = torch.randint(0, vocab_size, (B, width), generator=generator)
     positions, documents = torch.zeros(2, B, width, dtype=torch.int64)
     sources = torch.zeros(B, width, dtype=torch.int32)
     for row, own in enumerate(lengths):
@@ -63,7 +65,9 @@ def objective_of(model: nn.Module, heads: HeadStack | None) -> Objective:
     return Objective(model, LossStack([CrossEntropy(CrossEntropySettings())]), 1, heads)
 
 
-def placed(heads: HeadStack, batch: Batch, step: int = 0, first: int = 0) -> tuple[Batch, dict[str, float]]:
+def placed(
+    heads: HeadStack, batch: Batch, step: int = 0, first: int = 0
+) -> tuple[Batch, dict[str, float]]:
     """The batch with places, and how many they are."""
     batch = heads.choose(batch, 7, step, list(range(first, first + len(batch.labels))))
     return batch, {name: float(count) for name, count in heads.count(batch).items()}
@@ -80,18 +84,33 @@ def rows(lengths: list[list[int]] = LENGTHS) -> Batch:
     return rows_of(lengths, T, V)
 
 
-def seen_of(batch: Batch, heads: HeadStack | None = None, hidden: Tensor | None = None, table: Tensor | None = None) -> Seen:
-    """Of random hidden states, in float64, and a model with this table; `heads`: those that others can build on."""
+def seen_of(
+    batch: Batch,
+    heads: HeadStack | None = None,
+    hidden: Tensor | None = None,
+    table: Tensor | None = None,
+) -> Seen:
+    """Of random hidden states, in float64, and a model with this table; `heads`: those that others
+    can build on."""
     torch.manual_seed(5)
     if hidden is None:
         hidden = torch.randn(*batch.labels.shape, D, dtype=torch.float64)
-    readout = LinearReadout(nn.Parameter(torch.randn(V, D, dtype=torch.float64)) if table is None else table)
+    readout = LinearReadout(
+        nn.Parameter(torch.randn(V, D, dtype=torch.float64)) if table is None else table
+    )
     model: Any = build("simple_lm").double()
     model.embedding.weight = readout.table
     with torch.no_grad():
-        surprise = F.cross_entropy(readout(hidden).transpose(1, 2), batch.labels, ignore_index=IGNORE_INDEX, reduction="none")
+        surprise = F.cross_entropy(
+            readout(hidden).transpose(1, 2),
+            batch.labels,
+            ignore_index=IGNORE_INDEX,
+            reduction="none",
+        )
     cross_entropy = partial(LossStack([]).cross_entropy, readout)
-    found = Seen(hidden, readout, batch, lambda at: surprise.gather(1, at), torch.float64, model, heads or {})
+    found = Seen(
+        hidden, readout, batch, lambda at: surprise.gather(1, at), torch.float64, model, heads or {}
+    )
     return replace(found, cross_entropy=cross_entropy)
 
 

@@ -1,7 +1,8 @@
-"""The heads against numbers computed for this project from the specification's text, on the original's own model and weights.
+"""The heads against numbers computed for this project from the specification's text, on the
+original's own model and weights.
 
-`recommended`: at given positions, with targets that come after them. `as_coded`: the original's, where its arithmetic is ours.
-"""
+`recommended`: at given positions, with targets that come after them. `as_coded`: the original's,
+where its arithmetic is ours."""
 
 import json
 from pathlib import Path
@@ -33,7 +34,10 @@ D, V = EXPECTED["config"]["hidden_size"], EXPECTED["config"]["vocab_size"]
 def tensors() -> dict[str, Tensor]:
     """In float64, as the numbers were computed."""
     files = load_file(FOLDER / "io.safetensors") | load_file(FOLDER / "state_dict.safetensors")
-    return {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in files.items()}
+    return {
+        name: tensor.double() if tensor.is_floating_point() else tensor
+        for name, tensor in files.items()
+    }
 
 
 def seen_of(tensors: dict[str, Tensor]) -> Seen:
@@ -43,14 +47,22 @@ def seen_of(tensors: dict[str, Tensor]) -> Seen:
     labels = F.pad(ids, (0, 1), value=EXPECTED["pad_token_id"])[:, 1:]
     labels = labels.masked_fill(labels == EXPECTED["pad_token_id"], IGNORE_INDEX)
     positions = torch.arange(ids.shape[1]).expand(ids.shape)
-    batch = Batch(ids, labels, positions, (~text).int(), torch.where(text, 0, -1).int(), packed=False)
-    surprise = F.cross_entropy(tensors["logits"].transpose(1, 2), labels, ignore_index=IGNORE_INDEX, reduction="none")
-    readout = LinearReadout(tensors["lm_head.weight"], tensors["lm_head.bias"], tensors["embedding.weight"])
+    batch = Batch(
+        ids, labels, positions, (~text).int(), torch.where(text, 0, -1).int(), packed=False
+    )
+    surprise = F.cross_entropy(
+        tensors["logits"].transpose(1, 2), labels, ignore_index=IGNORE_INDEX, reduction="none"
+    )
+    readout = LinearReadout(
+        tensors["lm_head.weight"], tensors["lm_head.bias"], tensors["embedding.weight"]
+    )
     return Seen(tensors["hidden"], readout, batch, lambda at: surprise.gather(1, at), torch.float64)
 
 
 def loaded(head: nn.Module, tensors: dict[str, Tensor], prefix: str) -> Any:
-    head.double().load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}, strict=True)
+    head.double().load_state_dict(
+        {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}, strict=True
+    )
     return head
 
 
@@ -87,10 +99,13 @@ def test_the_divergence_is_the_originals(tensors: dict[str, Tensor]) -> None:
 
 
 def test_info_nce_is_the_originals(tensors: dict[str, Tensor]) -> None:
-    """From the original's query, which has the span's places at zero and divides by the row's length."""
+    """From the original's query, which has the span's places at zero and divides by the row's
+    length."""
     time, start = torch.arange(tensors["hidden"].shape[1]), tensors["span_start"][:, None]
     span = (time >= start) & (time < start + EXPECTED["as_coded"]["span_len"])  # (3, T)
     query = tensors["aux_span_proj"].masked_fill(span[:, :, None], 0.0).mean(1)
     key = mean_over(tensors["aux_span_proj"], span)
-    values = info_nce(query, key, torch.ones(3, dtype=torch.bool), temperature=0.07, l2_normalize=True)
+    values = info_nce(
+        query, key, torch.ones(3, dtype=torch.bool), temperature=0.07, l2_normalize=True
+    )
     assert values.mean().item() == pytest.approx(EXPECTED["as_coded"]["span_infonce"], abs=1e-4)

@@ -19,10 +19,22 @@ from core.losses.stack import LossStack
 from core.models.attention import DocumentMask
 from core.models.readout import LinearReadout
 from core.schedules import Piece
-from tests.heads.setup import ALL, LENGTHS, D, gradients, heads_for, objective_of, placed, rows, rows_of, run, seen_of
+from tests.heads.setup import (
+    ALL,
+    LENGTHS,
+    D,
+    gradients,
+    heads_for,
+    objective_of,
+    placed,
+    rows,
+    rows_of,
+    run,
+    seen_of,
+)
 from tests.models.test_models import CAUSAL, T, V, build
 
-# what their losses are -----------------------------------------------------------------------------------------------
+# what their losses are ----------------------------------------------------------------------------
 
 
 def plain(name: str, heads: HeadStack, seen: Seen, row: int) -> Tensor:
@@ -44,7 +56,11 @@ def plain(name: str, heads: HeadStack, seen: Seen, row: int) -> Tensor:
 
     def surprise_missed(state: Tensor, t: int) -> Tensor:
         span = [u for u in range(t, min(t + value.span_tokens, T)) if documents[u] == documents[t]]
-        losses = [-(hidden[u] @ table.T).log_softmax(-1)[batch.labels[row, u]] for u in span if batch.labels[row, u] >= 0]
+        losses = [
+            -(hidden[u] @ table.T).log_softmax(-1)[batch.labels[row, u]]
+            for u in span
+            if batch.labels[row, u] >= 0
+        ]
         return (state @ value.weight[0] + value.bias[0] - torch.stack(losses).mean()) ** 2
 
     def after(state: Tensor, token: int) -> Tensor:
@@ -68,23 +84,36 @@ def plain(name: str, heads: HeadStack, seen: Seen, row: int) -> Tensor:
             candidates = before.argsort(descending=True)[: head.candidates].tolist()
             features = []
             for token in candidates:
-                own, values, state = [before.log_softmax(-1)[token], guessed(hidden[p])[token]], [], hidden[p]
+                own, values, state = (
+                    [before.log_softmax(-1)[token], guessed(hidden[p])[token]],
+                    [],
+                    hidden[p],
+                )
                 for k in range(rollouts.steps):
                     if k > 0:
                         token = int(guessed(state).argmax())
                         own.append(guessed(state)[token])
                     state = after(state, token)
                     values.append(state @ value.weight[0] + value.bias[0])
-                mean = sum(0.9**k * v for k, v in enumerate(values)) / sum(0.9**k for k in range(len(values)))
+                mean = sum(0.9**k * v for k, v in enumerate(values)) / sum(
+                    0.9**k for k in range(len(values))
+                )
                 features.append(torch.stack([*own, *values, mean]))
             scores = before.clone()
             for token, own in zip(candidates, features):
-                scores[token] += head[2](F.gelu(head[0](torch.cat([own, own - sum(features) / len(features)]))))[0]
+                scores[token] += head[2](
+                    F.gelu(head[0](torch.cat([own, own - sum(features) / len(features)])))
+                )[0]
             p_all, q_all = before.softmax(-1), scores.softmax(-1)
-            found.append(-q_all[batch.labels[row, p]].log() + head.kl_weight * (q_all * (q_all / p_all).log()).sum())
+            found.append(
+                -q_all[batch.labels[row, p]].log()
+                + head.kl_weight * (q_all * (q_all / p_all).log()).sum()
+            )
         return sum(found) / len(place)
     if name == "dynamics":
-        tokens = torch.stack([table[batch.input_ids[row, t]] for t in (p + 1, p + 2, p + 3)]).mean(0)
+        tokens = torch.stack([table[batch.input_ids[row, t]] for t in (p + 1, p + 2, p + 3)]).mean(
+            0
+        )
         predicted = head[2](F.gelu(head[0](torch.cat([hidden[p], tokens]))))
         return ((predicted - hidden[p + 1 : p + 4].mean(0)) ** 2).mean()
     if name == "memory":
@@ -94,10 +123,17 @@ def plain(name: str, heads: HeadStack, seen: Seen, row: int) -> Tensor:
         for root in place:
             state = hidden[root]
             for k in (1, 2):
-                read = torch.cat([head.norm_state(state), head.norm_token(table[batch.input_ids[row, root + k]])])
+                read = torch.cat(
+                    [head.norm_state(state), head.norm_token(table[batch.input_ids[row, root + k]])]
+                )
                 gate, up = (head.inner.weight @ read + head.inner.bias).view(2, -1)
-                state = state + head.outer.weight @ (gate * torch.sigmoid(gate) * up) + head.outer.bias
-                of_model, guess = (hidden[root + k] @ table.T).softmax(-1), (state @ table.T).softmax(-1)
+                state = (
+                    state + head.outer.weight @ (gate * torch.sigmoid(gate) * up) + head.outer.bias
+                )
+                of_model, guess = (
+                    (hidden[root + k] @ table.T).softmax(-1),
+                    (state @ table.T).softmax(-1),
+                )
                 losses.append((of_model * (of_model / guess).log()).sum())
         return torch.stack(losses).mean()
 
@@ -125,19 +161,30 @@ def plain_memory(head: Any, seen: Seen, row: int) -> Tensor:
         summary = (weights @ states).flatten() @ head.say.weight.T + head.say.bias
         bag = (table @ (head.tell.weight @ summary + head.tell.bias)).log_softmax(0)
         bags.append(-torch.stack([bag[ids[t]] for t in range(begin, start)]).mean())
-        x = torch.cat([summary[None], table[ids[start : start + 3]]]) + model.pos_embedding.weight[:4]
+        x = (
+            torch.cat([summary[None], table[ids[start : start + 3]]])
+            + model.pos_embedding.weight[:4]
+        )
         x = x[None]
         for layer in model.layers:
             x = layer(x, DocumentMask("sdpa", x.dtype, causal=True))
         states = model.norm(x)[0]  # (4, D): what the next summary is made of
-        losses += [-(states[1 + i] @ table.T).log_softmax(0)[batch.labels[row, start + i]] for i in range(3)]
+        losses += [
+            -(states[1 + i] @ table.T).log_softmax(0)[batch.labels[row, start + i]]
+            for i in range(3)
+        ]
     return torch.stack(losses).mean() + 0.1 * torch.stack(bags).mean()
 
 
 @pytest.mark.parametrize("name", HEADS)
 @pytest.mark.parametrize("step", range(3))
 def test_losses_are_what_the_specification_says(name: str, step: int) -> None:
-    sizes = {"planner_candidates": 3, "planner_kl_weight": 0.7, "draft_tokens": 2, "draft_positions": 3}
+    sizes = {
+        "planner_candidates": 3,
+        "planner_kl_weight": 0.7,
+        "draft_tokens": 2,
+        "draft_positions": 3,
+    }
     heads = heads_for(D, V, value_span_tokens=5, span_mask_fraction=0.3, **sizes).double()
     batch, _ = placed(heads, rows(), step)
     seen = seen_of(batch, heads)
@@ -161,7 +208,9 @@ def test_rollouts_that_change_nothing_err_as_much_as_no_change() -> None:
         for k in (1, 2, 3) if p != NOWHERE else ():
             here, there = seen.hidden[row, p], seen.hidden[row, p + k]
             expected = pytest.approx(float(((here - there) ** 2).sum() / (there**2).sum()))
-            assert float(found[f"error_{k}"][row]) == float(found[f"unchanged_{k}"][row]) == expected
+            assert (
+                float(found[f"error_{k}"][row]) == float(found[f"unchanged_{k}"][row]) == expected
+            )
 
 
 def test_span_keys_may_have_lengths() -> None:
@@ -179,13 +228,30 @@ def test_the_total_is_weighted_and_divided_by_the_counts_it_is_given() -> None:
     schedule = Piece(**{"from": 0.0, "to": 0.4})
     heads = heads_for(D, V, policy_kl_weight=0.5, value_weight=schedule).double()
     batch, _ = placed(heads, rows())
-    counts = dict.fromkeys(HEADS, 5.0) | {"policy": 10.0, "value": 3.0, "dynamics": 7.0, "memory": 2.0, "draft": 4.0}
+    counts = dict.fromkeys(HEADS, 5.0) | {
+        "policy": 10.0,
+        "value": 3.0,
+        "dynamics": 7.0,
+        "memory": 2.0,
+        "draft": 4.0,
+    }
     total, sums = heads(seen_of(batch, heads), counts, 0.5)
-    weights = dict.fromkeys(HEADS, 0.05) | {"policy": 0.5, "value": 0.2, "memory": 0.2, "draft": 1.0}
-    assert heads.weights(0.5) == pytest.approx(weights) and heads.scheduled(0.5) == {"value.weight": pytest.approx(0.2)}
-    assert total.item() == pytest.approx(sum(weights[name] * sums[name].item() / counts[name] for name in HEADS), rel=1e-12)
+    weights = dict.fromkeys(HEADS, 0.05) | {
+        "policy": 0.5,
+        "value": 0.2,
+        "memory": 0.2,
+        "draft": 1.0,
+    }
+    assert heads.weights(0.5) == pytest.approx(weights) and heads.scheduled(0.5) == {
+        "value.weight": pytest.approx(0.2)
+    }
+    assert total.item() == pytest.approx(
+        sum(weights[name] * sums[name].item() / counts[name] for name in HEADS), rel=1e-12
+    )
     for name in HEADS:
-        assert sums[name].item() == pytest.approx(run(name, heads, seen_of(batch, heads)).nansum().item(), rel=1e-12)
+        assert sums[name].item() == pytest.approx(
+            run(name, heads, seen_of(batch, heads)).nansum().item(), rel=1e-12
+        )
 
 
 @pytest.mark.parametrize("smoothing", [None, 0.2])
@@ -193,19 +259,33 @@ def test_the_surprise_is_cross_entropy_whatever_the_losses_are(smoothing: float 
     """Read from the losses where they have it; else computed, at the asked positions only."""
     torch.manual_seed(0)
     batch = rows()
-    hidden, readout = torch.randn(*batch.labels.shape, D, dtype=torch.float64), LinearReadout(torch.randn(V, D).double())
-    first = Cosine(CosineSettings()) if smoothing is None else CrossEntropy(CrossEntropySettings(label_smoothing=smoothing))
-    output, at = ModelOutput(hidden, readout), torch.tensor([[0, 5, 5], [3, 9, 15], [1, 2, 12], [0, 1, 2], [4, 5, 6], [7, 8, 15]])
-    expected = F.cross_entropy(readout(hidden).transpose(1, 2), batch.labels, ignore_index=IGNORE_INDEX, reduction="none")
+    hidden, readout = (
+        torch.randn(*batch.labels.shape, D, dtype=torch.float64),
+        LinearReadout(torch.randn(V, D).double()),
+    )
+    first = (
+        Cosine(CosineSettings())
+        if smoothing is None
+        else CrossEntropy(CrossEntropySettings(label_smoothing=smoothing))
+    )
+    output, at = (
+        ModelOutput(hidden, readout),
+        torch.tensor([[0, 5, 5], [3, 9, 15], [1, 2, 12], [0, 1, 2], [4, 5, 6], [7, 8, 15]]),
+    )
+    expected = F.cross_entropy(
+        readout(hidden).transpose(1, 2), batch.labels, ignore_index=IGNORE_INDEX, reduction="none"
+    )
     for losses in ([first], [CrossEntropy(CrossEntropySettings())]):
         stack = LossStack(losses)
         _, terms = stack(output, batch, 1, 0.0, 1)
-        torch.testing.assert_close(stack.surprise_at(output, batch, terms, at), expected.gather(1, at), atol=1e-10, rtol=0)
+        torch.testing.assert_close(
+            stack.surprise_at(output, batch, terms, at), expected.gather(1, at), atol=1e-10, rtol=0
+        )
 
 
 def test_only_the_chosen_positions_are_scored() -> None:
-    """Never (B * T, V): the readout is asked for one position a row, for one at each step of a rollout, for each of a planner's;
-    for drafts, twice for each of theirs."""
+    """Never (B * T, V): the readout is asked for one position a row, for one at each step of a
+    rollout, for each of a planner's; for drafts, twice for each of theirs."""
     asked: list[int] = []
 
     class Counting(LinearReadout):
@@ -223,13 +303,14 @@ def test_only_the_chosen_positions_are_scored() -> None:
     assert asked == [len(LENGTHS), 3 * len(LENGTHS), 4 * len(LENGTHS)] + 2 * 3 * [2 * len(LENGTHS)]
 
 
-# what their gradients reach ------------------------------------------------------------------------------------------
+# what their gradients reach -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", HEADS)
 def test_gradients_enter_at_the_root_and_never_through_a_target(name: str) -> None:
-    """The language model's side of the divergence, coming losses, coming states and spans get none; nor does anything of the
-    model from rollouts and planner. Where rollouts lead, the policy and value heads learn, too."""
+    """The language model's side of the divergence, coming losses, coming states and spans get none;
+    nor does anything of the model from rollouts and planner. Where rollouts lead, the policy and
+    value heads learn, too."""
     heads = heads_for(D, V).double()
     batch, _ = placed(heads, rows())
     hidden = torch.randn(*batch.labels.shape, D, dtype=torch.float64, requires_grad=True)
@@ -237,7 +318,11 @@ def test_gradients_enter_at_the_root_and_never_through_a_target(name: str) -> No
     run(name, heads, seen_of(batch, heads, hidden, table)).nansum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in heads[name].parameters())
     others = {"rollouts": ["policy", "value"]}.get(name, [])
-    taught = {other for other, head in heads.items() if any(p.grad is not None and p.grad.any() for p in head.parameters())}
+    taught = {
+        other
+        for other, head in heads.items()
+        if any(p.grad is not None and p.grad.any() for p in head.parameters())
+    }
     assert taught == {name, *others}
     if heads[name] in heads.apart():
         assert hidden.grad is None and table.grad is None, "of the model, nothing is reached"
@@ -248,13 +333,21 @@ def test_gradients_enter_at_the_root_and_never_through_a_target(name: str) -> No
         if place[0] != NOWHERE and name != "rollouts":
             roots[row, place[0] : place[1] if len(place) > 1 else place[0] + 1] = True
             coming |= set(batch.input_ids[row, place[0] + 1 : place[0] + 4].tolist())
-    assert torch.equal(torch.zeros_like(roots) if hidden.grad is None else hidden.grad.abs().sum(-1) > 0, roots)
-    used = set() if table.grad is None else set((table.grad.abs().sum(-1) > 0).nonzero().flatten().tolist())
-    assert used == {"dynamics": coming, "memory": set(range(V))}.get(name, set())  # memory's targets are scored
+    assert torch.equal(
+        torch.zeros_like(roots) if hidden.grad is None else hidden.grad.abs().sum(-1) > 0, roots
+    )
+    used = (
+        set()
+        if table.grad is None
+        else set((table.grad.abs().sum(-1) > 0).nonzero().flatten().tolist())
+    )
+    # memory's targets are scored
+    assert used == {"dynamics": coming, "memory": set(range(V))}.get(name, set())
 
 
 def test_rows_without_a_place_change_nothing() -> None:
-    """Rows of padding beside others; and where there is none at all, the total is 0 and so is every gradient."""
+    """Rows of padding beside others; and where there is none at all, the total is 0 and so is every
+    gradient."""
     heads = heads_for(D, V).double()
     with_padding, counts = placed(heads, rows([[16], [5, 8], [], []]))
     without = with_padding.rows(0, 2)
@@ -262,7 +355,9 @@ def test_rows_without_a_place_change_nothing() -> None:
     seen = seen_of(with_padding, heads)
     found = []
     for part in (without, with_padding):
-        total, _ = heads(seen_of(part, heads, seen.hidden[: len(part.labels)], seen.readout.table), counts, 0.0)
+        total, _ = heads(
+            seen_of(part, heads, seen.hidden[: len(part.labels)], seen.readout.table), counts, 0.0
+        )
         total.backward()
         found.append((total.detach(), gradients(heads)))
     torch.testing.assert_close(found[0], found[1], atol=1e-12, rtol=0)
@@ -270,17 +365,22 @@ def test_rows_without_a_place_change_nothing() -> None:
     assert set(none.values()) == {0.0}
     total, _ = heads(seen_of(nothing, heads), none, 0.0)
     total.backward()
-    assert total.item() == 0.0 and all(p.grad is not None and not p.grad.any() for p in heads.parameters())
+    assert total.item() == 0.0 and all(
+        p.grad is not None and not p.grad.any() for p in heads.parameters()
+    )
 
 
 def test_micro_batches_add_up_to_the_step() -> None:
-    """8 rows at once, 4 x 2 and 8 x 1: one gradient for model and heads; rows differ in targets, and some have no place.
+    """8 rows at once, 4 x 2 and 8 x 1: one gradient for model and heads; rows differ in targets,
+    and some have no place.
 
-    Spans are told from those of their forward pass, so the span contrastive head is the same only for the same forward passes.
-    """
+    Spans are told from those of their forward pass, so the span contrastive head is the same only
+    for the same forward passes."""
     lengths = [[16], [6, 10], [3, 1, 8], [2, 2, 2], [1, 1], [14], [], [4, 12]]
     model = build("simple_lm").double()
-    row_by_row = heads_for(D, V, **{key: value for key, value in ALL.items() if key != "enable_span_contrastive"}).double()
+    row_by_row = heads_for(
+        D, V, **{key: value for key, value in ALL.items() if key != "enable_span_contrastive"}
+    ).double()
     every = heads_for(D, V).double()
     found: dict[Any, Any] = {}
     for heads in (row_by_row, every):
@@ -292,27 +392,36 @@ def test_micro_batches_add_up_to_the_step() -> None:
                 objective(batch.rows(start, start + size), targets, 0.0, counts)[0].backward()
             found[len(heads), size] = gradients(objective)
     for size in (2, 1):
-        torch.testing.assert_close(found[len(row_by_row), size], found[len(row_by_row), 8], atol=1e-12, rtol=0)
+        torch.testing.assert_close(
+            found[len(row_by_row), size], found[len(row_by_row), 8], atol=1e-12, rtol=0
+        )
     name, count = "heads.span_contrastive.0.weight", len(every)
-    assert not torch.allclose(found[count, 2][name], found[count, 8][name]) and not found[count, 1][name].any()
-    # but its count is the step's: two forward passes of the same four rows are worth one of them, twice counted
+    assert (
+        not torch.allclose(found[count, 2][name], found[count, 8][name])
+        and not found[count, 1][name].any()
+    )
+    # but its count is the step's: two forward passes of the same four rows are worth one of them,
+    # twice counted
     objective = objective_of(model, every)
     batch, counts = placed(every, rows_of(lengths[:4], T, V))
     targets = int((batch.labels != IGNORE_INDEX).sum())
     objective(batch, targets, 0.0, counts)[0].backward()
     once = gradients(objective)
     for _ in range(2):
-        objective(batch, 2 * targets, 0.0, {name: 2 * count for name, count in counts.items()})[0].backward()
+        objective(batch, 2 * targets, 0.0, {name: 2 * count for name, count in counts.items()})[
+            0
+        ].backward()
     torch.testing.assert_close(gradients(objective), once, atol=1e-12, rtol=0)
 
 
-# on every causal model -----------------------------------------------------------------------------------------------
+# on every causal model ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CAUSAL)
 def test_nothing_leaks_on_any_causal_model(name: str) -> None:
-    """In float64: scores at and before t do not change with tokens after t, heads or none, and heads change no score at all; no
-    query, root or prediction changes with tokens after it was made."""
+    """In float64: scores at and before t do not change with tokens after t, heads or none, and
+    heads change no score at all; no query, root or prediction changes with tokens after it was
+    made."""
     model = build(name).double()
     heads = heads_for(D, V).double()
     objective = objective_of(model, heads)
@@ -330,7 +439,9 @@ def test_nothing_leaks_on_any_causal_model(name: str) -> None:
     def queries(changed: Batch) -> Tensor:
         """What the projection's last layer is given for the queries, (B, D)."""
         taken: list[Tensor] = []
-        hook = heads["span_contrastive"][2].register_forward_pre_hook(lambda module, inputs: taken.append(inputs[0]))
+        hook = heads["span_contrastive"][2].register_forward_pre_hook(
+            lambda module, inputs: taken.append(inputs[0])
+        )
         scores.append(scored(changed))
         hook.remove()
         return taken[0]
@@ -344,17 +455,24 @@ def test_nothing_leaks_on_any_causal_model(name: str) -> None:
         ids = batch.input_ids.clone()
         ids[:, t] = (ids[:, t] + 1) % V
         after = queries(replace(batch, input_ids=ids))
-        assert torch.equal(scores[-1][:, :t], scores[0][:, :t]), f"position {t} is seen by an earlier one"
+        assert torch.equal(scores[-1][:, :t], scores[0][:, :t]), (
+            f"position {t} is seen by an earlier one"
+        )
         blind = (start <= t) & (start != NOWHERE)
-        assert torch.equal(after[blind], before[blind]), f"a query before its span sees position {t}"
+        assert torch.equal(after[blind], before[blind]), (
+            f"a query before its span sees position {t}"
+        )
     ids = batch.input_ids.clone()
     ids[:, 0] = (ids[:, 0] + 1) % V
-    assert not torch.equal(queries(replace(batch, input_ids=ids))[0], before[0]), "and it does see what is before"
+    assert not torch.equal(queries(replace(batch, input_ids=ids))[0], before[0]), (
+        "and it does see what is before"
+    )
 
 
 @pytest.mark.parametrize("name", CAUSAL)
 def test_all_work_on_every_causal_model(name: str) -> None:
-    """Losses are finite, and every parameter of the heads gets a gradient, under bf16 autocast, too."""
+    """Losses are finite, and every parameter of the heads gets a gradient, under bf16 autocast,
+    too."""
     heads = heads_for(D, V)
     objective = objective_of(build(name).train(), heads)
     batch, counts = placed(heads, rows())
@@ -367,12 +485,13 @@ def test_all_work_on_every_causal_model(name: str) -> None:
         assert all(found[f"heads.{name}"].abs().sum() > 0 for name, _ in heads.named_parameters())
 
 
-# what drafts are measured by -------------------------------------------------------------------------------------------
+# what drafts are measured by ----------------------------------------------------------------------
 
 
 def test_how_many_guesses_a_draft_would_have_right() -> None:
-    """Of each row: the share of first and of last guesses that are the model's likeliest token, and how many are before one is
-    not. The head guesses what it was told, and the model's likeliest tokens are known: hidden states are rows of the identity."""
+    """Of each row: the share of first and of last guesses that are the model's likeliest token, and
+    how many are before one is not. The head guesses what it was told, and the model's likeliest
+    tokens are known: hidden states are rows of the identity."""
     table = nn.Parameter(torch.eye(V, dtype=torch.float64))
     heads = heads_for(V, V, enable_draft=True, draft_tokens=3, draft_positions=2).double()
     batch = rows([[16], [16], [1, 1]])
@@ -385,11 +504,16 @@ def test_how_many_guesses_a_draft_would_have_right() -> None:
     ahead = itertools.cycle((1, 2, 3))
 
     def follow(states: Tensor, tokens: Tensor) -> Tensor:  # guesses what the text says
-        return table[batch.input_ids.gather(1, batch.places["draft"].clamp(min=0) + next(ahead) + 1)]
+        return table[
+            batch.input_ids.gather(1, batch.places["draft"].clamp(min=0) + next(ahead) + 1)
+        ]
 
     heads["draft"].follow = follow  # type: ignore[method-assign]
     found = heads.measure(seen_of(batch, heads, hidden, table))
     means = {name: (value[0] / value[1]).item() for name, value in found.items() if name != "draft"}
-    # row 0: guesses at 3 4 5 right, of 6 7 8 the second wrong; row 1: of 4 5 6 the first wrong, and so of 9 10 11
-    assert means == pytest.approx({"draft.first": 0.5, "draft.last": 1.0, "draft.accepted": (2.0 + 0.0) / 2})
+    # row 0: guesses at 3 4 5 right, of 6 7 8 the second wrong; row 1: of 4 5 6 the first wrong, and
+    # so of 9 10 11
+    assert means == pytest.approx(
+        {"draft.first": 0.5, "draft.last": 1.0, "draft.accepted": (2.0 + 0.0) / 2}
+    )
     assert found["draft.first"][1] == 2

@@ -1,4 +1,5 @@
-"""Where each head looks: at every place of a row that is valid and at no other, by seed, step and row alone."""
+"""Where each head looks: at every place of a row that is valid and at no other, by seed, step and
+row alone."""
 
 import math
 
@@ -12,11 +13,16 @@ from tests.heads.setup import LENGTHS, D, heads_for, placed, rows
 from tests.models.test_models import T, V
 
 
-def valid_places(name: str, batch: Batch, span_tokens: int, fraction: float) -> list[set[tuple[int, ...]]]:
+def valid_places(
+    name: str, batch: Batch, span_tokens: int, fraction: float
+) -> list[set[tuple[int, ...]]]:
     """Every place of each row, by plain reading of what the head's file says."""
     found: list[set[tuple[int, ...]]] = []
     for row in range(len(batch.labels)):
-        documents, known = batch.document_ids[row].tolist(), (batch.labels[row] != IGNORE_INDEX).tolist()
+        documents, known = (
+            batch.document_ids[row].tolist(),
+            (batch.labels[row] != IGNORE_INDEX).tolist(),
+        )
         own: set[tuple[int, ...]] = set()
         for p in range(T):
             if batch.source_ids[row, p] < 0:
@@ -26,7 +32,11 @@ def valid_places(name: str, batch: Batch, span_tokens: int, fraction: float) -> 
             if name == "span_contrastive":
                 own |= {(begin, p, p + length)} if begin < p and p + length <= stop else set()
             elif name == "memory":
-                own |= {(begin, p, p + 6)} if begin < p and p + 6 <= stop and any(known[p : p + 6]) else set()
+                own |= (
+                    {(begin, p, p + 6)}
+                    if begin < p and p + 6 <= stop and any(known[p : p + 6])
+                    else set()
+                )
             else:
                 ahead = range(p, min(p + span_tokens, stop))
                 is_valid = {
@@ -40,14 +50,18 @@ def valid_places(name: str, batch: Batch, span_tokens: int, fraction: float) -> 
                 own |= {(p,)} if is_valid[name] else set()
         if name == "planner":  # evenly spread, from any that has a target
             there = [p for p in range(T) if batch.labels[row, p] != IGNORE_INDEX]
-            own = {tuple(there[(first + i * len(there) // 4) % len(there)] for i in range(4)) for first in range(len(there))}
+            own = {
+                tuple(there[(first + i * len(there) // 4) % len(there)] for i in range(4))
+                for first in range(len(there))
+            }
         found.append(own)
     return found
 
 
 @pytest.mark.parametrize("name", HEADS)
 def test_every_valid_place_is_looked_at_and_no_other(name: str) -> None:
-    """Also where only some tokens are learned, as in chats: windows, roots and spans stay inside their document, off padding."""
+    """Also where only some tokens are learned, as in chats: windows, roots and spans stay inside
+    their document, off padding."""
     batch = rows()
     batch.labels[0, :9] = batch.labels[1, 4:] = IGNORE_INDEX
     sizes = {"rollout_steps": 2, "draft_tokens": 2, "draft_positions": 1}
@@ -64,24 +78,36 @@ def test_every_valid_place_is_looked_at_and_no_other(name: str) -> None:
             assert set(there) == {(NOWHERE,) * len(there[0])}
             continue
         assert set(there) == own
-        assert max(there.count(place) for place in own) < 400 / len(own) + 6 * math.sqrt(400 / len(own)), "equally likely"
+        assert max(there.count(place) for place in own) < 400 / len(own) + 6 * math.sqrt(
+            400 / len(own)
+        ), "equally likely"
 
 
 def test_a_draft_head_has_several_places_evenly_spread() -> None:
     """All of them where there are as many; the others are as likely as each other."""
-    heads, batch = heads_for(D, V, enable_draft=True, draft_tokens=2, draft_positions=4), rows([[16], [6], [2, 2], [8, 8]])
+    heads, batch = (
+        heads_for(D, V, enable_draft=True, draft_tokens=2, draft_positions=4),
+        rows([[16], [6], [2, 2], [8, 8]]),
+    )
     counts = torch.zeros(4, T)
     for step in range(200):
         places = placed(heads, batch, step)[0].places["draft"]
         assert set(places[1].tolist()) == {0, 1, 2, 3} and set(places[2].tolist()) == {NOWHERE}
-        assert all(3 <= (b - a) % 14 <= 4 for a, b in zip(places[0].tolist(), places[0].roll(-1).tolist()))
+        assert all(
+            3 <= (b - a) % 14 <= 4 for a, b in zip(places[0].tolist(), places[0].roll(-1).tolist())
+        )
         for row in (0, 3):
             counts[row].index_add_(0, places[row], torch.ones(4))
-    assert counts[0, :14].min() > 30 and counts[3, [*range(6), *range(8, 14)]].min() > 40 and counts.sum() == 1600
+    assert (
+        counts[0, :14].min() > 30
+        and counts[3, [*range(6), *range(8, 14)]].min() > 40
+        and counts.sum() == 1600
+    )
 
 
 def test_places_follow_from_seed_step_and_row_alone() -> None:
-    """Not from the rows beside it, or how many there are; heads, steps and rows draw independently."""
+    """Not from the rows beside it, or how many there are; heads, steps and rows draw
+    independently."""
     heads, batch = heads_for(D, V), rows()
     whole, _ = placed(heads, batch, step=3)
     for row in range(len(LENGTHS)):
@@ -92,7 +118,9 @@ def test_places_follow_from_seed_step_and_row_alone() -> None:
     one, other = placed(heads, same, 0)[0].places, placed(heads, same, 1)[0].places
     assert not torch.equal(one["policy"], other["policy"]) and len(one["policy"].unique()) > 10
     fewer, _ = placed(heads_for(D, V, enable_value=True), same, 0)
-    assert torch.equal(fewer.places["value"], one["value"]), "another head switched off changes nothing"
+    assert torch.equal(fewer.places["value"], one["value"]), (
+        "another head switched off changes nothing"
+    )
 
 
 def test_places_travel_with_their_rows() -> None:

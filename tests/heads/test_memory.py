@@ -1,5 +1,5 @@
-"""The memory head: summaries stand exactly where embeddings would, carry what they should and nothing else, and serve texts that
-are longer than the context."""
+"""The memory head: summaries stand exactly where embeddings would, carry what they should and
+nothing else, and serve texts that are longer than the context."""
 
 import math
 from dataclasses import replace
@@ -23,15 +23,18 @@ D, n = 32, 3
 
 
 def memory_for(vocab_size: int, hidden_size: int = D, **settings: Any) -> Memory:
-    return heads_for(hidden_size, vocab_size, enable_memory=True, memory_tokens_after=n, **settings)["memory"].eval()
+    return heads_for(
+        hidden_size, vocab_size, enable_memory=True, memory_tokens_after=n, **settings
+    )["memory"].eval()
 
 
-# how a model reads a summary ------------------------------------------------------------------------------------------
+# how a model reads a summary ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", models.CAUSAL)
 def test_a_summary_stands_exactly_where_embeddings_would(name: str) -> None:
-    """Put for tokens whose own embeddings it holds it changes no bit: read at once, in pieces with a cache, with a gradient."""
+    """Put for tokens whose own embeddings it holds it changes no bit: read at once, in pieces with
+    a cache, with a gradient."""
     model = models.build(name)
     ids = torch.randint(0, models.V, (2, 9), generator=torch.Generator().manual_seed(0))
     plain = model(plain_batch(ids))
@@ -39,11 +42,17 @@ def test_a_summary_stands_exactly_where_embeddings_would(name: str) -> None:
     own = Summary(table[ids[:, :2]], table)
     told = {key: value for key, value in vars(model).items() if isinstance(value, Tensor)}
     assert torch.equal(read(model, ids[:, 2:], own).hidden, plain.hidden)
-    assert all(vars(model)[key] is value for key, value in told.items()), "what the model reports is still of its own pass"
-    assert torch.equal(model(plain_batch(ids)).hidden, plain.hidden), "and the next pass is its own again"
+    assert all(vars(model)[key] is value for key, value in told.items()), (
+        "what the model reports is still of its own pass"
+    )
+    assert torch.equal(model(plain_batch(ids)).hidden, plain.hidden), (
+        "and the next pass is its own again"
+    )
     with torch.no_grad():
         whole, pieces = model.new_cache(), model.new_cache()
-        assert torch.equal(read(model, ids[:, 2:], own, whole).hidden, model.extend(ids, model.new_cache()).hidden)
+        assert torch.equal(
+            read(model, ids[:, 2:], own, whole).hidden, model.extend(ids, model.new_cache()).hidden
+        )
         first = read(model, ids[:, 2:5], own, pieces).hidden
         both = torch.cat([first, model.extend(ids[:, 5:], pieces).hidden], dim=1)
         torch.testing.assert_close(both, plain.hidden, atol=1e-5, rtol=0)
@@ -54,13 +63,17 @@ def test_a_summary_stands_exactly_where_embeddings_would(name: str) -> None:
     assert other.vectors.grad[0].any() and not other.vectors.grad[1].any(), "each row reads its own"
 
 
-# what it carries --------------------------------------------------------------------------------------------------------
+# what it carries ----------------------------------------------------------------------------------
 
 
 def test_text_is_seen_through_summaries_only_and_they_see_no_later_token() -> None:
-    """In float64: s1 changes with the document's tokens before A2 alone, s2 with them and A2's; the rest of row and batch changes
-    nothing; and where summaries say nothing, no token before a segment changes what is made of it."""
-    model, heads = models.build("simple_lm").double(), heads_for(D, models.V, enable_memory=True, memory_tokens_after=n).double()
+    """In float64: s1 changes with the document's tokens before A2 alone, s2 with them and A2's; the
+    rest of row and batch changes nothing; and where summaries say nothing, no token before a
+    segment changes what is made of it."""
+    model, heads = (
+        models.build("simple_lm").double(),
+        heads_for(D, models.V, enable_memory=True, memory_tokens_after=n).double(),
+    )
     batch, _ = placed(heads, rows_of([[4, 12], [16]], models.T, models.V))
     begin, middle, stop = batch.places["memory"][0].tolist()
     assert begin == 4 < middle and stop == middle + 2 * n
@@ -72,7 +85,9 @@ def test_text_is_seen_through_summaries_only_and_they_see_no_later_token() -> No
         """s1, s2, and the losses at A2 and B of row 0."""
         taken.clear()
         states: list[Tensor] = []
-        head._nats = lambda seen, hidden, labels: states.append(hidden) or (torch.zeros(2), torch.zeros(()))
+        head._nats = lambda seen, hidden, labels: (
+            states.append(hidden) or (torch.zeros(2), torch.zeros(()))
+        )
         weight = head.say.weight.detach().clone()
         with torch.no_grad():
             head.say.weight.mul_(0.0 if mute else 1.0)
@@ -90,18 +105,31 @@ def test_text_is_seen_through_summaries_only_and_they_see_no_later_token() -> No
         parts = range(4, middle), range(middle, middle + n), range(middle + n, stop)
         of_a1, of_a2, of_b = (row == 0 and t in part for part in parts)
         same = [torch.equal(a, b) for a, b in zip(after, before)]
-        assert same == [not of_a1, not (of_a1 or of_a2), not (of_a1 or of_a2), not (of_a1 or of_a2 or of_b)], (row, t)
+        assert same == [
+            not of_a1,
+            not (of_a1 or of_a2),
+            not (of_a1 or of_a2),
+            not (of_a1 or of_a2 or of_b),
+        ], (row, t)
         same = [torch.equal(a, b) for a, b in zip(silent[2:], muted[2:])]
         assert same == [not of_a2, not of_b], (row, t)
 
 
 def test_a_key_is_carried_over_two_summaries() -> None:
-    """A document's first token is a key, which its last target repeats; all between is noise. So only s2, and only if s1 told it,
-    can tell B's target. By reading alone, without reconstruction, the gain comes to nearly ln 8, all there is to know."""
+    """A document's first token is a key, which its last target repeats; all between is noise. So
+    only s2, and only if s1 told it, can tell B's target. By reading alone, without reconstruction,
+    the gain comes to nearly ln 8, all there is to know."""
     torch.manual_seed(0)
     keys, V, T = 8, 20, 9
     model = SimpleLM(SimpleLMSettings(hidden_size=D, num_layers=2, num_heads=2, seq_length=T), V)
-    heads = heads_for(D, V, enable_memory=True, memory_tokens_after=n, memory_weight=1.0, memory_reconstruction_weight=0.0)
+    heads = heads_for(
+        D,
+        V,
+        enable_memory=True,
+        memory_tokens_after=n,
+        memory_weight=1.0,
+        memory_reconstruction_weight=0.0,
+    )
     objective = objective_of(model, heads)
     optimizer = torch.optim.AdamW(objective.parameters(), lr=5e-3)
     for step in range(150):
@@ -110,7 +138,9 @@ def test_a_key_is_carried_over_two_summaries() -> None:
         labels = torch.full_like(ids, IGNORE_INDEX)
         labels[:, -1] = ids[:, 0]
         batch, counts = placed(heads, replace(plain_batch(ids), labels=labels), step)
-        assert batch.places["memory"][0].tolist() == [0, T - 2 * n, T], "the one place with something to tell"
+        assert batch.places["memory"][0].tolist() == [0, T - 2 * n, T], (
+            "the one place with something to tell"
+        )
         total, _ = objective(batch, 32, 0.0, counts)
         total.backward()
         optimizer.step()
@@ -119,22 +149,32 @@ def test_a_key_is_carried_over_two_summaries() -> None:
     output = model(batch)
     measured = objective.stack.measure(output, batch, 0.0, 1).terms
     stack = objective.stack
-    surprise, cross_entropy = partial(stack.surprise_at, output, batch, measured), partial(stack.cross_entropy, output.readout)
+    surprise, cross_entropy = (
+        partial(stack.surprise_at, output, batch, measured),
+        partial(stack.cross_entropy, output.readout),
+    )
     seen = heads.look(model, output, batch, surprise, cross_entropy)
     found = {name: (total / rows).item() for name, (total, rows) in heads.measure(seen).items()}
-    assert found["memory.gain"] > 0.9 * math.log(keys) and abs(found["memory.gap"]) < 0.1 * math.log(keys)
+    assert found["memory.gain"] > 0.9 * math.log(keys) and abs(
+        found["memory.gap"]
+    ) < 0.1 * math.log(keys)
 
 
-# texts longer than the context ----------------------------------------------------------------------------------------
+# texts longer than the context --------------------------------------------------------------------
 
 
 PROMPTS = ["import os", "x" * (CONTEXT - 2), "def long(): " * 6]
 """Shorter than the context, just as long, and three times as long."""
 
 
-def continued(voice: Voice, prompts: list[str], max_tokens: int, temperature: float = 0.0) -> list[list[int]]:
+def continued(
+    voice: Voice, prompts: list[str], max_tokens: int, temperature: float = 0.0
+) -> list[list[int]]:
     wish = Wish(max_tokens=max_tokens, temperature=temperature, no_repeat_ngram=0)
-    rows = [Row(voice.tokenizer, document_start(voice.tokenizer, text), wish, seed) for seed, text in enumerate(prompts)]
+    rows = [
+        Row(voice.tokenizer, document_start(voice.tokenizer, text), wish, seed)
+        for seed, text in enumerate(prompts)
+    ]
     for _ in advance(voice, rows):
         pass
     return [row.ids for row in rows]
@@ -147,11 +187,18 @@ def backwards(hidden: Tensor, scores: Tensor) -> Tensor:
 
 @torch.no_grad()
 def likeliest(model: Any, memory: Memory, ids: list[int]) -> int:
-    """The token after a text read from scratch: halves of the context into the summary until the rest fits beside it."""
-    halves = max(0, -(-(len(ids) + memory.slots - CONTEXT) // (CONTEXT // 2))) if len(ids) > CONTEXT else 0
+    """The token after a text read from scratch: halves of the context into the summary until the
+    rest fits beside it."""
+    halves = (
+        max(0, -(-(len(ids) + memory.slots - CONTEXT) // (CONTEXT // 2)))
+        if len(ids) > CONTEXT
+        else 0
+    )
     row, summary = torch.tensor([ids]), None
     for half in range(halves):
-        summary = memory.compress(model, row[:, half * CONTEXT // 2 : (half + 1) * CONTEXT // 2], summary)
+        summary = memory.compress(
+            model, row[:, half * CONTEXT // 2 : (half + 1) * CONTEXT // 2], summary
+        )
     rest = row[:, halves * CONTEXT // 2 :]
     assert rest.shape[1] + (memory.slots if halves else 0) <= CONTEXT
     output = read(model, rest, summary)
@@ -160,8 +207,9 @@ def likeliest(model: Any, memory: Memory, ids: list[int]) -> int:
 
 @pytest.mark.parametrize(("kind", "slots"), [("simple_lm", 1), ("gpt2", 2), ("polychromatic", 1)])
 def test_beyond_the_context_a_text_goes_on_behind_its_summary(kind: str, slots: int) -> None:
-    """Token for token as from scratch; the same in a batch and alone, with a cache and without, drawn or not. What is out of
-    sight still counts: another first token gives other scores, but not without a memory."""
+    """Token for token as from scratch; the same in a batch and alone, with a cache and without,
+    drawn or not. What is out of sight still counts: another first token gives other scores, but not
+    without a memory."""
     model, tokenizer = build(kind, byte_tokenizer().vocab_size), byte_tokenizer()
     width = model(plain_batch(torch.zeros(1, 1, dtype=torch.int64))).hidden.shape[-1]
     memory = memory_for(tokenizer.vocab_size, width, memory_slots=slots).double()
@@ -173,12 +221,22 @@ def test_beyond_the_context_a_text_goes_on_behind_its_summary(kind: str, slots: 
         for length in range(len(document_start(tokenizer, prompt)), len(ids)):
             assert ids[length] == likeliest(model, memory, ids[:length])
     assert [continued(voice, [prompt], 30)[0] for prompt in PROMPTS] == together
-    drafter = Drafter(heads_for(width, tokenizer.vocab_size, enable_draft=True, draft_tokens=3)["draft"].double())
-    for own, text in ((voice, together), (guided := replace(voice, guide=backwards), continued(guided, PROMPTS, 30))):
-        assert continued(replace(own, drafter=drafter), PROMPTS, 30) == text, "a memory, a guide and drafts go together"
+    drafter = Drafter(
+        heads_for(width, tokenizer.vocab_size, enable_draft=True, draft_tokens=3)["draft"].double()
+    )
+    for own, text in (
+        (voice, together),
+        (guided := replace(voice, guide=backwards), continued(guided, PROMPTS, 30)),
+    ):
+        assert continued(replace(own, drafter=drafter), PROMPTS, 30) == text, (
+            "a memory, a guide and drafts go together"
+        )
     assert drafter.guessed > 0 and text != together
     model.new_cache = lambda: None
-    assert continued(voice, PROMPTS, 30) == together and continued(voice, PROMPTS, 30, temperature=1.0) == drawn
+    assert (
+        continued(voice, PROMPTS, 30) == together
+        and continued(voice, PROMPTS, 30, temperature=1.0) == drawn
+    )
     for own, counts in ((voice, True), (replace(voice, memory=None), False)):
         found = [Reader(own).read([[first, *range(100)]], 1)[1] for first in (1, 2)]
         assert torch.equal(*found) != counts

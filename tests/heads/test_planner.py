@@ -1,5 +1,5 @@
-"""The planner: a proper distribution that begins as the model's, sees nothing to come, learns what rollouts foretell and nothing
-else, and guides generation as it was trained."""
+"""The planner: a proper distribution that begins as the model's, sees nothing to come, learns what
+rollouts foretell and nothing else, and guides generation as it was trained."""
 
 from functools import partial
 
@@ -34,7 +34,8 @@ def of_model(model: nn.Module, seed: int = 0) -> Guide:
 
 
 def test_it_begins_as_the_model_and_is_a_distribution() -> None:
-    """At first the scores are the same bits; then those of the candidates alone change, and all probabilities sum to 1."""
+    """At first the scores are the same bits; then those of the candidates alone change, and all
+    probabilities sum to 1."""
     torch.manual_seed(0)
     heads, table = heads_for(D, V, planner_candidates=5), torch.randn(V, D)
     hidden, scores = torch.randn(7, D), 2 * torch.randn(7, V)
@@ -44,14 +45,17 @@ def test_it_begins_as_the_model_and_is_a_distribution() -> None:
     before, after = scores.softmax(-1), changed.softmax(-1)
     torch.testing.assert_close(after.sum(-1), torch.ones(7))
     others = (after / before)[~candidates].view(7, V - 5)
-    torch.testing.assert_close(others, others[:, :1].expand_as(others), msg="all others lose or gain the same share")
+    torch.testing.assert_close(
+        others, others[:, :1].expand_as(others), msg="all others lose or gain the same share"
+    )
     heads["planner"].begin()
     assert torch.equal(guide_of(heads, table)(hidden, scores), scores)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "not causal"])
 def test_it_sees_nothing_to_come(kind: str) -> None:
-    """In float64, on every causal model: at p, scores depend on tokens up to p only, and on that."""
+    """In float64, on every causal model: at p, scores depend on tokens up to p only, and on
+    that."""
     model = build(kind)
     guide = of_model(model)
     ids = torch.randint(0, 39, (1, 12), generator=torch.Generator().manual_seed(1))
@@ -81,12 +85,14 @@ def adding(heads: HeadStack) -> None:
 
 @pytest.mark.parametrize("planted", [True, False])
 def test_it_learns_what_values_foretell_and_nothing_where_they_do_not(planted: bool) -> None:
-    """Of the tokens a model likes, those come up that lead to lower values; or, in the control, as often as the model says."""
+    """Of the tokens a model likes, those come up that lead to lower values; or, in the control, as
+    often as the model says."""
     torch.manual_seed(3)
     heads, table = heads_for(D, V, planner_positions=8, rollout_steps=2), torch.randn(V, D)
     adding(heads)
     heads["planner"].begin()
-    promised = -table @ heads["value"].weight.detach()[0] / heads["value"].weight.detach().norm()  # (V,)
+    # (V,)
+    promised = -table @ heads["value"].weight.detach()[0] / heads["value"].weight.detach().norm()
     heads["value"].weight.data /= heads["value"].weight.detach().norm()
 
     def drawn(rows: int) -> Seen:
@@ -96,7 +102,14 @@ def test_it_learns_what_values_foretell_and_nothing_where_they_do_not(planted: b
         labels = torch.multinomial(truth.flatten(0, 1).softmax(-1), 1).view(rows, 8)
         zeros = torch.zeros(rows, 8, dtype=torch.int64)
         batch = Batch(zeros, labels, zeros, zeros.int(), zeros.int(), packed=False)
-        return Seen(hidden, LinearReadout(table / 2, None, table), batch, lambda at: at, torch.float32, heads=heads)
+        return Seen(
+            hidden,
+            LinearReadout(table / 2, None, table),
+            batch,
+            lambda at: at,
+            torch.float32,
+            heads=heads,
+        )
 
     def measured(head: nn.Module, seen: Seen) -> tuple[Tensor, dict[str, Tensor]]:
         places = torch.arange(8).expand(len(seen.hidden), 8)
@@ -114,10 +127,14 @@ def test_it_learns_what_values_foretell_and_nothing_where_they_do_not(planted: b
         _, found = measured(router, drawn(500))
     gain, error = found["gain"].mean().item(), found["gain"].std().item() / 500**0.5
     assert gain > 0.1 and gain > 6 * error if planted else abs(gain) < 0.01, (gain, error)
-    assert (found["kl"].mean().item() > 0.05) == planted and (found["changed"].mean().item() > 0.05) == planted
+    assert (found["kl"].mean().item() > 0.05) == planted and (
+        found["changed"].mean().item() > 0.05
+    ) == planted
 
 
-def written(model: nn.Module, prompts: list[list[int]], tokenizer: Tokenizer, guide: Guide | None) -> list[list[int]]:
+def written(
+    model: nn.Module, prompts: list[list[int]], tokenizer: Tokenizer, guide: Guide | None
+) -> list[list[int]]:
     wish = Wish(max_tokens=20, temperature=1.0, top_p=0.9, no_repeat_ngram=2)
     rows = [Row(tokenizer, ids, wish, len(ids)) for ids in prompts]
     for _ in advance(Voice(model, tokenizer, CONTEXT, guide), rows):  # type: ignore[arg-type]
@@ -131,7 +148,9 @@ def test_a_guided_text_is_the_same_alone_or_in_a_batch_with_a_cache_or_without(k
     tokenizer = byte_tokenizer()
     model = build(kind, tokenizer.vocab_size)
     guide = of_model(model)
-    prompts = [document_start(tokenizer, text) for text in ("In year 31", "a", "", "the river of the")]
+    prompts = [
+        document_start(tokenizer, text) for text in ("In year 31", "a", "", "the river of the")
+    ]
     together = written(model, prompts, tokenizer, guide)
     assert [written(model, [ids], tokenizer, guide)[0] for ids in prompts] == together
     assert written(model, prompts, tokenizer, None) != together

@@ -30,8 +30,8 @@ def made_up(
     names: tuple[str, ...] = ("stdlib", "pdf", "wikipedia", "math", "code", "chats"),
     seed: int = 0,
 ) -> Interpretation:
-    """`documents`: how many each category has. `spread`: how far alphas are apart. `shift`: how far categories are, beside
-    documents that are 0.5 apart, and tokens that are 0.3."""
+    """`documents`: how many each category has. `spread`: how far alphas are apart. `shift`: how far
+    categories are, beside documents that are 0.5 apart, and tokens that are 0.3."""
     random = torch.Generator().manual_seed(seed)
     normal = lambda *shape: torch.randn(*shape, generator=random)  # noqa: E731
     router = Router(spread * normal(layers, neurons, 4), 1 + 0.1 * normal(layers, 4), 0.3)
@@ -40,8 +40,18 @@ def made_up(
         center, reading = base + shift * normal(layers, 1, 4), Reading()
         for document in range(count):
             tokens = int(torch.randint(20, 60, (), generator=random))
-            gates = center + 0.5 * normal(layers, 1, 4) + 0.3 * normal(layers, tokens if causal else 1, 4)
+            gates = (
+                center
+                + 0.5 * normal(layers, 1, 4)
+                + 0.3 * normal(layers, tokens if causal else 1, 4)
+            )
             reading.add(document, *router.read(gates, tokens, 4))
         readings[name] = reading
-    about: dict[str, Any] = {**ABOUT, "pool": "causal" if causal else "sequence", "evaluate": "soft"}
-    return interpret_routing(about, NAMES, router.tau, causal, static_routing(router.alpha), readings)
+    about: dict[str, Any] = {
+        **ABOUT,
+        "pool": "causal" if causal else "sequence",
+        "evaluate": "soft",
+    }
+    return interpret_routing(
+        about, NAMES, router.tau, causal, static_routing(router.alpha), readings
+    )

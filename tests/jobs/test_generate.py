@@ -1,4 +1,5 @@
-"""The generate job: through a pipe, in a terminal, in conversations, with blanks; what stops it and what it refuses."""
+"""The generate job: through a pipe, in a terminal, in conversations, with blanks; what stops it and
+what it refuses."""
 
 import io
 import os
@@ -32,7 +33,9 @@ from core.ui.text import clean_lines
 from tests.data.test_chat import make_tokenizer
 from tests.project import NO_HUB, Project, merged, tiny_preset, train_here
 
-TRAINED = tiny_preset(train={"max_steps": 3, "precision": "fp32"}, generate={"no_repeat_ngram": 0, "max_tokens": 20})
+TRAINED = tiny_preset(
+    train={"max_steps": 3, "precision": "fp32"}, generate={"no_repeat_ngram": 0, "max_tokens": 20}
+)
 TALK = merged(TRAINED, {"job": "generate", "init_from": "t"})
 
 
@@ -48,7 +51,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def piped(root: Path, monkeypatch: pytest.MonkeyPatch, given: str | None, **changes: Any) -> list[str]:
+def piped(
+    root: Path, monkeypatch: pytest.MonkeyPatch, given: str | None, **changes: Any
+) -> list[str]:
     """The lines on the screen, with this on standard input; None: it is closed."""
     monkeypatch.setattr(sys, "stdin", None if given is None else io.StringIO(given))
     console = io.StringIO()
@@ -57,31 +62,50 @@ def piped(root: Path, monkeypatch: pytest.MonkeyPatch, given: str | None, **chan
     return console.getvalue().splitlines()
 
 
-# a pipe --------------------------------------------------------------------------------------------------------------
+# a pipe -------------------------------------------------------------------------------------------
 
 
 def test_each_line_of_a_pipe_is_continued(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As samples are, each with a seed of its own; empty lines are passed over, and nothing is a command."""
+    """As samples are, each with a seed of its own; empty lines are passed over, and nothing is a
+    command."""
     before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
     told = "\n".join(piped(root, monkeypatch, "In year\n\n/help\nIn year"))
     trained = load_trained(preset_of(), root, detect_runtime())
     prompts = ["In year", "/help", "In year"]
     texts = [
-        sample(Voice(trained.model, trained.tokenizer, 32), prompt, trained.preset.generate, derive_seed(42, "generate", number))  # type: ignore[arg-type]
+        sample(
+            Voice(trained.model, trained.tokenizer, 32),
+            prompt,
+            trained.preset.generate,
+            derive_seed(42, "generate", number),
+        )  # type: ignore[arg-type]
         for number, prompt in enumerate(prompts)
     ]
-    about = re.escape("t_current.pth, step 3: simple_lm, ") + r"\S+ parameters, sees 32 tokens\ncontinues what you type\n"
+    about = (
+        re.escape("t_current.pth, step 3: simple_lm, ")
+        + r"\S+ parameters, sees 32 tokens\ncontinues what you type\n"
+    )
     assert (found := re.match(about, told)) is not None
-    said = "".join(f"> {prompt}\n{clean_lines(text)}" + "\n" * (not text.endswith("\n")) for prompt, text in zip(prompts, texts))
+    said = "".join(
+        f"> {prompt}\n{clean_lines(text)}" + "\n" * (not text.endswith("\n"))
+        for prompt, text in zip(prompts, texts)
+    )
     assert told[found.end() :].rstrip("\n") == said.rstrip("\n") and texts[0] != texts[2]
-    assert before == {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}, "nothing is written"
+    assert before == {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}, (
+        "nothing is written"
+    )
 
 
 @pytest.mark.parametrize("given", ["", None, "\n \n"])
 def test_without_lines_the_prompts_of_the_preset_are_continued(
     given: str | None, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lines = piped(root, monkeypatch, given, generate={"prompts": ["The ", "A\nB"], "stop": ["e"], "temperature": 0.0})
+    lines = piped(
+        root,
+        monkeypatch,
+        given,
+        generate={"prompts": ["The ", "A\nB"], "stop": ["e"], "temperature": 0.0},
+    )
     assert [line for line in lines if line.startswith("> ")] == ["> The ", "> A B"]
     assert not any("e" in line for line in lines[3:])
 
@@ -101,18 +125,31 @@ def test_the_other_ranks_have_nothing_to_do(root: Path) -> None:
 
 
 def test_a_model_that_is_not_there(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r'checkpoints/absent_current.pth is not there: run a preset of lineage "absent" first'):
+    with pytest.raises(
+        UserError,
+        match=r'checkpoints/absent_current.pth is not there: run a preset of lineage "absent" '
+        r"first",
+    ):
         piped(root, monkeypatch, "x", init_from="absent")
 
 
 def test_the_menu_says_with_whom(root: Path) -> None:
     preview = PREVIEWS["generate"]
-    assert preview(preset_of(), root) == ["talks with t_current.pth, step 3", "temperature 0.9, top_p 0.95, up to 20 tokens"]
-    assert preview(preset_of(init_from="absent"), root)[0].startswith("cannot start yet: checkpoints/absent_current.pth")
-    assert preview(preset_of(model={"type": "neobert"}), root) == ["fills in [MASK] with t_current.pth, step 3"]
+    assert preview(preset_of(), root) == [
+        "talks with t_current.pth, step 3",
+        "temperature 0.9, top_p 0.95, up to 20 tokens",
+    ]
+    assert preview(preset_of(init_from="absent"), root)[0].startswith(
+        "cannot start yet: checkpoints/absent_current.pth"
+    )
+    assert preview(preset_of(model={"type": "neobert"}), root) == [
+        "fills in [MASK] with t_current.pth, step 3"
+    ]
 
 
-def test_a_model_of_masked_tokens_fills_in_blanks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_of_masked_tokens_fills_in_blanks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = {"type": "neobert", "intermediate_size": 64}
     train_here(merged(TRAINED, {"model": model}), tmp_path)
     lines = piped(tmp_path, monkeypatch, f"In {MASK} the {MASK}iver\nno blank\n", model=model)
@@ -121,10 +158,12 @@ def test_a_model_of_masked_tokens_fills_in_blanks(tmp_path: Path, monkeypatch: p
         assert len(line.split(" | ")) == blanks and line.count(" %") == 5 * blanks
     trained = load_trained(preset_of(model=model), tmp_path, detect_runtime())
     speaker = speaker_of(trained)
-    assert isinstance(speaker, BlankFiller) and obey(speaker, "/max 3").startswith("there is no command /max")
+    assert isinstance(speaker, BlankFiller) and obey(speaker, "/max 3").startswith(
+        "there is no command /max"
+    )
 
 
-# conversations -------------------------------------------------------------------------------------------------------
+# conversations ------------------------------------------------------------------------------------
 
 
 class Assistant(nn.Module):
@@ -148,7 +187,9 @@ class Assistant(nn.Module):
         return ModelOutput(hidden, LinearReadout(self.table))
 
 
-def chat_with(tokenizer: Tokenizer, words: str, context: int = 2000, **changes: Any) -> tuple[Speaker, Assistant]:
+def chat_with(
+    tokenizer: Tokenizer, words: str, context: int = 2000, **changes: Any
+) -> tuple[Speaker, Assistant]:
     model = Assistant(tokenizer, words)
     preset = preset_of(model={"seq_length": context}, generate={"max_tokens": 40, **changes})
     return speaker_of(Trained(model, tokenizer, preset, "here", None)), model
@@ -156,7 +197,8 @@ def chat_with(tokenizer: Tokenizer, words: str, context: int = 2000, **changes: 
 
 @pytest.mark.parametrize("kind", ["golden", "marked bpe", "plain bpe", "byte"])
 def test_a_conversation_is_told_as_in_training(kind: str) -> None:
-    """With everything that was said before; markers that a person types are text, and end nothing."""
+    """With everything that was said before; markers that a person types are text, and end
+    nothing."""
     tokenizer = make_tokenizer(kind)
     marked = all(tokenizer.special_id(marker) is not None for marker in MARKERS)
     speaker, model = chat_with(tokenizer, "Hello you", chat="auto" if marked else "always")
@@ -207,7 +249,14 @@ def test_prompts_of_a_preset_may_be_conversations() -> None:
     messages = (("system", "Be brief."), ("user", "Hi\n"))
     written = render_chat(messages) + f"{START}assistant\n"
     assert read_turn(written) == messages
-    for text in ("Hi", written + "x", "x" + written, render_chat(messages), f"{START}assistant\n", ""):
+    for text in (
+        "Hi",
+        written + "x",
+        "x" + written,
+        render_chat(messages),
+        f"{START}assistant\n",
+        "",
+    ):
         assert read_turn(text) is None
     tokenizer = make_tokenizer("golden")
     speaker, model = chat_with(tokenizer, "ok")
@@ -216,7 +265,7 @@ def test_prompts_of_a_preset_may_be_conversations() -> None:
         assert model.prompts[-1] == [tokenizer.eos_id, *encode_turn(tokenizer, expected)]
 
 
-# commands ------------------------------------------------------------------------------------------------------------
+# commands -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -247,10 +296,17 @@ def test_commands(line: str, said: str, speaker: Speaker) -> None:
 
 
 def test_a_wrong_command_names_the_nearest(speaker: Speaker) -> None:
-    assert obey(speaker, "/temprature 1").startswith("there is no command /temprature; did you mean /temperature?")
-    assert "/help lists" in obey(speaker, "/usr/bin") and "begin the line with a space" in obey(speaker, "/")
+    assert obey(speaker, "/temprature 1").startswith(
+        "there is no command /temprature; did you mean /temperature?"
+    )
+    assert "/help lists" in obey(speaker, "/usr/bin") and "begin the line with a space" in obey(
+        speaker, "/"
+    )
     help_ = obey(speaker, "/help")
-    assert all(f"/{name}" in help_ for name in ("temperature", "top_p", "max", "seed", "reset", "help", "quit"))
+    assert all(
+        f"/{name}" in help_
+        for name in ("temperature", "top_p", "max", "seed", "reset", "help", "quit")
+    )
 
 
 def test_commands_change_the_answers(speaker: Speaker) -> None:
@@ -270,15 +326,19 @@ def test_commands_change_the_answers(speaker: Speaker) -> None:
     assert len(set(texts())) == 1
 
 
-def test_a_planner_that_is_not_there_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch, speaker: Speaker) -> None:
+def test_a_planner_that_is_not_there_is_refused(
+    root: Path, monkeypatch: pytest.MonkeyPatch, speaker: Speaker
+) -> None:
     with pytest.raises(
-        UserError, match=r"planner: t_current\.pth was trained without a planner\. Train with auxiliary\.enable_pl"
+        UserError,
+        match=r"planner: t_current\.pth was trained without a planner\. Train with "
+        r"auxiliary\.enable_pl",
     ):
         piped(root, monkeypatch, "x", generate={"planner": True})
     assert obey(speaker, "/planner on").startswith("there is no command /planner")
 
 
-# a terminal ----------------------------------------------------------------------------------------------------------
+# a terminal ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -286,16 +346,30 @@ def project(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A copy of the program with the trained model, and one preset: to talk with it."""
     project = Project.make(tmp_path_factory.mktemp("talk") / "project", {"g": TALK})
     (project.folder / "checkpoints").mkdir()
-    (project.folder / "checkpoints" / "t_current.pth").write_bytes((root / "checkpoints" / "t_current.pth").read_bytes())
+    (project.folder / "checkpoints" / "t_current.pth").write_bytes(
+        (root / "checkpoints" / "t_current.pth").read_bytes()
+    )
     return project
 
 
 @pytest.fixture
 def terminal(project: Project) -> Iterator[pexpect.spawn]:
     """The program in a terminal, at its prompt: the menu is over, by Enter."""
-    env = {**os.environ, **NO_HUB, "TERM": "xterm-256color", "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+    env = {
+        **os.environ,
+        **NO_HUB,
+        "TERM": "xterm-256color",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONIOENCODING": "utf-8",
+    }
     child = pexpect.spawn(
-        sys.executable, ["main.py"], cwd=str(project.folder), dimensions=(24, 100), encoding="utf-8", env=env, timeout=60
+        sys.executable,
+        ["main.py"],
+        cwd=str(project.folder),
+        dimensions=(24, 100),
+        encoding="utf-8",
+        env=env,
+        timeout=60,
     )
     child.expect_exact("talks with t_current.pth, step 3")
     child.send("\r")
@@ -315,7 +389,8 @@ def ends(child: pexpect.spawn, status: int) -> None:
 
 @pytest.mark.slow
 def test_talking_in_a_terminal(terminal: pexpect.spawn) -> None:
-    """Commands and their mistakes, an answer, one that is stopped, and one after it; /quit leaves."""
+    """Commands and their mistakes, an answer, one that is stopped, and one after it; /quit
+    leaves."""
     for line, said in (
         ("/temprature 1", "did you mean /temperature?"),
         ("/temperature hot", 'not "hot"; it stays 0.9'),
@@ -356,11 +431,20 @@ def test_through_main(project: Project) -> None:
     project.write_preset("m", merged(TALK, {"init_from": "missing"}))
     try:
         result = project.run("g\nIn year\nThe ")
-        assert result.code == 0 and result.err == "" and "\n> In year\n" in result.out and "\n> The \n" in result.out
+        assert (
+            result.code == 0
+            and result.err == ""
+            and "\n> In year\n" in result.out
+            and "\n> The \n" in result.out
+        )
         result = project.run("g")
         assert result.code == 0 and result.out.count("\n> ") == 1 and "\n> The \n" in result.out
         result = project.run("m\nhello")
-        assert result.code == 2 and result.out == "" and 'run a preset of lineage "missing" first' in result.err
+        assert (
+            result.code == 2
+            and result.out == ""
+            and 'run a preset of lineage "missing" first' in result.err
+        )
     finally:
         (project.folder / "configs" / "m.json").unlink()
 
@@ -378,7 +462,10 @@ def test_the_shipped_preset_follows_the_quick_test(make_project: Callable[..., P
     from tests.project import ROOT
 
     project = make_project(
-        {stem: (ROOT / "configs" / f"{stem}.json").read_text() for stem in ("90_quick_test", "93_generate_cpu")}
+        {
+            stem: (ROOT / "configs" / f"{stem}.json").read_text()
+            for stem in ("90_quick_test", "93_generate_cpu")
+        }
     )
     assert project.run("93_generate_cpu\nhello").code == 2
     assert project.run("90_quick_test").code == 0

@@ -22,12 +22,20 @@ from tests.documents import GUIDE, block_of, files_named
 from tests.project import TINY_SIZES, Project, merged, story, tiny_preset, train_here
 
 ROUTED = {"type": "polychromatic", **TINY_SIZES, "seq_length": 32}
-SOURCES = [{"type": "text", "path": "texts", "name": "stories"}, {"type": "text", "path": "lists", "name": "numbers"}]
+SOURCES = [
+    {"type": "text", "path": "texts", "name": "stories"},
+    {"type": "text", "path": "lists", "name": "numbers"},
+]
 
 
 def preset(**changes: Any) -> dict:
     """A preset that trains a tiny routed model for two steps."""
-    own = {"model": ROUTED, "data": {"sources": SOURCES}, "train": {"max_steps": 2}, "interpret": {"tokens_per_category": 600}}
+    own = {
+        "model": ROUTED,
+        "data": {"sources": SOURCES},
+        "train": {"max_steps": 2},
+        "interpret": {"tokens_per_category": 600},
+    }
     return merged(tiny_preset(**own), changes)
 
 
@@ -35,11 +43,15 @@ def write_lists(root: Path) -> None:
     """A second category: columns of figures."""
     (root / "lists").mkdir(parents=True, exist_ok=True)
     for i in range(120):
-        (root / "lists" / f"list{i:03}.txt").write_text("\n".join(f"{i * 37 + j * j} {j * i}" for j in range(30)))
+        (root / "lists" / f"list{i:03}.txt").write_text(
+            "\n".join(f"{i * 37 + j * j} {j * i}" for j in range(30))
+        )
 
 
 def decoded(stem: str = "look", **changes: Any) -> Any:
-    return decode_preset(preset(**{"job": "interpret", "init_from": "t", **changes}), Preset, stem, stem)
+    return decode_preset(
+        preset(**{"job": "interpret", "init_from": "t", **changes}), Preset, stem, stem
+    )
 
 
 def look(root: Path, stem: str = "look", **changes: Any) -> str:
@@ -51,8 +63,12 @@ def look(root: Path, stem: str = "look", **changes: Any) -> str:
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They take longer than all the rest; tests/interpretation looks at them, and a start of the program below."""
-    monkeypatch.setattr("core.reports.interpretation.figures.pictures", lambda found: dict.fromkeys(CAPTIONS, b"a picture"))
+    """They take longer than all the rest; tests/interpretation looks at them, and a start of the
+    program below."""
+    monkeypatch.setattr(
+        "core.reports.interpretation.figures.pictures",
+        lambda found: dict.fromkeys(CAPTIONS, b"a picture"),
+    )
 
 
 def trained(root: Path, **changes: Any) -> Path:
@@ -69,20 +85,38 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_trained_model_is_interpreted(root: Path) -> None:
     said = look(root)
     folder = root / "logs" / "look" / "interpret"
-    assert {path.name for path in folder.iterdir()} == {*CAPTIONS, "entropy_stats.json", "interpret.json", "index.html"}
+    assert {path.name for path in folder.iterdir()} == {
+        *CAPTIONS,
+        "entropy_stats.json",
+        "interpret.json",
+        "index.html",
+    }
     named = files_named(block_of(GUIDE, "logs/<lineage>/interpret/index.html"), lineage="look")
-    assert {root / name for name in named} == set(folder.iterdir()), "the guide names what it leaves"
-    assert "page: logs/look/interpret/index.html" in said and "layer" in said and "most weight" in said
+    assert {root / name for name in named} == set(folder.iterdir()), (
+        "the guide names what it leaves"
+    )
+    assert (
+        "page: logs/look/interpret/index.html" in said and "layer" in said and "most weight" in said
+    )
     told = json.loads((folder / "interpret.json").read_text())
-    assert (told["weights"], told["step"], told["pool"], told["tau"]) == ("t_current.pth", 2, "causal", pytest.approx(0.1))
+    assert (told["weights"], told["step"], told["pool"], told["tau"]) == (
+        "t_current.pth",
+        2,
+        "causal",
+        pytest.approx(0.1),
+    )
     stories, figures = told["categories"]
-    assert (stories["name"], stories["documents"]) == ("stories", 2), "5 % of 40 documents are held out"
+    assert (stories["name"], stories["documents"]) == ("stories", 2), (
+        "5 % of 40 documents are held out"
+    )
     assert figures["name"] == "numbers" and figures["documents"] >= 6
     assert 600 <= stories["tokens"] < 632 and told["noise_over"] == "rows"
     saved = torch.load(root / "checkpoints" / "t_current.pth", weights_only=True)["model"]
     layers = [torch.softmax(saved[f"model_core.{i}.polyglu.alpha"].double(), -1) for i in range(2)]
     expected = [float(-(p * (p + 1e-10).log()).sum(-1).mean()) for p in layers]
-    assert json.loads((folder / "entropy_stats.json").read_text())["per_layer_mean"] == pytest.approx(expected, abs=1e-6)
+    assert json.loads((folder / "entropy_stats.json").read_text())[
+        "per_layer_mean"
+    ] == pytest.approx(expected, abs=1e-6)
 
 
 def test_the_numbers_are_the_same_again_and_the_checkpoint_is_left_alone(root: Path) -> None:
@@ -102,24 +136,35 @@ def test_the_published_pool_is_labelled_and_its_noise_switched_off(tmp_path: Pat
     said = look(root, "one")
     torch.manual_seed(2)
     assert look(root, "two").replace("logs/two", "logs/one") == said
-    assert "caution  Not causal" in said and 'routing.evaluate is "sample"; here it is "soft"' in said
+    assert (
+        "caution  Not causal" in said and 'routing.evaluate is "sample"; here it is "soft"' in said
+    )
     told = json.loads((root / "logs" / "one" / "interpret" / "interpret.json").read_text())
     assert told["causal"] is False and told["pool"] == "sequence"
 
 
 @pytest.mark.parametrize(
     ("model", "told"),
-    [({"type": "simple_lm"}, "a simple_lm"), ({"feed_forward": "swiglu"}, "a polychromatic with swiglu")],
+    [
+        ({"type": "simple_lm"}, "a simple_lm"),
+        ({"feed_forward": "swiglu"}, "a polychromatic with swiglu"),
+    ],
     ids=["simple_lm", "swiglu"],
 )
 def test_models_that_route_nothing_are_refused(model: dict, told: str, tmp_path: Path) -> None:
-    small = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "seq_length": 32, **model} if "type" in model else ROUTED | model
+    small = (
+        {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "seq_length": 32, **model}
+        if "type" in model
+        else ROUTED | model
+    )
     own = preset()
     own["model"] = small
     write_lists(tmp_path)
     train_here(own, tmp_path)
     with pytest.raises(
-        UserError, match=f"{told}, which routes nothing: only models of type polychromatic, .* can be interpreted"
+        UserError,
+        match=f"{told}, which routes nothing: only models of type polychromatic, .* can be "
+        "interpreted",
     ):
         look(tmp_path)
 
@@ -146,7 +191,10 @@ def test_text_that_nothing_is_held_out_of_is_an_error(root: Path, tmp_path: Path
     with pytest.raises(UserError, match="no source holds a document out"):
         look(root, data=alone)
     said = look(root, "both", data={"sources": [*alone["sources"], SOURCES[1]]})
-    assert "note  alone holds no document out, and is left out" in said and "nothing to compare" in said
+    assert (
+        "note  alone holds no document out, and is left out" in said
+        and "nothing to compare" in said
+    )
 
 
 def test_an_interruption_writes_nothing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +206,9 @@ def test_an_interruption_writes_nothing(root: Path, monkeypatch: pytest.MonkeyPa
 
 def test_every_document_is_heard_before_any_is_heard_out() -> None:
     documents = [np.arange(n) for n in (5, 9, 1, 4)]
-    cut = lambda tokens: [(number, row.tolist()) for number, row in rows_of(iter(documents), 4, tokens)]  # noqa: E731
+    cut = lambda tokens: [
+        (number, row.tolist()) for number, row in rows_of(iter(documents), 4, tokens)
+    ]
     first = [(0, [0, 1, 2, 3]), (1, [0, 1, 2, 3]), (2, [0]), (3, [0, 1, 2, 3])]
     assert cut(10**9) == [*first, (0, [4]), (1, [4, 5, 6, 7]), (1, [8])]
     assert cut(6) == first[:2] and cut(14) == [*first, (0, [4])]

@@ -1,4 +1,5 @@
-"""The tokenize job: the same files for any number of processes and after any interruption; then they train."""
+"""The tokenize job: the same files for any number of processes and after any interruption; then
+they train."""
 
 import importlib
 import io
@@ -58,12 +59,18 @@ def tokenize_here(preset: dict, root: Path, stem: str = "t") -> str:
     for number in range(40):
         (root / "texts" / f"story{number:02}.txt").write_text(story(number))
     console = io.StringIO()
-    job.tokenize(decode_preset(preset, Preset, stem, stem), detect_runtime(), Single(), root, 0.0, console)
+    job.tokenize(
+        decode_preset(preset, Preset, stem, stem), detect_runtime(), Single(), root, 0.0, console
+    )
     return console.getvalue()
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 @pytest.fixture
@@ -73,7 +80,7 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job, "SAVE_SECONDS", 0.0)
 
 
-# what comes out ------------------------------------------------------------------------------------------------------
+# what comes out -----------------------------------------------------------------------------------
 
 
 def test_the_files_hold_every_document_in_the_sources_order(tmp_path: Path) -> None:
@@ -81,38 +88,67 @@ def test_the_files_hold_every_document_in_the_sources_order(tmp_path: Path) -> N
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "blank.txt").write_text(" \n\t " * 50)
     (tmp_path / "texts" / "short.txt").write_text("too short\n")
-    (tmp_path / "texts" / "end.txt").write_text("A text may say <|endoftext|>, which ends nothing. " * 3)
+    (tmp_path / "texts" / "end.txt").write_text(
+        "A text may say <|endoftext|>, which ends nothing. " * 3
+    )
     preset = preset_of()
     told = tokenize_here(preset, tmp_path)
-    decoded, tokenizer = decode_preset(preset, Preset, "t", "t"), build_tokenizer(TokenizerSettings(type="byte"), [])
-    texts = [d.text for d in build_source(decoded.data.sources[0], tmp_path, decoded.train.seed).stream({})]
+    decoded, tokenizer = (
+        decode_preset(preset, Preset, "t", "t"),
+        build_tokenizer(TokenizerSettings(type="byte"), []),
+    )
+    texts = [
+        d.text
+        for d in build_source(decoded.data.sources[0], tmp_path, decoded.train.seed).stream({})
+    ]
     texts = [text for text in texts if text.strip() and len(text) >= 50]
-    expected = np.concatenate([np.append(ids, tokenizer.eos_id) for ids in tokenizer.encode_batch(texts)])
+    expected = np.concatenate(
+        [np.append(ids, tokenizer.eos_id) for ids in tokenizer.encode_batch(texts)]
+    )
     folder = tmp_path / "tokens" / "texts"
     manifest = read_manifest(folder)
-    assert b"".join((folder / c.file).read_bytes() for c in manifest.chunks) == expected.astype("<u4").tobytes()
-    assert [c.tokens for c in manifest.chunks[:-1]] == [5000] * (len(manifest.chunks) - 1) and len(manifest.chunks) > 3
-    assert (manifest.total_tokens, manifest.documents, manifest.complete) == (len(expected), 41, True)
     assert (
-        manifest.eos_token_id == tokenizer.eos_id and manifest.vocab_size == 257 and manifest.num_chunks == len(manifest.chunks)
+        b"".join((folder / c.file).read_bytes() for c in manifest.chunks)
+        == expected.astype("<u4").tobytes()
+    )
+    assert [c.tokens for c in manifest.chunks[:-1]] == [5000] * (len(manifest.chunks) - 1) and len(
+        manifest.chunks
+    ) > 3
+    assert (manifest.total_tokens, manifest.documents, manifest.complete) == (
+        len(expected),
+        41,
+        True,
+    )
+    assert (
+        manifest.eos_token_id == tokenizer.eos_id
+        and manifest.vocab_size == 257
+        and manifest.num_chunks == len(manifest.chunks)
     )
     assert read_tokenizer(tmp_path / "tokens" / "tokenizer.json").state() == tokenizer.state()
     for name in files_named(block_of(GUIDE, "data/tokens/tokenizer.json")):
         name = name.replace("data/tokens/corpus/", "tokens/texts/").replace("data/", "")
         assert (tmp_path / name).exists(), f"the guide says that the job writes {name}"
-    assert f"texts: {len(expected):,} tokens, 41 documents in" in told and '"type": "tokens", "path": "tokens/texts"' in told
+    assert (
+        f"texts: {len(expected):,} tokens, 41 documents in" in told
+        and '"type": "tokens", "path": "tokens/texts"' in told
+    )
 
 
 def test_any_number_of_processes_writes_the_same_files(tmp_path: Path, small_batches: None) -> None:
     found = []
     for workers in (0, 1, 3):
-        tokenize_here(preset_of(tokenizer={"type": "bpe", "vocab_size": 300}, tokenize={"workers": workers}), tmp_path)
+        tokenize_here(
+            preset_of(tokenizer={"type": "bpe", "vocab_size": 300}, tokenize={"workers": workers}),
+            tmp_path,
+        )
         found.append(files(tmp_path / "tokens"))
         (tmp_path / "tokens").rename(tmp_path / f"tokens{workers}")
     assert found[0] == found[1] == found[2] and len(found[0]) > 5
 
 
-def test_what_is_done_is_not_done_again_and_a_higher_limit_goes_on(tmp_path: Path, small_batches: None) -> None:
+def test_what_is_done_is_not_done_again_and_a_higher_limit_goes_on(
+    tmp_path: Path, small_batches: None
+) -> None:
     """A source stops at the end of the document that reaches the limit."""
     limited = preset_of(tokenize={"max_tokens": 9000})
     tokenize_here(limited, tmp_path)
@@ -122,13 +158,18 @@ def test_what_is_done_is_not_done_again_and_a_higher_limit_goes_on(tmp_path: Pat
     assert 9000 <= manifest.total_tokens <= 9000 + longest and manifest.complete
     assert np.fromfile(folder / manifest.chunks[-1].file, "<u4")[-1] == manifest.eos_token_id
     before = files(tmp_path / "tokens")
-    assert "already; nothing to do" in tokenize_here(limited, tmp_path) and files(tmp_path / "tokens") == before
+    assert (
+        "already; nothing to do" in tokenize_here(limited, tmp_path)
+        and files(tmp_path / "tokens") == before
+    )
     assert "goes on after" in tokenize_here(preset_of(), tmp_path)
     gone_on = files(tmp_path / "tokens")
     (tmp_path / "tokens").rename(tmp_path / "before")
     tokenize_here(preset_of(), tmp_path)
     assert files(tmp_path / "tokens") == gone_on
-    assert "already; nothing to do" in tokenize_here(preset_of(tokenize={"max_tokens": 10**9}), tmp_path)
+    assert "already; nothing to do" in tokenize_here(
+        preset_of(tokenize={"max_tokens": 10**9}), tmp_path
+    )
 
 
 def test_each_source_may_have_a_limit_of_its_own(tmp_path: Path, small_batches: None) -> None:
@@ -140,11 +181,14 @@ def test_each_source_may_have_a_limit_of_its_own(tmp_path: Path, small_batches: 
     assert 9000 <= totals[0] <= 9000 + longest and 3000 <= totals[1] <= 3000 + longest
     lines = PREVIEWS["tokenize"](decode_preset(preset, Preset, "t", "t"), tmp_path)
     assert lines[1].endswith("at most 9,000 of math, 3,000 of stem")
-    with pytest.raises(UserError, match=r"max_tokens has 2 numbers for 1 sources; give one for each, or one for all"):
+    with pytest.raises(
+        UserError,
+        match=r"max_tokens has 2 numbers for 1 sources; give one for each, or one for all",
+    ):
         tokenize_here(preset_of(tokenize={"max_tokens": [9000, 3000]}), tmp_path)
 
 
-# interruptions -------------------------------------------------------------------------------------------------------
+# interruptions ------------------------------------------------------------------------------------
 
 
 class Killed(BaseException):
@@ -198,7 +242,10 @@ def test_a_request_to_stop_saves_and_says_how_to_go_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(TokenizeView, "update", ask_soon)
-        with pytest.raises(Interrupted, match=r"interrupted after [\d,]+ tokens, \d+ documents of texts; everything is saved"):
+        with pytest.raises(
+            Interrupted,
+            match=r"interrupted after [\d,]+ tokens, \d+ documents of texts; everything is saved",
+        ):
             tokenize_here(preset_of(), tmp_path)
     manifest = read_manifest(tmp_path / "tokens" / "texts")
     assert not manifest.complete and 0 < manifest.total_tokens < 20_000
@@ -215,7 +262,8 @@ def test_a_full_disk_is_told_and_loses_nothing(tmp_path: Path, small_batches: No
     try:
         with pytest.raises(
             UserError,
-            match=r"cannot be written: File too large\. A limit .*[\d,]+ tokens of texts are safe: start again to go on",
+            match=r"cannot be written: File too large\. A limit .*[\d,]+ tokens of texts are "
+            r"safe: start again to go on",
         ):
             tokenize_here(big, tmp_path)
     finally:
@@ -228,7 +276,8 @@ def test_a_full_disk_is_told_and_loses_nothing(tmp_path: Path, small_batches: No
 def test_a_source_that_fails_for_good_keeps_what_it_had_and_the_others_go_on(
     tmp_path: Path, small_batches: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that cannot be opened, one that breaks off half-way. The next start goes on where it broke off."""
+    """One that cannot be opened, one that breaks off half-way. The next start goes on where it
+    broke off."""
     sources = [{"type": "text", "path": "texts", "name": name} for name in ("a", "b")] + ["pdf"]
     preset = preset_of(data={"sources": sources})
     real = job._batches
@@ -242,7 +291,10 @@ def test_a_source_that_fails_for_good_keeps_what_it_had_and_the_others_go_on(
     with monkeypatch.context() as patch:
         patch.setattr(job, "_batches", breaks)
         told = tokenize_here(preset, tmp_path)
-    assert "warning  source pdf left out" in told and "warning  source a stopped, the others go on: the network" in told
+    assert (
+        "warning  source pdf left out" in told
+        and "warning  source a stopped, the others go on: the network" in told
+    )
     a, b = (read_manifest(tmp_path / "tokens" / name) for name in "ab")
     assert 0 < a.total_tokens < b.total_tokens and (a.complete, b.complete) == (False, True)
     tokenize_here(preset, tmp_path)
@@ -251,21 +303,32 @@ def test_a_source_that_fails_for_good_keeps_what_it_had_and_the_others_go_on(
         tokenize_here(preset_of(data={"sources": [{"type": "text", "path": "nowhere"}]}), tmp_path)
 
 
-# mistakes ------------------------------------------------------------------------------------------------------------
+# mistakes -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"tokenizer": {"type": "bpe", "vocab_size": 300}}, r"with another tokenizer .*\nDelete the folder .*tokens to"),
-        ({"tokenize": {"chunk_tokens": 4000}}, r"\(tokenize.chunk_tokens changed since\).\nDelete the folder .*tokens/texts to"),
+        (
+            {"tokenizer": {"type": "bpe", "vocab_size": 300}},
+            r"with another tokenizer .*\nDelete the folder .*tokens to",
+        ),
+        (
+            {"tokenize": {"chunk_tokens": 4000}},
+            r"\(tokenize.chunk_tokens changed since\).\nDelete the folder .*tokens/texts to",
+        ),
         ({"train": {"seed": 1}}, r"\(train.seed changed since\)"),
         ({"data": {"min_text_length": 60}}, r"\(data.min_text_length changed since\)"),
         ({}, r"\(the list of its files changed since\)"),
-        ({"data": {"sources": [{"type": "text", "path": "texts/*.txt", "name": "texts"}]}}, r"\(path changed since\)"),
+        (
+            {"data": {"sources": [{"type": "text", "path": "texts/*.txt", "name": "texts"}]}},
+            r"\(path changed since\)",
+        ),
     ],
 )
-def test_other_settings_are_refused_and_nothing_is_touched(change: dict, told: str, tmp_path: Path) -> None:
+def test_other_settings_are_refused_and_nothing_is_touched(
+    change: dict, told: str, tmp_path: Path
+) -> None:
     tokenize_here(preset_of(), tmp_path)
     before = files(tmp_path / "tokens")
     if not change:
@@ -284,7 +347,8 @@ def test_what_cannot_be_tokenized_is_refused(tmp_path: Path) -> None:
     twins = [{"type": "text", "path": "texts", "name": name} for name in ("a b", "a_b")]
     with pytest.raises(UserError, match="a b and a_b would share tokens/a_b"):
         tokenize_here(preset_of(data={"sources": twins}), tmp_path)
-    for output in (str(tmp_path), f"../{tmp_path.name}", str(tmp_path.parent)):  # nothing lands in the project, or above it
+    # nothing lands in the project, or above it
+    for output in (str(tmp_path), f"../{tmp_path.name}", str(tmp_path.parent)):
         with pytest.raises(UserError, match="holds the project itself"):
             tokenize_here(preset_of(tokenize={"output": output}), tmp_path)
     (tmp_path / "tokens" / "texts").mkdir(parents=True)
@@ -294,7 +358,9 @@ def test_what_cannot_be_tokenized_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "tokens" / "texts" / "chunk_00000.bin").read_bytes() == b"somebody's"
 
 
-def test_a_dead_process_is_told(tmp_path: Path, small_batches: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dead_process_is_told(
+    tmp_path: Path, small_batches: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def kill_one(view: Any, *_: Any) -> None:
         for process in multiprocessing.active_children():
             process.kill()
@@ -305,7 +371,7 @@ def test_a_dead_process_is_told(tmp_path: Path, small_batches: None, monkeypatch
     assert read_manifest(tmp_path / "tokens" / "texts").complete is False
 
 
-# a tokenizer in a file -----------------------------------------------------------------------------------------------
+# a tokenizer in a file ----------------------------------------------------------------------------
 
 
 def test_a_tokenizer_file_is_what_was_saved_and_what_others_write(tmp_path: Path) -> None:
@@ -314,12 +380,20 @@ def test_a_tokenizer_file_is_what_was_saved_and_what_others_write(tmp_path: Path
     settings = TokenizerSettings(type="file", path="tokenizer.json")
     assert build_tokenizer(settings, [], root=tmp_path).state() == own.state()
     config = tmp_path / "tokenizer_config.json"
-    config.write_text(json.dumps({"eos_token": {"content": "ap"}}))  # the form in which the Hub keeps added tokens
-    assert build_tokenizer(settings, [], root=tmp_path).eos_id == own._backend.token_to_id("ap") is not None
+    # the form in which the Hub keeps added tokens
+    config.write_text(json.dumps({"eos_token": {"content": "ap"}}))
+    assert (
+        build_tokenizer(settings, [], root=tmp_path).eos_id
+        == own._backend.token_to_id("ap")
+        is not None
+    )
     config.unlink()
     assert build_tokenizer(settings, [], root=tmp_path).eos_id == own.eos_id
     config.write_text(json.dumps({"eos_token": "<gone>"}))
-    for path, told in (("tokenizer.json", 'says "eos_token": "<gone>"'), ("none.json", "does not exist.*91_tokenize_local")):
+    for path, told in (
+        ("tokenizer.json", 'says "eos_token": "<gone>"'),
+        ("none.json", "does not exist.*91_tokenize_local"),
+    ):
         with pytest.raises(UserError, match=told):
             build_tokenizer(TokenizerSettings(type="file", path=path), [], root=tmp_path)
     for odd in (5, "", [], {"x": 1}, ["a", "b"], {"content": 3}, "e"):
@@ -328,7 +402,9 @@ def test_a_tokenizer_file_is_what_was_saved_and_what_others_write(tmp_path: Path
             with pytest.raises(UserError, match=r"eos_token.*(is no token|a character of texts)"):
                 build_tokenizer(TokenizerSettings(type=kind, **name), [], root=tmp_path)
     config.write_text('{"eos_token": "<|endoft')
-    with pytest.raises(UserError, match="cannot be read as JSON, and it says which token ends a document"):
+    with pytest.raises(
+        UserError, match="cannot be read as JSON, and it says which token ends a document"
+    ):
         build_tokenizer(settings, [], root=tmp_path)
     config.unlink()
     (tmp_path / "tokenizer.json").write_text("{}")
@@ -336,15 +412,20 @@ def test_a_tokenizer_file_is_what_was_saved_and_what_others_write(tmp_path: Path
         build_tokenizer(settings, [], root=tmp_path)
 
 
-# what is shown -------------------------------------------------------------------------------------------------------
+# what is shown ------------------------------------------------------------------------------------
 
 
-def test_the_menu_shows_what_is_written_and_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_menu_shows_what_is_written_and_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     preset = decode_preset(preset_of(tokenize={"max_tokens": 9000}), Preset, "t", "t")
     card = _card("91_t", preset, detect_runtime())
     preview = card.preview()
     assert "parameters" not in preview and "tokenizes texts; tokenizer: bytes" in preview
-    assert "writes tokens/<source>/chunk_00000.bin ..., 5,000 tokens each, at most 9,000 of a source" in preview
+    assert (
+        "writes tokens/<source>/chunk_00000.bin ..., 5,000 tokens each, at most 9,000 of a source"
+        in preview
+    )
     assert PREVIEWS["tokenize"](preset, tmp_path)[-1] == "starts fresh"
     tokenize_here(preset_of(tokenize={"max_tokens": 9000}), tmp_path)
     total = read_manifest(tmp_path / "tokens" / "texts").total_tokens
@@ -382,11 +463,15 @@ def test_progress_is_a_line_now_and_then_or_a_bar(monkeypatch: pytest.MonkeyPatc
         view.tell("a line [bold]")
         view._bar.refresh()
     drawn = terminal.getvalue()
-    assert "wiki [bold]" in drawn and "a line [bold]" in drawn and "2M tokens  70 documents  1M tokens/s  25 %  6s left" in drawn
+    assert (
+        "wiki [bold]" in drawn
+        and "a line [bold]" in drawn
+        and "2M tokens  70 documents  1M tokens/s  25 %  6s left" in drawn
+    )
     assert drawn.count("\x1b[?25l") == drawn.count("\x1b[?25h") > 0  # the cursor is given back
 
 
-# from the outside ----------------------------------------------------------------------------------------------------
+# from the outside ---------------------------------------------------------------------------------
 
 
 def shipped(stem: str, **changes: Any) -> dict:
@@ -397,17 +482,29 @@ def test_the_shipped_presets_tokenize_and_then_train(tmp_path: Path) -> None:
     """91 and 92 as they are, but for their length. 92 first: it says that 91 comes first."""
     base = shipped("90_quick_test", train={"max_steps": 3, "eval_tokens": 200})
     own = shipped("92_train_on_tokens")
-    preset = {key: value for key, value in merged(base, own).items() if key not in ("extends", "$schema")}
-    with pytest.raises(NoData, match=r"data/tokens/python_stdlib holds no manifest.json: make it first.*91_tokenize_local"):
+    preset = {
+        key: value for key, value in merged(base, own).items() if key not in ("extends", "$schema")
+    }
+    with pytest.raises(
+        NoData,
+        match=r"data/tokens/python_stdlib holds no manifest.json: make it first.*91_tokenize_local",
+    ):
         train_here(preset, tmp_path)
-    first = shipped("91_tokenize_local", tokenize={"chunk_tokens": 20_000, "max_tokens": 60_000, "workers": 0})
+    first = shipped(
+        "91_tokenize_local", tokenize={"chunk_tokens": 20_000, "max_tokens": 60_000, "workers": 0}
+    )
     tokenize_here(first | {"tokenizer": {"type": "bpe", "vocab_size": 400}}, tmp_path)
     events = train_here(preset, tmp_path)
     assert [event["step"] for event in events if event["event"] == "step"] == [1, 2, 3]
     start = next(event for event in events if event["event"] == "run_start")
     assert start["sources"] == ["python_stdlib"]
-    for kind, told in (("bpe", 'no source has text to train a "bpe" on'), ("byte", "made with another tokenizer than this run")):
-        with pytest.raises(UserError, match=rf'{told}(.|\n)*"type": "file", "path": ".*data/tokens/tokenizer.json"'):
+    for kind, told in (
+        ("bpe", 'no source has text to train a "bpe" on'),
+        ("byte", "made with another tokenizer than this run"),
+    ):
+        with pytest.raises(
+            UserError, match=rf'{told}(.|\n)*"type": "file", "path": ".*data/tokens/tokenizer.json"'
+        ):
             train_here({**preset, "tokenizer": {"type": kind}, "lineage": "other"}, tmp_path)
 
 
@@ -415,14 +512,22 @@ def test_the_shipped_presets_tokenize_and_then_train(tmp_path: Path) -> None:
 def test_91_and_92_from_the_command_line(make_project: Callable[..., Project]) -> None:
     """As a person would, with the presets' own sizes."""
     stems = ("90_quick_test", "91_tokenize_local", "92_train_on_tokens")
-    project = make_project({stem: (ROOT / "configs" / f"{stem}.json").read_text() for stem in stems})
+    project = make_project(
+        {stem: (ROOT / "configs" / f"{stem}.json").read_text() for stem in stems}
+    )
     refused = project.run("92_train_on_tokens")
-    assert refused.code == 3 and "91_tokenize_local" in refused.err and "Traceback" not in refused.text
+    assert (
+        refused.code == 3 and "91_tokenize_local" in refused.err and "Traceback" not in refused.text
+    )
     began = time.monotonic()
     written = project.run("91_tokenize_local")
-    assert written.code == 0 and "2,00" in written.out and time.monotonic() - began < 60, written.text
+    assert written.code == 0 and "2,00" in written.out and time.monotonic() - began < 60, (
+        written.text
+    )
     trained = project.run("92_train_on_tokens")
-    assert trained.code == 0 and project.steps("92_train_on_tokens") == list(range(1, 21)), trained.text
+    assert trained.code == 0 and project.steps("92_train_on_tokens") == list(range(1, 21)), (
+        trained.text
+    )
 
 
 def impatient(project: Project, preset: dict) -> None:
@@ -459,14 +564,19 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 def written(project: Project) -> int:
     try:
-        return json.loads((project.folder / "tokens" / "rows" / "manifest.json").read_text())["total_tokens"]
+        return json.loads((project.folder / "tokens" / "rows" / "manifest.json").read_text())[
+            "total_tokens"
+        ]
     except (OSError, ValueError):
         return 0
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_it_comes_out_the_same(whole: Project, make_project: Callable[..., Project]) -> None:
-    """kill -9, Ctrl-C in between; no process of the pool is left behind, and the files are those of a run left alone."""
+def test_killed_at_any_moment_it_comes_out_the_same(
+    whole: Project, make_project: Callable[..., Project]
+) -> None:
+    """kill -9, Ctrl-C in between; no process of the pool is left behind, and the files are those of
+    a run left alone."""
     project = make_project({})
     impatient(project, ROWS)
     total, rng = written(whole), random.Random(time.time_ns())
@@ -480,7 +590,11 @@ def test_killed_at_any_moment_it_comes_out_the_same(whole: Project, make_project
         os.kill(process.pid, sent)  # the job alone: its pool must notice by itself
         out, err = process.communicate(timeout=60)
         if sent == signal.SIGINT and process.returncode != 0:
-            assert process.returncode == 130 and "everything is saved" in err and "Traceback" not in err, out + err
+            assert (
+                process.returncode == 130
+                and "everything is saved" in err
+                and "Traceback" not in err
+            ), out + err
         assert none_left(project), "a process of the pool outlived the job"
     assert project.run("t").code == 0
     assert files(project.folder / "tokens") == files(whole.folder / "tokens")
@@ -490,7 +604,8 @@ def none_left(project: Project) -> bool:
     """Whether, within some seconds, no process runs in the project's folder."""
     for _ in range(100):
         running = subprocess.run(
-            ["ls", "-l", *(f"/proc/{p}/cwd" for p in os.listdir("/proc") if p.isdigit())], capture_output=True
+            ["ls", "-l", *(f"/proc/{p}/cwd" for p in os.listdir("/proc") if p.isdigit())],
+            capture_output=True,
         )
         if str(project.folder) not in running.stdout.decode():
             return True
@@ -499,7 +614,9 @@ def none_left(project: Project) -> bool:
 
 
 @pytest.mark.slow
-def test_under_torchrun_one_rank_does_it_all(whole: Project, make_project: Callable[..., Project]) -> None:
+def test_under_torchrun_one_rank_does_it_all(
+    whole: Project, make_project: Callable[..., Project]
+) -> None:
     project = make_project({})
     impatient(project, ROWS)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

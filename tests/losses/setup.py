@@ -1,7 +1,8 @@
-"""What tests of losses are made of: a small batch with its readout, and the plain computation of every loss.
+"""What tests of losses are made of: a small batch with its readout, and the plain computation of
+every loss.
 
-The definitions here are the papers' and specifications' own, on the whole matrix of scores, differentiated by autograd.
-"""
+The definitions here are the papers' and specifications' own, on the whole matrix of scores,
+differentiated by autograd."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +49,11 @@ class Setup:
 
     @property
     def leaves(self) -> list[Tensor]:
-        found = {id(t): t for t in (self.hidden, self.weight, self.bias, self.table) if t is not None and t.requires_grad}
+        found = {
+            id(t): t
+            for t in (self.hidden, self.weight, self.bias, self.table)
+            if t is not None and t.requires_grad
+        }
         return list(found.values())
 
 
@@ -59,19 +64,31 @@ def make_batch(labels: Tensor) -> Batch:
     return Batch(zeros, labels, zeros, zeros.int(), sources, packed=False)
 
 
-def make(masked: float = 0.3, tied: bool = False, bias: bool = True, rows: int = B, dtype: torch.dtype = torch.float64) -> Setup:
+def make(
+    masked: float = 0.3,
+    tied: bool = False,
+    bias: bool = True,
+    rows: int = B,
+    dtype: torch.dtype = torch.float64,
+) -> Setup:
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+        return (
+            torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+        )
 
     hidden, weight, offsets, table = normal(rows, T, D), normal(V, D), normal(V), normal(V, D)
     labels = torch.randint(V, (rows, T), generator=generator)
     labels[torch.rand(rows, T, generator=generator) < masked] = IGNORE_INDEX
-    return Setup(hidden, weight, offsets if bias else None, weight if tied else table, make_batch(labels))
+    return Setup(
+        hidden, weight, offsets if bias else None, weight if tied else table, make_batch(labels)
+    )
 
 
-def plain_total(setup: Setup, losses: list, count: float | Tensor, output: ModelOutput | None = None) -> Tensor:
+def plain_total(
+    setup: Setup, losses: list, count: float | Tensor, output: ModelOutput | None = None
+) -> Tensor:
     output = output or setup.output
     keep = setup.batch.labels != IGNORE_INDEX
     scores = output.readout(output.hidden[keep])
@@ -94,27 +111,36 @@ def assert_close(found: list[Tensor], expected: list[Tensor], tolerance: float =
         assert float((a - b).detach().abs().max()) <= tolerance
 
 
-# the plain computation ----------------------------------------------------------------------------------------------
+# the plain computation ----------------------------------------------------------------------------
 
 
-def plain_values(loss: Any, scores: Tensor, labels: Tensor, table: Tensor, progress: float = 0.0) -> Tensor:
-    """(N,) of any loss: by its definition below, or its own `per_token` where it has none (losses of a test)."""
+def plain_values(
+    loss: Any, scores: Tensor, labels: Tensor, table: Tensor, progress: float = 0.0
+) -> Tensor:
+    """(N,) of any loss: by its definition below, or its own `per_token` where it has none (losses
+    of a test)."""
     settings = getattr(loss, "settings", None)
     if settings is None:
         return loss.per_token(Chunk(scores, labels, table, progress))
     return globals()[f"plain_{settings.type}"](settings, scores, labels, table, progress)
 
 
-def plain_cross_entropy(settings: Any, scores: Tensor, labels: Tensor, table: Tensor, progress: float) -> Tensor:
+def plain_cross_entropy(
+    settings: Any, scores: Tensor, labels: Tensor, table: Tensor, progress: float
+) -> Tensor:
     smoothing = value_at(settings.label_smoothing, progress)
     return F.cross_entropy(scores, labels, reduction="none", label_smoothing=smoothing)
 
 
-def plain_z_loss(settings: Any, scores: Tensor, labels: Tensor, table: Tensor, progress: float) -> Tensor:
+def plain_z_loss(
+    settings: Any, scores: Tensor, labels: Tensor, table: Tensor, progress: float
+) -> Tensor:
     return scores.logsumexp(dim=1) ** 2
 
 
-def plain_sharpness(settings: Any, scores: Tensor, labels: Tensor, table: Tensor, progress: float) -> Tensor:
+def plain_sharpness(
+    settings: Any, scores: Tensor, labels: Tensor, table: Tensor, progress: float
+) -> Tensor:
     p = scores.softmax(dim=1)
     if settings.penalty == "non_max_sum":
         return 1 - p.max(dim=1).values
@@ -125,7 +151,9 @@ def plain_sharpness(settings: Any, scores: Tensor, labels: Tensor, table: Tensor
     return 1 - p.topk(min(settings.top_k, p.shape[1]), dim=1).values.sum(dim=1)
 
 
-def plain_cosine(settings: Any, scores: Tensor, labels: Tensor, table: Tensor, progress: float) -> Tensor:
+def plain_cosine(
+    settings: Any, scores: Tensor, labels: Tensor, table: Tensor, progress: float
+) -> Tensor:
     p = (scores / value_at(settings.temperature, progress)).softmax(dim=1)
     if settings.detach_table:
         table = table.detach()
@@ -136,7 +164,9 @@ def plain_cosine(settings: Any, scores: Tensor, labels: Tensor, table: Tensor, p
     return 1 - (mean * target).sum(dim=1)
 
 
-def plain_harmonic(settings: Any, scores: Tensor, labels: Tensor, table: Tensor, progress: float) -> Tensor:
+def plain_harmonic(
+    settings: Any, scores: Tensor, labels: Tensor, table: Tensor, progress: float
+) -> Tensor:
     exponent = value_at(settings.h_exp, progress) * (1.0 if settings.distance == "squared" else 0.5)
     powers = exponent * (scores + 1e-8).log()
     return powers.logsumexp(dim=1) - powers.gather(1, labels[:, None]).squeeze(1)

@@ -1,4 +1,5 @@
-"""What every loss of the table promises, yours too: right gradients, the same in chunks, finite where it can be."""
+"""What every loss of the table promises, yours too: right gradients, the same in chunks, finite
+where it can be."""
 
 from typing import Any
 
@@ -21,7 +22,13 @@ MORE: dict[str, list[dict[str, Any]]] = {
         {"penalty": "top_k_mass", "top_k": 1},
         {"penalty": "top_k_mass", "top_k": 1000},
     ],
-    "cosine": [{"temperature": 0.7}, {"temperature": 1.5}, {"topk": 5}, {"topk": 5, "temperature": 0.7}, {"topk": 1000}],
+    "cosine": [
+        {"temperature": 0.7},
+        {"temperature": 1.5},
+        {"topk": 5},
+        {"topk": 5, "temperature": 0.7},
+        {"topk": 1000},
+    ],
     "harmonic": [{"h_exp": -4.0}, {"h_exp": -6.0, "distance": "euclidean"}],
 }
 """Settings tried besides a loss's defaults."""
@@ -46,17 +53,24 @@ def leaves_for(loss: Any, setup: Setup) -> list[Tensor]:
     return [leaf for leaf in setup.leaves if loss.needs == "logits" or leaf is not setup.bias]
 
 
-def total_of(losses: list[Any], setup: Setup, count: float = 7.0, progress: float = 0.3, **rows: int) -> Tensor:
+def total_of(
+    losses: list[Any], setup: Setup, count: float = 7.0, progress: float = 0.3, **rows: int
+) -> Tensor:
     output = ModelOutput(setup.hidden, readout_for(losses[0], setup))
     return LossStack(losses, **rows)(output, setup.batch, count, progress, num_sources=2)[0]
 
 
-def plain_total_of(losses: list[Any], setup: Setup, count: float = 7.0, progress: float = 0.3) -> Tensor:
+def plain_total_of(
+    losses: list[Any], setup: Setup, count: float = 7.0, progress: float = 0.3
+) -> Tensor:
     """By the definitions in setup.py, on the whole matrix of scores. A weight is a number here."""
     readout = readout_for(losses[0], setup)
     keep = setup.batch.labels != IGNORE_INDEX
     scores, labels = readout(setup.hidden[keep]), setup.batch.labels[keep]
-    return sum(loss.weight * plain_values(loss, scores, labels, readout.table, progress).sum() / count for loss in losses)
+    return sum(
+        loss.weight * plain_values(loss, scores, labels, readout.table, progress).sum() / count
+        for loss in losses
+    )
 
 
 @each_loss
@@ -82,12 +96,16 @@ def test_the_gradient_is_that_of_finite_differences(kind: str, settings: dict, t
 @each_loss
 @pytest.mark.parametrize("masked", [0.0, 0.4])
 @pytest.mark.parametrize("chunk_rows, block_rows", [(7, 3), (1, 1), (33, 33)])
-def test_in_chunks_it_is_the_same(kind: str, settings: dict, masked: float, chunk_rows: int, block_rows: int) -> None:
+def test_in_chunks_it_is_the_same(
+    kind: str, settings: dict, masked: float, chunk_rows: int, block_rows: int
+) -> None:
     setup, loss = make(masked), build(kind, **settings)
     leaves = leaves_for(loss, setup)
     whole = total_of([loss], setup, chunk_rows=1000, block_rows=1000)
     cut = total_of([loss], setup, chunk_rows=chunk_rows, block_rows=block_rows)
-    assert_close([whole.detach(), *gradients(whole, leaves)], [cut.detach(), *gradients(cut, leaves)])
+    assert_close(
+        [whole.detach(), *gradients(whole, leaves)], [cut.detach(), *gradients(cut, leaves)]
+    )
 
 
 @each_loss
@@ -107,18 +125,23 @@ def test_one_token_and_none(kind: str, settings: dict) -> None:
 @each_loss
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("magnitude", [0.0, 1e-30, 1e4])
-def test_ties_and_extreme_scores_are_finite(kind: str, settings: dict, dtype: torch.dtype, magnitude: float) -> None:
+def test_ties_and_extreme_scores_are_finite(
+    kind: str, settings: dict, dtype: torch.dtype, magnitude: float
+) -> None:
     """0: every score is the same, so that all are tied. 10,000: a softmax that is one-hot."""
     setup, loss = make(0.3, bias=False, dtype=dtype), build(kind, **settings)
     with torch.no_grad():
         setup.weight.mul_(magnitude / float((setup.hidden @ setup.weight.T).abs().max()))
     total = total_of([loss], setup)
-    assert total.isfinite() and all(g.isfinite().all() for g in gradients(total, leaves_for(loss, setup)))
+    assert total.isfinite() and all(
+        g.isfinite().all() for g in gradients(total, leaves_for(loss, setup))
+    )
 
 
 @each_loss
 def test_autocast_changes_scores_only(kind: str, settings: dict) -> None:
-    """Under bf16 the scores are rounded, what comes after them is not: values stay within that rounding."""
+    """Under bf16 the scores are rounded, what comes after them is not: values stay within that
+    rounding."""
     setup, loss = make(dtype=torch.float32), build(kind, **settings)
     exact = total_of([loss], setup)
     with torch.autocast("cpu", torch.bfloat16):
@@ -140,9 +163,13 @@ def test_it_reports_under_its_name_and_weighs_by_its_schedule(kind: str, setting
     assert not gradients(silent, [setup.hidden])[0].any()
 
 
-# our own, against their definitions ----------------------------------------------------------------------------------
+# our own, against their definitions ---------------------------------------------------------------
 
-OWN = [case for case in CASES if case[0] in ("cross_entropy", "cosine", "sharpness", "harmonic", "z_loss")]
+OWN = [
+    case
+    for case in CASES
+    if case[0] in ("cross_entropy", "cosine", "sharpness", "harmonic", "z_loss")
+]
 OWN += [("cosine", {"detach_table": True}), ("cosine", {"detach_table": True, "topk": 5})]
 
 
@@ -152,32 +179,58 @@ OWN += [("cosine", {"detach_table": True}), ("cosine", {"detach_table": True, "t
 def test_it_is_its_definition(kind: str, settings: dict, tied: bool, masked: float) -> None:
     setup, loss = make(masked, tied, bias=not tied), build(kind, **settings, weight=0.7)
     leaves = leaves_for(loss, setup)
-    found, expected = total_of([loss], setup, chunk_rows=7, block_rows=3), plain_total_of([loss], setup)
-    assert_close([found.detach(), *gradients(found, leaves)], [expected.detach(), *gradients(expected, leaves)])
+    found, expected = (
+        total_of([loss], setup, chunk_rows=7, block_rows=3),
+        plain_total_of([loss], setup),
+    )
+    assert_close(
+        [found.detach(), *gradients(found, leaves)],
+        [expected.detach(), *gradients(expected, leaves)],
+    )
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("chunk_rows, block_rows", [(7, 3), (33, 33), (1, 1)])
 def test_all_of_them_together(tied: bool, chunk_rows: int, block_rows: int) -> None:
-    """Every loss on logits in one stack, two temperatures among them: one softmax each, one gradient."""
+    """Every loss on logits in one stack, two temperatures among them: one softmax each, one
+    gradient."""
     setup = make(0.4, tied, bias=not tied)
     chosen = [case for case in OWN if case[0] != "harmonic"]
-    losses = [build(kind, **{"name": f"{kind}{i}", "weight": 0.1 + 0.2 * i, **s}) for i, (kind, s) in enumerate(chosen)]
-    found, expected = total_of(losses, setup, chunk_rows=chunk_rows, block_rows=block_rows), plain_total_of(losses, setup)
+    losses = [
+        build(kind, **{"name": f"{kind}{i}", "weight": 0.1 + 0.2 * i, **s})
+        for i, (kind, s) in enumerate(chosen)
+    ]
+    found, expected = (
+        total_of(losses, setup, chunk_rows=chunk_rows, block_rows=block_rows),
+        plain_total_of(losses, setup),
+    )
     leaves = setup.leaves
-    assert_close([found.detach(), *gradients(found, leaves)], [expected.detach(), *gradients(expected, leaves)])
+    assert_close(
+        [found.detach(), *gradients(found, leaves)],
+        [expected.detach(), *gradients(expected, leaves)],
+    )
 
 
 def test_two_harmonic_losses_share_their_powers() -> None:
     setup = make(0.4)
-    losses = [build("harmonic", name=name, h_exp=-6.0, weight=weight) for name, weight in (("a", 0.3), ("b", 0.5))]
-    found, expected = total_of(losses, setup, chunk_rows=7, block_rows=3), plain_total_of(losses, setup)
+    losses = [
+        build("harmonic", name=name, h_exp=-6.0, weight=weight)
+        for name, weight in (("a", 0.3), ("b", 0.5))
+    ]
+    found, expected = (
+        total_of(losses, setup, chunk_rows=7, block_rows=3),
+        plain_total_of(losses, setup),
+    )
     leaves = leaves_for(losses[0], setup)
-    assert_close([found.detach(), *gradients(found, leaves)], [expected.detach(), *gradients(expected, leaves)])
+    assert_close(
+        [found.detach(), *gradients(found, leaves)],
+        [expected.detach(), *gradients(expected, leaves)],
+    )
 
 
 def test_what_is_tied_is_counted_whole() -> None:
-    """Which of equal scores counts as the best is free, but exactly k of them do: the gradient adds up to 0 all the same."""
+    """Which of equal scores counts as the best is free, but exactly k of them do: the gradient adds
+    up to 0 all the same."""
     setup = make(0.0, bias=False)
     with torch.no_grad():
         setup.weight[5:] = setup.weight[4]
@@ -185,5 +238,9 @@ def test_what_is_tied_is_counted_whole() -> None:
         loss = build("sharpness", **settings)
         found, expected = total_of([loss], setup), plain_total_of([loss], setup)
         assert abs(float((found - expected).detach())) <= 1e-10
-        (by_hidden,), (wanted,) = gradients(found, [setup.hidden]), gradients(expected, [setup.hidden])
-        assert_close([by_hidden], [wanted])  # equal rows of the readout: whichever is taken, hidden states feel the same
+        (by_hidden,), (wanted,) = (
+            gradients(found, [setup.hidden]),
+            gradients(expected, [setup.hidden]),
+        )
+        # equal rows of the readout: whichever is taken, hidden states feel the same
+        assert_close([by_hidden], [wanted])

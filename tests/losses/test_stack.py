@@ -1,4 +1,5 @@
-"""The chunked readout and loss give what the plain computation gives, in a fraction of its memory."""
+"""The chunked readout and loss give what the plain computation gives, in a fraction of its
+memory."""
 
 import sys
 
@@ -14,7 +15,18 @@ from core.losses.base import Chunk, Gradient
 from core.losses.cross_entropy import CrossEntropy, CrossEntropySettings
 from core.losses.stack import LossStack
 from core.models.readout import LinearReadout
-from tests.losses.setup import B, CurvedReadout, D, Setup, T, V, assert_close, gradients, make, plain_total
+from tests.losses.setup import (
+    B,
+    CurvedReadout,
+    D,
+    Setup,
+    T,
+    V,
+    assert_close,
+    gradients,
+    make,
+    plain_total,
+)
 
 PLAIN = [CrossEntropy(CrossEntropySettings())]
 
@@ -50,7 +62,11 @@ MIXES = {
     "cross_entropy": PLAIN,
     "by autograd": [*PLAIN, PullToTarget()],
     "two gradients": [*PLAIN, Squares()],
-    "all kinds": [PullToTarget(), SquaresByAutograd(), CrossEntropy(CrossEntropySettings(weight=0.7))],
+    "all kinds": [
+        PullToTarget(),
+        SquaresByAutograd(),
+        CrossEntropy(CrossEntropySettings(weight=0.7)),
+    ],
     "autograd alone": [PullToTarget()],
 }
 
@@ -81,7 +97,10 @@ def test_any_readout(mix: str) -> None:
     leaves = [setup.hidden, setup.weight, setup.table]
     total, _ = stack(output, setup.batch, 5, 0.0, 2)
     expected = plain_total(setup, stack.losses, 5, output)
-    assert_close([total.detach(), *gradients(total, leaves)], [expected.detach(), *gradients(expected, leaves)])
+    assert_close(
+        [total.detach(), *gradients(total, leaves)],
+        [expected.detach(), *gradients(expected, leaves)],
+    )
 
 
 def test_a_weight_that_is_itself_computed() -> None:
@@ -94,7 +113,9 @@ def test_a_weight_that_is_itself_computed() -> None:
         return ModelOutput(setup.hidden, LinearReadout(setup.table @ factor, None, setup.table))
 
     total, _ = stack(output(), setup.batch, 9.0, 0.0, 2)
-    assert_close(gradients(total, leaves), gradients(plain_total(setup, stack.losses, 9.0, output()), leaves))
+    assert_close(
+        gradients(total, leaves), gradients(plain_total(setup, stack.losses, 9.0, output()), leaves)
+    )
 
 
 @pytest.mark.parametrize("magnitude", [1e-4, 1e4])
@@ -131,7 +152,11 @@ def test_one_token() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_target_gives_zero_gradients(readout: str, dtype: torch.dtype) -> None:
     setup = make(masked=1.1, dtype=torch.float32)
-    output = setup.output if readout == "linear" else ModelOutput(setup.hidden, CurvedReadout(setup.weight, setup.table))
+    output = (
+        setup.output
+        if readout == "linear"
+        else ModelOutput(setup.hidden, CurvedReadout(setup.weight, setup.table))
+    )
     stack = LossStack(PLAIN)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         total, terms = stack(output, setup.batch, stack.count(setup.batch), 0.0, 2)
@@ -140,17 +165,23 @@ def test_no_target_gives_zero_gradients(readout: str, dtype: torch.dtype) -> Non
     for tensor in [setup.hidden, *output.readout.parameters()]:
         assert tensor.grad is not None and not tensor.grad.any()
     measured = stack.measure(output, setup.batch, 0.0, 2)
-    assert float(measured.facts["cross_entropy"]) == 0.0 and int(measured.facts["token_accuracy"]) == 0
+    assert (
+        float(measured.facts["cross_entropy"]) == 0.0 and int(measured.facts["token_accuracy"]) == 0
+    )
 
 
-@pytest.mark.parametrize("frozen", [("weight", "bias", "table"), ("hidden",), ("bias",), ("hidden", "weight", "bias")])
+@pytest.mark.parametrize(
+    "frozen", [("weight", "bias", "table"), ("hidden",), ("bias",), ("hidden", "weight", "bias")]
+)
 def test_frozen_parts(frozen: tuple[str, ...]) -> None:
     setup = make()
     for name in frozen:
         getattr(setup, name).requires_grad_(False)
     stack = LossStack([*PLAIN, PullToTarget()], 7, 3)
     total, _ = stack(setup.output, setup.batch, 4, 0.0, 2)
-    assert_close(gradients(total, setup.leaves), gradients(plain_total(setup, stack.losses, 4), setup.leaves))
+    assert_close(
+        gradients(total, setup.leaves), gradients(plain_total(setup, stack.losses, 4), setup.leaves)
+    )
 
 
 def test_nothing_to_train_gives_values_only() -> None:
@@ -164,16 +195,23 @@ def test_nothing_to_train_gives_values_only() -> None:
 
 def test_a_weight_of_zero_reports_and_pulls_nothing() -> None:
     setup = make()
-    schedule = CrossEntropySettings.model_validate({"type": "cross_entropy", "weight": {"from": 0.0, "to": 1.0}}).weight
+    schedule = CrossEntropySettings.model_validate(
+        {"type": "cross_entropy", "weight": {"from": 0.0, "to": 1.0}}
+    ).weight
     pull = PullToTarget()
     pull.weight = schedule
     stack = LossStack([*PLAIN, pull], 7, 3)
     total, terms = stack(setup.output, setup.batch, 4, 0.0, 2)
-    assert_close(gradients(total, setup.leaves), gradients(plain_total(setup, PLAIN, 4), setup.leaves))
+    assert_close(
+        gradients(total, setup.leaves), gradients(plain_total(setup, PLAIN, 4), setup.leaves)
+    )
     assert float(terms.sums["pull"]) > 0
     halfway, _ = stack(setup.output, setup.batch, 4, 0.5, 2)
     pull.weight = 0.5
-    assert_close(gradients(halfway, setup.leaves), gradients(plain_total(setup, stack.losses, 4), setup.leaves))
+    assert_close(
+        gradients(halfway, setup.leaves),
+        gradients(plain_total(setup, stack.losses, 4), setup.leaves),
+    )
 
 
 def test_unequal_micro_batches_are_one_big_batch() -> None:
@@ -184,13 +222,17 @@ def test_unequal_micro_batches_are_one_big_batch() -> None:
     expected = gradients(whole, setup.leaves)
     parts = []
     for start, stop in ((0, 1), (1, 4), (4, 6)):
-        part = Setup(setup.hidden, setup.weight, setup.bias, setup.table, setup.batch.rows(start, stop))
+        part = Setup(
+            setup.hidden, setup.weight, setup.bias, setup.table, setup.batch.rows(start, stop)
+        )
         output = ModelOutput(setup.hidden[start:stop], setup.output.readout)
         parts.append(stack(output, part.batch, float(count), 0.0, 2))
     assert len({int(part_terms.count) for _, part_terms in parts}) > 1
     for total, _ in parts:  # all forward before any backward
         total.backward()
-    found = [leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in setup.leaves]
+    found = [
+        leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in setup.leaves
+    ]
     assert_close(found, expected)
     assert abs(float(sum(t.source_sums.sum() for _, t in parts) - terms.source_sums.sum())) <= 1e-9
 
@@ -239,7 +281,9 @@ def test_measure(mix: str, masked: float) -> None:
         "cross_entropy": F.cross_entropy(scores, labels, reduction="sum").detach(),
         "entropy": torch.special.entr(p).sum(),
         "max_probability": p.amax(dim=1).sum(),
-        "embedding_cosine": F.cosine_similarity(p @ setup.table, setup.table[labels], dim=1).detach().sum(),
+        "embedding_cosine": F.cosine_similarity(p @ setup.table, setup.table[labels], dim=1)
+        .detach()
+        .sum(),
         "token_accuracy": (scores.argmax(dim=1) == labels).double().sum(),
         "top5_accuracy": (scores.topk(5).indices == labels[:, None]).double().sum(),
     }
@@ -248,12 +292,16 @@ def test_measure(mix: str, masked: float) -> None:
     _, terms = stack(setup.output, setup.batch, 1, 0.0, 2)
     for name, value in measured.terms.sums.items():
         assert abs(float(value - terms.sums[name])) <= 1e-9
-    values = F.cross_entropy(setup.output.readout(setup.hidden).transpose(1, 2), setup.batch.labels, reduction="none")
+    values = F.cross_entropy(
+        setup.output.readout(setup.hidden).transpose(1, 2), setup.batch.labels, reduction="none"
+    )
     if mix == "cross_entropy":
         assert_close([measured.terms.values, terms.values], [values, values])
         by_source = [values[setup.batch.source_ids == source].sum() for source in (0, 1)]
         assert_close([terms.source_sums], [torch.stack(by_source)])
-        assert terms.source_counts.tolist() == [int((keep & (setup.batch.source_ids == source)).sum()) for source in (0, 1)]
+        assert terms.source_counts.tolist() == [
+            int((keep & (setup.batch.source_ids == source)).sum()) for source in (0, 1)
+        ]
 
 
 def test_the_readout_must_give_what_a_loss_needs() -> None:
@@ -261,15 +309,21 @@ def test_the_readout_must_give_what_a_loss_needs() -> None:
     readout = setup.output.readout
     LossStack(PLAIN).check(readout)
     readout.provides = "distances"
-    with pytest.raises(UserError, match=r'the loss "cross_entropy" needs logits, but .* gives distances'):
+    with pytest.raises(
+        UserError, match=r'the loss "cross_entropy" needs logits, but .* gives distances'
+    ):
         LossStack(PLAIN).check(readout)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process can only be reset on Linux")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="the peak of a process can only be reset on Linux"
+)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_memory_is_a_fifth_of_plain(precision: str) -> None:
-    result = measure(Case(tokens=2048, vocab_size=50257, hidden_size=64, precision=precision), repetitions=1)
+    result = measure(
+        Case(tokens=2048, vocab_size=50257, hidden_size=64, precision=precision), repetitions=1
+    )
     assert result.memory_ratio <= 0.2
     assert result.gradient_difference <= (1e-5 if precision == "fp32" else 1e-2)
     assert result.loss_difference <= 1e-4

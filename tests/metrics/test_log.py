@@ -64,7 +64,9 @@ def test_rewinding_to_the_beginning_sets_the_old_log_aside(tmp_path):
         log.rewind(0)
         assert path.read_bytes() == b""
         log.close()
-    assert [steps(path.with_name(f"metrics.before-{n}.jsonl")) for n in (1, 2)] == [[1, 2, 3, 4, 5]] * 2
+    assert [steps(path.with_name(f"metrics.before-{n}.jsonl")) for n in (1, 2)] == [
+        [1, 2, 3, 4, 5]
+    ] * 2
 
 
 def test_a_line_that_is_not_ours_survives_a_rewind(tmp_path):
@@ -73,7 +75,10 @@ def test_a_line_that_is_not_ours_survives_a_rewind(tmp_path):
     path.write_bytes(b"a note\n[1]\n" + path.read_bytes())
     log = MetricsLog(path)
     log.rewind(1)
-    assert path.read_bytes().splitlines()[:2] == [b"a note", b"[1]"] and path.read_bytes().count(b"\n") == 3
+    assert (
+        path.read_bytes().splitlines()[:2] == [b"a note", b"[1]"]
+        and path.read_bytes().count(b"\n") == 3
+    )
 
 
 @pytest.mark.parametrize("tail", [b'{"event": "step", "st', b"\x00" * 70_000, b'{"event": "x"}'])
@@ -90,7 +95,8 @@ def test_a_half_written_last_line_is_cut_off(tmp_path, tail):
 def test_a_killed_process_leaves_every_line_it_has_shown(tmp_path):
     path = tmp_path / "metrics.jsonl"
     code = (
-        "import os, signal, sys; from pathlib import Path; from core.metrics.log import MetricsLog\n"
+        "import os, signal, sys; from pathlib import Path; from core.metrics.log import "
+        "MetricsLog\n"
         "log = MetricsLog(Path(sys.argv[1]))\n"
         "for step in range(50): log.emit('step', step=step, tokens=0)\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
@@ -109,8 +115,22 @@ def test_numbers_json_has_no_word_for_become_null(tmp_path):
 
     path = tmp_path / "metrics.jsonl"
     log = MetricsLog(path)
-    log.emit("step", step=1, tokens=1, loss=math.nan, losses={"a": -math.inf, "b": 2.0}, norms=[math.nan, 1], other=Scalar())
-    log.emit("sample", step=1, tokens=1, text="half a pair \ud800 and \u2028 a line separator", path=tmp_path)
+    log.emit(
+        "step",
+        step=1,
+        tokens=1,
+        loss=math.nan,
+        losses={"a": -math.inf, "b": 2.0},
+        norms=[math.nan, 1],
+        other=Scalar(),
+    )
+    log.emit(
+        "sample",
+        step=1,
+        tokens=1,
+        text="half a pair \ud800 and \u2028 a line separator",
+        path=tmp_path,
+    )
     first, second = (
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
         for line in path.read_text(encoding="utf-8").splitlines()
@@ -150,7 +170,9 @@ def test_a_view_that_fails_is_dropped_and_named(tmp_path):
     log.emit("step", step=8, tokens=80)
     assert broken.calls == 1
     assert [event["event"] for event in recorder.seen] == ["step", "warning", "step"]
-    assert "Broken" in recorder.seen[1]["message"] and "no such colour" in recorder.seen[1]["message"]
+    assert (
+        "Broken" in recorder.seen[1]["message"] and "no such colour" in recorder.seen[1]["message"]
+    )
     assert steps(path) == [7, 7, 8]
 
 
@@ -213,7 +235,8 @@ def test_a_full_disk_stops_nothing_and_leaves_no_torn_line(tmp_path, capsys):
 
 @pytest.mark.parametrize("again", [True, False])
 def test_an_old_log_that_cannot_be_set_aside_stops_nothing(again, tmp_path, capsys, monkeypatch):
-    """Where it can be opened again events follow in it; where it cannot they are shown, and no more."""
+    """Where it can be opened again events follow in it; where it cannot they are shown, and no
+    more."""
     path = tmp_path / "metrics.jsonl"
     log = filled(path, 2)
 
@@ -244,8 +267,16 @@ def test_reading_passes_over_what_is_no_event(tmp_path):
     path = tmp_path / "metrics.jsonl"
     filled(path, 9).close()
     with open(path, "ab") as file:
-        file.write(b'not json\n[1]\n{"no": "event"}\n\xff\xfe\n{"event": "eval"}\n{"event": 5, "step": 9, "tokens": 9}\n')
-        file.write(bytes(5000) + b"\n" + b"[" * 100_000 + b'\n{"event": "eval", "step": true, "tokens": 9}\n')
+        file.write(
+            b'not json\n[1]\n{"no": "event"}\n\xff\xfe\n{"event": "eval"}\n{"event": 5, "step": '
+            b'9, "tokens": 9}\n'
+        )
+        file.write(
+            bytes(5000)
+            + b"\n"
+            + b"[" * 100_000
+            + b'\n{"event": "eval", "step": true, "tokens": 9}\n'
+        )
         file.write(b'{"event": "eval", "step": 9, "tokens": 9}\n{"event": "st')
     assert [event["event"] for event in read_events(path)] == ["step"] * 9 + ["eval"]
     assert [event["step"] for event in read_events(path, most=4)] == [1, 5, 9, 9]
@@ -289,7 +320,9 @@ def test_a_log_that_is_taken_away_while_it_is_written_is_written_anew(tmp_path, 
     """Whole, and told once: in the log, and to whoever watches."""
     path, seen = tmp_path / "t" / "metrics.jsonl", []
     log = filled(path, 3)
-    log.views.append(type("Watching", (), {"update": lambda self, event: seen.append(event["event"])})())
+    log.views.append(
+        type("Watching", (), {"update": lambda self, event: seen.append(event["event"])})()
+    )
     if gone == "moved":
         path.parent.rename(tmp_path / "elsewhere")
     else:
@@ -324,12 +357,17 @@ def test_a_log_that_is_emptied_while_it_is_written_is_told(tmp_path):
     log.emit("eval", step=4, tokens=400)
     log.close()
     assert b"\0" not in path.read_bytes()
-    assert [(event["event"], event["step"]) for event in read_events(path)] == [("step", 4), ("warning", 4), ("eval", 4)]
+    assert [(event["event"], event["step"]) for event in read_events(path)] == [
+        ("step", 4),
+        ("warning", 4),
+        ("eval", 4),
+    ]
     assert f"its last {size:,} bytes are lost" in list(read_events(path))[1]["message"]
 
 
 def test_the_files_of_a_run_are_there_again(tmp_path):
-    """The folder is removed after the first evaluation: at the next, everything is in it that was."""
+    """The folder is removed after the first evaluation: at the next, everything is in it that
+    was."""
 
     class Removes:
         removed = False
@@ -340,18 +378,32 @@ def test_the_files_of_a_run_are_there_again(tmp_path):
                 Removes.removed = True
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(importlib.import_module("core.jobs.train"), "view_for", lambda console: Removes())
+        patch.setattr(
+            importlib.import_module("core.jobs.train"), "view_for", lambda console: Removes()
+        )
         train_here(tiny_preset(train={"eval_at_start": True}), tmp_path)
     assert Removes.removed and Project(tmp_path).steps() == [1, 2, 3, 4, 5]
-    assert {"metrics.jsonl", "run.json", "preset.json"} <= {path.name for path in (tmp_path / "logs" / "t").iterdir()}
+    assert {"metrics.jsonl", "run.json", "preset.json"} <= {
+        path.name for path in (tmp_path / "logs" / "t").iterdir()
+    }
 
 
-@pytest.mark.skipif(os.geteuid() == 0 and shutil.which("setpriv") is None, reason="nothing is read-only to root")
+@pytest.mark.skipif(
+    os.geteuid() == 0 and shutil.which("setpriv") is None, reason="nothing is read-only to root"
+)
 def test_a_log_that_may_not_be_written_is_told_before_the_first_step(tmp_path):
     path = tmp_path / "metrics.jsonl"
     filled(path).close()
     path.chmod(0o444)
     as_others = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
-    program = "import sys; from pathlib import Path; from core.metrics.log import check_log; check_log(Path(sys.argv[1]))"
-    ended = subprocess.run([*as_others, sys.executable, "-c", program, str(path)], capture_output=True, text=True)
-    assert "cannot be written: Permission denied. Give this user the right to write there." in ended.stderr
+    program = (
+        "import sys; from pathlib import Path; from core.metrics.log import check_log; "
+        "check_log(Path(sys.argv[1]))"
+    )
+    ended = subprocess.run(
+        [*as_others, sys.executable, "-c", program, str(path)], capture_output=True, text=True
+    )
+    assert (
+        "cannot be written: Permission denied. Give this user the right to write there."
+        in ended.stderr
+    )

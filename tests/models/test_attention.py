@@ -1,4 +1,5 @@
-"""Attention equals a naive float64 one, computed document by document, on every backend that this machine has.
+"""Attention equals a naive float64 one, computed document by document, on every backend that this
+machine has.
 
 B batch, T time, H query heads, K key-value heads, Dh head width
 """
@@ -25,20 +26,27 @@ GOLDEN = Path(__file__).resolve().parent.parent / "golden"
 T, H, DH = 150, 4, 16  # longer than a block of FlexAttention (128), and no multiple of one
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
-# documents of each row, their lengths; the last one of a row may as well be padding, which is a document of its own
+# documents of each row, their lengths; the last one of a row may as well be padding, which is a
+# document of its own
 LENGTHS = [[T], [1, 1, 40, 1, 100, 7], [60, 70, 19, 1], [1] * 20 + [130]]
 
 
 def ids_of(lengths: list[list[int]]) -> Tensor:
-    return torch.stack([torch.cat([torch.full((n,), i) for i, n in enumerate(row)]) for row in lengths]).int()
+    return torch.stack(
+        [torch.cat([torch.full((n,), i) for i, n in enumerate(row)]) for row in lengths]
+    ).int()
 
 
-def inputs(dtype: torch.dtype, num_kv_heads: int, device: torch.device = CPU) -> tuple[list[Tensor], Tensor]:
+def inputs(
+    dtype: torch.dtype, num_kv_heads: int, device: torch.device = CPU
+) -> tuple[list[Tensor], Tensor]:
     """([q, k, v], the gradient that flows into the output), as numbers that bf16 holds exactly."""
     rng = torch.Generator().manual_seed(4)
     B = len(LENGTHS)
     shapes = [(B, H, T, DH), (B, num_kv_heads, T, DH), (B, num_kv_heads, T, DH), (B, H, T, DH)]
-    *qkv, grad = (torch.randn(shape, generator=rng).bfloat16().to(device, dtype) for shape in shapes)
+    *qkv, grad = (
+        torch.randn(shape, generator=rng).bfloat16().to(device, dtype) for shape in shapes
+    )
     return qkv, grad
 
 
@@ -57,7 +65,13 @@ def naive(q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor, causal: bool) -
     return out
 
 
-def check_parity(mask: DocumentMask, document_ids: Tensor, num_kv_heads: int, tolerance: float, backward: bool = True) -> None:
+def check_parity(
+    mask: DocumentMask,
+    document_ids: Tensor,
+    num_kv_heads: int,
+    tolerance: float,
+    backward: bool = True,
+) -> None:
     """Forward, and gradients of q, k and v, against float64."""
     mine, grad = inputs(mask.dtype, num_kv_heads, document_ids.device)
     mine = [x.requires_grad_(backward) for x in mine]
@@ -70,7 +84,13 @@ def check_parity(mask: DocumentMask, document_ids: Tensor, num_kv_heads: int, to
         wanted = torch.autograd.grad(expected, exact, grad.double().cpu())
         for name, got, want in zip("qkv", torch.autograd.grad(out, mine, grad), wanted):
             message = f"gradient of {name}: "
-            torch.testing.assert_close(got.double().cpu(), want, atol=tolerance, rtol=tolerance, msg=lambda m, n=message: n + m)
+            torch.testing.assert_close(
+                got.double().cpu(),
+                want,
+                atol=tolerance,
+                rtol=tolerance,
+                msg=lambda m, n=message: n + m,
+            )
 
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-2}
@@ -101,13 +121,17 @@ def need(backend: str, device: torch.device, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "both-ways"])
 @pytest.mark.parametrize("num_kv_heads", [H, 2, 1])
 @pytest.mark.parametrize(("backend", "kind", "dtype"), HERE)
-def test_every_backend_computes_the_same(backend: str, kind: str, dtype: torch.dtype, num_kv_heads: int, causal: bool) -> None:
+def test_every_backend_computes_the_same(
+    backend: str, kind: str, dtype: torch.dtype, num_kv_heads: int, causal: bool
+) -> None:
     """Packed rows, documents of one token and whole rows, grouped heads, one way and both ways."""
     device = torch.device(kind)
     need(backend, device, dtype)
     ids = ids_of(LENGTHS).to(device)
     mask = DocumentMask.on(backend, ids, dtype, causal)
-    check_parity(mask, ids, num_kv_heads, TOLERANCE[dtype], backward=(backend, kind) != ("flex", "cpu"))
+    check_parity(
+        mask, ids, num_kv_heads, TOLERANCE[dtype], backward=(backend, kind) != ("flex", "cpu")
+    )
 
 
 @pytest.mark.parametrize("up_to", [0, T])
@@ -115,20 +139,38 @@ def test_both_routes_of_bf16_on_a_cpu(up_to: int, monkeypatch: pytest.MonkeyPatc
     """Two matrix products, and torch's kernel."""
     monkeypatch.setattr(attention, "EXPLICIT_UP_TO", up_to)
     ids = ids_of(LENGTHS)
-    check_parity(DocumentMask.on("sdpa", ids, torch.bfloat16, True), ids, 2, TOLERANCE[torch.bfloat16])
+    check_parity(
+        DocumentMask.on("sdpa", ids, torch.bfloat16, True), ids, 2, TOLERANCE[torch.bfloat16]
+    )
 
 
-def ragged(q: Tensor, k: Tensor, v: Tensor, of_q: Tensor, of_k: Tensor, max_q: int, max_k: int, causal: bool) -> Tensor:
-    """What the ragged kernels compute, (B T, heads, Dh) to (B T, H, Dh), and what they ask of their arguments."""
+def ragged(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    of_q: Tensor,
+    of_k: Tensor,
+    max_q: int,
+    max_k: int,
+    causal: bool,
+) -> Tensor:
+    """What the ragged kernels compute, (B T, heads, Dh) to (B T, H, Dh), and what they ask of their
+    arguments."""
     assert q.ndim == k.ndim == v.ndim == 3 and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
-    assert of_q is of_k and of_q.dtype == torch.int32 and isinstance(max_q, int) and max_q == max_k == int(of_q.diff().max())
+    assert (
+        of_q is of_k
+        and of_q.dtype == torch.int32
+        and isinstance(max_q, int)
+        and max_q == max_k == int(of_q.diff().max())
+    )
     numbers = torch.repeat_interleave(torch.arange(len(of_q) - 1), of_q.diff())[None]  # (1, B T)
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, heads, B T, Dh)
     return naive(q, k, v, numbers, causal)[0].transpose(0, 1).contiguous()
 
 
 def flash_stand_in(*args: Any, causal: bool = False, deterministic: bool = False) -> Tensor:
-    """flash_attn_varlen_func's first seven arguments, `causal` and `deterministic`, as flash-attn 2 has them."""
+    """flash_attn_varlen_func's first seven arguments, `causal` and `deterministic`, as flash-attn 2
+    has them."""
     assert deterministic == torch.are_deterministic_algorithms_enabled()
     return ragged(*args, causal=causal)
 
@@ -151,20 +193,30 @@ def varlen_stand_in(*args: Any, **named: Any) -> Tensor:
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "both-ways"])
 @pytest.mark.parametrize("num_kv_heads", [H, 2])
-@pytest.mark.parametrize(("backend", "stand_in"), [("varlen", varlen_stand_in), ("flash", flash_stand_in)])
+@pytest.mark.parametrize(
+    ("backend", "stand_in"), [("varlen", varlen_stand_in), ("flash", flash_stand_in)]
+)
 def test_the_way_to_the_ragged_kernels_and_back(
     backend: str, stand_in: Any, num_kv_heads: int, causal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Shapes, offsets and arguments, with a stand-in for the kernel: what can be tested of them without a GPU."""
+    """Shapes, offsets and arguments, with a stand-in for the kernel: what can be tested of them
+    without a GPU."""
     monkeypatch.setattr(attention, "_ragged_function", lambda _: stand_in)
     ids = ids_of(LENGTHS)
-    check_parity(DocumentMask.on(backend, ids, torch.float32, causal), ids, num_kv_heads, TOLERANCE[torch.float32])
+    check_parity(
+        DocumentMask.on(backend, ids, torch.float32, causal),
+        ids,
+        num_kv_heads,
+        TOLERANCE[torch.float32],
+    )
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "both-ways"])
 @pytest.mark.parametrize(("backend", "kind", "dtype"), HERE)
-def test_no_document_sees_another(backend: str, kind: str, dtype: torch.dtype, causal: bool) -> None:
+def test_no_document_sees_another(
+    backend: str, kind: str, dtype: torch.dtype, causal: bool
+) -> None:
     """Other keys and values in one document change nothing outside it, and something inside."""
     device = torch.device(kind)
     need(backend, device, dtype)
@@ -181,7 +233,7 @@ def test_no_document_sees_another(backend: str, kind: str, dtype: torch.dtype, c
             assert same[~touched].all() and not same[touched].any()
 
 
-# the mask of a batch -------------------------------------------------------------------------------------------------
+# the mask of a batch ------------------------------------------------------------------------------
 
 
 def batch_of(document_ids: Tensor, packed: bool) -> Batch:
@@ -191,36 +243,49 @@ def batch_of(document_ids: Tensor, packed: bool) -> Batch:
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "both-ways"])
 def test_padding_without_packing(causal: bool) -> None:
-    """One document a row and padding on its right: real positions never see the padding, whichever way they look."""
+    """One document a row and padding on its right: real positions never see the padding, whichever
+    way they look."""
     ids = ids_of([[T], [1, T - 1], [100, 50], [T - 1, 1]])
     mask = DocumentMask.of(batch_of(ids, packed=False), torch.float64, DH, causal=causal)
     assert (mask.bias is None) == causal  # plainly causal rows cost no mask
     (q, k, v), _ = inputs(torch.float64, 2)
     real = (ids == 0)[:, None, :, None].expand_as(q)
-    torch.testing.assert_close(attend(q, k, v, mask)[real], naive(q, k, v, ids, causal)[real], atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        attend(q, k, v, mask)[real], naive(q, k, v, ids, causal)[real], atol=1e-12, rtol=0
+    )
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "flex", "varlen"])
-def test_an_id_that_comes_back_is_another_document(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A batch promises different ids to neighbours only; a mask by equal ids alone would join documents 0 of 0, 1, 0."""
+def test_an_id_that_comes_back_is_another_document(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch promises different ids to neighbours only; a mask by equal ids alone would join
+    documents 0 of 0, 1, 0."""
     monkeypatch.setattr(attention, "_ragged_function", lambda _: varlen_stand_in)
     ids = ids_of(LENGTHS) % 2
-    check_parity(DocumentMask.on(backend, ids, torch.float32, True), ids, H, 1e-5, backward=backend != "flex")
+    check_parity(
+        DocumentMask.on(backend, ids, torch.float32, True), ids, H, 1e-5, backward=backend != "flex"
+    )
 
 
 def test_queries_are_brought_to_the_dtype_of_the_mask() -> None:
-    """Rotary embeddings leave fp32 queries beside bf16 values: autocast would help SDPA, and no other kernel."""
+    """Rotary embeddings leave fp32 queries beside bf16 values: autocast would help SDPA, and no
+    other kernel."""
     (q, k, v), _ = inputs(torch.float32, H)
     mask = DocumentMask.on("sdpa", ids_of(LENGTHS), torch.bfloat16, True)
-    assert torch.equal(attend(q, k, v.bfloat16(), mask), attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), mask))
+    assert torch.equal(
+        attend(q, k, v.bfloat16(), mask), attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), mask)
+    )
 
 
-# lengths -------------------------------------------------------------------------------------------------------------
+# lengths ------------------------------------------------------------------------------------------
 
 CASES = json.loads((GOLDEN / "polyglu" / "cu_seqlens_cases.json").read_text())
 
 
-@pytest.mark.parametrize("case", CASES["cases"], ids=lambda case: "-".join(map(str, case["cu_seqlens"])))
+@pytest.mark.parametrize(
+    "case", CASES["cases"], ids=lambda case: "-".join(map(str, case["cu_seqlens"]))
+)
 def test_lengths_of_the_original(case: dict) -> None:
     """Where PolyGLU cuts a row: after every end token, which belongs to the document before it."""
     ends = torch.tensor([case["tokens"]]) == CASES["eos_token_id"]
@@ -230,12 +295,15 @@ def test_lengths_of_the_original(case: dict) -> None:
 
 
 def test_a_row_always_begins_a_document() -> None:
-    """Rows laid end to end: equal ids on both sides of the seam are two documents, or two pieces that must not meet."""
-    offsets, longest = document_lengths(torch.tensor([[0, 0, 0], [0, 1, 1], [1, 1, 1]], dtype=torch.int32))
+    """Rows laid end to end: equal ids on both sides of the seam are two documents, or two pieces
+    that must not meet."""
+    offsets, longest = document_lengths(
+        torch.tensor([[0, 0, 0], [0, 1, 1], [1, 1, 1]], dtype=torch.int32)
+    )
     assert offsets.tolist() == [0, 3, 4, 6, 9] and longest == 3
 
 
-# the choice of a backend ---------------------------------------------------------------------------------------------
+# the choice of a backend --------------------------------------------------------------------------
 
 
 def test_sdpa_is_the_default_everywhere() -> None:
@@ -251,25 +319,58 @@ def test_sdpa_is_the_default_everywhere() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wish", "name"), [("flex", "FlexAttention"), ("varlen", "torch's varlen_attn"), ("flash", "flash-attn")]
+    ("wish", "name"),
+    [("flex", "FlexAttention"), ("varlen", "torch's varlen_attn"), ("flash", "flash-attn")],
 )
 def test_without_a_gpu_sdpa_takes_over_and_says_so(wish: str, name: str) -> None:
     backend, note = choose_backend(wish, CPU, torch.bfloat16, 64)
     assert backend == "sdpa"
-    assert note == f'attention "{wish}": {name} trains on CUDA GPUs only, and this is a CPU; torch\'s SDPA is used instead'
+    assert (
+        note == f'attention "{wish}": {name} trains on CUDA GPUs only, and this is a CPU; torch\'s '
+        "SDPA is used instead"
+    )
 
 
 @pytest.mark.parametrize(
     ("wish", "gone", "dtype", "head_dim", "reason"),
     [
-        ("flash", "flash_attn", torch.bfloat16, 64, "the package flash-attn cannot be imported .*pip install flash-attn"),
-        ("varlen", "torch.nn.attention.varlen", torch.bfloat16, 64, "torch .* has no torch.nn.attention.varlen"),
-        ("varlen", None, torch.float32, 64, "torch's varlen_attn computes in bf16 or fp16, and this run in float32"),
-        ("varlen", None, torch.bfloat16, 20, "a head width that is a multiple of 8 up to 256, these are 20 wide"),
+        (
+            "flash",
+            "flash_attn",
+            torch.bfloat16,
+            64,
+            "the package flash-attn cannot be imported .*pip install flash-attn",
+        ),
+        (
+            "varlen",
+            "torch.nn.attention.varlen",
+            torch.bfloat16,
+            64,
+            "torch .* has no torch.nn.attention.varlen",
+        ),
+        (
+            "varlen",
+            None,
+            torch.float32,
+            64,
+            "torch's varlen_attn computes in bf16 or fp16, and this run in float32",
+        ),
+        (
+            "varlen",
+            None,
+            torch.bfloat16,
+            20,
+            "a head width that is a multiple of 8 up to 256, these are 20 wide",
+        ),
     ],
 )
 def test_on_a_gpu_too_it_says_what_is_missing(
-    wish: str, gone: str | None, dtype: torch.dtype, head_dim: int, reason: str, monkeypatch: pytest.MonkeyPatch
+    wish: str,
+    gone: str | None,
+    dtype: torch.dtype,
+    head_dim: int,
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if gone:
         monkeypatch.setitem(sys.modules, gone, None)  # an import of it fails
@@ -277,25 +378,37 @@ def test_on_a_gpu_too_it_says_what_is_missing(
         signature_of_varlen()
     backend, note = choose_backend(wish, GPU, dtype, head_dim)
     assert backend == "sdpa"
-    assert re.fullmatch(f'attention "{wish}": .*{reason}.*; torch\'s SDPA is used instead', note or "")
+    assert re.fullmatch(
+        f'attention "{wish}": .*{reason}.*; torch\'s SDPA is used instead', note or ""
+    )
 
 
-# the model -----------------------------------------------------------------------------------------------------------
+# the model ----------------------------------------------------------------------------------------
 
 
 def model_and_batch(wish: str, device: torch.device = CPU) -> tuple[SimpleLM, Batch]:
     torch.manual_seed(1)
-    sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64, "seq_length": T}
+    sizes = {
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_heads": 2,
+        "intermediate_size": 64,
+        "seq_length": T,
+    }
     model = SimpleLM(SimpleLMSettings(**sizes, attention=wish), 40).to(device)
     batch = batch_of(ids_of(LENGTHS), packed=True)
-    batch.input_ids = torch.randint(0, 40, (len(LENGTHS), T), generator=torch.Generator().manual_seed(2))
+    batch.input_ids = torch.randint(
+        0, 40, (len(LENGTHS), T), generator=torch.Generator().manual_seed(2)
+    )
     batch.position_ids = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in LENGTHS])
     return model, batch.to(device)
 
 
 def run_model(model: Any, batch: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(hidden states, gradient of the first layer's projection)."""
-    with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+    with torch.autocast(
+        batch.input_ids.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16
+    ):
         hidden = model(batch).hidden
     hidden.float().square().sum().backward()
     return hidden.detach().float(), model.layers[0].self_attn.in_proj_weight.grad
@@ -303,16 +416,25 @@ def run_model(model: Any, batch: Batch, dtype: torch.dtype) -> tuple[Tensor, Ten
 
 @pytest.mark.parametrize(
     ("wish", "kind", "dtype"),
-    [("flex", "cpu", torch.float32), ("varlen", "cpu", torch.bfloat16), ("flash", "cpu", torch.bfloat16)]
+    [
+        ("flex", "cpu", torch.float32),
+        ("varlen", "cpu", torch.bfloat16),
+        ("flash", "cpu", torch.bfloat16),
+    ]
     + [case for case in HERE if case[1] == "cuda" and case[0] != "sdpa"],
 )
-def test_a_model_is_the_same_whatever_computes_its_attention(wish: str, kind: str, dtype: torch.dtype) -> None:
-    """Hidden states and gradients; where a backend cannot run, SDPA does instead and the model says so."""
+def test_a_model_is_the_same_whatever_computes_its_attention(
+    wish: str, kind: str, dtype: torch.dtype
+) -> None:
+    """Hidden states and gradients; where a backend cannot run, SDPA does instead and the model says
+    so."""
     device = torch.device(kind)
     need(wish, device, dtype)
     (plain, batch), (other, _) = model_and_batch("sdpa", device), model_and_batch(wish, device)
     assert plain.state_dict().keys() == other.state_dict().keys()
-    assert plain.attention_note(device, dtype) is None and (other.attention_note(device, dtype) is None) == (kind == "cuda")
+    assert plain.attention_note(device, dtype) is None and (
+        other.attention_note(device, dtype) is None
+    ) == (kind == "cuda")
     tolerance = 1e-4 if dtype == torch.float32 else 6e-2
     for got, want in zip(run_model(other, batch, dtype), run_model(plain, batch, dtype)):
         torch.testing.assert_close(got, want, atol=tolerance * float(want.abs().max()), rtol=0)
@@ -320,16 +442,20 @@ def test_a_model_is_the_same_whatever_computes_its_attention(wish: str, kind: st
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("wish", "kind"), [("auto", "cpu"), ("flex", "cpu"), ("auto", "cuda"), ("flex", "cuda"), ("varlen", "cuda")]
+    ("wish", "kind"),
+    [("auto", "cpu"), ("flex", "cpu"), ("auto", "cuda"), ("flex", "cuda"), ("varlen", "cuda")],
 )
 def test_models_compile(wish: str, kind: str) -> None:
-    """In one graph, unless the number of documents must be known; and what is compiled computes the same."""
+    """In one graph, unless the number of documents must be known; and what is compiled computes the
+    same."""
     device, dtype = torch.device(kind), torch.bfloat16 if wish == "varlen" else torch.float32
     need(wish, device, dtype)
     model, batch = model_and_batch(wish, device)
     hidden, grad = run_model(model, batch, dtype)
     model.zero_grad()
-    compiled = torch.compile(model, backend="aot_eager" if kind == "cpu" else "inductor", fullgraph=wish != "varlen")
+    compiled = torch.compile(
+        model, backend="aot_eager" if kind == "cpu" else "inductor", fullgraph=wish != "varlen"
+    )
     tolerance = 1e-4 if dtype == torch.float32 else 6e-2
     for got, want in zip(run_model(compiled, batch, dtype), (hidden, grad)):
         torch.testing.assert_close(got, want, atol=tolerance * float(want.abs().max()), rtol=0)

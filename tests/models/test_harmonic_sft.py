@@ -1,5 +1,5 @@
-"""Preset 10_harmonic_sft from the outside, with a stand-in for what it fetches: the published names at a small size, from a hub
-on loopback, with a tokenizer of BERT's kind."""
+"""Preset 10_harmonic_sft from the outside, with a stand-in for what it fetches: the published names
+at a small size, from a hub on loopback, with a tokenizer of BERT's kind."""
 
 import json
 from collections.abc import Iterator
@@ -36,14 +36,21 @@ PRESET = {
     "extends": "10_harmonic_sft",
     "lineage": "t",
     "model": {**SMALL, "seq_length": 64},
-    "train": {"per_gpu_batch_size": 8, "accumulation_steps": 2, "learning_rate": 0.01, "max_steps": 6, "eval_tokens": 300},
+    "train": {
+        "per_gpu_batch_size": 8,
+        "accumulation_steps": 2,
+        "learning_rate": 0.01,
+        "max_steps": 6,
+        "eval_tokens": 300,
+    },
     "data": {"lanes": 4, "validation_fraction": 0.1},
     "generate": {"neighbors_of": ["river", "stone"]},
 }
 
 
 def wordpiece() -> dict[str, bytes]:
-    """A tokenizer of BERT's kind, as the files of a repository; the words of our stories are one token each."""
+    """A tokenizer of BERT's kind, as the files of a repository; the words of our stories are one
+    token each."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -93,12 +100,17 @@ def trained_part(name: str) -> bool:
 
 
 @pytest.mark.slow
-def test_the_last_block_and_the_prototypes_learn_and_nothing_else(hub: Hub, published: tuple, tmp_path: Path) -> None:
-    """The published weights arrive by name, without any code from the Hub; what is frozen keeps every bit; h_exp goes from
-    -12 to -4; the first evaluation tells what the model could do before."""
+def test_the_last_block_and_the_prototypes_learn_and_nothing_else(
+    hub: Hub, published: tuple, tmp_path: Path
+) -> None:
+    """The published weights arrive by name, without any code from the Hub; what is frozen keeps
+    every bit; h_exp goes from -12 to -4; the first evaluation tells what the model could do
+    before."""
     project = project_of(tmp_path)
     result = run(hub, project)
-    assert result.code == 0 and f"starts from the published weights of {NAME}" in result.text, result.text
+    assert result.code == 0 and f"starts from the published weights of {NAME}" in result.text, (
+        result.text
+    )
     assert not any(".py" in request and NAME in request for request in hub.requests)
     saved, before = project.checkpoint()["model"], published[1]
     assert set(saved) == {*before, "dist_head.weight"}
@@ -108,10 +120,17 @@ def test_the_last_block_and_the_prototypes_learn_and_nothing_else(hub: Hub, publ
     drift = 1 - torch.cosine_similarity(saved["dist_head.weight"], rows)
     assert 1e-4 < float(drift.mean()) < 0.5, "prototypes begin as the embeddings, and move"
     assert float((saved["dist_head.weight"].norm(dim=1) - 1).abs().max()) <= 1e-6
-    assert {name for name in project.checkpoint()["optimizer"]} == {name for name in saved if trained_part(name)}
+    assert {name for name in project.checkpoint()["optimizer"]} == {
+        name for name in saved if trained_part(name)
+    }
     steps, evals = project.events("step"), project.events("eval")
-    assert [steps[0]["scheduled"], steps[-1]["scheduled"]] == [{"harmonic.h_exp": -12.0}, {"harmonic.h_exp": -4.0}]
-    assert evals[0]["step"] == 0 and evals[0]["prototype_drift"] < 1e-6 < evals[-1]["prototype_drift"]
+    assert [steps[0]["scheduled"], steps[-1]["scheduled"]] == [
+        {"harmonic.h_exp": -12.0},
+        {"harmonic.h_exp": -4.0},
+    ]
+    assert (
+        evals[0]["step"] == 0 and evals[0]["prototype_drift"] < 1e-6 < evals[-1]["prototype_drift"]
+    )
     assert evals[-1]["nll_h4"] < evals[0]["nll_h4"] and "decoder_pseudo_perplexity" in evals[0]
     assert {event["word"] for event in project.events("neighbors")} == {"river", "stone"}
     assert all("[MASK]" in event["prompt"] for event in project.events("sample"))
@@ -125,8 +144,11 @@ def refused(hub: Hub, project: Project) -> Result:
 
 
 @pytest.mark.slow
-def test_weights_that_are_not_its_own_are_refused_by_name(hub: Hub, published: tuple, tmp_path: Path) -> None:
-    """Shapes and names that differ are each told, and what to do; nothing is written. Settings: test_neobert_published.py."""
+def test_weights_that_are_not_its_own_are_refused_by_name(
+    hub: Hub, published: tuple, tmp_path: Path
+) -> None:
+    """Shapes and names that differ are each told, and what to do; nothing is written. Settings:
+    test_neobert_published.py."""
     files, weights = published
     wrong = {**weights, "model.transformer_encoder.27.wo.weight": torch.zeros(24, 20)}
     wrong["model.transformer_encoder.3.qkv.bias"] = torch.zeros(72)

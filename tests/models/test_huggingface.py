@@ -1,4 +1,5 @@
-"""Models of the transformers library and of the Hub: published names and weights, documents kept apart, what is refused, and why.
+"""Models of the transformers library and of the Hub: published names and weights, documents kept
+apart, what is refused, and why.
 
 B batch, T time, D hidden_size, V vocab_size
 """
@@ -33,7 +34,15 @@ SIZES = {
     "intermediate_size": 64,
     "max_position_embeddings": 64,
 }
-GPT2_SIZES = {"vocab_size": V, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "bos_token_id": 0, "eos_token_id": 0}
+GPT2_SIZES = {
+    "vocab_size": V,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_positions": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
 HEADS = {"num_attention_heads": 2, "num_hidden_layers": 2, "max_position_embeddings": 64}
 CONFIGS: dict[str, tuple[str, dict]] = {
     "gpt2": ("GPT2Config", GPT2_SIZES),
@@ -44,13 +53,26 @@ CONFIGS: dict[str, tuple[str, dict]] = {
     "pythia": ("GPTNeoXConfig", {k: v for k, v in SIZES.items() if k != "num_key_value_heads"}),
     "gpt_neo": (
         "GPTNeoConfig",
-        {"vocab_size": V, "hidden_size": 32, "num_layers": 2, "num_heads": 2, "max_position_embeddings": 64, "window_size": 3}
+        {
+            "vocab_size": V,
+            "hidden_size": 32,
+            "num_layers": 2,
+            "num_heads": 2,
+            "max_position_embeddings": 64,
+            "window_size": 3,
+        }
         | {"attention_types": [[["global", "local"], 1]]},
     ),
     "smollm3": ("SmolLM3Config", SIZES | {"pad_token_id": 0}),
-    "opt": ("OPTConfig", HEADS | {"vocab_size": V, "hidden_size": 32, "ffn_dim": 64, "word_embed_proj_dim": 32}),
+    "opt": (
+        "OPTConfig",
+        HEADS | {"vocab_size": V, "hidden_size": 32, "ffn_dim": 64, "word_embed_proj_dim": 32},
+    ),
     "bloom": ("BloomConfig", {"vocab_size": V, "hidden_size": 32, "n_layer": 2, "n_head": 2}),
-    "mamba": ("MambaConfig", {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}),
+    "mamba": (
+        "MambaConfig",
+        {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+    ),
 }
 ONE_BY_ONE = {"opt", "bloom", "mamba"}
 """Architectures whose code does not see that positions begin again."""
@@ -67,12 +89,13 @@ def build(name: str, dropout: float = 0.0, **changes: Any) -> HuggingFaceLM:
     return model.eval()
 
 
-# documents -------------------------------------------------------------------------------------------------------------
+# documents ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_documents_of_a_row_are_as_if_alone(name: str) -> None:
-    """In every architecture, whatever its masks are; and where its own code keeps them apart, that is what is used."""
+    """In every architecture, whatever its masks are; and where its own code keeps them apart, that
+    is what is used."""
     model = build(name).double()
     assert model.packs == (name not in ONE_BY_ONE)
     assert (model.attention_note(torch.device("cpu"), torch.float32) is None) == model.packs
@@ -83,7 +106,9 @@ def test_documents_of_a_row_are_as_if_alone(name: str) -> None:
         start = 0
         for size in sizes:
             alone = model(make_batch(ids[row : row + 1, start : start + size])).hidden
-            torch.testing.assert_close(packed[row : row + 1, start : start + size], alone, atol=1e-6, rtol=0)
+            torch.testing.assert_close(
+                packed[row : row + 1, start : start + size], alone, atol=1e-6, rtol=0
+            )
             start += size
 
 
@@ -123,9 +148,14 @@ def test_gradients_of_packed_rows_are_those_of_the_documents(name: str) -> None:
     ids = random_ids(2)
     weights = torch.randn(2, T, 32, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     trunk = [p for n, p in model.named_parameters() if not n.startswith("lm_head")]
-    packed = torch.autograd.grad((model(make_batch(ids, [[5, 11], [9, 7]])).hidden * weights).sum(), trunk)
+    packed = torch.autograd.grad(
+        (model(make_batch(ids, [[5, 11], [9, 7]])).hidden * weights).sum(), trunk
+    )
     parts = [(0, 0, 5), (0, 5, 16), (1, 0, 9), (1, 9, 16)]
-    alone = sum((model(make_batch(ids[r : r + 1, a:b])).hidden * weights[r : r + 1, a:b]).sum() for r, a, b in parts)
+    alone = sum(
+        (model(make_batch(ids[r : r + 1, a:b])).hidden * weights[r : r + 1, a:b]).sum()
+        for r, a, b in parts
+    )
     for one, other in zip(packed, torch.autograd.grad(alone, trunk), strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)
 
@@ -138,51 +168,77 @@ def test_compiled_it_computes_the_same(name: str) -> None:
     compiled.compile(backend="eager", dynamic=False)
     for lengths in (None, [[5, 11], [16]], [[7, 9], [3, 13]]):
         batch = make_batch(random_ids(2), lengths)
-        torch.testing.assert_close(scores_of(compiled, batch), scores_of(plain, batch), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            scores_of(compiled, batch), scores_of(plain, batch), atol=1e-5, rtol=0
+        )
 
 
-# names, scores and loss ------------------------------------------------------------------------------------------------
+# names, scores and loss ---------------------------------------------------------------------------
 
 
 def test_gpt2_by_its_published_names() -> None:
-    """Loaded strictly: the library's logits; and labels shifted once, which gives 4.21855, not twice, which gives 4.634."""
+    """Loaded strictly: the library's logits; and labels shifted once, which gives 4.21855, not
+    twice, which gives 4.634."""
     seen, weights, expected = golden("gpt2_tiny")
     config = expected["config"]
     settings = GPT2Settings(
-        hidden_size=config["n_embd"], num_layers=config["n_layer"], num_heads=config["n_head"], seq_length=config["n_positions"]
+        hidden_size=config["n_embd"],
+        num_layers=config["n_layer"],
+        num_heads=config["n_head"],
+        seq_length=config["n_positions"],
     )
     model = GPT2(settings, config["vocab_size"]).eval()
-    model.load_state_dict({"lm_head.weight": weights["transformer.wte.weight"], **weights}, strict=True)
+    model.load_state_dict(
+        {"lm_head.weight": weights["transformer.wte.weight"], **weights}, strict=True
+    )
     logits = scores_of(model, make_batch(seen["input_ids"]))
     torch.testing.assert_close(logits, seen["logits"], atol=1e-4, rtol=0)
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), seen["labels"][:, 1:].flatten())
-    assert loss.item() == pytest.approx(4.21855, abs=1e-5) and loss.item() == pytest.approx(expected["ce_numpy_f64"], abs=1e-5)
+    assert loss.item() == pytest.approx(4.21855, abs=1e-5) and loss.item() == pytest.approx(
+        expected["ce_numpy_f64"], abs=1e-5
+    )
     assert abs(loss.item() - expected["ce_DOUBLE_SHIFT_bug"]) > 0.4
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_names_and_logits_are_the_librarys(name: str) -> None:
-    """Every tensor of the state dict under its published name, shared ones once; and the same logits."""
+    """Every tensor of the state dict under its published name, shared ones once; and the same
+    logits."""
     kind, sizes = CONFIGS[name]
     library = transformers()
     model = build(name)
-    theirs = library.AutoModelForCausalLM.from_config(configure(getattr(library, kind)(**sizes), 0.0)).eval()
+    theirs = library.AutoModelForCausalLM.from_config(
+        configure(getattr(library, kind)(**sizes), 0.0)
+    ).eval()
     assert list(dict(model.named_parameters())) == list(dict(theirs.named_parameters()))
     model.load_state_dict(theirs.state_dict(), strict=True)
     ids = random_ids(2)
-    torch.testing.assert_close(scores_of(model, make_batch(ids)), theirs(input_ids=ids).logits, atol=1e-5, rtol=0)
-    assert all("lm_head" not in name for name, _ in model.named_parameters()) == theirs.config.tie_word_embeddings
+    torch.testing.assert_close(
+        scores_of(model, make_batch(ids)), theirs(input_ids=ids).logits, atol=1e-5, rtol=0
+    )
+    assert (
+        all("lm_head" not in name for name, _ in model.named_parameters())
+        == theirs.config.tie_word_embeddings
+    )
 
 
 def test_every_dropout_is_the_presets() -> None:
-    """The library's own defaults are 0.1 in GPT-2 and OPT; leaving out whole layers is another thing."""
+    """The library's own defaults are 0.1 in GPT-2 and OPT; leaving out whole layers is another
+    thing."""
     model = build("gpt2")
     assert {m.p for m in model.modules() if isinstance(m, nn.Dropout)} == {0.0}
     model = build("gpt2", dropout=0.25)
     assert {m.p for m in model.modules() if isinstance(m, nn.Dropout)} == {0.25}
     config = configure(transformers().OPTConfig(layerdrop=0.5), 0.25)
-    assert (config.dropout, config.attention_dropout, config.layerdrop, config.use_cache) == (0.25, 0.0 + 0.25, 0.0, False)
-    model = GPT2(GPT2Settings(hidden_size=32, num_layers=1, num_heads=2, seq_length=T, dropout=0.5), V)
+    assert (config.dropout, config.attention_dropout, config.layerdrop, config.use_cache) == (
+        0.25,
+        0.0 + 0.25,
+        0.0,
+        False,
+    )
+    model = GPT2(
+        GPT2Settings(hidden_size=32, num_layers=1, num_heads=2, seq_length=T, dropout=0.5), V
+    )
     batch = make_batch(random_ids(1))
     assert not torch.equal(model(batch).hidden, model(batch).hidden)
     model.eval()
@@ -190,7 +246,8 @@ def test_every_dropout_is_the_presets() -> None:
 
 
 def test_gpt2_begins_as_the_library_begins_it() -> None:
-    """N(0, 0.02), and the projections back into the residual stream scaled down by the square root of their number."""
+    """N(0, 0.02), and the projections back into the residual stream scaled down by the square root
+    of their number."""
     torch.manual_seed(0)
     model = GPT2(GPT2Settings(hidden_size=128, num_layers=8, num_heads=4, seq_length=T), 512)
     layer = model.transformer.h[3]
@@ -209,25 +266,40 @@ def test_position_tables_do_not_decay() -> None:
 
     model = build("gpt2")
     optimizer = Optimizer(list(model.named_parameters()), set(), TrainSettings())
-    plain = {id(p) for o in optimizer._optimizers for g in o.param_groups if g["weight_decay"] == 0.0 for p in g["params"]}
+    plain = {
+        id(p)
+        for o in optimizer._optimizers
+        for g in o.param_groups
+        if g["weight_decay"] == 0.0
+        for p in g["params"]
+    }
     names = {name for name, p in model.named_parameters() if id(p) in plain}
     assert "transformer.wpe.weight" in names and "transformer.wte.weight" not in names
 
 
-# what is refused -------------------------------------------------------------------------------------------------------
+# what is refused ----------------------------------------------------------------------------------
 
 
 REFUSED = {
     "gemma2": ("Gemma2Config", SIZES | {"head_dim": 16}, "changes its scores after the readout"),
     "cohere": ("CohereConfig", SIZES, "changes its scores after the readout"),
-    "granite": ("GraniteConfig", SIZES | {"logits_scaling": 4.0}, "changes its scores after the readout"),
-    "bert": ("BertConfig", {k: v for k, v in SIZES.items() if k != "num_key_value_heads"}, "sees the ones after it"),
+    "granite": (
+        "GraniteConfig",
+        SIZES | {"logits_scaling": 4.0},
+        "changes its scores after the readout",
+    ),
+    "bert": (
+        "BertConfig",
+        {k: v for k, v in SIZES.items() if k != "num_key_value_heads"},
+        "sees the ones after it",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_no_trunk_and_linear_readout_is_refused(name: str, tmp_path: Path) -> None:
-    """Also with random weights, whose scores are so small that a soft cap changes them by next to nothing."""
+    """Also with random weights, whose scores are so small that a soft cap changes them by next to
+    nothing."""
     kind, sizes, reason = REFUSED[name]
     library = transformers()
     config = getattr(library, kind)(**sizes)
@@ -241,7 +313,9 @@ def test_what_is_no_trunk_and_linear_readout_is_refused(name: str, tmp_path: Pat
 def test_what_works_is_not_refused(name: str) -> None:
     kind, sizes = CONFIGS[name]
     library = transformers()
-    assert obstacle(library.AutoModelForCausalLM.from_config(getattr(library, kind)(**sizes))) is None
+    assert (
+        obstacle(library.AutoModelForCausalLM.from_config(getattr(library, kind)(**sizes))) is None
+    )
 
 
 def test_a_folder_is_as_good_as_the_hub(tmp_path: Path) -> None:
@@ -249,22 +323,32 @@ def test_a_folder_is_as_good_as_the_hub(tmp_path: Path) -> None:
     folder = tmp_path / "mine"
     theirs = saved_gpt2(folder)
     settings = HubSettings(name=str(folder), seq_length=T)
-    assert settings.summary() == str(folder) and f"{folder}/tokenizer.json" in settings.tokenizer_hint
+    assert (
+        settings.summary() == str(folder) and f"{folder}/tokenizer.json" in settings.tokenizer_hint
+    )
     model, notes, ids = Hub(settings, V - 3), [], random_ids(2)
     assert model.vocab_size == V
     before = scores_of(model.eval(), make_batch(ids))
     random = torch.get_rng_state()
     model.load_published(notes)
     assert torch.equal(torch.get_rng_state(), random)
-    assert torch.equal(scores_of(model, make_batch(ids)), theirs(ids).logits) and not torch.equal(before, theirs(ids).logits)
+    assert torch.equal(scores_of(model, make_batch(ids)), theirs(ids).logits) and not torch.equal(
+        before, theirs(ids).logits
+    )
     assert notes == [f"starts from the published weights of {folder}, from {folder}"]
     fresh = Hub(HubSettings(name=str(folder), seq_length=T, pretrained=False), V).eval()
     fresh.load_published(notes)
-    assert len(notes) == 1 and not torch.equal(scores_of(fresh, make_batch(ids)), theirs(ids).logits)
+    assert len(notes) == 1 and not torch.equal(
+        scores_of(fresh, make_batch(ids)), theirs(ids).logits
+    )
     for changes, vocab_size, told in (
         ({"seq_length": 65}, V, "knows 64 positions, and model.seq_length is 65"),
         ({}, V + 1, "the tokenizer has 41 tokens, and model .* knows 40.*tokenizer.json"),
-        ({"name": str(tmp_path / "absent")}, V, "there is no .*absent/config.json. Correct model.name"),
+        (
+            {"name": str(tmp_path / "absent")},
+            V,
+            "there is no .*absent/config.json. Correct model.name",
+        ),
     ):
         with pytest.raises(UserError, match=f"(?s){told}"):
             Hub(HubSettings(**{"name": str(folder), "seq_length": T, **changes}), vocab_size)
@@ -298,12 +382,15 @@ def saved_gpt2(folder: Path, **changes: Any) -> Any:
 
 
 def preset_of(model: dict, **more: Any) -> Any:
-    return decode_preset({"model": model, "data": {"sources": ["python_stdlib"]}, **more}, Preset, "t", "t")
+    return decode_preset(
+        {"model": model, "data": {"sources": ["python_stdlib"]}, **more}, Preset, "t", "t"
+    )
 
 
 @pytest.mark.slow
 def test_the_menu_counts_without_the_library(tmp_path: Path) -> None:
-    """Neither kind imports transformers or touches the Hub to be shown; nor does the table of models to be imported."""
+    """Neither kind imports transformers or touches the Hub to be shown; nor does the table of
+    models to be imported."""
     assert size_of(preset_of({"type": "hub", "name": "distilgpt2"}), 50257) is None
     code = """
 import json, sys
@@ -321,21 +408,29 @@ print(json.dumps([lines, [*loaded, "transformers" in sys.modules]]))
 """
     lines, slow = run_python(code, hub_env(NO_HUB["HF_ENDPOINT"], tmp_path))
     assert slow == [False, False, False] and not list(tmp_path.iterdir())
-    assert lines[0][0].startswith("124M parameters, 100,000,000 tokens") and lines[0][1].endswith("GB of memory")
-    assert lines[1][0].startswith("distilgpt2 from the Hub, 100,000,000 tokens") and "memory" not in lines[1][1]
+    assert lines[0][0].startswith("124M parameters, 100,000,000 tokens") and lines[0][1].endswith(
+        "GB of memory"
+    )
+    assert (
+        lines[1][0].startswith("distilgpt2 from the Hub, 100,000,000 tokens")
+        and "memory" not in lines[1][1]
+    )
     assert lines[2][0].startswith("gpt2's architecture from the Hub")
 
 
 def test_published_weights_want_their_own_tokenizer() -> None:
     settings = HubSettings(name="distilgpt2")
-    for preset in (preset_of({"type": "hub", "name": "distilgpt2"}), preset_of({"type": "gpt2"}, tokenizer={"type": "byte"})):
+    for preset in (
+        preset_of({"type": "hub", "name": "distilgpt2"}),
+        preset_of({"type": "gpt2"}, tokenizer={"type": "byte"}),
+    ):
         with pytest.raises(UserError, match='"tokenizer": "distilgpt2"'):
             settings.check_tokenizer_section(preset.tokenizer)
         HubSettings(name="distilgpt2", pretrained=False).check_tokenizer_section(preset.tokenizer)
     settings.check_tokenizer_section(preset_of({}, tokenizer="distilgpt2").tokenizer)
 
 
-# the Hub ---------------------------------------------------------------------------------------------------------------
+# the Hub ------------------------------------------------------------------------------------------
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -365,7 +460,8 @@ print(json.dumps(told))
 
 @pytest.fixture(scope="module")
 def tried(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What came of asking a hub for models, in one process, and then, in another, when nothing listened there any more."""
+    """What came of asking a hub for models, in one process, and then, in another, when nothing
+    listened there any more."""
     saved, home = tmp_path_factory.mktemp("saved"), tmp_path_factory.mktemp("home")
     theirs = saved_gpt2(saved)
     files = files_of(saved)
@@ -379,7 +475,9 @@ def tried(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "me/gated": files,
         "me/t5": config(model_type="t5"),
         "me/long": files,
-        "me/new": config(model_type="hyperlm", auto_map={"AutoConfig": "a.B", "AutoModelForCausalLM": "a.C"}),
+        "me/new": config(
+            model_type="hyperlm", auto_map={"AutoConfig": "a.B", "AutoModelForCausalLM": "a.C"}
+        ),
         "me/unknown": config(model_type="hyperlm"),
         "me/small": config(**gpt2 | {"vocab_size": 39}),
         "me/four_bits": config(**gpt2, quantization_config={"quant_method": "gptq", "bits": 4}),
@@ -387,21 +485,29 @@ def tried(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
     fits = {"seq_length": T}
     tries = [("me/tiny", fits, "weights"), ("me/config_only", fits, "config")]
-    tries += [(name, fits if name != "me/long" else {"seq_length": 65}, "weights") for name in refused]
+    tries += [
+        (name, fits if name != "me/long" else {"seq_length": 65}, "weights") for name in refused
+    ]
     with LoopbackHub() as hub:
         for name, found in {"me/tiny": files, "me/config_only": files, **refused}.items():
             if found:
                 hub.add_model(name, found, gated=name == "me/gated")
         online = hub.run(TRY, home, json.dumps(tries))
-    again = [("me/tiny", fits, "weights"), *(("me/config_only", fits, kind) for kind in ("config", "weights"))]
-    offline = run_python(TRY, hub_env(hub.url, home), json.dumps([*again, ("me/not_cached", fits, "config")]))
+    again = [
+        ("me/tiny", fits, "weights"),
+        *(("me/config_only", fits, kind) for kind in ("config", "weights")),
+    ]
+    offline = run_python(
+        TRY, hub_env(hub.url, home), json.dumps([*again, ("me/not_cached", fits, "config")])
+    )
     total = float(sum(p.detach().double().sum() for p in theirs.parameters()))
     return {"online": online, "offline": offline, "requests": hub.requests, "total": total}
 
 
 @pytest.mark.slow
 def test_weights_come_from_the_hub_once_and_a_resume_needs_none(tried: dict[str, Any]) -> None:
-    """Fetched, they are what was saved. With nothing but the cached config, and no network, the architecture is still there."""
+    """Fetched, they are what was saved. With nothing but the cached config, and no network, the
+    architecture is still there."""
     online, offline = tried["online"], tried["offline"]
     assert online["config of me/config_only"][0] == []
     fetched = [request for request in tried["requests"] if "safetensors" in request]
@@ -411,8 +517,13 @@ def test_weights_come_from_the_hub_once_and_a_resume_needs_none(tried: dict[str,
         pytest.approx(tried["total"], abs=1e-9),
     ]
     assert sum(request.startswith("GET") and "me/tiny" in request for request in fetched) == 1
-    assert isinstance(offline["config of me/config_only"], list) and isinstance(offline["weights of me/tiny"], list)
-    for name, part in (("weights of me/config_only", "the weights of"), ("config of me/not_cached", '"type": "gpt2"')):
+    assert isinstance(offline["config of me/config_only"], list) and isinstance(
+        offline["weights of me/tiny"], list
+    )
+    for name, part in (
+        ("weights of me/config_only", "the weights of"),
+        ("config of me/not_cached", '"type": "gpt2"'),
+    ):
         assert "cannot reach 127.0.0.1" in offline[name] and part in offline[name]
 
 
@@ -430,22 +541,36 @@ def test_what_the_hub_refuses_is_said_in_words(tried: dict[str, Any]) -> None:
         "me/no_weights": ["the weights of model", "could not be loaded"],
         "me/long": ["knows 64 positions", 'Write "seq_length": 64 or less'],
     }.items():
-        assert isinstance(told[name], str) and all(part in told[name] for part in parts), f"{name}: {told[name]}"
+        assert isinstance(told[name], str) and all(part in told[name] for part in parts), (
+            f"{name}: {told[name]}"
+        )
 
 
-DISTILGPT2 = {"vocab_size": 330, "n_positions": 64, "n_ctx": 64, "n_embd": 48, "n_layer": 6, "n_head": 4}
-"""distilgpt2's config.json, but for the sizes; its table has more rows than the tokenizer below has tokens."""
+DISTILGPT2 = {
+    "vocab_size": 330,
+    "n_positions": 64,
+    "n_ctx": 64,
+    "n_embd": 48,
+    "n_layer": 6,
+    "n_head": 4,
+}
+"""distilgpt2's config.json, but for the sizes; its table has more rows than the tokenizer below has
+tokens."""
 
 
 def distilgpt2(folder: Path) -> dict[str, bytes]:
-    """What stands in for the repository: six layers, dropout of 0.1, published names, a tokenizer of 310 tokens."""
+    """What stands in for the repository: six layers, dropout of 0.1, published names, a tokenizer
+    of 310 tokens."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     from tests.project import story
 
     saved_gpt2(folder, **DISTILGPT2, bos_token_id=309, eos_token_id=309)
     made = Tokenizer(models.BPE())
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made.pre_tokenizer, made.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     trainer = trainers.BpeTrainer(
         vocab_size=310,
         special_tokens=[AddedToken("<|endoftext|>", special=True)],
@@ -454,19 +579,29 @@ def distilgpt2(folder: Path) -> dict[str, bytes]:
     )
     made.train_from_iterator([story(1)], trainer)
     made.save(str(folder / "tokenizer.json"))
-    facts = {"tokenizer_class": "GPT2TokenizerFast", "eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>"}
+    facts = {
+        "tokenizer_class": "GPT2TokenizerFast",
+        "eos_token": "<|endoftext|>",
+        "bos_token": "<|endoftext|>",
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(facts))
     return files_of(folder)
 
 
 @pytest.mark.slow
 def test_distilgpt2_is_fine_tuned_and_resumed_without_the_hub(tmp_path: Path) -> None:
-    """Through main.py: it begins from the published weights, the loss falls, samples are there, and a resume needs no Hub."""
+    """Through main.py: it begins from the published weights, the loss falls, samples are there, and
+    a resume needs no Hub."""
     preset = {
         "lineage": "t",
         "model": {"type": "hub", "name": "distilgpt2", "seq_length": 32},
         "tokenizer": "distilgpt2",
-        "train": {"per_gpu_batch_size": 8, "learning_rate": 3e-3, "max_steps": 60, "eval_tokens": 500},
+        "train": {
+            "per_gpu_batch_size": 8,
+            "learning_rate": 3e-3,
+            "max_steps": 60,
+            "eval_tokens": 500,
+        },
         "data": {"sources": [{"type": "text", "path": "texts"}], "lanes": 4},
         "generate": {"prompts": ["In year "], "max_tokens": 8},
     }
@@ -474,15 +609,21 @@ def test_distilgpt2_is_fine_tuned_and_resumed_without_the_hub(tmp_path: Path) ->
     project = Project.make(tmp_path / "project", {"t": preset})
     with LoopbackHub() as hub:
         hub.add_model("distilgpt2", distilgpt2(tmp_path / "saved"))
-        env = {k: v for k, v in hub.env(tmp_path / "home").items() if k.startswith(("HF_", "NO_PROXY"))}
+        env = {
+            k: v for k, v in hub.env(tmp_path / "home").items() if k.startswith(("HF_", "NO_PROXY"))
+        }
 
         with pytest.raises(UserError, match='"tokenizer": "distilgpt2"'):
             train_here(wrong, project.folder)
-        assert not list(project.folder.glob("checkpoints/*")) and not list(project.folder.glob("logs/*"))
+        assert not list(project.folder.glob("checkpoints/*")) and not list(
+            project.folder.glob("logs/*")
+        )
 
         result = run(project, "t", env)
         assert result.code == 0, result.text
-        assert "distilgpt2" in result.out and "published weights of distilgpt2" in " ".join(result.out.split())
+        assert "distilgpt2" in result.out and "published weights of distilgpt2" in " ".join(
+            result.out.split()
+        )
     losses = [event["loss"] for event in project.events("step")]
     assert len(losses) == 60 and sum(losses[-5:]) < 0.7 * sum(losses[:5])
     saved = project.checkpoint()
@@ -504,7 +645,8 @@ def run(project: Project, preset: str, env: dict[str, str]) -> Result:
 
 
 def test_what_no_token_has_is_never_sampled() -> None:
-    """A published table may have more rows than the tokenizer has tokens: they would decode to nothing."""
+    """A published table may have more rows than the tokenizer has tokens: they would decode to
+    nothing."""
     from core.contracts import Batch, ModelOutput
     from core.data.tokenizer import build_tokenizer
     from core.generation.engine import Voice, generate
@@ -525,5 +667,7 @@ def test_what_no_token_has_is_never_sampled() -> None:
     seen: list[Tensor] = []
     model = Wide()
     model.register_forward_pre_hook(lambda _, args: seen.append(args[0].input_ids))
-    generate(Voice(model, tokenizer, 64), "a", GenerateSettings(max_tokens=40, no_repeat_ngram=0), seed=1)  # type: ignore[arg-type]
+    generate(
+        Voice(model, tokenizer, 64), "a", GenerateSettings(max_tokens=40, no_repeat_ngram=0), seed=1
+    )  # type: ignore[arg-type]
     assert len(seen) > 2 and int(torch.cat(seen, dim=1).max()) < tokenizer.vocab_size

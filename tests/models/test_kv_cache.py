@@ -1,4 +1,5 @@
-"""Caches: a text read in pieces gives what it gives at once, to the last digits, in every model that has one.
+"""Caches: a text read in pieces gives what it gives at once, to the last digits, in every model
+that has one.
 
 B batch rows, T time, H query heads, K key-value heads, Dh head width
 """
@@ -39,15 +40,26 @@ def at_once(model: nn.Module, ids: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_pieces_give_what_the_whole_gives(name: str) -> None:
-    """However a text is cut; three rows at a time. A model that is not causal has no cache that could be exact."""
+    """However a text is cut; three rows at a time. A model that is not causal has no cache that
+    could be exact."""
     model = build(name).double()
     if call_if_defined(model, "new_cache") is None:
-        assert not model.is_causal or not hasattr(model, "new_cache"), f"{name} is causal, but its cache is not exact"
+        assert not model.is_causal or not hasattr(model, "new_cache"), (
+            f"{name} is causal, but its cache is not exact"
+        )
         return
     ids, cuts = random_ids(3), random.Random(1)
     whole = at_once(model, ids)
-    for pieces in (ALL_AT_ONCE, ONE_BY_ONE, [1, 7, 1, 4, 3], [9, 7], *(random_pieces(cuts) for _ in range(4))):
-        torch.testing.assert_close(in_pieces(model, ids, pieces), whole, atol=EXACT, rtol=0, msg=f"{name}, {pieces}")
+    for pieces in (
+        ALL_AT_ONCE,
+        ONE_BY_ONE,
+        [1, 7, 1, 4, 3],
+        [9, 7],
+        *(random_pieces(cuts) for _ in range(4)),
+    ):
+        torch.testing.assert_close(
+            in_pieces(model, ids, pieces), whole, atol=EXACT, rtol=0, msg=f"{name}, {pieces}"
+        )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -61,7 +73,9 @@ def test_what_was_cut_was_never_read(name: str) -> None:
     for begin, right, end in ((0, 4, 9), (4, 5, 8), (5, 7, 7), (7, 12, T)):
         output = model.extend(torch.cat([ids[:, begin:right], wrong[:, right:end]], dim=1), cache)
         found = output.readout(output.hidden)[:, : right - begin]
-        torch.testing.assert_close(found, whole[:, begin:right], atol=EXACT, rtol=0, msg=f"{name}, from {begin} to {right}")
+        torch.testing.assert_close(
+            found, whole[:, begin:right], atol=EXACT, rtol=0, msg=f"{name}, from {begin} to {right}"
+        )
         cache.cut(right)
 
 
@@ -74,21 +88,27 @@ def test_the_original_baseline_has_one_too() -> None:
     model = build("simple_lm", norm="post", activation="relu", tie_embeddings=False).double()
     ids = random_ids(2)
     for pieces in (ONE_BY_ONE, [5, 1, 10]):
-        torch.testing.assert_close(in_pieces(model, ids, pieces), at_once(model, ids), atol=EXACT, rtol=0)
+        torch.testing.assert_close(
+            in_pieces(model, ids, pieces), at_once(model, ids), atol=EXACT, rtol=0
+        )
 
 
 @pytest.mark.parametrize("name", test_huggingface.CONFIGS)
 def test_an_architecture_of_the_hub_has_an_exact_cache_or_none(name: str) -> None:
-    """Windows of 3 tokens, local attention and distances in place of positions included; what keeps a state has none."""
+    """Windows of 3 tokens, local attention and distances in place of positions included; what keeps
+    a state has none."""
     model = test_huggingface.build(name).double()
     if name == "mamba":
         assert model.new_cache() is None
         return
     ids = random_ids(2)
     whole = at_once(model, ids)
-    exact = EXACT if name == "gpt2" else 1e-6  # the others compute positions or norms in fp32, whatever the weights are in
+    # the others compute positions or norms in fp32, whatever the weights are in
+    exact = EXACT if name == "gpt2" else 1e-6
     for pieces in (ONE_BY_ONE, [7, 1, 8]):
-        torch.testing.assert_close(in_pieces(model, ids, pieces), whole, atol=exact, rtol=0, msg=f"{name}, {pieces}")
+        torch.testing.assert_close(
+            in_pieces(model, ids, pieces), whole, atol=exact, rtol=0, msg=f"{name}, {pieces}"
+        )
 
 
 def test_a_cache_that_is_not_exact_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +125,7 @@ def test_a_cache_that_is_not_exact_is_not_used(monkeypatch: pytest.MonkeyPatch) 
     assert tries == [5, 1] and model.training
 
 
-# its parts -----------------------------------------------------------------------------------------------------------
+# its parts ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("H", "K"), [(4, 4), (4, 2), (6, 1)])
@@ -122,7 +142,8 @@ def test_attention_to_the_past_is_attention(H: int, K: int) -> None:
 
 
 def test_a_cache_grows_by_doubling() -> None:
-    """Layers of their own; what was there stays; memory is asked for a few times, not at every token."""
+    """Layers of their own; what was there stays; memory is asked for a few times, not at every
+    token."""
     random = torch.Generator().manual_seed(0)
     n = 5 * FIRST_CAPACITY
     keys, values = (torch.randn(2, 3, n, 4, generator=random) for _ in range(2))
@@ -130,19 +151,24 @@ def test_a_cache_grows_by_doubling() -> None:
     for i in range(n):
         assert cache.length == i
         for layer in (0, 1):
-            k, v = cache.extend(layer, keys[:, :, i : i + 1] + layer, values[:, :, i : i + 1] - layer)
-            assert torch.equal(k, keys[:, :, : i + 1] + layer) and torch.equal(v, values[:, :, : i + 1] - layer)
+            k, v = cache.extend(
+                layer, keys[:, :, i : i + 1] + layer, values[:, :, i : i + 1] - layer
+            )
+            assert torch.equal(k, keys[:, :, : i + 1] + layer) and torch.equal(
+                v, values[:, :, : i + 1] - layer
+            )
             assert cache.length == i + layer, "the new positions count when the last layer has them"
             buffers.add((layer, k.data_ptr()))
     assert len(buffers) == 2 * 4  # 64, 128, 256 and 512 positions
 
 
-# generation ----------------------------------------------------------------------------------------------------------
+# generation ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_generation_says_the_same_with_a_cache(name: str) -> None:
-    """Beyond the context too, where every token reads it all; within it, each token is read once."""
+    """Beyond the context too, where every token reads it all; within it, each token is read
+    once."""
     torch.manual_seed(1)
     model = MODELS[name][1](tiny_settings(name, seq_length=24), V).double().eval()
     settings = GenerateSettings(max_tokens=40, no_repeat_ngram=0, temperature=2.0, top_p=1.0)

@@ -32,13 +32,22 @@ CAUSAL = [name for name, (_, cls) in MODELS.items() if cls.is_causal]
 
 @lru_cache
 def hub_folder() -> str:
-    """A tiny GPT-2 as the Hub has them; a folder, as the library reads the Hub's address once in a process."""
+    """A tiny GPT-2 as the Hub has them; a folder, as the library reads the Hub's address once in a
+    process."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     folder = tempfile.mkdtemp(prefix="zeroarg-test-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     torch.manual_seed(4)
-    config = GPT2Config(vocab_size=V, n_positions=512, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+    config = GPT2Config(
+        vocab_size=V,
+        n_positions=512,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     GPT2LMHeadModel(config).save_pretrained(folder)
     return folder
 
@@ -53,13 +62,15 @@ def tiny_settings(name: str, **changes: Any) -> Any:
 
 def build(name: str, **changes: Any) -> nn.Module:
     """A tiny model of a kind, in evaluation mode."""
-    settings = tiny_settings(name, seq_length=T, **changes)  # first: making the folder of the Hub's model draws numbers, once
+    # first: making the folder of the Hub's model draws numbers, once
+    settings = tiny_settings(name, seq_length=T, **changes)
     torch.manual_seed(1)
     return MODELS[name][1](settings, V).eval()
 
 
 def make_batch(input_ids: Tensor, lengths: list[list[int]] | None = None) -> Batch:
-    """A batch of one document a row, or of packed documents of these lengths; targets are random."""
+    """A batch of one document a row, or of packed documents of these lengths; targets are
+    random."""
     B, width = input_ids.shape
     lengths = lengths or [[width]] * B
     positions = [torch.cat([torch.arange(n) for n in row]) for row in lengths]
@@ -67,7 +78,9 @@ def make_batch(input_ids: Tensor, lengths: list[list[int]] | None = None) -> Bat
     labels = torch.randint(0, V, input_ids.shape, generator=torch.Generator().manual_seed(3))
     sources = torch.zeros_like(input_ids, dtype=torch.int32)
     packed = any(len(row) > 1 for row in lengths)
-    return Batch(input_ids, labels, torch.stack(positions), torch.stack(documents).int(), sources, packed)
+    return Batch(
+        input_ids, labels, torch.stack(positions), torch.stack(documents).int(), sources, packed
+    )
 
 
 def random_ids(rows: int, width: int = T, seed: int = 2) -> Tensor:
@@ -83,7 +96,8 @@ def scores_of(model: nn.Module, batch: Batch) -> Tensor:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_shapes(name: str) -> None:
-    """hidden (B, T, D), scores (B, T, V), for full and for shorter rows; the readout shows the input embedding table."""
+    """hidden (B, T, D), scores (B, T, V), for full and for shorter rows; the readout shows the
+    input embedding table."""
     model = build(name)
     assert model.vocab_size == V
     for width in (T, 5, 1):
@@ -97,7 +111,8 @@ def test_shapes(name: str) -> None:
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", CAUSAL)
 def test_no_leak_from_the_future(name: str, packed: bool) -> None:
-    """Another token at t changes nothing before t: exactly nothing, in float64; and it does change position t."""
+    """Another token at t changes nothing before t: exactly nothing, in float64; and it does change
+    position t."""
     model = build(name).double()
     lengths = [[6, 10], [16]] if packed else None
     ids = random_ids(2)
@@ -112,7 +127,8 @@ def test_no_leak_from_the_future(name: str, packed: bool) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_no_leak_between_packed_documents(name: str) -> None:
-    """Other tokens in one document change exactly nothing in its neighbours, before and after it."""
+    """Other tokens in one document change exactly nothing in its neighbours, before and after
+    it."""
     model = build(name).double()
     lengths = [[5, 4, 7]]
     ids = random_ids(1)
@@ -139,7 +155,8 @@ def test_a_packed_document_is_as_if_alone(name: str) -> None:
 @pytest.mark.parametrize("name", CAUSAL)
 @pytest.mark.parametrize("first", [0, V - 1])
 def test_rows_that_begin_with_padding_or_end_tokens_give_no_nan(name: str, first: int) -> None:
-    """Pad and end-of-document share an id: a mask by id would hide every key of such a row. Gradients are finite too."""
+    """Pad and end-of-document share an id: a mask by id would hide every key of such a row.
+    Gradients are finite too."""
     for packed in (False, True):
         model = build(name)
         ids = random_ids(3)
@@ -176,7 +193,9 @@ def test_overfits_one_batch(name: str) -> None:
         optimizer.step()
         if hook := getattr(model, "after_optimizer_step", None):
             hook()
-    assert first > 2.0 and loss < 0.1, f"loss {loss:.2f} after {step + 1} steps, {first:.2f} at first"
+    assert first > 2.0 and loss < 0.1, (
+        f"loss {loss:.2f} after {step + 1} steps, {first:.2f} at first"
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -200,7 +219,11 @@ def test_dropout_is_off_by_default(name: str) -> None:
     """Hugging Face's GPT-2 silently brings 0.1."""
     model = MODELS[name][1](tiny_settings(name), V)
     assert all(module.p == 0.0 for module in model.modules() if isinstance(module, nn.Dropout))
-    assert all(module.dropout == 0.0 for module in model.modules() if isinstance(module, nn.MultiheadAttention))
+    assert all(
+        module.dropout == 0.0
+        for module in model.modules()
+        if isinstance(module, nn.MultiheadAttention)
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -221,12 +244,15 @@ def test_a_copy_is_a_model_of_its_own(name: str) -> None:
     with torch.no_grad():
         for p in other.parameters():
             p.zero_()
-    assert torch.equal(scores_of(model, batch), before) and not torch.equal(scores_of(other, batch), before)
+    assert torch.equal(scores_of(model, batch), before) and not torch.equal(
+        scores_of(other, batch), before
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_tied_tables_are_one_parameter(name: str) -> None:
-    """What the readout reads is in the model, and where it is the embedding table it is the very same parameter, listed once."""
+    """What the readout reads is in the model, and where it is the embedding table it is the very
+    same parameter, listed once."""
     model = build(name)
     readout = model(make_batch(random_ids(1))).readout
     listed = {id(p): key for key, p in model.named_parameters()}
@@ -236,7 +262,9 @@ def test_tied_tables_are_one_parameter(name: str) -> None:
         assert listed[id(readout.table)] == "transformer.wte.weight"
 
 
-@pytest.mark.parametrize("name", [name for name, (settings, _) in MODELS.items() if hasattr(settings, "num_parameters")])
+@pytest.mark.parametrize(
+    "name", [name for name, (settings, _) in MODELS.items() if hasattr(settings, "num_parameters")]
+)
 def test_counting_without_building_counts_right(name: str) -> None:
     """What the menu says, for several sizes; None is an answer too."""
     for changes in (
@@ -245,12 +273,19 @@ def test_counting_without_building_counts_right(name: str) -> None:
         {"hidden_size": 48, "intermediate_size": 7},
     ):
         fields = MODELS[name][0].model_fields
-        known = {k: v for k, v in changes.items() if k in fields and (v is not None or fields[k].default is None)}
+        known = {
+            k: v
+            for k, v in changes.items()
+            if k in fields and (v is not None or fields[k].default is None)
+        }
         settings = tiny_settings(name, **known)
-        assert settings.num_parameters(V) in (None, sum(p.numel() for p in MODELS[name][1](settings, V).parameters()))
+        assert settings.num_parameters(V) in (
+            None,
+            sum(p.numel() for p in MODELS[name][1](settings, V).parameters()),
+        )
 
 
-# the baseline --------------------------------------------------------------------------------------------------------
+# the baseline -------------------------------------------------------------------------------------
 
 
 def test_dropout_works_when_asked_for() -> None:
@@ -264,11 +299,16 @@ def golden(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
     """(inputs and outputs, weights, numbers) computed with the original."""
     folder = GOLDEN / name
     expected = json.loads((folder / "expected.json").read_text())
-    return load_file(folder / "io.safetensors"), load_file(folder / "state_dict.safetensors"), expected
+    return (
+        load_file(folder / "io.safetensors"),
+        load_file(folder / "state_dict.safetensors"),
+        expected,
+    )
 
 
 def test_the_original_baseline_is_reproduced() -> None:
-    """Post-norm, relu, untied, its state dict loaded by name: hidden states, logits and cross-entropy of the original."""
+    """Post-norm, relu, untied, its state dict loaded by name: hidden states, logits and
+    cross-entropy of the original."""
     seen, weights, expected = golden("muzero")
     config = expected["config"]
     settings = SimpleLMSettings(
@@ -287,12 +327,15 @@ def test_the_original_baseline_is_reproduced() -> None:
     ids = seen["input_ids"]
     output = model(make_batch(ids))
     logits = output.readout(output.hidden)
-    real = ids != expected["pad_token_id"]  # the original hides padding by its id from what comes after: only padding does
+    # the original hides padding by its id from what comes after: only padding does
+    real = ids != expected["pad_token_id"]
     assert real.sum() == real.numel() - 4
     torch.testing.assert_close(output.hidden[real], seen["hidden"][real], atol=1e-4, rtol=0)
     torch.testing.assert_close(logits[real], seen["logits"][real], atol=1e-4, rtol=0)
     labels = ids[:, 1:].masked_fill(ids[:, 1:] == expected["pad_token_id"], IGNORE_INDEX)
-    total = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+    total = F.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+    )
     assert (labels != IGNORE_INDEX).sum() == expected["ce_valid_tokens"]
     assert total.item() == pytest.approx(expected["ce_sum"], rel=1e-5)
 
@@ -331,7 +374,8 @@ def gpt2_settings(config: dict) -> SimpleLMSettings:
 
 
 def test_with_gpt2_weights_it_is_gpt2() -> None:
-    """Pre-norm, gelu_tanh and tied, the baseline is GPT-2: same logits, same loss; and labels shifted once, not twice."""
+    """Pre-norm, gelu_tanh and tied, the baseline is GPT-2: same logits, same loss; and labels
+    shifted once, not twice."""
     seen, weights, expected = golden("gpt2_tiny")
     model = SimpleLM(gpt2_settings(expected["config"]), expected["config"]["vocab_size"])
     model.load_state_dict(from_gpt2(weights), strict=True)
@@ -349,7 +393,11 @@ def test_it_equals_the_installed_transformers_gpt2() -> None:
 
     config = {"vocab_size": V, "n_positions": T, "n_embd": 48, "n_layer": 3, "n_head": 3}
     torch.manual_seed(0)
-    theirs = GPT2LMHeadModel(GPT2Config(**config, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)).eval().double()
+    theirs = (
+        GPT2LMHeadModel(GPT2Config(**config, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+        .eval()
+        .double()
+    )
     with torch.no_grad():
         for p in theirs.parameters():
             p.add_(0.1 * torch.randn_like(p))
@@ -357,11 +405,14 @@ def test_it_equals_the_installed_transformers_gpt2() -> None:
     mine.load_state_dict(from_gpt2(theirs.state_dict()), strict=True)
     ids = random_ids(3)
     output = mine(make_batch(ids))
-    torch.testing.assert_close(output.readout(output.hidden), theirs(ids).logits, atol=1e-10, rtol=0)
+    torch.testing.assert_close(
+        output.readout(output.hidden), theirs(ids).logits, atol=1e-10, rtol=0
+    )
 
 
 def test_more_positions_change_nothing_for_the_old_ones() -> None:
-    """extend_max_seq_len: known positions keep their bits, longer rows work, and a shorter length is no request."""
+    """extend_max_seq_len: known positions keep their bits, longer rows work, and a shorter length
+    is no request."""
     model = build("simple_lm")
     batch, long_ids = make_batch(random_ids(2)), random_ids(2, 2 * T)
     before, table = model(batch).hidden, model.pos_embedding.weight.detach().clone()
@@ -369,14 +420,17 @@ def test_more_positions_change_nothing_for_the_old_ones() -> None:
     assert model.max_seq_len == 2 * T and torch.equal(model.pos_embedding.weight[:T], table)
     assert torch.equal(model(batch).hidden, before)
     long = model(make_batch(long_ids)).hidden
-    torch.testing.assert_close(long[:, :T], model(make_batch(long_ids[:, :T])).hidden, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        long[:, :T], model(make_batch(long_ids[:, :T])).hidden, atol=1e-5, rtol=0
+    )
     assert long.isfinite().all() and 0.01 < model.pos_embedding.weight[T:].std() < 0.03
     model.extend_max_seq_len(T)
     assert model.max_seq_len == 2 * T
 
 
 def test_the_longer_position_table_wins_when_loading() -> None:
-    """A checkpoint of shorter rows gets the new rows added; one of longer rows keeps all of its own."""
+    """A checkpoint of shorter rows gets the new rows added; one of longer rows keeps all of its
+    own."""
     short, notes = build("simple_lm"), []
     saved = short.state_dict()
     longer = SimpleLM(SimpleLMSettings(**short.settings.model_dump() | {"seq_length": 2 * T}), V)

@@ -29,7 +29,13 @@ from tests.models.test_models import GOLDEN, golden, make_batch
 SEEN, WEIGHTS, EXPECTED = golden("neobert")
 CONFIG = json.loads((GOLDEN / "neobert" / "names_shapes.json").read_text())["config"]
 V = 101
-TINY = {"hidden_size": 48, "num_layers": 3, "num_heads": 4, "intermediate_size": 100, "seq_length": 32}
+TINY = {
+    "hidden_size": 48,
+    "num_layers": 3,
+    "num_heads": 4,
+    "intermediate_size": 100,
+    "seq_length": 32,
+}
 REAL = SEEN["attention_mask"].bool()
 
 
@@ -66,7 +72,7 @@ def close(found: Tensor, expected: Tensor, atol: float = 1e-4) -> None:
     torch.testing.assert_close(found, expected.to(found.dtype), atol=atol, rtol=0)
 
 
-# the published code -----------------------------------------------------------------------------------------------------
+# the published code -------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -108,7 +114,9 @@ def _half_split(_: NeoBERT, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(neobert, "rotate", polychromatic.rotate)
 
 
-@pytest.mark.parametrize("wrong, differs", [(_gate_second, 1.0), (_whole_thirds, 1.0), (_half_split, 1.0), (None, 1e-3)])
+@pytest.mark.parametrize(
+    "wrong, differs", [(_gate_second, 1.0), (_whole_thirds, 1.0), (_half_split, 1.0), (None, 1e-3)]
+)
 @torch.no_grad()
 def test_other_readings_of_it_are_told_apart(
     wrong: Callable[..., None] | None, differs: float, monkeypatch: pytest.MonkeyPatch
@@ -117,7 +125,9 @@ def test_other_readings_of_it_are_told_apart(
     model = loaded(norm_eps=1e-6 if wrong is None else 1e-5)
     if wrong is not None:
         wrong(model, monkeypatch)
-    assert (logits_of(model, padded_batch())[REAL] - SEEN["logits_masked"][REAL]).abs().max() > differs
+    assert (
+        logits_of(model, padded_batch())[REAL] - SEEN["logits_masked"][REAL]
+    ).abs().max() > differs
 
 
 def test_the_published_names_shapes_and_size() -> None:
@@ -127,12 +137,20 @@ def test_the_published_names_shapes_and_size() -> None:
     settings = NeoBERTSettings()
     with torch.device("meta"):
         model = NeoBERT(settings, 30522)
-    assert {name: list(t.shape) for name, t in model.state_dict().items()} == shapes and len(shapes) == 172
-    assert sum(p.numel() for p in model.parameters()) == settings.num_parameters(30522) == 245_136_954
+    assert {name: list(t.shape) for name, t in model.state_dict().items()} == shapes and len(
+        shapes
+    ) == 172
+    assert (
+        sum(p.numel() for p in model.parameters()) == settings.num_parameters(30522) == 245_136_954
+    )
     assert not list(model.buffers())
     with torch.device("meta"):
         model = NeoBERT(NeoBERTSettings(head="distance"), 30522)
-    assert set(shapes) ^ set(model.state_dict()) == {"decoder.weight", "decoder.bias", "dist_head.weight"}
+    assert set(shapes) ^ set(model.state_dict()) == {
+        "decoder.weight",
+        "decoder.bias",
+        "dist_head.weight",
+    }
 
 
 def test_it_begins_as_published() -> None:
@@ -141,13 +159,16 @@ def test_it_begins_as_published() -> None:
         if p.ndim == 1:
             assert (p == float(name.endswith("norm.weight"))).all(), name
         else:
-            assert p.abs().max() <= 0.02 and p.std().item() == pytest.approx(0.02 / 3**0.5, rel=0.05), name
+            assert p.abs().max() <= 0.02 and p.std().item() == pytest.approx(
+                0.02 / 3**0.5, rel=0.05
+            ), name
             assert p.abs().sum(-1).min() > 0
 
 
 @torch.no_grad()
 def test_it_sees_all_of_a_document_and_nothing_else() -> None:
-    """A packed document, or one before padding, is as if alone; the first of its tokens depends on the last."""
+    """A packed document, or one before padding, is as if alone; the first of its tokens depends on
+    the last."""
     model, ids = loaded(), ids_of(1, 24)
     packed = model(make_batch(ids, [[5, 1, 7, 11]])).hidden
     for start, stop in ((0, 5), (5, 6), (6, 13), (13, 24)):
@@ -171,7 +192,7 @@ def test_bf16_stays_near() -> None:
     close(turn[0], exact[0], 1e-3)
 
 
-# memory -----------------------------------------------------------------------------------------------------------------
+# memory -------------------------------------------------------------------------------------------
 
 
 def kept_for_backward(model: NeoBERT, batch: Batch, bf16: bool = False) -> int:
@@ -187,8 +208,8 @@ def kept_for_backward(model: NeoBERT, batch: Batch, bf16: bool = False) -> int:
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_what_a_layer_keeps_is_what_the_menu_says(bf16: bool) -> None:
-    """Two layers more, at a length where a CPU's attention keeps no scores in bf16 either; autocast's copies of the weights are
-    the little that is over."""
+    """Two layers more, at a length where a CPU's attention keeps no scores in bf16 either;
+    autocast's copies of the weights are the little that is over."""
     sizes = {"hidden_size": 96, "num_heads": 4, "intermediate_size": 384, "seq_length": 520}
     batch = make_batch(ids_of(8, 520))
     settings = [NeoBERTSettings(**sizes, num_layers=layers) for layers in (1, 3)]
@@ -211,7 +232,7 @@ def test_blocks_below_the_first_trained_parameter_keep_nothing() -> None:
     }
 
 
-# the head of distances --------------------------------------------------------------------------------------------------
+# the head of distances ----------------------------------------------------------------------------
 
 
 def unit_rows(table: Tensor) -> Tensor:
@@ -243,7 +264,11 @@ def test_prototypes_begin_as_a_table_on_the_unit_sphere(changes: dict, origin: s
     assert readout.provides == "distances" and readout.linear[0] is model.dist_head.weight
     assert readout.table is model.model.encoder.weight
     if "keep_decoder" in changes:
-        assert baseline.provides == "logits" and baseline.linear[0] is model.decoder.weight and baseline.table is readout.table
+        assert (
+            baseline.provides == "logits"
+            and baseline.linear[0] is model.decoder.weight
+            and baseline.table is readout.table
+        )
         assert not model.decoder.weight.requires_grad and not model.decoder.bias.requires_grad
     else:
         assert baseline is None and build().baseline_readout() is None
@@ -259,16 +284,22 @@ def test_distances_are_those_between_unit_vectors() -> None:
 def test_every_step_ends_on_the_unit_sphere() -> None:
     """While the decoder beside it stays as it is; frozen prototypes are left alone, to the bit."""
     model = build(head="distance", keep_decoder=True).train()
-    optimizer = Optimizer(list(model.named_parameters()), {"dist_head.weight"}, TrainSettings(learning_rate=1e-2))
+    optimizer = Optimizer(
+        list(model.named_parameters()), {"dist_head.weight"}, TrainSettings(learning_rate=1e-2)
+    )
     kept, before = model.decoder.weight.clone(), model.dist_head.weight.detach().clone()
     for step in range(5):
         batch = make_batch(ids_of(2, 16, seed=step))
-        F.cross_entropy(-20.0 * logits_of(model, batch).flatten(0, 1), batch.labels.flatten()).backward()
+        F.cross_entropy(
+            -20.0 * logits_of(model, batch).flatten(0, 1), batch.labels.flatten()
+        ).backward()
         optimizer.step(1.0)
         model.after_optimizer_step()
         assert off_sphere(model) < 1e-6
         optimizer.zero_grad()
-    assert torch.equal(model.decoder.weight, kept) and not torch.allclose(model.dist_head.weight, before)
+    assert torch.equal(model.decoder.weight, kept) and not torch.allclose(
+        model.dist_head.weight, before
+    )
     with torch.no_grad():
         model.dist_head.weight.mul_(2.0)
     model.dist_head.weight.requires_grad_(False)
@@ -288,11 +319,12 @@ def test_settings_that_do_not_go_together_are_refused() -> None:
             NeoBERTSettings(**TINY | changes)
 
 
-# weights made before ----------------------------------------------------------------------------------------------------
+# weights made before ------------------------------------------------------------------------------
 
 
 def test_weights_without_prototypes_get_them() -> None:
-    """From the table or the decoder that was saved, not from the random one; a decoder that is not kept is left out."""
+    """From the table or the decoder that was saved, not from the random one; a decoder that is not
+    kept is left out."""
     for changes, origin in (
         ({}, "model.encoder.weight"),
         ({"prototypes": "decoder"}, "decoder.weight"),
@@ -302,7 +334,10 @@ def test_weights_without_prototypes_get_them() -> None:
         model.prepare_load(saved, notes)
         load_model(model, saved, "here")
         close(model.dist_head.weight, unit_rows(WEIGHTS[origin]), 1e-6)
-        assert off_sphere(model) < 1e-6 and notes[0] == f"the prototypes begin as the rows of {origin}, scaled to length 1"
+        assert (
+            off_sphere(model) < 1e-6
+            and notes[0] == f"the prototypes begin as the rows of {origin}, scaled to length 1"
+        )
         if "keep_decoder" in changes:
             assert torch.equal(model.decoder.weight, WEIGHTS["decoder.weight"]) and len(notes) == 1
         else:
@@ -310,7 +345,8 @@ def test_weights_without_prototypes_get_them() -> None:
 
 
 def test_weights_with_prototypes_keep_them_to_the_bit() -> None:
-    """A run goes on from where it was; what is not on the sphere comes back to it; another head leaves them out."""
+    """A run goes on from where it was; what is not on the sphere comes back to it; another head
+    leaves them out."""
     trained = loaded(head="distance", keep_decoder=True).float()
     with torch.no_grad():
         trained.dist_head.weight.copy_(unit_rows(torch.randn(V, 48)))
@@ -343,16 +379,21 @@ def test_a_head_that_nothing_can_be_made_of_is_refused() -> None:
             load_model(model, saved, "here")
 
 
-# the whole way ----------------------------------------------------------------------------------------------------------
+# the whole way ------------------------------------------------------------------------------------
 
 MASKED = SEEN["labels"] != IGNORE_INDEX
 
 
 @pytest.mark.parametrize("name, distance", [("sq", "squared"), ("euclid", "euclidean")])
 @pytest.mark.parametrize("h_exp", [-12, -4])
-def test_the_loss_of_the_published_model_with_prototypes(name: str, distance: str, h_exp: int) -> None:
-    """From token ids to the negative log-likelihood of each masked token, prototypes made of the published embeddings."""
-    expected = json.loads((GOLDEN / "harmonic" / "expected.json").read_text())["neobert_end_to_end"][f"{name}_h{h_exp}"]
+def test_the_loss_of_the_published_model_with_prototypes(
+    name: str, distance: str, h_exp: int
+) -> None:
+    """From token ids to the negative log-likelihood of each masked token, prototypes made of the
+    published embeddings."""
+    expected = json.loads((GOLDEN / "harmonic" / "expected.json").read_text())[
+        "neobert_end_to_end"
+    ][f"{name}_h{h_exp}"]
     model, batch = loaded(head="distance"), replace(padded_batch(), labels=SEEN["labels"])
     stack = LossStack([Harmonic(HarmonicSettings(h_exp=float(h_exp), distance=distance))])
     terms = stack.measure(model(batch), batch, 0.0, 1).terms
@@ -363,8 +404,14 @@ def test_the_loss_of_the_published_model_with_prototypes(name: str, distance: st
 def test_only_masked_positions_reach_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
     scored: list[int] = []
     forward = SphereScores.forward
-    monkeypatch.setattr(SphereScores, "forward", lambda self, hidden: scored.append(len(hidden)) or forward(self, hidden))
+    monkeypatch.setattr(
+        SphereScores,
+        "forward",
+        lambda self, hidden: scored.append(len(hidden)) or forward(self, hidden),
+    )
     model, batch = loaded(head="distance"), replace(padded_batch(), labels=SEEN["labels"])
-    total, _ = LossStack([Harmonic(HarmonicSettings())])(model(batch), batch, int(MASKED.sum()), 0.0, 1)
+    total, _ = LossStack([Harmonic(HarmonicSettings())])(
+        model(batch), batch, int(MASKED.sum()), 0.0, 1
+    )
     total.backward()
     assert sum(scored) == int(MASKED.sum()) < MASKED.numel()

@@ -26,11 +26,14 @@ from tests.models.test_neobert import (
 
 
 def published(folder: Path, config: dict | None = None, **tensors: Tensor | None) -> Path:
-    """A folder as the Hub has it, with the golden's weights; None takes a tensor away (its name with "__" for dots)."""
+    """A folder as the Hub has it, with the golden's weights; None takes a tensor away (its name
+    with "__" for dots)."""
     folder.mkdir(exist_ok=True)
     changed = {name.replace("__", "."): t for name, t in tensors.items()}
     weights = {name: t for name, t in (WEIGHTS | changed).items() if t is not None}
-    (folder / "config.json").write_text(json.dumps({"model_type": "neobert", **CONFIG, **(config or {})}))
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "neobert", **CONFIG, **(config or {})})
+    )
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -64,11 +67,15 @@ def test_published_weights_arrive(tmp_path: Path) -> None:
         ({"model__pooler__weight": torch.zeros(2)}, "model.pooler.weight is unknown here"),
     ],
 )
-def test_weights_of_another_model_are_refused_by_name(tensors: dict, told: str, tmp_path: Path) -> None:
+def test_weights_of_another_model_are_refused_by_name(
+    tensors: dict, told: str, tmp_path: Path
+) -> None:
     """And nothing of them is loaded."""
     folder = published(tmp_path / "mine", **tensors)
     model, before = build(name=str(folder)), build().state_dict()
-    with pytest.raises(CheckpointError, match=f"(?s)model.safetensors of .*mine.*{told}.*Take another model.name"):
+    with pytest.raises(
+        CheckpointError, match=f"(?s)model.safetensors of .*mine.*{told}.*Take another model.name"
+    ):
         model.load_published([])
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
@@ -95,7 +102,10 @@ def test_files_that_cannot_be_read_are_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model.safetensors of .* cannot be read"):
         load_from(folder)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"(?s)there is no .*model.safetensors.*may hold code.*never run.*random weights"):
+    with pytest.raises(
+        UserError,
+        match=r"(?s)there is no .*model.safetensors.*may hold code.*never run.*random weights",
+    ):
         load_from(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config.json of model .* cannot be read"):
@@ -136,7 +146,8 @@ print(json.dumps(told))
 
 @pytest.mark.slow
 def test_the_hub_is_asked_once_and_what_it_refuses_is_said(tmp_path: Path) -> None:
-    """Fetched weights are what was saved, also from the cache alone; no code of a repository is looked at."""
+    """Fetched weights are what was saved, also from the cache alone; no code of a repository is
+    looked at."""
     files = {path.name: path.read_bytes() for path in published(tmp_path / "mine").iterdir()}
     config = {"config.json": files["config.json"]}
     files["model.py"] = b"raise SystemExit('code of the Hub was run')"
@@ -148,18 +159,31 @@ def test_the_hub_is_asked_once_and_what_it_refuses_is_said(tmp_path: Path) -> No
         hub.add_model("me/old", config | {"pytorch_model.bin": b"code"})
         hub.add_model("me/less", config | {"model.safetensors": save(fewer)})
         online = hub.run(TRY, home, sizes, "me/tiny", "me/absent", "me/gated", "me/old", "me/less")
-        fetched = [request for request in hub.requests if request.startswith("GET") and "me/tiny" in request]
+        fetched = [
+            request
+            for request in hub.requests
+            if request.startswith("GET") and "me/tiny" in request
+        ]
     offline = run_python(TRY, hub_env(hub.url, home), sizes, "me/tiny", "me/absent")
     total = float(sum(t.double().sum() for t in WEIGHTS.values()))
     for told in (online, offline):
-        assert told["me/tiny"][0] == ["starts from the published weights of me/tiny, from the Hugging Face Hub"]
+        assert told["me/tiny"][0] == [
+            "starts from the published weights of me/tiny, from the Hugging Face Hub"
+        ]
         assert told["me/tiny"][1] == pytest.approx(total, abs=1e-9)
-    assert sum("model.safetensors" in request for request in fetched) == 1 and not any(".py" in r for r in hub.requests)
+    assert sum("model.safetensors" in request for request in fetched) == 1 and not any(
+        ".py" in r for r in hub.requests
+    )
     for name, parts in {
         "me/absent": ["not on the Hub, or is private", "check the spelling", "random weights"],
         "me/gated": ["me/gated is gated", "agree to the terms", "HF_TOKEN="],
         "me/old": ["me/old has no model.safetensors", "may hold code, which is never run"],
         "me/less": ["model.safetensors of me/less", "decoder.bias is missing there"],
     }.items():
-        assert isinstance(online[name], str) and all(part in online[name] for part in parts), f"{name}: {online[name]}"
-    assert "cannot reach 127.0.0.1" in offline["me/absent"] and "the local cache does not have it" in offline["me/absent"]
+        assert isinstance(online[name], str) and all(part in online[name] for part in parts), (
+            f"{name}: {online[name]}"
+        )
+    assert (
+        "cannot reach 127.0.0.1" in offline["me/absent"]
+        and "the local cache does not have it" in offline["me/absent"]
+    )

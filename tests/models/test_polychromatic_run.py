@@ -1,4 +1,5 @@
-"""PolychromaticLM inside the program: what a run tells of its routing, that it resumes to the same bits, what the menu shows."""
+"""PolychromaticLM inside the program: what a run tells of its routing, that it resumes to the same
+bits, what the menu shows."""
 
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,14 @@ MODEL = {"type": "polychromatic", "seq_length": 32, **TINY_SIZES}
 
 
 def routed(root: Path, steps: int, routing: dict | None = None, **train: Any) -> Any:
-    return session(root, model={**MODEL, "routing": routing or {}}, train={"max_steps": steps, **train})
+    return session(
+        root, model={**MODEL, "routing": routing or {}}, train={"max_steps": steps, **train}
+    )
 
 
 def test_steps_tell_of_temperature_and_routing(tmp_path: Path) -> None:
-    """tau is 1 at the first update and 0.1 at the last; entropies are at most ln 4, the static one there at the start."""
+    """tau is 1 at the first update and 0.1 at the last; entropies are at most ln 4, the static one
+    there at the start."""
     finish(routed(tmp_path, 4))
     told = [event["model"] for event in events(tmp_path, "step")]
     assert [each["tau"] for each in told] == pytest.approx([1.0, 0.7, 0.4, 0.1], abs=1e-6)
@@ -34,7 +38,9 @@ def test_steps_tell_of_temperature_and_routing(tmp_path: Path) -> None:
         "dynamic_routing_entropy/mean",
         *(f"dynamic_routing_entropy/layer_{i}" for i in (0, 1)),
     }
-    assert all(set(each) == names and each["dynamic_routing_entropy/mean"] <= 1.3863 for each in told)
+    assert all(
+        set(each) == names and each["dynamic_routing_entropy/mean"] <= 1.3863 for each in told
+    )
 
 
 @pytest.mark.parametrize("pool", ["causal", "sequence"])
@@ -52,7 +58,9 @@ def test_resuming_equals_not_stopping_noise_included(pool: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(("pool", "causal"), [("causal", True), ("sequence", False)])
-def test_a_model_that_sees_the_future_says_so_wherever_its_numbers_are_shown(pool: str, causal: bool, tmp_path: Path) -> None:
+def test_a_model_that_sees_the_future_says_so_wherever_its_numbers_are_shown(
+    pool: str, causal: bool, tmp_path: Path
+) -> None:
     built = routed(tmp_path, 2, {"pool": pool}, eval_tokens=200)
     finish(built)
     evaluation = events(tmp_path, "eval")[-1]
@@ -63,7 +71,9 @@ def test_a_model_that_sees_the_future_says_so_wherever_its_numbers_are_shown(poo
         screen.update(event)
     shown = screen.frame(100, 40, evaluation["time"]).plain
     lines = [line for event in (start, evaluation) for line in describe(event, {})]
-    assert shown.count(NOT_CAUSAL) == sum(NOT_CAUSAL in line for line in lines) == (0 if causal else 2)
+    assert (
+        shown.count(NOT_CAUSAL) == sum(NOT_CAUSAL in line for line in lines) == (0 if causal else 2)
+    )
     assert "route entropy" in shown and "layer_0" not in shown
 
 
@@ -71,12 +81,19 @@ def test_the_menu_tells_which_cards_the_full_size_fits() -> None:
     preset = read_preset(ROOT / "configs" / "21_polychromatic_600m_causal.json", Preset)
     lines = _training_lines(preset, detect_runtime())
     assert lines[0] == "597M parameters, 100,000,000 tokens, 100 runs in steps of 524,288"
-    assert lines[-1].startswith("micro-batches that fit a card in bf16: 2 rows on 24 GB, 12 rows on 80 GB, 24 rows on 141 GB")
+    assert lines[-1].startswith(
+        "micro-batches that fit a card in bf16: 2 rows on 24 GB, 12 rows on 80 GB, 24 rows on 141 "
+        "GB"
+    )
     small = decode_preset(tiny_preset(model=MODEL), Preset, "t", "t")
     assert not any("fit a card" in line for line in _training_lines(small, detect_runtime()))
 
 
 def test_checkpointing_leaves_room_for_more_rows() -> None:
     settings = read_preset(ROOT / "configs" / "20_polychromatic_600m.json", Preset).model
-    kept = settings.model_copy(update={"activation_checkpointing": True}).activation_bytes(bf16=True)
-    assert kept < settings.activation_bytes(bf16=True) / 5 and settings.activation_bytes(False) > settings.activation_bytes(True)
+    kept = settings.model_copy(update={"activation_checkpointing": True}).activation_bytes(
+        bf16=True
+    )
+    assert kept < settings.activation_bytes(bf16=True) / 5 and settings.activation_bytes(
+        False
+    ) > settings.activation_bytes(True)

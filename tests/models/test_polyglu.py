@@ -1,4 +1,5 @@
-"""The mixture of activations: blocks in the cache and the formula for compilers both equal it written plainly.
+"""The mixture of activations: blocks in the cache and the formula for compilers both equal it
+written plainly.
 
 B batch, T time, WIDTH intermediate_size, D hidden_size
 """
@@ -17,9 +18,13 @@ from core.models.polyglu import neuron_factors, pick_activation, position_factor
 B, T, WIDTH, D = 3, 7, 6, 4
 
 
-def plain(gate: Tensor, up: Tensor, down: Tensor, neuron: Tensor, position: Tensor | None) -> Tensor:
-    """As in the specification: the four activations stacked, and a softmax per neuron and position."""
-    acts = torch.stack([torch.relu(gate), torch.tanh(gate), F.silu(gate), F.gelu(gate)], dim=-1)  # (B, T, F, 4)
+def plain(
+    gate: Tensor, up: Tensor, down: Tensor, neuron: Tensor, position: Tensor | None
+) -> Tensor:
+    """As in the specification: the four activations stacked, and a softmax per neuron and
+    position."""
+    # (B, T, F, 4)
+    acts = torch.stack([torch.relu(gate), torch.tanh(gate), F.silu(gate), F.gelu(gate)], dim=-1)
     logits = neuron[:, None] if position is None else neuron[:, None] + position[:, :, None]
     return ((acts * torch.softmax(logits, dim=-1)).sum(-1) * up) @ down.T
 
@@ -34,17 +39,21 @@ def inputs(spread: float, dtype: torch.dtype, causal: bool) -> list[Any]:
     random = torch.Generator().manual_seed(3)
     gate, up = (torch.randn(B, T, WIDTH, generator=random, dtype=torch.float64) for _ in range(2))
     down = torch.randn(D, WIDTH, generator=random, dtype=torch.float64)
-    logits = [torch.rand(B, n, 4, generator=random, dtype=torch.float64) * spread for n in (WIDTH, T)]
+    logits = [
+        torch.rand(B, n, 4, generator=random, dtype=torch.float64) * spread for n in (WIDTH, T)
+    ]
     tensors = [gate, up, down, *logits] if causal else [gate, up, down, logits[0]]
     return [t.to(dtype).requires_grad_() for t in tensors] + ([] if causal else [None])
 
 
 @pytest.fixture(params=["parts of rows", "rows", "formula"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Who computes: blocks of two positions, the last of a row shorter; blocks of two rows, the last of them alone; or the
-    formula that a compiler gets."""
+    """Who computes: blocks of two positions, the last of a row shorter; blocks of two rows, the
+    last of them alone; or the formula that a compiler gets."""
     if request.param == "formula":
-        monkeypatch.setattr(polyglu, "_by_device", lambda x, blocks, formula: partial(polyglu._in_parts, formula))
+        monkeypatch.setattr(
+            polyglu, "_by_device", lambda x, blocks, formula: partial(polyglu._in_parts, formula)
+        )
         monkeypatch.setattr(polyglu, "PART", 2 * T * WIDTH)  # two rows, and one
     monkeypatch.setattr(polyglu, "BLOCK", 2 * WIDTH * (T if request.param == "rows" else 1))
     return request.param
@@ -60,13 +69,17 @@ def test_values_and_gradients_are_those_of_the_plain_formula(
     tensors = inputs(spread, dtype, causal)
     exact = [t if t is None else t.detach().double().requires_grad_() for t in tensors]
     found, expected = ours(*tensors), plain(*exact)
-    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    weights = torch.randn(
+        expected.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64
+    )
     (found * weights.to(dtype)).sum().backward()
     (expected * weights).sum().backward()
     torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=tolerance)
     for mine, theirs in zip(tensors, exact):
         if mine is not None:
-            torch.testing.assert_close(mine.grad.double(), theirs.grad, atol=tolerance, rtol=tolerance)
+            torch.testing.assert_close(
+                mine.grad.double(), theirs.grad, atol=tolerance, rtol=tolerance
+            )
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -90,14 +103,21 @@ def test_bf16_goes_in_and_out_and_fp32_is_mixed(way: str, causal: bool) -> None:
     out = ours(*low, one, neuron, position)
     out.sum().backward()
     exact = plain(
-        *(t.detach().float() for t in low), one.detach(), neuron.detach(), None if position is None else position.detach()
+        *(t.detach().float() for t in low),
+        one.detach(),
+        neuron.detach(),
+        None if position is None else position.detach(),
     )
-    assert out.dtype == low[0].grad.dtype == torch.bfloat16 and neuron.grad.dtype == one.grad.dtype == torch.float32
+    assert (
+        out.dtype == low[0].grad.dtype == torch.bfloat16
+        and neuron.grad.dtype == one.grad.dtype == torch.float32
+    )
     torch.testing.assert_close(out.float(), exact, atol=1e-6, rtol=2**-8)
 
 
 def test_nothing_of_four_activations_is_kept() -> None:
-    """For the backward pass: gate, up, W_down and the factors; no tensor of (B, T, F, 4), and no third one of (B, T, F)."""
+    """For the backward pass: gate, up, W_down and the factors; no tensor of (B, T, F, 4), and no
+    third one of (B, T, F)."""
     kept: list[Tensor] = []
     gate, up, down, *logits = inputs(1.0, torch.float32, causal=True)
     factors = neuron_factors(logits[0]).detach(), position_factors(logits[1]).detach()

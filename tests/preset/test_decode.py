@@ -14,7 +14,9 @@ from core.preset.decode import decode_preset, preset_json, read_preset
 from core.preset.settings import RUN_TOKENS
 from tests.project import ROOT, TINY_SIZES, train_here
 
-CONFIGS = [path for path in sorted((ROOT / "configs").glob("*.json")) if path.name != "preset.schema.json"]
+CONFIGS = [
+    path for path in sorted((ROOT / "configs").glob("*.json")) if path.name != "preset.schema.json"
+]
 DATA = {"sources": ["python_stdlib"]}
 
 AUXILIARY_003 = """
@@ -70,7 +72,12 @@ def decoded(**sections: Any) -> Any:
 def test_only_the_sources_have_no_default() -> None:
     """Everything but data.sources may be left out; the file's stem names preset and lineage."""
     preset = decoded()
-    assert (preset.name, preset.lineage, preset.job, preset.model.type) == ("p", "p", "train", "simple_lm")
+    assert (preset.name, preset.lineage, preset.job, preset.model.type) == (
+        "p",
+        "p",
+        "train",
+        "simple_lm",
+    )
     with pytest.raises(PresetError, match="data  is missing"):
         decode_preset({}, Preset, "p.json", "p")
     assert problems(data={}) == ["data.sources  is missing; it has no default"]
@@ -91,7 +98,9 @@ def test_every_problem_is_reported_at_once() -> None:
         'train.max_steps  "3": input should be a valid integer; write 3, without quotes',
         found[5],
     ]
-    assert found[5].startswith('losses[0]  {"type": "cross_entropi"}: unknown type of loss; known are ')
+    assert found[5].startswith(
+        'losses[0]  {"type": "cross_entropi"}: unknown type of loss; known are '
+    )
     assert '"cross_entropy"' in found[5]
 
 
@@ -105,9 +114,17 @@ def test_every_problem_is_reported_at_once() -> None:
         ({"train": {"acumulation_steps": 1}}, "train.acumulation_steps", "accumulation_steps"),
         ({"train": {"schedule": {"dekay": 1}}}, "train.schedule.dekay", "decay"),
         ({"losses": [{"type": "cross_entropy", "wieght": 1}]}, "losses[0].wieght", "weight"),
-        ({"losses": [{"type": "cross_entropy", "weight": {"from": 1, "to": 2, "begn": 0}}]}, "losses[0].weight.begn", "begin"),
+        (
+            {"losses": [{"type": "cross_entropy", "weight": {"from": 1, "to": 2, "begn": 0}}]},
+            "losses[0].weight.begn",
+            "begin",
+        ),
         ({"auxiliary": {"enable_polcy": True}}, "auxiliary.enable_polcy", "enable_policy"),
-        ({"data": {"sources": ["pdf"], "mix_strateggy": "weighted"}}, "data.mix_strateggy", "mix_strategy"),
+        (
+            {"data": {"sources": ["pdf"], "mix_strateggy": "weighted"}},
+            "data.mix_strateggy",
+            "mix_strategy",
+        ),
         (
             {"data": {"sources": ["pdf", {"type": "text", "path": "x", "text_feild": "t"}]}},
             "data.sources[1].text_feild",
@@ -129,7 +146,10 @@ def test_an_unknown_key_that_is_near_to_none_lists_them_all() -> None:
 
 def test_an_unknown_source_names_the_nearest_known_one() -> None:
     (found,) = problems(data={"sources": ["wikipdia"]})
-    assert found == 'data.sources[0]  "wikipdia": no source is called "wikipdia"; did you mean "wikipedia"?'
+    assert (
+        found
+        == 'data.sources[0]  "wikipdia": no source is called "wikipdia"; did you mean "wikipedia"?'
+    )
 
 
 @pytest.mark.parametrize("wrong", ["3", True, 2.5, None, [3]])
@@ -145,8 +165,14 @@ def test_values_are_not_coerced(wrong: Any) -> None:
         ({"sources": []}, "at least 1 item"),
         ({"sources": ["pdf", "pdf"]}, "two sources are called pdf"),
         ({"sources": ["pdf"], "mix_strategy": "weighted"}, 'needs "source_weights"'),
-        ({"sources": ["pdf", "wikipedia"], "source_weights": [0.9, 0.1]}, 'source_weights need "mix_strategy": "weighted"'),
-        ({"sources": ["pdf"], "mix_strategy": "sequential", "source_weights": [1.0]}, 'and it is "sequential"'),
+        (
+            {"sources": ["pdf", "wikipedia"], "source_weights": [0.9, 0.1]},
+            'source_weights need "mix_strategy": "weighted"',
+        ),
+        (
+            {"sources": ["pdf"], "mix_strategy": "sequential", "source_weights": [1.0]},
+            'and it is "sequential"',
+        ),
         ({"sources": ["pdf"], "source_weights": [1.0, 2.0]}, "2 source_weights for 1 sources"),
         ({"sources": ["pdf", "wikipedia"], "source_weights": [-1.0, 2.0]}, "must not be negative"),
         ({"sources": ["pdf", "wikipedia"], "source_weights": [0.0, 0.0]}, "not all zero"),
@@ -166,9 +192,15 @@ def test_sources_and_weights_must_fit(data: dict, told: str) -> None:
         ({"from": 1.0}, 'shape "linear" needs a "to"'),
         ({"to": 1.0}, "from  is missing"),
         ({"from": 1.0, "to": 2.0, "shape": "cubic"}, "'linear', 'cosine' or 'constant'"),
-        ({"from": 1.0, "to": 2.0, "begin": 0.5, "end": 0.2}, "ends at 0.2, before it begins at 0.5"),
+        (
+            {"from": 1.0, "to": 2.0, "begin": 0.5, "end": 0.2},
+            "ends at 0.2, before it begins at 0.5",
+        ),
         ({"from": 1.0, "to": 2.0, "end": 1.5}, "less than or equal to 1"),
-        ([{"from": 1.0, "to": 2.0, "end": 0.5}, {"from": 2.0, "to": 3.0, "begin": 0.4}], "begins at 0.4, before the one before"),
+        (
+            [{"from": 1.0, "to": 2.0, "end": 0.5}, {"from": 2.0, "to": 3.0, "begin": 0.4}],
+            "begins at 0.4, before the one before",
+        ),
     ],
 )
 def test_a_wrong_schedule_is_explained(weight: Any, told: str) -> None:
@@ -189,8 +221,17 @@ def test_epochs_may_end_a_chain_of_runs() -> None:
 
 
 def test_a_tokenizer_may_be_a_hub_name() -> None:
-    assert decoded(tokenizer="gpt2").tokenizer.model_dump() == {"type": "hub", "vocab_size": 8192, "name": "gpt2", "path": None}
-    assert len(problems(tokenizer={"type": "hub"})) == len(problems(tokenizer={"type": "bpe", "name": "gpt2"})) == 1
+    assert decoded(tokenizer="gpt2").tokenizer.model_dump() == {
+        "type": "hub",
+        "vocab_size": 8192,
+        "name": "gpt2",
+        "path": None,
+    }
+    assert (
+        len(problems(tokenizer={"type": "hub"}))
+        == len(problems(tokenizer={"type": "bpe", "name": "gpt2"}))
+        == 1
+    )
 
 
 def test_a_run_is_always_the_same_number_of_tokens() -> None:
@@ -201,13 +242,24 @@ def test_a_run_is_always_the_same_number_of_tokens() -> None:
 
 
 def test_a_preset_survives_being_broadcast() -> None:
-    """What rank 0 sends decodes to the same preset on the other ranks; so does what a checkpoint holds."""
-    weight = [{"from": 0.0, "to": 1.0, "end": 0.5}, {"from": 1.0, "shape": "constant", "begin": 0.5}]
-    preset = decoded(tokenizer="gpt2", losses=[{"type": "cross_entropy", "weight": weight}], train={"betas": [0.8, 0.9]})
-    assert decode_preset(json.loads(json.dumps(preset_json(preset))), Preset, "rank 0", "other") == preset
+    """What rank 0 sends decodes to the same preset on the other ranks; so does what a checkpoint
+    holds."""
+    weight = [
+        {"from": 0.0, "to": 1.0, "end": 0.5},
+        {"from": 1.0, "shape": "constant", "begin": 0.5},
+    ]
+    preset = decoded(
+        tokenizer="gpt2",
+        losses=[{"type": "cross_entropy", "weight": weight}],
+        train={"betas": [0.8, 0.9]},
+    )
+    assert (
+        decode_preset(json.loads(json.dumps(preset_json(preset))), Preset, "rank 0", "other")
+        == preset
+    )
 
 
-# files ---------------------------------------------------------------------------------------------------------------
+# files --------------------------------------------------------------------------------------------
 
 
 def read(folder: Path, stem: str, **texts: str) -> Any:
@@ -237,12 +289,17 @@ def test_what_is_no_preset_is_refused_with_its_path(tmp_path: Path, text: str) -
 
 def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
     """JSON readers keep the last and drop the first without a word."""
-    told = refused(tmp_path, "a", a='{"data": {"sources": ["pdf"]}, "train": {"seed": 1, "eps": 1e-8, "seed": 2}}')
+    told = refused(
+        tmp_path,
+        "a",
+        a='{"data": {"sources": ["pdf"]}, "train": {"seed": 1, "eps": 1e-8, "seed": 2}}',
+    )
     assert '"seed" stands twice' in told
 
 
 def test_extends_merges_sections_key_by_key(tmp_path: Path) -> None:
-    """The child states only what differs; names and lineage are not inherited, lists are replaced."""
+    """The child states only what differs; names and lineage are not inherited, lists are
+    replaced."""
     base = {
         "name": "Base",
         "lineage": "shared",
@@ -252,11 +309,19 @@ def test_extends_merges_sections_key_by_key(tmp_path: Path) -> None:
     }
     middle = {"extends": "base", "train": {"schedule": {"warmup": 0.3}}}
     child = {"extends": "middle.json", "model": {"num_layers": 5}, "data": {"sources": ["pdf"]}}
-    preset = read(tmp_path, "child", base=json.dumps(base), middle=json.dumps(middle), child=json.dumps(child))
+    preset = read(
+        tmp_path, "child", base=json.dumps(base), middle=json.dumps(middle), child=json.dumps(child)
+    )
     assert (preset.name, preset.lineage) == ("child", "child")
     assert (preset.model.hidden_size, preset.model.num_layers) == (64, 5)
-    assert (preset.train.schedule.type, preset.train.schedule.warmup, preset.train.seed) == ("cosine", 0.3, 7)
-    assert [source.name for source in preset.data.sources] == ["pdf"] and preset.data.mix_strategy == "sequential"
+    assert (preset.train.schedule.type, preset.train.schedule.warmup, preset.train.seed) == (
+        "cosine",
+        0.3,
+        7,
+    )
+    assert [source.name for source in preset.data.sources] == [
+        "pdf"
+    ] and preset.data.mix_strategy == "sequential"
 
 
 def test_extends_with_another_type_starts_afresh(tmp_path: Path) -> None:
@@ -264,7 +329,12 @@ def test_extends_with_another_type_starts_afresh(tmp_path: Path) -> None:
     base = {"tokenizer": {"type": "bpe", "vocab_size": 500}, "data": DATA}
     child = {"extends": "base", "tokenizer": {"type": "byte"}}
     preset = read(tmp_path, "child", base=json.dumps(base), child=json.dumps(child))
-    assert preset.tokenizer.model_dump() == {"type": "byte", "vocab_size": 8192, "name": None, "path": None}
+    assert preset.tokenizer.model_dump() == {
+        "type": "byte",
+        "vocab_size": 8192,
+        "name": None,
+        "path": None,
+    }
 
 
 def test_extends_in_a_circle_is_refused(tmp_path: Path) -> None:
@@ -273,11 +343,16 @@ def test_extends_in_a_circle_is_refused(tmp_path: Path) -> None:
 
 
 def test_extends_tells_files_of_one_name_apart(tmp_path: Path) -> None:
-    """By where they lie, however that is written; a circle through folders and links is still one."""
+    """By where they lie, however that is written; a circle through folders and links is still
+    one."""
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "mine.json").write_text('{"extends": "old/base", "train": {"seed": 7}}')
-    (tmp_path / "old" / "base.json").write_text(json.dumps({"data": DATA, "model": {"num_layers": 3}}))
-    preset = read(tmp_path, "mine", mine='{"extends": "old/mine", "train": {"eps": 1e-6}}', base="[]")
+    (tmp_path / "old" / "base.json").write_text(
+        json.dumps({"data": DATA, "model": {"num_layers": 3}})
+    )
+    preset = read(
+        tmp_path, "mine", mine='{"extends": "old/mine", "train": {"eps": 1e-6}}', base="[]"
+    )
     assert (preset.train.seed, preset.train.eps, preset.model.num_layers) == (7, 1e-6, 3)
     (tmp_path / "old" / "back.json").write_text('{"extends": "mine"}')
     told = refused(tmp_path, "mine", mine='{"extends": "old/../old/back"}')
@@ -285,26 +360,45 @@ def test_extends_tells_files_of_one_name_apart(tmp_path: Path) -> None:
 
 
 def test_extends_without_a_parent_names_the_nearest(tmp_path: Path) -> None:
-    told = refused(tmp_path, "child", baseline='{"data": {"sources": ["pdf"]}}', child='{"extends": "base_line"}')
+    told = refused(
+        tmp_path,
+        "child",
+        baseline='{"data": {"sources": ["pdf"]}}',
+        child='{"extends": "base_line"}',
+    )
     assert 'extends  "base_line" is no preset' in told and 'did you mean "baseline"?' in told
 
 
-# the specification's, and ours ---------------------------------------------------------------------------------------
+# the specification's, and ours --------------------------------------------------------------------
 
 
 def test_the_examples_of_specification_003_decode() -> None:
     """Word for word as printed there."""
     preset = decode_preset(json.loads(QA_PLUS_WIKI_003), Preset, "003", "003")
-    assert (preset.name, preset.model.type, preset.train.per_gpu_batch_size) == ("qa_plus_wiki", "simple_lm", 128)
-    assert preset.data.sources[0].fields == ["question", "answer"] and preset.data.sources[1].name == "wikipedia"
+    assert (preset.name, preset.model.type, preset.train.per_gpu_batch_size) == (
+        "qa_plus_wiki",
+        "simple_lm",
+        128,
+    )
+    assert (
+        preset.data.sources[0].fields == ["question", "answer"]
+        and preset.data.sources[1].name == "wikipedia"
+    )
     auxiliary = decoded(**json.loads("{" + AUXILIARY_003 + "}")).auxiliary
-    assert len(auxiliary.heads) == 4 and auxiliary.enable_adaptive_sources and auxiliary.span_contrastive_temperature == 0.07
+    assert (
+        len(auxiliary.heads) == 4
+        and auxiliary.enable_adaptive_sources
+        and auxiliary.span_contrastive_temperature == 0.07
+    )
 
 
 def test_two_losses_of_one_type_need_names() -> None:
-    penalties = [{"type": "sharpness", "penalty": penalty} for penalty in ("non_max_sum", "neg_entropy")]
+    penalties = [
+        {"type": "sharpness", "penalty": penalty} for penalty in ("non_max_sum", "neg_entropy")
+    ]
     assert problems(losses=penalties) == [
-        f'losses  {json.dumps(penalties)[:57]}...: two losses are called sharpness; give one of them another "name"'
+        f"losses  {json.dumps(penalties)[:57]}...: two losses are called sharpness; give one of "
+        'them another "name"'
     ]
     named = [penalties[0], {**penalties[1], "name": "entropy"}]
     assert [loss.name for loss in decoded(losses=named).losses] == [None, "entropy"]
@@ -338,23 +432,37 @@ def test_every_shipped_preset_decodes(path: Path) -> None:
 
 
 def shrunk(preset: Any, models: Path) -> dict:
-    """The preset at a size that takes two steps in a second, on local text, everything else as it is. A model of the Hub becomes
-    a tiny one in `models`, published weights random ones, and whichever block is trained the last of two."""
+    """The preset at a size that takes two steps in a second, on local text, everything else as it
+    is. A model of the Hub becomes a tiny one in `models`, published weights random ones, and
+    whichever block is trained the last of two."""
     small = preset_json(preset)
     if small["model"]["type"] == "hub":
         from transformers import GPT2Config
 
-        GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=2, n_positions=64).save_pretrained(models)
+        GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=2, n_positions=64).save_pretrained(
+            models
+        )
         small["model"] |= {"name": str(models), "pretrained": False}
     if small["model"]["type"] == "neobert":
         small["model"]["name"] = None
     if small["train"]["trainable"]:
-        small["train"]["trainable"] = [re.sub(r"\d+", "1", pattern) for pattern in small["train"]["trainable"]]
-    small["model"] |= {key: value for key, value in TINY_SIZES.items() if key in small["model"]} | {"seq_length": 32}
+        small["train"]["trainable"] = [
+            re.sub(r"\d+", "1", pattern) for pattern in small["train"]["trainable"]
+        ]
+    small["model"] |= {key: value for key, value in TINY_SIZES.items() if key in small["model"]} | {
+        "seq_length": 32
+    }
     small["tokenizer"] = {"type": "byte"}
-    small["train"] |= {"per_gpu_batch_size": 2, "accumulation_steps": 2, "max_steps": 2, "runs": 1, "eval_tokens": 100}
+    small["train"] |= {
+        "per_gpu_batch_size": 2,
+        "accumulation_steps": 2,
+        "max_steps": 2,
+        "runs": 1,
+        "eval_tokens": 100,
+    }
     small["train"] |= {"compile": "never"}
-    if small["model"]["type"] == "neobert":  # its evaluations hide a thousand tokens one by one, so many rows at once
+    # its evaluations hide a thousand tokens one by one, so many rows at once
+    if small["model"]["type"] == "neobert":
         small["train"]["per_gpu_batch_size"] = 16
     names = [source["name"] for source in small["data"]["sources"]]
     small["data"]["sources"] = [{"type": "text", "path": "texts", "name": name} for name in names]
@@ -368,21 +476,34 @@ def shrunk(preset: Any, models: Path) -> dict:
 @pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_preset_that_trains_takes_two_steps(path: Path, tmp_path: Path) -> None:
-    """Shrunk, on local text: it builds, trains, evaluates and saves. Of a comparison, every variant."""
+    """Shrunk, on local text: it builds, trains, evaluates and saves. Of a comparison, every
+    variant."""
     preset = read_preset(path, Preset)
     if preset.job not in ("train", "compare"):
         pytest.skip("does not train")
     if preset.init_from is not None:  # what another shipped preset trains
         origin = read_preset(path.with_stem(preset.init_from), Preset)
         train_here(shrunk(origin, tmp_path / "model"), tmp_path, origin.lineage)
-    runs = [preset] if preset.job == "train" else [variant_preset(preset, i) for i in range(len(preset.variants))]
+    runs = (
+        [preset]
+        if preset.job == "train"
+        else [variant_preset(preset, i) for i in range(len(preset.variants))]
+    )
     for run in runs:
         events = train_here(shrunk(run, tmp_path / "model"), tmp_path, run.lineage)
         assert [event["step"] for event in events if event["event"] == "step"] == [1, 2]
         assert events[-1]["event"] == "run_end" and events[-1]["reason"] == "max_steps"
         *_, measured = [event for event in events if event["event"] == "eval"]
-        of_logits = {"cross_entropy", "max_probability", "entropy", "embedding_cosine", "table_cosine"}
-        assert ({"nll_h12", "nll_h4"} if measured["losses"].keys() == {"harmonic"} else of_logits) <= set(measured)
+        of_logits = {
+            "cross_entropy",
+            "max_probability",
+            "entropy",
+            "embedding_cosine",
+            "table_cosine",
+        }
+        assert (
+            {"nll_h12", "nll_h4"} if measured["losses"].keys() == {"harmonic"} else of_logits
+        ) <= set(measured)
         assert set(measured["losses"]) == {loss.name or loss.type for loss in run.losses}
         assert (tmp_path / "checkpoints" / f"{run.lineage}_current.pth").exists()
 
@@ -390,4 +511,6 @@ def test_every_shipped_preset_that_trains_takes_two_steps(path: Path, tmp_path: 
 def variant_preset(preset: Any, number: int) -> Any:
     """What the first seed's trial of a variant trains, under a name of its own."""
     trial = plan(preset, Path())[number]
-    return decode_preset(trial.preset | {"lineage": f"{preset.lineage}-{number}"}, Preset, trial.variant, "v")
+    return decode_preset(
+        trial.preset | {"lineage": f"{preset.lineage}-{number}"}, Preset, trial.variant, "v"
+    )

@@ -1,4 +1,5 @@
-"""Mistakes in presets: absurd numbers everywhere, files that are no presets, names that are none; each told with what to do."""
+"""Mistakes in presets: absurd numbers everywhere, files that are no presets, names that are none;
+each told with what to do."""
 
 import json
 import os
@@ -40,7 +41,7 @@ def good(folder: Path, text: str | bytes, stem: str = "a") -> Any:
     return read_preset(path, Preset)
 
 
-# numbers -------------------------------------------------------------------------------------------------------------
+# numbers ------------------------------------------------------------------------------------------
 
 
 def sections(cls: type[Bounded] = Bounded) -> Iterator[type[Bounded]]:
@@ -56,7 +57,13 @@ def test_no_key_takes_an_absurd_number(section: type[Bounded]) -> None:
     """Alone, in a list, in a schedule: also for a key that is added tomorrow."""
     for field in section.model_fields.values():
         for number in (float("nan"), float("inf"), float("-inf"), 10**400, -(10**400)):
-            for value in (number, [number], [number, number], {"from": number, "to": number}, [{"from": 1.0, "to": number}]):
+            for value in (
+                number,
+                [number],
+                [number, number],
+                {"from": number, "to": number},
+                [{"from": 1.0, "to": number}],
+            ):
                 with pytest.raises(ValueError, match="validation error"):
                     section.__pydantic_validator__.validate_json(
                         json.dumps({key_of(section, field): value, "path": "x", "type": "x"})
@@ -95,7 +102,8 @@ def test_absurd_numbers_are_refused_with_path_and_bounds_all_at_once(tmp_path: P
         "train.learning_rate  NaN: input should be a finite number, above 0.0 and at most 100.0"
     ]
     assert told(tmp_path, f'{{"train": {{"max_steps": {"9" * 5000}}}, {DATA}}}') == [
-        "train.max_steps  999999999999... (5,000 digits): input should be less than or equal to 9007199254740991"
+        "train.max_steps  999999999999... (5,000 digits): input should be less than or equal to "
+        "9007199254740991"
     ]
 
 
@@ -107,11 +115,13 @@ def test_absurd_numbers_are_refused_with_path_and_bounds_all_at_once(tmp_path: P
         ('"model": {"hidden_size": 10000000000}', "model.hidden_size"),
         ('"model": {"num_layers": 20000}', "model.num_layers"),
         ('"train": {"per_gpu_batch_size": 1099511627776}', "train.per_gpu_batch_size"),
-        ('"train": {"per_gpu_batch_size": 1000000}', "train.per_gpu_batch_size"),  # a step of more tokens than the run has
+        # a step of more tokens than the run has
+        ('"train": {"per_gpu_batch_size": 1000000}', "train.per_gpu_batch_size"),
         ('"train": {"eps": 2.0}', "train.eps"),
         ('"generate": {"max_tokens": 1000000000000}', "generate.max_tokens"),
         (
-            '"job": "compare", "variants": [{"name": "a"}, {"name": "b", "set": {"train": {"eps": 1e400}}}]',
+            '"job": "compare", "variants": [{"name": "a"}, {"name": "b", "set": {"train": {"eps": '
+            "1e400}}}]",
             "variants[1].set.train.eps",
         ),
     ],
@@ -120,7 +130,7 @@ def test_sizes_and_rates_have_bounds(sections: str, path: str, tmp_path: Path) -
     assert path in [line.split("  ")[0] for line in told(tmp_path, f"{{{sections}, {DATA}}}")]
 
 
-# files ---------------------------------------------------------------------------------------------------------------
+# files --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -162,11 +172,15 @@ def test_what_editors_of_other_systems_save_is_read(tmp_path: Path) -> None:
 def test_a_name_that_is_no_utf_8_is_named(tmp_path: Path) -> None:
     path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.json"))
     path.write_text("{" + DATA + "}")
-    with pytest.raises(PresetError, match=r"caf\?\.json(.|\n)*the file's name holds bytes that are no UTF-8"):
+    with pytest.raises(
+        PresetError, match=r"caf\?\.json(.|\n)*the file's name holds bytes that are no UTF-8"
+    ):
         read_preset(path, Preset)
 
 
-@pytest.mark.parametrize("section", [{"type": "text", "path": ""}, {"type": "chat", "path": ["a.jsonl", ""]}])
+@pytest.mark.parametrize(
+    "section", [{"type": "text", "path": ""}, {"type": "chat", "path": ["a.jsonl", ""]}]
+)
 def test_an_empty_path_is_not_the_whole_project(section: dict) -> None:
     with pytest.raises(PresetError, match=r"1 problem(.|\n)*would be the whole project"):
         decode_preset({"data": {"sources": [section]}}, Preset, "a", "a")
@@ -174,10 +188,14 @@ def test_an_empty_path_is_not_the_whole_project(section: dict) -> None:
 
 
 def test_losses_of_no_weight_are_refused() -> None:
-    """A schedule may be 0 somewhere, and one loss may be only reported, or rewarded; but something has to be learned."""
+    """A schedule may be 0 somewhere, and one loss may be only reported, or rewarded; but something
+    has to be learned."""
 
     def preset(*weights: Any, **others: Any) -> dict:
-        losses = [{"type": "cross_entropy", "name": str(i), "weight": weight} for i, weight in enumerate(weights)]
+        losses = [
+            {"type": "cross_entropy", "name": str(i), "weight": weight}
+            for i, weight in enumerate(weights)
+        ]
         return {"losses": losses, "data": {"sources": ["python_stdlib"]}, **others}
 
     for weights in ((0,), (-1,), (0, -0.5), ({"from": 0, "to": -1},)):
@@ -214,9 +232,8 @@ def test_what_is_no_plain_file_is_never_opened(tmp_path: Path) -> None:
 def test_keys_and_texts_that_no_file_should_hold(tmp_path: Path) -> None:
     """All of them, with their paths, beside whatever else is wrong."""
     text = (
-        '{"train": {"seed": 1, "seed": 2, "runs": 0}, "name": "a\\u0000", "description": "\\ud800", "lineage": "a/b", '
-        + DATA
-        + "}"
+        '{"train": {"seed": 1, "seed": 2, "runs": 0}, "name": "a\\u0000", "description": '
+        '"\\ud800", "lineage": "a/b", ' + DATA + "}"
     )
     assert [line.split("  ")[0] for line in told(tmp_path, text)] == [
         "train.seed",
@@ -281,7 +298,18 @@ def test_a_path_as_a_source_is_told_how_to_write_it(source: str, line: str, tmp_
 
 @pytest.mark.parametrize(
     "form",
-    ["{x:d}", "{x!r}", "{text:{b.__class__}}", "{text:>99999}", "{text.__class__}", "{text[0]}", "{}", "{0}", "{x", "none"],
+    [
+        "{x:d}",
+        "{x!r}",
+        "{text:{b.__class__}}",
+        "{text:>99999}",
+        "{text.__class__}",
+        "{text[0]}",
+        "{}",
+        "{0}",
+        "{x",
+        "none",
+    ],
 )
 def test_a_format_holds_names_of_fields_and_nothing_else(form: str, tmp_path: Path) -> None:
     """No attributes, and no widths, which would fill the memory with spaces."""
@@ -291,11 +319,13 @@ def test_a_format_holds_names_of_fields_and_nothing_else(form: str, tmp_path: Pa
 
 
 def test_a_column_may_be_called_anything() -> None:
-    settings = HfSettings(dataset="a/b", fields=["a.b", "0", "x[1]"], format="{{}}{a.b}-{0}-{x[1]}{a.b}")
+    settings = HfSettings(
+        dataset="a/b", fields=["a.b", "0", "x[1]"], format="{{}}{a.b}-{0}-{x[1]}{a.b}"
+    )
     assert _formatted(settings.format or "", {"a.b": "A", "0": 5, "x[1]": None}) == "{}A-5-NoneA"
 
 
-# names ---------------------------------------------------------------------------------------------------------------
+# names --------------------------------------------------------------------------------------------
 
 
 def test_a_file_of_any_name_has_a_lineage_that_every_disk_takes(tmp_path: Path) -> None:
@@ -307,7 +337,22 @@ def test_a_file_of_any_name_has_a_lineage_that_every_disk_takes(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    "lineage", ["..", ".", "...", ".hidden", "a.", "a b", "é", "CON", "nul.txt", "x" * 151, "a/b", "../x", "a\\\\b"]
+    "lineage",
+    [
+        "..",
+        ".",
+        "...",
+        ".hidden",
+        "a.",
+        "a b",
+        "é",
+        "CON",
+        "nul.txt",
+        "x" * 151,
+        "a/b",
+        "../x",
+        "a\\\\b",
+    ],
 )
 def test_a_lineage_never_leaves_its_folder(lineage: str, tmp_path: Path) -> None:
     (problem,) = told(tmp_path, f'{{"lineage": "{lineage}", {DATA}}}')
@@ -320,7 +365,7 @@ def test_folders_without_ascii_letters_have_names_of_their_own(tmp_path: Path) -
     assert [source.name for source in preset.data.sources] == ["日本", "中国", "my_texts"]
 
 
-# comparisons ---------------------------------------------------------------------------------------------------------
+# comparisons --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -336,9 +381,15 @@ def test_folders_without_ascii_letters_have_names_of_their_own(tmp_path: Path) -
         ("bits_per_byte", ""),
     ],
 )
-def test_a_metric_that_nothing_measures_is_told_before_the_first_trial(metric: str, told: str) -> None:
+def test_a_metric_that_nothing_measures_is_told_before_the_first_trial(
+    metric: str, told: str
+) -> None:
     draft = {"auxiliary": {"enable_draft": True}}
-    data = {"job": "compare", "compare": {"metric": metric}, "variants": [{"name": "a"}, {"name": "b", "set": draft}]}
+    data = {
+        "job": "compare",
+        "compare": {"metric": metric},
+        "variants": [{"name": "a"}, {"name": "b", "set": draft}],
+    }
     data |= {"data": {"sources": ["pdf"]}}
     if not told:
         assert decode_preset(data, Preset, "p", "p").compare.metric == metric

@@ -1,4 +1,5 @@
-"""A made-up run of masked tokens for the views: what a distance readout's evaluations hold, or those of logits."""
+"""A made-up run of masked tokens for the views: what a distance readout's evaluations hold, or
+those of logits."""
 
 import math
 from collections.abc import Iterator
@@ -6,8 +7,16 @@ from collections.abc import Iterator
 PROMPT = "The capital of France is [MASK]."
 
 
-def run(evals: int = 5, distances: bool = True, decoder: bool = True, steps: int = 100, run: int = 1, **start) -> Iterator[dict]:
-    """`decoder`: whether the published one is kept beside. `run`: 2 for one that went on where the first had ended."""
+def run(
+    evals: int = 5,
+    distances: bool = True,
+    decoder: bool = True,
+    steps: int = 100,
+    run: int = 1,
+    **start,
+) -> Iterator[dict]:
+    """`decoder`: whether the published one is kept beside. `run`: 2 for one that went on where the
+    first had ended."""
     kind = {"objective": "masked_tokens", "causal": False}
     begun = (run - 1) * steps
     yield {
@@ -53,17 +62,48 @@ def run(evals: int = 5, distances: bool = True, decoder: bool = True, steps: int
         numbers = {"token_accuracy": 0.55 - 0.5 * fall, "top5_accuracy": 0.75 - 0.6 * fall}
         if distances:
             numbers |= {"nll_h12": 5 + 9 * fall, "nll_h4": 7.5 + 2.5 * fall}
-            numbers |= {f"pseudo_perplexity_{h}": math.exp(numbers[f"nll_{h}"] - 1) for h in ("h12", "h4")}
-            numbers |= {"prototype_cosine": 0.31 - 0.2 * share, "prototype_spread": 0.05 + 0.02 * share}
+            numbers |= {
+                f"pseudo_perplexity_{h}": math.exp(numbers[f"nll_{h}"] - 1) for h in ("h12", "h4")
+            }
+            numbers |= {
+                "prototype_cosine": 0.31 - 0.2 * share,
+                "prototype_spread": 0.05 + 0.02 * share,
+            }
             numbers |= {"prototype_dimensions": 402 + 180 * share, "prototype_drift": 0.12 * share}
         else:
-            numbers |= {"cross_entropy": 2 + 5 * fall, "pseudo_perplexity": math.exp(1.5 + 3 * fall)}
+            numbers |= {
+                "cross_entropy": 2 + 5 * fall,
+                "pseudo_perplexity": math.exp(1.5 + 3 * fall),
+            }
         if decoder:
-            numbers |= {"decoder_cross_entropy": 1.9 + 0.05 * share, "decoder_pseudo_perplexity": 5.1 + 0.4 * share}
-            numbers |= {"decoder_accuracy": 0.61 - 0.01 * share, "decoder_top5_accuracy": 0.81 - 0.01 * share}
-        yield {"event": "eval", **common, **numbers, "losses": {}, **kind, "eval_tokens": 100_000, "table_cosine": 0.3}
+            numbers |= {
+                "decoder_cross_entropy": 1.9 + 0.05 * share,
+                "decoder_pseudo_perplexity": 5.1 + 0.4 * share,
+            }
+            numbers |= {
+                "decoder_accuracy": 0.61 - 0.01 * share,
+                "decoder_top5_accuracy": 0.81 - 0.01 * share,
+            }
+        yield {
+            "event": "eval",
+            **common,
+            **numbers,
+            "losses": {},
+            **kind,
+            "eval_tokens": 100_000,
+            "table_cosine": 0.3,
+        }
         yield {"event": "sample", **common, "prompt": PROMPT, "text": "paris 41 %, lyon 12 %"}
-        near = {"king": [["queen", 0.71], ["prince", 0.69]], "[red]\x1b[2J": [["狐\n", None], ["[bold]", -0.004]]}
+        near = {
+            "king": [["queen", 0.71], ["prince", 0.69]],
+            "[red]\x1b[2J": [["狐\n", None], ["[bold]", -0.004]],
+        }
         for word, found in near.items():
             yield {"event": "neighbors", **common, "word": word, "neighbors": found}
-    yield {"event": "run_end", "step": step, "tokens": step * 32_768, "time": 1000.0 + steps, "reason": "max_steps"}
+    yield {
+        "event": "run_end",
+        "step": step,
+        "tokens": step * 32_768,
+        "time": 1000.0 + steps,
+        "reason": "max_steps",
+    }

@@ -25,7 +25,8 @@ def written(path, events):
 
 
 def colours(path):
-    """The set of colours in an 8-bit RGBA PNG, near enough: every pixel row's bytes, unfiltered where no filter is used."""
+    """The set of colours in an 8-bit RGBA PNG, near enough: every pixel row's bytes, unfiltered
+    where no filter is used."""
     data = path.read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
     width, height = struct.unpack(">II", data[16:24])
@@ -49,12 +50,16 @@ def test_the_curves_are_drawn(tmp_path, steps):
 
 
 def test_one_step_without_numbers_beside_its_loss(tmp_path):
-    (tmp_path / "m.jsonl").write_text('{"event": "step", "step": 1, "tokens": 10, "loss": 2.5}\n{"event": "st')
+    (tmp_path / "m.jsonl").write_text(
+        '{"event": "step", "step": 1, "tokens": 10, "loss": 2.5}\n{"event": "st'
+    )
     plot_losses(tmp_path / "m.jsonl", tmp_path / "loss.png")
     assert colours(tmp_path / "loss.png")[2] > 50
 
 
-@pytest.mark.parametrize("content", [None, "", '{"event": "step", "step": 1, "tokens": 10, "loss": null}\n', "half a li"])
+@pytest.mark.parametrize(
+    "content", [None, "", '{"event": "step", "step": 1, "tokens": 10, "loss": null}\n', "half a li"]
+)
 def test_nothing_to_draw_leaves_what_is_there(tmp_path, content):
     if content is not None:
         (tmp_path / "m.jsonl").write_text(content)
@@ -71,8 +76,11 @@ def test_a_name_may_hold_dollars_and_letters_the_font_lacks(tmp_path):
 
 
 def test_drawing_takes_no_more_memory_for_a_longer_log(tmp_path):
-    """Nor the card: what a view keeps of a run is bounded, whatever the number of steps and evaluations."""
-    step = json.dumps({"event": "step", "step": 1, "tokens": 10, "loss": 2.5, "losses": {"x" * 300: 1.0}})
+    """Nor the card: what a view keeps of a run is bounded, whatever the number of steps and
+    evaluations."""
+    step = json.dumps(
+        {"event": "step", "step": 1, "tokens": 10, "loss": 2.5, "losses": {"x" * 300: 1.0}}
+    )
     peaks = []
     for count in (3000, 40_000):
         path = tmp_path / f"{count}.jsonl"
@@ -94,6 +102,10 @@ def test_drawing_takes_no_more_memory_for_a_longer_log(tmp_path):
 
 
 def test_importing_draws_in_nothing_heavy():
-    code = "import sys, core.metrics.log, core.reports.curves, core.ui.menu, core.reports.wandb_mirror; print({'matplotlib', 'torch', 'wandb', 'prompt_toolkit'} & set(sys.modules))"  # noqa: E501
+    code = (
+        "import sys, core.metrics.log, core.reports.curves, core.ui.menu, "
+        "core.reports.wandb_mirror; print({'matplotlib', 'torch', 'wandb', 'prompt_toolkit'} & "
+        "set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "set()", done.stdout + done.stderr

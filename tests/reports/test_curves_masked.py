@@ -1,4 +1,5 @@
-"""A run of masked tokens, as people see it: its picture, its plain lines, its dashboard, its copy at wandb."""
+"""A run of masked tokens, as people see it: its picture, its plain lines, its dashboard, its copy
+at wandb."""
 
 import re
 from pathlib import Path
@@ -24,7 +25,9 @@ DISTANCES = ["negative log-likelihood", "accuracy", "Pseudo-perplexity", "Protot
 def drawn(monkeypatch: pytest.MonkeyPatch, log: Path, out: Path) -> Any:
     """The figure that is written."""
     kept, save = [], masked.save
-    monkeypatch.setattr(masked, "save", lambda figure, path: (kept.append(figure), save(figure, path)))
+    monkeypatch.setattr(
+        masked, "save", lambda figure, path: (kept.append(figure), save(figure, path))
+    )
     plot_masked(log, out)
     (figure,) = kept
     return figure
@@ -35,24 +38,40 @@ def titled(figure: Any) -> dict[str, Any]:
 
 
 def legends(figure: Any) -> list[str]:
-    return [text.get_text() for axes in titled(figure).values() for text in axes.get_legend().get_texts()]
+    return [
+        text.get_text()
+        for axes in titled(figure).values()
+        for text in axes.get_legend().get_texts()
+    ]
 
 
-# the picture ---------------------------------------------------------------------------------------------------------
+# the picture --------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(
-    ("distances", "decoder", "evals"), [(True, True, 1), (True, False, 50), (False, True, 2), (False, False, 1)]
+    ("distances", "decoder", "evals"),
+    [(True, True, 1), (True, False, 50), (False, True, 2), (False, False, 1)],
 )
-def test_what_there_is_is_drawn(tmp_path, monkeypatch, distances: bool, decoder: bool, evals: int) -> None:
+def test_what_there_is_is_drawn(
+    tmp_path, monkeypatch, distances: bool, decoder: bool, evals: int
+) -> None:
     log, out = tmp_path / "metrics.jsonl", tmp_path / "new" / "masked.png"
     written(log, masked_stream.run(evals, distances, decoder, preset=r"costs $5 \and $x_{ 狐"))
     figure = drawn(monkeypatch, log, out)
     width, height, values = colours(out)
-    assert width >= 1200 and height >= 500 and values > 100 and [each.name for each in out.parent.iterdir()] == ["masked.png"]
-    assert [part for part in DISTANCES if any(part in title for title in titled(figure))] == DISTANCES[: 4 if distances else 3]
-    assert figure.get_suptitle().endswith("masked tokens") and NOT_CAUSAL not in figure.get_suptitle()
+    assert (
+        width >= 1200
+        and height >= 500
+        and values > 100
+        and [each.name for each in out.parent.iterdir()] == ["masked.png"]
+    )
+    assert [
+        part for part in DISTANCES if any(part in title for title in titled(figure))
+    ] == DISTANCES[: 4 if distances else 3]
+    assert (
+        figure.get_suptitle().endswith("masked tokens") and NOT_CAUSAL not in figure.get_suptitle()
+    )
     said = " ".join(legends(figure))
     assert ("h = −12" in said, "h_exp" in said, "cross-entropy" in said, "decoder" in said) == (
         distances,
@@ -62,32 +81,51 @@ def test_what_there_is_is_drawn(tmp_path, monkeypatch, distances: bool, decoder:
     )
     assert "top-1   54.1 %" in said  # the last values stand beside the names
     for axes in titled(figure).values():
-        assert all(len(line.get_xdata()) == evals for line in axes.get_lines() if not line.get_label().startswith("_"))
+        assert all(
+            len(line.get_xdata()) == evals
+            for line in axes.get_lines()
+            if not line.get_label().startswith("_")
+        )
 
 
 def test_each_number_is_on_its_axis(tmp_path, monkeypatch) -> None:
-    """Counts of directions and exponents would flatten cosines and nats: they have an axis of their own, on the right."""
+    """Counts of directions and exponents would flatten cosines and nats: they have an axis of their
+    own, on the right."""
     written(tmp_path / "m.jsonl", masked_stream.run(evals=4))
     figure = drawn(monkeypatch, tmp_path / "m.jsonl", tmp_path / "masked.png")
     others = [axes for axes in figure.axes if not axes.get_title(loc="left")]
-    assert [axes.get_ylabel() for axes in others] == ["h_exp in training", "effective number of directions"]
+    assert [axes.get_ylabel() for axes in others] == [
+        "h_exp in training",
+        "effective number of directions",
+    ]
     exponents, directions = (axes.get_lines()[0] for axes in others)
     assert list(exponents.get_ydata()) == pytest.approx([-12 + 0.08 * now for now in range(1, 101)])
     assert list(directions.get_ydata()) == pytest.approx([447, 492, 537, 582])
     panel = titled(figure)["Pseudo-perplexity: one token masked at a time"]
     assert panel.get_yscale() == "log"
     accuracy = titled(figure)["Masked tokens: accuracy"]
-    dashed = {line.get_label().split("   ")[0] for line in accuracy.get_lines() if line.get_linestyle() == "--"}
+    dashed = {
+        line.get_label().split("   ")[0]
+        for line in accuracy.get_lines()
+        if line.get_linestyle() == "--"
+    }
     assert dashed == {"decoder top-5", "decoder top-1"}
 
 
 def test_a_panel_without_numbers_is_left_out(tmp_path, monkeypatch) -> None:
     """Also where a number is there and not finite."""
     keys = ("event", "step", "tokens", "time", "objective", "causal")
-    events = [event for event in masked_stream.run(evals=3) if event["event"] in ("run_start", "eval")]
-    bare = [{k: v for k, v in e.items() if k in keys} | {"token_accuracy": 0.1, "nll_h4": float("nan")} for e in events[1:]]
+    events = [
+        event for event in masked_stream.run(evals=3) if event["event"] in ("run_start", "eval")
+    ]
+    bare = [
+        {k: v for k, v in e.items() if k in keys} | {"token_accuracy": 0.1, "nll_h4": float("nan")}
+        for e in events[1:]
+    ]
     written(tmp_path / "m.jsonl", [events[0], *bare])
-    assert list(titled(drawn(monkeypatch, tmp_path / "m.jsonl", tmp_path / "masked.png"))) == ["Masked tokens: accuracy"]
+    assert list(titled(drawn(monkeypatch, tmp_path / "m.jsonl", tmp_path / "masked.png"))) == [
+        "Masked tokens: accuracy"
+    ]
 
 
 def test_a_lineage_that_went_on_is_one_picture(tmp_path, monkeypatch) -> None:
@@ -95,11 +133,15 @@ def test_a_lineage_that_went_on_is_one_picture(tmp_path, monkeypatch) -> None:
     written(log, [*masked_stream.run(evals=3), *masked_stream.run(evals=3, run=2)])
     figure = drawn(monkeypatch, log, tmp_path / "masked.png")
     (accuracy,) = (axes for title, axes in titled(figure).items() if "accuracy" in title)
-    beginnings = [line.get_xdata()[0] for line in accuracy.get_lines() if line.get_linestyle() == ":"]
+    beginnings = [
+        line.get_xdata()[0] for line in accuracy.get_lines() if line.get_linestyle() == ":"
+    ]
     assert beginnings == [3_276_800] and len(accuracy.get_lines()[0].get_xdata()) == 6
 
 
-@pytest.mark.parametrize("content", [None, "", "half a li", '{"event": "step", "step": 1, "tokens": 10, "loss": 2.0}\n'])
+@pytest.mark.parametrize(
+    "content", [None, "", "half a li", '{"event": "step", "step": 1, "tokens": 10, "loss": 2.0}\n']
+)
 def test_nothing_of_masked_tokens_leaves_what_is_there(tmp_path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "metrics.jsonl").write_text(content)
@@ -130,11 +172,17 @@ def test_a_view_that_saw_no_beginning_reads_the_log(tmp_path, run: Any, expected
 
 
 def test_every_line_of_the_picture_is_a_known_number() -> None:
-    known = {*SCORES, "prototype_cosine", "prototype_spread", "prototype_dimensions", "prototype_drift"}
+    known = {
+        *SCORES,
+        "prototype_cosine",
+        "prototype_spread",
+        "prototype_dimensions",
+        "prototype_drift",
+    }
     assert {line.key for panel in PANELS for line in panel.lines} <= known
 
 
-# words ---------------------------------------------------------------------------------------------------------------
+# words --------------------------------------------------------------------------------------------
 
 MASKED = {"objective": "masked_tokens", "causal": False, "tokens": 1_200_000}
 
@@ -149,20 +197,36 @@ def test_masked_tokens_are_by_design_and_seeing_later_ones_is_not() -> None:
         assert NOT_CAUSAL in evaluation_title(event) and NOT_CAUSAL in machine(event)
         assert title_of([{"event": "run_start", "lineage": "x", **event}]) == f"x · {NOT_CAUSAL}"
         event["causal"] = True
-        assert evaluation_title(event) == "evaluation at 10 tokens" and title_of([{"event": "run_start", **event}]) == ""
+        assert (
+            evaluation_title(event) == "evaluation at 10 tokens"
+            and title_of([{"event": "run_start", **event}]) == ""
+        )
 
 
 def test_scores_are_those_that_were_measured() -> None:
-    """In an order of their own for masked tokens; what is null was measured, and came to nothing."""
-    assert scores({"cross_entropy": 3.0, "perplexity": 20.085, "bits_per_byte": 1.0, "token_accuracy": 0.5}, {}) == [
+    """In an order of their own for masked tokens; what is null was measured, and came to
+    nothing."""
+    assert scores(
+        {"cross_entropy": 3.0, "perplexity": 20.085, "bits_per_byte": 1.0, "token_accuracy": 0.5},
+        {},
+    ) == [
         ("cross-entropy", "3.000"),
         ("perplexity", "20.1"),
         ("bits/byte", "1.000"),
         ("accuracy", "50.0 %"),
     ]
     assert scores({"token_accuracy": 0.5}, {}) == [("accuracy", "50.0 %")]
-    assert scores({"cross_entropy": None, "token_accuracy": None}, {}) == [("cross-entropy", "–"), ("accuracy", "–")]
-    event = {**MASKED, "nll_h12": 8.123, "pseudo_perplexity_h12": 3000.0, "token_accuracy": 0.312, "top5_accuracy": 0.52}
+    assert scores({"cross_entropy": None, "token_accuracy": None}, {}) == [
+        ("cross-entropy", "–"),
+        ("accuracy", "–"),
+    ]
+    event = {
+        **MASKED,
+        "nll_h12": 8.123,
+        "pseudo_perplexity_h12": 3000.0,
+        "token_accuracy": 0.312,
+        "top5_accuracy": 0.52,
+    }
     assert scores(event, {"nll_h12": 8.523, "token_accuracy": 0.1}) == [
         ("top-1", "31.2 %"),
         ("top-5", "52.0 %"),
@@ -175,8 +239,15 @@ def test_plain_lines_of_a_masked_run() -> None:
     lines = plain_lines(masked_stream.run(evals=2))
     assert lines[0].endswith("NVIDIA H100  bf16  masked tokens  compiled")
     (_, last) = [line for line in lines if line.startswith("evaluation")]
-    assert last.startswith("evaluation at 3.28M tokens, masked tokens  top-1 54.1 %  top-5 73.9 %  NLL h -12 5.165 (−1.053)")
-    assert "decoder top-1 60.0 %" in last and " perplexity" not in last and NOT_CAUSAL not in " ".join(lines)
+    assert last.startswith(
+        "evaluation at 3.28M tokens, masked tokens  top-1 54.1 %  top-5 73.9 %  NLL h -12 5.165 "
+        "(−1.053)"
+    )
+    assert (
+        "decoder top-1 60.0 %" in last
+        and " perplexity" not in last
+        and NOT_CAUSAL not in " ".join(lines)
+    )
     assert lines.count("near king  queen 0.71, prince 0.69") == 2
     assert sum(line.startswith("near [red]  狐  –, [bold] -4.0e-03") for line in lines) == 2
     assert not FORBIDDEN.search("".join(lines))
@@ -209,7 +280,8 @@ def test_the_dashboard_shows_what_a_masked_run_is_about(width: int, height: int)
         r"spread of cos +0.070",
         r"directions +582.0",
         r"drift +0.120",
-        r"  The capital of France is \[MASK\].  paris 41 %, lyon 12 %\n  near king  queen 0.71, prince 0.69\n  near \[red\]  狐",
+        r"  The capital of France is \[MASK\].  paris 41 %, lyon 12 %\n  near king  queen 0.71, "
+        r"prince 0.69\n  near \[red\]  狐",
     ):
         assert re.search(part, shown), part
     assert NOT_CAUSAL not in shown and "perplexity" not in shown and "harmonic" not in shown
@@ -222,18 +294,28 @@ def test_no_number_is_cut_off_by_its_name(width: int) -> None:
     state, now = state_of([e for e in masked_stream.run() if e["event"] in ("run_start", "eval")])
     state.evals[-1]["losses"] = {"x" * 99: 1.0}
     shown = "\n".join(rendered(state, now, width, 60))
-    assert "1.950 (+0.010)" in shown and re.search(r"decoder pseudo-ppl +5.5\b", shown) and "drift" in shown
+    assert (
+        "1.950 (+0.010)" in shown
+        and re.search(r"decoder pseudo-ppl +5.5\b", shown)
+        and "drift" in shown
+    )
 
 
 def test_neighbours_without_a_sample_have_their_place_too() -> None:
-    state, now = state_of(event for event in masked_stream.run() if event["event"] in ("run_start", "neighbors"))
+    state, now = state_of(
+        event for event in masked_stream.run() if event["event"] in ("run_start", "neighbors")
+    )
     shown = "\n".join(rendered(state, now, 80, 24))
     assert "neighbors at 3.28M tokens" in shown and "near king  queen 0.71, prince 0.69" in shown
 
 
 def test_wandb_gets_numbers_only() -> None:
     events = list(masked_stream.run(evals=1))
-    assert all(_values(event) == {} for event in events if event["event"] in ("neighbors", "sample", "run_start"))
+    assert all(
+        _values(event) == {}
+        for event in events
+        if event["event"] in ("neighbors", "sample", "run_start")
+    )
     (last,) = [_values(event) for event in events if event["event"] == "eval"]
     assert last["eval/prototype_drift"] == pytest.approx(0.12) and "eval/objective" not in last
     step = next(_values(event) for event in events if event["event"] == "step")

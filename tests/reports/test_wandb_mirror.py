@@ -1,4 +1,5 @@
-"""The copy at wandb: against a stand-in for what wandb does wrong, and against the real one, offline, where it is installed."""
+"""The copy at wandb: against a stand-in for what wandb does wrong, and against the real one,
+offline, where it is installed."""
 
 import importlib.util
 import sys
@@ -44,7 +45,10 @@ def fake(monkeypatch, tmp_path):
 
     settings = types.SimpleNamespace(base_url="http://127.0.0.1:9")
     module.init, module.Settings = init, lambda **kwargs: kwargs
-    module.setup, module.teardown = lambda: types.SimpleNamespace(settings=settings), lambda **_: None
+    module.setup, module.teardown = (
+        lambda: types.SimpleNamespace(settings=settings),
+        lambda **_: None,
+    )
     monkeypatch.setitem(sys.modules, "wandb", module)
     monkeypatch.setattr("core.reports.wandb_mirror._reachable", lambda url: True)
     return module
@@ -62,7 +66,11 @@ def test_not_installed(monkeypatch, tmp_path):
 
 def test_without_a_key_it_is_offline_and_keeps_the_run_id(fake, tmp_path):
     mirror, message = opened(tmp_path)
-    assert mirror is not None and "no API key" in message and "wandb sync /logs/wandb/offline-run-1" in message
+    assert (
+        mirror is not None
+        and "no API key" in message
+        and "wandb sync /logs/wandb/offline-run-1" in message
+    )
     (call,) = fake.calls
     assert (call["mode"], call["id"], call["resume"]) == ("offline", "abc123", "allow")
 
@@ -77,11 +85,15 @@ def test_with_a_key_it_is_online(fake, tmp_path, monkeypatch, where):
     assert fake.calls[0]["mode"] == "online" and "https://somewhere/run" in message
 
 
-def test_what_refuses_online_goes_on_offline_and_what_refuses_both_goes_on_without(fake, tmp_path, monkeypatch):
+def test_what_refuses_online_goes_on_offline_and_what_refuses_both_goes_on_without(
+    fake, tmp_path, monkeypatch
+):
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
     fake.refuse = {"online"}
     mirror, message = opened(tmp_path)
-    assert mirror is not None and "bad key" in message and "offline" in message and "\n" not in message
+    assert (
+        mirror is not None and "bad key" in message and "offline" in message and "\n" not in message
+    )
     fake.refuse = {"online", "offline"}
     mirror, message = opened(tmp_path)
     assert mirror is None and "logs/ only" in message
@@ -101,8 +113,17 @@ def test_numbers_go_under_our_step(fake, tmp_path):
         mirror.update(event)
     assert [step for step, _ in fake.run.logged] == sorted(step for step, _ in fake.run.logged)
     step, first = fake.run.logged[0]
-    assert step == 1 and first["tokens"] == 10_000_000 and "losses/policy" in first and "sources/wikipedia/loss" in first
-    assert all(isinstance(value, (int, float)) for _, values in fake.run.logged for value in values.values())
+    assert (
+        step == 1
+        and first["tokens"] == 10_000_000
+        and "losses/policy" in first
+        and "sources/wikipedia/loss" in first
+    )
+    assert all(
+        isinstance(value, (int, float))
+        for _, values in fake.run.logged
+        for value in values.values()
+    )
     assert any("eval/cross_entropy" in values for _, values in fake.run.logged)
     mirror.close()
     mirror.close()
@@ -111,8 +132,20 @@ def test_numbers_go_under_our_step(fake, tmp_path):
 
 def test_each_number_of_an_evaluation_has_a_key_of_its_own(fake, tmp_path):
     """Losses, heads and sources may be called what a measure is called: none overwrites another."""
-    groups = {"losses": {"accuracy": 1.0, "seconds": 2.0}, "heads": {"accuracy": 3.0}, "sources": {"accuracy": {"loss": 4.0}}}
-    event = {"event": "eval", "step": 7, "tokens": 70, "time": 0.0, "accuracy": 0.5, "seconds": 6.0, **groups}
+    groups = {
+        "losses": {"accuracy": 1.0, "seconds": 2.0},
+        "heads": {"accuracy": 3.0},
+        "sources": {"accuracy": {"loss": 4.0}},
+    }
+    event = {
+        "event": "eval",
+        "step": 7,
+        "tokens": 70,
+        "time": 0.0,
+        "accuracy": 0.5,
+        "seconds": 6.0,
+        **groups,
+    }
     mirror, _ = opened(tmp_path)
     mirror.update(event)
     assert fake.run.logged == [
@@ -140,7 +173,11 @@ def test_an_error_in_it_does_not_reach_training(fake, tmp_path):
     with MetricsLog(tmp_path / "m.jsonl", [mirror]) as log:
         for step in (1, 2):
             log.emit("step", step=step, tokens=1, loss=1.0)
-    assert [("gone" in line) for line in (tmp_path / "m.jsonl").read_text().splitlines()] == [False, True, False]
+    assert [("gone" in line) for line in (tmp_path / "m.jsonl").read_text().splitlines()] == [
+        False,
+        True,
+        False,
+    ]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")

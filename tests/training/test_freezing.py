@@ -1,4 +1,5 @@
-"""train.trainable: which parameters a pattern names, that those and no others move, and what is told of it."""
+"""train.trainable: which parameters a pattern names, that those and no others move, and what is
+told of it."""
 
 import re
 import signal
@@ -52,7 +53,8 @@ def expected_names(kind: str, model: nn.Module) -> set[str]:
 
 
 class Named(nn.Module):
-    """Nothing but parameters of these names; those with "kept" in them the model itself never trains."""
+    """Nothing but parameters of these names; those with "kept" in them the model itself never
+    trains."""
 
     def __init__(self, *paths: str):
         super().__init__()
@@ -63,13 +65,17 @@ class Named(nn.Module):
                 if parent not in dict(module.named_children()):
                     module.add_module(parent, nn.Module())
                 module = module.get_submodule(parent)
-            module.register_parameter(last, nn.Parameter(torch.zeros(2), requires_grad="kept" not in path))
+            module.register_parameter(
+                last, nn.Parameter(torch.zeros(2), requires_grad="kept" not in path)
+            )
 
 
-# patterns ---------------------------------------------------------------------------------------------------------------
+# patterns -----------------------------------------------------------------------------------------
 
 BLOCKS = [
-    f"model.transformer_encoder.{i}.{part}" for i in range(28) for part in ("qkv.weight", "ffn.w12.weight", "ffn_norm.weight")
+    f"model.transformer_encoder.{i}.{part}"
+    for i in range(28)
+    for part in ("qkv.weight", "ffn.w12.weight", "ffn_norm.weight")
 ]
 
 
@@ -115,16 +121,24 @@ def test_a_wide_pattern_never_trains_what_the_model_keeps() -> None:
 
 
 def test_all_wrong_patterns_are_told_at_once_with_the_nearest_names() -> None:
-    """And what parameters there are, one line for a stack of blocks; nothing is frozen by what is refused."""
+    """And what parameters there are, one line for a stack of blocks; nothing is frozen by what is
+    refused."""
     model = Named(*BLOCKS, "decoder.kept", "dist_head.weight")
     with pytest.raises(UserError) as refused:
-        train_only(model, ["dist_haed", "transformer_encoder.1", "zzz", "decoder", "transformer_encoder.28"])
+        train_only(
+            model,
+            ["dist_haed", "transformer_encoder.1", "zzz", "decoder", "transformer_encoder.28"],
+        )
     told, outline = str(refused.value).split("\n")
     assert told == (
-        'train.trainable: "dist_haed" names no parameter; did you mean "dist_head"?; "zzz" names no parameter; '
-        '"decoder" names only what this model keeps as it is; "transformer_encoder.28" names no parameter.'
+        'train.trainable: "dist_haed" names no parameter; did you mean "dist_head"?; "zzz" names '
+        "no parameter; "
+        '"decoder" names only what this model keeps as it is; "transformer_encoder.28" names no '
+        "parameter."
     )
-    assert outline == "The model's parameters are model.transformer_encoder.0..27, dist_head.weight."
+    assert (
+        outline == "The model's parameters are model.transformer_encoder.0..27, dist_head.weight."
+    )
     assert all(p.requires_grad for name, p in model.named_parameters() if "kept" not in name)
 
 
@@ -141,51 +155,76 @@ def test_all_wrong_patterns_are_told_at_once_with_the_nearest_names() -> None:
         (["norm"], 0.0),
     ],
 )
-def test_layers_from_the_first_trained_one_on_leave_something(trainable: list[str], share: float) -> None:
+def test_layers_from_the_first_trained_one_on_leave_something(
+    trainable: list[str], share: float
+) -> None:
     """What a matrix within a block numbers of its own counts as that block."""
     model = Named(
-        "embedding.w", *(f"blocks.{i}.{part}" for i in range(4) for part in ("w", "mlp.0.w", "mlp.9.w")), "norm.w", "head.w"
+        "embedding.w",
+        *(f"blocks.{i}.{part}" for i in range(4) for part in ("w", "mlp.0.w", "mlp.9.w")),
+        "norm.w",
+        "head.w",
     )
     train_only(model, trainable)
     assert share_with_graph(model) == share
 
 
-# what moves -------------------------------------------------------------------------------------------------------------
+# what moves ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_exactly_the_named_parameters_move(kind: str, tmp_path: Path) -> None:
-    """Bit for bit nothing else, weight decay and all; the optimizer keeps state of them alone, here and in the checkpoint."""
+    """Bit for bit nothing else, weight decay and all; the optimizer keeps state of them alone, here
+    and in the checkpoint."""
     built = session(tmp_path, **tiny(kind, weight_decay=0.1, learning_rate=0.01))
     before, expected = weights(built), expected_names(kind, built.trainer.model)
-    assert {name for name, p in built.trainer.model.named_parameters() if p.requires_grad} == expected
+    assert {
+        name for name, p in built.trainer.model.named_parameters() if p.requires_grad
+    } == expected
     told = built.start_event
     sizes = {name: p.numel() for name, p in built.trainer.model.named_parameters()}
-    assert (told["parameters"], told["trained_parameters"]) == (sum(sizes.values()), sum(sizes[name] for name in expected))
+    assert (told["parameters"], told["trained_parameters"]) == (
+        sum(sizes.values()),
+        sum(sizes[name] for name in expected),
+    )
     assert finish(built) == "max_steps"
     after = weights(built)
     assert {name for name in after if not torch.equal(after[name], before[name])} == expected
     assert set(built.trainer.optimizer.state()) == expected
     saved = Project(tmp_path).checkpoint()
-    assert set(saved["optimizer"]) == expected and all(torch.equal(saved["model"][name], after[name]) for name in after)
+    assert set(saved["optimizer"]) == expected and all(
+        torch.equal(saved["model"][name], after[name]) for name in after
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_gradient_of_what_moves_is_that_of_a_whole_run(kind: str, tmp_path: Path) -> None:
-    """Freezing leaves out work, and changes nothing of what is left: the same loss, the same first gradients."""
+    """Freezing leaves out work, and changes nothing of what is left: the same loss, the same first
+    gradients."""
 
     def gradients(name: str, trainable: list[str]) -> dict[str, Tensor]:
-        built, found = session(tmp_path / name, **tiny(kind, trainable, max_steps=1, max_grad_norm=1e9)), {}
+        built, found = (
+            session(tmp_path / name, **tiny(kind, trainable, max_steps=1, max_grad_norm=1e9)),
+            {},
+        )
 
         def keep(factor: float) -> None:
-            found.update({n: p.grad.clone() for n, p in built.trainer.model.named_parameters() if p.grad is not None})
+            found.update(
+                {
+                    n: p.grad.clone()
+                    for n, p in built.trainer.model.named_parameters()
+                    if p.grad is not None
+                }
+            )
 
         built.trainer.optimizer.step = keep
         finish(built)
         return found
 
     some, everything = gradients("some", KINDS[kind][1]), gradients("all", ["*"])
-    assert set(some) == expected_names(kind, build_model(decode_preset(tiny_preset(**KINDS[kind][0]), Preset, "t", "t"), 300))
+    assert set(some) == expected_names(
+        kind, build_model(decode_preset(tiny_preset(**KINDS[kind][0]), Preset, "t", "t"), 300)
+    )
     for name, gradient in some.items():
         torch.testing.assert_close(gradient, everything[name], rtol=1e-4, atol=1e-8)
     one, other = (events(tmp_path / name, "step")[0]["loss"] for name in ("some", "all"))
@@ -202,23 +241,38 @@ def test_resuming_equals_not_stopping(tmp_path: Path) -> None:
     rest = session(tmp_path / "halves", **preset)
     assert rest.trainer.progress.step == 3 and not any("afresh" in note for note in rest.notes)
     finish(rest)
-    assert differences(*(Project(tmp_path / name).checkpoint() for name in ("whole", "halves"))) == []
+    assert (
+        differences(*(Project(tmp_path / name).checkpoint() for name in ("whole", "halves"))) == []
+    )
 
 
 def test_another_choice_in_the_next_run_of_a_lineage(tmp_path: Path) -> None:
-    """What was trained before goes on with its state, what is new starts afresh, and is named; what is left out stays."""
+    """What was trained before goes on with its state, what is new starts afresh, and is named; what
+    is left out stays."""
     finish(session(tmp_path, **tiny("neobert", ["transformer_encoder.1", "dist_head"])))
     first = Project(tmp_path).checkpoint()
     second = session(tmp_path, **tiny("neobert", ["transformer_encoder.0", "dist_head"]))
     (told,) = [note for note in second.notes if "afresh" in note]
-    assert told.startswith("optimizer state starts afresh for 6 parameters: model.transformer_encoder.0.")
+    assert told.startswith(
+        "optimizer state starts afresh for 6 parameters: model.transformer_encoder.0."
+    )
     kept = second.trainer.optimizer.state()
     assert set(kept) == {"dist_head.weight"}
-    assert all(torch.equal(value, first["optimizer"]["dist_head.weight"][key]) for key, value in kept["dist_head.weight"].items())
+    assert all(
+        torch.equal(value, first["optimizer"]["dist_head.weight"][key])
+        for key, value in kept["dist_head.weight"].items()
+    )
     finish(second)
     after = Project(tmp_path).checkpoint()
-    moved = {name for name in after["model"] if not torch.equal(after["model"][name], first["model"][name])}
-    assert moved == set(after["optimizer"]) == {n for n in moved if ".0." in n} | {"dist_head.weight"} and len(moved) == 7
+    moved = {
+        name
+        for name in after["model"]
+        if not torch.equal(after["model"][name], first["model"][name])
+    }
+    assert (
+        moved == set(after["optimizer"]) == {n for n in moved if ".0." in n} | {"dist_head.weight"}
+        and len(moved) == 7
+    )
     third = session(tmp_path, **tiny("neobert", ["dist_head"]))
     assert not any("afresh" in note for note in third.notes)
     third.trainer.loader.close()
@@ -227,7 +281,8 @@ def test_another_choice_in_the_next_run_of_a_lineage(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_killed_and_resumed_it_is_the_same_run(make_project: Callable[..., Project]) -> None:
-    """kill -9: the frozen parameters are those it began with, the others those of a run that nobody killed."""
+    """kill -9: the frozen parameters are those it began with, the others those of a run that nobody
+    killed."""
     preset = tiny_preset(**tiny("neobert", max_steps=120, checkpoint_every_steps=7))
     whole, killed = make_project({"t": preset}, "whole"), make_project({"t": preset}, "killed")
     assert_ended(whole.run("t"))
@@ -239,40 +294,60 @@ def test_killed_and_resumed_it_is_the_same_run(make_project: Callable[..., Proje
 
 
 @pytest.mark.slow
-def test_two_ranks_move_the_same_parameters(make_project: Callable[..., Project], tmp_path: Path) -> None:
+def test_two_ranks_move_the_same_parameters(
+    make_project: Callable[..., Project], tmp_path: Path
+) -> None:
     """As one rank with twice the accumulation, and the frozen ones to the bit."""
     train = {"learning_rate": 1e-4, "precision": "fp32", "eval_tokens": 0}
     two = make_project({"t": tiny_preset(**tiny("neobert", **train))})
     assert_ended(on_two(two))
-    one = session(tmp_path / "one", data={"min_text_length": 50}, **tiny("neobert", accumulation_steps=2, **train))
+    one = session(
+        tmp_path / "one",
+        data={"min_text_length": 50},
+        **tiny("neobert", accumulation_steps=2, **train),
+    )
     before, expected = weights(one), expected_names("neobert", one.trainer.model)
     one.trainer.loader.close()
     one.log.close()
     saved = two.checkpoint()
     assert set(saved["optimizer"]) == expected
-    assert {name for name in before if not torch.equal(saved["model"][name], before[name])} == expected
-    alone = make_project({"t": tiny_preset(**tiny("neobert", accumulation_steps=2, **train))}, "alone")
+    assert {
+        name for name in before if not torch.equal(saved["model"][name], before[name])
+    } == expected
+    alone = make_project(
+        {"t": tiny_preset(**tiny("neobert", accumulation_steps=2, **train))}, "alone"
+    )
     assert_ended(alone.run("t"))
     assert_close(alone.checkpoint()["model"], saved["model"], SAME)
 
 
-# what is told -----------------------------------------------------------------------------------------------------------
+# what is told -------------------------------------------------------------------------------------
 
 
 def card_of(**changes: Any) -> list[str]:
-    return _training_lines(decode_preset(tiny_preset(**changes), Preset, "t", "t"), detect_runtime())
+    return _training_lines(
+        decode_preset(tiny_preset(**changes), Preset, "t", "t"), detect_runtime()
+    )
 
 
 def gigabytes(lines: list[str]) -> float:
-    (told,) = [float(found[1]) for line in lines if (found := re.search(r"about ([\d.]+) GB", line))]
+    (told,) = [
+        float(found[1]) for line in lines if (found := re.search(r"about ([\d.]+) GB", line))
+    ]
     return told
 
 
-LARGE = {"model": NEOBERT | {"hidden_size": 256, "num_layers": 12, "num_heads": 4, "seq_length": 512}, **HARMONIC}
+LARGE = {
+    "model": NEOBERT | {"hidden_size": 256, "num_layers": 12, "num_heads": 4, "seq_length": 512},
+    **HARMONIC,
+}
 
 
 def test_the_menu_tells_what_is_trained_and_a_smaller_need_of_memory() -> None:
-    everything, last = card_of(**LARGE), card_of(**LARGE, train={"trainable": ["transformer_encoder.11", "dist_head"]})
+    everything, last = (
+        card_of(**LARGE),
+        card_of(**LARGE, train={"trainable": ["transformer_encoder.11", "dist_head"]}),
+    )
     found = re.match(r"([\d.]+)M parameters \(([\d.]+)k trained\), ", last[0])
     assert found and float(found[2]) < 1000 * float(found[1]) / 4
     assert gigabytes(last) < gigabytes(everything)
@@ -301,7 +376,9 @@ def test_the_menu_says_of_a_wrong_pattern_that_it_cannot_start() -> None:
 
 
 @pytest.mark.slow
-def test_a_wrong_pattern_ends_a_start_before_anything_is_written(make_project: Callable[..., Project]) -> None:
+def test_a_wrong_pattern_ends_a_start_before_anything_is_written(
+    make_project: Callable[..., Project],
+) -> None:
     project = make_project({"t": tiny_preset(train={"trainable": ["layer.1", "embeding"]})})
     result = project.run("t")
     assert_ended(result, 2)

@@ -1,5 +1,5 @@
-"""Masked tokens from end to end on a tiny NeoBERT: what a run tells, that its numbers are what they are called, that it resumes
-to the same bits, and what becomes of its weights elsewhere.
+"""Masked tokens from end to end on a tiny NeoBERT: what a run tells, that its numbers are what they
+are called, that it resumes to the same bits, and what becomes of its weights elsewhere.
 
 D hidden_size, V vocab_size
 """
@@ -37,19 +37,57 @@ MODEL = {"type": "neobert", "head": "distance", "keep_decoder": True, "intermedi
 PRESET = tiny_preset(
     model=MODEL,
     losses=[{"type": "harmonic"}],
-    train={"max_steps": STEPS, "eval_tokens": 300, "eval_every_tokens": 500, "eval_at_start": True, "precision": "fp32"},
+    train={
+        "max_steps": STEPS,
+        "eval_tokens": 300,
+        "eval_every_tokens": 500,
+        "eval_at_start": True,
+        "precision": "fp32",
+    },
     data={
         "sources": [{"type": "text", "path": "short"}, {"type": "text", "path": "shorter"}],
         "mix_strategy": "weighted",
         "source_weights": [0.7, 0.3],
         "mask_fraction": 0.3,
     },
-    generate={"prompts": [f"In year {MASK} the {MASK}iver", "no blank"], "neighbors_of": ["e", "river", "1"]},
+    generate={
+        "prompts": [f"In year {MASK} the {MASK}iver", "no blank"],
+        "neighbors_of": ["e", "river", "1"],
+    },
 )
-OF_DISTANCES = {"token_accuracy", "top5_accuracy", "nll_h12", "nll_h4", "pseudo_perplexity_h12", "pseudo_perplexity_h4"}
-OF_DECODER = {"decoder_accuracy", "decoder_top5_accuracy", "decoder_cross_entropy", "decoder_pseudo_perplexity"}
-OF_PROTOTYPES = {"prototype_cosine", "prototype_spread", "prototype_dimensions", "prototype_drift", "table_cosine"}
-OF_ALL = {"event", "step", "tokens", "time", "seconds", "losses", "sources", "causal", "objective", "eval_tokens"}
+OF_DISTANCES = {
+    "token_accuracy",
+    "top5_accuracy",
+    "nll_h12",
+    "nll_h4",
+    "pseudo_perplexity_h12",
+    "pseudo_perplexity_h4",
+}
+OF_DECODER = {
+    "decoder_accuracy",
+    "decoder_top5_accuracy",
+    "decoder_cross_entropy",
+    "decoder_pseudo_perplexity",
+}
+OF_PROTOTYPES = {
+    "prototype_cosine",
+    "prototype_spread",
+    "prototype_dimensions",
+    "prototype_drift",
+    "table_cosine",
+}
+OF_ALL = {
+    "event",
+    "step",
+    "tokens",
+    "time",
+    "seconds",
+    "losses",
+    "sources",
+    "causal",
+    "objective",
+    "eval_tokens",
+}
 
 
 def write_texts(root: Path) -> None:
@@ -57,7 +95,9 @@ def write_texts(root: Path) -> None:
     for name, sentences in (("short", 5), ("shorter", 3)):
         (root / name).mkdir(parents=True, exist_ok=True)
         for number in range(100, 130):
-            (root / name / f"{number + 30 * sentences}.txt").write_text(story(number + 30 * sentences, sentences))
+            (root / name / f"{number + 30 * sentences}.txt").write_text(
+                story(number + 30 * sentences, sentences)
+            )
 
 
 def masked_run(root: Path, stem: str = "t", **changes: Any) -> list[dict]:
@@ -78,23 +118,33 @@ def of_kind(root: Path, kind: str, lineage: str = "t") -> list[dict]:
     return Project(root).events(kind, lineage)
 
 
-# what a run tells -------------------------------------------------------------------------------------------------------
+# what a run tells ---------------------------------------------------------------------------------
 
 
 def test_a_run_says_what_it_learns_and_evaluates_from_the_start(root: Path) -> None:
     (start,) = of_kind(root, "run_start")
     assert (start["objective"], start["causal"]) == ("masked_tokens", False)
-    assert start["parameters"] - start["trained_parameters"] == 258 * 33, "the decoder that is kept is not trained"
+    assert start["parameters"] - start["trained_parameters"] == 258 * 33, (
+        "the decoder that is kept is not trained"
+    )
     evaluations = of_kind(root, "eval")
     assert [event["step"] for event in evaluations] == [0, 4, 8]
     for event in evaluations:
         assert set(event) == OF_ALL | OF_DISTANCES | OF_DECODER | OF_PROTOTYPES
-        assert (event["objective"], event["causal"], set(event["losses"])) == ("masked_tokens", False, {"harmonic"})
-        assert event["token_accuracy"] <= event["top5_accuracy"] and 100 < event["eval_tokens"] < 250
+        assert (event["objective"], event["causal"], set(event["losses"])) == (
+            "masked_tokens",
+            False,
+            {"harmonic"},
+        )
+        assert (
+            event["token_accuracy"] <= event["top5_accuracy"] and 100 < event["eval_tokens"] < 250
+        )
     first, *_, last = evaluations
     assert first["losses"]["harmonic"] == pytest.approx(first["nll_h12"], rel=1e-6)
     assert last["losses"]["harmonic"] == pytest.approx(last["nll_h4"], rel=1e-6)
-    assert first["prototype_drift"] == pytest.approx(0.0, abs=1e-6) and last["prototype_drift"] > 1e-4
+    assert (
+        first["prototype_drift"] == pytest.approx(0.0, abs=1e-6) and last["prototype_drift"] > 1e-4
+    )
     assert last["nll_h4"] < first["nll_h4"] - 0.1
 
 
@@ -110,38 +160,57 @@ def test_tokens_of_the_sources_are_the_tokens_of_the_run(root: Path) -> None:
     """Tokens read, not targets: both sources have some, and together they are all."""
     steps = of_kind(root, "step")
     for event in steps:
-        assert sum(account["tokens"] for account in event["sources"].values()) == event["tokens"] == event["run_tokens"]
+        assert (
+            sum(account["tokens"] for account in event["sources"].values())
+            == event["tokens"]
+            == event["run_tokens"]
+        )
     assert all(account["tokens"] > 100 for account in steps[-1]["sources"].values())
     assert steps[-1]["tokens"] == STEPS * 4 * 32
 
 
 def test_each_blank_is_filled_and_words_have_neighbours(root: Path) -> None:
-    """Five tokens with their cosine for each [MASK]; a prompt without one gets one at its end; a word of several tokens is left
-    out, and the run says so."""
+    """Five tokens with their cosine for each [MASK]; a prompt without one gets one at its end; a
+    word of several tokens is left out, and the run says so."""
     samples, near = of_kind(root, "sample"), of_kind(root, "neighbors")
-    assert [event["step"] for event in samples] == [0, 0, 4, 4, 8, 8] == [event["step"] for event in near]
-    assert [event["prompt"] for event in samples[:2]] == [f"In year {MASK} the {MASK}iver", f"no blank {MASK}"]
+    assert (
+        [event["step"] for event in samples]
+        == [0, 0, 4, 4, 8, 8]
+        == [event["step"] for event in near]
+    )
+    assert [event["prompt"] for event in samples[:2]] == [
+        f"In year {MASK} the {MASK}iver",
+        f"no blank {MASK}",
+    ]
     for event, blanks in zip(samples, [2, 1] * 3):
         filled = event["text"].split(" | ")
         assert len(filled) == blanks
         for choices in filled:
             cosines = [float(choice.rsplit(" ", 1)[1]) for choice in choices.rsplit(", ", 4)]
-            assert len(cosines) == 5 and cosines == sorted(cosines, reverse=True) and abs(cosines[0]) <= 1.0
-    prototypes = F.normalize(Project(root).checkpoint()["model"]["dist_head.weight"].double(), dim=-1)
+            assert (
+                len(cosines) == 5
+                and cosines == sorted(cosines, reverse=True)
+                and abs(cosines[0]) <= 1.0
+            )
+    prototypes = F.normalize(
+        Project(root).checkpoint()["model"]["dist_head.weight"].double(), dim=-1
+    )
     tokenizer = tokenizer_of(root)
     for event in near[-2:]:
         assert event["word"] in ("e", "1")
         (index,) = tokenizer.encode_batch([event["word"]])[0].tolist()
         cosine = prototypes @ prototypes[index]
         cosine[index] = -2.0
-        assert [found for _, found in event["neighbors"]] == pytest.approx(cosine.topk(5).values.tolist(), abs=1e-5)
+        assert [found for _, found in event["neighbors"]] == pytest.approx(
+            cosine.topk(5).values.tolist(), abs=1e-5
+        )
     told = session(root.parent / "told", **{**PRESET, "data": {}})
     told.trainer.loader.close()
     told.log.close()
     assert "generate.neighbors_of: river left out, being more than one token each" in told.notes
 
 
-# numbers by definition --------------------------------------------------------------------------------------------------
+# numbers by definition ----------------------------------------------------------------------------
 
 
 def tokenizer_of(root: Path, lineage: str = "t") -> Tokenizer:
@@ -150,15 +219,21 @@ def tokenizer_of(root: Path, lineage: str = "t") -> Tokenizer:
 
 def trained_model(root: Path, preset: dict, lineage: str = "t") -> nn.Module:
     saved = Project(root).checkpoint(lineage=lineage)
-    model = build_model(decode_preset(preset, Preset, "t", "t"), tokenizer_of(root, lineage).vocab_size)
+    model = build_model(
+        decode_preset(preset, Preset, "t", "t"), tokenizer_of(root, lineage).vocab_size
+    )
     model.load_state_dict(saved["model"])
     return model.eval()
 
 
 def held_rows(root: Path, preset: dict = PRESET) -> list[Row]:
     decoded = decode_preset(preset, Preset, "t", "t")
-    corpus = open_corpus(decoded, root, Single(), Project(root).checkpoint()["data"].get("held_out"))
-    return corpus.validation_rows(tokenizer_of(root), decoded.model.seq_length, decoded.train.eval_tokens)
+    corpus = open_corpus(
+        decoded, root, Single(), Project(root).checkpoint()["data"].get("held_out")
+    )
+    return corpus.validation_rows(
+        tokenizer_of(root), decoded.model.seq_length, decoded.train.eval_tokens
+    )
 
 
 @torch.no_grad()
@@ -168,7 +243,9 @@ def hidden_of(model: nn.Module, row: Row) -> Tensor:
 
 def distances_of(model: nn.Module, hidden: Tensor) -> Tensor:
     """(n, V) squared, between points on the sphere."""
-    return torch.cdist(F.normalize(hidden, dim=-1), F.normalize(model.dist_head.weight.double(), dim=-1)).square()
+    return torch.cdist(
+        F.normalize(hidden, dim=-1), F.normalize(model.dist_head.weight.double(), dim=-1)
+    ).square()
 
 
 def nll(distances: Tensor, target: int, h_exp: float) -> float:
@@ -177,7 +254,8 @@ def nll(distances: Tensor, target: int, h_exp: float) -> float:
 
 @torch.no_grad()
 def test_evaluation_equals_its_definitions(root: Path) -> None:
-    """On the rows that were held out, in float64 from the hidden states, one masked token after another."""
+    """On the rows that were held out, in float64 from the hidden states, one masked token after
+    another."""
     model, found = trained_model(root, PRESET), of_kind(root, "eval")[-1]
     sums: dict[str, list[float]] = {}
     for row in held_rows(root):
@@ -208,9 +286,18 @@ def test_evaluation_equals_its_definitions(root: Path) -> None:
 
 @torch.no_grad()
 def test_pseudo_perplexity_hides_one_token_at_a_time(root: Path) -> None:
-    """Every token of the held-out rows once, all the others seen: the exponential of the mean, for both exponents and decoder."""
-    model, found, tokenizer = trained_model(root, PRESET), of_kind(root, "eval")[-1], tokenizer_of(root)
-    sums: dict[str, list[float]] = {"pseudo_perplexity_h12": [], "pseudo_perplexity_h4": [], "decoder_pseudo_perplexity": []}
+    """Every token of the held-out rows once, all the others seen: the exponential of the mean, for
+    both exponents and decoder."""
+    model, found, tokenizer = (
+        trained_model(root, PRESET),
+        of_kind(root, "eval")[-1],
+        tokenizer_of(root),
+    )
+    sums: dict[str, list[float]] = {
+        "pseudo_perplexity_h12": [],
+        "pseudo_perplexity_h4": [],
+        "decoder_pseudo_perplexity": [],
+    }
     rows = held_rows(root)
     for row in rows:
         whole = np.where(row.labels >= 0, row.labels, row.input_ids)
@@ -224,21 +311,28 @@ def test_pseudo_perplexity_hides_one_token_at_a_time(root: Path) -> None:
             sums["pseudo_perplexity_h4"].append(nll(distances, target, -4.0))
             logits = F.linear(hidden, model.decoder.weight.double(), model.decoder.bias.double())
             sums["decoder_pseudo_perplexity"].append(-float(logits.log_softmax(0)[target]))
-    assert len(sums["pseudo_perplexity_h4"]) > 400 and {int(source) for row in rows for source in row.source_ids} >= {0, 1}
+    assert len(sums["pseudo_perplexity_h4"]) > 400 and {
+        int(source) for row in rows for source in row.source_ids
+    } >= {0, 1}
     expected = {name: math.exp(np.mean(values)) for name, values in sums.items()}
     assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-4)
 
 
-# resuming ---------------------------------------------------------------------------------------------------------------
+# resuming -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("head", ["distance", "decoder"])
 def test_resuming_equals_not_stopping(head: str, tmp_path: Path) -> None:
-    """Weights, optimizer, data and every number told, to the bit; prototypes are on the sphere; the evaluation at the start is
-    made once."""
+    """Weights, optimizer, data and every number told, to the bit; prototypes are on the sphere; the
+    evaluation at the start is made once."""
     own = (
-        {} if head == "distance" else {"model": {"head": "decoder", "keep_decoder": False}, "losses": [{"type": "cross_entropy"}]}
+        {}
+        if head == "distance"
+        else {
+            "model": {"head": "decoder", "keep_decoder": False},
+            "losses": [{"type": "cross_entropy"}],
+        }
     )
     preset = merged(PRESET, own)
     for name in ("whole", "halves"):
@@ -256,7 +350,10 @@ def test_resuming_equals_not_stopping(head: str, tmp_path: Path) -> None:
     assert [event["step"] for event in halves.events("eval")] == [0, 4, 8]
     for kind in ("step", "eval", "sample", "neighbors"):
         changing = ("time", "seconds", "tokens_per_second", "data_seconds", "memory_mb")
-        one, other = ([{k: v for k, v in e.items() if k not in changing} for e in each.events(kind)] for each in (whole, halves))
+        one, other = (
+            [{k: v for k, v in e.items() if k not in changing} for e in each.events(kind)]
+            for each in (whole, halves)
+        )
         assert one == other, kind
     if head == "distance":
         lengths = whole.checkpoint()["model"]["dist_head.weight"].double().norm(dim=-1)
@@ -272,9 +369,12 @@ def test_the_next_run_begins_without_an_evaluation_of_its_own(tmp_path: Path) ->
     assert [event["step"] for event in of_kind(tmp_path, "eval")] == [0, 2, 4]
 
 
-# the weights elsewhere --------------------------------------------------------------------------------------------------
+# the weights elsewhere ----------------------------------------------------------------------------
 
-DECODER = {"model": {"head": "decoder", "keep_decoder": False}, "losses": [{"type": "cross_entropy"}]}
+DECODER = {
+    "model": {"head": "decoder", "keep_decoder": False},
+    "losses": [{"type": "cross_entropy"}],
+}
 
 
 @pytest.fixture(scope="module")
@@ -284,22 +384,35 @@ def decoder_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_the_decoder_trains_by_cross_entropy_and_is_called_no_language_model(decoder_root: Path) -> None:
-    """Masked cross-entropy and pseudo-perplexity, and neither perplexity nor bits per byte, which are of whole texts."""
+def test_the_decoder_trains_by_cross_entropy_and_is_called_no_language_model(
+    decoder_root: Path,
+) -> None:
+    """Masked cross-entropy and pseudo-perplexity, and neither perplexity nor bits per byte, which
+    are of whole texts."""
     evaluations = of_kind(decoder_root, "eval", "first")
-    of_logits = {"cross_entropy", "pseudo_perplexity", "token_accuracy", "top5_accuracy", "entropy", "max_probability"}
+    of_logits = {
+        "cross_entropy",
+        "pseudo_perplexity",
+        "token_accuracy",
+        "top5_accuracy",
+        "entropy",
+        "max_probability",
+    }
     for event in evaluations:
         assert set(event) == OF_ALL | of_logits | {"embedding_cosine", "table_cosine"}
     assert evaluations[-1]["cross_entropy"] < evaluations[0]["cross_entropy"] - 0.1
-    assert evaluations[-1]["cross_entropy"] == pytest.approx(evaluations[-1]["losses"]["cross_entropy"], rel=1e-6)
+    assert evaluations[-1]["cross_entropy"] == pytest.approx(
+        evaluations[-1]["losses"]["cross_entropy"], rel=1e-6
+    )
     assert of_kind(decoder_root, "step", "first")[0]["scheduled"] == {}
     assert " %" in of_kind(decoder_root, "sample", "first")[-1]["text"]
 
 
 @pytest.mark.slow
 def test_a_kept_decoder_measures_what_it_did_in_the_run_it_comes_from(decoder_root: Path) -> None:
-    """A distance head begins from those weights: at step 0 the decoder's numbers are the first lineage's last, on the same text;
-    prototypes are its embeddings; and though the encoder moves on, the decoder does not."""
+    """A distance head begins from those weights: at step 0 the decoder's numbers are the first
+    lineage's last, on the same text; prototypes are its embeddings; and though the encoder moves
+    on, the decoder does not."""
     events = masked_run(decoder_root, "second", init_from="first")
     before = of_kind(decoder_root, "eval", "first")[-1]
     first, *_, last = [event for event in events if event["event"] == "eval"]
@@ -310,10 +423,15 @@ def test_a_kept_decoder_measures_what_it_did_in_the_run_it_comes_from(decoder_ro
         "decoder_pseudo_perplexity": "pseudo_perplexity",
         "eval_tokens": "eval_tokens",
     }
-    assert {name: first[name] for name in renamed} == pytest.approx({n: before[old] for n, old in renamed.items()}, rel=1e-6)
+    assert {name: first[name] for name in renamed} == pytest.approx(
+        {n: before[old] for n, old in renamed.items()}, rel=1e-6
+    )
     assert first["prototype_drift"] == pytest.approx(0.0, abs=1e-6)
     assert last["decoder_cross_entropy"] != pytest.approx(before["cross_entropy"], rel=1e-4)
-    old, new = (Project(decoder_root).checkpoint(lineage=lineage)["model"] for lineage in ("first", "second"))
+    old, new = (
+        Project(decoder_root).checkpoint(lineage=lineage)["model"]
+        for lineage in ("first", "second")
+    )
     assert all(torch.equal(old[name], new[name]) for name in ("decoder.weight", "decoder.bias"))
     assert not torch.equal(old["model.encoder.weight"], new["model.encoder.weight"])
 
@@ -321,7 +439,11 @@ def test_a_kept_decoder_measures_what_it_did_in_the_run_it_comes_from(decoder_ro
 @pytest.mark.parametrize(
     ("job", "run", "told"),
     [
-        ("evaluate", evaluate, "holds a neobert, which fills in masked tokens and continues no text"),
+        (
+            "evaluate",
+            evaluate,
+            "holds a neobert, which fills in masked tokens and continues no text",
+        ),
         ("interpret", interpret, "holds a neobert, which routes nothing"),
     ],
 )
@@ -329,8 +451,12 @@ def test_a_kept_decoder_measures_what_it_did_in_the_run_it_comes_from(decoder_ro
 def test_jobs_that_ask_for_next_tokens_refuse_it(
     head: str, job: str, run: Callable[..., None], told: str, root: Path, decoder_root: Path
 ) -> None:
-    folder, origin, own = (root, "t", {}) if head == "distance" else (decoder_root, "first", DECODER)
-    preset = decode_preset(merged(PRESET, {**own, "job": job, "init_from": origin}), Preset, "asks", "asks")
+    folder, origin, own = (
+        (root, "t", {}) if head == "distance" else (decoder_root, "first", DECODER)
+    )
+    preset = decode_preset(
+        merged(PRESET, {**own, "job": job, "init_from": origin}), Preset, "asks", "asks"
+    )
     with pytest.raises(UserError, match=told) as refused:
         run(preset, detect_runtime(), Single(), folder, 0.0, io.StringIO())
     assert refused.value.exit_code == 2
@@ -338,7 +464,8 @@ def test_jobs_that_ask_for_next_tokens_refuse_it(
 
 @pytest.mark.slow
 def test_from_the_outside(make_project: Callable[..., Project]) -> None:
-    """A run by its name with its pictures, then the jobs that refuse it: exit code 2, no traceback."""
+    """A run by its name with its pictures, then the jobs that refuse it: exit code 2, no
+    traceback."""
     jobs = {job: {**PRESET, "job": job, "init_from": "t"} for job in ("evaluate", "interpret")}
     project = make_project({"t": PRESET, **jobs})
     write_texts(project.folder)
@@ -352,12 +479,18 @@ def test_from_the_outside(make_project: Callable[..., Project]) -> None:
 
 
 def test_a_step_in_which_chance_masks_nothing_is_passed_over(tmp_path: Path) -> None:
-    """Short rows, one at a time, and few masked tokens: some steps have none, and the run goes on to its end all the same."""
-    few = {"train": {"per_gpu_batch_size": 1, "max_steps": 30, "eval_tokens": 0}, "data": {"mask_fraction": 0.05}}
+    """Short rows, one at a time, and few masked tokens: some steps have none, and the run goes on
+    to its end all the same."""
+    few = {
+        "train": {"per_gpu_batch_size": 1, "max_steps": 30, "eval_tokens": 0},
+        "data": {"mask_fraction": 0.05},
+    }
     events = masked_run(tmp_path, model={"seq_length": 8}, **few)
     steps = [event for event in events if event["event"] == "step"]
     assert len(steps) == 30 and all(event["loss"] > 0 for event in steps)
-    assert Project(tmp_path).checkpoint()["data"]["rows"] > 60, "most rows of eight tokens have none masked"
+    assert Project(tmp_path).checkpoint()["data"]["rows"] > 60, (
+        "most rows of eight tokens have none masked"
+    )
 
 
 def test_a_tokenizer_without_a_mask_is_refused_before_anything_is_written(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""The optimizer: every parameter in exactly one group, decay only where it belongs, state by name."""
+"""The optimizer: every parameter in exactly one group, decay only where it belongs, state by
+name."""
 
 from typing import Any
 
@@ -18,7 +19,11 @@ V = 40
 def build(kind: str = "adamw", seed: int = 1, **settings: Any) -> tuple[SimpleLM, Optimizer]:
     torch.manual_seed(seed)
     model = SimpleLM(SimpleLMSettings(hidden_size=16, num_layers=2, num_heads=2, seq_length=8), V)
-    return model, Optimizer(list(model.named_parameters()), {"embedding.weight"}, TrainSettings(optimizer=kind, **settings))
+    return model, Optimizer(
+        list(model.named_parameters()),
+        {"embedding.weight"},
+        TrainSettings(optimizer=kind, **settings),
+    )
 
 
 def groups(optimizer: Optimizer) -> list[tuple[str, dict]]:
@@ -54,7 +59,11 @@ def test_only_matrices_decay(kind: str) -> None:
     """Biases, norms and the position table do not: they would only shrink."""
     model, optimizer = build(kind, weight_decay=0.3)
     names = {id(p): name for name, p in model.named_parameters()}
-    decay = {names[id(p)]: group["weight_decay"] for _, group in groups(optimizer) for p in group["params"]}
+    decay = {
+        names[id(p)]: group["weight_decay"]
+        for _, group in groups(optimizer)
+        for p in group["params"]
+    }
     assert set(decay.values()) == {0.3, 0.0}
     for name, p in model.named_parameters():
         assert (decay[name] == 0.3) == (p.ndim == 2 and name != "pos_embedding.weight"), name
@@ -64,13 +73,18 @@ def test_muon_takes_the_matrices_of_the_trunk() -> None:
     """And nothing else: its update is for linear maps, not for tables of embeddings or vectors."""
     model, optimizer = build("muon", learning_rate=1e-3, muon_learning_rate=0.05)
     names = {id(p): name for name, p in model.named_parameters()}
-    taken = {names[id(p)] for kind, group in groups(optimizer) if kind == "Muon" for p in group["params"]}
+    taken = {
+        names[id(p)] for kind, group in groups(optimizer) if kind == "Muon" for p in group["params"]
+    }
     wanted = ("in_proj_weight", "out_proj.weight", "linear1.weight", "linear2.weight")
     assert taken == {name for name in names.values() if name.endswith(wanted)} and len(taken) == 8
     optimizer.zero_grad()
     set_gradients(model, 0)
     optimizer.step(0.5)
-    assert {kind: group["lr"] for kind, group in groups(optimizer)} == {"AdamW": 0.5e-3, "Muon": 0.025}
+    assert {kind: group["lr"] for kind, group in groups(optimizer)} == {
+        "AdamW": 0.5e-3,
+        "Muon": 0.025,
+    }
 
 
 def test_adamw_is_adamw() -> None:
@@ -82,8 +96,11 @@ def test_adamw_is_adamw() -> None:
     optimizer.step(0.5)
     for name, p in model.named_parameters():
         decay = 0.1 if p.ndim == 2 and name != "pos_embedding.weight" else 0.0
-        update = gradients[name] / (gradients[name].abs() + 1e-8)  # at the first step the averages are the gradient itself
-        torch.testing.assert_close(p.detach(), before[name] * (1 - 0.005 * decay) - 0.005 * update, atol=1e-6, rtol=1e-5)
+        # at the first step the averages are the gradient itself
+        update = gradients[name] / (gradients[name].abs() + 1e-8)
+        torch.testing.assert_close(
+            p.detach(), before[name] * (1 - 0.005 * decay) - 0.005 * update, atol=1e-6, rtol=1e-5
+        )
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
@@ -117,7 +134,8 @@ def test_a_factor_of_0_changes_nothing() -> None:
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_resuming_equals_not_stopping(kind: str) -> None:
-    """State by name, through a file as a checkpoint keeps it: the same bits as without the interruption."""
+    """State by name, through a file as a checkpoint keeps it: the same bits as without the
+    interruption."""
     import io
 
     straight, optimizer = build(kind)
@@ -140,7 +158,8 @@ def test_resuming_equals_not_stopping(kind: str) -> None:
 
 
 def test_what_does_not_fit_starts_afresh_and_is_named() -> None:
-    """A longer position table, a parameter that is new, one now under another optimizer: the others keep their state."""
+    """A longer position table, a parameter that is new, one now under another optimizer: the others
+    keep their state."""
     model, optimizer = build()
     set_gradients(model, 0)
     optimizer.step(1.0)
@@ -161,7 +180,9 @@ def test_loaded_state_is_a_copy() -> None:
     model, optimizer = build()
     set_gradients(model, 0)
     optimizer.step(1.0)
-    saved = {name: {k: v.clone() for k, v in state.items()} for name, state in optimizer.state().items()}
+    saved = {
+        name: {k: v.clone() for k, v in state.items()} for name, state in optimizer.state().items()
+    }
     kept = {name: state["exp_avg"].clone() for name, state in saved.items()}
     optimizer.load(saved)
     set_gradients(model, 1)

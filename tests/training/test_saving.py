@@ -37,7 +37,14 @@ from tests.jobs.test_compare import compare_here, job, preset_of
 from tests.project import Project, differences, merged, story, tiny_preset, train_here
 from tests.training.test_trainer import EXACT, events, finish, limit_rows, poison, session
 
-MEASURED = {"train": {"eval_tokens": 200, "eval_every_tokens": 512, "max_steps": 10, "checkpoint_every_steps": 4}}
+MEASURED = {
+    "train": {
+        "eval_tokens": 200,
+        "eval_every_tokens": 512,
+        "max_steps": 10,
+        "checkpoint_every_steps": 4,
+    }
+}
 """An evaluation at steps 4, 8 and 10, each where a checkpoint is due."""
 
 
@@ -59,15 +66,24 @@ def told(root: Path) -> list[str]:
 
 def same_log(one: Path, other: Path) -> bool:
     """Every step, evaluation and sample once, with the same numbers."""
-    kinds = {"step": ("loss", "grad_norm"), "eval": ("cross_entropy",), "sample": ("text",), "run_end": ("reason", "receipt")}
+    kinds = {
+        "step": ("loss", "grad_norm"),
+        "eval": ("cross_entropy",),
+        "sample": ("text",),
+        "run_end": ("reason", "receipt"),
+    }
     found = [
-        [(kind, e["step"], *(e[key] for key in keys)) for kind, keys in kinds.items() for e in events(root, kind)]
+        [
+            (kind, e["step"], *(e[key] for key in keys))
+            for kind, keys in kinds.items()
+            for e in events(root, kind)
+        ]
         for root in (one, other)
     ]
     return found[0] == found[1]
 
 
-# save first ----------------------------------------------------------------------------------------------------------
+# save first ---------------------------------------------------------------------------------------
 
 
 def test_whatever_is_due_is_saved_before_anything_is_evaluated(tmp_path: Path) -> None:
@@ -88,8 +104,13 @@ def test_whatever_is_due_is_saved_before_anything_is_evaluated(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("part", ["evaluate", "show"])
-def test_what_fails_in_looking_at_the_model_is_told_once_and_costs_nothing(part: str, tmp_path: Path) -> None:
-    straight, built = session(tmp_path / "straight", **MEASURED), session(tmp_path / "failing", **MEASURED)
+def test_what_fails_in_looking_at_the_model_is_told_once_and_costs_nothing(
+    part: str, tmp_path: Path
+) -> None:
+    straight, built = (
+        session(tmp_path / "straight", **MEASURED),
+        session(tmp_path / "failing", **MEASURED),
+    )
     finish(straight)
 
     def fail(model: Any, _: Any) -> Any:
@@ -98,23 +119,35 @@ def test_what_fails_in_looking_at_the_model_is_told_once_and_costs_nothing(part:
 
     setattr(built.trainer, part, fail)
     assert finish(built) == "max_steps"
-    assert differences(*(Project(tmp_path / name).checkpoint() for name in ("straight", "failing"))) == []
+    assert (
+        differences(*(Project(tmp_path / name).checkpoint() for name in ("straight", "failing")))
+        == []
+    )
     what = {"evaluate": "evaluation", "show": "samples"}[part]
-    assert told(tmp_path / "failing") == [f"{what} failed, the run goes on without: nothing to choose from {{here}}"]
-    assert [e["step"] for e in events(tmp_path / "failing", "sample")] == ([4, 8, 10] if part == "evaluate" else [])
+    assert told(tmp_path / "failing") == [
+        f"{what} failed, the run goes on without: nothing to choose from {{here}}"
+    ]
+    assert [e["step"] for e in events(tmp_path / "failing", "sample")] == (
+        [4, 8, 10] if part == "evaluate" else []
+    )
 
 
 def test_sampling_settings_that_no_float_holds_lose_no_run(tmp_path: Path) -> None:
     """Case 13: a temperature that divides scores to infinity. Nor does it lose the samples."""
     found = train_here(tiny_preset(generate={"temperature": 1e-40}), tmp_path)
-    assert found[-1]["reason"] == "max_steps" and slot(tmp_path)["finished"] and slot(tmp_path)["step"] == 5
+    assert (
+        found[-1]["reason"] == "max_steps"
+        and slot(tmp_path)["finished"]
+        and slot(tmp_path)["step"] == 5
+    )
     assert len(events(tmp_path, "sample")) == 1 and told(tmp_path) == []
 
 
 def test_an_end_without_its_evaluation_is_evaluated_by_the_next_start_and_not_trained_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The program is ended in each part of the last evaluation; then it is as if nothing had happened, and then comes run 2."""
+    """The program is ended in each part of the last evaluation; then it is as if nothing had
+    happened, and then comes run 2."""
     finish(session(tmp_path / "straight", **MEASURED))
     preset = decode_preset(tiny_preset(**merged(EXACT, MEASURED)), Preset, "t", "t")
     for part in ("evaluate", "show"):
@@ -136,13 +169,17 @@ def test_an_end_without_its_evaluation_is_evaluated_by_the_next_start_and_not_tr
         built = session(root, **MEASURED)
         assert any("not evaluated" in note for note in built.notes)
         assert finish(built) == "max_steps" and same_log(tmp_path / "straight", root)
-        assert differences(*(Project(folder).checkpoint() for folder in (tmp_path / "straight", root))) == []
+        assert (
+            differences(*(Project(folder).checkpoint() for folder in (tmp_path / "straight", root)))
+            == []
+        )
         assert "starts run 2" in _resume_line(preset)
         assert session(root, **MEASURED).trainer.progress.run == 2
 
 
 def test_an_evaluation_that_was_ended_is_made_again_where_training_goes_on(tmp_path: Path) -> None:
-    """In the middle of a run: killed in the evaluation that follows a save, after the log has part of it."""
+    """In the middle of a run: killed in the evaluation that follows a save, after the log has part
+    of it."""
     finish(session(tmp_path / "straight", **MEASURED))
     root = tmp_path / "ended"
     for at, part in ((4, "evaluate"), (8, "show")):
@@ -160,11 +197,15 @@ def test_an_evaluation_that_was_ended_is_made_again_where_training_goes_on(tmp_p
         assert slot(root)["step"] == at
     finish(session(root, **MEASURED))
     assert same_log(tmp_path / "straight", root)
-    assert differences(*(Project(folder).checkpoint() for folder in (tmp_path / "straight", root))) == []
+    assert (
+        differences(*(Project(folder).checkpoint() for folder in (tmp_path / "straight", root)))
+        == []
+    )
 
 
 def test_who_asks_to_stop_does_not_wait_for_an_evaluation(tmp_path: Path) -> None:
-    """In the middle of a run and at its end: saved, evaluated by the next start, and then as if nothing had happened."""
+    """In the middle of a run and at its end: saved, evaluated by the next start, and then as if
+    nothing had happened."""
     finish(session(tmp_path / "straight", **MEASURED))
     root, reasons = tmp_path / "stopped", []
     for at in (4, 10, 99):
@@ -172,7 +213,9 @@ def test_who_asks_to_stop_does_not_wait_for_an_evaluation(tmp_path: Path) -> Non
         batches: list[int] = []
 
         def asked(built: list[Any] = built, batches: list[int] = batches, at: int = at) -> bool:
-            if (evaluating := not built[0].trainer.model.training) and built[0].trainer.progress.step == at:
+            if (evaluating := not built[0].trainer.model.training) and built[
+                0
+            ].trainer.progress.step == at:
                 batches.append(1)
             return len(batches) > 0 and (evaluating or at < 10)
 
@@ -183,14 +226,23 @@ def test_who_asks_to_stop_does_not_wait_for_an_evaluation(tmp_path: Path) -> Non
     assert reasons == ["interrupted", "interrupted", "max_steps"]
     ends = [(event["step"], event["reason"]) for event in events(root, "run_end")]
     assert ends == [(4, "interrupted"), (10, "interrupted"), (10, "max_steps")]
-    evaluations = [[(e["step"], e["cross_entropy"]) for e in events(folder, "eval")] for folder in (tmp_path / "straight", root)]
+    evaluations = [
+        [(e["step"], e["cross_entropy"]) for e in events(folder, "eval")]
+        for folder in (tmp_path / "straight", root)
+    ]
     assert evaluations[0] == evaluations[1]
-    assert differences(*(Project(folder).checkpoint() for folder in (tmp_path / "straight", root))) == []
+    assert (
+        differences(*(Project(folder).checkpoint() for folder in (tmp_path / "straight", root)))
+        == []
+    )
 
 
 @pytest.mark.parametrize("moment", ["held-out rows", "samples"])
-def test_who_asks_to_stop_waits_neither_for_rows_nor_for_samples(moment: str, tmp_path: Path) -> None:
-    """Asked while the first evaluation looks for its rows, or between two tokens of a sample: the next start evaluates."""
+def test_who_asks_to_stop_waits_neither_for_rows_nor_for_samples(
+    moment: str, tmp_path: Path
+) -> None:
+    """Asked while the first evaluation looks for its rows, or between two tokens of a sample: the
+    next start evaluates."""
     settings = merged(MEASURED, {"generate": {"prompts": ["The ", "A "], "max_tokens": 60}})
     finish(session(tmp_path / "straight", **settings))
     root, asked = tmp_path / "stopped", []
@@ -199,29 +251,49 @@ def test_who_asks_to_stop_waits_neither_for_rows_nor_for_samples(moment: str, tm
     if moment == "samples":
 
         def pass_made(module: Any, inputs: Any) -> None:
-            if not module.training and built.trainer.progress.step == 4 and len(inputs[0].labels) == 1:
+            if (
+                not module.training
+                and built.trainer.progress.step == 4
+                and len(inputs[0].labels) == 1
+            ):
                 after.append(1)
                 asked.extend([1] * (len(after) == 3))
 
         built.trainer.model.register_forward_pre_hook(pass_made)
     else:
-        built.trainer.evaluate = lambda *how, evaluate=built.trainer.evaluate: asked.append(1) or evaluate(*how)
-        built.trainer.model.register_forward_pre_hook(lambda module, _: None if module.training else after.append(1))
-    assert finish(built) == "interrupted" and slot(root)["step"] == 4 and slot(root)["evaluation_due"]
+        built.trainer.evaluate = lambda *how, evaluate=built.trainer.evaluate: (
+            asked.append(1) or evaluate(*how)
+        )
+        built.trainer.model.register_forward_pre_hook(
+            lambda module, _: None if module.training else after.append(1)
+        )
+    assert (
+        finish(built) == "interrupted" and slot(root)["step"] == 4 and slot(root)["evaluation_due"]
+    )
     assert len(after) == (3 if moment == "samples" else 0), "no pass more is made"
     finish(session(root, **settings))
     looked = [
-        [(e["step"], e.get("cross_entropy"), e.get("text")) for kind in ("eval", "sample") for e in events(folder, kind)]
+        [
+            (e["step"], e.get("cross_entropy"), e.get("text"))
+            for kind in ("eval", "sample")
+            for e in events(folder, kind)
+        ]
         for folder in (tmp_path / "straight", root)
     ]
     assert looked[0] == looked[1]
-    assert differences(*(Project(folder).checkpoint() for folder in (tmp_path / "straight", root))) == []
+    assert (
+        differences(*(Project(folder).checkpoint() for folder in (tmp_path / "straight", root)))
+        == []
+    )
 
 
 def test_what_the_log_says_of_an_evaluation(tmp_path: Path) -> None:
     """Missing only where the log ends at that step; a log that is gone says nothing."""
     log = tmp_path / "metrics.jsonl"
-    step, over = '{"event": "step", "step": 7}\n', '{"event": "run_end", "step": 7, "reason": "%s"}\n'
+    step, over = (
+        '{"event": "step", "step": 7}\n',
+        '{"event": "run_end", "step": 7, "reason": "%s"}\n',
+    )
     cases = {
         step: True,
         step + '{"event": "eval", "step": 7}\n{"event": "sample", "step": 7}\n': True,
@@ -236,17 +308,24 @@ def test_what_the_log_says_of_an_evaluation(tmp_path: Path) -> None:
     log.unlink()
     assert not evaluation_is_missing(log, 7) and evaluation_is_missing(log, 0)
     os.mkfifo(log)
-    assert not evaluation_is_missing(log, 7) and evaluation_is_missing(log, 0), "a pipe hangs nobody"
+    assert not evaluation_is_missing(log, 7) and evaluation_is_missing(log, 0), (
+        "a pipe hangs nobody"
+    )
     log.unlink()  # a look at all logs follows each test
 
 
-# stops ---------------------------------------------------------------------------------------------------------------
+# stops --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("moment", ["forward", "reading", "saving"])
-@pytest.mark.parametrize("error", [RuntimeError("a kernel gave up"), UserError("a row that nobody can read")])
-def test_every_stop_saves_and_the_next_start_goes_on_exactly(moment: str, error: Exception, tmp_path: Path) -> None:
-    """Whatever ends it, at whatever moment between two updates: raised, saved, and resumed bit for bit, nothing left out."""
+@pytest.mark.parametrize(
+    "error", [RuntimeError("a kernel gave up"), UserError("a row that nobody can read")]
+)
+def test_every_stop_saves_and_the_next_start_goes_on_exactly(
+    moment: str, error: Exception, tmp_path: Path
+) -> None:
+    """Whatever ends it, at whatever moment between two updates: raised, saved, and resumed bit for
+    bit, nothing left out."""
     settings = {"train": {"max_steps": 8}}
     finish(session(tmp_path / "straight", **settings))
     root = tmp_path / "stopped"
@@ -272,7 +351,10 @@ def test_every_stop_saves_and_the_next_start_goes_on_exactly(moment: str, error:
     assert raised.value is error
     assert events(root, "run_end")[-1]["reason"] == "failed" and slot(root)["step"] == 5
     finish(session(root, **settings))
-    assert differences(*(Project(folder).checkpoint() for folder in (tmp_path / "straight", root))) == []
+    assert (
+        differences(*(Project(folder).checkpoint() for folder in (tmp_path / "straight", root)))
+        == []
+    )
     assert Project(root).steps() == list(range(1, 9))
 
 
@@ -294,7 +376,8 @@ def test_an_update_that_was_half_made_is_not_saved(tmp_path: Path) -> None:
 
 
 def test_before_the_first_update_there_is_nothing_to_save(tmp_path: Path) -> None:
-    """A checkpoint of step 0 would only hold on to a model that does not fit, or to a tokenizer of data that is mended next."""
+    """A checkpoint of step 0 would only hold on to a model that does not fit, or to a tokenizer of
+    data that is mended next."""
     built = session(tmp_path)
     limit_rows(built, 0)
     with pytest.raises(UserError, match="not even one row fits"):
@@ -302,14 +385,19 @@ def test_before_the_first_update_there_is_nothing_to_save(tmp_path: Path) -> Non
     assert slot(tmp_path) is None
 
 
-# weights that are not finite -----------------------------------------------------------------------------------------
+# weights that are not finite ----------------------------------------------------------------------
 
 
 @pytest.mark.skips_updates
 def test_an_evaluation_waits_for_a_finite_step(tmp_path: Path) -> None:
-    """It falls due among bad steps: weights are rolled back, then it is made, and the run ends as it would have."""
+    """It falls due among bad steps: weights are rolled back, then it is made, and the run ends as
+    it would have."""
     built = session(
-        tmp_path, **merged(MEASURED, {"train": {"max_steps": 14, "checkpoint_every_steps": 3, "eval_every_tokens": 768}})
+        tmp_path,
+        **merged(
+            MEASURED,
+            {"train": {"max_steps": 14, "checkpoint_every_steps": 3, "eval_every_tokens": 768}},
+        ),
     )
     updates: list[int] = []
 
@@ -321,7 +409,8 @@ def test_an_evaluation_waits_for_a_finite_step(tmp_path: Path) -> None:
 
     built.trainer.model.after_optimizer_step = ruin
     assert finish(built) == "max_steps"
-    # after the second roll-back of two: step 5 ruins what step 6's evaluation and save would have met
+    # after the second roll-back of two: step 5 ruins what step 6's evaluation and save would have
+    # met
     assert [e["step"] for e in events(tmp_path, "eval")] == [10, 12, 14]
     assert all(math.isfinite(e["cross_entropy"]) for e in events(tmp_path, "eval"))
     assert any("weights are back" in message for message in told(tmp_path))
@@ -329,8 +418,11 @@ def test_an_evaluation_waits_for_a_finite_step(tmp_path: Path) -> None:
 
 @pytest.mark.skips_updates
 def test_an_evaluation_of_weights_that_are_not_finite_ends_nothing(tmp_path: Path) -> None:
-    """They are ruined by the update after a finite step, so nothing waits: the samples cannot be drawn, and that is all."""
-    built = session(tmp_path, **merged(MEASURED, {"train": {"max_steps": 14, "checkpoint_every_steps": 3}}))
+    """They are ruined by the update after a finite step, so nothing waits: the samples cannot be
+    drawn, and that is all."""
+    built = session(
+        tmp_path, **merged(MEASURED, {"train": {"max_steps": 14, "checkpoint_every_steps": 3}})
+    )
     updates: list[int] = []
 
     def ruin() -> None:
@@ -344,7 +436,10 @@ def test_an_evaluation_of_weights_that_are_not_finite_ends_nothing(tmp_path: Pat
     ruined, *others = events(tmp_path, "eval")
     assert ruined["step"] == 4 and ruined["cross_entropy"] is None
     assert others and all(math.isfinite(e["cross_entropy"]) for e in others)
-    assert sum("samples failed" in message and "not finite" in message for message in told(tmp_path)) == 1
+    assert (
+        sum("samples failed" in message and "not finite" in message for message in told(tmp_path))
+        == 1
+    )
 
 
 @pytest.mark.skips_updates
@@ -353,34 +448,48 @@ def test_bad_steps_are_counted_on_after_a_stop(tmp_path: Path) -> None:
     settings = {"train": {"max_steps": 12, "checkpoint_every_steps": 3}}
     for stop_at in (7, 99):
         built: list[Any] = []
-        built.append(session(tmp_path, lambda: built[0].trainer.progress.step >= stop_at, **settings))  # noqa: B023
+        built.append(
+            session(tmp_path, lambda: built[0].trainer.progress.step >= stop_at, **settings)  # noqa: B023
+        )
         poison(built[0], lambda step: 5 <= step < 5 + BAD_STEPS)
         finish(built[0])
-    (back,) = [event for event in events(tmp_path, "warning") if "weights are back" in event["message"]]
+    (back,) = [
+        event for event in events(tmp_path, "warning") if "weights are back" in event["message"]
+    ]
     assert back["step"] == 4 + BAD_STEPS - 1 and built[0].trainer.progress.skipped == BAD_STEPS
 
 
 def test_a_mirror_that_cannot_be_made_is_told_and_the_run_is_saved(tmp_path: Path) -> None:
-    """A folder in its place: set aside before the first step, and where it comes later, a warning; the run is finished."""
+    """A folder in its place: set aside before the first step, and where it comes later, a warning;
+    the run is finished."""
     mirror = tmp_path / "checkpoints" / "simple_lm_trained.pth"
     mirror.mkdir(parents=True)
     (mirror / "notes").write_text("somebody's")
     settings = merged(EXACT, {"lineage": "lm", "train": {"max_steps": 2}})
     train_here(tiny_preset(**settings), tmp_path)
     assert mirror.samefile(tmp_path / "checkpoints" / "lm_current.pth")
-    assert (tmp_path / "checkpoints" / "simple_lm_trained.pth.damaged" / "notes").read_text() == "somebody's"
+    assert (
+        tmp_path / "checkpoints" / "simple_lm_trained.pth.damaged" / "notes"
+    ).read_text() == "somebody's"
     built = session(tmp_path, **settings)
     mirror.unlink()
     mirror.mkdir()
     assert finish(built) == "max_steps"
     (warning,) = [e["message"] for e in Project(tmp_path).events("warning", "lm")]
-    assert warning.startswith("the checkpoint is saved, but simple_lm_trained.pth does not hold what lm_current.pth does: ")
-    assert Project(tmp_path).finished("lm") and Project(tmp_path).checkpoint(lineage="lm")["progress"]["run"] == 2
+    assert warning.startswith(
+        "the checkpoint is saved, but simple_lm_trained.pth does not hold what lm_current.pth "
+        "does: "
+    )
+    assert (
+        Project(tmp_path).finished("lm")
+        and Project(tmp_path).checkpoint(lineage="lm")["progress"]["run"] == 2
+    )
     assert [path.name for path in mirror.parent.iterdir() if path.name.startswith(".")] == []
 
 
 class TwoRanks(Single):
-    """What a trainer asks of its ranks; gradients stay each one's own, as nothing here is about them."""
+    """What a trainer asks of its ranks; gradients stay each one's own, as nothing here is about
+    them."""
 
     def __init__(self, rank: Any):
         self.rank, self.world_size = rank.rank, rank.world_size
@@ -388,14 +497,17 @@ class TwoRanks(Single):
 
 
 def test_what_another_rank_alone_meets_is_told_in_the_log(tmp_path: Path) -> None:
-    """A worker that was replaced there, a file that only its lanes met: once, with the rank; the log is rank 0's."""
+    """A worker that was replaced there, a file that only its lanes met: once, with the rank; the
+    log is rank 0's."""
     (tmp_path / "texts").mkdir()
     for number in range(40):
         (tmp_path / "texts" / f"{number}.txt").write_text(story(number))
     preset = decode_preset(tiny_preset(**EXACT), Preset, "t", "t")
 
     def job(rank: Any) -> None:
-        built = build_training(preset, detect_runtime(), TwoRanks(rank), tmp_path, lambda *_: [], lambda: False)
+        built = build_training(
+            preset, detect_runtime(), TwoRanks(rank), tmp_path, lambda *_: [], lambda: False
+        )
         if rank.rank == 1:
             built.trainer.loader.told.append("a data worker was ended; it is started again")
             built.trainer.loader.skipped[("texts", "a.txt", "has no text")] = False
@@ -403,14 +515,17 @@ def test_what_another_rank_alone_meets_is_told_in_the_log(tmp_path: Path) -> Non
 
     Ranks(2).run(job)
     assert told(tmp_path) == ["process 1: a data worker was ended; it is started again"]
-    assert [(e["source"], e["file"], e["reason"]) for e in events(tmp_path, "skipped")] == [("texts", "a.txt", "has no text")]
+    assert [(e["source"], e["file"], e["reason"]) for e in events(tmp_path, "skipped")] == [
+        ("texts", "a.txt", "has no text")
+    ]
 
 
-# memory and the compiler ---------------------------------------------------------------------------------------------
+# memory and the compiler --------------------------------------------------------------------------
 
 
 def test_memory_that_runs_out_in_mid_run_takes_smaller_micro_batches(tmp_path: Path) -> None:
-    """The step is made once more, of the same rows; the run is the same but for the order in which floats are added."""
+    """The step is made once more, of the same rows; the run is the same but for the order in which
+    floats are added."""
     settings = {"train": {"per_gpu_batch_size": 8, "max_steps": 6}, "model": {"dropout": 0.0}}
     finish(session(tmp_path / "plain", **settings))
     built = session(tmp_path / "full", **settings)
@@ -434,11 +549,16 @@ def breaks(at: int, built: Any) -> Any:
             raise RuntimeError("the compiler's child was killed")
         return graph.forward
 
-    return lambda: type(built.trainer.model).compile(built.trainer.model, backend=compiler, dynamic=False)
+    return lambda: type(built.trainer.model).compile(
+        built.trainer.model, backend=compiler, dynamic=False
+    )
 
 
-def test_a_compiler_that_fails_is_left_out_and_that_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The checkpoint says what was really run: the run that goes on does not compile, the next run tries again."""
+def test_a_compiler_that_fails_is_left_out_and_that_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint says what was really run: the run that goes on does not compile, the next run
+    tries again."""
     monkeypatch.setattr("core.training.passes.shutil.which", lambda name: f"/usr/bin/{name}")
     settings = {"train": {"max_steps": 6, "compile": "always"}}
     built: list[Any] = []
@@ -451,23 +571,40 @@ def test_a_compiler_that_fails_is_left_out_and_that_is_kept(tmp_path: Path, monk
     second = session(tmp_path, **settings)
     assert "failed earlier in this run" in second.start_event["compile"]
     finish(second)
-    assert second.trainer.model._compiled_call_impl is None and Project(tmp_path).checkpoint()["compile_failed"] is True
+    assert (
+        second.trainer.model._compiled_call_impl is None
+        and Project(tmp_path).checkpoint()["compile_failed"] is True
+    )
     third = session(tmp_path, **settings)
     assert third.start_event["compile"].startswith("compiled from step")
 
 
-# steps without anything to learn -------------------------------------------------------------------------------------
+# steps without anything to learn ------------------------------------------------------------------
 
 
 def write_chats(root: Path, learned: Collection[int], count: int = 40) -> dict[str, Any]:
-    """Rows of one conversation each, most of them longer than a row before the assistant says a word."""
+    """Rows of one conversation each, most of them longer than a row before the assistant says a
+    word."""
     chats = [
-        {"messages": [{"role": "user", "content": (f"Hi {i}. " if i in learned else f"{i} " + "Listen to me. " * 100)}, YES]}
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": (f"Hi {i}. " if i in learned else f"{i} " + "Listen to me. " * 100),
+                },
+                YES,
+            ]
+        }
         for i in range(count)
     ]
     root.mkdir(parents=True, exist_ok=True)
     (root / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
-    data = {"sources": [{"type": "chat", "path": "chats.jsonl"}], "packing": "padding", "lanes": 4, "min_text_length": 1}
+    data = {
+        "sources": [{"type": "chat", "path": "chats.jsonl"}],
+        "packing": "padding",
+        "lanes": 4,
+        "min_text_length": 1,
+    }
     return {"model": {"seq_length": 96}, "data": data}
 
 
@@ -475,13 +612,19 @@ YES = {"role": "assistant", "content": "Yes."}
 
 
 def test_a_step_that_teaches_nothing_is_passed_over_and_counted(tmp_path: Path) -> None:
-    """Case 02: the run goes on, says so once with an example, and a stop in between changes nothing."""
+    """Case 02: the run goes on, says so once with an example, and a stop in between changes
+    nothing."""
     train = {"max_steps": 6, "per_gpu_batch_size": 1}
     for name, stops in (("straight", (99,)), ("stopped", (2, 3, 99))):
         for stop_at in stops:
             root, built = tmp_path / name, []
-            changes = write_chats(root, range(0, 40, 5)) | {"train": train, "tokenizer": {"type": "byte"}}
-            built.append(session(root, lambda: built[0].trainer.progress.step >= stop_at, **changes))  # noqa: B023
+            changes = write_chats(root, range(0, 40, 5)) | {
+                "train": train,
+                "tokenizer": {"type": "byte"},
+            }
+            built.append(
+                session(root, lambda: built[0].trainer.progress.step >= stop_at, **changes)  # noqa: B023
+            )
             finish(built[0])
     one, other = Project(tmp_path / "straight"), Project(tmp_path / "stopped")
     assert one.steps() == list(range(1, 7)) == other.steps()
@@ -489,52 +632,85 @@ def test_a_step_that_teaches_nothing_is_passed_over_and_counted(tmp_path: Path) 
     passed_over = [event["passed_over"] for event in one.events("step")]
     assert passed_over == sorted(passed_over) and passed_over[-1] > 6
     saved, dealer = one.checkpoint(), Dealer(4, 42)
-    begun = [dealer.lane(i) == int(lane) for lane, (following, _) in saved["data"]["lanes"].items() for i in range(following)]
+    begun = [
+        dealer.lane(i) == int(lane)
+        for lane, (following, _) in saved["data"]["lanes"].items()
+        for i in range(following)
+    ]
     ledger = saved["progress"]["ledger"]["chats"]
-    assert (ledger["documents"], ledger["epochs"]) == (sum(begun), 1) and one.events("run_end")[-1]["ledger"]["chats"] == ledger
+    assert (ledger["documents"], ledger["epochs"]) == (sum(begun), 1) and one.events("run_end")[-1][
+        "ledger"
+    ]["chats"] == ledger
     (warning,) = told(tmp_path / "straight")
-    assert "no token of it is learned" in warning and "Listen to m" in warning and "[[Yes" not in warning
+    assert (
+        "no token of it is learned" in warning
+        and "Listen to m" in warning
+        and "[[Yes" not in warning
+    )
 
 
-def test_data_that_teaches_nothing_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_that_teaches_nothing_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With an example; before the first update nothing is saved, after it everything is."""
     monkeypatch.setattr("core.data.unlearned.MOST_TOKENS", 500)
     monkeypatch.setattr("core.data.unlearned.MOST_STEPS", 5)
     for name, learned in (("never", range(0)), ("first", [i for i in range(40) if i % 4])):
-        with pytest.raises(UserError, match=r"no token of 5 steps in a row, [0-9,]+ tokens, is learned") as raised:
-            train_here(tiny_preset(**write_chats(tmp_path / name, learned), train={"max_steps": 50}), tmp_path / name)
+        with pytest.raises(
+            UserError, match=r"no token of 5 steps in a row, [0-9,]+ tokens, is learned"
+        ) as raised:
+            train_here(
+                tiny_preset(**write_chats(tmp_path / name, learned), train={"max_steps": 50}),
+                tmp_path / name,
+            )
         assert "Listen to m" in str(raised.value) and "[[Yes" not in str(raised.value)
-    assert slot(tmp_path / "never") is None and slot(tmp_path / "first")["step"] == Project(tmp_path / "first").steps()[-1] > 0
+    assert (
+        slot(tmp_path / "never") is None
+        and slot(tmp_path / "first")["step"] == Project(tmp_path / "first").steps()[-1] > 0
+    )
 
 
 def test_where_all_of_the_data_teaches_nothing_its_end_is_no_end_of_a_run() -> None:
     for learned, of_chance in ((False, False), (True, False), (False, True)):
         passed = Unlearned(learned, of_chance)
         passed.add(100)
-        with nullcontext() if learned or of_chance else pytest.raises(UserError, match="no token of 1 steps"):
+        with (
+            nullcontext()
+            if learned or of_chance
+            else pytest.raises(UserError, match="no token of 1 steps")
+        ):
             passed.end()
 
 
 def test_when_a_source_fails_in_mid_run_it_is_saved(tmp_path: Path) -> None:
     """NoData is one of the stops."""
     built = session(tmp_path, train={"max_steps": 1000, "per_gpu_batch_size": 16})
-    built.trainer.model.after_optimizer_step = lambda: [path.unlink() for path in (tmp_path / "texts").iterdir()]
+    built.trainer.model.after_optimizer_step = lambda: [
+        path.unlink() for path in (tmp_path / "texts").iterdir()
+    ]
     with pytest.raises(NoData):
         finish(built)
     assert slot(tmp_path)["step"] == built.trainer.progress.step > 0
     (tmp_path / "texts" / "again.txt").write_text(story(1, 400))
-    assert not session(tmp_path, train={"max_steps": 1000, "per_gpu_batch_size": 16}).trainer.progress.evaluation_due
+    assert not session(
+        tmp_path, train={"max_steps": 1000, "per_gpu_batch_size": 16}
+    ).trainer.progress.evaluation_due
 
 
-# signals -------------------------------------------------------------------------------------------------------------
+# signals ------------------------------------------------------------------------------------------
 
 
 def test_what_asks_the_program_to_stop_does_not_end_its_compiler() -> None:
-    """A terminal sends Ctrl-C, and a dropped connection SIGHUP, to the whole group: the children go on, and this one is asked."""
+    """A terminal sends Ctrl-C, and a dropped connection SIGHUP, to the whole group: the children go
+    on, and this one is asked."""
     for number in STOP_SIGNALS:
         with StopRequest() as stop:
             with signals_held():
-                child = subprocess.Popen([sys.executable, "-c", "print('begun', flush=True); input()"], stdin=-1, stdout=-1)
+                child = subprocess.Popen(
+                    [sys.executable, "-c", "print('begun', flush=True); input()"],
+                    stdin=-1,
+                    stdout=-1,
+                )
                 assert child.stdout is not None and child.stdout.readline() == b"begun\n"
                 child.send_signal(number)
                 os.kill(os.getpid(), number)
@@ -557,13 +733,16 @@ def test_a_signal_that_nohup_keeps_away_stays_away() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
-# comparisons ---------------------------------------------------------------------------------------------------------
+# comparisons --------------------------------------------------------------------------------------
 
 
 @pytest.mark.skips_updates
-def test_a_comparison_survives_what_its_trials_and_its_report_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A variant whose evaluations fall due while its weights are not finite is recorded as diverged; a report that cannot be
-    written is told after the last trial; a trial that was ended before its last evaluation is evaluated, not counted without."""
+def test_a_comparison_survives_what_its_trials_and_its_report_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A variant whose evaluations fall due while its weights are not finite is recorded as
+    diverged; a report that cannot be written is told after the last trial; a trial that was ended
+    before its last evaluation is evaluated, not counted without."""
     wild = {"name": "wild", "set": {"train": {"learning_rate": 100.0, "weight_decay": 100.0}}}
     calm = {"name": "calm", "set": {"train": {"learning_rate": 1e-4}}}
     train = {"max_steps": 12, "eval_every_tokens": 128}
@@ -587,20 +766,35 @@ def test_a_comparison_survives_what_its_trials_and_its_report_do(tmp_path: Path,
         patch.setattr(Evaluator, "run", ended)
         compare_here(preset, tmp_path)
     project = Project(tmp_path)
-    assert project.finished("t/as_it_is/1") and project.events("eval", "t/as_it_is/1")[-1]["step"] < 12
-    with pytest.raises(UserError, match=r"the report .* cannot be written: No space left on device"):
+    assert (
+        project.finished("t/as_it_is/1") and project.events("eval", "t/as_it_is/1")[-1]["step"] < 12
+    )
+    with pytest.raises(
+        UserError, match=r"the report .* cannot be written: No space left on device"
+    ):
         compare_here(preset, tmp_path)
     state = json.loads((tmp_path / "logs" / "t" / "state.json").read_text())
-    assert {key: entry["status"] for key, entry in state["trials"].items()} == {"wild/1": "diverged"}
+    assert {key: entry["status"] for key, entry in state["trials"].items()} == {
+        "wild/1": "diverged"
+    }
     assert project.finished("t/calm/1") and project.steps("t/as_it_is/1") == list(range(1, 13))
-    assert [project.events("eval", f"t/{name}/1")[-1]["step"] for name in ("as_it_is", "calm")] == [12, 12]
-    assert "done already" in (monkeypatch.setattr(job, "write_report", lambda *_: None) or compare_here(preset, tmp_path))
+    assert [project.events("eval", f"t/{name}/1")[-1]["step"] for name in ("as_it_is", "calm")] == [
+        12,
+        12,
+    ]
+    assert "done already" in (
+        monkeypatch.setattr(job, "write_report", lambda *_: None) or compare_here(preset, tmp_path)
+    )
 
 
 def test_a_trial_whose_last_evaluation_failed_has_no_numbers(tmp_path: Path) -> None:
     """Those of the evaluation before are of a model that was trained less than the others."""
     evaluation = {"event": "eval", "step": 4, "tokens": 400, "cross_entropy": 2.0}
-    log = [{"event": "step", "step": 4, "tokens": 400}, evaluation, {"event": "step", "step": 5, "tokens": 500}]
+    log = [
+        {"event": "step", "step": 4, "tokens": 400},
+        evaluation,
+        {"event": "step", "step": 5, "tokens": 500},
+    ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in log))
     for status, metrics in (("running", {"cross_entropy": 2.0}), ("finished", {})):
         assert read_outcome(Trial("a", 1, {}, tmp_path, status)).metrics == metrics

@@ -1,7 +1,8 @@
-"""The loop: what an update is made of, what happens when one goes wrong, what a checkpoint brings back, what evaluation says.
+"""The loop: what an update is made of, what happens when one goes wrong, what a checkpoint brings
+back, what evaluation says.
 
-Every trainer here is assembled from a preset, as main.py does it; trouble is brought in through hooks on the model.
-"""
+Every trainer here is assembled from a preset, as main.py does it; trouble is brought in through
+hooks on the model."""
 
 import json
 import math
@@ -21,11 +22,20 @@ from core.parallel import Single
 from core.preset.decode import decode_preset
 from core.runtime import detect_runtime
 from core.training.trainer import BAD_STEPS, ROLL_BACKS
-from tests.project import Project, differences, merged, skipped_updates, story, tiny_preset, train_here
+from tests.project import (
+    Project,
+    differences,
+    merged,
+    skipped_updates,
+    story,
+    tiny_preset,
+    train_here,
+)
 
 SAME = 1e-5
-"""Weights this close are the same but for the order in which floats were added: a hundredth of one update (AdamW makes every
-update about as large as the learning rate, however small the gradient)."""
+"""Weights this close are the same but for the order in which floats were added: a hundredth of one
+update (AdamW makes every update about as large as the learning rate, however small the
+gradient)."""
 
 UPHILL = {"candidates": 3, "bucket_weights": [{"from": 1, "to": 0}, 0, {"from": 0, "to": 1}]}
 """A curriculum from easy to hard."""
@@ -33,7 +43,9 @@ UPHILL = {"candidates": 3, "bucket_weights": [{"from": 1, "to": 0}, 0, {"from": 
 EXACT = {"train": {"precision": "fp32", "eval_tokens": 0}}
 
 
-def session(root: Path, should_stop: Callable[[], bool] = lambda: False, **changes: Any) -> TrainingSession:
+def session(
+    root: Path, should_stop: Callable[[], bool] = lambda: False, **changes: Any
+) -> TrainingSession:
     """A trainer, ready to go, as the train job builds it; evaluation is off unless asked for."""
     (root / "texts").mkdir(parents=True, exist_ok=True)
     for number in range(40):
@@ -62,19 +74,27 @@ def events(root: Path, kind: str) -> list[dict]:
 
 def assert_close(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float) -> None:
     for name in a:
-        torch.testing.assert_close(a[name], b[name], atol=tolerance, rtol=0, msg=lambda told, name=name: f"{name}: {told}")
+        torch.testing.assert_close(
+            a[name], b[name], atol=tolerance, rtol=0, msg=lambda told, name=name: f"{name}: {told}"
+        )
 
 
-# one update ----------------------------------------------------------------------------------------------------------
+# one update ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("packing", ["padding", "documents"])
 def test_accumulation_does_not_change_the_update(packing: str, tmp_path: Path) -> None:
-    """8 rows at once, 4 x 2 and 8 x 1: the same gradient, loss and weights, though rows have unequal numbers of targets."""
+    """8 rows at once, 4 x 2 and 8 x 1: the same gradient, loss and weights, though rows have
+    unequal numbers of targets."""
     trained, losses, norms = [], [], []
     for rows, accumulation in ((8, 1), (2, 4), (1, 8)):
         root = tmp_path / f"{rows}"
-        train = {"per_gpu_batch_size": rows, "accumulation_steps": accumulation, "max_steps": 4, "learning_rate": 1e-3}
+        train = {
+            "per_gpu_batch_size": rows,
+            "accumulation_steps": accumulation,
+            "max_steps": 4,
+            "learning_rate": 1e-3,
+        }
         built = session(root, train=train, data={"packing": packing, "min_text_length": 10})
         finish(built)
         trained.append(weights(built))
@@ -82,13 +102,20 @@ def test_accumulation_does_not_change_the_update(packing: str, tmp_path: Path) -
         norms.append([event["grad_norm"] for event in events(root, "step")])
     assert_close(trained[0], trained[1], SAME)
     assert_close(trained[0], trained[2], SAME)
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0] == pytest.approx(losses[2], rel=1e-5)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0] == pytest.approx(
+        losses[2], rel=1e-5
+    )
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
 def test_padded_rows_do_have_unequal_numbers_of_targets(tmp_path: Path) -> None:
-    """Or the test above would prove nothing: averaging the means of micro-batches would pass it, too."""
-    built = session(tmp_path, data={"packing": "padding", "min_text_length": 10}, train={"per_gpu_batch_size": 8})
+    """Or the test above would prove nothing: averaging the means of micro-batches would pass it,
+    too."""
+    built = session(
+        tmp_path,
+        data={"packing": "padding", "min_text_length": 10},
+        train={"per_gpu_batch_size": 8},
+    )
     found = [built.trainer.loader.next_step().batch.labels for _ in range(4)]
     built.trainer.loader.close()
     built.log.close()
@@ -97,8 +124,13 @@ def test_padded_rows_do_have_unequal_numbers_of_targets(tmp_path: Path) -> None:
 
 
 def test_the_gradient_is_that_of_the_mean_over_the_whole_step(tmp_path: Path) -> None:
-    """Against plain autograd on all rows of the step, and clipped to max_grad_norm before the update."""
-    built = session(tmp_path, data={"packing": "padding"}, train={"accumulation_steps": 4, "max_steps": 1, "max_grad_norm": 0.1})
+    """Against plain autograd on all rows of the step, and clipped to max_grad_norm before the
+    update."""
+    built = session(
+        tmp_path,
+        data={"packing": "padding"},
+        train={"accumulation_steps": 4, "max_steps": 1, "max_grad_norm": 0.1},
+    )
     seen: dict[str, Tensor] = {}
     trainer, before = built.trainer, weights(built)
     step = trainer.optimizer.step
@@ -119,44 +151,71 @@ def test_the_gradient_is_that_of_the_mean_over_the_whole_step(tmp_path: Path) ->
     model.zero_grad()
     batch = seen["rows"].batch
     output = model(batch)
-    loss = F.cross_entropy(output.readout(output.hidden).flatten(0, 1), batch.labels.flatten(), ignore_index=-100)
+    loss = F.cross_entropy(
+        output.readout(output.hidden).flatten(0, 1), batch.labels.flatten(), ignore_index=-100
+    )
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
     assert_close(seen["gradients"], {name: p.grad for name, p in model.named_parameters()}, 1e-6)
     (event,) = events(tmp_path, "step")
-    assert event["loss"] == pytest.approx(loss.item(), rel=1e-5) and event["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    assert event["loss"] == pytest.approx(loss.item(), rel=1e-5) and event[
+        "grad_norm"
+    ] == pytest.approx(norm.item(), rel=1e-4)
     assert event["tokens"] == int((batch.labels >= 0).sum()) and norm > 0.1
 
 
 def test_hooks_of_the_model_are_called(tmp_path: Path) -> None:
-    """set_progress before each step, from exactly 0 to exactly 1; after_optimizer_step after each update."""
+    """set_progress before each step, from exactly 0 to exactly 1; after_optimizer_step after each
+    update."""
     built = session(tmp_path)
     told: list[Any] = []
     built.trainer.model.set_progress = told.append
     built.trainer.model.after_optimizer_step = lambda: told.append("updated")
     finish(built)
-    assert told == [0.0, "updated", 0.25, "updated", 0.5, "updated", 0.75, "updated", 1.0, "updated"]
+    assert told == [
+        0.0,
+        "updated",
+        0.25,
+        "updated",
+        0.5,
+        "updated",
+        0.75,
+        "updated",
+        1.0,
+        "updated",
+    ]
 
 
 def test_the_learning_rate_follows_its_schedule(tmp_path: Path) -> None:
     """Warm-up and decay at the middle of each step: neither end is 0."""
-    train = {"max_steps": 10, "learning_rate": 1.0e-3, "schedule": {"type": "wsd", "warmup": 0.2, "decay": 0.4}}
+    train = {
+        "max_steps": 10,
+        "learning_rate": 1.0e-3,
+        "schedule": {"type": "wsd", "warmup": 0.2, "decay": 0.4},
+    }
     finish(session(tmp_path, train=train))
     rates = [event["learning_rate"] for event in events(tmp_path, "step")]
-    assert rates == pytest.approx([2.5e-4, 7.5e-4, 1e-3, 1e-3, 1e-3, 1e-3, 8.75e-4, 6.25e-4, 3.75e-4, 1.25e-4])
+    assert rates == pytest.approx(
+        [2.5e-4, 7.5e-4, 1e-3, 1e-3, 1e-3, 1e-3, 8.75e-4, 6.25e-4, 3.75e-4, 1.25e-4]
+    )
 
 
-# steps that go wrong -------------------------------------------------------------------------------------------------
+# steps that go wrong ------------------------------------------------------------------------------
 
 
 def poison(built: TrainingSession, bad: Callable[[int], bool]) -> list[dict[str, Tensor]]:
-    """Make the loss NaN at these steps (counted from 1); returns the weights at the start of each step, as they come."""
+    """Make the loss NaN at these steps (counted from 1); returns the weights at the start of each
+    step, as they come."""
     seen: list[dict[str, Tensor]] = []
     trainer = built.trainer
 
     def hook(module: Any, inputs: Any, output: ModelOutput) -> ModelOutput | None:
         seen.append(weights(built))
-        return ModelOutput(output.hidden * math.nan, output.readout) if bad(trainer.progress.step + 1) else None
+        return (
+            ModelOutput(output.hidden * math.nan, output.readout)
+            if bad(trainer.progress.step + 1)
+            else None
+        )
 
     trainer.model.register_forward_hook(hook)
     return seen
@@ -168,17 +227,26 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 @pytest.mark.skips_updates
 def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path: Path) -> None:
-    """No update, no after_optimizer_step, a warning; the next step goes on from the same weights with other data."""
+    """No update, no after_optimizer_step, a warning; the next step goes on from the same weights
+    with other data."""
     built = session(tmp_path, train={"max_steps": 4})
     updates: list[int] = []
-    built.trainer.model.after_optimizer_step = lambda: updates.append(built.trainer.progress.step + 1)
+    built.trainer.model.after_optimizer_step = lambda: updates.append(
+        built.trainer.progress.step + 1
+    )
     seen = poison(built, lambda step: step == 2)
     assert finish(built) == "max_steps"
     assert updates == [1, 3, 4]
     assert equal(seen[1], seen[2]) and not equal(seen[2], seen[3])
     assert [event["skipped"] for event in events(tmp_path, "step")] == [0, 1, 1, 1]
-    assert list(skipped_updates([tmp_path]).values()) == [1]  # what fails every test that has not asked for it
-    assert [event["loss"] is None for event in events(tmp_path, "step")] == [False, True, False, False]
+    # what fails every test that has not asked for it
+    assert list(skipped_updates([tmp_path]).values()) == [1]
+    assert [event["loss"] is None for event in events(tmp_path, "step")] == [
+        False,
+        True,
+        False,
+        False,
+    ]
     (warning,) = events(tmp_path, "warning")
     assert "step 2" in warning["message"] and "update skipped" in warning["message"]
     assert all(p.isfinite().all() for p in built.trainer.model.parameters())
@@ -186,14 +254,18 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path: Path) -> Non
 
 @pytest.mark.skips_updates
 def test_bad_steps_in_a_row_go_back_to_the_checkpoint(tmp_path: Path) -> None:
-    """Weights and optimizer are those of the checkpoint, training goes on with later data and reaches its end."""
+    """Weights and optimizer are those of the checkpoint, training goes on with later data and
+    reaches its end."""
     built = session(tmp_path, train={"max_steps": 12, "checkpoint_every_steps": 3})
     seen = poison(built, lambda step: 5 <= step < 5 + BAD_STEPS)
     assert finish(built) == "max_steps"
     assert equal(seen[4], seen[8]) and not equal(seen[4], seen[3])  # skipped steps change nothing
     assert equal(seen[9], seen[3]), "step 10 must start from the checkpoint of step 3"
     assert built.trainer.progress.skipped == BAD_STEPS and built.trainer.progress.step == 12
-    assert any("weights are back at t_current.pth, step 3" in event["message"] for event in events(tmp_path, "warning"))
+    assert any(
+        "weights are back at t_current.pth, step 3" in event["message"]
+        for event in events(tmp_path, "warning")
+    )
     assert [event["step"] for event in events(tmp_path, "step")] == list(range(1, 13))
 
 
@@ -211,21 +283,28 @@ def test_weights_that_are_at_fault_are_not_saved_over_good_ones(tmp_path: Path) 
 
     built.trainer.model.after_optimizer_step = ruin
     assert finish(built) == "max_steps"
-    assert updates == [1, 2, 3, 4, 5, 11, 12, 13, 14] and built.trainer.progress.skipped == BAD_STEPS
+    assert (
+        updates == [1, 2, 3, 4, 5, 11, 12, 13, 14] and built.trainer.progress.skipped == BAD_STEPS
+    )
     assert all(p.isfinite().all() for p in built.trainer.model.parameters())
     assert any("t_current.pth, step 4" in event["message"] for event in events(tmp_path, "warning"))
 
 
 @pytest.mark.skips_updates
 def test_a_run_that_stays_bad_diverges(tmp_path: Path) -> None:
-    """After the last roll-back it stops with a clear message; the checkpoints hold good weights still."""
+    """After the last roll-back it stops with a clear message; the checkpoints hold good weights
+    still."""
     built = session(tmp_path, train={"max_steps": 100, "checkpoint_every_steps": 3})
     seen = poison(built, lambda step: step >= 5)
-    with pytest.raises(Diverged, match=r"not finite 5 times in a row .* Lower train\.learning_rate"):
+    with pytest.raises(
+        Diverged, match=r"not finite 5 times in a row .* Lower train\.learning_rate"
+    ):
         finish(built)
     assert built.trainer.progress.skipped == BAD_STEPS * (ROLL_BACKS + 1)
     assert events(tmp_path, "run_end")[-1]["reason"] == "diverged"
-    assert equal(seen[3], Project(tmp_path).checkpoint()["model"]), "the weights of the last good checkpoint"
+    assert equal(seen[3], Project(tmp_path).checkpoint()["model"]), (
+        "the weights of the last good checkpoint"
+    )
 
 
 @pytest.mark.skips_updates
@@ -234,26 +313,39 @@ def test_without_a_checkpoint_there_is_nothing_to_go_back_to(tmp_path: Path) -> 
     poison(built, lambda step: True)
     with pytest.raises(Diverged):
         finish(built)
-    assert built.trainer.progress.skipped == BAD_STEPS and not list((tmp_path / "checkpoints").glob("*.pth"))
+    assert built.trainer.progress.skipped == BAD_STEPS and not list(
+        (tmp_path / "checkpoints").glob("*.pth")
+    )
 
 
 @pytest.mark.skips_updates
 def test_going_back_takes_a_checkpoint_as_a_resumed_run_does(tmp_path: Path) -> None:
-    """Since it was written heads came and went, and rows became longer: weights are back, and the run ends."""
+    """Since it was written heads came and went, and rows became longer: weights are back, and the
+    run ends."""
     heads = ({"enable_policy": True}, {"enable_value": True})
-    before, now = ({"model": {"seq_length": length}, "auxiliary": own} for length, own in zip((32, 64), heads))
+    before, now = (
+        {"model": {"seq_length": length}, "auxiliary": own} for length, own in zip((32, 64), heads)
+    )
     finish(session(tmp_path, **before, train={"max_steps": 3}))
     built = session(tmp_path, **now, train={"max_steps": 9})
     seen = poison(built, lambda step: 5 <= step < 5 + BAD_STEPS)
     assert finish(built) == "max_steps"
-    assert any("weights are back at t_current.pth, step 3" in event["message"] for event in events(tmp_path, "warning"))
+    assert any(
+        "weights are back at t_current.pth, step 3" in event["message"]
+        for event in events(tmp_path, "warning")
+    )
     saved = Project(tmp_path).checkpoint("prev")["model"]
-    assert all(torch.equal(value, saved[name]) for name, value in seen[6].items() if name != "pos_embedding.weight")
+    assert all(
+        torch.equal(value, saved[name])
+        for name, value in seen[6].items()
+        if name != "pos_embedding.weight"
+    )
 
 
 @pytest.mark.skips_updates
 def test_where_what_is_new_is_at_fault_there_is_no_going_back(tmp_path: Path) -> None:
-    """A head that the checkpoint does not have, with weights that are not finite: told, without a traceback."""
+    """A head that the checkpoint does not have, with weights that are not finite: told, without a
+    traceback."""
     finish(session(tmp_path, train={"max_steps": 3}))
     built = session(tmp_path, auxiliary={"enable_value": True}, train={"max_steps": 20})
 
@@ -263,13 +355,16 @@ def test_where_what_is_new_is_at_fault_there_is_no_going_back(tmp_path: Path) ->
                 p.fill_(math.nan)
 
     built.trainer.model.after_optimizer_step = ruin
-    with pytest.raises(Diverged, match=r"weights that t_current\.pth lacks \(auxiliary head value is new"):
+    with pytest.raises(
+        Diverged, match=r"weights that t_current\.pth lacks \(auxiliary head value is new"
+    ):
         finish(built)
 
 
 @pytest.mark.skips_updates
 def test_a_run_does_not_end_amid_bad_steps(tmp_path: Path) -> None:
-    """Its end waits until it is known whether the weights are at fault: one finite step more, or a roll-back; or it diverged."""
+    """Its end waits until it is known whether the weights are at fault: one finite step more, or a
+    roll-back; or it diverged."""
     built = session(tmp_path / "one", train={"max_steps": 4})
     poison(built, lambda step: step == 4)
     assert finish(built) == "max_steps" and built.trainer.progress.step == 5
@@ -290,20 +385,31 @@ def test_stops_amid_bad_steps_leave_what_a_roll_back_needs(tmp_path: Path) -> No
     settings = {"train": {"max_steps": 12, "checkpoint_every_steps": 2}}
     for stop_at in (6, 7, 8, 99):
         built: list[Any] = []
-        built.append(session(tmp_path, lambda: built[0].trainer.progress.step >= stop_at, **settings))  # noqa: B023
+        built.append(
+            session(tmp_path, lambda: built[0].trainer.progress.step >= stop_at, **settings)  # noqa: B023
+        )
         poison(built[0], lambda step: 5 <= step < 5 + BAD_STEPS)
         finish(built[0])
         if stop_at < 99:
-            found = [Project(tmp_path).checkpoint(slot)["progress"] for slot in ("current", "prev", "prev2")]
-            assert [p["step"] for p in found] == [stop_at, 4, 2] and found[0]["bad_in_a_row"] == stop_at - 4
-    assert any("weights are back at t_prev.pth, step 4" in event["message"] for event in events(tmp_path, "warning"))
+            found = [
+                Project(tmp_path).checkpoint(slot)["progress"]
+                for slot in ("current", "prev", "prev2")
+            ]
+            assert [p["step"] for p in found] == [stop_at, 4, 2] and found[0][
+                "bad_in_a_row"
+            ] == stop_at - 4
+    assert any(
+        "weights are back at t_prev.pth, step 4" in event["message"]
+        for event in events(tmp_path, "warning")
+    )
 
 
-# memory --------------------------------------------------------------------------------------------------------------
+# memory -------------------------------------------------------------------------------------------
 
 
 def limit_rows(built: TrainingSession, most: int) -> None:
-    """A device whose memory holds so many rows; the trainer looks for what fits, as before a GPU's first step."""
+    """A device whose memory holds so many rows; the trainer looks for what fits, as before a GPU's
+    first step."""
 
     def hook(module: Any, inputs: Any) -> None:
         if len(inputs[0].labels) > most:
@@ -313,13 +419,20 @@ def limit_rows(built: TrainingSession, most: int) -> None:
     built.trainer.passes.fitted = False
 
 
-@pytest.mark.parametrize(("most", "fits", "curriculum"), [(8, 8, None), (5, 4, None), (3, 2, UPHILL), (1, 1, None)])
+@pytest.mark.parametrize(
+    ("most", "fits", "curriculum"), [(8, 8, None), (5, 4, None), (3, 2, UPHILL), (1, 1, None)]
+)
 def test_too_large_micro_batches_are_halved_and_the_update_stays(
     most: int, fits: int, curriculum: dict | None, tmp_path: Path
 ) -> None:
-    """Accumulation grows as the micro-batch shrinks, so the step's rows, its gradient and the weights are the same. The rows
-    that a curriculum scores have to fit, too."""
-    train = {"per_gpu_batch_size": 8, "accumulation_steps": 2, "max_steps": 3, "curriculum": curriculum}
+    """Accumulation grows as the micro-batch shrinks, so the step's rows, its gradient and the
+    weights are the same. The rows that a curriculum scores have to fit, too."""
+    train = {
+        "per_gpu_batch_size": 8,
+        "accumulation_steps": 2,
+        "max_steps": 3,
+        "curriculum": curriculum,
+    }
     settings: dict = {"train": train, "data": {"packing": "padding"}}
     plain, small = session(tmp_path / "plain", **settings), session(tmp_path / "small", **settings)
     finish(plain)
@@ -327,14 +440,20 @@ def test_too_large_micro_batches_are_halved_and_the_update_stays(
     finish(small)
     assert small.trainer.passes.rows_at_once == fits
     assert_close(weights(plain), weights(small), SAME)
-    norms = [[event["grad_norm"] for event in events(tmp_path / name, "step")] for name in ("plain", "small")]
+    norms = [
+        [event["grad_norm"] for event in events(tmp_path / name, "step")]
+        for name in ("plain", "small")
+    ]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
     told = [event["message"] for event in events(tmp_path / "small", "warning")]
-    assert len(told) == int(math.log2(8 / fits)) and all("out of memory" in message for message in told)
+    assert len(told) == int(math.log2(8 / fits)) and all(
+        "out of memory" in message for message in told
+    )
 
 
 def test_looking_for_what_fits_leaves_no_trace(tmp_path: Path) -> None:
-    """The trial forward and backward change neither gradient nor dropout: bit for bit the same run."""
+    """The trial forward and backward change neither gradient nor dropout: bit for bit the same
+    run."""
     settings: dict = {"model": {"dropout": 0.2}, "train": {"max_steps": 3}}
     plain, tried = session(tmp_path / "plain", **settings), session(tmp_path / "tried", **settings)
     finish(plain)
@@ -348,23 +467,39 @@ def test_a_device_too_small_for_one_row_says_so(tmp_path: Path) -> None:
     limit_rows(built, 0)
     with pytest.raises(UserError, match="not even one row fits") as raised:
         finish(built)
-    assert not isinstance(raised.value, Diverged), "a comparison would never try it again, on a larger one either"
+    assert not isinstance(raised.value, Diverged), (
+        "a comparison would never try it again, on a larger one either"
+    )
 
 
-# stopping and going on -----------------------------------------------------------------------------------------------
+# stopping and going on ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("optimizer", "packing", "curriculum"), [("adamw", "documents", None), ("muon", "padding", UPHILL)])
-def test_resuming_equals_not_stopping(optimizer: str, packing: str, curriculum: dict | None, tmp_path: Path) -> None:
-    """Stopped twice: weights, optimizer, progress and place in the data are bit for bit the uninterrupted run's."""
+@pytest.mark.parametrize(
+    ("optimizer", "packing", "curriculum"),
+    [("adamw", "documents", None), ("muon", "padding", UPHILL)],
+)
+def test_resuming_equals_not_stopping(
+    optimizer: str, packing: str, curriculum: dict | None, tmp_path: Path
+) -> None:
+    """Stopped twice: weights, optimizer, progress and place in the data are bit for bit the
+    uninterrupted run's."""
     train = {"max_steps": 15, "optimizer": optimizer, "curriculum": curriculum}
     settings: dict = {"model": {"dropout": 0.1}, "train": train, "data": {"packing": packing}}
     finish(session(tmp_path / "straight", **settings))
     for stop_at in (4, 11, 99):
         built: list[TrainingSession] = []
-        built.append(session(tmp_path / "stopped", lambda: built[0].trainer.progress.step >= stop_at, **settings))  # noqa: B023
+        built.append(
+            session(
+                tmp_path / "stopped",
+                lambda: built[0].trainer.progress.step >= stop_at,
+                **settings,  # noqa: B023
+            )
+        )
         reason = finish(built[0])
-        assert reason == ("interrupted" if stop_at < 99 else "max_steps") and built[0].trainer.progress.step == min(stop_at, 15)
+        assert reason == ("interrupted" if stop_at < 99 else "max_steps") and built[
+            0
+        ].trainer.progress.step == min(stop_at, 15)
     one, other = Project(tmp_path / "straight"), Project(tmp_path / "stopped")
     assert differences(one.checkpoint(), other.checkpoint()) == []
     assert one.steps() == other.steps() == list(range(1, 16))
@@ -372,8 +507,11 @@ def test_resuming_equals_not_stopping(optimizer: str, packing: str, curriculum: 
 
 
 def test_runs_are_chained(tmp_path: Path) -> None:
-    """train.runs: one horizon over all of them, an evaluation and a rotation after each; the next start begins a new one."""
-    preset = tiny_preset(train={"max_steps": 3, "runs": 2, "schedule": {"type": "cosine", "warmup": 0.0}})
+    """train.runs: one horizon over all of them, an evaluation and a rotation after each; the next
+    start begins a new one."""
+    preset = tiny_preset(
+        train={"max_steps": 3, "runs": 2, "schedule": {"type": "cosine", "warmup": 0.0}}
+    )
     found = train_here(preset, tmp_path)
     assert [e["run"] for e in found if e["event"] == "run_start"] == [1, 2]
     assert [e["reason"] for e in found if e["event"] == "run_end"] == ["max_steps", "max_steps"]
@@ -390,7 +528,8 @@ def test_runs_are_chained(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("epochs", [1, 2])
 def test_max_epochs_ends_a_run_and_the_next_start_reads_again(epochs: int, tmp_path: Path) -> None:
-    """The schedule ends with the data; another start is another run over the same data, not one that ends at once."""
+    """The schedule ends with the data; another start is another run over the same data, not one
+    that ends at once."""
     preset = tiny_preset(train={"max_steps": None, "max_epochs": epochs, "per_gpu_batch_size": 64})
     found = train_here(preset, tmp_path)
     assert found[-1]["reason"] == "max_epochs"
@@ -404,7 +543,8 @@ def test_max_epochs_ends_a_run_and_the_next_start_reads_again(epochs: int, tmp_p
 
 @pytest.mark.slow
 def test_epochs_are_counted_over_chained_runs(tmp_path: Path) -> None:
-    """Each run goes on in the epoch of the one before, also after a stop between them; what is read ends the chain."""
+    """Each run goes on in the epoch of the one before, also after a stop between them; what is read
+    ends the chain."""
     preset = tiny_preset(train={"max_steps": None, "max_epochs": 1, "per_gpu_batch_size": 64})
     straight = train_here(preset, tmp_path / "straight")
     budget = [e["tokens"] for e in straight if e["event"] == "step"][1]
@@ -423,11 +563,13 @@ def test_epochs_are_counted_over_chained_runs(tmp_path: Path) -> None:
 
 
 def test_a_run_that_cannot_save_says_so_and_goes_on(tmp_path: Path) -> None:
-    """What gets in the way after the start: warnings at failed saves, an error at the end, for that work would be lost."""
+    """What gets in the way after the start: warnings at failed saves, an error at the end, for that
+    work would be lost."""
     built = session(tmp_path, train={"checkpoint_every_steps": 2})
     (tmp_path / "checkpoints").write_text("in the way")
     with pytest.raises(
-        CheckpointError, match=r"the end of the run could not be saved: .*checkpoints is no folder\. Move it away"
+        CheckpointError,
+        match=r"the end of the run could not be saved: .*checkpoints is no folder\. Move it away",
     ):
         finish(built)
     assert [event["step"] for event in events(tmp_path, "step")] == [1, 2, 3, 4, 5]
@@ -457,5 +599,8 @@ def test_the_log_says_what_evaluation_measured(tmp_path: Path) -> None:
     assert [event["step"] for event in events(tmp_path, "eval")] == [2, 4, 6]
     assert [event["prompt"] for event in events(tmp_path, "sample")] == ["The "] * 3
     for event in events(tmp_path, "eval"):
-        assert event["perplexity"] == pytest.approx(math.exp(event["cross_entropy"])) and event["eval_tokens"] >= 100
+        assert (
+            event["perplexity"] == pytest.approx(math.exp(event["cross_entropy"]))
+            and event["eval_tokens"] >= 100
+        )
     assert json.dumps(events(tmp_path, "eval"))

@@ -1,4 +1,5 @@
-"""A made-up run for the views: every kind of event, with the nastiest text a model or a source name can hold."""
+"""A made-up run for the views: every kind of event, with the nastiest text a model or a source name
+can hold."""
 
 import math
 import random
@@ -7,7 +8,9 @@ from collections.abc import Iterator
 NASTY = " there [bold]was[/bold] [/] \x1b[31mred\x1b[2J\x1b]0;title\x07\r\n\x9b5A\u202e end 狐狸🦊 "
 
 
-def run(steps: int = 200, seconds_per_step: float = 0.5, budget: int = 100_000_000, **start) -> Iterator[dict]:
+def run(
+    steps: int = 200, seconds_per_step: float = 0.5, budget: int = 100_000_000, **start
+) -> Iterator[dict]:
     chance, time = random.Random(0), 1000.0
     yield {
         "event": "run_start",
@@ -72,7 +75,12 @@ def run(steps: int = 200, seconds_per_step: float = 0.5, budget: int = 100_000_0
             }
             yield {"event": "sample", **common, "prompt": "Once upon a time", "text": NASTY * 3}
             yield {"event": "sample", **common, "prompt": "def main(", "text": "y" * 10_000}
-            yield {"event": "checkpoint", **common, "path": "checkpoints/lm_current.pth", "seconds": 1.0}
+            yield {
+                "event": "checkpoint",
+                **common,
+                "path": "checkpoints/lm_current.pth",
+                "seconds": 1.0,
+            }
             yield {"event": "warning", **common, "message": "source [red]" + NASTY}
             of_sources = {
                 "wikipedia": {"loss": 3.1, "weight": 0.4, "factor": 0.5},

@@ -1,4 +1,5 @@
-"""The view of a comparison: fits any screen, shows every trial's standing, and nobody's name can draw on the screen."""
+"""The view of a comparison: fits any screen, shows every trial's standing, and nobody's name can
+draw on the screen."""
 
 import io
 import re
@@ -34,11 +35,26 @@ def compared(trials: list[Trial]) -> Comparison:
 
 
 def started(budget: int = 1000, **more: object) -> dict:
-    return {"event": "run_start", "budget_tokens": budget, "tokens_per_step": 10, "preset": "x", "step": 0, "tokens": 0, **more}
+    return {
+        "event": "run_start",
+        "budget_tokens": budget,
+        "tokens_per_step": 10,
+        "preset": "x",
+        "step": 0,
+        "tokens": 0,
+        **more,
+    }
 
 
 def step(tokens: int) -> dict:
-    numbers = {"step": tokens // 100, "tokens": tokens, "run_tokens": tokens, "tokens_per_second": 10.0, "loss": 1.0, "time": 0.0}
+    numbers = {
+        "step": tokens // 100,
+        "tokens": tokens,
+        "run_tokens": tokens,
+        "tokens_per_second": 10.0,
+        "loss": 1.0,
+        "time": 0.0,
+    }
     return {"event": "step", **numbers}
 
 
@@ -50,7 +66,10 @@ def rows(board: Board, width: int = 100, variants: int = 9) -> dict[str, list[st
 def test_the_table_tells_how_each_trial_stands(tmp_path: Path) -> None:
     trials = trials_of(tmp_path, ["base", "good", "wild", "slow"], 3)
     trials[0], trials[1] = ended(trials[0], 2.0), ended(trials[1], 1.5)
-    trials[2], trials[3] = replace(trials[2], status="diverged"), replace(trials[3], status="stopped early")
+    trials[2], trials[3] = (
+        replace(trials[2], status="diverged"),
+        replace(trials[3], status="stopped early"),
+    )
     trials[4] = ended(trials[4], 2.2)
     board = Board("Names", lambda: 0.0)
     board.show(compared(trials))
@@ -58,7 +77,18 @@ def test_the_table_tells_how_each_trial_stands(tmp_path: Path) -> None:
     for event in (started(), step(100), step(340)):
         board.update(event)
     assert rows(board) == {
-        "──": ["cross-entropy", "seed", "1", "seed", "2", "seed", "3", "mean", "difference", "─" * 29],
+        "──": [
+            "cross-entropy",
+            "seed",
+            "1",
+            "seed",
+            "2",
+            "seed",
+            "3",
+            "mean",
+            "difference",
+            "─" * 29,
+        ],
         "base": ["2.0000", "2.2000", "·", "2.1000", "baseline"],
         "good": ["1.5000", "▸34.0", "%", "·", "1.5000", "−0.5000"],
         "wild": ["diverged", "·", "·"],
@@ -81,14 +111,20 @@ def test_the_time_left_counts_whole_trials(tmp_path: Path) -> None:
     now[0] = 120.0
     trials[0] = ended(trials[0], 2.0)
     board.show(compared(trials))
-    assert board._seconds_left(3) == pytest.approx(3 * 120), "by what trials took, evaluation and all"
+    assert board._seconds_left(3) == pytest.approx(3 * 120), (
+        "by what trials took, evaluation and all"
+    )
     board.begin(trials[1], 2)
     assert board._seconds_left(3) == pytest.approx(3 * 120)
 
 
-@pytest.mark.parametrize(("width", "height"), [(80, 23), (110, 44), (200, 60), (40, 12), (20, 5), (10, 1)])
+@pytest.mark.parametrize(
+    ("width", "height"), [(80, 23), (110, 44), (200, 60), (40, 12), (20, 5), (10, 1)]
+)
 @pytest.mark.parametrize(("variants", "seeds"), [(2, 1), (3, 12), (30, 3)])
-def test_every_line_fits_the_screen(width: int, height: int, variants: int, seeds: int, tmp_path: Path) -> None:
+def test_every_line_fits_the_screen(
+    width: int, height: int, variants: int, seeds: int, tmp_path: Path
+) -> None:
     names = ["狐狸" * 30, stream.NASTY, *[f"variant {i}" for i in range(28)]][:variants]
     trials = trials_of(tmp_path, names, seeds)
     trials[0] = ended(trials[0], 2.0)
@@ -138,9 +174,19 @@ def test_plain_lines_say_each_thing_once(tmp_path: Path) -> None:
         view.finish(["the verdict"])
     told = out.getvalue()
     assert not FORBIDDEN.search(told.replace("\n", ""))
-    assert re.findall(r"trial \d of \d: .*", told) == ["trial 1 of 2: base, seed 1", "trial 2 of 2: other, seed 1"]
-    assert told.count("note  a note\n") == 1 and told.count("sources  ") == 1 and "note  a note on other" in told
-    assert not re.search(r"^(sample|checkpoint)  ", told, re.MULTILINE) and told.count("finished: ") == 2
+    assert re.findall(r"trial \d of \d: .*", told) == [
+        "trial 1 of 2: base, seed 1",
+        "trial 2 of 2: other, seed 1",
+    ]
+    assert (
+        told.count("note  a note\n") == 1
+        and told.count("sources  ") == 1
+        and "note  a note on other" in told
+    )
+    assert (
+        not re.search(r"^(sample|checkpoint)  ", told, re.MULTILINE)
+        and told.count("finished: ") == 2
+    )
     assert told.endswith("  other              1.0000     1.0000     −1.0000\nthe verdict\n")
 
 
@@ -148,4 +194,7 @@ def test_plain_lines_have_room_for_every_seed(tmp_path: Path) -> None:
     out, trials = io.StringIO(), trials_of(tmp_path, ["base", "other"], 15)
     trials[0] = ended(trials[0], 2.0)
     ComparisonLines(out, "Names").show(compared(trials))
-    assert all(f"seed {seed} " in out.getvalue() for seed in range(1, 16)) and "2.0000" in out.getvalue()
+    assert (
+        all(f"seed {seed} " in out.getvalue() for seed in range(1, 16))
+        and "2.0000" in out.getvalue()
+    )

@@ -1,4 +1,5 @@
-"""The views of a run: what fits where, what is shown, and that nobody's text can draw on the screen."""
+"""The views of a run: what fits where, what is shown, and that nobody's text can draw on the
+screen."""
 
 import io
 import os
@@ -35,7 +36,9 @@ def rendered(state, now, width, height):
     return console.file.getvalue().rstrip("\n").split("\n")
 
 
-@pytest.mark.parametrize(("width", "height"), [(80, 23), (80, 21), (120, 39), (200, 60), (40, 12), (20, 5), (10, 1)])
+@pytest.mark.parametrize(
+    ("width", "height"), [(80, 23), (80, 21), (120, 39), (200, 60), (40, 12), (20, 5), (10, 1)]
+)
 @pytest.mark.parametrize("until", [1, 2, 60, None])
 def test_every_line_fits_the_screen(width, height, until):
     state, now = state_of(list(stream.run())[:until])
@@ -109,7 +112,8 @@ def test_time_left_leaves_evaluations_and_checkpoints_out():
         progress.update(event)
         if event["event"] == "step" and event["step"] == 100:
             break
-    # 50M tokens at 1.234M a second are left; the 30 s of each evaluation must not be taken for training.
+    # 50M tokens at 1.234M a second are left; the 30 s of each evaluation must not be taken for
+    # training.
     assert progress.seconds_left == pytest.approx(50 / 1.234, rel=0.01)
     assert progress.percent == "50.0 %"
 
@@ -133,7 +137,9 @@ def test_the_limit_that_binds_is_the_one_shown(start, counted, percent):
 def test_a_slow_first_step_does_not_spoil_the_time_left():
     progress = Progress({"budget_tokens": 1000, "tokens_per_step": 10})
     for step, speed in ((1, 0.1), (2, 10.0), (3, 10.0)):
-        progress.update({"event": "step", "run_step": step, "run_tokens": 10 * step, "tokens_per_second": speed})
+        progress.update(
+            {"event": "step", "run_step": step, "run_tokens": 10 * step, "tokens_per_second": speed}
+        )
     assert progress.seconds_left == pytest.approx(97.0)
 
 
@@ -142,12 +148,28 @@ def test_the_time_left_counts_the_evaluations_still_to_come():
     for limit in ({"budget_tokens": 1000}, {"budget_tokens": 100_000, "max_steps": 100}):
         progress = Progress({**limit, "tokens_per_step": 10, "eval_every_tokens": 200})
         for step in range(1, 21):
-            progress.update({"event": "step", "step": step, "run_step": step, "run_tokens": 10 * step, "tokens_per_second": 10.0})
+            progress.update(
+                {
+                    "event": "step",
+                    "step": step,
+                    "run_step": step,
+                    "run_tokens": 10 * step,
+                    "tokens_per_second": 10.0,
+                }
+            )
         assert progress.seconds_left == pytest.approx(80.0)
         progress.update({"event": "eval", "seconds": 7.0})
         assert progress.seconds_left == pytest.approx(80.0 + 4 * 7.0)
         for step in range(21, 101):
-            progress.update({"event": "step", "step": step, "run_step": step, "run_tokens": 10 * step, "tokens_per_second": 10.0})
+            progress.update(
+                {
+                    "event": "step",
+                    "step": step,
+                    "run_step": step,
+                    "run_tokens": 10 * step,
+                    "tokens_per_second": 10.0,
+                }
+            )
         assert progress.seconds_left == 7.0
         progress.update({"event": "eval", "seconds": 7.0})
         assert progress.seconds_left == 0.0
@@ -157,7 +179,15 @@ def test_a_step_that_compiles_tells_no_rate():
     progress = Progress({"budget_tokens": 1000, "tokens_per_step": 10, "compile_from_step": 1})
     for step, speed in ((1, 0.1), (2, 0.001), (3, 10.0)):
         assert progress.seconds_left is None
-        progress.update({"event": "step", "step": step, "run_step": step, "run_tokens": 10 * step, "tokens_per_second": speed})
+        progress.update(
+            {
+                "event": "step",
+                "step": step,
+                "run_step": step,
+                "run_tokens": 10 * step,
+                "tokens_per_second": speed,
+            }
+        )
     assert progress.seconds_left == pytest.approx(97.0)
 
 
@@ -167,7 +197,8 @@ def test_almost_done_is_not_done():
 
 
 def test_an_update_is_cheap():
-    """In its real arrangement, the drawing thread included: below a millisecond on average at 20 steps a second."""
+    """In its real arrangement, the drawing thread included: below a millisecond on average at 20
+    steps a second."""
     file = io.StringIO()
     console = Console(file=file, width=120, height=40, force_terminal=True)
     spent = []
@@ -185,7 +216,9 @@ def test_an_update_is_cheap():
 
 def test_the_dashboard_takes_several_runs_and_events_between_them():
     file = io.StringIO()
-    dashboard = Dashboard(file, console=Console(file=file, width=80, height=24, force_terminal=True))
+    dashboard = Dashboard(
+        file, console=Console(file=file, width=80, height=24, force_terminal=True)
+    )
     dashboard.update({"event": "warning", "step": 0, "tokens": 0, "time": 0.0, "message": "before"})
     for _ in range(2):
         for event in stream.run(steps=10):
@@ -196,7 +229,8 @@ def test_the_dashboard_takes_several_runs_and_events_between_them():
     shown = file.getvalue()
     assert "warning  before\n" in shown and "warning  after\n" in shown
     assert shown.count("finished: the token budget is used up (step 10, 100M tokens)") == 2
-    assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 2  # the cursor comes back each time
+    # the cursor comes back each time
+    assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 2
 
 
 def test_a_frame_that_cannot_be_drawn_does_not_end_the_drawing():
@@ -211,13 +245,16 @@ def test_on_a_real_terminal(tmp_path):
     """Runs in a pseudo-terminal: the final picture fits it, and the summary is the last line."""
     script = tmp_path / "show.py"
     script.write_text(
-        "import sys\nfrom core.ui.dashboard import Dashboard, view_for\nfrom tests.ui import stream\n"
+        "import sys\nfrom core.ui.dashboard import Dashboard, view_for\nfrom tests.ui import "
+        "stream\n"
         "view = view_for(sys.stdout)\nassert isinstance(view, Dashboard), view\n"
         "for event in stream.run(): view.update(event)\nview.close()\n"
     )
     env = {**os.environ, "TERM": "xterm-256color", "PYTHONPATH": ".", "PYTHONIOENCODING": "utf-8"}
     env.pop("COLUMNS", None), env.pop("LINES", None)
-    child = pexpect.spawn(sys.executable, [str(script)], dimensions=(24, 80), encoding="utf-8", env=env, timeout=30)
+    child = pexpect.spawn(
+        sys.executable, [str(script)], dimensions=(24, 80), encoding="utf-8", env=env, timeout=30
+    )
     child.expect(pexpect.EOF)
     child.close()
     assert child.exitstatus == 0, child.before
@@ -243,10 +280,21 @@ def plain_lines(events, seconds_per_event=0.0, file=None):
 
 
 def test_plain_steps_are_first_last_and_every_five_seconds():
-    events = [event for event in stream.run(steps=200) if event["event"] in ("run_start", "step", "run_end")]
-    shown = [int(line.split()[1]) for line in plain_lines(events, seconds_per_event=0.5) if line.startswith("step")]
+    events = [
+        event
+        for event in stream.run(steps=200)
+        if event["event"] in ("run_start", "step", "run_end")
+    ]
+    shown = [
+        int(line.split()[1])
+        for line in plain_lines(events, seconds_per_event=0.5)
+        if line.startswith("step")
+    ]
     assert shown == [*range(1, 200, 10), 200]
-    assert [line.split()[1] for line in plain_lines(events) if line.startswith("step")] == ["1", "200"]
+    assert [line.split()[1] for line in plain_lines(events) if line.startswith("step")] == [
+        "1",
+        "200",
+    ]
 
 
 def test_the_last_plain_step_is_shown_when_a_run_is_cut_short():
@@ -264,7 +312,9 @@ def test_plain_lines_have_a_line_for_each_other_event():
         "warning": "warning",
         "reweighted": "sources reweighted  wikipedia 40.0 % (×0.500, loss 3.100), ",
     }.items():
-        assert sum(line.startswith(beginning) for line in lines) == sum(event["event"] == kind for event in events)
+        assert sum(line.startswith(beginning) for line in lines) == sum(
+            event["event"] == kind for event in events
+        )
     assert lines[-1] == "finished: the token budget is used up (step 10, 100M tokens)"
     assert lines[0].startswith("Best general  lineage lm  run 2")
     assert not FORBIDDEN.search("".join(lines))
@@ -314,14 +364,36 @@ def test_numbers_as_people_read_them():
         "1.5B",
         "–",
     ]
-    assert [text.count(v) for v in (100, 1200, 100_000, 120_000_000)] == ["100", "1.2k", "100k", "120M"]
-    assert [text.duration(v) for v in (0.4, 59.6, 61, 3840, 90_000)] == ["0s", "1m 00s", "1m 01s", "1h 04m", "1d 01h"]
-    assert [text.number(v) for v in (3.14159, 6e-4, 0, None, 123456.0)] == ["3.142", "6.0e-04", "0", "–", "1.2e+05"]
+    assert [text.count(v) for v in (100, 1200, 100_000, 120_000_000)] == [
+        "100",
+        "1.2k",
+        "100k",
+        "120M",
+    ]
+    assert [text.duration(v) for v in (0.4, 59.6, 61, 3840, 90_000)] == [
+        "0s",
+        "1m 00s",
+        "1m 01s",
+        "1h 04m",
+        "1d 01h",
+    ]
+    assert [text.number(v) for v in (3.14159, 6e-4, 0, None, 123456.0)] == [
+        "3.142",
+        "6.0e-04",
+        "0",
+        "–",
+        "1.2e+05",
+    ]
 
 
 def test_foreign_text_is_one_harmless_line():
-    assert text.clean("a\x1b[31mb\x1b[0m\x1b]0;title\x07c\nd\te\x9b5A\x00\u202ef\ud800g") == "abc d efg"
-    assert text.clean("\x1b") == "" and text.clean("\x1b[") in ("", "[") and text.clean(None) == "None"
+    assert (
+        text.clean("a\x1b[31mb\x1b[0m\x1b]0;title\x07c\nd\te\x9b5A\x00\u202ef\ud800g")
+        == "abc d efg"
+    )
+    assert (
+        text.clean("\x1b") == "" and text.clean("\x1b[") in ("", "[") and text.clean(None) == "None"
+    )
     assert text.clean("狐狸 é 🦊") == "狐狸 é 🦊"
 
 

@@ -15,10 +15,22 @@ from core.ui.menu import PresetCard, choose
 LOOKED_AT = []
 """The presets of MANY whose previews were asked for."""
 CARDS = [
-    PresetCard("00_best_general", "Baseline", "Best general", "the default", lambda: "PREVIEW-A\nsecond line of A"),
+    PresetCard(
+        "00_best_general",
+        "Baseline",
+        "Best general",
+        "the default",
+        lambda: "PREVIEW-A\nsecond line of A",
+    ),
     PresetCard("10_harmonic", "Harmonic", "Harmonic", "another", lambda: "PREVIEW-B"),
     PresetCard("01_best_qa", "Baseline", "Best QA", "questions", lambda: "PREVIEW-C"),
-    PresetCard("20_broken", "Harmonic", "Broken", "", problem="20_broken.json has 1 problem\n  model.num_layer  unknown"),
+    PresetCard(
+        "20_broken",
+        "Harmonic",
+        "Broken",
+        "",
+        problem="20_broken.json has 1 problem\n  model.num_layer  unknown",
+    ),
     PresetCard("90_quick", "Tests", "Quick", "the last", lambda: "PREVIEW-E"),
 ]
 
@@ -29,7 +41,14 @@ def looked_at(i):
 
 
 MANY = [
-    PresetCard(f"{i:02}_preset", f"Group {i // 6}", f"Preset {i:02}", f"SAYS-{i:02}", lambda i=i: looked_at(i)) for i in range(30)
+    PresetCard(
+        f"{i:02}_preset",
+        f"Group {i // 6}",
+        f"Preset {i:02}",
+        f"SAYS-{i:02}",
+        lambda i=i: looked_at(i),
+    )
+    for i in range(30)
 ]
 HARD = [
     PresetCard("00_slow", "g", "Slow", "takes a minute", lambda: time.sleep(60) or "LATE"),
@@ -41,7 +60,9 @@ REFUSED = [PresetCard("00_refused", "g", "Refused", "says", refusal="no such fil
 
 def cards_for(default):
     """The list that a default stands in."""
-    return next(cards for cards in (CARDS, MANY, HARD, REFUSED) if default in {card.stem for card in cards})
+    return next(
+        cards for cards in (CARDS, MANY, HARD, REFUSED) if default in {card.stem for card in cards}
+    )
 
 
 SCRIPT = """
@@ -73,7 +94,12 @@ def menu(tmp_path):
         env = {**os.environ, "TERM": term, "PYTHONPATH": os.getcwd(), "PYTHONIOENCODING": "utf-8"}
         env.pop("COLUMNS", None), env.pop("LINES", None)
         child = pexpect.spawn(
-            sys.executable, [str(script), default], dimensions=(rows, 80), encoding="utf-8", env=env, timeout=20
+            sys.executable,
+            [str(script), default],
+            dimensions=(rows, 80),
+            encoding="utf-8",
+            env=env,
+            timeout=20,
         )
         children.append(child)
         return child
@@ -115,7 +141,10 @@ def test_moving_changes_the_preview_and_enter_takes_it(menu):
 
 @pytest.mark.slow
 def test_the_list_goes_round(menu):
-    for start, key, end in (("00_best_general", UP, "90_quick"), ("90_quick", DOWN, "00_best_general")):
+    for start, key, end in (
+        ("00_best_general", UP, "90_quick"),
+        ("90_quick", DOWN, "00_best_general"),
+    ):
         child = menu(start)
         child.expect_exact("PREVIEW-")
         child.send(key)
@@ -145,7 +174,8 @@ def test_a_broken_preset_shows_its_problem(menu):
     child.send(DOWN * 3)
     child.expect_exact("model.num_layer")
     child.send("\r")
-    ends_with(child, "CHOSEN 20_broken", 0)  # whoever opened the menu reads it again: it may be mended now
+    # whoever opened the menu reads it again: it may be mended now
+    ends_with(child, "CHOSEN 20_broken", 0)
 
 
 def test_a_preview_that_never_comes_or_fails_disturbs_nobody(menu):
@@ -209,7 +239,9 @@ def test_a_terminal_that_cannot_be_drawn_on_asks_for_a_line(menu):
 
 def piped(given: bytes):
     env = {**os.environ, "PYTHONPATH": os.getcwd()}
-    done = subprocess.run([sys.executable, "-c", SCRIPT, "10_harmonic"], input=given, capture_output=True, env=env)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, "10_harmonic"], input=given, capture_output=True, env=env
+    )
     return done.returncode, done.stdout.decode().strip()
 
 
@@ -239,7 +271,10 @@ def test_an_unknown_name_is_refused_with_all_that_are_known(given):
 
 
 def test_a_broken_preset_named_by_a_pipe_tells_everything():
-    assert piped(b"20_broken") == (2, "ERROR 20_broken.json has 1 problem\n  model.num_layer  unknown")
+    assert piped(b"20_broken") == (
+        2,
+        "ERROR 20_broken.json has 1 problem\n  model.num_layer  unknown",
+    )
 
 
 def test_two_presets_of_one_name_must_be_told_apart(monkeypatch):

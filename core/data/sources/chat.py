@@ -1,12 +1,14 @@
 """Conversations: rows of local files, or of a dataset on the Hub.
 
-In:    a column of messages: [{"role": "user", "content": "..."}, ...], ShareGPT's [{"from": "human", "value": "..."}, ...],
-       Gemini's [{"role": "model", "parts": [{"text": "..."}]}, ...], or any of them as a JSON string
-Out:   one document per conversation in which an assistant says something that is learned; of any other row, the reason
+In:    a column of messages: [{"role": "user", "content": "..."}, ...], ShareGPT's [{"from":
+       "human", "value": "..."}, ...], Gemini's [{"role": "model", "parts": [{"text": "..."}]},
+       ...], or any of them as a JSON string
+Out:   one document per conversation in which an assistant says something that is learned; of any
+       other row, the reason
 State: none of its own (files.py, hf.py)
 
-A conversation is read whole or not at all: what an assistant answers to something that is left out is no answer to learn.
-"""
+A conversation is read whole or not at all: what an assistant answers to something that is left out
+is no answer to learn."""
 
 import json
 from pathlib import Path
@@ -39,9 +41,11 @@ TOOLS = (
 )
 CALLS = ("tool_calls", "function_call")
 CONTENT = ("content", "value", "parts", "text")
-"""Keys of a message that may hold what is said; a table gives every message the keys of all, empty where they are not its own."""
+"""Keys of a message that may hold what is said; a table gives every message the keys of all, empty
+where they are not its own."""
 WEIGHTS = ("weight", "train", "training")
-"""Keys that say of an assistant's message whether it is learned: 1 or true, or 0 or false (OpenAI's, Mistral's and Axolotl's)."""
+"""Keys that say of an assistant's message whether it is learned: 1 or true, or 0 or false
+(OpenAI's, Mistral's and Axolotl's)."""
 WRAPPERS = ("messages", "conversations", "conversation")
 
 
@@ -49,8 +53,8 @@ class ChatSettings(Settings):
     type: Literal["chat"] = "chat"
     """Conversations. What assistants say in them is learned, the rest is only read."""
     path: Paths | None = None
-    """Files, folders or patterns, relative to the project: .jsonl .json .csv .tsv .parquet, and .gz .bz2 .xz .zst of any but the
-    last. This or `dataset`."""
+    """Files, folders or patterns, relative to the project: .jsonl .json .csv .tsv .parquet, and .gz
+    .bz2 .xz .zst of any but the last. This or `dataset`."""
     dataset: str | None = Field(None, min_length=1)
     """Repository on the Hugging Face Hub, or a local dataset folder. This or `path`."""
     config: str | None = None
@@ -60,7 +64,8 @@ class ChatSettings(Settings):
     messages_field: str = "messages"
     """The column that holds the messages."""
     system_field: str | None = Field(None, min_length=1)
-    """A column that holds the system message of a conversation, where it is not among the messages."""
+    """A column that holds the system message of a conversation, where it is not among the
+    messages."""
     name: str = ""
     """Name in logs and weights; left out, the file's, the folder's or the dataset's."""
 
@@ -72,21 +77,30 @@ class ChatSettings(Settings):
     @model_validator(mode="after")
     def _one_origin(self) -> "ChatSettings":
         if (self.path is None) == (self.dataset is None):
-            raise ValueError('a chat source has either a "path" (local files) or a "dataset" (on the Hub); give one of them')
+            raise ValueError(
+                'a chat source has either a "path" (local files) or a "dataset" (on the Hub); '
+                "give one of them"
+            )
         if self.path is not None and (self.config is not None or self.split != "train"):
-            raise ValueError('"config" and "split" choose from a "dataset"; local files of a "path" have none')
+            raise ValueError(
+                '"config" and "split" choose from a "dataset"; local files of a "path" have none'
+            )
         return self
 
     @property
     def columns(self) -> list[str]:
-        return [self.messages_field, *([self.system_field] if self.system_field is not None else [])]
+        return [
+            self.messages_field,
+            *([self.system_field] if self.system_field is not None else []),
+        ]
 
 
 class _Chat:
     """What makes a source of rows one of conversations."""
 
     column_hint = (
-        'set "messages_field" to one of them; a question and its answer in columns of their own are text for a source '
+        'set "messages_field" to one of them; a question and its answer in columns of their own '
+        "are text for a source "
         'of type "hf" with "fields" and "format"'
     )
 
@@ -104,7 +118,9 @@ class ChatDataset(_Chat, HfSource):
     """Conversations in a dataset."""
 
     def nothing(self, order: list[int]) -> str:
-        return f"no row of it holds a conversation in {self.columns[0]}" + "".join(f"; {note}" for note in self.notes)
+        return f"no row of it holds a conversation in {self.columns[0]}" + "".join(
+            f"; {note}" for note in self.notes
+        )
 
 
 def chat_source(settings: ChatSettings, root: Path, seed: int) -> ChatFiles | ChatDataset:
@@ -112,7 +128,8 @@ def chat_source(settings: ChatSettings, root: Path, seed: int) -> ChatFiles | Ch
 
 
 def conversation(value: Any, key: str, system: Any = None) -> Document:
-    """The document of one row. Raises SkipRow where it is no conversation, or one without anything to learn.
+    """The document of one row. Raises SkipRow where it is no conversation, or one without anything
+    to learn.
 
     system   what a column of its own says before the messages; None or blank: nothing
     """
@@ -129,8 +146,13 @@ def conversation(value: Any, key: str, system: Any = None) -> Document:
             read_only.append(number)
     if not said:
         raise SkipRow("no assistant says anything in it")
-    document = Document("\n".join(text for _, text in messages), key, tuple(messages), read_only=tuple(read_only))
-    if not any(role == ASSISTANT and text.strip() and i not in read_only for i, (role, text) in enumerate(messages)):
+    document = Document(
+        "\n".join(text for _, text in messages), key, tuple(messages), read_only=tuple(read_only)
+    )
+    if not any(
+        role == ASSISTANT and text.strip() and i not in read_only
+        for i, (role, text) in enumerate(messages)
+    ):
         raise SkipRow("all that the assistant says has weight 0")
     return document
 
@@ -159,7 +181,10 @@ def _role(message: dict) -> str:
         raise SkipRow("an assistant calls tools in it, which are not read")
     role = next((role for role, names in ROLE_NAMES.items() if name in names), None)
     if role is None:
-        raise SkipRow(f"a message has a role that is none of {', '.join(ROLE_NAMES)}, nor another name for one")
+        raise SkipRow(
+            f"a message has a role that is none of {', '.join(ROLE_NAMES)}, nor another name for "
+            "one"
+        )
     return role
 
 

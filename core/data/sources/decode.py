@@ -1,6 +1,8 @@
-"""From the bytes of a file to lines and text: compression, encodings, and bounds on what is held at once.
+"""From the bytes of a file to lines and text: compression, encodings, and bounds on what is held at
+once.
 
-    file ──► unpacked (.gz .bz2 .xz .zst) ──► as_utf8 (UTF-16 and UTF-32, by their mark) ──► lines, or blocks ──► decoded
+    file ──► unpacked (.gz .bz2 .xz .zst) ──► as_utf8 (UTF-16 and UTF-32, by their mark) ──► lines,
+    or blocks ──► decoded
 
 In:    an open file, or pieces of one
 Out:   iterators of bytes; text, and how much of it is replacement characters
@@ -23,9 +25,11 @@ PIECE = 1 << 18
 PACKED_PIECE = 1 << 11
 """Bytes that are unpacked at once: of zstd, they may become 30,000 times as many."""
 UNPACKED_PIECE = 1 << 14
-"""What was unpacked last before damage may be lost: so many bytes at most, or a block of bzip2 or zstd."""
+"""What was unpacked last before damage may be lost: so many bytes at most, or a block of bzip2 or
+zstd."""
 RECORD_BYTES = 32 << 20
-"""A row or line longer than this is passed over: while it is read and tokenized it takes ten times as much memory."""
+"""A row or line longer than this is passed over: while it is read and tokenized it takes ten times
+as much memory."""
 
 BOMS = (
     (codecs.BOM_UTF32_LE, "utf-32-le"),  # begins like that of UTF-16
@@ -38,7 +42,8 @@ CONTROLS = bytes(set(range(32)) - set(b"\t\n\v\f\r\x1b"))
 MOST_DAMAGE = 0.1
 """Share of characters that may be control or replacement characters; what has more is no text."""
 MOST_ACCENTS = 0.3
-"""Share of a text's bytes beyond ASCII up to which it may be Windows-1252: a language of Western Europe."""
+"""Share of a text's bytes beyond ASCII up to which it may be Windows-1252: a language of Western
+Europe."""
 
 
 class Decoded(NamedTuple):
@@ -49,7 +54,7 @@ class Decoded(NamedTuple):
     other: bool = False  # whether it was Windows-1252
 
 
-# compression ---------------------------------------------------------------------------------------------------------
+# compression --------------------------------------------------------------------------------------
 
 
 class _Gzip:
@@ -80,7 +85,9 @@ class _Zstd:
     needs_input = True
 
     def __init__(self) -> None:
-        self._reader = need("zstandard", "zstandard").ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+        self._reader = (
+            need("zstandard", "zstandard").ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+        )
 
     def decompress(self, data: bytes, most: int) -> bytes:
         return self._reader.decompress(data)
@@ -109,7 +116,8 @@ def compression(name: str) -> str:
 
 
 def unpacked(file: BinaryIO, suffix: str) -> Iterator[bytes]:
-    """What a file holds, all members or frames of it. Raises CutShort or Damaged, once all that is whole has been given."""
+    """What a file holds, all members or frames of it. Raises CutShort or Damaged, once all that is
+    whole has been given."""
     if not suffix:
         while data := file.read(PIECE):
             yield data
@@ -133,12 +141,13 @@ def unpacked(file: BinaryIO, suffix: str) -> Iterator[bytes]:
                 data = file.read(PACKED_PIECE)
                 ended = not data
         data = reader.unused_data
-        while not data.strip(b"\0") and (more := file.read(PACKED_PIECE)):  # padding between members, or after them
+        # padding between members, or after them
+        while not data.strip(b"\0") and (more := file.read(PACKED_PIECE)):
             data = more
         data = data.lstrip(b"\0")
 
 
-# encodings -----------------------------------------------------------------------------------------------------------
+# encodings ----------------------------------------------------------------------------------------
 
 
 def wide_encoding(head: bytes) -> str:
@@ -147,7 +156,8 @@ def wide_encoding(head: bytes) -> str:
 
 
 def as_utf8(pieces: Iterator[bytes]) -> Iterator[bytes]:
-    """The same text in UTF-8 and without a byte-order mark, where one says what it is; anything else as it is."""
+    """The same text in UTF-8 and without a byte-order mark, where one says what it is; anything
+    else as it is."""
     head = b""
     for piece in pieces:
         head += piece
@@ -165,11 +175,13 @@ def as_utf8(pieces: Iterator[bytes]) -> Iterator[bytes]:
 
 
 codecs.register_error("zeroarg.damage", lambda error: ("\udc81", error.end))
-"""What is no UTF-16 becomes a byte that is text neither in UTF-8 nor in Windows-1252, so that it is counted."""
+"""What is no UTF-16 becomes a byte that is text neither in UTF-8 nor in Windows-1252, so that it is
+counted."""
 
 
 def decoded(data: bytes) -> Decoded:
-    """UTF-8; or Windows-1252 (and so Latin-1), if it looks like that; or UTF-8 with replacement characters."""
+    """UTF-8; or Windows-1252 (and so Latin-1), if it looks like that; or UTF-8 with replacement
+    characters."""
     try:
         return Decoded(data.decode())  # a replacement character that is there as such is text
     except UnicodeDecodeError:
@@ -177,7 +189,11 @@ def decoded(data: bytes) -> Decoded:
     replaced = text.count("\ufffd") - data.count("\ufffd".encode())
     beyond_ascii = len(text) - len(text.encode("ascii", "ignore"))
     accents = len(data) - len(data.decode("ascii", "ignore"))
-    if beyond_ascii - replaced < replaced and accents <= MOST_ACCENTS * len(data) + 4 and not controls(data):
+    if (
+        beyond_ascii - replaced < replaced
+        and accents <= MOST_ACCENTS * len(data) + 4
+        and not controls(data)
+    ):
         try:
             return Decoded(data.decode("cp1252"), 0, True)
         except UnicodeDecodeError:  # five of its bytes mean nothing
@@ -191,15 +207,17 @@ def controls(data: bytes) -> int:
 
 
 def is_mostly_damage(data: bytes, found: Decoded) -> bool:
-    """Whether it is no text: a picture or a program under another name, UTF-16 without a mark, another alphabet's encoding."""
+    """Whether it is no text: a picture or a program under another name, UTF-16 without a mark,
+    another alphabet's encoding."""
     return controls(data) + found.replaced > MOST_DAMAGE * len(found.text)
 
 
-# lines and blocks ----------------------------------------------------------------------------------------------------
+# lines and blocks ---------------------------------------------------------------------------------
 
 
 def lines(pieces: Iterator[bytes]) -> Iterator[bytes | None]:
-    """Each line, without its end; None stands for one that is longer than RECORD_BYTES, which is not kept."""
+    """Each line, without its end; None stands for one that is longer than RECORD_BYTES, which is
+    not kept."""
     begun: list[bytes] = []
     size = 0
     for piece in pieces:
@@ -217,7 +235,8 @@ def lines(pieces: Iterator[bytes]) -> Iterator[bytes | None]:
 
 
 def blocks(pieces: Iterator[bytes], size: int) -> Iterator[bytes]:
-    """The same bytes in blocks of at most `size`, each ending with a line, or, where that is too long, with a character.
+    """The same bytes in blocks of at most `size`, each ending with a line, or, where that is too
+    long, with a character.
 
     What precedes damage is given before that is raised.
     """

@@ -1,4 +1,5 @@
-"""Rows of CSV and its relatives. What is odd in one of them costs that row: reading goes on at the line after its first.
+"""Rows of CSV and its relatives. What is odd in one of them costs that row: reading goes on at the
+line after its first.
 
 In:    lines in UTF-8, of which one is None where it is too long
 Out:   the header's names, and (index, values) or (index, SkipRow) for each row below it
@@ -16,35 +17,51 @@ from core.data.sources.skips import Damaged, NoColumn, Row
 FURTHER_FIELDS = 100
 """So many fields more than the header has, and the quotation marks of a row are out of step."""
 SWALLOWED, ALIKE = 20, 0.9
-"""Lines inside one row of which so many are as wide as a row of their own: a stray quotation mark has swallowed them."""
+"""Lines inside one row of which so many are as wide as a row of their own: a stray quotation mark
+has swallowed them."""
 
 Line = tuple[str, SkipRow | None]  # its text, and what is wrong with it
 
 
 class _Stray(Exception):
-    """A quotation mark that is not closed, or that has something other than a delimiter behind it."""
+    """A quotation mark that is not closed, or that has something other than a delimiter behind
+    it."""
 
 
 def csv_rows(
-    lines: Iterator[bytes | None], columns: list[str], start: int, delimiters: str, tell: Callable[[Decoded], None]
+    lines: Iterator[bytes | None],
+    columns: list[str],
+    start: int,
+    delimiters: str,
+    tell: Callable[[Decoded], None],
 ) -> Iterator[tuple[int, Row]]:
-    """Rows from `start` on. Windows-1252 is read too: many programs write it. Raises Damaged, NoColumn among them."""
+    """Rows from `start` on. Windows-1252 is read too: many programs write it. Raises Damaged,
+    NoColumn among them."""
     texts = _texts(lines, tell)
     header = next((text for text, _ in texts if text.strip()), "")
     try:
         tried = [_names(header, delimiter, columns) for delimiter in delimiters]
     except _Stray:
         raise Damaged("damaged") from None
-    names = next((names for names in tried if all(column in names for column in columns)), max(tried, key=len))
+    names = next(
+        (names for names in tried if all(column in names for column in columns)),
+        max(tried, key=len),
+    )
     check_columns(names, columns)
-    delimiter = delimiters[tried.index(names)] if len(names) > 1 else ""  # one column: a line is its field
+    # one column: a line is its field
+    delimiter = delimiters[tried.index(names)] if len(names) > 1 else ""
     places = [names.index(column) for column in columns]
     for index, row in enumerate(_rows(texts, delimiter, len(names))):
         if index < start or row == []:
             continue
         if not isinstance(row, SkipRow) and any(field.strip() for field in row[len(names) :]):
             row = SkipRow("more fields than columns")
-        yield index, row if isinstance(row, SkipRow) else tuple(row[at] if at < len(row) else None for at in places)
+        yield (
+            index,
+            row
+            if isinstance(row, SkipRow)
+            else tuple(row[at] if at < len(row) else None for at in places),
+        )
 
 
 def check_columns(there: list[str], columns: list[str]) -> None:
@@ -61,7 +78,8 @@ def too_long() -> SkipRow:
 
 
 def with_newlines(pieces: Iterator[bytes]) -> Iterator[bytes]:
-    """The same; where lines end as on an old Mac, with a carriage return alone, they end with a newline."""
+    """The same; where lines end as on an old Mac, with a carriage return alone, they end with a
+    newline."""
     first = next(pieces, b"")
     old = b"\n" not in first and b"\r" in first.rstrip(b"\r")
     yield first.replace(b"\r", b"\n") if old else first
@@ -73,7 +91,10 @@ def _texts(lines: Iterator[bytes | None], tell: Callable[[Decoded], None]) -> It
     for line in lines:
         found = decoded(line or b"")
         tell(found)
-        yield found.text.removesuffix("\r"), too_long() if line is None else SkipRow("not UTF-8") if found.replaced else None
+        yield (
+            found.text.removesuffix("\r"),
+            too_long() if line is None else SkipRow("not UTF-8") if found.replaced else None,
+        )
 
 
 def _names(header: str, delimiter: str, columns: list[str]) -> list[str]:
@@ -100,7 +121,9 @@ def _rows(texts: Iterator[Line], delimiter: str, width: int) -> Iterator[list[st
         try:
             row: list[str] | SkipRow = _fields(first, take, delimiter, width)
             inner = [text for text, _ in taken[1:-1]]
-            if width > 1 and sum(text.count(delimiter) == width - 1 for text in inner) > max(SWALLOWED, ALIKE * len(inner)):
+            if width > 1 and sum(text.count(delimiter) == width - 1 for text in inner) > max(
+                SWALLOWED, ALIKE * len(inner)
+            ):
                 raise _Stray
             row = next((odd for _, odd in taken if odd is not None), row)
         except _Stray:
@@ -113,7 +136,8 @@ def _rows(texts: Iterator[Line], delimiter: str, width: int) -> Iterator[list[st
 
 
 def _fields(line: str, take: Callable[[], str | None], delimiter: str, width: int) -> list[str]:
-    """The fields of the row that begins with `line`. `take` gives the lines after it. Raises _Stray."""
+    """The fields of the row that begins with `line`. `take` gives the lines after it. Raises
+    _Stray."""
     if '"' not in line:
         return line.split(delimiter) if delimiter else [line]
     fields, at = [], 0
@@ -134,7 +158,8 @@ def _fields(line: str, take: Callable[[], str | None], delimiter: str, width: in
 
 
 def _quoted(line: str, at: int, take: Callable[[], str | None]) -> tuple[str, str, int]:
-    """The field whose text begins at `at`, the line in which it ends, and the place behind it. Raises _Stray."""
+    """The field whose text begins at `at`, the line in which it ends, and the place behind it.
+    Raises _Stray."""
     parts, size = [], 0
     while True:
         end = line.find('"', at)

@@ -1,4 +1,5 @@
-"""What all local sources share: shards that are files or stretches of long ones, and notes of what was passed over.
+"""What all local sources share: shards that are files or stretches of long ones, and notes of what
+was passed over.
 
 In:    a subclass that lists its units and reads one of them from any position on
 Out:   the shards of a ShardSource
@@ -13,13 +14,21 @@ from typing import BinaryIO
 
 from core.data.documents import Document
 from core.data.sources import decode
-from core.data.sources.decode import PIECE, as_utf8, compression, first_of_character, unpacked, wide_encoding
+from core.data.sources.decode import (
+    PIECE,
+    as_utf8,
+    compression,
+    first_of_character,
+    unpacked,
+    wide_encoding,
+)
 from core.data.sources.finding import Found
 from core.data.sources.shards import ShardSource
 from core.data.sources.skips import Damaged
 
 SEGMENT_BYTES = 16 * 1024 * 1024
-"""Long plain files are read in stretches of this size: bounds the memory, makes resuming quick and the order less uniform."""
+"""Long plain files are read in stretches of this size: bounds the memory, makes resuming quick and
+the order less uniform."""
 LINE_BYTES = 1 << 20
 """How far the end of a line of plain text is looked for, where a stretch begins or ends."""
 
@@ -29,7 +38,8 @@ class Unit:
     """A file, or the lines of it that begin in bytes [begin, end)."""
 
     path: Path
-    label: str  # as a person would name the file: relative to the project or the folder that was asked for
+    # as a person would name the file: relative to the project or the folder that was asked for
+    label: str
     begin: int = 0
     end: int | None = None  # None: to the end of the file
 
@@ -40,7 +50,8 @@ class Unit:
     def pieces(self, rows: bool) -> Iterator[bytes]:
         """Its bytes, unpacked and in UTF-8. Raises OSError or Damaged.
 
-        rows  whether a line is a row, and never cut; else one of over LINE_BYTES may be, between two stretches
+        rows  whether a line is a row, and never cut; else one of over LINE_BYTES may be, between
+              two stretches
         """
         with self.path.open("rb") as file:
             if self.begin == 0 and self.end is None:
@@ -63,7 +74,8 @@ class Unit:
 
 
 def _edge(file: BinaryIO, at: int, rows: bool) -> int | None:
-    """Where the first line that begins at `at` or later does. None: a row runs on from before for more than RECORD_BYTES."""
+    """Where the first line that begins at `at` or later does. None: a row runs on from before for
+    more than RECORD_BYTES."""
     if at == 0:
         return 0
     file.seek(at - 1)
@@ -125,8 +137,12 @@ class FileSource(ShardSource):
         return self._units
 
     def contents(self) -> str:
-        facts = [(unit.key, file_size(unit.path) if unit.begin == 0 else 0) for unit in self.shards()]
-        return hashlib.blake2b(repr(facts).encode("utf-8", "backslashreplace"), digest_size=8).hexdigest()
+        facts = [
+            (unit.key, file_size(unit.path) if unit.begin == 0 else 0) for unit in self.shards()
+        ]
+        return hashlib.blake2b(
+            repr(facts).encode("utf-8", "backslashreplace"), digest_size=8
+        ).hexdigest()
 
     def size(self, unit: Unit) -> int | None:
         """Its bytes, as they are on the disk."""

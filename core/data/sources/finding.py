@@ -26,7 +26,8 @@ class Found:
     unread: Counter[str] = field(default_factory=Counter)  # suffix: files
     examples: dict[str, str] = field(default_factory=dict)
     hidden: dict[str, None] = field(default_factory=dict)  # names that begin with a dot
-    closed: dict[str, OSError] = field(default_factory=dict)  # folders that cannot be listed, links to nowhere
+    # folders that cannot be listed, links to nowhere
+    closed: dict[str, OSError] = field(default_factory=dict)
 
     def add(self, path: Path, readable: Callable[[Path], bool]) -> None:
         if not path.is_file():
@@ -48,19 +49,27 @@ class Found:
         notes = []
         if self.unread:
             kinds = [f"{count} {kind}" for kind, count in self.unread.most_common(_KINDS_SHOWN)]
-            more = f" and {len(self.unread) - _KINDS_SHOWN} kinds more" if len(self.unread) > _KINDS_SHOWN else ""
+            more = (
+                f" and {len(self.unread) - _KINDS_SHOWN} kinds more"
+                if len(self.unread) > _KINDS_SHOWN
+                else ""
+            )
             example = self.examples[self.unread.most_common(1)[0][0]]
             notes.append(f"not read: {', '.join(kinds)}{more} (for example {example}); {advice}")
         if self.hidden:
-            notes.append(f"not read: {len(self.hidden)} hidden (for example {next(iter(self.hidden))})")
+            notes.append(
+                f"not read: {len(self.hidden)} hidden (for example {next(iter(self.hidden))})"
+            )
         return notes
 
 
-def find(pattern: str, root: Path, readable: Callable[[Path], bool], found: Found) -> tuple[Path, str]:
+def find(
+    pattern: str, root: Path, readable: Callable[[Path], bool], found: Found
+) -> tuple[Path, str]:
     """Adds what `pattern` stands for. Returns the place that was looked at, and what that is.
 
-    It is "a file", "a folder", "a pattern", or "" where there is nothing of that name and it is no pattern.
-    """
+    It is "a file", "a folder", "a pattern", or "" where there is nothing of that name and it is no
+    pattern."""
     path = own_path(pattern, root)
     if path.is_dir():
         for each in walk(path, found):
@@ -77,8 +86,8 @@ def find(pattern: str, root: Path, readable: Callable[[Path], bool], found: Foun
 
 
 def walk(folder: Path, found: Found) -> Iterator[Path]:
-    """All that is not hidden under a folder, behind links too; what is behind links comes last, so that a file that stands here
-    goes by its own name. No folder comes twice."""
+    """All that is not hidden under a folder, behind links too; what is behind links comes last, so
+    that a file that stands here goes by its own name. No folder comes twice."""
     seen, folders, links, linked = set(), [folder], [], []
     while folders or links:
         here = folders.pop() if folders else links.pop(0)
@@ -104,7 +113,8 @@ def walk(folder: Path, found: Found) -> Iterator[Path]:
 
 
 def _matches(path: Path, found: Found) -> Iterable[Path]:
-    """What matches a pattern. Only what comes after its longest part that exists is one: brackets may stand in real names."""
+    """What matches a pattern. Only what comes after its longest part that exists is one: brackets
+    may stand in real names."""
     depth = next(d for d in range(len(path.parts), 0, -1) if Path(*path.parts[:d]).exists())
     base, rest = Path(*path.parts[:depth]), path.parts[depth:]
     if "**" not in rest:
@@ -117,7 +127,8 @@ def _matches(path: Path, found: Found) -> Iterable[Path]:
 
 
 def _fits(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
-    """Whether the parts of a path match those of a pattern; "**" stands for any number of folders."""
+    """Whether the parts of a path match those of a pattern; "**" stands for any number of
+    folders."""
     if not pattern:
         return not parts
     if pattern[0] == "**":

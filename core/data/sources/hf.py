@@ -1,12 +1,15 @@
-"""Datasets of the Hugging Face Hub, streamed: nothing is downloaded but what is read. Local dataset folders too.
+"""Datasets of the Hugging Face Hub, streamed: nothing is downloaded but what is read. Local dataset
+folders too.
 
-In:    a repository (data files only: `datasets` runs no scripts), its config and split, and the columns that make the text
-Out:   one document per row: shards in an order permuted by seed and epoch, rows in order inside a shard
+In:    a repository (data files only: `datasets` runs no scripts), its config and split, and the
+       columns that make the text
+Out:   one document per row: shards in an order permuted by seed and epoch, rows in order inside a
+       shard
 State: its cursor (shards.py); a position in a shard is how many rows of it are behind
 
-`datasets` finds the files. Tables are read here (tables.py): a row or a shard that cannot be read costs itself, what is held at
-once has a bound, and of Parquet only the columns asked for are fetched, from any row group on. `datasets` reads the other kinds.
-"""
+`datasets` finds the files. Tables are read here (tables.py): a row or a shard that cannot be read
+costs itself, what is held at once has a bound, and of Parquet only the columns asked for are
+fetched, from any row group on. `datasets` reads the other kinds."""
 
 import glob
 import hashlib
@@ -39,16 +42,26 @@ CHECKED_AT_OPEN = 3
 """Files that are looked into, until one is whole and has the columns."""
 TRIES_AT_DAMAGE = 2
 """Reads of a shard that end in damage: what seems so may be a line that broke."""
-LOCAL_BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text", ".arrow": "arrow"}
+LOCAL_BUILDERS = {
+    ".parquet": "parquet",
+    ".jsonl": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".txt": "text",
+    ".arrow": "arrow",
+}
 START_SECONDS = 8.0
-"""How long a Hub that answers, but with an error of its own, is asked again at the start of a run."""
+"""How long a Hub that answers, but with an error of its own, is asked again at the start of a
+run."""
 
 
 class HfSettings(Settings):
     type: Literal["hf"] = "hf"
-    """A dataset on the Hugging Face Hub, streamed; or a local folder or file in one of its formats."""
+    """A dataset on the Hugging Face Hub, streamed; or a local folder or file in one of its
+    formats."""
     dataset: str = Field(min_length=1)
-    """Repository, such as "wikimedia/wikipedia", or a path relative to the project, such as "./data/qa"."""
+    """Repository, such as "wikimedia/wikipedia", or a path relative to the project, such as
+    "./data/qa"."""
     config: str | None = None
     """Configuration (subset) of the dataset, where it has several."""
     split: str = "train"
@@ -60,30 +73,48 @@ class HfSettings(Settings):
     format: str | None = None
     """How `fields` become a document: "Q: {question}\\nA: {answer}"."""
     local: str | None = Field(None, min_length=1)
-    """Text on this machine, as of a source of type `text`, that is read instead where it exists: "./data/book.txt"."""
+    """Text on this machine, as of a source of type `text`, that is read instead where it exists:
+    "./data/book.txt"."""
     name: str = ""
     """Name in logs and weights; left out, the dataset's and its config's."""
 
     @model_validator(mode="before")
     @classmethod
     def _named(cls, data: Any) -> Any:
-        return named_by(data, lambda d: "-".join(str(d[key]) for key in ("dataset", "config") if d.get(key)).lstrip("./"))
+        return named_by(
+            data,
+            lambda d: "-".join(str(d[key]) for key in ("dataset", "config") if d.get(key)).lstrip(
+                "./"
+            ),
+        )
 
     @model_validator(mode="after")
     def _columns_fit(self) -> "HfSettings":
         if (self.fields is None) != (self.format is None):
-            raise ValueError('"fields" and "format" go together: {"fields": ["a", "b"], "format": "{a} {b}"}')
+            raise ValueError(
+                '"fields" and "format" go together: {"fields": ["a", "b"], "format": "{a} {b}"}'
+            )
         if self.fields is not None and self.text_field is not None:
             raise ValueError('"text_field" and "fields" exclude each other; keep one')
         if self.fields is not None and self.format is not None:
             try:
-                fields = [field for field in string.Formatter().parse(self.format) if field[1] is not None]
+                fields = [
+                    field for field in string.Formatter().parse(self.format) if field[1] is not None
+                ]
             except ValueError as error:
-                raise ValueError(f'"format" {self.format!r}: {error}; write a brace that is text twice') from None
+                raise ValueError(
+                    f'"format" {self.format!r}: {error}; write a brace that is text twice'
+                ) from None
             if wrong := [name for _, name, _, _ in fields if name not in self.fields]:
-                raise ValueError(f'"format" uses {{{wrong[0]}}}, which is not among its "fields" ({", ".join(self.fields)})')
+                raise ValueError(
+                    f'"format" uses {{{wrong[0]}}}, which is not among its "fields" '
+                    f"({', '.join(self.fields)})"
+                )
             if how := [name for _, name, spec, conversion in fields if spec or conversion]:
-                raise ValueError(f'"format" holds the names of fields only; write {{{how[0]}}}, with nothing behind : or !')
+                raise ValueError(
+                    f'"format" holds the names of fields only; write {{{how[0]}}}, with nothing '
+                    "behind : or !"
+                )
             if not fields:
                 raise ValueError('"format" uses none of its "fields"; put them in braces')
         return self
@@ -94,8 +125,12 @@ class HfSettings(Settings):
 
 
 def _formatted(form: str, row: dict[str, Any]) -> str:
-    """Each {name} of the form as the row's text there. Not `str.format`, to which {a.b} and {0} mean something else."""
-    return "".join(text + ("" if name is None else str(row[name])) for text, name, _, _ in string.Formatter().parse(form))
+    """Each {name} of the form as the row's text there. Not `str.format`, to which {a.b} and {0}
+    mean something else."""
+    return "".join(
+        text + ("" if name is None else str(row[name]))
+        for text, name, _, _ in string.Formatter().parse(form)
+    )
 
 
 def hf_source(settings: HfSettings, root: Path, seed: int) -> ShardSource:
@@ -106,12 +141,15 @@ def hf_source(settings: HfSettings, root: Path, seed: int) -> ShardSource:
 
 
 class HfSource(ShardSource):
-    """One split of a dataset. Opening asks the Hub for its files; rows are fetched as they are read."""
+    """One split of a dataset. Opening asks the Hub for its files; rows are fetched as they are
+    read."""
 
     column_hint = 'set "text_field" to one of them, or "fields" and "format"'
     tries = 5  # in a row without a document between them
     first_wait_seconds = 1.0  # doubles from try to try
-    patient = False  # whether opening waits for a Hub that is away; at the start of a run, a person waits for it to begin
+    # whether opening waits for a Hub that is away; at the start of a run, a person waits for it to
+    # begin
+    patient = False
 
     def __init__(self, settings: Any, root: Path, seed: int):
         super().__init__(settings.name, seed)
@@ -121,13 +159,14 @@ class HfSource(ShardSource):
         local = path.exists() or settings.dataset.startswith(("./", "../", "/", "~"))
         self._path = path if local else None
         self.finite = local
-        self._rows: Any = None  # the streaming dataset, or, of tables, anything once they were found
+        # the streaming dataset, or, of tables, anything once they were found
+        self._rows: Any = None
         self._files: list[str] = []  # the data files; hf://... names the commit too
         self._tables = False  # whether they are all tables, one a shard
 
     def open(self) -> None:
-        """Finds the files, checks the columns, and fetches a few bytes of data; of a local one, a document. Raises
-        SourceUnavailable."""
+        """Finds the files, checks the columns, and fetches a few bytes of data; of a local one, a
+        document. Raises SourceUnavailable."""
         self._rows = None
         self._load()
         if self.finite:
@@ -139,14 +178,23 @@ class HfSource(ShardSource):
 
     def read(self, shard: int, start: int) -> Iterator[tuple[int, Document]]:
         """Rows without text are passed over, and counted."""
-        rows = self._read_table(self._files[shard], start) if self._tables else self._read_any(shard, start)
+        rows = (
+            self._read_table(self._files[shard], start)
+            if self._tables
+            else self._read_any(shard, start)
+        )
         return self.skips.documents(f"{shard}", rows, self.document, self._label(shard))
 
     def document(self, values: tuple, key: str) -> Document:
         """One row, its values in the order of `columns`. Raises SkipRow when it holds no text."""
         form = self._settings.format
         if form is None:
-            return Document(text_of(values[0], self.columns[0]) if not _is_number(values[0]) else str(values[0]), key)
+            return Document(
+                text_of(values[0], self.columns[0])
+                if not _is_number(values[0])
+                else str(values[0]),
+                key,
+            )
         found = {column: _blank_or(value, column) for column, value in zip(self.columns, values)}
         if not any(str(value).strip() for value in found.values()):
             raise SkipRow(f"no text in any of {', '.join(self.columns)}")
@@ -156,11 +204,18 @@ class HfSource(ShardSource):
         return self._files[shard].rsplit("/", 1)[-1] if self._tables else f"shard{shard}"
 
     def recover(self, shard: int, error: Exception, failures: int) -> bool:
-        """Wait, longer each time, and try again: HTTP, gzip and Arrow all have their own ways to say that the line broke.
+        """Wait, longer each time, and try again: HTTP, gzip and Arrow all have their own ways to
+        say that the line broke.
 
         What stays wrong without the line being the cause costs its shard.
         """
-        tries = 1 if self.finite or isinstance(error, NoColumn) else TRIES_AT_DAMAGE if isinstance(error, Damaged) else self.tries
+        tries = (
+            1
+            if self.finite or isinstance(error, NoColumn)
+            else TRIES_AT_DAMAGE
+            if isinstance(error, Damaged)
+            else self.tries
+        )
         if failures >= tries and not hub.is_of_the_line(error):
             self.skips.file(self._label(shard), error)
             return False
@@ -178,8 +233,12 @@ class HfSource(ShardSource):
     def contents(self) -> str:
         self._load()
         if self._path is not None:
-            facts = [(os.path.relpath(file, self._path), file_size(Path(file))) for file in self._files]
-            return hashlib.blake2b(repr(facts).encode("utf-8", "backslashreplace"), digest_size=8).hexdigest()
+            facts = [
+                (os.path.relpath(file, self._path), file_size(Path(file))) for file in self._files
+            ]
+            return hashlib.blake2b(
+                repr(facts).encode("utf-8", "backslashreplace"), digest_size=8
+            ).hexdigest()
         return f"{len(self._files)} files, {self._num_shards} shards"
 
     def address(self, shard: int) -> str | None:
@@ -187,7 +246,14 @@ class HfSource(ShardSource):
         if self._path is not None:
             return None
         files = [self._files[shard]] if self._tables else [*self._files, str(shard)]
-        return "\n".join([type(self).__name__, str(READER), self._settings.model_dump_json(exclude={"name"}), *files])
+        return "\n".join(
+            [
+                type(self).__name__,
+                str(READER),
+                self._settings.model_dump_json(exclude={"name"}),
+                *files,
+            ]
+        )
 
     def seeks(self, shard: int) -> bool:
         return self._tables and tables.kind_of(self._files[shard]) == tables.PARQUET
@@ -205,7 +271,9 @@ class HfSource(ShardSource):
             return None
 
     def nothing(self, order: list[int]) -> str:
-        return f"no row of it holds text in {', '.join(self.columns)}" + "".join(f"; {note}" for note in self.notes)
+        return f"no row of it holds text in {', '.join(self.columns)}" + "".join(
+            f"; {note}" for note in self.notes
+        )
 
     @property
     def _num_shards(self) -> int:
@@ -243,7 +311,8 @@ class HfSource(ShardSource):
                     return self._find_others(builder.as_streaming_dataset(split=split), files)
             except SourceUnavailable:
                 raise
-            except Exception as error:  # the library lets through whatever its HTTP, YAML and Arrow layers raise
+            except Exception as error:
+                # the library lets through whatever its HTTP, YAML and Arrow layers raise
                 raise hub.trouble(error, self.dataset) from None
         self._look_into(files)
         self._files, self._tables, self._rows = files, True, ()
@@ -251,25 +320,40 @@ class HfSource(ShardSource):
     def _find_others(self, dataset: Any, files: list[str]) -> None:
         columns = dataset.column_names or list(next(dataset.iter(batch_size=1), {}))
         if missing := [column for column in self.columns if column not in columns]:
-            raise SourceUnavailable(f"{self.dataset} has {NoColumn(missing[0], columns).text}: {self.column_hint}")
+            raise SourceUnavailable(
+                f"{self.dataset} has {NoColumn(missing[0], columns).text}: {self.column_hint}"
+            )
         self._files, self._tables, self._rows = files, False, dataset.select_columns(self.columns)
 
     def _listed(self, folder: Path) -> list[str]:
-        """The tables of a folder whose path `datasets` would take for a pattern: of those named for a split, its own."""
+        """The tables of a folder whose path `datasets` would take for a pattern: of those named for
+        a split, its own."""
         found = Found()
-        names = {path.relative_to(folder).as_posix().lower(): str(path) for path in walk(folder, found)}
+        names = {
+            path.relative_to(folder).as_posix().lower(): str(path) for path in walk(folder, found)
+        }
         tables_there = {name: path for name, path in names.items() if tables.kind_of(name)}
-        of_split = {split: [p for name, p in tables_there.items() if split in re.split("[^a-z]+", name)] for split in SPLITS}
-        files = of_split.get(self._settings.split, []) if any(of_split.values()) else list(tables_there.values())
+        of_split = {
+            split: [p for name, p in tables_there.items() if split in re.split("[^a-z]+", name)]
+            for split in SPLITS
+        }
+        files = (
+            of_split.get(self._settings.split, [])
+            if any(of_split.values())
+            else list(tables_there.values())
+        )
         if not files:
-            raise SourceUnavailable(f'{folder} holds no table of the "split" {self._settings.split}; correct this source')
+            raise SourceUnavailable(
+                f'{folder} holds no table of the "split" {self._settings.split}; correct this '
+                "source"
+            )
         return sorted(files)
 
     def _look_into(self, files: list[str]) -> None:
         """Raises SourceUnavailable unless one of the first files has the columns.
 
-        It is fetched for that: the Hub answering for a repository does not yet mean that its storage does.
-        """
+        It is fetched for that: the Hub answering for a repository does not yet mean that its
+        storage does."""
         problem = ""
         for file in files[:CHECKED_AT_OPEN]:
             try:
@@ -278,13 +362,16 @@ class HfSource(ShardSource):
             except NoColumn as error:
                 problem = f"{self.dataset} has {error.text}: {self.column_hint}"
             except Damaged as error:
-                problem = problem or f"{self.dataset} holds {error.kind} files: {file.rsplit('/', 1)[-1]}"
+                problem = (
+                    problem or f"{self.dataset} holds {error.kind} files: {file.rsplit('/', 1)[-1]}"
+                )
             except Exception as error:
                 raise hub.trouble(error, self.dataset) from None
         raise SourceUnavailable(problem)
 
     def _where(self) -> dict[str, Any]:
-        """What `datasets` is asked for. Raises SourceUnavailable for a local path that is not there."""
+        """What `datasets` is asked for. Raises SourceUnavailable for a local path that is not
+        there."""
         path = self._path
         if path is None:
             return {"path": self.dataset, "name": self._settings.config}
@@ -292,7 +379,9 @@ class HfSource(ShardSource):
             return {"path": str(path), "name": self._settings.config}
         if not path.is_file():
             raise SourceUnavailable(f'{path} does not exist; correct the "dataset" of this source')
-        kind = next((kind for suffix, kind in LOCAL_BUILDERS.items() if suffix in path.suffixes), None)
+        kind = next(
+            (kind for suffix, kind in LOCAL_BUILDERS.items() if suffix in path.suffixes), None
+        )
         if kind is None:
             known = " ".join(LOCAL_BUILDERS)
             raise SourceUnavailable(f"{path} is of no readable kind ({known})")
@@ -301,15 +390,20 @@ class HfSource(ShardSource):
     def _read_table(self, file: str, row: int, check_only: bool = False) -> tables.Rows:
         kind = tables.kind_of(file)
         if kind == tables.PARQUET:
-            yield from tables.parquet_rows(lambda: hub.open_file(file), self.columns, row, check_only)
+            yield from tables.parquet_rows(
+                lambda: hub.open_file(file), self.columns, row, check_only
+            )
             return
         with hub.open_file(file) as data:
-            yield from tables.read_rows(kind, as_utf8(unpacked(data, compression(file))), self.columns, row)
+            yield from tables.read_rows(
+                kind, as_utf8(unpacked(data, compression(file))), self.columns, row
+            )
 
     def _read_any(self, shard: int, row: int) -> tables.Rows:
         begin = row
         dataset = self._rows.shard(num_shards=self._rows.num_shards, index=shard)
-        for batch in dataset.iter(batch_size=256):  # unlike iter(dataset), never divided among torch's workers
+        # unlike iter(dataset), never divided among torch's workers
+        for batch in dataset.iter(batch_size=256):
             columns = [batch[column] for column in self.columns]
             skipped, row = min(row, len(columns[0])), max(0, row - len(columns[0]))
             for values in zip(*(column[skipped:] for column in columns)):
@@ -322,7 +416,8 @@ def _is_number(value: Any) -> bool:
 
 
 def _blank_or(value: Any, column: str) -> Any:
-    """A value as a format takes it: what is null is blank. Raises SkipRow for what is neither text nor a number."""
+    """A value as a format takes it: what is null is blank. Raises SkipRow for what is neither text
+    nor a number."""
     if value is None or value != value or (isinstance(value, str) and not value.strip()):
         return ""
     return value if _is_number(value) else text_of(value, column)

@@ -1,9 +1,10 @@
 """What all sources share: an ordered list of shards, read one after the other from an exact cursor.
 
 In:    a subclass that lists its shards and reads one of them from any position on
-Out:   a ShardStream of documents: shards in an order permuted by seed and epoch, documents in their own order inside a shard
-State: `{"epoch", "unit", "piece"}`: unit counts along the permuted order, piece is the reader's position inside the shard
-"""
+Out:   a ShardStream of documents: shards in an order permuted by seed and epoch, documents in their
+       own order inside a shard
+State: `{"epoch", "unit", "piece"}`: unit counts along the permuted order, piece is the reader's
+position inside the shard"""
 
 import random
 from collections.abc import Iterator
@@ -16,7 +17,8 @@ from core.randomness import derive_seed
 
 
 class ShardSource:
-    """Base of the sources. A subclass gives `shards`, `read` and `recover`, and says what of it is worth caching."""
+    """Base of the sources. A subclass gives `shards`, `read` and `recover`, and says what of it is
+    worth caching."""
 
     finite = True
     column_hint = ""  # what to do where a column is not there
@@ -29,7 +31,8 @@ class ShardSource:
 
     @property
     def notes(self) -> list[str]:
-        """What was passed over so far. Grows while reading: not every file is looked into at opening."""
+        """What was passed over so far. Grows while reading: not every file is looked into at
+        opening."""
         return self.skips.notes
 
     def skipped(self) -> list[tuple[str, str]]:
@@ -49,11 +52,12 @@ class ShardSource:
         raise NotImplementedError
 
     def recover(self, shard: Any, error: Exception, failures: int) -> bool:
-        """After a failed read: True to try again from the same position, False to leave the rest of the shard out.
+        """After a failed read: True to try again from the same position, False to leave the rest of
+        the shard out.
 
         failures  so many in a row, without a document between them
-        Raises SourceUnavailable when the source has failed for good, and any error that is our own mistake.
-        """
+        Raises SourceUnavailable when the source has failed for good, and any error that is our own
+        mistake."""
         raise error
 
     def contents(self) -> str:
@@ -61,7 +65,8 @@ class ShardSource:
         return ""
 
     def address(self, shard: Any) -> str | None:
-        """What stands for the content of a shard that is slow to reach or to seek in; None: reading it again costs little."""
+        """What stands for the content of a shard that is slow to reach or to seek in; None: reading
+        it again costs little."""
         return None
 
     def seeks(self, shard: Any) -> bool:
@@ -72,7 +77,8 @@ class ShardSource:
     """Whether sizes are counted in positions."""
 
     def size(self, shard: Any) -> int | None:
-        """How much is in a shard, in any unit that is the same for all; None: nobody knows without reading it."""
+        """How much is in a shard, in any unit that is the same for all; None: nobody knows without
+        reading it."""
         return None
 
     def nothing(self, order: list[Any]) -> str:
@@ -90,7 +96,8 @@ class ShardSource:
 
 
 class ShardView:
-    """A source seen through something that gives its documents in another way: shards, cursors and troubles are its own."""
+    """A source seen through something that gives its documents in another way: shards, cursors and
+    troubles are its own."""
 
     def __init__(self, source: Any):
         self._source = source
@@ -116,12 +123,14 @@ class ShardView:
 
 
 class ShardStream:
-    """One epoch from a cursor on. A cursor beyond a list of shards that has shrunk ends the epoch."""
+    """One epoch from a cursor on. A cursor beyond a list of shards that has shrunk ends the
+    epoch."""
 
     def __init__(self, source: Any, cursor: Cursor):
         self._source = source
         self._epoch: int = cursor.get("epoch", 0)
-        self._unit: int = cursor.get("unit", cursor.get("shard", 0))  # "shard", "row": Hub cursors of older checkpoints
+        # "shard", "row": Hub cursors of older checkpoints
+        self._unit: int = cursor.get("unit", cursor.get("shard", 0))
         self._piece: int = cursor.get("piece", cursor.get("row", 0))
         self._from_start = self._unit == 0 and self._piece == 0
         self._order = source.order(self._epoch)
@@ -142,7 +151,8 @@ class ShardStream:
                 pass
             except SourceUnavailable:
                 raise
-            except Exception as error:  # what a broken file or line raises is known to the source alone
+            except Exception as error:
+                # what a broken file or line raises is known to the source alone
                 self._documents = None
                 self._failures += 1
                 if self._source.recover(shard, error, self._failures):
@@ -151,7 +161,8 @@ class ShardStream:
                 self._from_start, self._failures = False, 0
                 return document
             self._unit, self._piece, self._documents, self._failures = self._unit + 1, 0, None, 0
-        if self._from_start:  # a whole epoch without a document: the next would be as empty, and the mix would spin
+        # a whole epoch without a document: the next would be as empty, and the mix would spin
+        if self._from_start:
             raise SourceUnavailable(self._source.nothing(self._order))
         raise StopIteration
 

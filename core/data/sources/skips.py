@@ -1,4 +1,5 @@
-"""What a source passed over, and what it had to read another way: files by kind, rows by reason, each with an example.
+"""What a source passed over, and what it had to read another way: files by kind, rows by reason,
+each with an example.
 
 In:    files and rows, as their readers meet them
 Out:   notes for a person, and (file, why) pairs for the log
@@ -47,12 +48,14 @@ class Skips:
     def __init__(self, column_hint: str = ""):
         self._column_hint = column_hint  # what to do where a column is not there
         self.files: dict[str, dict[str, None]] = {}  # kind -> labels, in the order found
-        self.cut: dict[str, dict[str, None]] = {}  # where they end -> labels of files that are used up to there
+        # where they end -> labels of files that are used up to there
+        self.cut: dict[str, dict[str, None]] = {}
         self.remarks: dict[str, None] = {}  # what else to say of the files as a whole
         self.lacking = ""  # what the first table without a column has instead
         self._rows: dict[str, dict[str, int]] = {}  # reason -> {shard: how many of its rows}
         self._examples: dict[str, str] = {}  # reason -> the first row
-        self._characters: dict[str, dict[str, int]] = {}  # file -> {shard: replacement characters in it}
+        # file -> {shard: replacement characters in it}
+        self._characters: dict[str, dict[str, int]] = {}
         self._other_encoding: dict[str, None] = {}
 
     def file(self, label: str, error: Exception) -> None:
@@ -66,12 +69,17 @@ class Skips:
         self.files.setdefault(kind, {})[label] = None
 
     def documents(
-        self, shard: str, rows: Iterator[tuple[int, Row]], make: Callable[[tuple, str], Document | None], label: str = ""
+        self,
+        shard: str,
+        rows: Iterator[tuple[int, Row]],
+        make: Callable[[tuple, str], Document | None],
+        label: str = "",
     ) -> Iterator[tuple[int, Document]]:
-        """(position after it, document) of each row that `make` makes one of; the others are counted by reason.
+        """(position after it, document) of each row that `make` makes one of; the others are
+        counted by reason.
 
-        A later pass over the same shard does not count twice; a resumed one may see only the rest of it.
-        """
+        A later pass over the same shard does not count twice; a resumed one may see only the rest
+        of it."""
         counts: dict[str, int] = {}
         for index, row in rows:
             key = f"{label or shard}#{index}"
@@ -81,8 +89,13 @@ class Skips:
                 document = make(row, key)
                 if document is None or not document.text.strip():
                     raise SkipRow("no text")
-            except Exception as error:  # SkipRow; or something that nobody thought of, which costs its row
-                reason = str(error) if isinstance(error, SkipRow) else f"not to be read ({type(error).__name__})"
+            except Exception as error:
+                # SkipRow; or something that nobody thought of, which costs its row
+                reason = (
+                    str(error)
+                    if isinstance(error, SkipRow)
+                    else f"not to be read ({type(error).__name__})"
+                )
                 counts[reason] = counts.get(reason, 0) + 1
                 self._examples.setdefault(reason, key)
                 found = self._rows.setdefault(reason, {})
@@ -91,7 +104,8 @@ class Skips:
             yield index + 1, document
 
     def text(self, label: str, shard: str, replaced: int, other: bool) -> None:
-        """How the bytes of a file became text: so many replacement characters in a part of it, or by another encoding."""
+        """How the bytes of a file became text: so many replacement characters in a part of it, or
+        by another encoding."""
         if replaced:
             self._characters.setdefault(label, {})[shard] = replaced
         if other:
@@ -99,15 +113,25 @@ class Skips:
 
     @property
     def notes(self) -> list[str]:
-        notes = [f"skipped {_files(len(labels), kind)}: {_names(labels)}" for kind, labels in self.files.items()]
-        notes += [f"used {_files(len(labels), '')} up to {end}: {_names(labels)}" for end, labels in self.cut.items()]
+        notes = [
+            f"skipped {_files(len(labels), kind)}: {_names(labels)}"
+            for kind, labels in self.files.items()
+        ]
+        notes += [
+            f"used {_files(len(labels), '')} up to {end}: {_names(labels)}"
+            for end, labels in self.cut.items()
+        ]
         for reason, found in self._rows.items():
             count = sum(found.values())
-            notes.append(f"skipped {count} {'row' if count == 1 else 'rows'}: {reason} (the first: {self._examples[reason]})")
+            notes.append(
+                f"skipped {count} {'row' if count == 1 else 'rows'}: {reason} (the first: "
+                f"{self._examples[reason]})"
+            )
         if self._characters:
             count = sum(sum(found.values()) for found in self._characters.values())
             notes.append(
-                f"{count} replacement {'character' if count == 1 else 'characters'}, for bytes that are no text, in "
+                f"{count} replacement {'character' if count == 1 else 'characters'}, for bytes "
+                "that are no text, in "
                 f"{_files(len(self._characters), '')}: {_names(self._characters)}"
             )
         if self._other_encoding:
@@ -115,13 +139,24 @@ class Skips:
         return notes + [self.lacking] * bool(self.lacking) + list(self.remarks)
 
     def told(self) -> list[tuple[str, str]]:
-        """(file or row, why) for the log. Of a count, its power of ten: it is told again once it has grown tenfold."""
+        """(file or row, why) for the log. Of a count, its power of ten: it is told again once it
+        has grown tenfold."""
         told = [(label, kind) for kind, labels in self.files.items() for label in labels]
-        told += [(label, f"used up to {end}") for end, labels in self.cut.items() for label in labels]
+        told += [
+            (label, f"used up to {end}") for end, labels in self.cut.items() for label in labels
+        ]
         for reason, found in self._rows.items():
-            told.append((self._examples[reason], f"{at_least(sum(found.values()), 'row')}: {reason}"))
+            told.append(
+                (self._examples[reason], f"{at_least(sum(found.values()), 'row')}: {reason}")
+            )
         for label, found in self._characters.items():
-            told.append((label, f"{at_least(sum(found.values()), 'replacement character')}: bytes that are no text"))
+            told.append(
+                (
+                    label,
+                    f"{at_least(sum(found.values()), 'replacement character')}: bytes that are no "
+                    "text",
+                )
+            )
         return told + [(label, "no UTF-8: read as Windows-1252") for label in self._other_encoding]
 
 
@@ -143,5 +178,6 @@ def _names(labels: dict) -> str:
 
 
 def at_least(count: int, what: str) -> str:
-    """Its power of ten: who tells a count anew when it changes does so once it has grown tenfold."""
+    """Its power of ten: who tells a count anew when it changes does so once it has grown
+    tenfold."""
     return f"{10 ** (len(str(count)) - 1):,} or more {what}s"

@@ -1,7 +1,9 @@
 """Rows of tables: JSON Lines, JSON, CSV and Parquet.
 
-In:    pieces of a file in UTF-8 (decode.py), or an open Parquet file; the columns that are asked for. CSV: see delimited.py
-Out:   (index, values in the order of the columns), or (index, SkipRow) for a row that cannot be read
+In:    pieces of a file in UTF-8 (decode.py), or an open Parquet file; the columns that are asked
+       for. CSV: see delimited.py
+Out:   (index, values in the order of the columns), or (index, SkipRow) for a row that cannot be
+       read
 State: none; an index is a line, or a row
 """
 
@@ -39,7 +41,9 @@ def kind_of(name: str) -> str:
     """The suffix that says how a table is read, in small letters; "" where it is none."""
     name = name.lower()
     plain = name.removesuffix(compression(name))
-    return next((kind for kind in KINDS if plain.endswith(kind)), PARQUET if name.endswith(PARQUET) else "")
+    return next(
+        (kind for kind in KINDS if plain.endswith(kind)), PARQUET if name.endswith(PARQUET) else ""
+    )
 
 
 def read_rows(
@@ -61,11 +65,12 @@ def read_rows(
     return _columns_of(((i, row) for i, row in rows if i >= start), columns, whole and start == 0)
 
 
-# JSON ----------------------------------------------------------------------------------------------------------------
+# JSON ---------------------------------------------------------------------------------------------
 
 
 def _columns_of(rows: Iterator[tuple[int, Any]], columns: list[str], begins: bool) -> Rows:
-    """Values for objects. Raises NoColumn where, from the table's beginning on, a column is in none of the first rows."""
+    """Values for objects. Raises NoColumn where, from the table's beginning on, a column is in none
+    of the first rows."""
     missing, seen, held = set(columns) if begins else set(), {}, []
     for index, row in rows:
         if isinstance(row, dict):
@@ -107,7 +112,8 @@ def _json_lines(pieces: Iterator[bytes], start: int) -> Iterator[tuple[int, Any]
             yield index, DECODER.decode(line.decode("utf-8-sig"))
         except UnicodeDecodeError:
             yield index, SkipRow("not UTF-8")
-        except (ValueError, RecursionError):  # no JSON, a number or a nesting beyond what Python reads
+        except (ValueError, RecursionError):
+            # no JSON, a number or a nesting beyond what Python reads
             yield index, SkipRow("no JSON")
 
 
@@ -119,9 +125,13 @@ class _Text:
     """JSON that is read on as it is needed. Bytes that are no UTF-8 are lone surrogates in it."""
 
     def __init__(self, pieces: Iterator[bytes]):
-        self._pieces, self._decode = pieces, codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
+        self._pieces, self._decode = (
+            pieces,
+            codecs.getincrementaldecoder("utf-8")("surrogateescape").decode,
+        )
         self._buffer, self._at, self._over = "", 0, False
-        self._damage: Damaged | None = None  # what ended the pieces; told once what precedes it is read
+        # what ended the pieces; told once what precedes it is read
+        self._damage: Damaged | None = None
 
     def _read(self, characters: int) -> None:
         """At least so many more, unless that is all."""
@@ -154,14 +164,17 @@ class _Text:
         self._at += 1
 
     def value(self) -> Any:
-        """The value that begins here; SkipRow where its bytes are no UTF-8. Raises ValueError, RecursionError or Damaged."""
+        """The value that begins here; SkipRow where its bytes are no UTF-8. Raises ValueError,
+        RecursionError or Damaged."""
         while True:
             try:
                 value, end = DECODER.raw_decode(self._buffer, self._at)
                 if self._over or end < len(self._buffer):  # a number may go on
                     break
             except json.JSONDecodeError as error:
-                may_go_on = error.pos + len("\\ud83d\\ude42") >= len(self._buffer) or error.msg.startswith("Unterminated")
+                may_go_on = error.pos + len("\\ud83d\\ude42") >= len(
+                    self._buffer
+                ) or error.msg.startswith("Unterminated")
                 if self._damage is not None and may_go_on:
                     raise self._damage from None
                 if self._over or not may_go_on:
@@ -187,7 +200,8 @@ class _Text:
 
 
 def _json(pieces: Iterator[bytes], columns: list[str]) -> Iterator[tuple[int, Any]]:
-    """Rows of a file of JSON: an array of them, one after another, one object that holds them, or one that is one."""
+    """Rows of a file of JSON: an array of them, one after another, one object that holds them, or
+    one that is one."""
     text, index = _Text(pieces), 0
     while (first := text.peek()) != "":
         if first == "[":
@@ -198,7 +212,11 @@ def _json(pieces: Iterator[bytes], columns: list[str]) -> Iterator[tuple[int, An
         try:
             row = text.value()
         except _TooLong:
-            raise (CutShort(f"a row {too_long()}") if index else Damaged(f"too large ({too_long()} in one; split it)")) from None
+            raise (
+                CutShort(f"a row {too_long()}")
+                if index
+                else Damaged(f"too large ({too_long()} in one; split it)")
+            ) from None
         except (ValueError, RecursionError):  # as a line of JSON Lines under another name
             row = SkipRow("no JSON")
             text.skip_line()
@@ -228,12 +246,19 @@ def _array(text: _Text, any_given: bool) -> Iterator[Any]:
 
 
 def _rows_inside(whole: dict, columns: list[str]) -> Iterable[Any]:
-    """The rows of one object: its columns, the lists of rows under its keys, or the object itself."""
+    """The rows of one object: its columns, the lists of rows under its keys, or the object
+    itself."""
     values = [whole.get(column) for column in columns]
     values = [list(value.values()) if isinstance(value, dict) else value for value in values]
-    if all(isinstance(value, list) and value and not isinstance(value[0], dict) for value in values):
+    if all(
+        isinstance(value, list) and value and not isinstance(value[0], dict) for value in values
+    ):
         return (dict(zip(columns, row)) for row in zip_longest(*values))  # type: ignore[arg-type]
-    lists = [value for value in whole.values() if isinstance(value, list) and any(isinstance(row, dict) for row in value)]
+    lists = [
+        value
+        for value in whole.values()
+        if isinstance(value, list) and any(isinstance(row, dict) for row in value)
+    ]
     if lists and not any(column in whole for column in columns):
         return chain(*([each for each in lists if _has(each, columns)] or lists))
     return [whole]
@@ -244,16 +269,21 @@ def _has(rows: list, columns: list[str]) -> bool:
     return any(isinstance(row, dict) and not row.keys().isdisjoint(columns) for row in rows)
 
 
-# Parquet -------------------------------------------------------------------------------------------------------------
+# Parquet ------------------------------------------------------------------------------------------
 
 
-def parquet_rows(open_file: Callable[[], BinaryIO], columns: list[str], start: int, check_only: bool = False) -> Rows:
-    """Rows of a Parquet file from `start` on; no row group behind it is read. Raises Damaged, or what reading raises."""
+def parquet_rows(
+    open_file: Callable[[], BinaryIO], columns: list[str], start: int, check_only: bool = False
+) -> Rows:
+    """Rows of a Parquet file from `start` on; no row group behind it is read. Raises Damaged, or
+    what reading raises."""
     parquet = need("pyarrow.parquet", "pyarrow")
     index = 0
     with open_file() as handle:
         try:
-            with parquet.ParquetFile(handle, pre_buffer=True, page_checksum_verification=True) as file:
+            with parquet.ParquetFile(
+                handle, pre_buffer=True, page_checksum_verification=True
+            ) as file:
                 check_columns(file.schema_arrow.names, columns)
                 for group in range(0 if check_only else file.num_row_groups):
                     count = file.metadata.row_group(group).num_rows
@@ -271,15 +301,22 @@ def parquet_rows(open_file: Callable[[], BinaryIO], columns: list[str], start: i
 
 
 def _is_damage(error: Exception) -> bool:
-    """Whether an error is about what the bytes say. Arrow calls much of that an OSError, without a number."""
+    """Whether an error is about what the bytes say. Arrow calls much of that an OSError, without a
+    number."""
     arrow = need("pyarrow", "pyarrow").ArrowException
-    return isinstance(error, arrow | UnicodeDecodeError) or (type(error) is OSError and error.errno is None)
+    return isinstance(error, arrow | UnicodeDecodeError) or (
+        type(error) is OSError and error.errno is None
+    )
 
 
 def _group(file: Any, group: int, columns: list[str]) -> Iterator[Row]:
     facts = file.metadata.row_group(group)
     chunks = [facts.column(i) for i in range(facts.num_columns)]
-    size = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns)
+    size = sum(
+        chunk.total_uncompressed_size
+        for chunk in chunks
+        if chunk.path_in_schema.split(".")[0] in columns
+    )
     rows = max(1, min(BATCH_ROWS, facts.num_rows * BATCH_BYTES // max(size, 1)))
     for batch in file.iter_batches(batch_size=rows, row_groups=[group], columns=columns):
         found = [_values(batch.column(column)) for column in columns]

@@ -1,7 +1,9 @@
-"""Local text: plain files, web pages and rows of tables, and the standard library of the running Python.
+"""Local text: plain files, web pages and rows of tables, and the standard library of the running
+Python.
 
 In:    files, folders or patterns
-Out:   plain files and web pages cut at paragraph, sentence or line ends; a row of a table is one document
+Out:   plain files and web pages cut at paragraph, sentence or line ends; a row of a table is one
+       document
 State: none of its own (files.py)
 """
 
@@ -33,7 +35,8 @@ READABLE = (*PLAIN, *PAGES, *TABLES)
 SEEKABLE = (*PLAIN, *JSON_LINES)  # can be read from any line on, unless compressed
 
 READER = 3
-"""Changes when the same file would give other documents: tokens that were cached before are made again."""
+"""Changes when the same file would give other documents: tokens that were cached before are made
+again."""
 
 LOW, HIGH = 8000, 16000
 """Characters of a document cut from a plain file: a few rows of a long context."""
@@ -49,7 +52,9 @@ T = TypeVar("T")
 
 def _none_is_empty(paths: str | list[str]) -> str | list[str]:
     if "" in ([paths] if isinstance(paths, str) else paths):
-        raise ValueError("an empty path would be the whole project; name a file, a folder or a pattern")
+        raise ValueError(
+            "an empty path would be the whole project; name a file, a folder or a pattern"
+        )
     return paths
 
 
@@ -61,8 +66,8 @@ class TextSettings(Settings):
     type: Literal["text"] = "text"
     """Local text files."""
     path: Paths
-    """Files, folders or patterns, relative to the project: .txt .md .py .html .jsonl .json .csv .tsv .parquet, and .gz .bz2 .xz
-    .zst of any but the last."""
+    """Files, folders or patterns, relative to the project: .txt .md .py .html .jsonl .json .csv
+    .tsv .parquet, and .gz .bz2 .xz .zst of any but the last."""
     text_field: str = "text"
     """The column that holds the text, in tables (.jsonl, .json, .csv, .tsv, .parquet)."""
     name: str = ""
@@ -80,7 +85,8 @@ class TextSettings(Settings):
 
 class PythonStdlibSettings(Settings):
     type: Literal["python_stdlib"] = "python_stdlib"
-    """The source text of the running Python's standard library: on every machine, without a network."""
+    """The source text of the running Python's standard library: on every machine, without a
+    network."""
     name: str = "python_stdlib"
     """Name in logs and weights."""
 
@@ -160,27 +166,41 @@ class TextSource(PlainSource):
 
     def address(self, unit: Unit) -> str | None:
         """Of what cannot be read from any place on."""
-        if not compression(unit.path.name) and (_kind(unit.path) not in TABLES or _kind(unit.path) in (*SEEKABLE, PARQUET)):
+        if not compression(unit.path.name) and (
+            _kind(unit.path) not in TABLES or _kind(unit.path) in (*SEEKABLE, PARQUET)
+        ):
             return None
         try:
             stat = unit.path.stat()
         except OSError:
             return None
-        facts = [type(self).__name__, str(READER), *self.columns, str(unit.path), str(stat.st_size), str(stat.st_mtime_ns)]
+        facts = [
+            type(self).__name__,
+            str(READER),
+            *self.columns,
+            str(unit.path),
+            str(stat.st_size),
+            str(stat.st_mtime_ns),
+        ]
         return "\n".join(facts)
 
     def nothing(self, order: list[Unit]) -> str:
         if not self.skips.lacking:
             return super().nothing(order)
-        others = [note for note in self.notes if note != self.skips.lacking] if len(order) > 1 else []
+        others = (
+            [note for note in self.notes if note != self.skips.lacking] if len(order) > 1 else []
+        )
         return "; ".join([self.skips.lacking, *others])
 
     def _matches(self, pattern: str) -> dict[str, Path]:
-        """The files a path, folder or pattern stands for, by their real places. Raises SourceUnavailable."""
+        """The files a path, folder or pattern stands for, by their real places. Raises
+        SourceUnavailable."""
         found = Found()
         path, what = find(pattern, self._root, lambda path: _kind(path) in self.readable, found)
         if what != "a file":
-            self.note_found(found, self._root, 'convert them to text; PDFs are read by a source of type "pdf"')
+            self.note_found(
+                found, self._root, 'convert them to text; PDFs are read by a source of type "pdf"'
+            )
         if not found.paths:
             known = f"({' '.join(self.readable)}, and {' '.join(decode.COMPRESSIONS)} of them)"
             problem = {
@@ -195,9 +215,13 @@ class TextSource(PlainSource):
     def _rows(self, unit: Unit, start: int, check_only: bool = False) -> tables.Rows:
         kind = _kind(unit.path)
         if kind == PARQUET:
-            return tables.parquet_rows(lambda: unit.path.open("rb"), self.columns, start, check_only)
+            return tables.parquet_rows(
+                lambda: unit.path.open("rb"), self.columns, start, check_only
+            )
         tell = lambda line: self.skips.text(unit.label, unit.key, 0, line.other)  # noqa: E731
-        return tables.read_rows(kind, unit.pieces(rows=True), self.columns, start, unit.begin == 0, tell)
+        return tables.read_rows(
+            kind, unit.pieces(rows=True), self.columns, start, unit.begin == 0, tell
+        )
 
     def _look_into(self, unit: Unit) -> None:
         """Raises what reading the file would, where its beginning tells."""
@@ -205,7 +229,8 @@ class TextSource(PlainSource):
             rows = self._rows(unit, 0, check_only=True)
             next(rows if _kind(unit.path) == PARQUET or unit.end is not None else some(rows), None)
         elif is_mostly_damage(data := next(unit.pieces(rows=False), b""), decoded(data)):
-            next(self._texts(unit), None)  # a longer block may be text, and a page may declare its encoding
+            # a longer block may be text, and a page may declare its encoding
+            next(self._texts(unit), None)
 
 
 def some(found: Iterator[T]) -> Iterator[T]:
@@ -226,7 +251,9 @@ def text_of(value: Any, column: str) -> str:
         except UnicodeDecodeError:
             raise SkipRow("not UTF-8") from None
     if not isinstance(value, str):
-        kind = {dict: "an object", list: "a list", bool: "true or false"}.get(type(value), "a number, a date or the like")
+        kind = {dict: "an object", list: "a list", bool: "true or false"}.get(
+            type(value), "a number, a date or the like"
+        )
         raise SkipRow(f'"{column}" is {"missing or null" if value is None else f"{kind}, no text"}')
     if not value.strip():
         raise SkipRow(f'"{column}" is blank')
@@ -238,9 +265,11 @@ def text_of(value: Any, column: str) -> str:
 class PythonStdlibSource(PlainSource):
     """The .py files of the standard library."""
 
+    # other people's code, fixtures that are broken on purpose, an application, and a grammar nobody
+    # needs
     OUT = frozenset(
         ("site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__", "lib2to3")
-    )  # other people's code, fixtures that are broken on purpose, an application, and a grammar nobody needs
+    )
 
     def __init__(self, settings: PythonStdlibSettings, root: Path, seed: int):
         super().__init__(settings.name, seed)
@@ -261,10 +290,16 @@ class PythonStdlibSource(PlainSource):
 
 
 def named_by(data: Any, name: Callable[[dict], str]) -> Any:
-    """`data` with the name filled in where the preset leaves it out; wrong types are left for pydantic to report."""
+    """`data` with the name filled in where the preset leaves it out; wrong types are left for
+    pydantic to report."""
     if isinstance(data, dict) and not data.get("name"):
         plain = re.sub(r"[^A-Za-z0-9._-]+", "_", name(data)).strip("_")
-        return {**data, "name": plain or re.sub(r"[^\w.-]+", "_", name(data)).strip("_") or data.get("type", "source")}
+        return {
+            **data,
+            "name": plain
+            or re.sub(r"[^\w.-]+", "_", name(data)).strip("_")
+            or data.get("type", "source"),
+        }
     return data
 
 
@@ -275,14 +310,21 @@ def path_name(path: Any) -> str:
         return "text"
     parts = Path(first).parts
     real = [own_path(str(Path(*parts[: i + 1])), PROJECT).exists() for i in range(len(parts))]
-    named = [part for part, there in zip(parts, real) if (there or not glob.has_magic(part)) and part not in ("/", ".", "..")]
+    named = [
+        part
+        for part, there in zip(parts, real)
+        if (there or not glob.has_magic(part)) and part not in ("/", ".", "..")
+    ]
     name = named[-1] if named else "text"
     plain = name.removesuffix(compression(name))
     return plain.removesuffix(_kind(Path(plain)))
 
 
 def _kind(path: Path) -> str:
-    """The suffix that says how a file is read, in small letters and without that of a compression; "" where it is not."""
+    """The suffix that says how a file is read, in small letters and without that of a compression;
+    "" where it is not."""
     name = path.name.lower()
     plain = name.removesuffix(compression(name))
-    return tables.kind_of(name) or next((kind for kind in (*PLAIN, *PAGES) if plain.endswith(kind)), "")
+    return tables.kind_of(name) or next(
+        (kind for kind in (*PLAIN, *PAGES) if plain.endswith(kind)), ""
+    )

@@ -1,7 +1,8 @@
 """Tokenized chunks: what the tokenize job writes, and what specification 001's own program wrote.
 
 In:    a folder with a manifest and chunks (core/data/token_files.py)
-Out:   one Document of tokens for each stretch between two ends; chunks in an order permuted by seed and epoch
+Out:   one Document of tokens for each stretch between two ends; chunks in an order permuted by seed
+       and epoch
 State: none of its own (shards.py); a position inside a chunk is the token after a document's end
 """
 
@@ -27,7 +28,8 @@ class TokensSettings(Settings):
     path: str = Field(min_length=1)
     """Folder that holds manifest.json and the chunks, relative to the project."""
     seed: int | None = None
-    """Seed of the order of chunks alone (specification 001: 42, 43, 44); left out, it follows from the run's."""
+    """Seed of the order of chunks alone (specification 001: 42, 43, 44); left out, it follows from
+    the run's."""
     name: str = ""
     """Name in logs and weights; left out, the folder's."""
 
@@ -53,10 +55,16 @@ class TokensSource(FileSource):
         try:
             self._chunks = Chunks(self._folder)
         except BadChunks as error:
-            raise SourceUnavailable(str(error) if (self._folder / MANIFEST).exists() else self._missing()) from None
-        self._index = {chunk.file: index for index, chunk in enumerate(self._chunks.manifest.chunks)}
+            raise SourceUnavailable(
+                str(error) if (self._folder / MANIFEST).exists() else self._missing()
+            ) from None
+        self._index = {
+            chunk.file: index for index, chunk in enumerate(self._chunks.manifest.chunks)
+        }
         if not self._index:
-            raise SourceUnavailable(f"{self._folder} holds no token yet: let the tokenize job go on until it does")
+            raise SourceUnavailable(
+                f"{self._folder} holds no token yet: let the tokenize job go on until it does"
+            )
         return [Unit(self._folder / name, name) for name in self._index]
 
     def order(self, epoch: int) -> list[Unit]:
@@ -88,12 +96,16 @@ class TokensSource(FileSource):
         return [*(self._chunks.notes if self._chunks is not None else []), *super().notes]
 
     def check_tokenizer(self, tokenizer: Any) -> None:
-        """Raises UserError unless the tokens mean to this tokenizer what they meant to the one that made them."""
+        """Raises UserError unless the tokens mean to this tokenizer what they meant to the one that
+        made them."""
         assert self._chunks is not None, "a source is opened before it is used"
         made = self._chunks.manifest
         size = made.vocab_size or 0
         if tokenizer.eos_id != made.eos_token_id:
-            problem = f"a document ends with token {made.eos_token_id} there, with {tokenizer.eos_id} here"
+            problem = (
+                f"a document ends with token {made.eos_token_id} there, with "
+                f"{tokenizer.eos_id} here"
+            )
         elif tokenizer.vocab_size < size:
             problem = f"it had {size:,} tokens, this one has {tokenizer.vocab_size:,}"
         elif made.vocabulary_sha256 not in (None, tokenizer.vocabulary_sha256(size)):
@@ -101,14 +113,22 @@ class TokensSource(FileSource):
         else:
             return
         beside = self._folder.parent / "tokenizer.json"
-        hint = f'write "tokenizer": {{"type": "file", "path": "{beside}"}}' if beside.exists() else "name that one in the preset"
+        hint = (
+            f'write "tokenizer": {{"type": "file", "path": "{beside}"}}'
+            if beside.exists()
+            else "name that one in the preset"
+        )
         raise UserError(
-            f"source {self.name} was made with another tokenizer than this run's: {problem}.\nEither {hint}, or tokenize anew; "
-            'a lineage that was trained with the other tokenizer keeps it: give this preset a "lineage" of its own.'
+            f"source {self.name} was made with another tokenizer than this run's: "
+            f"{problem}.\nEither {hint}, or tokenize anew; "
+            "a lineage that was trained with the other tokenizer keeps it: give this preset a "
+            '"lineage" of its own.'
         )
 
     def _missing(self) -> str:
         return (
-            f'{self._folder} holds no {MANIFEST}: make it first, by running a preset with "job": "tokenize" that writes there '
-            '(91_tokenize_local writes ./data/tokens/python_stdlib), or correct the "path" of this source'
+            f'{self._folder} holds no {MANIFEST}: make it first, by running a preset with "job": '
+            '"tokenize" that writes there '
+            '(91_tokenize_local writes ./data/tokens/python_stdlib), or correct the "path" of '
+            "this source"
         )

@@ -1,7 +1,8 @@
 """The text of a web page.
 
 In:    the bytes of an HTML file, in any encoding that it names
-Out:   its text: a paragraph, heading, list item or table row a line; without scripts, styles and markup
+Out:   its text: a paragraph, heading, list item or table row a line; without scripts, styles and
+       markup
 State: none
 """
 
@@ -27,8 +28,11 @@ _NAME = re.compile(r"</?([A-Za-z][^\s/>]*+)")
 _TAG_END = re.compile(r"""[^>=]*+(?:=\s*+(?:"[^"]*+"|'[^']*+')?+[^>=]*+)*+>""")
 """The rest of a tag; a bracket in a quoted attribute does not end it."""
 _TRIES = 10
-"""Tags of a page that may be without such an end; then the first bracket ends each: the work grows with the page alone."""
-_CHARSET = re.compile(rb"""<meta[^>]{0,200}charset\s*=\s*["']?\s*([A-Za-z0-9_:.-]{1,40})""", re.IGNORECASE)
+"""Tags of a page that may be without such an end; then the first bracket ends each: the work grows
+with the page alone."""
+_CHARSET = re.compile(
+    rb"""<meta[^>]{0,200}charset\s*=\s*["']?\s*([A-Za-z0-9_:.-]{1,40})""", re.IGNORECASE
+)
 _CHARSET_BYTES = 4096
 
 
@@ -48,7 +52,8 @@ def page_text(data: bytes) -> Decoded:
 
 
 def _tokens(page: str) -> Iterator[tuple[str, bool, str]]:
-    """(tag, whether it closes, its markup) or ("", False, text), in order. Each place is looked at a few times at most."""
+    """(tag, whether it closes, its markup) or ("", False, text), in order. Each place is looked at
+    a few times at most."""
     at, tries = 0, _TRIES
     last, last_comment = page.rfind(">"), page.rfind("-->")
     while 0 <= (mark := page.find("<", at)) < last:
@@ -111,7 +116,9 @@ class _Page:
     def data(self, data: str) -> None:
         if not self._pre:
             data = re.sub(r"\s+", " ", data)
-            data = data.lstrip() if self._parts[-1:] == [] or self._parts[-1][-1:].isspace() else data
+            data = (
+                data.lstrip() if self._parts[-1:] == [] or self._parts[-1][-1:].isspace() else data
+            )
         self._parts.append(data)
 
     def text(self) -> str:

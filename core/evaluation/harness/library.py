@@ -21,7 +21,8 @@ def harness(module: str) -> Any:
     found = need(f"lm_eval.{module}", PACKAGE, MissingPackage)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     quiet_datasets()
-    need("lm_eval.api.task", PACKAGE, MissingPackage).tqdm = lambda each, **_: each  # the job has a bar of its own
+    # the job has a bar of its own
+    need("lm_eval.api.task", PACKAGE, MissingPackage).tqdm = lambda each, **_: each
     return found
 
 

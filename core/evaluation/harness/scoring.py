@@ -1,12 +1,14 @@
-"""Log-probabilities of continuations, as the harness wants them: a sum, and whether greedy decoding would say the same.
+"""Log-probabilities of continuations, as the harness wants them: a sum, and whether greedy decoding
+would say the same.
 
 In:    a model; pairs of token ids, what was read and what is scored after it
 Out:   (log-probability, is greedy) of each pair, in the order they came
 State: none
 
-A causal model reads rows of different length in one batch, padded on the right, where it never looks. A model that is not
-causal would see the padding: its rows are batched by their exact length. Scores are computed at the positions that are asked
-for only, a few at a time: (B, T, V) never exists.
+A causal model reads rows of different length in one batch, padded on the right, where it never
+looks. A model that is not causal would see the padding: its rows are batched by their exact length.
+Scores are computed at the positions that are asked for only, a few at a time: (B, T, V) never
+exists.
 
 B batch rows, T time, D hidden_size, V vocab_size, n some positions
 """
@@ -56,13 +58,17 @@ class Scorer:
         """Tokens that can be scored in one row, after one token to begin with."""
         return self.context if self.model.is_causal else self.context - 1
 
-    def loglikelihoods(self, pairs: list[Pair], told: Told = lambda done, total: None) -> list[tuple[float, bool]]:
-        """(log-probability of the continuation after the context, whether each of its tokens is the likeliest) of each pair.
+    def loglikelihoods(
+        self, pairs: list[Pair], told: Told = lambda done, total: None
+    ) -> list[tuple[float, bool]]:
+        """(log-probability of the continuation after the context, whether each of its tokens is the
+        likeliest) of each pair.
 
-        What does not fit is left out at the beginning of the context, which must not be empty; a continuation longer than the
-        model's context is scored in stretches.
+        What does not fit is left out at the beginning of the context, which must not be empty; a
+        continuation longer than the model's context is scored in stretches.
         """
-        rows: dict[tuple[int, ...], list[Part]] = {}  # what is read alike is read once: answers of one letter
+        # what is read alike is read once: answers of one letter
+        rows: dict[tuple[int, ...], list[Part]] = {}
         for number, (context, continuation) in enumerate(pairs):
             for ids, part in self._rows(number, context, continuation):
                 rows.setdefault(ids, []).append(part)
@@ -75,7 +81,9 @@ class Scorer:
             told(done, len(rows))
         return list(zip(sums, greedy))
 
-    def _rows(self, number: int, context: list[int], continuation: list[int]) -> Iterator[tuple[tuple[int, ...], Part]]:
+    def _rows(
+        self, number: int, context: list[int], continuation: list[int]
+    ) -> Iterator[tuple[tuple[int, ...], Part]]:
         """The rows that score one pair: (what is read, what is scored in it)."""
         assert context, "the first token must follow something"
         whole, begin = [*context, *continuation], len(context)
@@ -83,9 +91,12 @@ class Scorer:
             targets = tuple(continuation[at : at + self.longest])
             seen = whole[: begin + at + len(targets)]
             if self.model.is_causal:
-                ids = tuple(seen[-(self.context + 1) : -1])  # nothing sees the last token: it need not be read
+                # nothing sees the last token: it need not be read
+                ids = tuple(seen[-(self.context + 1) : -1])
                 yield ids, Part(number, targets, end=len(ids))
-            else:  # everything sees everything: the whole is read, as it was in training and as is published
+            else:
+                # everything sees everything: the whole is read, as it was in training and as is
+                # published
                 ids = tuple(seen[-self.context :])
                 yield ids, Part(number, targets, end=len(ids) - 1)
 
@@ -93,7 +104,10 @@ class Scorer:
         """Longest first, so that memory runs out at once or never."""
         batch: list[tuple[int, ...]] = []
         for ids in sorted(rows, key=len, reverse=True):
-            if batch and (len(batch) == self.batch_size or (not self.model.is_causal and len(ids) != len(batch[0]))):
+            if batch and (
+                len(batch) == self.batch_size
+                or (not self.model.is_causal and len(ids) != len(batch[0]))
+            ):
                 yield batch
                 batch = []
             batch.append(ids)
@@ -101,7 +115,9 @@ class Scorer:
             yield batch
 
     @torch.no_grad()
-    def _score(self, rows: list[tuple[tuple[int, ...], list[Part]]]) -> Iterator[tuple[Part, tuple[float, bool]]]:
+    def _score(
+        self, rows: list[tuple[tuple[int, ...], list[Part]]]
+    ) -> Iterator[tuple[Part, tuple[float, bool]]]:
         """What each part of some rows comes to."""
         width, device = max(len(ids) for ids, _ in rows), self.device
         padded = torch.zeros(len(rows), width, dtype=torch.int64)
@@ -110,9 +126,16 @@ class Scorer:
         with torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             output = self.model(plain_batch(padded.to(device)))
         parts = [(row, part) for row, (_, parts) in enumerate(rows) for part in parts]
-        places = [(row, position) for row, part in parts for position in range(part.end - len(part.targets), part.end)]
+        places = [
+            (row, position)
+            for row, part in parts
+            for position in range(part.end - len(part.targets), part.end)
+        ]
         at = torch.tensor(places, device=device).T  # (2, n)
-        targets = torch.tensor([token for _, part in parts for token in part.targets], device=device)  # (n,)
+        # (n,)
+        targets = torch.tensor(
+            [token for _, part in parts for token in part.targets], device=device
+        )
         logs, hits = _logs_of(output.readout, output.hidden[at[0], at[1]], targets)
         begin = 0
         for _, part in parts:

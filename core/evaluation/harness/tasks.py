@@ -20,13 +20,18 @@ from core.hf_hub import check_reachable, explain
 FEWSHOT_SEED = 1234
 """The harness's own: which examples stand before a question."""
 BOOTSTRAPS = 1000
-"""Draws for the standard error of a metric that has no formula for it. The harness takes 100,000, which is minutes."""
+"""Draws for the standard error of a metric that has no formula for it. The harness takes 100,000,
+which is minutes."""
 
 
-def open_tasks(names: list[str], folder: Path | None, tell: Callable[[str], None]) -> dict[str, Any]:
-    """{name: its tasks and groups, with their data}. Raises UserError, NoData or MissingPackage before anything is scored.
+def open_tasks(
+    names: list[str], folder: Path | None, tell: Callable[[str], None]
+) -> dict[str, Any]:
+    """{name: its tasks and groups, with their data}. Raises UserError, NoData or MissingPackage
+    before anything is scored.
 
-    folder   of task files, where relative paths in them begin; its tasks come before the harness's own of the same name
+    folder   of task files, where relative paths in them begin; its tasks come before the harness's
+             own of the same name
     """
     if folder is not None and not folder.is_dir():
         raise UserError(f"evaluate.task_path: there is no folder {folder}")
@@ -48,9 +53,15 @@ def run_task(model: Any, loaded: Any, limit: int | None, num_fewshot: int | None
     """The harness's results for what one name stands for. As its own command line sets it up."""
     for name, task in loaded["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False):
-            raise UserError(f"task {name} runs code that the model has written, which this program never does; take it out")
+            raise UserError(
+                f"task {name} runs code that the model has written, which this program never "
+                "does; take it out"
+            )
         if getattr(task, "MULTIMODAL", False):
-            raise UserError(f"task {name} shows pictures or plays sounds, and these models read text only; take it out")
+            raise UserError(
+                f"task {name} shows pictures or plays sounds, and these models read text only; "
+                "take it out"
+            )
         own = task.get_config("num_fewshot")
         if num_fewshot is not None and own != 0:  # a task that says 0 means it
             task.set_config("num_fewshot", num_fewshot)
@@ -71,7 +82,9 @@ def _check_names(names: list[str], manager: Any, folder: Path | None) -> None:
         if name in manager.task_index:
             continue
         near = difflib.get_close_matches(name, manager.all_tasks, n=3, cutoff=0.5)
-        hint = f"did you mean {', '.join(near)}?" if near else "known ones: python -m lm_eval ls tasks"
+        hint = (
+            f"did you mean {', '.join(near)}?" if near else "known ones: python -m lm_eval ls tasks"
+        )
         problems.append(f"  {name}: {hint}")
     if problems:
         where = "the harness" if folder is None else f"neither the harness nor {folder}"
@@ -84,15 +97,19 @@ def _load(manager: Any, name: str, unreachable: str) -> Any:
         return manager.load([name])
     except ImportError as error:
         text = " ".join(str(error).split())[:300]
-        raise MissingPackage(f"task {name} needs more packages: {text}\npip install {PACKAGE} may bring them.") from None
+        raise MissingPackage(
+            f"task {name} needs more packages: {text}\npip install {PACKAGE} may bring them."
+        ) from None
     except Exception as error:  # whatever a task's own code, `datasets` and the Hub raise
         text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         config = manager.task_index[name].cfg
         local = _reads_local_files(config)
         if unreachable and not local:
             raise NoData(
-                f"task {name} needs a data set of the Hugging Face Hub that is not on this machine, and {unreachable}.\n"
-                "Start it once with a network, which keeps the data; or evaluate on tasks of your own (evaluate.task_path)."
+                f"task {name} needs a data set of the Hugging Face Hub that is not on this "
+                f"machine, and {unreachable}.\n"
+                "Start it once with a network, which keeps the data; or evaluate on tasks of your "
+                "own (evaluate.task_path)."
             ) from None
         if not local and isinstance(error, OSError):
             text = explain(error, str((config or {}).get("dataset_path", name)))
@@ -100,9 +117,13 @@ def _load(manager: Any, name: str, unreachable: str) -> Any:
 
 
 def _reads_local_files(config: dict[str, Any] | None) -> bool:
-    """Whether a task's file says that its data are files; of a group, nobody knows before it is loaded."""
+    """Whether a task's file says that its data are files; of a group, nobody knows before it is
+    loaded."""
     config = config or {}
-    return "data_files" in (config.get("dataset_kwargs") or {}) or Path(str(config.get("dataset_path", "absent"))).is_dir()
+    return (
+        "data_files" in (config.get("dataset_kwargs") or {})
+        or Path(str(config.get("dataset_path", "absent"))).is_dir()
+    )
 
 
 def _why_unreachable() -> str:
@@ -116,7 +137,8 @@ def _why_unreachable() -> str:
 
 @contextlib.contextmanager
 def _offline() -> Iterator[None]:
-    """`datasets` takes what it has, at once; else it would ask for half a minute for each data set."""
+    """`datasets` takes what it has, at once; else it would ask for half a minute for each data
+    set."""
     import datasets
     from huggingface_hub import constants
 

@@ -1,11 +1,13 @@
-"""Continuations of many prompts at once, for tasks: which go together, and how they fit into the model's context.
+"""Continuations of many prompts at once, for tasks: which go together, and how they fit into the
+model's context.
 
 In:    a voice; prompts, each with what ends it and how it is drawn
 Out:   the text after each prompt, without what ended it
-State: none; a draw depends on the seed, the prompt and how often it was asked before, never on its batch
+State: none; a draw depends on the seed, the prompt and how often it was asked before, never on its
+batch
 
-The writing itself is core/generation/engine.py's. Prompts of similar length go together: a batch begins with its shortest.
-"""
+The writing itself is core/generation/engine.py's. Prompts of similar length go together: a batch
+begins with its shortest."""
 
 import hashlib
 from collections import Counter
@@ -29,7 +31,9 @@ class Writer:
     seed: int = 0
     notes: list[str] = field(default_factory=list)
 
-    def write(self, asked: list[tuple[str, Wish]], told: Told = lambda done, total: None) -> list[str]:
+    def write(
+        self, asked: list[tuple[str, Wish]], told: Told = lambda done, total: None
+    ) -> list[str]:
         """The text after each prompt, in the order they came."""
         texts, done = [""] * len(asked), 0
         device = next(self.voice.model.parameters()).device  # type: ignore[attr-defined]
@@ -51,18 +55,24 @@ class Writer:
         for number, ((prompt, wish), ids) in enumerate(zip(asked, encoded)):
             wish, kept = self._fitted(wish, ids.tolist() or [tokenizer.eos_id])
             digest = hashlib.sha256(prompt.encode("utf-8", "replace")).hexdigest()
-            rows[number] = Row(tokenizer, kept, wish, derive_seed(self.seed, "harness", digest, before[prompt]))
+            rows[number] = Row(
+                tokenizer, kept, wish, derive_seed(self.seed, "harness", digest, before[prompt])
+            )
             before[prompt] += 1
         longest_first = sorted(rows, key=lambda number: len(rows[number].ids), reverse=True)
         for i in range(0, len(rows), self.batch_size):
             yield {number: rows[number] for number in longest_first[i : i + self.batch_size]}
 
     def _fitted(self, wish: Wish, ids: list[int]) -> tuple[Wish, list[int]]:
-        """So that both fit into the context. The prompt loses its beginning, but it keeps half of the context if it needs it."""
+        """So that both fit into the context. The prompt loses its beginning, but it keeps half of
+        the context if it needs it."""
         context = self.voice.context
         kept = ids[-max(context - wish.max_tokens, min(len(ids), context // 2)) :]
         limit = min(wish.max_tokens, context - len(kept))
-        note = f"the model sees {context:,} tokens: texts of up to {wish.max_tokens:,} tokens end earlier here"
+        note = (
+            f"the model sees {context:,} tokens: texts of up to {wish.max_tokens:,} tokens "
+            "end earlier here"
+        )
         if limit < wish.max_tokens and note not in self.notes:
             self.notes.append(note)
         return replace(wish, max_tokens=limit), kept

@@ -1,4 +1,5 @@
-"""What the report says, in sentences and tables of plain text: the same ones in HTML and in Markdown.
+"""What the report says, in sentences and tables of plain text: the same ones in HTML and in
+Markdown.
 
 In:    a Comparison
 Out:   strings, not escaped, and Tables
@@ -20,27 +21,38 @@ from core.ui.text import clean, count, duration, memory
 NONE = "–"
 
 
-# the answer ----------------------------------------------------------------------------------------------------------
+# the answer ---------------------------------------------------------------------------------------
 
 
 def state(comparison: Comparison) -> str:
-    total, finished = len(comparison.outcomes), sum(outcome.finished for outcome in comparison.outcomes)
+    total, finished = (
+        len(comparison.outcomes),
+        sum(outcome.finished for outcome in comparison.outcomes),
+    )
     if finished == total:
         return f"All {total} trials are finished."
-    settled = sum(outcome.trial.status in ("finished", "diverged", "stopped early") for outcome in comparison.outcomes)
+    settled = sum(
+        outcome.trial.status in ("finished", "diverged", "stopped early")
+        for outcome in comparison.outcomes
+    )
     told = f"{finished} of {total} trials are finished"
-    return f"{told}, {total - settled} are still to come: this is preliminary." if settled < total else f"{told}."
+    return (
+        f"{told}, {total - settled} are still to come: this is preliminary."
+        if settled < total
+        else f"{told}."
+    )
 
 
 def unfinished(comparison: Comparison) -> list[str]:
     """Each trial that is not finished, by name, and why."""
     return [
-        f"{clean(trial.variant)}, seed {trial.seed}: {trial.status}" + (f" ({clean(trial.note)})" if trial.note else "")
+        f"{clean(trial.variant)}, seed {trial.seed}: {trial.status}"
+        + (f" ({clean(trial.note)})" if trial.note else "")
         for trial in (outcome.trial for outcome in comparison.outcomes if not outcome.finished)
     ]
 
 
-# tables --------------------------------------------------------------------------------------------------------------
+# tables -------------------------------------------------------------------------------------------
 
 
 def verdict_table(comparison: Comparison) -> Table:
@@ -66,7 +78,17 @@ def verdict_table(comparison: Comparison) -> Table:
             ]
         )
     level = percent(comparison.confidence)
-    head = ["variant", "verdict", "difference", f"{level} interval", "p", "p (Holm)", "seeds", "sd over seeds", "detectable"]
+    head = [
+        "variant",
+        "verdict",
+        "difference",
+        f"{level} interval",
+        "p",
+        "p (Holm)",
+        "seeds",
+        "sd over seeds",
+        "detectable",
+    ]
     return Table(head, rows, words=2)
 
 
@@ -81,7 +103,11 @@ def difference_table(comparison: Comparison) -> Table:
             span = amount.signed_span()
             cells.append(amount.number(difference.mean) + (f" ({span})" if span else ""))
         rows.append([metric_name(measure(key)), direction(measure(key)), *cells])
-    return Table(["metric", "better", *(clean(variant.name) for variant in comparison.variants[1:])], rows, words=2)
+    return Table(
+        ["metric", "better", *(clean(variant.name) for variant in comparison.variants[1:])],
+        rows,
+        words=2,
+    )
 
 
 def final_table(comparison: Comparison) -> Table:
@@ -92,7 +118,11 @@ def final_table(comparison: Comparison) -> Table:
         for key in _primary_first(comparison)
     ]
     seeds = ["finished seeds", "", *(str(len(variant.finished)) for variant in comparison.variants)]
-    return Table(["metric", "better", *(clean(variant.name) for variant in comparison.variants)], [*rows, seeds], words=2)
+    return Table(
+        ["metric", "better", *(clean(variant.name) for variant in comparison.variants)],
+        [*rows, seeds],
+        words=2,
+    )
 
 
 def cost_table(comparison: Comparison) -> Table:
@@ -110,7 +140,16 @@ def cost_table(comparison: Comparison) -> Table:
         ]
         for variant in comparison.variants
     ]
-    head = ["variant", "parameters", "tokens/s", "× baseline", "peak memory", "× baseline", "time a trial", "skipped updates"]
+    head = [
+        "variant",
+        "parameters",
+        "tokens/s",
+        "× baseline",
+        "peak memory",
+        "× baseline",
+        "time a trial",
+        "skipped updates",
+    ]
     return Table(head, rows)
 
 
@@ -129,7 +168,16 @@ def trial_table(comparison: Comparison) -> Table:
         ]
         for outcome in comparison.outcomes
     ]
-    head = ["variant", "status", "seed", metric_name(primary), "tokens", "tokens/s", "peak memory", "time"]
+    head = [
+        "variant",
+        "status",
+        "seed",
+        metric_name(primary),
+        "tokens",
+        "tokens/s",
+        "peak memory",
+        "time",
+    ]
     return Table(head, rows, words=2)
 
 
@@ -143,43 +191,61 @@ def changes_table(comparison: Comparison) -> Table:
     return Table(["variant", "setting", "baseline", "variant sets"], rows, words=4)
 
 
-# samples -------------------------------------------------------------------------------------------------------------
+# samples ------------------------------------------------------------------------------------------
 
 
 def samples(comparison: Comparison) -> tuple[int | None, list[tuple[str, list[str]]]]:
-    """(seed, [(prompt, text of each variant)]): of the first seed that has any, so that every column is the same seed's."""
+    """(seed, [(prompt, text of each variant)]): of the first seed that has any, so that every
+    column is the same seed's."""
     for seed in dict.fromkeys(outcome.trial.seed for outcome in comparison.outcomes):
         columns = [
-            next((dict(o.samples) for o in variant.outcomes if o.trial.seed == seed), {}) for variant in comparison.variants
+            next((dict(o.samples) for o in variant.outcomes if o.trial.seed == seed), {})
+            for variant in comparison.variants
         ]
         prompts = list(dict.fromkeys(prompt for column in columns for prompt in column))
         if prompts:
-            return seed, [(prompt, [column.get(prompt, NONE) for column in columns]) for prompt in prompts]
+            return seed, [
+                (prompt, [column.get(prompt, NONE) for column in columns]) for prompt in prompts
+            ]
     return None, []
 
 
-# how it was done -----------------------------------------------------------------------------------------------------
+# how it was done ----------------------------------------------------------------------------------
 
 
 def method(comparison: Comparison) -> list[str]:
     """Paragraphs: pairing, test, what the words mean, noise."""
     label, level = comparison.primary.label, percent(1 - comparison.confidence)
-    seeds = ", ".join(str(seed) for seed in dict.fromkeys(outcome.trial.seed for outcome in comparison.outcomes))
+    seeds = ", ".join(
+        str(seed) for seed in dict.fromkeys(outcome.trial.seed for outcome in comparison.outcomes)
+    )
     return [
-        f"Every variant is trained with the seeds {seeds}. Trials of one seed read the same data in the same order, unless what "
-        "is compared changes that, and, where the model is the same, start from the same weights. So the metric of the last "
-        "evaluation is compared seed by seed, variant minus baseline, which removes what a seed does to both. Only seeds "
+        f"Every variant is trained with the seeds {seeds}. Trials of one seed read the same data "
+        "in the same order, unless what "
+        "is compared changes that, and, where the model is the same, start from the same weights. "
+        "So the metric of the last "
+        "evaluation is compared seed by seed, variant minus baseline, which removes what a seed "
+        "does to both. Only seeds "
         "finished in both are counted.",
-        f"Only the primary metric, {label}, is judged. The mean of its differences is tested against zero by a two-sided paired "
-        "t-test, and the p-values of the variants are adjusted by Holm's method, so that the probability of even one false "
-        f"“better” or “worse” among them is at most {level}. Intervals are Student's t intervals at "
-        f"{percent(comparison.confidence)}, each for itself; those of the other metrics describe and are not tests. The t-test "
+        f"Only the primary metric, {label}, is judged. The mean of its differences is tested "
+        "against zero by a two-sided paired "
+        "t-test, and the p-values of the variants are adjusted by Holm's method, so that the "
+        "probability of even one false "
+        f"“better” or “worse” among them is at most {level}. Intervals are Student's t intervals "
+        "at "
+        f"{percent(comparison.confidence)}, each for itself; those of the other metrics describe "
+        "and are not tests. The t-test "
         "takes the differences of seeds to be about normal, which a few seeds cannot show.",
-        f"“Not distinguishable” means that the adjusted p-value is {level} or more. It does not mean equal: a difference below "
-        "the detectable one may well be there. Detectable is the smallest true difference which this test "
-        f"would find with {percent(POWER)} probability if the differences vary between seeds as they did here (noncentral t, at "
-        f"{level} divided by the number of variants compared, which is what Holm's method asks of the first). The test must be "
-        "read once all trials are finished: stopping when the result pleases makes false findings more frequent.",
+        f"“Not distinguishable” means that the adjusted p-value is {level} or more. It does not "
+        "mean equal: a difference below "
+        "the detectable one may well be there. Detectable is the smallest true difference which "
+        "this test "
+        f"would find with {percent(POWER)} probability if the differences vary between seeds as "
+        "they did here (noncentral t, at "
+        f"{level} divided by the number of variants compared, which is what Holm's method asks of "
+        "the first). The test must be "
+        "read once all trials are finished: stopping when the result pleases makes false findings "
+        "more frequent.",
         noise(comparison),
     ]
 
@@ -191,7 +257,8 @@ def noise(comparison: Comparison) -> str:
         return "Seed noise: not known, since the baseline has not finished with two seeds or more."
     unit = f" {primary.unit}" if primary.unit else ""
     told = (
-        f"Seed noise: over {found.n} seeds the baseline's {primary.label} has a standard deviation of {_digits(found.sd)}{unit}"
+        f"Seed noise: over {found.n} seeds the baseline's {primary.label} has a standard "
+        f"deviation of {_digits(found.sd)}{unit}"
     )
     paired = [
         f"{_digits(difference.sd)} ({clean(variant.name)})"
@@ -201,7 +268,7 @@ def noise(comparison: Comparison) -> str:
     return told + (f"; the paired differences one of {', '.join(paired)}." if paired else ".")
 
 
-# words and numbers ---------------------------------------------------------------------------------------------------
+# words and numbers --------------------------------------------------------------------------------
 
 
 def metric_name(known: Measure) -> str:
@@ -222,7 +289,9 @@ def _value(value: float | None, known: Measure, extra: int = 0) -> str:
 
 
 def _spread(found: Spread, known: Measure) -> str:
-    return _value(found.mean, known) + (f" ± {_value(found.sd, known)}" if found.sd is not None else "")
+    return _value(found.mean, known) + (
+        f" ± {_value(found.sd, known)}" if found.sd is not None else ""
+    )
 
 
 def _digits(value: float) -> str:

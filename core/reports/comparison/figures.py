@@ -1,7 +1,8 @@
 """The figures: curves with bands over seeds, and paired differences with intervals.
 
 In:    a Comparison
-Out:   SVG to stand inside HTML, one axes a figure, without legends: one key of colours serves all of them
+Out:   SVG to stand inside HTML, one axes a figure, without legends: one key of colours serves all
+       of them
 State: none
 """
 
@@ -18,8 +19,10 @@ from core.comparison.verdict import percent
 from core.reports.style import DASHES, INK, MARKERS, PAPER, SERIES, VARIABLES, drawing, dress
 from core.ui.text import clean
 
-WIDTH, HEIGHT = 4.3, 2.9  # inches; small, so that letters are still read where a phone scales it down
-SHOWN_FROM = 0.1  # of the run: what comes before is so much higher that it would flatten all the rest
+# inches; small, so that letters are still read where a phone scales it down
+WIDTH, HEIGHT = 4.3, 2.9
+# of the run: what comes before is so much higher that it would flatten all the rest
+SHOWN_FROM = 0.1
 SMOOTHED = 0.05  # of the run, the stretch a training curve is averaged over
 
 Draw = Callable[[Any], None]
@@ -27,29 +30,43 @@ Draw = Callable[[Any], None]
 
 def evaluation_figure(comparison: Comparison, key: str, unit: str) -> str | None:
     """A metric at every evaluation."""
-    lines = [[outcome.curves.get(key, []) for outcome in variant.outcomes] for variant in comparison.variants]
+    lines = [
+        [outcome.curves.get(key, []) for outcome in variant.outcomes]
+        for variant in comparison.variants
+    ]
     return _curves(comparison, lines, unit, f"eval-{comparison.metrics.index(key)}")
 
 
 def training_figure(comparison: Comparison, unit: str) -> str | None:
     """The training loss, smoothed."""
-    lines = [[_smooth(outcome.training) for outcome in variant.outcomes] for variant in comparison.variants]
+    lines = [
+        [_smooth(outcome.training) for outcome in variant.outcomes]
+        for variant in comparison.variants
+    ]
     return _curves(comparison, lines, unit, "training")
 
 
 def gap_figure(comparison: Comparison, unit: str) -> str | None:
     """The paired difference to the baseline at every evaluation."""
-    key, baseline = comparison.metric, {outcome.trial.seed: outcome for outcome in comparison.baseline.finished}
+    key, baseline = (
+        comparison.metric,
+        {outcome.trial.seed: outcome for outcome in comparison.baseline.finished},
+    )
     lines: list[list[Curve]] = [[]]
     for variant in comparison.variants[1:]:
         pairs = [(o, baseline[o.trial.seed]) for o in variant.finished if o.trial.seed in baseline]
-        lines.append([_gap(outcome.curves.get(key, []), base.curves.get(key, [])) for outcome, base in pairs])
+        lines.append(
+            [_gap(outcome.curves.get(key, []), base.curves.get(key, [])) for outcome, base in pairs]
+        )
     if not any(curve for group in lines for curve in group):
         return None
 
     def draw(axes: Any) -> None:
         axes.axhline(0, color=SERIES[0], linewidth=1.6)
-        tops = [_draw_band(axes, i, [curve for curve in group if curve]) for i, group in enumerate(lines)]
+        tops = [
+            _draw_band(axes, i, [curve for curve in group if curve])
+            for i, group in enumerate(lines)
+        ]
         _limit(axes, [top for top in tops if top is not None], from_both=True)
         _tokens(axes, unit)
 
@@ -59,8 +76,14 @@ def gap_figure(comparison: Comparison, unit: str) -> str | None:
 def forest_figure(comparison: Comparison) -> str | None:
     """The primary metric's paired differences: mean, interval, and each seed's dot."""
     measure = comparison.primary
-    found = [(i, v, v.differences.get(comparison.metric)) for i, v in enumerate(comparison.variants) if i]
-    rows = [(i, variant, difference) for i, variant, difference in found if difference is not None and difference.values]
+    found = [
+        (i, v, v.differences.get(comparison.metric)) for i, v in enumerate(comparison.variants) if i
+    ]
+    rows = [
+        (i, variant, difference)
+        for i, variant, difference in found
+        if difference is not None and difference.values
+    ]
     if not rows:
         return None
 
@@ -79,8 +102,19 @@ def forest_figure(comparison: Comparison) -> str | None:
                 bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 1},
             )
             if difference.low is not None:
-                axes.plot([difference.low, difference.high], [-row, -row], color=look["color"], linewidth=2.2)
-                axes.plot([difference.mean], [-row], color=look["color"], marker=MARKERS[i % len(MARKERS)], markersize=8)
+                axes.plot(
+                    [difference.low, difference.high],
+                    [-row, -row],
+                    color=look["color"],
+                    linewidth=2.2,
+                )
+                axes.plot(
+                    [difference.mean],
+                    [-row],
+                    color=look["color"],
+                    marker=MARKERS[i % len(MARKERS)],
+                    markersize=8,
+                )
             axes.plot(
                 difference.values,
                 [-row - 0.2] * len(difference.values),
@@ -102,11 +136,16 @@ def forest_figure(comparison: Comparison) -> str | None:
 
 
 def forest_caption(comparison: Comparison) -> str:
-    side = {-1: " Left of zero is better.", 1: " Right of zero is better.", 0: ""}[comparison.primary.better]
-    return f"Mark and line: mean paired difference and its {percent(comparison.confidence)} interval. Rings: the seeds.{side}"
+    side = {-1: " Left of zero is better.", 1: " Right of zero is better.", 0: ""}[
+        comparison.primary.better
+    ]
+    return (
+        f"Mark and line: mean paired difference and its {percent(comparison.confidence)} "
+        f"interval. Rings: the seeds.{side}"
+    )
 
 
-# curves --------------------------------------------------------------------------------------------------------------
+# curves -------------------------------------------------------------------------------------------
 
 
 def _curves(comparison: Comparison, lines: list[list[Curve]], unit: str, name: str) -> str | None:
@@ -122,7 +161,8 @@ def _curves(comparison: Comparison, lines: list[list[Curve]], unit: str, name: s
             for curve in parts[False]:
                 axes.plot(*zip(*curve), **_look(i) | {"linewidth": 0.9, "alpha": 0.8})
                 others.append(np.array(curve, dtype=float).T)
-        # diverged trials may be anywhere: the finished ones, where there are any, decide what is shown
+        # diverged trials may be anywhere: the finished ones, where there are any, decide what is
+        # shown
         _limit(axes, [shown for shown in finished if shown is not None] or others)
         _tokens(axes, unit)
 
@@ -131,11 +171,15 @@ def _curves(comparison: Comparison, lines: list[list[Curve]], unit: str, name: s
 
 def _parted(outcomes: tuple[Outcome, ...], group: list[Curve]) -> dict[bool, list[Curve]]:
     """{finished: curves}, without empty ones."""
-    return {part: [c for o, c in zip(outcomes, group) if c and o.finished is part] for part in (True, False)}
+    return {
+        part: [c for o, c in zip(outcomes, group) if c and o.finished is part]
+        for part in (True, False)
+    }
 
 
 def _draw_band(axes: Any, i: int, curves: list[Curve]) -> Any:
-    """Mean line, and a band from the lowest to the highest seed. Returns (tokens, *values) of what was drawn."""
+    """Mean line, and a band from the lowest to the highest seed. Returns (tokens, *values) of what
+    was drawn."""
     if not curves:
         return None
     points = [np.array(curve, dtype=float).T for curve in curves]
@@ -146,8 +190,12 @@ def _draw_band(axes: Any, i: int, curves: list[Curve]) -> Any:
     values = np.array([np.interp(grid, *p) for p in points])
     look = _look(i)
     if len(values) > 1:
-        axes.fill_between(grid, values.min(0), values.max(0), color=look["color"], alpha=0.2, linewidth=0)
-    axes.plot(grid, values.mean(0), **look, marker=MARKERS[i % len(MARKERS)] if len(grid) == 1 else None)
+        axes.fill_between(
+            grid, values.min(0), values.max(0), color=look["color"], alpha=0.2, linewidth=0
+        )
+    axes.plot(
+        grid, values.mean(0), **look, marker=MARKERS[i % len(MARKERS)] if len(grid) == 1 else None
+    )
     return np.array([grid, *values])
 
 
@@ -164,11 +212,15 @@ def _smooth(curve: Curve) -> Curve:
     """Centred means; towards the ends over what is there."""
     reach = round(len(curve) * SMOOTHED / 2)
     values = [value for _, value in curve]
-    return [(t, float(np.mean(values[max(0, i - reach) : i + reach + 1]))) for i, (t, _) in enumerate(curve)]
+    return [
+        (t, float(np.mean(values[max(0, i - reach) : i + reach + 1])))
+        for i, (t, _) in enumerate(curve)
+    ]
 
 
 def _limit(axes: Any, drawn: list[Any], from_both: bool = False) -> None:
-    """Limits by what is drawn after the first tenth of the run; `from_both`: the start may be far off on either side."""
+    """Limits by what is drawn after the first tenth of the run; `from_both`: the start may be far
+    off on either side."""
     if not drawn:
         return
     end = max(d[0].max() for d in drawn)
@@ -184,7 +236,11 @@ def _limit(axes: Any, drawn: list[Any], from_both: bool = False) -> None:
 
 
 def _look(i: int) -> dict[str, Any]:
-    return {"color": SERIES[i % len(SERIES)], "linestyle": DASHES[i % len(DASHES)], "linewidth": 1.8}
+    return {
+        "color": SERIES[i % len(SERIES)],
+        "linestyle": DASHES[i % len(DASHES)],
+        "linewidth": 1.8,
+    }
 
 
 def _tokens(axes: Any, unit: str) -> None:
@@ -203,7 +259,7 @@ def _short(name: str, length: int = 50) -> str:
     return name if len(name) <= length else f"{name[: length - 1]}…"
 
 
-# SVG -----------------------------------------------------------------------------------------------------------------
+# SVG ----------------------------------------------------------------------------------------------
 
 
 def _svg(draw: Draw, name: str, width: float = WIDTH, height: float = HEIGHT) -> str:
@@ -215,16 +271,31 @@ def _svg(draw: Draw, name: str, width: float = WIDTH, height: float = HEIGHT) ->
         dress(axes)
         draw(axes)
         out = io.StringIO()
-        figure.savefig(out, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+        figure.savefig(
+            out,
+            format="svg",
+            transparent=True,
+            metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")),
+        )
     return _inline(out.getvalue(), name)
 
 
 def _inline(svg: str, name: str) -> str:
-    """The `<svg>` element alone: no addresses, identifiers of its own, colours as the page's variables."""
+    """The `<svg>` element alone: no addresses, identifiers of its own, colours as the page's
+    variables."""
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r' (xmlns|xmlns:xlink|version|width|height)="[^"]*"', "", svg[: (end := svg.index(">"))]) + svg[end:]
+    svg = (
+        re.sub(
+            r' (xmlns|xmlns:xlink|version|width|height)="[^"]*"', "", svg[: (end := svg.index(">"))]
+        )
+        + svg[end:]
+    )
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
-    return re.sub(r'style="[^"]*"', lambda style: _themed(style[0]), svg).replace("<svg", '<svg role="img"', 1).strip()
+    return (
+        re.sub(r'style="[^"]*"', lambda style: _themed(style[0]), svg)
+        .replace("<svg", '<svg role="img"', 1)
+        .strip()
+    )
 
 
 def _themed(style: str) -> str:

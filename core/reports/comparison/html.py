@@ -32,20 +32,24 @@ def html_report(comparison: Comparison) -> str:
     return page(comparison.name, body)
 
 
-# sections ------------------------------------------------------------------------------------------------------------
+# sections -----------------------------------------------------------------------------------------
 
 
 def _answer(comparison: Comparison) -> Iterable[str]:
     yield f"<h1>{html_text(comparison.name)}</h1>"
     if comparison.description:
         yield f'<p class="soft">{html_text(comparison.description)}</p>'
-    lines = [f"<li>{_swatch(i)}{html_text(verdict.sentence)}</li>" for i, verdict in enumerate(comparison.verdicts, 1)] or [
-        "<li>There is only one variant: nothing to compare.</li>"
-    ]
+    lines = [
+        f"<li>{_swatch(i)}{html_text(verdict.sentence)}</li>"
+        for i, verdict in enumerate(comparison.verdicts, 1)
+    ] or ["<li>There is only one variant: nothing to compare.</li>"]
     yield f'<ul class="answer">{"".join(lines)}</ul>'
     for warning in comparison.warnings:
         yield f'<p class="warn"><b>Warning.</b> {html_text(warning)}</p>'
-    yield f"<p>{html_text(content.state(comparison))} Baseline: {html_text(comparison.baseline.name)}.</p>"
+    yield (
+        f"<p>{html_text(content.state(comparison))} Baseline: "
+        f"{html_text(comparison.baseline.name)}.</p>"
+    )
     if unfinished := content.unfinished(comparison):
         yield f"<ul>{''.join(f'<li>{html_text(line)}</li>' for line in unfinished)}</ul>"
 
@@ -54,31 +58,50 @@ def _curves(comparison: Comparison) -> Iterable[str]:
     primary = comparison.primary
     unit = primary.unit or primary.label
     shown = comparison.metric in comparison.metrics
-    training = _figure("Training loss", "Averaged over 5 % of the run.", figures.training_figure(comparison, "nats per token"))
+    training = _figure(
+        "Training loss",
+        "Averaged over 5 % of the run.",
+        figures.training_figure(comparison, "nats per token"),
+    )
     first = _figure(
         _capital(primary.label),
         "At each evaluation.",
         figures.evaluation_figure(comparison, comparison.metric, unit) if shown else None,
     )
     about = f"{_capital(primary.label)}, variant − baseline, paired by seed."
-    gap = _figure("Difference to the baseline", about, figures.gap_figure(comparison, unit) if shown else None)
+    gap = _figure(
+        "Difference to the baseline", about, figures.gap_figure(comparison, unit) if shown else None
+    )
     if not (training or first):
         return
     note = "Lines: mean over the finished seeds. Bands: lowest to highest seed. "
     if content.unfinished(comparison):
         note += "Thin lines: single trials that are not finished. "
     note += "What lies far off in the first tenth of the run is cut."
-    yield f'<h2>Curves</h2>{_key(comparison)}<p class="note">{note}</p><div class="figures">{first}{gap}{training}</div>'
+    yield (
+        f'<h2>Curves</h2>{_key(comparison)}<p class="note">{note}</p><div '
+        f'class="figures">{first}{gap}{training}</div>'
+    )
     others = []
     for key in comparison.metrics:
         known = measure(key)
         # perplexity is the exponential of cross-entropy: its curve would show the same again
-        if key not in (comparison.metric, "perplexity", *(("bits_per_byte",) if comparison.metric == "cross_entropy" else ())):
-            better = f"{content.direction(known).capitalize()} is better." if known.better else "Neither direction is better."
+        if key not in (
+            comparison.metric,
+            "perplexity",
+            *(("bits_per_byte",) if comparison.metric == "cross_entropy" else ()),
+        ):
+            better = (
+                f"{content.direction(known).capitalize()} is better."
+                if known.better
+                else "Neither direction is better."
+            )
             svg = figures.evaluation_figure(comparison, key, known.unit or known.label)
             others.append(_figure(_capital(known.label), better, svg))
     if others:
-        yield f'<h2>Other metrics</h2>{_key(comparison)}<div class="figures">{"".join(others)}</div>'
+        yield (
+            f'<h2>Other metrics</h2>{_key(comparison)}<div class="figures">{"".join(others)}</div>'
+        )
 
 
 def _verdict(comparison: Comparison) -> Iterable[str]:
@@ -92,17 +115,30 @@ def _verdict(comparison: Comparison) -> Iterable[str]:
 
 def _tables(comparison: Comparison) -> Iterable[str]:
     if comparison.metrics:
-        yield '<h2>Final metrics</h2><p class="note">Mean ± standard deviation over the finished seeds.</p>'
-        yield html_table(content.final_table(comparison), strong=comparison.metric in comparison.metrics)
+        yield (
+            '<h2>Final metrics</h2><p class="note">Mean ± standard deviation over the finished '
+            "seeds.</p>"
+        )
+        yield html_table(
+            content.final_table(comparison), strong=comparison.metric in comparison.metrics
+        )
         if len(comparison.variants) > 1:
             yield "<h2>Paired differences, every metric</h2>"
             yield (
-                f'<p class="note">Variant − baseline, with {percent(comparison.confidence)} intervals. Only the first row is '
+                f'<p class="note">Variant − baseline, with {percent(comparison.confidence)} '
+                "intervals. Only the first row is "
                 "judged; the others describe.</p>"
             )
-            yield html_table(content.difference_table(comparison), strong=comparison.metric in comparison.metrics)
-    yield '<h2>Speed and memory</h2><p class="note">Medians over finished seeds. × baseline: geometric mean of the ratios of '
-    yield f"trials with one seed, lowest to highest.</p>{html_table(content.cost_table(comparison))}"
+            yield html_table(
+                content.difference_table(comparison), strong=comparison.metric in comparison.metrics
+            )
+    yield (
+        '<h2>Speed and memory</h2><p class="note">Medians over finished seeds. × baseline: '
+        "geometric mean of the ratios of "
+    )
+    yield (
+        f"trials with one seed, lowest to highest.</p>{html_table(content.cost_table(comparison))}"
+    )
     yield f"<details><summary>Every trial</summary>{html_table(content.trial_table(comparison))}</details>"
 
 
@@ -116,7 +152,9 @@ def _samples(comparison: Comparison) -> Iterable[str]:
         for prompt, texts in rows
     ]
     yield f"<h2>Samples</h2><p class='note'>At the last evaluation, seed {seed}.</p>"
-    yield f'<div class="scroll"><table class="samples"><thead><tr><th>prompt</th>{head}</tr></thead>'
+    yield (
+        f'<div class="scroll"><table class="samples"><thead><tr><th>prompt</th>{head}</tr></thead>'
+    )
     yield f"<tbody>{''.join(lines)}</tbody></table></div>"
 
 
@@ -126,10 +164,13 @@ def _presets(comparison: Comparison) -> Iterable[str]:
         yield html_table(table)
     yield f"<h3>Baseline in full: {html_text(comparison.baseline.name)}</h3>{_preset(comparison.baseline.preset)}"
     for variant in comparison.variants[1:]:
-        yield f"<details><summary>{html_text(variant.name)} in full</summary>{_preset(variant.preset)}</details>"
+        yield (
+            f"<details><summary>{html_text(variant.name)} in "
+            f"full</summary>{_preset(variant.preset)}</details>"
+        )
 
 
-# pieces --------------------------------------------------------------------------------------------------------------
+# pieces -------------------------------------------------------------------------------------------
 
 
 def _figure(title: str, caption: str, svg: str | None) -> str:
@@ -154,7 +195,10 @@ def _swatch(i: int) -> str:
     dashes = DASHES[i % len(DASHES)]
     lengths = "" if dashes == "solid" else " ".join(f"{2.2 * length:.1f}" for length in dashes[1])
     pattern = lengths and f' stroke-dasharray="{lengths}"'
-    line = f'<line x1="0" y1="5" x2="30" y2="5" stroke="var(--s{i % len(SERIES)})" stroke-width="2.5"{pattern}/>'
+    line = (
+        f'<line x1="0" y1="5" x2="30" y2="5" stroke="var(--s{i % len(SERIES)})" '
+        f'stroke-width="2.5"{pattern}/>'
+    )
     return f'<svg class="line" width="30" height="10" aria-hidden="true">{line}</svg>'
 
 

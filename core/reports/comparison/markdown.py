@@ -19,18 +19,32 @@ def markdown_report(comparison: Comparison) -> str:
     parts = [f"# {_text(comparison.name)}", _text(comparison.description)]
     parts += ["\n".join(f"- {_text(verdict.sentence)}" for verdict in comparison.verdicts)]
     parts += [
-        f"{_text(content.state(comparison))} Baseline: {_text(comparison.baseline.name)}. Curves: [report.html](report.html)"
+        f"{_text(content.state(comparison))} Baseline: {_text(comparison.baseline.name)}. Curves: "
+        "[report.html](report.html)"
     ]
     parts += ["\n".join(f"- {_text(line)}" for line in content.unfinished(comparison))]
     parts += [f"**Warning.** {_text(warning)}" for warning in comparison.warnings]
-    parts += [f"## Verdict: paired differences in {_text(comparison.primary.label)}", _table(content.verdict_table(comparison))]
-    parts += ["## Final metrics", "Mean ± standard deviation over seeds.", _table(content.final_table(comparison))]
-    parts += ["## Paired differences to the baseline, every metric", _table(content.difference_table(comparison))]
+    parts += [
+        f"## Verdict: paired differences in {_text(comparison.primary.label)}",
+        _table(content.verdict_table(comparison)),
+    ]
+    parts += [
+        "## Final metrics",
+        "Mean ± standard deviation over seeds.",
+        _table(content.final_table(comparison)),
+    ]
+    parts += [
+        "## Paired differences to the baseline, every metric",
+        _table(content.difference_table(comparison)),
+    ]
     parts += ["## Speed and memory", "Medians over seeds.", _table(content.cost_table(comparison))]
     parts += ["## Every trial", _table(content.trial_table(comparison))]
     parts += [*_samples(comparison), "## Method", *map(_text, content.method(comparison))]
     parts += ["## Presets", _table(content.changes_table(comparison))]
-    parts += [f"The baseline, {_text(comparison.baseline.name)}, in full:", _code(_json(comparison.baseline.preset), "json")]
+    parts += [
+        f"The baseline, {_text(comparison.baseline.name)}, in full:",
+        _code(_json(comparison.baseline.preset), "json"),
+    ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

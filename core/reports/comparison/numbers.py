@@ -43,7 +43,10 @@ def json_report(comparison: Comparison) -> str:
 def _variant(variant: Variant) -> dict[str, Any]:
     return {
         "name": variant.name,
-        "changes": {path: {"baseline": before, "variant": after} for path, (before, after) in variant.changes.items()},
+        "changes": {
+            path: {"baseline": before, "variant": after}
+            for path, (before, after) in variant.changes.items()
+        },
         "metrics": {key: asdict(spread) for key, spread in variant.metrics.items()},
         "speed_ratio": variant.speed and asdict(variant.speed),
         "memory_ratio": variant.memory and asdict(variant.memory),
@@ -54,7 +57,13 @@ def _variant(variant: Variant) -> dict[str, Any]:
 def _trial(outcome: Outcome) -> dict[str, Any]:
     trial = outcome.trial
     numbers = {key: value for key, value in vars(outcome).items() if key != "trial"}
-    return {"variant": trial.variant, "seed": trial.seed, "status": trial.status, "note": trial.note, **numbers}
+    return {
+        "variant": trial.variant,
+        "seed": trial.seed,
+        "status": trial.status,
+        "note": trial.note,
+        **numbers,
+    }
 
 
 def _plain(value: Any) -> Any:

@@ -1,7 +1,9 @@
-"""The report of an interpretation: figures, what they show in words, and one page that gathers them.
+"""The report of an interpretation: figures, what they show in words, and one page that gathers
+them.
 
 In:    an Interpretation
-Out:   the pictures of FIGURES, index.html (one file, needs nothing else), entropy_stats.json, interpret.json
+Out:   the pictures of FIGURES, index.html (one file, needs nothing else), entropy_stats.json,
+       interpret.json
 State: none
 """
 
@@ -20,6 +22,9 @@ def write_interpretation(found: Interpretation, folder: Path) -> None:
     drawn = pictures(found)
     for name, picture in drawn.items():
         write_file(folder / name, picture)
-    for name, values in (("entropy_stats.json", found.static.stats()), ("interpret.json", numbers(found))):
+    for name, values in (
+        ("entropy_stats.json", found.static.stats()),
+        ("interpret.json", numbers(found)),
+    ):
         write_file(folder / name, json.dumps(values, indent=1, allow_nan=False) + "\n")
     write_file(folder / "index.html", html_page(found, drawn))

@@ -15,7 +15,15 @@ import numpy as np
 
 from core.interpretation.results import Interpretation, Spread
 from core.interpretation.routing import THRESHOLD
-from core.reports.interpretation.palette import CATEGORY_COLOURS, COLOURS, HATCH_INKS, HATCHES, UNDECIDED, short, title_of
+from core.reports.interpretation.palette import (
+    CATEGORY_COLOURS,
+    COLOURS,
+    HATCH_INKS,
+    HATCHES,
+    UNDECIDED,
+    short,
+    title_of,
+)
 from core.reports.style import DASHES, INK, MARKERS, PAPER, drawing, dress
 
 WIDTH, DPI = 10.0, 130  # inches, dots per inch
@@ -39,30 +47,49 @@ def pictures(found: Interpretation) -> dict[str, bytes]:
         return {name: _png(figure(found)) for name, figure in made.items()}
 
 
-# entropies -----------------------------------------------------------------------------------------------------------
+# entropies ----------------------------------------------------------------------------------------
 
 
 def entropy_per_layer(found: Interpretation) -> Any:
-    """Static and dynamic entropy of each layer and category; on the right at the model's temperature."""
+    """Static and dynamic entropy of each layer and category; on the right at the model's
+    temperature."""
     figure = _figure(3.6)
     free, tempered = figure.subplots(1, 2)
     layers = np.arange(len(found.static.entropy))
     static = found.static.entropy.mean(1)
-    look = {"color": "0.55", "linewidth": 2.6, "marker": "_", "markersize": 13, "markeredgewidth": 2.6}
+    look = {
+        "color": "0.55",
+        "linewidth": 2.6,
+        "marker": "_",
+        "markersize": 13,
+        "markeredgewidth": 2.6,
+    }
     free.plot(layers, static, **look, label="by themselves")
     shown: dict[Any, list[np.ndarray]] = {free: [static], tempered: []}
     for i, category in enumerate(found.categories):
         for axes, spread in ((free, category.entropy), (tempered, category.tempered)):
             _curve(axes, i, len(found.categories), layers, spread, short(category.name))
-            shown[axes] += [each for each in (spread.mean, spread.low, spread.high) if each is not None]
-    for axes, title in ((free, "without temperature"), (tempered, f"at the model's temperature, {found.tau:.3g}")):
+            shown[axes] += [
+                each for each in (spread.mean, spread.low, spread.high) if each is not None
+            ]
+    for axes, title in (
+        (free, "without temperature"),
+        (tempered, f"at the model's temperature, {found.tau:.3g}"),
+    ):
         axes.axhline(found.static.max_entropy, color=INK, linewidth=0.8, linestyle=(0, (2, 2)))
         _entropy_limits(axes.set_ylim, np.concatenate(shown[axes]), found.static.max_entropy)
         axes.set_title(title, loc="left", fontsize=10)
         _layers(axes, len(layers))
     free.set_ylabel("entropy (nats)")
-    where = {"xytext": (-2, 2), "xycoords": ("axes fraction", "data"), "textcoords": "offset points", "ha": "right"}
-    free.annotate(f"even: ln {len(found.activations)}", (1, found.static.max_entropy), **where, fontsize=8)
+    where = {
+        "xytext": (-2, 2),
+        "xycoords": ("axes fraction", "data"),
+        "textcoords": "offset points",
+        "ha": "right",
+    }
+    free.annotate(
+        f"even: ln {len(found.activations)}", (1, found.static.max_entropy), **where, fontsize=8
+    )
     _legend(figure, free)
     return figure
 
@@ -72,12 +99,23 @@ def entropy_histogram(found: Interpretation) -> Any:
     figure = _figure(3.2)
     axes = figure.subplots()
     static, dynamic = found.static.entropy.ravel(), found.mean("of_neurons").ravel()
-    low, _ = _entropy_limits(axes.set_xlim, np.concatenate([static, dynamic]), found.static.max_entropy)
-    bins = np.linspace(low, found.static.max_entropy * (1 + 1e-6), 61)  # a float32 may say a little more than there can be
+    low, _ = _entropy_limits(
+        axes.set_xlim, np.concatenate([static, dynamic]), found.static.max_entropy
+    )
+    # a float32 may say a little more than there can be
+    bins = np.linspace(low, found.static.max_entropy * (1 + 1e-6), 61)
     share = np.full(static.size, 100 / static.size)
     grey = {"color": "0.75", "edgecolor": INK, "linewidth": 0.4, "hatch": "////"}
     axes.hist(static, bins, weights=share, **grey, label="by themselves")
-    axes.hist(dynamic, bins, weights=share, histtype="step", color=COLOURS[1], linewidth=2.2, label="given text")
+    axes.hist(
+        dynamic,
+        bins,
+        weights=share,
+        histtype="step",
+        color=COLOURS[1],
+        linewidth=2.2,
+        label="given text",
+    )
     axes.axvline(found.static.max_entropy, color=INK, linewidth=0.8, linestyle=(0, (2, 2)))
     axes.set_xlabel("entropy of a neuron's choice (nats); the dotted line is an even mix")
     axes.set_ylabel("% of all neurons")
@@ -94,11 +132,12 @@ def _entropy_limits(setter: Any, values: np.ndarray, top: float) -> tuple[float,
     return max(0.0, low - margin), top + margin
 
 
-# which activation ----------------------------------------------------------------------------------------------------
+# which activation ---------------------------------------------------------------------------------
 
 
 def layer_distribution(found: Interpretation) -> Any:
-    """Of each layer, how many neurons have their largest alpha at each activation, and how much weight each really has."""
+    """Of each layer, how many neurons have their largest alpha at each activation, and how much
+    weight each really has."""
     layers = len(found.static.entropy)
     figure = _figure(1.4 + max(1.2, 0.22 * layers))
     left, right = figure.subplots(1, 2, sharey=True)
@@ -126,7 +165,8 @@ def _bars(axes: Any, shares: np.ndarray, found: Interpretation) -> None:
 
 
 def neurotransmitter_heatmap(found: Interpretation) -> Any:
-    """Layers x neurons: the activation of the largest alpha, and the same for neurons with a preference only."""
+    """Layers x neurons: the activation of the largest alpha, and the same for neurons with a
+    preference only."""
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 
@@ -149,27 +189,48 @@ def neurotransmitter_heatmap(found: Interpretation) -> Any:
         axes.set_ylabel("layer")
     top, bottom = figure.axes
     top.set_title("largest alpha, by however little", loc="left", fontsize=10)
-    bottom.set_title(f"the same where it is ahead by more than {THRESHOLD:g} of probability", loc="left", fontsize=10)
+    bottom.set_title(
+        f"the same where it is ahead by more than {THRESHOLD:g} of probability",
+        loc="left",
+        fontsize=10,
+    )
     if not static.decided.any():
-        bottom.text(0.5, 0.5, "no neuron has a preference", ha="center", va="center", transform=bottom.transAxes, fontsize=11)
-    bottom.set_xlabel("neuron" + (f" (of {neurons:,}, every {_ordinal(every)} is drawn)" if every > 1 else ""))
+        bottom.text(
+            0.5,
+            0.5,
+            "no neuron has a preference",
+            ha="center",
+            va="center",
+            transform=bottom.transAxes,
+            fontsize=11,
+        )
+    bottom.set_xlabel(
+        "neuron" + (f" (of {neurons:,}, every {_ordinal(every)} is drawn)" if every > 1 else "")
+    )
     looks = [*zip(COLOURS, map(title_of, found.activations)), (UNDECIDED, "no preference")]
-    patches = [Patch(facecolor=colour, edgecolor=INK, linewidth=0.5, label=label) for colour, label in looks]
+    patches = [
+        Patch(facecolor=colour, edgecolor=INK, linewidth=0.5, label=label)
+        for colour, label in looks
+    ]
     figure.legend(handles=patches, loc="outside lower center", ncols=5, frameon=False)
     return figure
 
 
-# what text does ------------------------------------------------------------------------------------------------------
+# what text does -----------------------------------------------------------------------------------
 
 
 def dynamic_routing_comparison(found: Interpretation) -> Any:
     """The gate net's output for each category, one panel an activation."""
     figure = _figure(5.4)
-    panels = figure.subplots(2, -(-len(found.activations) // 2), sharex=True, sharey=True, squeeze=False).ravel()
+    panels = figure.subplots(
+        2, -(-len(found.activations) // 2), sharex=True, sharey=True, squeeze=False
+    ).ravel()
     layers = np.arange(len(found.static.entropy))
     for k, (axes, name) in enumerate(zip(panels, found.activations)):
         for i, category in enumerate(found.categories):
-            bounds = [each if each is None else each[:, k] for each in vars(category.gates).values()]
+            bounds = [
+                each if each is None else each[:, k] for each in vars(category.gates).values()
+            ]
             _curve(axes, i, len(found.categories), layers, Spread(*bounds), short(category.name))
         axes.axhline(0, color=INK, linewidth=0.8)
         axes.set_title(title_of(name), loc="left", fontsize=10)
@@ -192,13 +253,23 @@ def routing_shift_summary(found: Interpretation) -> Any:
         where = {"ha": "center", "va": "center", "transform": axes.transAxes}
         axes.text(0.5, 0.5, "one category: there is nothing to compare", **where, fontsize=11)
         return figure
-    width, highest = 0.84 / len(found.activations), max(shift.value.max(), 0 if shift.noise is None else shift.noise.max(), 1e-9)
+    width, highest = (
+        0.84 / len(found.activations),
+        max(shift.value.max(), 0 if shift.noise is None else shift.noise.max(), 1e-9),
+    )
     axes.set_ylim(0, 1.1 * highest)
     for k, name in enumerate(found.activations):
         at = layers + (k - (len(found.activations) - 1) / 2) * width
         axes.bar(at, shift.value[:, k], 0.92 * width, **_fill(k, edge=INK), label=title_of(name))
         if shift.noise is not None:
-            _noise_marks(axes, at, 0.5 * width, shift.value[:, k], shift.noise[:, k], found.unit if k == 0 else "")
+            _noise_marks(
+                axes,
+                at,
+                0.5 * width,
+                shift.value[:, k],
+                shift.noise[:, k],
+                found.unit if k == 0 else "",
+            )
     axes.set_ylabel("highest − lowest category, gate output f")
     _layers(axes, len(layers), grid=False)
     axes.set_xlim(-0.55, len(layers) - 0.45)
@@ -206,22 +277,37 @@ def routing_shift_summary(found: Interpretation) -> Any:
     return figure
 
 
-def _noise_marks(axes: Any, at: np.ndarray, half: float, value: np.ndarray, noise: np.ndarray, unit: str) -> None:
-    """How high noise reaches, and a star over each bar that is higher. `unit`: of what is shuffled, for the legend."""
-    for colour, thickness in ((PAPER, 3.6), (INK, 1.8)):  # a dark mark on a pale one is seen on bars and beside them
+def _noise_marks(
+    axes: Any, at: np.ndarray, half: float, value: np.ndarray, noise: np.ndarray, unit: str
+) -> None:
+    """How high noise reaches, and a star over each bar that is higher. `unit`: of what is shuffled,
+    for the legend."""
+    # a dark mark on a pale one is seen on bars and beside them
+    for colour, thickness in ((PAPER, 3.6), (INK, 1.8)):
         label = f"noise: shuffled {unit}" if unit and colour == INK else None
         axes.hlines(noise, at - half, at + half, color=colour, linewidth=thickness, label=label)
     above = np.where(value > noise, value + 0.035 * axes.get_ylim()[1], np.nan)
-    axes.plot(at, above, linestyle="none", marker="*", markersize=6, color=INK, label="beyond noise" if unit else None)
+    axes.plot(
+        at,
+        above,
+        linestyle="none",
+        marker="*",
+        markersize=6,
+        color=INK,
+        label="beyond noise" if unit else None,
+    )
 
 
-# pieces --------------------------------------------------------------------------------------------------------------
+# pieces -------------------------------------------------------------------------------------------
 
 
 def _curve(axes: Any, i: int, of: int, layers: np.ndarray, spread: Spread, name: str) -> None:
     """A category's line over the layers, with its interval as bars, beside those of the others."""
     at = layers + (i - (of - 1) / 2) * min(0.18, 0.6 / of)
-    look = {"color": CATEGORY_COLOURS[i % len(CATEGORY_COLOURS)], "linestyle": DASHES[i % len(DASHES)]}
+    look = {
+        "color": CATEGORY_COLOURS[i % len(CATEGORY_COLOURS)],
+        "linestyle": DASHES[i % len(DASHES)],
+    }
     look |= {"linewidth": 1.4, "marker": MARKERS[i % len(MARKERS)], "markersize": 5}
     look |= {"markeredgecolor": INK, "markeredgewidth": 0.5}
     if spread.low is None or spread.high is None:
@@ -236,7 +322,12 @@ def _curve(axes: Any, i: int, of: int, layers: np.ndarray, spread: Spread, name:
 def _fill(k: int, edge: str | None = None) -> dict[str, Any]:
     """A bar of an activation. Hatches are drawn in the colour of edges."""
     k %= len(COLOURS)
-    return {"facecolor": COLOURS[k], "hatch": HATCHES[k], "edgecolor": edge or HATCH_INKS[k], "linewidth": 0.6}
+    return {
+        "facecolor": COLOURS[k],
+        "hatch": HATCHES[k],
+        "edgecolor": edge or HATCH_INKS[k],
+        "linewidth": 0.6,
+    }
 
 
 def _layers(axes: Any, layers: int, grid: bool = True) -> None:
@@ -258,7 +349,14 @@ def _ordinal(n: int) -> str:
 
 def _legend(figure: Any, axes: Any) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)), columnspacing=1.4, frameon=False)
+    figure.legend(
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=min(6, len(labels)),
+        columnspacing=1.4,
+        frameon=False,
+    )
 
 
 def _figure(height: float) -> Any:

@@ -32,10 +32,16 @@ def _body(found: Interpretation, pictures: dict[str, bytes]) -> Iterable[str]:
         yield _figure(found, name, picture)
     yield f"<h2>Categories</h2>{html_table(content.category_table(found))}"
     yield f"<h2>Layers</h2>{html_table(content.layer_table(found))}"
-    yield '<p class="note">Entropies in nats. prefer: neurons that prefer an activation. shift: of the mean gate output.</p>'
+    yield (
+        '<p class="note">Entropies in nats. prefer: neurons that prefer an activation. shift: '
+        "of the mean gate output.</p>"
+    )
     yield "<h2>Method</h2>"
     yield from (f"<p>{html_text(paragraph)}</p>" for paragraph in content.method(found))
-    yield f"<details><summary>What was looked at</summary><pre>{html_lines(json.dumps(about, indent=2))}</pre></details>"
+    yield (
+        "<details><summary>What was looked "
+        f"at</summary><pre>{html_lines(json.dumps(about, indent=2))}</pre></details>"
+    )
     yield '<p class="note">All numbers: interpret.json and entropy_stats.json beside this page.</p>'
 
 
@@ -47,5 +53,6 @@ def _figure(found: Interpretation, name: str, picture: bytes) -> str:
     return (
         f'<h2>{html_text(caption.title)}</h2><figure class="wide">'
         f'<div class="scroll"><img src="{source}" alt="{html_text(caption.title)}"></div>'
-        f"<figcaption><p><b>How to read it:</b> {how}</p><p><b>Here:</b> {here}{causal}</p></figcaption></figure>"
+        f"<figcaption><p><b>How to read it:</b> {how}</p><p><b>Here:</b> "
+        f"{here}{causal}</p></figcaption></figure>"
     )

@@ -1,8 +1,9 @@
-"""PolychromaticLM's published evaluation (specification 001): its numbers, where its contract and the harness's are one.
+"""PolychromaticLM's published evaluation (specification 001): its numbers, where its contract and
+the harness's are one.
 
-The published one feeds a text with its last token, which the pool sees. Of an empty context it does not score the first token,
-and of a long text not the first of each piece; the harness scores those too, so here they are asked for as it asks for them.
-"""
+The published one feeds a text with its last token, which the pool sees. Of an empty context it does
+not score the first token, and of a long text not the first of each piece; the harness scores those
+too, so here they are asked for as it asks for them."""
 
 import json
 from functools import lru_cache
@@ -44,7 +45,12 @@ def published() -> tuple[Any, Any, dict[str, Any], int]:
     weights = load_file(GOLDEN / "polyglu_eval" / "state_dict.safetensors")
     model.prepare_load(weights, [])
     model.load_state_dict(weights)
-    return model, read_tokenizer(GOLDEN / "polyglu_sft" / "tokenizer.json"), expected, config["seq_length"]
+    return (
+        model,
+        read_tokenizer(GOLDEN / "polyglu_sft" / "tokenizer.json"),
+        expected,
+        config["seq_length"],
+    )
 
 
 @pytest.mark.parametrize("batch_size", [1, 8])
@@ -52,11 +58,14 @@ def test_loglikelihoods(batch_size: int) -> None:
     model, tokenizer, expected, context = published()
     pairs = []
     for case in expected["loglikelihood"]:
-        before, after = (ids.tolist() for ids in tokenizer.encode_batch([case["context"], case["continuation"]]))
+        before, after = (
+            ids.tolist() for ids in tokenizer.encode_batch([case["context"], case["continuation"]])
+        )
         pairs.append((before, after) if before else (after[:1], after[1:]))
     found = Scorer(model, context, batch_size).loglikelihoods(pairs)
     assert found == [
-        (pytest.approx(value, abs=CLOSE), greedy) for value, greedy in (c["result"] for c in expected["loglikelihood"])
+        (pytest.approx(value, abs=CLOSE), greedy)
+        for value, greedy in (c["result"] for c in expected["loglikelihood"])
     ]
 
 
@@ -66,12 +75,19 @@ def test_rolling() -> None:
         (ids,) = (ids.tolist() for ids in tokenizer.encode_batch([case["text"]]))
         assert len(ids) == case["n_tokens"]
         pieces = [ids[i : i + context] for i in range(0, len(ids), context)]
-        found = Scorer(model, context, 4).loglikelihoods([(piece[:1], piece[1:]) for piece in pieces])
+        found = Scorer(model, context, 4).loglikelihoods(
+            [(piece[:1], piece[1:]) for piece in pieces]
+        )
         assert sum(value for value, _ in found) == pytest.approx(case["result"], abs=CLOSE)
 
 
 def test_generation() -> None:
     model, tokenizer, expected, context = published()
     cases = expected["generate_until"]
-    asked = [(c["context"], Wish(tuple(c["gen_kwargs"]["until"]), c["gen_kwargs"]["max_gen_toks"])) for c in cases]
-    assert Writer(Voice(model, tokenizer, context), 4).write(asked) == [case["result"] for case in cases]
+    asked = [
+        (c["context"], Wish(tuple(c["gen_kwargs"]["until"]), c["gen_kwargs"]["max_gen_toks"]))
+        for c in cases
+    ]
+    assert Writer(Voice(model, tokenizer, context), 4).write(asked) == [
+        case["result"] for case in cases
+    ]

@@ -1,4 +1,5 @@
-"""Log-probabilities of continuations: as by hand, for every model, whatever the batch; and what is computed for them."""
+"""Log-probabilities of continuations: as by hand, for every model, whatever the batch; and what is
+computed for them."""
 
 import random
 from typing import Any
@@ -15,18 +16,26 @@ V = 40
 
 
 def some_pairs(seed: int = 3) -> list[Pair]:
-    """Contexts and continuations of all lengths that fit, with answers of one token to one question among them."""
+    """Contexts and continuations of all lengths that fit, with answers of one token to one question
+    among them."""
     draw = random.Random(seed)
     ids = lambda count: [draw.randrange(V) for _ in range(count)]  # noqa: E731
     question = ids(9)
     pairs = [(question, [answer]) for answer in (3, 17, 5)]
     pairs += [(ids(draw.randint(1, CONTEXT - 8)), ids(draw.randint(1, 8))) for _ in range(12)]
-    return [*pairs, (ids(1), ids(CONTEXT - 1)), (ids(60), ids(5)), (ids(60), ids(1)), (question, question[:2])]
+    return [
+        *pairs,
+        (ids(1), ids(CONTEXT - 1)),
+        (ids(60), ids(5)),
+        (ids(60), ids(1)),
+        (question, question[:2]),
+    ]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_is_what_one_text_at_a_time_gives(kind: str) -> None:
-    """Contexts longer than the model's are cut at their beginning. The size of a batch changes nothing."""
+    """Contexts longer than the model's are cut at their beginning. The size of a batch changes
+    nothing."""
     model, pairs = build(kind), some_pairs()
     expected = [by_hand(model, *pair) for pair in pairs]
     for batch_size in (1, 3, 64):
@@ -44,7 +53,9 @@ def test_greedy_is_what_the_model_would_say(kind: str) -> None:
     for _ in range(5):
         said.append(int(logs_of(model, [*context, *said])[-1].argmax()))
     others = [[*said[:i], (said[i] + 1) % V, *said[i + 1 :]] for i in range(5)]
-    found = Scorer(model, CONTEXT, 4).loglikelihoods([(context, said), *((context, other) for other in others)])
+    found = Scorer(model, CONTEXT, 4).loglikelihoods(
+        [(context, said), *((context, other) for other in others)]
+    )
     assert [greedy for _, greedy in found] == [True] + [False] * 5
 
 
@@ -73,7 +84,8 @@ def test_scores_in_chunks_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Watched:
-    """A model that remembers what it was asked: rows as they are read, and how many positions were scored."""
+    """A model that remembers what it was asked: rows as they are read, and how many positions were
+    scored."""
 
     def __init__(self, model: Any):
         self.model, self.is_causal, self.rows, self.scored = model, model.is_causal, [], 0
@@ -101,10 +113,19 @@ def test_answers_of_one_token_cost_one_row_and_contexts_no_scores() -> None:
     model = Watched(build("simple_lm"))
     told: list[tuple[int, int]] = []
     Scorer(model, CONTEXT, 2).loglikelihoods(
-        [([1, 2, 3], [4]), ([1, 2, 3], [5]), ([1, 2, 3], [6]), ([1, 2, 3, 4, 5], [6, 7]), ([9], [1])],
+        [
+            ([1, 2, 3], [4]),
+            ([1, 2, 3], [5]),
+            ([1, 2, 3], [6]),
+            ([1, 2, 3, 4, 5], [6, 7]),
+            ([9], [1]),
+        ],
         lambda done, total: told.append((done, total)),
     )
-    assert [tuple(rows.shape) for rows in model.rows] == [(2, 6), (1, 1)] and model.scored == 3 + 2 + 1
+    assert [tuple(rows.shape) for rows in model.rows] == [
+        (2, 6),
+        (1, 1),
+    ] and model.scored == 3 + 2 + 1
     assert told == [(2, 3), (3, 3)]
 
 
@@ -114,7 +135,9 @@ def test_what_is_not_causal_reads_rows_of_one_length_and_all_of_them() -> None:
     pairs = some_pairs()
     Scorer(model, CONTEXT, 4).loglikelihoods(pairs)
     read = sorted(tuple(row) for rows in model.rows for row in rows.tolist())
-    assert read == sorted({tuple([*context, *continuation][-CONTEXT:]) for context, continuation in pairs})
+    assert read == sorted(
+        {tuple([*context, *continuation][-CONTEXT:]) for context, continuation in pairs}
+    )
     assert max(len(rows) for rows in model.rows) > 1
 
 
@@ -129,7 +152,9 @@ def test_bf16_touches_the_model_and_not_the_scores() -> None:
         output = forward(batch)
         readout = output.readout
         output.readout = type(
-            "Seen", (), {"table": readout.table, "__call__": lambda _, h: kinds.append(h.dtype) or readout(h)}
+            "Seen",
+            (),
+            {"table": readout.table, "__call__": lambda _, h: kinds.append(h.dtype) or readout(h)},
         )()
         return output
 

@@ -1,4 +1,5 @@
-"""Continuations: as by hand, for every model, in batches of prompts of any length; where they end, and how they are drawn."""
+"""Continuations: as by hand, for every model, in batches of prompts of any length; where they end,
+and how they are drawn."""
 
 from typing import Any
 
@@ -23,7 +24,8 @@ def ids_of(text: str) -> list[int]:
 
 @pytest.mark.parametrize("kind", OF_TEXT)
 def test_greedy_is_the_likeliest_token_each_time(kind: str) -> None:
-    """Whatever the batch. A prompt too long loses its beginning, so that everything written can be seen."""
+    """Whatever the batch. A prompt too long loses its beginning, so that everything written can be
+    seen."""
     tokenizer, model = byte_tokenizer(), build(kind, byte_tokenizer().vocab_size)
     expected = []
     for prompt in PROMPTS:
@@ -58,13 +60,16 @@ class Script(nn.Module):
         return ModelOutput(hidden, LinearReadout(self.table))
 
 
-def say(text: str, batch_size: int = 4, prompts: tuple[str, ...] = ("|",), **wish: Any) -> list[str]:
+def say(
+    text: str, batch_size: int = 4, prompts: tuple[str, ...] = ("|",), **wish: Any
+) -> list[str]:
     writer = Writer(Voice(Script(text), byte_tokenizer(), 64), batch_size)
     return writer.write([(prompt, Wish(**wish)) for prompt in prompts])
 
 
 def test_a_text_ends_where_the_first_stop_string_begins() -> None:
-    """In the text, not in its tokens: the beginning of a stop string ends nothing. The one that comes first counts."""
+    """In the text, not in its tokens: the beginning of a stop string ends nothing. The one that
+    comes first counts."""
     assert say("one two\nthree", until=("\n",)) == ["one two"]
     assert say("a###b####c", until=("####",)) == ["a###b"]
     assert say("abcXYZdef", until=("f", "XYZ", "Zd")) == ["abc"]
@@ -80,23 +85,40 @@ def test_a_text_ends_with_the_document_or_the_limit() -> None:
 
 
 def test_every_row_has_its_own_wish() -> None:
-    """In one batch, with prompts of different length: each ends by itself, and sees nothing but its own tokens."""
+    """In one batch, with prompts of different length: each ends by itself, and sees nothing but its
+    own tokens."""
     model = Script("0123456789")
-    asked = [("||||", Wish(until=("4",))), ("a|", Wish(max_tokens=2)), ("abc|", Wish()), ("ab|", Wish(until=("89", "7")))]
-    assert Writer(Voice(model, byte_tokenizer(), 64), 4).write(asked) == ["0123", "01", "0123456789", "0123456"]
-    assert len(model.seen[0]) == 4 and len(model.seen[0][0]) == 2, "the first pass reads as much as the shortest prompt has"
+    asked = [
+        ("||||", Wish(until=("4",))),
+        ("a|", Wish(max_tokens=2)),
+        ("abc|", Wish()),
+        ("ab|", Wish(until=("89", "7"))),
+    ]
+    assert Writer(Voice(model, byte_tokenizer(), 64), 4).write(asked) == [
+        "0123",
+        "01",
+        "0123456789",
+        "0123456",
+    ]
+    assert len(model.seen[0]) == 4 and len(model.seen[0][0]) == 2, (
+        "the first pass reads as much as the shortest prompt has"
+    )
     for (prompt, _), row in zip(sorted(asked, key=lambda each: -len(each[0])), zip(*model.seen)):
         assert list(row[-1])[: len(prompt)] == ids_of(prompt)
 
 
 def test_prompt_and_text_fit_into_the_context() -> None:
-    """The prompt's end is what stays. A task that wants more than half of a small context gets less, and it is told."""
+    """The prompt's end is what stays. A task that wants more than half of a small context gets
+    less, and it is told."""
     model = Script("x" * 200)
     writer = Writer(Voice(model, byte_tokenizer(), 16), 4)
     prompt = "abcdefghijklmnopqrstuvw|"
     assert writer.write([(prompt, Wish(max_tokens=4))]) == ["x" * 4] and writer.notes == []
     assert model.seen[0][0] == ids_of(prompt)[-12:] and max(len(ids[0]) for ids in model.seen) <= 16
-    assert writer.write([(prompt, Wish(max_tokens=256)), ("ab|", Wish(max_tokens=256))]) == ["x" * 8, "x" * 13]
+    assert writer.write([(prompt, Wish(max_tokens=256)), ("ab|", Wish(max_tokens=256))]) == [
+        "x" * 8,
+        "x" * 13,
+    ]
     assert writer.notes == ["the model sees 16 tokens: texts of up to 256 tokens end earlier here"]
     assert max(len(ids[0]) for ids in model.seen) <= 16
 
@@ -105,10 +127,15 @@ def test_draws_depend_on_the_prompt_and_not_on_its_batch() -> None:
     """The same prompt asked again is drawn anew; the nucleus keeps out what is unlikely."""
     model = build("simple_lm", byte_tokenizer().vocab_size)
     asked = [(prompt, Wish(max_tokens=8, temperature=1.5)) for prompt in PROMPTS]
-    texts = [Writer(Voice(model, byte_tokenizer(), CONTEXT), size, seed=2).write(asked) for size in (1, 4, 16)]
+    texts = [
+        Writer(Voice(model, byte_tokenizer(), CONTEXT), size, seed=2).write(asked)
+        for size in (1, 4, 16)
+    ]
     assert texts[0] == texts[1] == texts[2] and texts[0][1] != texts[0][-1]
     assert Writer(Voice(model, byte_tokenizer(), CONTEXT), 4, seed=3).write(asked) != texts[0]
-    greedy = Writer(Voice(model, byte_tokenizer(), CONTEXT), 4).write([(prompt, Wish(max_tokens=8)) for prompt in PROMPTS])
+    greedy = Writer(Voice(model, byte_tokenizer(), CONTEXT), 4).write(
+        [(prompt, Wish(max_tokens=8)) for prompt in PROMPTS]
+    )
     narrow = [(prompt, Wish(max_tokens=8, temperature=1.5, top_p=1e-6)) for prompt in PROMPTS]
     assert Writer(Voice(model, byte_tokenizer(), CONTEXT), 4).write(narrow) == greedy
 
@@ -153,5 +180,7 @@ def test_with_a_cache_each_token_is_read_once() -> None:
 
         model.forward = lambda batch, run=forward, read=read: read(batch, run=run)
         model.extend = lambda ids, cache, run=extend, read=read: read(ids, cache, run=run)
-        Writer(Voice(model, byte_tokenizer(), CONTEXT), 2).write([("abc", Wish(max_tokens=4)), ("abcd", Wish(max_tokens=4))])
+        Writer(Voice(model, byte_tokenizer(), CONTEXT), 2).write(
+            [("abc", Wish(max_tokens=4)), ("abcd", Wish(max_tokens=4))]
+        )
         assert widths == expected

@@ -1,4 +1,5 @@
-"""Small models, and their scores computed the plain way: one text at a time, one full forward pass, every score of it.
+"""Small models, and their scores computed the plain way: one text at a time, one full forward pass,
+every score of it.
 
 T tokens of a text, V vocab_size
 """
@@ -22,11 +23,16 @@ SEQUENCE = {"pool": "sequence", "tau": 0.1}
 """The routing of specification 001 as it is published, which sees the whole row."""
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {}) for name, (settings, _) in MODELS.items() if getattr(settings, "objective", NEXT_TOKEN) == NEXT_TOKEN},
+    **{
+        name: (name, {})
+        for name, (settings, _) in MODELS.items()
+        if getattr(settings, "objective", NEXT_TOKEN) == NEXT_TOKEN
+    },
     "post-norm": ("simple_lm", {"norm": "post", "activation": "relu", "tie_embeddings": False}),
     "not causal": ("polychromatic", {"routing": SEQUENCE}),
 }
-"""Every model of the table that learns next tokens, and forms of them that are scored or continued in other ways."""
+"""Every model of the table that learns next tokens, and forms of them that are scored or continued
+in other ways."""
 
 OF_TEXT = [kind for kind in KINDS if kind != "hub"]
 """Those that any tokenizer can be made for."""
@@ -40,7 +46,9 @@ def byte_tokenizer() -> Tokenizer:
 @lru_cache
 def bpe_tokenizer() -> Tokenizer:
     """Its tokens are words, with the space before them."""
-    return build_tokenizer(TokenizerSettings(type="bpe", vocab_size=400), [story(number) for number in range(8)])
+    return build_tokenizer(
+        TokenizerSettings(type="bpe", vocab_size=400), [story(number) for number in range(8)]
+    )
 
 
 def build(kind: str, vocab_size: int = 40, context: int = CONTEXT) -> Any:
@@ -53,7 +61,12 @@ def build(kind: str, vocab_size: int = 40, context: int = CONTEXT) -> Any:
     model = MODELS[name][1](settings, vocab_size).double().eval()
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64))
+            p.add_(
+                0.3
+                * torch.randn(
+                    p.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64
+                )
+            )
     return model
 
 
@@ -67,7 +80,8 @@ def logs_of(model: nn.Module, ids: list[int]) -> Tensor:
 
 
 def by_hand(model: Any, context: list[int], continuation: list[int]) -> tuple[float, bool]:
-    """The log-probability of a continuation that fits, and whether it is the likeliest, token by token."""
+    """The log-probability of a continuation that fits, and whether it is the likeliest, token by
+    token."""
     window = CONTEXT + 1 if model.is_causal else CONTEXT
     ids = [*context, *continuation][-window:]
     logs = logs_of(model, ids[:-1] if model.is_causal else ids)

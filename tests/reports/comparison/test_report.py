@@ -15,7 +15,11 @@ from core.reports.style import VARIABLES
 from core.ui.text import clean
 from tests.comparison.logs import NASTY, compared, preset, trials
 
-FINALS = {"CE": {1: 3.0, 2: 3.1, 3: 3.2}, "mix": {1: 3.11, 2: 3.2, 3: 3.31}, NASTY: {1: 2.9, 2: 3.05, 3: 3.1}}
+FINALS = {
+    "CE": {1: 3.0, 2: 3.1, 3: 3.2},
+    "mix": {1: 3.11, 2: 3.2, 3: 3.31},
+    NASTY: {1: 2.9, 2: 3.05, 3: 3.1},
+}
 ALL = {
     "embedding_cosine": 0.5,
     "max_probability": 0.4,
@@ -26,7 +30,8 @@ ALL = {
 
 
 class Page(HTMLParser):
-    """Tags in order, the text outside of <style>, every attribute; fails on tags that do not match."""
+    """Tags in order, the text outside of <style>, every attribute; fails on tags that do not
+    match."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -71,15 +76,23 @@ def report(tmp_path_factory) -> tuple[Comparison, Path]:
 
 
 def test_three_files_and_nothing_else(report) -> None:
-    assert sorted(path.name for path in report[1].iterdir()) == ["metrics.json", "report.html", "report.md"]
+    assert sorted(path.name for path in report[1].iterdir()) == [
+        "metrics.json",
+        "report.html",
+        "report.md",
+    ]
 
 
 def test_the_page_needs_nothing_else_and_runs_nothing(report) -> None:
     text = (report[1] / "report.html").read_text()
     page = Page(text)
     assert "://" not in text and "url(data" not in text and "@import" not in text
-    assert not {"script", "link", "img", "iframe", "object", "image", "foreignobject"} & set(page.tags)
-    pointing = [value for name, value in page.attributes if name in ("src", "href", "xlink:href", "action")]
+    assert not {"script", "link", "img", "iframe", "object", "image", "foreignobject"} & set(
+        page.tags
+    )
+    pointing = [
+        value for name, value in page.attributes if name in ("src", "href", "xlink:href", "action")
+    ]
     assert pointing and all(value.startswith("#") for value in pointing)
     assert not [name for name, _ in page.attributes if name.startswith("on")]
 
@@ -93,36 +106,67 @@ def test_what_people_and_models_wrote_is_text(report) -> None:
     markdown = (folder / "report.md").read_text()
     outside = re.sub(r"^(`{3,}).*?^\1$", "", markdown, flags=re.MULTILINE | re.DOTALL)
     assert "<script>" not in outside and "\x1b" not in markdown
-    assert all(line.count(" | ") == line.replace(r"\|", "").count(" | ") for line in outside.splitlines())
-    assert "````\ntree" in markdown and json.loads((folder / "metrics.json").read_text())["name"] != ""
+    assert all(
+        line.count(" | ") == line.replace(r"\|", "").count(" | ") for line in outside.splitlines()
+    )
+    assert (
+        "````\ntree" in markdown and json.loads((folder / "metrics.json").read_text())["name"] != ""
+    )
 
 
 def test_figures_are_themed_and_their_names_are_their_own(report) -> None:
     text = (report[1] / "report.html").read_text()
     figures = re.findall(r"<figure>.*?</figure>", text, re.DOTALL)
-    assert len(figures) == 3 + 7 + 1  # curves; accuracy, cosine, probability, entropy, table, two losses beside CE; intervals
+    # curves; accuracy, cosine, probability, entropy, table, two losses beside CE; intervals
+    assert len(figures) == 3 + 7 + 1
     identifiers = re.findall(r'\bid="([^"]*)"', "".join(figures))
     assert len(identifiers) == len(set(identifiers))
-    assert not [colour for colour in VARIABLES if colour in "".join(figures)] and "var(--s1)" in figures[0]
+    assert (
+        not [colour for colour in VARIABLES if colour in "".join(figures)]
+        and "var(--s1)" in figures[0]
+    )
 
 
 def test_numbers_agree_in_all_three(report) -> None:
     comparison, folder = report
-    page, markdown = Page((folder / "report.html").read_text()).text, (folder / "report.md").read_text()
+    page, markdown = (
+        Page((folder / "report.html").read_text()).text,
+        (folder / "report.md").read_text(),
+    )
     numbers = json.loads((folder / "metrics.json").read_text())
-    assert numbers["format"] == 1 and numbers["metric"] == "cross_entropy" and len(numbers["trials"]) == 9
+    assert (
+        numbers["format"] == 1
+        and numbers["metric"] == "cross_entropy"
+        and len(numbers["trials"]) == 9
+    )
     for variant in comparison.variants[1:]:
         difference = variant.differences["cross_entropy"]
-        stored = next(d for d in numbers["differences"] if (d["variant"], d["metric"]) == (variant.name, "cross_entropy"))
-        assert (stored["mean"], stored["low"], stored["p"]) == (difference.mean, difference.low, difference.p)
-        assert stored["values"] == pytest.approx([FINALS[variant.name][s] - FINALS["CE"][s] for s in (1, 2, 3)])
+        stored = next(
+            d
+            for d in numbers["differences"]
+            if (d["variant"], d["metric"]) == (variant.name, "cross_entropy")
+        )
+        assert (stored["mean"], stored["low"], stored["p"]) == (
+            difference.mean,
+            difference.low,
+            difference.p,
+        )
+        assert stored["values"] == pytest.approx(
+            [FINALS[variant.name][s] - FINALS["CE"][s] for s in (1, 2, 3)]
+        )
         shown = Amount(comparison.primary, difference)
         for text in (shown.number(difference.mean), shown.signed_span()):
             assert text in page and text in markdown
     for verdict, stored in zip(comparison.verdicts, numbers["verdicts"]):
-        assert stored["word"] == verdict.word and stored["sentence"] == verdict.sentence and clean(verdict.sentence) in page
+        assert (
+            stored["word"] == verdict.word
+            and stored["sentence"] == verdict.sentence
+            and clean(verdict.sentence) in page
+        )
     assert "3.100 ± 0.100" in page and "3.100 ± 0.100" in markdown
-    assert next(v for v in numbers["variants"] if v["name"] == "CE")["metrics"]["cross_entropy"]["sd"] == pytest.approx(0.1)
+    assert next(v for v in numbers["variants"] if v["name"] == "CE")["metrics"]["cross_entropy"][
+        "sd"
+    ] == pytest.approx(0.1)
 
 
 def write_and_read(made: list[Trial], folder: Path, **options) -> tuple[str, str]:
@@ -140,13 +184,19 @@ def test_before_anything_ran(tmp_path) -> None:
     made = [Trial(variant, 1, preset(1), tmp_path / "none", "waiting") for variant in ("CE", "mix")]
     page, markdown = write_and_read(made, tmp_path / "out")
     for text in (page, markdown):
-        assert "0 of 2 trials are finished, 2 are still to come" in text and "mix cannot be compared with CE" in text
+        assert (
+            "0 of 2 trials are finished, 2 are still to come" in text
+            and "mix cannot be compared with CE" in text
+        )
 
 
 def test_while_it_runs(tmp_path) -> None:
     """The baseline runs, nothing is finished: its curve is drawn, and no number claims anything."""
     made = trials(tmp_path, {"CE": {1: 3.0}})
-    made = [Trial("CE", 1, made[0].preset, made[0].folder, "running"), Trial("mix", 1, preset(1), tmp_path / "none", "waiting")]
+    made = [
+        Trial("CE", 1, made[0].preset, made[0].folder, "running"),
+        Trial("mix", 1, preset(1), tmp_path / "none", "waiting"),
+    ]
     page, _ = write_and_read(made, tmp_path / "out")
     assert "Curves" in page and "CE, seed 1: running" in page
 
@@ -156,17 +206,32 @@ def test_one_seed_and_a_diverged_variant(tmp_path) -> None:
     made[2] = Trial("bad", 1, made[2].preset, made[2].folder, "diverged", "the loss is not finite")
     page, markdown = write_and_read(made, tmp_path / "out")
     for text in (page, markdown):
-        assert "mix has a cross-entropy 0.10 nats per token higher than CE" in text.replace("0.100", "0.10")
-        assert "bad, seed 1: diverged (the loss is not finite)" in text and "Not counted: seed 1 (bad: diverged)." in text
+        assert "mix has a cross-entropy 0.10 nats per token higher than CE" in text.replace(
+            "0.100", "0.10"
+        )
+        assert (
+            "bad, seed 1: diverged (the loss is not finite)" in text
+            and "Not counted: seed 1 (bad: diverged)." in text
+        )
     assert "2 of 3 trials are finished." in page
 
 
 def test_metrics_that_some_logs_lack(tmp_path) -> None:
     made = trials(tmp_path / "a", {"CE": {1: 3.0, 2: 3.1}}, extra={"embedding_cosine": None})
-    made += trials(tmp_path / "b", {"mix": {1: 3.1, 2: 3.2}}, extra={"embedding_cosine": 0.4, "bits_per_byte": None})
-    made += trials(tmp_path / "c", {"odd": {1: 3.1, 2: 3.3}}, extra={"cross_entropy": float("nan"), "own": 1e300, "other": 7.5})
+    made += trials(
+        tmp_path / "b",
+        {"mix": {1: 3.1, 2: 3.2}},
+        extra={"embedding_cosine": 0.4, "bits_per_byte": None},
+    )
+    made += trials(
+        tmp_path / "c",
+        {"odd": {1: 3.1, 2: 3.3}},
+        extra={"cross_entropy": float("nan"), "own": 1e300, "other": 7.5},
+    )
     page, _ = write_and_read(made, tmp_path / "out")
-    assert "odd cannot be compared with CE" in page and "embedding cosine" in page and "other" in page
+    assert (
+        "odd cannot be compared with CE" in page and "embedding cosine" in page and "other" in page
+    )
     page, _ = write_and_read(made, tmp_path / "asked", metric="no_such_metric")
     assert "no seed is finished in both with a no such metric" in page
 

@@ -1,5 +1,5 @@
-"""The report of an interpretation: every figure at any shape, told apart without colour, and sentences that claim no more than
-there is."""
+"""The report of an interpretation: every figure at any shape, told apart without colour, and
+sentences that claim no more than there is."""
 
 import json
 import re
@@ -25,7 +25,9 @@ NASTY = "$x_1$ <b>&\u202e" + "a very long name " * 8
 def luminance(colour: str) -> float:
     """Relative luminance (WCAG): 0 black, 1 white."""
     parts = [value / 255 for value in bytes.fromhex(colour[1:])]
-    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    linear = [
+        part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts
+    ]
     return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear))
 
 
@@ -43,8 +45,12 @@ def written(found: Interpretation, folder: Path) -> str:
     files = {path.name for path in folder.iterdir()}
     assert files == {*CAPTIONS, "entropy_stats.json", "interpret.json", "index.html"}
     page = (folder / "index.html").read_text()
-    embedded = [b64decode(picture) for picture in re.findall(r'src="data:image/png;base64,([^"]+)"', page)]
-    assert embedded == [(folder / name).read_bytes() for name in CAPTIONS] and all(each.startswith(PNG) for each in embedded)
+    embedded = [
+        b64decode(picture) for picture in re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    ]
+    assert embedded == [(folder / name).read_bytes() for name in CAPTIONS] and all(
+        each.startswith(PNG) for each in embedded
+    )
     assert json.loads((folder / "entropy_stats.json").read_text()) == found.static.stats()
     return page
 
@@ -52,7 +58,11 @@ def written(found: Interpretation, folder: Path) -> str:
 def test_the_page_has_every_figure_and_sentence(tmp_path: Path) -> None:
     found = made_up(documents=(8, 8, 8), shift=1.0)
     page = Page(written(found, tmp_path))
-    assert not [value for key, value in page.attributes if key in ("src", "href") and not value.startswith("data:")]
+    assert not [
+        value
+        for key, value in page.attributes
+        if key in ("src", "href") and not value.startswith("data:")
+    ]
     for caption in CAPTIONS.values():
         for sentence in (caption.title, caption.how.format(unit="documents"), caption.here(found)):
             assert sentence in page.text, sentence
@@ -62,7 +72,14 @@ def test_the_page_has_every_figure_and_sentence(tmp_path: Path) -> None:
         assert f"{name} ({NEUROTRANSMITTERS[name]})" in page.text
 
 
-LARGE = {"layers": 30, "neurons": 1100, "documents": (5,) * 6, "names": (NASTY, *"bcdef"), "causal": False, "spread": 1e-4}
+LARGE = {
+    "layers": 30,
+    "neurons": 1100,
+    "documents": (5,) * 6,
+    "names": (NASTY, *"bcdef"),
+    "causal": False,
+    "spread": 1e-4,
+}
 
 
 @pytest.mark.parametrize(
@@ -87,7 +104,9 @@ def test_nothing_is_claimed_that_is_not_beyond_noise() -> None:
     assert re.search(r"At \d+ of 12 pairs .* lie apart by more than noise", findings(apart)[-1])
     assert "nothing to compare" in findings(made_up(documents=(9,)))[-1]
     few = made_up(documents=(9, 3))
-    assert "cannot be told" in findings(few)[-1] and any("pdf has 3" in warning for warning in warnings(few))
+    assert "cannot be told" in findings(few)[-1] and any(
+        "pdf has 3" in warning for warning in warnings(few)
+    )
     assert not any("static map is noise" in warning for warning in warnings(alike))
     assert any("static map is noise" in warning for warning in warnings(made_up(spread=1e-3)))
     assert any(warning.startswith("Not causal") for warning in warnings(made_up(causal=False)))

@@ -1,4 +1,5 @@
-"""Boxes of text on a page, and the two groupings everything else is made of: stretches without a gap, and rows.
+"""Boxes of text on a page, and the two groupings everything else is made of: stretches without a
+gap, and rows.
 
 In:    plain numbers
 Out:   Box, Page; groups of indices
@@ -31,7 +32,8 @@ def line_height(block: Box) -> float:
 
 
 def spans(intervals: Sequence[tuple[float, float]], gap: float) -> list[list[int]]:
-    """The indices of intervals in stretches with more than `gap` between them, each in its given order, stretches from low on."""
+    """The indices of intervals in stretches with more than `gap` between them, each in its given
+    order, stretches from low on."""
     order = sorted(range(len(intervals)), key=lambda i: intervals[i])
     out: list[list[int]] = []
     end = 0.0
@@ -47,7 +49,8 @@ def spans(intervals: Sequence[tuple[float, float]], gap: float) -> list[list[int
 
 
 def rows(boxes: Sequence[Box]) -> list[list[int]]:
-    """The indices of boxes in rows from the top, each from the left. Boxes are in a row when their middles are close."""
+    """The indices of boxes in rows from the top, each from the left. Boxes are in a row when their
+    middles are close."""
     order = sorted(range(len(boxes)), key=lambda i: (boxes[i].y0 + boxes[i].y1, boxes[i].x0))
     out: list[list[int]] = []
     for i in order:

@@ -1,9 +1,11 @@
-"""What was read out of PDFs, kept by the content of the file: a second run, epoch, rank or name of it reads no PDF again.
+"""What was read out of PDFs, kept by the content of the file: a second run, epoch, rank or name of
+it reads no PDF again.
 
 In:    the digest of a file's bytes
-Out:   its Outcome, or None; a lock, so that two processes do not read the same file at the same time
-State: <root>/.cache/pdf/<digest>-<version>.json.gz; may be deleted at any time, and an unwritable folder costs only time
-"""
+Out:   its Outcome, or None; a lock, so that two processes do not read the same file at the same
+       time
+State: <root>/.cache/pdf/<digest>-<version>.json.gz; may be deleted at any time, and an unwritable
+folder costs only time"""
 
 import gzip
 import hashlib
@@ -49,10 +51,11 @@ def digest_of_file(path: Path) -> str:
 
 
 class Lock:
-    """The right to read one file, and a word to those who wait for it: what came of it, where that is not to last.
+    """The right to read one file, and a word to those who wait for it: what came of it, where that
+    is not to last.
 
-    The word stands in the lock's file, whose name goes with the lock: only who has waited can still read it.
-    """
+    The word stands in the lock's file, whose name goes with the lock: only who has waited can still
+    read it."""
 
     def __init__(self, file: int | None):
         self._file = file
@@ -82,9 +85,14 @@ class PdfCache:
             check_regular(path := self._path(digest))
             found = json.loads(gzip.decompress(path.read_bytes()))
             outcome = Outcome(found["kind"], found["text"], found["damaged"] is True)
-        except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError):  # absent, or cut off, or not ours
+        except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError):
+            # absent, or cut off, or not ours
             return None
-        fits = outcome.kind in LASTING and isinstance(outcome.text, str) and bool(outcome.text) == (outcome.kind == GOOD)
+        fits = (
+            outcome.kind in LASTING
+            and isinstance(outcome.text, str)
+            and bool(outcome.text) == (outcome.kind == GOOD)
+        )
         return outcome if fits else None
 
     def put(self, digest: str, outcome: Outcome) -> None:
@@ -97,7 +105,8 @@ class PdfCache:
 
     @contextmanager
     def lock(self, digest: str, seconds: float) -> Iterator["Lock"]:
-        """Held while the file of that digest is read; after so many seconds had without, for a lock only saves work."""
+        """Held while the file of that digest is read; after so many seconds had without, for a lock
+        only saves work."""
         file = self._lock_file(digest)
         end = time.monotonic() + seconds
         locked = False
@@ -112,7 +121,8 @@ class PdfCache:
                     break
             yield Lock(file if locked else None)
         finally:
-            if locked:  # who waits for it finds the outcome in the cache, whoever comes later makes a new one
+            # who waits for it finds the outcome in the cache, whoever comes later makes a new one
+            if locked:
                 with suppress(OSError):
                     self._lock_path(digest).unlink()
             if file is not None:

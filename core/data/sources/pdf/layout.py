@@ -1,11 +1,15 @@
 """From the boxes of text on a document's pages to its paragraphs, in the order a person reads them.
 
-In:    pages of boxes (x0, y0, x1, y1, text), y growing downwards; a box is one line, in groups as the PDF holds them
-Out:   text: headers, footers and page numbers dropped, columns one after the other, cut words and paragraphs joined
+In:    pages of boxes (x0, y0, x1, y1, text), y growing downwards; a box is one line, in groups as
+       the PDF holds them
+Out:   text: headers, footers and page numbers dropped, columns one after the other, cut words and
+       paragraphs joined
 State: none; nothing here knows of PyMuPDF, and the same boxes give the same text
 
-    pages ─► without_margins ─► blocks ─► reading_order ─► clean_block ─► joined over columns and pages
-             margins.py     └─ a recursive XY-cut over blocks; notes below a page's text come after it
+    pages ─► without_margins ─► blocks ─► reading_order ─► clean_block ─► joined over columns and
+    pages
+             margins.py     └─ a recursive XY-cut over blocks; notes below a page's text come after
+                            it
 """
 
 import re
@@ -17,13 +21,16 @@ from core.data.sources.pdf.boxes import Box, Page, line_height, rows, spans
 from core.data.sources.pdf.margins import without_margins
 
 CELL_GAP = 2.0
-"""Line heights between two pieces of one row that make them cells of a table; justified text has narrower gaps."""
+"""Line heights between two pieces of one row that make them cells of a table; justified text has
+narrower gaps."""
 
 GUTTER = 0.6
-"""Line heights between two columns at least: several spaces wide, narrower than any gutter that is printed."""
+"""Line heights between two columns at least: several spaces wide, narrower than any gutter that is
+printed."""
 
 PROSE_LINE = 20
-"""Characters of a line on average from which text side by side is columns; below, it is a table, read row by row."""
+"""Characters of a line on average from which text side by side is columns; below, it is a table,
+read row by row."""
 
 NOTE_SIZE = 0.9
 """Lines below a page's text that are smaller than this share of its own are footnotes."""
@@ -32,7 +39,8 @@ MAX_BLOCKS = 2000
 """Blocks of a page that are still put in order: beyond, it is a drawing and not a page of text."""
 
 FULL_PARAGRAPH = 100
-"""Characters from which a block that ends in mid-sentence at the end of a column is no heading or caption."""
+"""Characters from which a block that ends in mid-sentence at the end of a column is no heading or
+caption."""
 
 
 class Flow(NamedTuple):
@@ -69,24 +77,32 @@ def page_flow(page: Page, compounds: frozenset[str] = frozenset()) -> list[Flow]
 
 
 def split_group(lines: Sequence[Box]) -> list[Box]:
-    """The lines of one group as blocks: one, or one per column where a PDF was written line by line across its columns."""
+    """The lines of one group as blocks: one, or one per column where a PDF was written line by line
+    across its columns."""
     lines = [line for line in lines if line.text.strip()]
     if not lines:
         return []
     columns = _columns(lines)
-    if len(columns) > 1 and all(len(c) >= 3 and _mean_length(c) >= PROSE_LINE for c in columns) and _side_by_side(columns):
+    if (
+        len(columns) > 1
+        and all(len(c) >= 3 and _mean_length(c) >= PROSE_LINE for c in columns)
+        and _side_by_side(columns)
+    ):
         return [_block(column) for column in columns]
     return [_block(lines)]
 
 
 def reading_order(blocks: Sequence[Box]) -> list[Box]:
-    """Blocks as a person reads them: a recursive XY-cut. Bands from top to bottom, inside a band columns from the left.
+    """Blocks as a person reads them: a recursive XY-cut. Bands from top to bottom, inside a band
+    columns from the left.
 
-    Neighbouring bands that share a gutter are one: paragraphs that happen to end at the same height do not cut columns apart.
-    """
+    Neighbouring bands that share a gutter are one: paragraphs that happen to end at the same height
+    do not cut columns apart."""
     if len(blocks) < 2:
         return list(blocks)
-    bands = [[blocks[i] for i in indices] for indices in spans([_core(block) for block in blocks], 0.0)]
+    bands = [
+        [blocks[i] for i in indices] for indices in spans([_core(block) for block in blocks], 0.0)
+    ]
     out: list[Box] = []
     for band in _merged(bands):
         columns = _columns(band)
@@ -99,7 +115,8 @@ def reading_order(blocks: Sequence[Box]) -> list[Box]:
 
 
 def join_paragraphs(flow: Sequence[Flow], compounds: frozenset[str] = frozenset()) -> list[str]:
-    """Paragraphs; one that was cut by a page or column end is one again, whatever notes stand between its parts."""
+    """Paragraphs; one that was cut by a page or column end is one again, whatever notes stand
+    between its parts."""
     out: list[str] = []
     last = -1  # the last paragraph that is no note
     for text, turns, note in flow:
@@ -112,33 +129,43 @@ def join_paragraphs(flow: Sequence[Flow], compounds: frozenset[str] = frozenset(
     return out
 
 
-# blocks --------------------------------------------------------------------------------------------------------------
+# blocks -------------------------------------------------------------------------------------------
 
 
 def _block(lines: Sequence[Box]) -> Box:
-    """Lines as one box of text: pieces of a row run together, cells of a table with a tab between them."""
+    """Lines as one box of text: pieces of a row run together, cells of a table with a tab between
+    them."""
     texts = []
     for row in rows(lines):
         text, end = "", 0.0
         for line in (lines[i] for i in row):
             gap = line.x0 - end > CELL_GAP * (line.y1 - line.y0)
-            text = f"{text}{chr(9) if gap else ' '}{line.text.strip()}" if text else line.text.strip()
+            text = (
+                f"{text}{chr(9) if gap else ' '}{line.text.strip()}" if text else line.text.strip()
+            )
             end = line.x1
         texts.append(text)
     return Box(
-        min(b.x0 for b in lines), min(b.y0 for b in lines), max(b.x1 for b in lines), max(b.y1 for b in lines), "\n".join(texts)
+        min(b.x0 for b in lines),
+        min(b.y0 for b in lines),
+        max(b.x1 for b in lines),
+        max(b.y1 for b in lines),
+        "\n".join(texts),
     )
 
 
 def _core(block: Box) -> tuple[float, float]:
-    """Its height without the room for accents and descenders, where lines that stand apart overlap."""
+    """Its height without the room for accents and descenders, where lines that stand apart
+    overlap."""
     edge = 0.15 * line_height(block)
     return block.y0 + edge, block.y1 - edge
 
 
 def _columns(blocks: Sequence[Box]) -> list[list[Box]]:
     gutter = GUTTER * median(line_height(block) for block in blocks)
-    return [[blocks[i] for i in indices] for indices in spans([(b.x0, b.x1) for b in blocks], gutter)]
+    return [
+        [blocks[i] for i in indices] for indices in spans([(b.x0, b.x1) for b in blocks], gutter)
+    ]
 
 
 def _mean_length(blocks: Sequence[Box]) -> float:
@@ -153,7 +180,8 @@ def _side_by_side(columns: list[list[Box]]) -> bool:
 
 
 def _is_table(columns: list[list[Box]]) -> bool:
-    """Whether what stands side by side is a table: one column at least is of short single lines, each beside something."""
+    """Whether what stands side by side is a table: one column at least is of short single lines,
+    each beside something."""
     for index, column in enumerate(columns):
         others = [b for i, c in enumerate(columns) if i != index for b in c]
         if len(column) > 1 and all("\n" not in b.text and len(b.text) < PROSE_LINE for b in column):
@@ -171,7 +199,12 @@ def _merged(bands: list[list[Box]]) -> list[list[Box]]:
             before, both = _columns(out[-1]), _columns([*out[-1], *band])
             most = max(len(before), len(own := _columns(band)))
             starts_column = len(before) > 1 or sum(b.text.count("\n") + 1 for b in out[-1]) >= 3
-            if most > 1 and len(both) >= most and starts_column and not (len(own) > 1 and _is_table(own)):
+            if (
+                most > 1
+                and len(both) >= most
+                and starts_column
+                and not (len(own) > 1 and _is_table(own))
+            ):
                 out[-1] = [*out[-1], *band]
                 continue
         out.append(band)
@@ -179,7 +212,8 @@ def _merged(bands: list[list[Box]]) -> list[list[Box]]:
 
 
 def _notes_apart(blocks: list[Box]) -> tuple[list[Box], list[Box]]:
-    """(body, footnotes): what is smaller than the text and has no text of full size below it in its column."""
+    """(body, footnotes): what is smaller than the text and has no text of full size below it in its
+    column."""
     if not blocks:
         return [], []
     sizes = sorted((line_height(b), len(b.text)) for b in blocks)
@@ -193,30 +227,42 @@ def _notes_apart(blocks: list[Box]) -> tuple[list[Box], list[Box]]:
     lowest = max((b.y1 for b, s in zip(blocks, small) if not s), default=0.0)
     notes = []
     for block, is_small in zip(blocks, small):
-        below = (o.y1 for o, s in zip(blocks, small) if not s and o.x0 < block.x1 and block.x0 < o.x1)
-        if is_small and block.y0 > 0.5 * lowest and block.y0 >= max(below, default=0.0) - 0.3 * usual:
+        below = (
+            o.y1 for o, s in zip(blocks, small) if not s and o.x0 < block.x1 and block.x0 < o.x1
+        )
+        if (
+            is_small
+            and block.y0 > 0.5 * lowest
+            and block.y0 >= max(below, default=0.0) - 0.3 * usual
+        ):
             notes.append(block)
     apart = set(map(id, notes))
     return [b for b in blocks if id(b) not in apart], notes
 
 
-# text ----------------------------------------------------------------------------------------------------------------
+# text ---------------------------------------------------------------------------------------------
 
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ufffe\uffff\ud800-\udfff]")
 _ITEM = re.compile(r"([•▪■◦‣·○●*]|\(?\d{1,3}[.)]|\(?[a-z][.)]|[-–—])\s")
 _COMPOUND = re.compile(r"[^\W\d_]+(?:[-\u2010][^\W\d_]+)+")
-_LIGATURES = str.maketrans({"ﬀ": "ff", "ﬁ": "fi", "ﬂ": "fl", "ﬃ": "ffi", "ﬄ": "ffl", "ﬅ": "st", "ﬆ": "st"})
+_LIGATURES = str.maketrans(
+    {"ﬀ": "ff", "ﬁ": "fi", "ﬂ": "fl", "ﬃ": "ffi", "ﬄ": "ffl", "ﬅ": "st", "ﬆ": "st"}
+)
 _BREAK_BELOW = 0.6
-"""A line shorter than this share of its block's longest was ended on purpose (list, verse, heading): its break stays."""
+"""A line shorter than this share of its block's longest was ended on purpose (list, verse,
+heading): its break stays."""
 
 
 def clean_block(text: str, compounds: frozenset[str] = frozenset()) -> str:
-    """One block of a page as a paragraph: words cut at line ends joined, lines run together where the page broke them.
+    """One block of a page as a paragraph: words cut at line ends joined, lines run together where
+    the page broke them.
 
     >>> clean_block("The quick brown fox is jum-\\nping over a very lazy dog that\\nsleeps.\\n")
     'The quick brown fox is jumping over a very lazy dog that sleeps.'
     """
-    cells = [line.split("\t") for line in _UNPRINTABLE.sub("", text).translate(_LIGATURES).split("\n")]
+    cells = [
+        line.split("\t") for line in _UNPRINTABLE.sub("", text).translate(_LIGATURES).split("\n")
+    ]
     lines = ["\t".join(words for cell in row if (words := " ".join(cell.split()))) for row in cells]
     lines = [line for line in lines if line]
     longest = max(map(len, lines), default=0)
@@ -224,19 +270,27 @@ def clean_block(text: str, compounds: frozenset[str] = frozenset()) -> str:
     out, kept_break = "", True
     for line in lines:
         new = kept_break or "\t" in line or (items > 1 and _ITEM.match(line) is not None)
-        out = f"{out}\n{line}" if out and new and not _word_is_cut(out, line) else _joined(out, line, compounds)
+        out = (
+            f"{out}\n{line}"
+            if out and new and not _word_is_cut(out, line)
+            else _joined(out, line, compounds)
+        )
         kept_break = len(line) < _BREAK_BELOW * longest or "\t" in line
     return out
 
 
 def _compounds(lines: Iterable[str]) -> frozenset[str]:
     """Words the document writes with a hyphen in mid-line: theirs stays when a line ends in it."""
-    return frozenset(word.lower().replace("\u2010", "-") for line in lines for word in _COMPOUND.findall(line))
+    return frozenset(
+        word.lower().replace("\u2010", "-") for line in lines for word in _COMPOUND.findall(line)
+    )
 
 
 def _word_is_cut(before: str, after: str) -> bool:
     """Whether a hyphen at a line's end only cuts a word there."""
-    return before.endswith("\xad") or (before[-1:] in ("-", "\u2010") and before[-2:-1].isalpha() and after[:1].islower())
+    return before.endswith("\xad") or (
+        before[-1:] in ("-", "\u2010") and before[-2:-1].isalpha() and after[:1].islower()
+    )
 
 
 def _joined(before: str, after: str, compounds: frozenset[str]) -> str:
@@ -257,5 +311,6 @@ def _goes_on(before: str, after: str, turns: bool) -> bool:
     open_end = before[-1].isalnum() or before[-1] in ",;-\u2010\xad"
     if after[:1].islower():
         return open_end
-    names = turns and after[:1].isupper() and len(after) >= FULL_PARAGRAPH // 2  # a name may begin the next column as well
+    # a name may begin the next column as well
+    names = turns and after[:1].isupper() and len(after) >= FULL_PARAGRAPH // 2
     return names and open_end and len(before.rsplit("\n", 1)[-1]) >= FULL_PARAGRAPH

@@ -10,12 +10,19 @@ import struct
 from typing import Any, BinaryIO
 
 GOOD, CRASH, SLOW, LARGE = "", "crash", "slow", "large"
-EMPTY, ENCRYPTED, DAMAGED, PAGELESS, SCANNED = "empty", "encrypted", "damaged", "pageless", "textless (scanned?)"
+EMPTY, ENCRYPTED, DAMAGED, PAGELESS, SCANNED = (
+    "empty",
+    "encrypted",
+    "damaged",
+    "pageless",
+    "textless (scanned?)",
+)
 """What can come of reading a file: text, or the kind of file it is in the notes."""
 
 LASTING = frozenset((GOOD, EMPTY, ENCRYPTED, DAMAGED, PAGELESS, SCANNED))
 PASSING = frozenset((CRASH, SLOW, LARGE))
-"""Outcomes that follow from the file alone; and others: time and memory run out on one machine and not on another."""
+"""Outcomes that follow from the file alone; and others: time and memory run out on one machine and
+not on another."""
 
 
 def send(stream: BinaryIO, message: dict[str, Any]) -> None:

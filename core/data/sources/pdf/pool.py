@@ -1,12 +1,14 @@
-"""Reads PDFs in other processes: as many at a time as there are workers, each within its limits, through the cache.
+"""Reads PDFs in other processes: as many at a time as there are workers, each within its limits,
+through the cache.
 
 In:    paths
 Out:   a future Outcome for each
-State: threads, each with a worker process of its own from the first file on that is not in the cache; both end when idle
+State: threads, each with a worker process of its own from the first file on that is not in the
+cache; both end when idle
 
-A thread per worker keeps the exchange with it plain: one request, one answer. A worker that dies is replaced, and its file tried
-once more; a worker that does not answer in time is killed from here, in case it cannot end the reading itself.
-"""
+A thread per worker keeps the exchange with it plain: one request, one answer. A worker that dies is
+replaced, and its file tried once more; a worker that does not answer in time is killed from here,
+in case it cannot end the reading itself."""
 
 import os
 import subprocess
@@ -29,7 +31,8 @@ MAX_WORKERS = 4
 IDLE_SECONDS = 20.0
 START_SECONDS = 60.0
 LATE_SECONDS = 10.0
-"""How much longer than a file's limit its answer may take: a worker keeps the limit itself, this is for one that cannot."""
+"""How much longer than a file's limit its answer may take: a worker keeps the limit itself, this is
+for one that cannot."""
 
 
 @dataclass(frozen=True)
@@ -46,15 +49,26 @@ class Worker:
 
     def __init__(self) -> None:
         self.process: subprocess.Popen | None = None
-        self._lock = threading.Lock()  # closing comes from another thread, and must not miss a process that is just starting
+        # closing comes from another thread, and must not miss a process that is just starting
+        self._lock = threading.Lock()
         self._closed = False
 
     def read(self, path: Path, limits: Limits) -> Outcome:
-        """The outcome of one file; a reading that died is tried once more. Raises OSError, SourceUnavailable."""
-        message = {"path": os.path.abspath(path), "seconds": limits.seconds, "memory": limits.memory, "peek": limits.peek}
+        """The outcome of one file; a reading that died is tried once more. Raises OSError,
+        SourceUnavailable."""
+        message = {
+            "path": os.path.abspath(path),
+            "seconds": limits.seconds,
+            "memory": limits.memory,
+            "peek": limits.peek,
+        }
         for _ in range(2):
             reply = self._exchange(message, limits.seconds + LATE_SECONDS)
-            if reply is None or not isinstance(reply.get("kind"), str) or not isinstance(reply.get("text"), str):
+            if (
+                reply is None
+                or not isinstance(reply.get("kind"), str)
+                or not isinstance(reply.get("text"), str)
+            ):
                 self.stop()
             elif "errno" in reply:
                 raise OSError(reply["errno"], os.strerror(reply["errno"] or 0), str(path))
@@ -74,14 +88,16 @@ class Worker:
                         pipe.close()
 
     def close(self) -> None:
-        """Ends the process for good, from any thread; the thread that waits for it finds it dead."""
+        """Ends the process for good, from any thread; the thread that waits for it finds it
+        dead."""
         with self._lock:
             self._closed = True
             if self.process is not None:
                 self.process.kill()
 
     def _exchange(self, message: dict, seconds: float) -> dict | None:
-        """The answer; None where there was none. A worker that is silent for too long gives the answer of a slow file."""
+        """The answer; None where there was none. A worker that is silent for too long gives the
+        answer of a slow file."""
         process = self._running()
         late = threading.Event()
         timer = threading.Timer(seconds, lambda: (late.set(), process.kill()))
@@ -102,18 +118,28 @@ class Worker:
     def _running(self) -> subprocess.Popen:
         if self.process is not None:
             return self.process
-        # one thread for numpy, which PyMuPDF loads: its pool for many cores would stand in the way of a fork
+        # one thread for numpy, which PyMuPDF loads: its pool for many cores would stand in the way
+        # of a fork
         paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        env = {
+            **os.environ,
+            "PYTHONPATH": paths,
+            "OMP_NUM_THREADS": "1",
+            "OPENBLAS_NUM_THREADS": "1",
+        }
         command = [sys.executable, "-m", "core.data.sources.pdf.worker"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         with self._lock:
             if self._closed:
                 raise SourceUnavailable("it was closed")
             try:
-                self.process = process = subprocess.Popen(command, cwd=ROOT, env=env, process_group=0, **pipes)
+                self.process = process = subprocess.Popen(
+                    command, cwd=ROOT, env=env, process_group=0, **pipes
+                )
             except OSError as error:
-                raise SourceUnavailable(f"the process that reads PDFs cannot be started: {error}") from None
+                raise SourceUnavailable(
+                    f"the process that reads PDFs cannot be started: {error}"
+                ) from None
         timer = threading.Timer(START_SECONDS, process.kill)
         timer.daemon = True
         timer.start()
@@ -143,23 +169,27 @@ def read_file(worker: Worker, cache: PdfCache, path: Path, limits: Limits) -> Ou
     with cache.lock(digest, limits.seconds + LATE_SECONDS) as lock:
         if (known := cache.get(digest)) is not None:
             return known
-        if (word := lock.word()) in PASSING:  # another process has just tried: its time is not spent again
+        # another process has just tried: its time is not spent again
+        if (word := lock.word()) in PASSING:
             return Outcome(word, "")
         outcome = worker.read(path, limits)
         if outcome.kind in PASSING:
             lock.leave(outcome.kind)
         after = path.stat()
-        if (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns):  # else that digest is of another text
+        # else that digest is of another text
+        if (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns):
             cache.put(digest, outcome)
         return outcome
 
 
 class Pool:
-    """Threads that read files one after the other. Files that are needed now go before those that are read ahead."""
+    """Threads that read files one after the other. Files that are needed now go before those that
+    are read ahead."""
 
     def __init__(self, cache: PdfCache, size: int = 0):
         self._shared = _Shared(cache, size or min(MAX_WORKERS, os.cpu_count() or 1))
-        # at the latest when Python ends; threads hold what they share and not the pool, so that it can be collected before
+        # at the latest when Python ends; threads hold what they share and not the pool, so that it
+        # can be collected before
         self.close = weakref.finalize(self, self._shared.close)
 
     @property
@@ -195,7 +225,9 @@ class _Shared:
             if len(self._jobs) > self._idle and len(self.workers) < self.size:
                 worker = Worker()
                 self.workers.append(worker)
-                threading.Thread(target=self._work, args=(worker,), name="pdf-reader", daemon=True).start()
+                threading.Thread(
+                    target=self._work, args=(worker,), name="pdf-reader", daemon=True
+                ).start()
             self._ready.notify()
         return future
 

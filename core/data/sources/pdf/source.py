@@ -5,8 +5,8 @@
 
 In:    a folder (looked through to any depth), read with PyMuPDF (AGPL) in processes of its own
 Out:   documents of 3000 to 5000 characters; files that give no text are skipped and named
-State: none in its cursor but that of files.py; files being read ahead, which change nothing but speed
-"""
+State: none in its cursor but that of files.py; files being read ahead, which change nothing but
+speed"""
 
 import threading
 import time
@@ -33,13 +33,16 @@ LOW, HIGH = 3000, 5000
 
 CHECKED_AT_OPEN = 200
 CHECK_SECONDS = 4.0
-"""Files looked into before training starts, and for how long; the others are when their turn comes."""
+"""Files looked into before training starts, and for how long; the others are when their turn
+comes."""
 
 OPEN_SECONDS = 9.0
-"""How long to look for a first file with text: short of the time that all sources together have to open."""
+"""How long to look for a first file with text: short of the time that all sources together have to
+open."""
 
 PEEK_SECONDS = (0.5, 4.0)
-"""How long a file may take to show some text at opening; those that take longer get a second chance, if no other has any."""
+"""How long a file may take to show some text at opening; those that take longer get a second
+chance, if no other has any."""
 
 
 class PdfSettings(Settings):
@@ -69,9 +72,11 @@ class PdfSource(FileSource):
         self._seconds, self._leave_out = settings.file_seconds, settings.leave_out
         self._pool = Pool(PdfCache(root))
         self._lock = threading.Lock()  # a source may have several readers
-        self._following: dict[Unit, tuple[Unit, ...]] = {}  # what comes after each file in the order asked for last
+        # what comes after each file in the order asked for last
+        self._following: dict[Unit, tuple[Unit, ...]] = {}
         self._begun: dict[Unit, Future[Outcome]] = {}
-        self._hopeless: dict[Unit, str] = {}  # took too long or too much here: not tried again at every epoch
+        # took too long or too much here: not tried again at every epoch
+        self._hopeless: dict[Unit, str] = {}
 
     def list_units(self) -> list[Unit]:
         if self._folder.is_file():
@@ -80,7 +85,9 @@ class PdfSource(FileSource):
         for path in walk(self._folder, found):
             if path.name not in self._leave_out:
                 found.add(path, lambda path: path.suffix.lower() == ".pdf")
-        self.note_found(found, self._folder, 'a source of type "text" reads text, web pages and tables')
+        self.note_found(
+            found, self._folder, 'a source of type "text" reads text, web pages and tables'
+        )
         if not found.paths:
             state = "does not exist"
             if self._folder.is_dir():
@@ -97,14 +104,17 @@ class PdfSource(FileSource):
         return units
 
     def open(self) -> None:
-        """Finds one file with text, and looks into as many others as there is time for. Raises SourceUnavailable."""
+        """Finds one file with text, and looks into as many others as there is time for. Raises
+        SourceUnavailable."""
         self._units = None  # a second open looks again
         units = self.order(0)
         begin = time.monotonic()
         slow, found, asked = units, False, 0
         for seconds in PEEK_SECONDS:
             candidates, slow = slow, []
-            for unit, kind in self._peek(candidates, Limits(seconds, self.MEMORY, peek=True), begin + OPEN_SECONDS):
+            for unit, kind in self._peek(
+                candidates, Limits(seconds, self.MEMORY, peek=True), begin + OPEN_SECONDS
+            ):
                 asked += 1
                 found |= kind == GOOD
                 if kind == SLOW:
@@ -129,7 +139,8 @@ class PdfSource(FileSource):
             raise CutShort("the damage, as far as that could be repaired")
 
     def _outcome(self, unit: Unit) -> Outcome:
-        """What a file holds; while it is read and used, the files after it are read ahead. Raises OSError, SourceUnavailable."""
+        """What a file holds; while it is read and used, the files after it are read ahead. Raises
+        OSError, SourceUnavailable."""
         limits = Limits(self._seconds, self.MEMORY)
         with self._lock:
             if unit in self._hopeless:
@@ -140,7 +151,8 @@ class PdfSource(FileSource):
                 future = self._pool.submit(unit.path, limits, urgent=True)
             else:
                 self._pool.hurry(future)
-            for other in [u for u in self._begun if u not in following]:  # another reader's, or of a list that was left
+            # another reader's, or of a list that was left
+            for other in [u for u in self._begun if u not in following]:
                 self._begun.pop(other).cancel()
             for other in following:
                 if other not in self._begun:
@@ -152,12 +164,15 @@ class PdfSource(FileSource):
         return outcome
 
     def _peek(self, units: list[Unit], limits: Limits, end: float) -> Iterator[tuple[Unit, str]]:
-        """(file, kind) of files looked into side by side, as they answer, until the time is over or nobody asks any more."""
+        """(file, kind) of files looked into side by side, as they answer, until the time is over or
+        nobody asks any more."""
         waiting = iter(units)
         running: dict[Future[Outcome], Unit] = {}
         try:
             while time.monotonic() < end:
-                while len(running) < 2 * self._pool.size and (unit := next(waiting, None)) is not None:
+                while (
+                    len(running) < 2 * self._pool.size and (unit := next(waiting, None)) is not None
+                ):
                     running[self._pool.submit(unit.path, limits)] = unit
                 if not running:
                     return
@@ -179,7 +194,10 @@ class PdfSource(FileSource):
 
     def _nothing_yet(self, units: list[Unit]) -> str:
         told = "".join(f"; {note}" for note in self.notes)
-        return f"no text within {OPEN_SECONDS:g} s in any of its {len(units)} files ({units[0].label} ...){told}"
+        return (
+            f"no text within {OPEN_SECONDS:g} s in any of its {len(units)} files "
+            f"({units[0].label} ...){told}"
+        )
 
 
 def _kind(future: "Future[Outcome]") -> str:

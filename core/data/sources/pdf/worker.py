@@ -1,12 +1,15 @@
-"""The process that reads PDFs: `python -m core.data.sources.pdf.worker`. Whatever a file does to it, training goes on.
+"""The process that reads PDFs: `python -m core.data.sources.pdf.worker`. Whatever a file does to
+it, training goes on.
 
 In:    requests on stdin (messages.py), one at a time: {"path", "seconds", "memory", "peek"}
-Out:   on stdout {"ready"} or {"missing"} at the start, then {"kind", "text"} for each request, and {"damaged"}
-State: none; PyMuPDF is loaded once, and each file is read by a fork of this process that lives no longer than that
+Out:   on stdout {"ready"} or {"missing"} at the start, then {"kind", "text"} for each request, and
+       {"damaged"}
+State: none; PyMuPDF is loaded once, and each file is read by a fork of this process that lives no
+longer than that
 
-The fork may take `seconds` of time and `memory` bytes more than it has at its start; then it is killed. It also goes when this
-process does, and this process goes when stdin ends. Where there is no fork, files are read in this process; the parent kills it.
-"""
+The fork may take `seconds` of time and `memory` bytes more than it has at its start; then it is
+killed. It also goes when this process does, and this process goes when stdin ends. Where there is
+no fork, files are read in this process; the parent kills it."""
 
 import ctypes
 import gc
@@ -36,7 +39,9 @@ from core.data.sources.pdf.messages import (
     send,
 )
 
-_FLAGS = 2 | 64  # TEXT_PRESERVE_WHITESPACE | TEXT_CLIP: no images, ligatures as letters, nothing from outside the page
+# TEXT_PRESERVE_WHITESPACE | TEXT_CLIP: no images, ligatures as letters, nothing from outside the
+# page
+_FLAGS = 2 | 64
 _TEXT = 0  # the kind of a block; 1 is an image
 _NO_MEMORY = re.compile(r"alloc.*failed|out of memory|bad_alloc")
 _LOST = re.compile(r"repairing|zlib error|cannot load object|not a stream|broken object")
@@ -56,18 +61,29 @@ def main() -> None:
     try:
         pymupdf = importlib.import_module("pymupdf")
         _warm_up(pymupdf)
-    except Exception as error:  # a broken installation fails in many ways; the parent tells the user
-        send(replies, {"missing": f"{type(error).__name__}: {error}", "absent": isinstance(error, ModuleNotFoundError)})
+    except Exception as error:
+        # a broken installation fails in many ways; the parent tells the user
+        send(
+            replies,
+            {
+                "missing": f"{type(error).__name__}: {error}",
+                "absent": isinstance(error, ModuleNotFoundError),
+            },
+        )
         return
     pymupdf.TOOLS.mupdf_display_errors(False)
     pymupdf.TOOLS.mupdf_display_warnings(False)
     send(replies, {"ready": True})
     while (request := receive(requests)) is not None:
-        send(replies, in_fork(request) if hasattr(os, "fork") else extract(request["path"], request["peek"]))
+        send(
+            replies,
+            in_fork(request) if hasattr(os, "fork") else extract(request["path"], request["peek"]),
+        )
 
 
 def _warm_up(pymupdf: Any) -> None:
-    """Reads a page made up here: what is set up at the first reading is then there in every fork."""
+    """Reads a page made up here: what is set up at the first reading is then there in every
+    fork."""
     document = pymupdf.open()
     document.new_page().insert_text((72, 72), "some text")
     with pymupdf.open(stream=document.tobytes(), filetype="pdf") as written:
@@ -77,13 +93,15 @@ def _warm_up(pymupdf: Any) -> None:
 
 
 def in_fork(request: dict[str, Any]) -> dict[str, Any]:
-    """The reply to one request, from a process of its own. Ends this process when the parent is gone."""
+    """The reply to one request, from a process of its own. Ends this process when the parent is
+    gone."""
     out, into = os.pipe()
     parent = os.getpid()
     child = os.fork()
     if child == 0:
         try:
-            for low, high in ((0, 1), (3, into), (into + 1, 256)):  # who waits for the parent's end must not wait for this one
+            # who waits for the parent's end must not wait for this one
+            for low, high in ((0, 1), (3, into), (into + 1, 256)):
                 os.closerange(low, high)
             _limit_self(request["seconds"], request["memory"], parent)
             with os.fdopen(into, "wb") as stream:
@@ -95,7 +113,8 @@ def in_fork(request: dict[str, Any]) -> dict[str, Any]:
     try:
         while True:
             ready, _, _ = select.select([out, 0], [], [], max(0.0, end - time.monotonic()))
-            if 0 in ready:  # nobody sends a second request before the first is answered: the parent is gone
+            # nobody sends a second request before the first is answered: the parent is gone
+            if 0 in ready:
                 os.kill(child, signal.SIGKILL)
                 os._exit(0)
             if not ready:
@@ -133,7 +152,8 @@ def _limit_self(seconds: float, memory: int, parent: int) -> None:
 
 
 def extract(path: str, peek: bool) -> dict[str, Any]:
-    """What a file holds. With `peek` only whether it holds text at all, which takes no longer for a long file."""
+    """What a file holds. With `peek` only whether it holds text at all, which takes no longer for a
+    long file."""
     try:
         if peek:
             return {"kind": GOOD, "text": _has_text(path)}
@@ -155,7 +175,11 @@ def _text(path: str) -> tuple[str, bool]:
     tools.reset_mupdf_warnings()
     with _open(path) as document:
         pages = list(_pages(document))
-        damaged = document.is_repaired or len(pages) < document.page_count or bool(_LOST.search(tools.mupdf_warnings()))
+        damaged = (
+            document.is_repaired
+            or len(pages) < document.page_count
+            or bool(_LOST.search(tools.mupdf_warnings()))
+        )
         text = document_text(pages)
     if not text.strip():
         raise Refused(SCANNED)
@@ -183,7 +207,8 @@ def _open(path: str) -> Any:
             with open(path, "rb") as file:
                 document = pymupdf.open(stream=file.read(), filetype="pdf")
         locked, pages, repaired = document.needs_pass, document.page_count, document.is_repaired
-    except Exception as error:  # FileDataError, MuPDF's own errors, and what PyMuPDF makes of answers it does not expect
+    except Exception as error:
+        # FileDataError, MuPDF's own errors, and what PyMuPDF makes of answers it does not expect
         _raise_memory(error)
         raise Refused(DAMAGED) from None
     if locked:
@@ -194,7 +219,8 @@ def _open(path: str) -> Any:
 
 
 def _pages(document: Any) -> Any:
-    """The boxes of every page that can be read: a broken one does not cost the rest. Raises Refused when none can."""
+    """The boxes of every page that can be read: a broken one does not cost the rest. Raises Refused
+    when none can."""
     failed = 0
     for number in range(document.page_count):
         try:
@@ -205,7 +231,9 @@ def _pages(document: Any) -> Any:
             _raise_memory(error)
             failed += 1
             continue
-        groups = [[_box(line) for line in block["lines"]] for block in blocks if block["type"] == _TEXT]
+        groups = [
+            [_box(line) for line in block["lines"]] for block in blocks if block["type"] == _TEXT
+        ]
         yield Page(height, groups)
     if failed == document.page_count:
         raise Refused(DAMAGED)
