@@ -36,7 +36,7 @@ def make_step(
     import torch
 
     from core.assembly import Preset, build_training
-    from core.parallel import Single
+    from core.parallel.single import Single
     from core.preset.decode import decode_preset
     from core.runtime import detect_runtime
 

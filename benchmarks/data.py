@@ -74,7 +74,7 @@ def loader_of(folder: Path, packing: str, workers: int = 0) -> Any:
     from core.data.sources import build_source
     from core.data.sources.text import TextSettings
     from core.data.validation import HoldOut
-    from core.parallel import Single
+    from core.parallel.single import Single
 
     section = TextSettings(path="corpus.jsonl")
     source, tokenizer = build_source(section, folder, 1), tokenizer_of(folder)

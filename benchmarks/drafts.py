@@ -28,7 +28,7 @@ from core.data.sources import PythonStdlibSettings, build_source
 from core.generation.engine import Row, Voice, Wish, advance
 from core.generation.speculative import Drafter
 from core.jobs.train import train
-from core.parallel import Single
+from core.parallel.single import Single
 from core.preset.decode import decode_preset
 from core.runtime import detect_runtime
 from core.trained import Trained, load_trained

@@ -51,7 +51,7 @@ def trained_by(stem: str, root: Path) -> Any:
     two steps."""
     from core.assembly import Preset
     from core.jobs.train import train
-    from core.parallel import Single
+    from core.parallel.single import Single
     from core.preset.decode import read_preset
     from core.runtime import detect_runtime
     from core.trained import load_trained

@@ -76,7 +76,7 @@ def speed() -> None:
 
 def long_documents(name: str, root: Path = ROOT) -> None:
     from core.data.corpus import open_held_out
-    from core.parallel import Single
+    from core.parallel.single import Single
 
     trained = trained_by(name, root)
     heads = trained.heads()

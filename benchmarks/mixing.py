@@ -18,7 +18,7 @@ def main(short: bool) -> None:
     from core.data.corpus import open_corpus
     from core.data.mixing import Mixer
     from core.data.tokenizer import SAMPLE_CHARACTERS, build_tokenizer
-    from core.parallel import Single
+    from core.parallel.single import Single
     from core.preset.decode import decode_preset
 
     sources = ["python_stdlib", {"type": "text", "path": "docs", "name": "docs"}]

@@ -29,7 +29,7 @@ from core.contracts import plain_batch
 from core.data.corpus import open_held_out
 from core.generation.engine import Row, Voice, Wish, advance
 from core.heads.planner import WIDTH, look_ahead
-from core.parallel import Single
+from core.parallel.single import Single
 from core.trained import Trained
 from core.voice import voice_of
 

@@ -70,7 +70,7 @@ def make_text(vocab_size: int, folder: Path) -> None:
 
     from core.data.corpus import open_corpus
     from core.data.tokenizer import build_tokenizer
-    from core.parallel import Single
+    from core.parallel.single import Single
 
     preset = preset_of(vocab_size)
     texts = open_corpus(preset, ROOT, Single()).sample_texts(sized(10_000_000, 100_000))
@@ -84,7 +84,7 @@ def ours(vocab_size: int, folder: Path) -> list[float]:
     """The end of every step, in seconds, of a training session as main.py makes it."""
     from core.assembly import build_training
     from core.jobs.train import train_to_the_end
-    from core.parallel import Single
+    from core.parallel.single import Single
     from core.runtime import detect_runtime, prepare
 
     runtime = detect_runtime()

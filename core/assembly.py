@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from core.checkpoint.lineage import changed_sources
+from core.checkpoint.slots import load_slot
 from core.checkpoint.store import FORMAT, LINEAGE_OF_ITS_OWN, CheckpointStore, stored_bytes
 from core.checkpoint.weights import FITTING, Weights, find_weights
 from core.contracts import call_if_defined
@@ -38,7 +39,7 @@ from core.losses import LOSSES
 from core.losses.stack import LossStack
 from core.metrics.log import LOG, MetricsLog, check_log, evaluation_is_missing
 from core.models import MODELS
-from core.parallel import load_slot, on_rank_zero, rank_zero_first
+from core.parallel.ranks import on_rank_zero, rank_zero_first
 from core.preset.decode import preset_class, preset_json
 from core.preset.settings import MASKED_TOKENS, RUN_TOKENS
 from core.randomness import derive_seed

@@ -30,7 +30,8 @@ from core.file_names import slot_name
 from core.files import own_path
 from core.jobs import JOBS, PREVIEWS
 from core.metrics.log import LOG, evaluation_is_missing
-from core.parallel import DDP, Single
+from core.parallel.ddp import DDP
+from core.parallel.single import Single
 from core.preset.decode import decode_preset, preset_json, read_preset
 from core.preset.settings import RUN_TOKENS
 from core.reports.run_card import is_positive, read_card

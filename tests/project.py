@@ -254,7 +254,7 @@ def train_here(preset: dict, root: Path, stem: str = "t") -> list[dict]:
     """
     from core.assembly import Preset
     from core.jobs.train import train
-    from core.parallel import Single
+    from core.parallel.single import Single
     from core.preset.decode import decode_preset
     from core.runtime import detect_runtime
 

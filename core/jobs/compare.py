@@ -28,7 +28,7 @@ from core.errors import Diverged, Interrupted, UserError
 from core.files import cause, read_json
 from core.jobs.train import train_to_the_end, views_of
 from core.metrics.log import LOG, evaluation_is_missing, read_events
-from core.parallel import on_rank_zero
+from core.parallel.ranks import on_rank_zero
 from core.preset.decode import decode_preset
 from core.reports.comparison import write_report
 from core.runtime import Runtime, forget_peak_memory

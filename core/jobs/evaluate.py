@@ -41,7 +41,7 @@ from core.evaluation.results import (
 )
 from core.files import cause, own_path
 from core.generation.engine import Voice
-from core.parallel import Single
+from core.parallel.single import Single
 from core.preset.decode import preset_json
 from core.preset.settings import NEXT_TOKEN, objective_of
 from core.runtime import Runtime

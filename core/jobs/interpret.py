@@ -30,7 +30,7 @@ from core.files import cause
 from core.interpretation.results import Interpretation, interpret_routing
 from core.interpretation.routing import Reading, Router, static_routing
 from core.models.polyglu import NAMES
-from core.parallel import Single
+from core.parallel.single import Single
 from core.reports.interpretation import write_interpretation
 from core.reports.interpretation.content import findings, layer_table, warnings
 from core.runtime import Runtime, uncompiled

@@ -32,7 +32,7 @@ from core.data.tokenizer import (
 from core.errors import Interrupted, NoData, SourceUnavailable, UserError
 from core.file_names import file_name, is_file_name
 from core.files import cause, own_path
-from core.parallel import Single
+from core.parallel.single import Single
 from core.runtime import Runtime
 from core.signals import StopRequest
 from core.ui.tokenize import TokenizeView

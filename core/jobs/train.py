@@ -14,7 +14,7 @@ from typing import Any
 from core.assembly import TrainingSession, build_training
 from core.checkpoint.lineage import owned
 from core.errors import Interrupted
-from core.parallel import on_rank_zero
+from core.parallel.ranks import on_rank_zero
 from core.reports.curves_masked import MaskedPlot
 from core.reports.run_card import LossPlot, RunCard
 from core.runtime import Runtime

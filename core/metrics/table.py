@@ -7,9 +7,6 @@ State: none
 """
 
 from dataclasses import dataclass
-from typing import Any
-
-from core.preset.settings import MASKED_TOKENS, objective_of
 
 LOSS = "loss: "
 """What stands before the name of a loss among the metrics."""
@@ -30,7 +27,7 @@ class Measure:
     digits: int = 3  # after the point, at least
 
 
-_KNOWN = {
+METRICS = {
     measure.key: measure
     for measure in (
         Measure("cross_entropy", "cross-entropy", "nats per token", -1),
@@ -95,7 +92,7 @@ _OF_A_TABLE = (
     "prototype_dimensions",
     "prototype_drift",
 )
-PER_TOKEN = tuple(key for key in _KNOWN if key not in ("bits_per_byte", *_OF_A_TABLE))
+PER_TOKEN = tuple(key for key in METRICS if key not in ("bits_per_byte", *_OF_A_TABLE))
 """Metrics whose value depends on how text is cut into tokens."""
 
 
@@ -104,44 +101,19 @@ def measure(key: str) -> Measure:
     if key.startswith(LOSS):
         return Measure(key, f"loss “{key.removeprefix(LOSS)}”", "", -1)
     if key.startswith(HEAD):
-        return _KNOWN.get(key) or Measure(
+        return METRICS.get(key) or Measure(
             key, f"head “{key.removeprefix(HEAD)}”", "", 0 if "." in key else -1
         )
     if key.startswith(HELD_OUT):
         return Measure(key, f"loss on “{key.removeprefix(HELD_OUT)}”", "", -1)
     if key.startswith(READ):
         return Measure(key, f"share of “{key.removeprefix(READ)}” in training", "", 0)
-    return _KNOWN.get(key) or Measure(key, key.replace("_", " "))
-
-
-def metrics_of(preset: Any) -> set[str]:
-    """Every metric that evaluations of a preset may give."""
-    model, sources = preset.model, [source.name for source in preset.data.sources]
-    found = {"token_accuracy", "top5_accuracy", "table_cosine"}
-    masked, distances = (
-        objective_of(model) == MASKED_TOKENS,
-        getattr(model, "head", None) == "distance",
-    )
-    if distances:
-        found |= {
-            key for key in _KNOWN if key.startswith(("nll_", "prototype_", "pseudo_perplexity_"))
-        }
-    else:
-        found |= {"cross_entropy", "entropy", "max_probability", "embedding_cosine"}
-        found |= {"pseudo_perplexity"} if masked else {"perplexity", "bits_per_byte"}
-    if getattr(model, "keep_decoder", False):
-        found |= {key for key in _KNOWN if key.startswith("decoder_")}
-    found |= {f"{LOSS}{loss.name or loss.type}" for loss in preset.losses}
-    for head in (HEAD + key.removeprefix("enable_") for key in preset.auxiliary.heads):
-        found |= {head, *(key for key in _KNOWN if key.startswith(f"{head}."))}
-    return found | {
-        f"{what}{name}" for what in (HELD_OUT, READ) for name in sources if len(sources) > 1
-    }
+    return METRICS.get(key) or Measure(key, key.replace("_", " "))
 
 
 def ordered(keys: set[str]) -> list[str]:
     """The known ones in the order above, then losses, then what heads measure, then the others."""
-    known = list(_KNOWN)
+    known = list(METRICS)
 
     def place(key: str) -> int:
         return (

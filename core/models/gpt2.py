@@ -11,10 +11,10 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from core.models.huggingface import HuggingFaceLM, configure, transformers
-from core.preset.settings import Settings
+from core.preset.settings import ModelSettings
 
 
-class GPT2Settings(Settings):
+class GPT2Settings(ModelSettings):
     """GPT-2's architecture with random weights, at any size. The defaults are those of the smallest
     published one."""
 

@@ -18,13 +18,13 @@ from core.errors import UserError
 from core.hf_hub import explain, why_unreachable
 from core.models.huggingface import HuggingFaceLM, configure, obstacle, transformers
 from core.models.published import folder_of, place_of, refuse_new_tokenizer, tokenizer_hint
-from core.preset.settings import Settings
+from core.preset.settings import ModelSettings
 
 WORKING = "GPT-2 (gpt2, distilgpt2), Llama, Mistral, Qwen2 and Qwen3, Pythia, OPT and SmolLM"
 """Some of the architectures that pass `obstacle`; tests/models/test_huggingface.py tries them."""
 
 
-class HubSettings(Settings):
+class HubSettings(ModelSettings):
     """A causal language model of the Hugging Face Hub."""
 
     type: Literal["hub"] = "hub"

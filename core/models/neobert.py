@@ -27,7 +27,7 @@ from core.models.attention import Attention, DocumentMask, attend, choose_backen
 from core.models.norm import rms_norm
 from core.models.published import find_file, place_of, refuse_new_tokenizer, tokenizer_hint
 from core.models.readout import DistanceReadout, LinearReadout
-from core.preset.settings import MASKED_TOKENS, Settings
+from core.preset.settings import MASKED_TOKENS, ModelSettings
 
 INITIAL_RANGE = 0.02
 """Weights begin uniform between this and its negative, as published."""
@@ -43,7 +43,7 @@ BUILT_IN = {"rope": True, "rms_norm": True, "hidden_act": "swiglu"}
 """What a config.json may say, and only so: there is no setting for it."""
 
 
-class NeoBERTSettings(Settings):
+class NeoBERTSettings(ModelSettings):
     """NeoBERT. The defaults are those of the published model, 245,136,954 parameters."""
 
     objective: ClassVar[str] = MASKED_TOKENS

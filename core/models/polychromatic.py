@@ -42,7 +42,7 @@ from core.models.polyglu import (
     position_factors,
 )
 from core.models.readout import LinearReadout
-from core.preset.settings import Settings
+from core.preset.settings import ModelSettings, Settings
 from core.schedules import Piece, Schedule, limits, value_at
 
 GATE_WIDTH = 32
@@ -71,7 +71,7 @@ class RoutingSettings(Settings):
         return self
 
 
-class PolychromaticSettings(Settings):
+class PolychromaticSettings(ModelSettings):
     """PolychromaticLM. The defaults are those of the published model, 597,153,888 parameters."""
 
     type: Literal["polychromatic"] = "polychromatic"

@@ -28,10 +28,10 @@ from core.models.attention import (
 from core.models.initial import STD, draw_residual, draw_weights
 from core.models.kv_cache import KeyValueCache
 from core.models.readout import LinearReadout
-from core.preset.settings import Settings
+from core.preset.settings import ModelSettings
 
 
-class SimpleLMSettings(Settings):
+class SimpleLMSettings(ModelSettings):
     """The baseline LM."""
 
     type: Literal["simple_lm"] = "simple_lm"

@@ -26,26 +26,12 @@ from pydantic import (
 )
 
 from core.errors import PresetError
-from core.file_names import LONGEST, NAME, file_name, is_file_name
-from core.metrics.table import metrics_of
+from core.file_names import file_name
+from core.preset.base import PresetBase
 from core.preset.json_file import UNREADABLE, read_json, shown
 from core.preset.mistakes import explain
-from core.preset.settings import (
-    RUN_TOKENS,
-    AuxiliarySettings,
-    CompareSettings,
-    DataSettingsBase,
-    EvaluateSettings,
-    GenerateSettings,
-    InterpretSettings,
-    LoggingSettings,
-    Seed,
-    Settings,
-    TokenizerSettings,
-    TokenizeSettings,
-    TrainSettings,
-    VariantSettings,
-)
+from core.preset.settings import RUN_TOKENS, DataSettingsBase, Settings, VariantSettings
+from core.preset.variants import metrics_of
 from core.schedules import limits
 
 PLAIN_HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -118,7 +104,7 @@ def _union(
 
 def preset_class(
     models: dict, losses: dict, sources: dict, source_names: dict[str, dict], jobs: list[str]
-) -> type[BaseModel]:
+) -> type[PresetBase]:
     """The Preset class over these tables.
 
     models, losses, sources   {type: (Settings class, built class)}
@@ -145,13 +131,6 @@ def preset_class(
         hint = f'; did you mean "{near[0]}"?' if near else f"; known are {', '.join(known)}"
         raise ValueError(f'no source is called "{name}"{hint}')
 
-    tokenizer = Annotated[
-        TokenizerSettings,
-        BeforeValidator(
-            lambda v: {"type": "hub", "name": v} if isinstance(v, str) else v,
-            json_schema_input_type=TokenizerSettings | str,
-        ),
-    ]
     model = _union(models, "model", default="simple_lm")
     source = _union(
         sources, "source", default=None, text_is=named_source, names=tuple(source_names)
@@ -170,41 +149,9 @@ def preset_class(
     default_model = next(iter(models.values()))[0]
     return create_model(
         "Preset",
-        __base__=Settings,
-        schema_=(
-            str | None,
-            Field(None, alias="$schema", description="The JSON Schema an editor completes from."),
-        ),
-        name=(str, Field("", description="Name in the menu; left out, the file's.")),
-        description=(str, Field("", description="One line for the menu.")),
-        extends=(
-            str | None,
-            Field(None, description="Another preset; this one states only what differs."),
-        ),
+        __base__=PresetBase,
         job=(Literal[tuple(jobs)], Field(jobs[0], description="What to do.")),
-        lineage=(
-            Annotated[str, AfterValidator(_is_lineage)],
-            Field(
-                "",
-                json_schema_extra={"pattern": f"^({NAME.pattern})?$"},
-                description="Name of the checkpoints; left out, the file's.",
-            ),
-        ),
-        init_from=(
-            str | None,
-            Field(
-                None,
-                min_length=1,
-                description="Weights to begin with: a lineage, or a file (.pth .pt .safetensors), "
-                "relative to the project.",
-            ),
-        ),
         model=(model, Field(default_factory=default_model, description="The architecture.")),
-        tokenizer=(
-            tokenizer,
-            Field(TokenizerSettings(), description="Section, or the name of a Hub tokenizer."),
-        ),
-        train=(TrainSettings, Field(TrainSettings(), description="The recipe.")),
         losses=(
             Annotated[
                 list[_union(losses, "loss", default=None)],
@@ -216,39 +163,7 @@ def preset_class(
                 description="Weighted sum of losses on the vocabulary.",
             ),
         ),
-        auxiliary=(AuxiliarySettings, Field(AuxiliarySettings(), description="Auxiliary heads.")),
         data=(data, Field(description="What to read, and how.")),
-        generate=(GenerateSettings, Field(GenerateSettings(), description="Sampling.")),
-        tokenize=(
-            TokenizeSettings,
-            Field(TokenizeSettings(), description="What the tokenize job writes."),
-        ),
-        evaluate=(
-            EvaluateSettings,
-            Field(EvaluateSettings(), description="What the evaluate job measures."),
-        ),
-        interpret=(
-            InterpretSettings,
-            Field(InterpretSettings(), description="How much the interpret job reads."),
-        ),
-        variants=(
-            list[VariantSettings],
-            Field([], description="What the compare job compares; the first is the baseline."),
-        ),
-        seeds=(
-            list[Seed],
-            Field(
-                [42, 43, 44], min_length=1, description="Seeds that each variant is trained with."
-            ),
-        ),
-        compare=(
-            CompareSettings,
-            Field(CompareSettings(), description="How the compare job decides."),
-        ),
-        logging=(
-            LoggingSettings,
-            Field(LoggingSettings(), description="Where metrics go besides logs/."),
-        ),
     )
 
 
@@ -259,18 +174,6 @@ def _named_apart(losses: list[Any]) -> list[Any]:
             f'two losses are called {", ".join(twice)}; give one of them another "name"'
         )
     return losses
-
-
-def _is_lineage(name: str) -> str:
-    """Raises ValueError. A trial of a comparison has a folder for itself:
-    <lineage>/<variant>/<seed>."""
-    if name and not all(is_file_name(part) for part in name.split("/")):
-        raise ValueError(
-            f"names files: at most {LONGEST} letters, digits and . _ -, no dot at either end, and "
-            "no name that Windows keeps, "
-            f'such as CON; "{file_name(name)}" would do'
-        )
-    return name
 
 
 def read_preset(path: Path, cls: type[BaseModel]) -> Any:

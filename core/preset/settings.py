@@ -39,9 +39,24 @@ def objective_of(model: Settings) -> str:
     return getattr(model, "objective", NEXT_TOKEN)
 
 
-class LossSettings(Settings):
-    """What every loss of the stack has; its `type` and its own keys stand beside its code."""
+class ModelSettings(Settings):
+    """What every model's section has; the rest stands beside its code."""
 
+    type: str
+    seq_length: int
+
+
+class SourceSettings(Settings):
+    """What every source's section has; the rest stands beside its code."""
+
+    type: str
+    name: str
+
+
+class LossSettings(Settings):
+    """What every loss of the stack has; its own keys stand beside its code."""
+
+    type: str
     name: str | None = Field(None, min_length=1)
     """Name in logs; left out, its type. Two losses of one type need different ones."""
     weight: Schedule = 1.0

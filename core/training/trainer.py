@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from core.checkpoint.slots import load_slot
 from core.checkpoint.store import CheckpointStore, load_model
 from core.contracts import call_if_defined
 from core.data.loader import Loader, StepRows
@@ -27,7 +28,6 @@ from core.errors import CheckpointError, Diverged, NoData, first_line
 from core.heads.build import load_heads
 from core.losses.stack import LossTerms
 from core.metrics.log import CUT_SHORT, MetricsLog
-from core.parallel import load_slot
 from core.preset.settings import TrainSettings
 from core.runtime import Runtime, uncompiled
 from core.schedules import learning_rate_schedule, value_at

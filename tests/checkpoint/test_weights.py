@@ -23,7 +23,8 @@ from core.errors import CheckpointError, PresetError, UserError
 from core.jobs.compare import preview_compare
 from core.launch import _card
 from core.models.simple_lm import SimpleLM
-from core.parallel import Single, on_rank_zero, rank_zero_first
+from core.parallel.ranks import on_rank_zero, rank_zero_first
+from core.parallel.single import Single
 from core.preset.decode import decode_preset
 from core.preset.settings import TokenizerSettings
 from core.runtime import detect_runtime

@@ -26,7 +26,7 @@ from core.data.sources.text import TextSettings
 from core.data.tokenizer import MASK, Tokenizer, build_tokenizer
 from core.data.validation import HoldOut
 from core.errors import SourceUnavailable
-from core.parallel import Single
+from core.parallel.single import Single
 from core.preset.settings import TokenizerSettings
 
 SEQ_LENGTH = 32

@@ -21,7 +21,7 @@ from core.data.tokenizer import END, MARKERS, MASK, Tokenizer, build_tokenizer, 
 from core.data.validation import HoldOut, validation_rows
 from core.errors import UserError
 from core.jobs.tokenize import tokenize
-from core.parallel import Single
+from core.parallel.single import Single
 from core.preset.decode import decode_preset
 from core.preset.settings import TokenizerSettings
 from core.runtime import detect_runtime

@@ -16,7 +16,7 @@ from core.heads.stack import HeadStack
 from core.losses.cross_entropy import CrossEntropy, CrossEntropySettings
 from core.losses.stack import LossStack
 from core.models.simple_lm import SimpleLM, SimpleLMSettings
-from core.parallel import Single
+from core.parallel.single import Single
 from tests.data.corpus import Ranks, make_factory, start, write_corpus
 from tests.heads.setup import heads_for
 

@@ -203,7 +203,7 @@ def test_resuming_equals_not_stopping(optimizer: str, tmp_path: Path) -> None:
             session(
                 tmp_path / "stopped",
                 lambda: built[0].trainer.progress.step >= stop_at,
-                **settings,  # noqa: B023
+                **settings,
             )
         )
         finish(built[0])

@@ -23,7 +23,7 @@ from core.data.corpus import open_corpus
 from core.data.tokenizer import Tokenizer, build_tokenizer
 from core.errors import Interrupted, NoData, UserError
 from core.launch import _card
-from core.parallel import Single
+from core.parallel.single import Single
 from core.preset.decode import decode_preset
 from core.runtime import detect_runtime, forget_peak_memory
 from tests.documents import GUIDE, block_of, files_named

@@ -19,7 +19,7 @@ from core.errors import Interrupted, MissingPackage, NoData, UserError
 from core.evaluation.harness import library
 from core.jobs import PREVIEWS
 from core.jobs.evaluate import evaluate
-from core.parallel import Single
+from core.parallel.single import Single
 from core.preset.decode import decode_preset
 from core.runtime import detect_runtime
 from core.ui.evaluate import EvaluateView

@@ -24,7 +24,7 @@ from core.generation.engine import generate as sample
 from core.jobs import PREVIEWS
 from core.jobs.generate import BlankFiller, Chatter, Speaker, generate, obey, speaker_of
 from core.models.readout import LinearReadout
-from core.parallel import Single
+from core.parallel.single import Single
 from core.preset.decode import decode_preset
 from core.randomness import derive_seed
 from core.runtime import detect_runtime

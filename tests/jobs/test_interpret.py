@@ -13,7 +13,7 @@ import torch
 from core.assembly import Preset
 from core.errors import Interrupted, UserError
 from core.jobs.interpret import interpret, preview_interpret, rows_of
-from core.parallel import Single
+from core.parallel.single import Single
 from core.preset.decode import decode_preset
 from core.reports.interpretation.content import CAPTIONS
 from core.runtime import detect_runtime
@@ -206,9 +206,10 @@ def test_an_interruption_writes_nothing(root: Path, monkeypatch: pytest.MonkeyPa
 
 def test_every_document_is_heard_before_any_is_heard_out() -> None:
     documents = [np.arange(n) for n in (5, 9, 1, 4)]
-    cut = lambda tokens: [
-        (number, row.tolist()) for number, row in rows_of(iter(documents), 4, tokens)
-    ]
+
+    def cut(tokens: int) -> list[tuple[int, list[int]]]:
+        return [(number, row.tolist()) for number, row in rows_of(iter(documents), 4, tokens)]
+
     first = [(0, [0, 1, 2, 3]), (1, [0, 1, 2, 3]), (2, [0]), (3, [0, 1, 2, 3])]
     assert cut(10**9) == [*first, (0, [4]), (1, [4, 5, 6, 7]), (1, [8])]
     assert cut(6) == first[:2] and cut(14) == [*first, (0, [4])]

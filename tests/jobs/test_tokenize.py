@@ -26,7 +26,7 @@ from core.data.tokenizer import build_tokenizer, read_tokenizer
 from core.errors import Interrupted, NoData, SourceUnavailable, UserError
 from core.jobs import PREVIEWS
 from core.launch import _card
-from core.parallel import Single
+from core.parallel.single import Single
 from core.preset.decode import decode_preset
 from core.preset.settings import TokenizerSettings
 from core.runtime import detect_runtime

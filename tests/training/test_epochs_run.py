@@ -21,7 +21,7 @@ from core.data.sources import build_source
 from core.data.sources.text import TextSettings
 from core.errors import UserError
 from core.launch import _time_line
-from core.parallel import Single
+from core.parallel.single import Single
 from core.preset.decode import decode_preset
 from core.runtime import detect_runtime
 from core.ui.plain import PlainLines

@@ -24,7 +24,7 @@ from core.data.tokenizer import MASK, Tokenizer, build_tokenizer
 from core.errors import UserError
 from core.jobs.evaluate import evaluate
 from core.jobs.interpret import interpret
-from core.parallel import Single
+from core.parallel.single import Single
 from core.preset.decode import decode_preset
 from core.preset.settings import TokenizerSettings
 from core.runtime import detect_runtime

@@ -27,7 +27,7 @@ from core.errors import NoData, UserError
 from core.evaluation.held_out import Evaluator
 from core.launch import _resume_line
 from core.metrics.log import evaluation_is_missing
-from core.parallel import Single
+from core.parallel.single import Single
 from core.preset.decode import decode_preset
 from core.runtime import detect_runtime
 from core.signals import STOP_SIGNALS, StopRequest, signals_held

@@ -18,7 +18,7 @@ from torch import Tensor
 from core.assembly import Preset, TrainingSession, build_training
 from core.contracts import ModelOutput
 from core.errors import CheckpointError, Diverged, NoData, UserError
-from core.parallel import Single
+from core.parallel.single import Single
 from core.preset.decode import decode_preset
 from core.runtime import detect_runtime
 from core.training.trainer import BAD_STEPS, ROLL_BACKS
@@ -493,7 +493,7 @@ def test_resuming_equals_not_stopping(
             session(
                 tmp_path / "stopped",
                 lambda: built[0].trainer.progress.step >= stop_at,
-                **settings,  # noqa: B023
+                **settings,
             )
         )
         reason = finish(built[0])

@@ -20,7 +20,7 @@ from core.data.documents import ASSISTANT, Document, SkipRow
 from core.data.sources.hf import HfSource
 from core.data.sources.tables import TABLES
 from core.data.sources.text import Paths, TextSource, named_by, path_name
-from core.preset.settings import Settings
+from core.preset.settings import SourceSettings
 
 ROLE_NAMES = {
     "system": ("system", "developer"),
@@ -49,7 +49,7 @@ WEIGHTS = ("weight", "train", "training")
 WRAPPERS = ("messages", "conversations", "conversation")
 
 
-class ChatSettings(Settings):
+class ChatSettings(SourceSettings):
     type: Literal["chat"] = "chat"
     """Conversations. What assistants say in them is learned, the rest is only read."""
     path: Paths | None = None

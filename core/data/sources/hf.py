@@ -35,7 +35,7 @@ from core.data.sources.text import READER, TextSettings, TextSource, named_by, t
 from core.errors import SourceUnavailable
 from core.files import own_path
 from core.optional_packages import need
-from core.preset.settings import Settings
+from core.preset.settings import SourceSettings
 
 SPLITS = ("train", "test", "validation", "valid", "dev", "eval")
 CHECKED_AT_OPEN = 3
@@ -55,7 +55,7 @@ START_SECONDS = 8.0
 run."""
 
 
-class HfSettings(Settings):
+class HfSettings(SourceSettings):
     type: Literal["hf"] = "hf"
     """A dataset on the Hugging Face Hub, streamed; or a local folder or file in one of its
     formats."""

@@ -27,7 +27,7 @@ from core.data.sources.tables import JSON_LINES, PARQUET, TABLES
 from core.data.sources.webpage import page_text
 from core.errors import SourceUnavailable
 from core.files import own_path
-from core.preset.settings import Settings
+from core.preset.settings import SourceSettings
 
 PLAIN = (".txt", ".md", ".py")
 PAGES = (".html", ".htm", ".xhtml")
@@ -62,7 +62,7 @@ Paths = Annotated[str | Annotated[list[str], Field(min_length=1)], AfterValidato
 """One path or several."""
 
 
-class TextSettings(Settings):
+class TextSettings(SourceSettings):
     type: Literal["text"] = "text"
     """Local text files."""
     path: Paths
@@ -83,7 +83,7 @@ class TextSettings(Settings):
         return [self.text_field]
 
 
-class PythonStdlibSettings(Settings):
+class PythonStdlibSettings(SourceSettings):
     type: Literal["python_stdlib"] = "python_stdlib"
     """The source text of the running Python's standard library: on every machine, without a
     network."""

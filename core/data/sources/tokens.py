@@ -19,10 +19,10 @@ from core.data.sources.text import named_by, path_name
 from core.data.token_files import MANIFEST, BadChunks, Chunks, DamagedChunk
 from core.errors import SourceUnavailable, UserError
 from core.files import own_path
-from core.preset.settings import Settings
+from core.preset.settings import SourceSettings
 
 
-class TokensSettings(Settings):
+class TokensSettings(SourceSettings):
     type: Literal["tokens"] = "tokens"
     """Tokens on disk, as the tokenize job writes them."""
     path: str = Field(min_length=1)

@@ -26,7 +26,7 @@ from core.data.sources.pdf.pool import Limits, Pool
 from core.data.sources.skips import CutShort
 from core.errors import SourceUnavailable
 from core.files import own_path
-from core.preset.settings import Settings
+from core.preset.settings import SourceSettings
 
 LOW, HIGH = 3000, 5000
 """Characters of a document."""
@@ -45,7 +45,7 @@ PEEK_SECONDS = (0.5, 4.0)
 chance, if no other has any."""
 
 
-class PdfSettings(Settings):
+class PdfSettings(SourceSettings):
     type: Literal["pdf"] = "pdf"
     """PDF files of a folder."""
     path: str = Field("./pdfs", min_length=1)

@@ -1,0 +1,98 @@
+"""What every preset has, as code may rely on it: PresetBase, and the bases of its sections.
+
+In:    nothing
+Out:   PresetBase, whose model, losses and sources are narrowed by the tables that registry.py has
+State: none
+"""
+
+from typing import Annotated
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from core.file_names import LONGEST, NAME, file_name, is_file_name
+from core.preset.settings import (
+    AuxiliarySettings,
+    CompareSettings,
+    DataSettingsBase,
+    EvaluateSettings,
+    GenerateSettings,
+    InterpretSettings,
+    LoggingSettings,
+    LossSettings,
+    ModelSettings,
+    Seed,
+    Settings,
+    TokenizerSettings,
+    TokenizeSettings,
+    TrainSettings,
+    VariantSettings,
+)
+
+
+def _is_lineage(name: str) -> str:
+    """Raises ValueError. A trial of a comparison has a folder for itself:
+    <lineage>/<variant>/<seed>."""
+    if name and not all(is_file_name(part) for part in name.split("/")):
+        raise ValueError(
+            f"names files: at most {LONGEST} letters, digits and . _ -, no dot at either end, and "
+            f'no name that Windows keeps, such as CON; "{file_name(name)}" would do'
+        )
+    return name
+
+
+Lineage = Annotated[str, AfterValidator(_is_lineage)]
+Tokenizer = Annotated[
+    TokenizerSettings,
+    BeforeValidator(
+        lambda v: {"type": "hub", "name": v} if isinstance(v, str) else v,
+        json_schema_input_type=TokenizerSettings | str,
+    ),
+]
+
+
+class PresetBase(Settings):
+    """A preset, whatever models, losses, sources and jobs there are."""
+
+    schema_: str | None = Field(None, alias="$schema")
+    """The JSON Schema an editor completes from."""
+    name: str = ""
+    """Name in the menu; left out, the file's."""
+    description: str = ""
+    """One line for the menu."""
+    extends: str | None = None
+    """Another preset; this one states only what differs."""
+    job: str
+    """What to do."""
+    lineage: Lineage = Field("", json_schema_extra={"pattern": f"^({NAME.pattern})?$"})
+    """Name of the checkpoints; left out, the file's."""
+    init_from: str | None = Field(None, min_length=1)
+    """Weights to begin with: a lineage, or a file (.pth .pt .safetensors), relative to the
+    project."""
+    model: ModelSettings
+    """The architecture."""
+    tokenizer: Tokenizer = TokenizerSettings()
+    """Section, or the name of a Hub tokenizer."""
+    train: TrainSettings = TrainSettings()
+    """The recipe."""
+    losses: list[LossSettings]
+    """Weighted sum of losses on the vocabulary."""
+    auxiliary: AuxiliarySettings = AuxiliarySettings()
+    """Auxiliary heads."""
+    data: DataSettingsBase
+    """What to read, and how."""
+    generate: GenerateSettings = GenerateSettings()
+    """Sampling."""
+    tokenize: TokenizeSettings = TokenizeSettings()
+    """What the tokenize job writes."""
+    evaluate: EvaluateSettings = EvaluateSettings()
+    """What the evaluate job measures."""
+    interpret: InterpretSettings = InterpretSettings()
+    """How much the interpret job reads."""
+    variants: list[VariantSettings] = Field([])
+    """What the compare job compares; the first is the baseline."""
+    seeds: list[Seed] = Field([42, 43, 44], min_length=1)
+    """Seeds that each variant is trained with."""
+    compare: CompareSettings = CompareSettings()
+    """How the compare job decides."""
+    logging: LoggingSettings = LoggingSettings()
+    """Where metrics go besides logs/."""
