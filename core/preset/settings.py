@@ -7,7 +7,7 @@ State: none
 """
 
 from pathlib import PurePath
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -40,23 +40,29 @@ def objective_of(model: Settings) -> str:
 
 
 class ModelSettings(Settings):
-    """What every model's section has; the rest stands beside its code."""
+    """The base of every model's section, which stands beside the model's code."""
 
-    type: str
-    seq_length: int
+    if TYPE_CHECKING:  # each class has them as fields of its own, in its own order
+        type: str
+        seq_length: int
 
 
 class SourceSettings(Settings):
-    """What every source's section has; the rest stands beside its code."""
+    """The base of every source's section, which stands beside the source's code.
 
-    type: str
-    name: str
+    The order of a section's keys is a part of fingerprints in checkpoints and caches.
+    """
+
+    if TYPE_CHECKING:  # each class has them as fields of its own, in its own order
+        type: str
+        name: str
 
 
 class LossSettings(Settings):
-    """What every loss of the stack has; its own keys stand beside its code."""
+    """What every loss of the stack has; its `type` and its own keys stand beside its code."""
 
-    type: str
+    if TYPE_CHECKING:
+        type: str
     name: str | None = Field(None, min_length=1)
     """Name in logs; left out, its type. Two losses of one type need different ones."""
     weight: Schedule = 1.0
