@@ -3,6 +3,7 @@ and taken away."""
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -199,13 +200,10 @@ def test_resuming_equals_not_stopping(optimizer: str, tmp_path: Path) -> None:
     finish(session(tmp_path / "straight", **settings))
     for stop_at in (4, 99):
         built: list[Any] = []
-        built.append(
-            session(
-                tmp_path / "stopped",
-                lambda: built[0].trainer.progress.step >= stop_at,
-                **settings,
-            )
+        reached = partial(
+            lambda built, stop: built[0].trainer.progress.step >= stop, built, stop_at
         )
+        built.append(session(tmp_path / "stopped", reached, **settings))
         finish(built[0])
     one, other = Project(tmp_path / "straight"), Project(tmp_path / "stopped")
     a, b = one.checkpoint(), other.checkpoint()

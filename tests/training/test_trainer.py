@@ -7,6 +7,7 @@ hooks on the model."""
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -489,13 +490,10 @@ def test_resuming_equals_not_stopping(
     finish(session(tmp_path / "straight", **settings))
     for stop_at in (4, 11, 99):
         built: list[TrainingSession] = []
-        built.append(
-            session(
-                tmp_path / "stopped",
-                lambda: built[0].trainer.progress.step >= stop_at,
-                **settings,
-            )
+        reached = partial(
+            lambda built, stop: built[0].trainer.progress.step >= stop, built, stop_at
         )
+        built.append(session(tmp_path / "stopped", reached, **settings))
         reason = finish(built[0])
         assert reason == ("interrupted" if stop_at < 99 else "max_steps") and built[
             0
