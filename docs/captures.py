@@ -20,8 +20,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "docs"))
-from terminal import show  # noqa: E402
+sys.path.insert(0, str(ROOT))
+
+from docs.terminal import show  # noqa: E402
 
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "guide.md")
 BLOCK = re.compile(
