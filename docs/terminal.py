@@ -17,7 +17,8 @@ import pexpect
 
 OFFLINE = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"}
 TOKEN = re.compile(
-    r"\x1b\[([?>]?)([\d;]*)[ ]?([@-~])|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b[()][0-9A-B]|\x1b.|[^\x1b]",
+    r"\x1b\[([?>]?)([\d;]*)[ ]?([@-~])"
+    r"|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b[()][0-9A-B]|\x1b.|[^\x1b]",
     re.DOTALL,
 )
 

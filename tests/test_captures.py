@@ -20,7 +20,7 @@ from core.ui.compare import ComparisonDashboard
 from tests.project import ROOT
 
 captures = runpy.run_path(str(ROOT / "docs" / "captures.py"))
-terminal = sys.modules["terminal"]
+terminal = sys.modules["docs.terminal"]
 SHOWN = {
     name: lines
     for path in captures["DOCUMENTS"]
