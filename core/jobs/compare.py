@@ -23,7 +23,14 @@ from core.assembly import build_training, check_parts
 from core.checkpoint.lineage import owned
 from core.checkpoint.store import CheckpointStore
 from core.comparison.results import Comparison, collect
-from core.comparison.trials import Trial, changed, plan, read_outcomes, write_json, write_outcomes
+from core.comparison.trials import (
+    Trial,
+    plan,
+    read_outcomes,
+    trial_changes,
+    write_json,
+    write_outcomes,
+)
 from core.errors import Diverged, Interrupted, UserError
 from core.files import cause, read_json
 from core.jobs.train import train_to_the_end, views_of
@@ -160,7 +167,7 @@ def standing(preset: Any, root: Path, world_size: int | None = None) -> list[Tri
         found = _store(root, trial).peek()
         entry = outcomes.trials.get(trial.key)
         begun_with = entry["preset"] if entry else found["preset"] if found else None
-        if begun_with is not None and (now := changed(begun_with, trial.preset)):
+        if begun_with is not None and (now := trial_changes(begun_with, trial.preset)):
             differences.append((trial, "; ".join(now)))
         if entry and (entry["status"] == "diverged" or preset.compare.stop_worse_by is not None):
             trial = replace(trial, status=entry["status"], note=entry["note"])

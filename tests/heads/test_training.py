@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from core.assembly import Preset
 from core.errors import CheckpointError, UserError
 from core.heads import HEADS
 from core.heads.stack import HeadStack
 from core.models.initial import draw_weights
 from core.preset.decode import decode_preset
+from core.registry import Preset
 from core.runtime import detect_runtime
 from core.trained import load_trained
 from tests.heads.setup import ALL
@@ -76,9 +76,7 @@ def test_they_touch_training_only_through_their_gradient(tmp_path: Path) -> None
     )
 
 
-@pytest.mark.parametrize(
-    "name", [name for name, (_, head) in HEADS.items() if head.apart]
-)
+@pytest.mark.parametrize("name", [name for name, (_, head) in HEADS.items() if head.apart])
 def test_a_head_apart_leaves_the_models_training_as_it_is(name: str, tmp_path: Path) -> None:
     """Whatever its weight, and though gradients are clipped: the bits of the model and of other
     heads, and the gradient's norm, are those without it; and the head learns."""

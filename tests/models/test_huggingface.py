@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core.assembly import Preset
 from core.errors import UserError
 from core.models.gpt2 import GPT2, GPT2Settings
 from core.models.hub import Hub, HubSettings
 from core.models.huggingface import HuggingFaceLM, configure, obstacle, transformers
 from core.preset.decode import decode_preset
+from core.registry import Preset
 from core.training.memory import size_of
 from tests.hub import Hub as LoopbackHub
 from tests.hub import hub_env, run_python
@@ -396,7 +396,7 @@ def test_the_menu_counts_without_the_library(tmp_path: Path) -> None:
 import json, sys
 import core.models
 loaded = [name in sys.modules for name in ("transformers", "huggingface_hub")]
-from core.assembly import Preset
+from core.registry import Preset
 from core.launch import _training_lines
 from core.preset.decode import decode_preset
 from core.runtime import detect_runtime

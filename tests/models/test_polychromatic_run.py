@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from core.assembly import Preset
 from core.launch import ROOT, _training_lines
 from core.preset.decode import decode_preset, read_preset
+from core.registry import Preset
 from core.runtime import detect_runtime
 from core.ui.plain import NOT_CAUSAL, describe
 from core.ui.run_state import RunState

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from core.assembly import Preset, build_model
+from core.assembly import build_model
 from core.errors import UserError
 from core.launch import _training_lines
 from core.preset.decode import decode_preset
+from core.registry import Preset
 from core.runtime import detect_runtime
 from core.training.freezing import names, share_with_graph, train_only
 from core.training.memory import memory_estimate, size_of

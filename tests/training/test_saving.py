@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from core.assembly import Preset, build_training
+from core.assembly import build_training
 from core.checkpoint.store import CheckpointStore
 from core.comparison.outcome import read_outcome
 from core.comparison.trials import Trial
@@ -25,10 +25,11 @@ from core.data.pipeline import Dealer
 from core.data.unlearned import Unlearned
 from core.errors import NoData, UserError
 from core.evaluation.held_out import Evaluator
-from core.launch import _resume_line
 from core.metrics.log import evaluation_is_missing
 from core.parallel.single import Single
 from core.preset.decode import decode_preset
+from core.preview import _resume_line
+from core.registry import Preset
 from core.runtime import detect_runtime
 from core.signals import STOP_SIGNALS, StopRequest, signals_held
 from core.training.trainer import BAD_STEPS
@@ -164,8 +165,9 @@ def test_an_end_without_its_evaluation_is_evaluated_by_the_next_start_and_not_tr
         with pytest.raises(Gone):
             finish(built)
         assert slot(root)["finished"] and not events(root, "run_end")
-        monkeypatch.setattr("core.launch.ROOT", root)
-        assert "evaluates run 1, which was trained to its end, step 10" in _resume_line(preset)
+        assert "evaluates run 1, which was trained to its end, step 10" in _resume_line(
+            preset, root
+        )
         built = session(root, **MEASURED)
         assert any("not evaluated" in note for note in built.notes)
         assert finish(built) == "max_steps" and same_log(tmp_path / "straight", root)
@@ -173,7 +175,7 @@ def test_an_end_without_its_evaluation_is_evaluated_by_the_next_start_and_not_tr
             differences(*(Project(folder).checkpoint() for folder in (tmp_path / "straight", root)))
             == []
         )
-        assert "starts run 2" in _resume_line(preset)
+        assert "starts run 2" in _resume_line(preset, root)
         assert session(root, **MEASURED).trainer.progress.run == 2
 
 
