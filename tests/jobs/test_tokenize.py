@@ -24,7 +24,7 @@ from core.data.token_files import read_manifest
 from core.data.tokenizer import build_tokenizer, read_tokenizer
 from core.errors import Interrupted, NoData, SourceUnavailable, UserError
 from core.jobs import JOBS
-from core.launch import _card
+from core.preview import preset_card
 from core.parallel.single import Single
 from core.preset.decode import decode_preset
 from core.preset.settings import TokenizerSettings
@@ -415,11 +415,9 @@ def test_a_tokenizer_file_is_what_was_saved_and_what_others_write(tmp_path: Path
 # what is shown ------------------------------------------------------------------------------------
 
 
-def test_the_menu_shows_what_is_written_and_how_far_it_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_menu_shows_what_is_written_and_how_far_it_is(tmp_path: Path) -> None:
     preset = decode_preset(preset_of(tokenize={"max_tokens": 9000}), Preset, "t", "t")
-    card = _card("91_t", preset, detect_runtime())
+    card = preset_card("91_t", preset, detect_runtime(), tmp_path)
     preview = card.preview()
     assert "parameters" not in preview and "tokenizes texts; tokenizer: bytes" in preview
     assert (
