@@ -22,7 +22,7 @@ NOT_IN_VARIANTS = {
     **dict.fromkeys(
         ("name", "description", "lineage"), "trials are named after their variant and seed"
     ),
-    **dict.fromkeys(("extends", "$schema"), "it stands at the top of a file only"),
+    **dict.fromkeys(("extends", "group", "$schema"), "it stands at the top of a file only"),
 }
 """What a variant may not set, and why."""
 

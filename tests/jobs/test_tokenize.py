@@ -24,10 +24,10 @@ from core.data.token_files import read_manifest
 from core.data.tokenizer import build_tokenizer, read_tokenizer
 from core.errors import Interrupted, NoData, SourceUnavailable, UserError
 from core.jobs import JOBS
-from core.preview import preset_card
 from core.parallel.single import Single
 from core.preset.decode import decode_preset
 from core.preset.settings import TokenizerSettings
+from core.preview import preset_card
 from core.registry import Preset
 from core.runtime import detect_runtime
 from core.ui.tokenize import TokenizeView

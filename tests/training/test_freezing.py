@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from core.assembly import build_model
 from core.errors import UserError
 from core.launch import _training_lines
+from core.models import build_model
 from core.preset.decode import decode_preset
 from core.registry import Preset
 from core.runtime import detect_runtime
