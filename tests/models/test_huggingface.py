@@ -397,13 +397,15 @@ import json, sys
 import core.models
 loaded = [name in sys.modules for name in ("transformers", "huggingface_hub")]
 from core.registry import Preset
-from core.launch import _training_lines
+from core.launch import ROOT
+from core.preview import _training_lines
 from core.preset.decode import decode_preset
 from core.runtime import detect_runtime
 lines = []
 for model in ({"type": "gpt2"}, {"type": "hub", "name": "distilgpt2"}, {"type": "hub", "name": "gpt2", "pretrained": False}):
     preset = {"model": model, "tokenizer": "gpt2", "data": {"sources": ["python_stdlib"]}}
-    lines.append(_training_lines(decode_preset(preset, Preset, "t", "t"), detect_runtime())[::2])
+    decoded = decode_preset(preset, Preset, "t", "t")
+    lines.append(_training_lines(decoded, detect_runtime(), ROOT)[::2])
 print(json.dumps([lines, [*loaded, "transformers" in sys.modules]]))
 """
     lines, slow = run_python(code, hub_env(NO_HUB["HF_ENDPOINT"], tmp_path))

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import UserError
-from core.launch import _training_lines
+from core.launch import ROOT
 from core.models import build_model
 from core.preset.decode import decode_preset
+from core.preview import _training_lines
 from core.registry import Preset
 from core.runtime import detect_runtime
 from core.training.freezing import names, share_with_graph, train_only
@@ -326,9 +327,8 @@ def test_two_ranks_move_the_same_parameters(
 
 
 def card_of(**changes: Any) -> list[str]:
-    return _training_lines(
-        decode_preset(tiny_preset(**changes), Preset, "t", "t"), detect_runtime()
-    )
+    preset = decode_preset(tiny_preset(**changes), Preset, "t", "t")
+    return _training_lines(preset, detect_runtime(), ROOT)
 
 
 def gigabytes(lines: list[str]) -> float:
