@@ -22,7 +22,7 @@ from core.comparison.statistics import (
 )
 from core.comparison.trials import Trial
 from core.comparison.verdict import Verdict, judge
-from core.metrics.table import LOSS, READ, Measure, measure, ordered
+from core.metrics.table import LOSS, READ, Metric, metric_of, ordered
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ class Comparison:
         return tuple(outcome for variant in self.variants for outcome in variant.outcomes)
 
     @property
-    def primary(self) -> Measure:
-        return measure(self.metric)
+    def primary(self) -> Metric:
+        return metric_of(self.metric)
 
 
 def collect(
@@ -174,7 +174,7 @@ def _verdicts(variants: tuple[Variant, ...], metric: str, confidence: float) -> 
     found = []
     for variant, difference, p in zip(others, differences, adjusted):
         verdict = judge(
-            variant.name, baseline.name, measure(metric), difference, p, confidence, compared
+            variant.name, baseline.name, metric_of(metric), difference, p, confidence, compared
         )
         found.append(replace(verdict, sentence=verdict.sentence + _left_out(baseline, variant)))
     return tuple(found)

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 
 from core.comparison.statistics import POWER, Difference
-from core.metrics.table import Measure
+from core.metrics.table import Metric
 
 NO_SEEDS, ONE_SEED, NO_NOISE = (
     "no common seed",
@@ -36,18 +36,18 @@ class Verdict:
 def judge(
     variant: str,
     baseline: str,
-    measure: Measure,
+    metric: Metric,
     difference: Difference,
     adjusted: float | None,
     confidence: float,
     compared: int,
 ) -> Verdict:
     """`compared`: how many variants have a p-value, over which it was adjusted."""
-    n, amount = len(difference.seeds), Amount(measure, difference)
+    n, amount = len(difference.seeds), Amount(metric, difference)
     if n == 0:
         sentence = (
             f"{variant} cannot be compared with {baseline}: no seed is finished in both "
-            f"with a {measure.label}."
+            f"with a {metric.name}."
         )
         return Verdict(variant, NO_SEEDS, sentence)
     if adjusted is None:
@@ -55,7 +55,7 @@ def judge(
         if n == 1:
             word, which, why = ONE_SEED, "in the only seed finished in both", "one seed"
         told = (
-            f"{variant} has a {measure.label} {amount.size()} {_way(difference)} than "
+            f"{variant} has a {metric.name} {amount.size()} {_way(difference)} than "
             f"{baseline}, {which}"
         )
         return Verdict(variant, word, f"{told}; {why} gives no interval, so this is no verdict.")
@@ -63,16 +63,16 @@ def judge(
         return Verdict(
             variant,
             SAME,
-            f"{variant} has the same {measure.label} as {baseline} in all {n} seeds.",
+            f"{variant} has the same {metric.name} as {baseline} in all {n} seeds.",
             adjusted,
         )
     odds = f"{n} seeds, {'Holm-adjusted ' if compared > 1 else ''}{p_value(adjusted)}"
     if adjusted < 1 - confidence:
-        told = f"{_told(variant, baseline, measure, difference)} by {amount.size()}"
+        told = f"{_told(variant, baseline, metric, difference)} by {amount.size()}"
         sentence = f"{told} ({percent(confidence)} interval {amount.size_span()}, {odds})."
-        return Verdict(variant, _word(measure, difference), sentence, adjusted)
+        return Verdict(variant, _word(metric, difference), sentence, adjusted)
     sentence = (
-        f"{variant} is not distinguishable from {baseline} in {measure.label}: the difference is "
+        f"{variant} is not distinguishable from {baseline} in {metric.name}: the difference is "
         f"{amount.signed()} "
         f"({percent(confidence)} interval {amount.signed_span()}, {odds})."
     )
@@ -93,8 +93,8 @@ def judge(
 class Amount:
     """A difference in words, with as many digits as its interval is known to."""
 
-    def __init__(self, measure: Measure, difference: Difference):
-        self._difference, self._unit = difference, f" {measure.unit}" if measure.unit else ""
+    def __init__(self, metric: Metric, difference: Difference):
+        self._difference, self._unit = difference, f" {metric.unit}" if metric.unit else ""
         known = (
             [difference.high - difference.low]
             if difference.low is not None and difference.high > difference.low
@@ -103,9 +103,9 @@ class Amount:
         known += [abs(difference.mean)] if difference.mean and not known else []
         # two digits of the interval's half, or of the difference itself where there is no interval
         self._digits = (
-            min(8, max(measure.digits, 1 - math.floor(math.log10(known[0] / 2))))
+            min(8, max(metric.digits, 1 - math.floor(math.log10(known[0] / 2))))
             if known
-            else measure.digits
+            else metric.digits
         )
 
     def number(self, value: float | None, signed: bool = True) -> str:
@@ -150,15 +150,15 @@ def _way(difference: Difference) -> str:
     return "lower" if (difference.mean or 0.0) < 0 else "higher"
 
 
-def _word(measure: Measure, difference: Difference) -> str:
+def _word(metric: Metric, difference: Difference) -> str:
     way = _way(difference)
-    if measure.better == 0:
+    if metric.better == 0:
         return way
-    return "better" if (way == "higher") == (measure.better > 0) else "worse"
+    return "better" if (way == "higher") == (metric.better > 0) else "worse"
 
 
-def _told(variant: str, baseline: str, measure: Measure, difference: Difference) -> str:
-    word = _word(measure, difference)
-    if measure.better == 0:
-        return f"{variant} has a {word} {measure.label} than {baseline},"
-    return f"{variant} is {word} than {baseline} in {measure.label}"
+def _told(variant: str, baseline: str, metric: Metric, difference: Difference) -> str:
+    word = _word(metric, difference)
+    if metric.better == 0:
+        return f"{variant} has a {word} {metric.name} than {baseline},"
+    return f"{variant} is {word} than {baseline} in {metric.name}"
