@@ -44,6 +44,7 @@ FLOORS = [
     "core.ui",
     "core.reports",
     "core.jobs",
+    "core.preview",
     "core.launch",
     "main",
 ]

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import main
-from core import launch
+from core import launch, preview
 from core.assembly import Preset
 from core.environment import read_dotenv
 from core.errors import Diverged, Interrupted, NoData, UserError
@@ -83,7 +83,7 @@ def test_no_log_of_one_preset_spoils_its_preview(card: str, root: Path) -> None:
     preset = decoded()
     (root / "logs" / "t").mkdir(parents=True)
     (root / "logs" / "t" / "run.json").write_bytes(card.encode("latin-1"))
-    lines = launch._preview(preset, CPU)
+    lines = preview.preview_lines(preset, CPU, root)
     assert lines[0].endswith("steps of 128") and lines[-1] == "starts fresh"
 
 
@@ -101,25 +101,31 @@ def test_a_speed_of_nothing_and_slots_that_lack_everything(
     }
     (root / "logs" / "t").mkdir(parents=True)
     (root / "logs" / "t" / "run.json").write_text(json.dumps(facts))
-    assert launch._preview(preset, CPU)[-1] == "starts fresh"
+    assert preview.preview_lines(preset, CPU, root)[-1] == "starts fresh"
     (root / "checkpoints").mkdir()
     torch.save(
         {"progress": {"step": 3}, "preset": {}, "model": {}}, root / "checkpoints" / "t_current.pth"
     )
-    assert "parameters" in launch._preview(preset, CPU)[0]
-    monkeypatch.setattr(launch, "_resume_line", lambda preset: 1 // 0)
-    assert launch._preview(preset, CPU)[-1].startswith("cannot tell more: ZeroDivisionError")
+    assert "parameters" in preview.preview_lines(preset, CPU, root)[0]
+    monkeypatch.setattr(preview, "resume_lines", lambda preset, root: 1 // 0)
+    assert preview.preview_lines(preset, CPU, root)[-1].startswith(
+        "cannot tell more: ZeroDivisionError"
+    )
 
 
 def test_small_models_are_counted_and_a_preset_without_words_shows_none() -> None:
     preset = decoded()
-    assert launch._card("t", preset, CPU).description == "short", "nothing stands behind it"
+    assert preview.preset_card("t", preset, CPU, ROOT).description == "short", (
+        "nothing stands behind it"
+    )
     assert (
-        launch._card("t", preset.model_copy(update={"description": "Tiny."}), CPU).description
+        preview.preset_card(
+            "t", preset.model_copy(update={"description": "Tiny."}), CPU, ROOT
+        ).description
         == "short · Tiny."
     )
-    model = size_of(preset, launch._vocab_size(preset.tokenizer))
-    assert launch._training_lines(preset, CPU)[0].startswith(
+    model = size_of(preset, preview.known_vocab_size(preset.tokenizer, ROOT))
+    assert preview.training_lines(preset, CPU, ROOT)[0].startswith(
         f"{model.parameters / 1000:.1f}k parameters, "
     )
 

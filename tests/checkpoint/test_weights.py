@@ -21,12 +21,12 @@ from core.comparison.trials import Trial, plan
 from core.data.tokenizer import build_tokenizer
 from core.errors import CheckpointError, PresetError, UserError
 from core.jobs.compare import preview_compare
-from core.launch import _card
 from core.models.simple_lm import SimpleLM
 from core.parallel.ranks import on_rank_zero, rank_zero_first
 from core.parallel.single import Single
 from core.preset.decode import decode_preset
 from core.preset.settings import TokenizerSettings
+from core.preview import preset_card
 from core.runtime import detect_runtime
 from core.trained import load_trained
 from tests.project import Project, merged, tiny_preset, train_here
@@ -320,15 +320,10 @@ def test_a_lineage_does_not_start_from_itself() -> None:
         decode_preset(merged(SOURCE, {"init_from": ""}), Preset, "b", "b")
 
 
-def test_the_menu_tells(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("core.launch.ROOT", root)
-
+def test_the_menu_tells(root: Path) -> None:
     def told(**changes: Any) -> str:
-        return (
-            _card("2_b", decode_preset(merged(SOURCE, changes), Preset, "b", "b"), detect_runtime())
-            .preview()
-            .splitlines()[-1]
-        )
+        preset = decode_preset(merged(SOURCE, changes), Preset, "b", "b")
+        return preset_card("2_b", preset, detect_runtime(), root).preview().splitlines()[-1]
 
     assert told(init_from="t") == "starts from the weights of t_current.pth, step 3"
     assert (

@@ -22,9 +22,9 @@ from core.assembly import Preset
 from core.data.corpus import open_corpus
 from core.data.tokenizer import Tokenizer, build_tokenizer
 from core.errors import Interrupted, NoData, UserError
-from core.launch import _card
 from core.parallel.single import Single
 from core.preset.decode import decode_preset
+from core.preview import preset_card
 from core.runtime import detect_runtime, forget_peak_memory
 from tests.documents import GUIDE, block_of, files_named
 from tests.project import NO_HUB, Project, differences, merged, story, tiny_preset
@@ -304,8 +304,8 @@ def test_the_menu_tells_how_far_it_is(
         (tmp_path, "starts fresh"),
         (finished, "4 of 4 runs are done; writes the report anew"),
     ):
-        monkeypatch.setattr("core.launch.ROOT", root)
-        card = _card("9_t", decode_preset(preset_of(), Preset, "t", "t"), detect_runtime())
+        preset = decode_preset(preset_of(), Preset, "t", "t")
+        card = preset_card("9_t", preset, detect_runtime(), root)
         assert (
             "compares higher with as it is, each with seeds 1, 2: 4 runs" in card.preview()
             and told in card.preview()

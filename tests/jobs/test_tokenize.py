@@ -25,10 +25,10 @@ from core.data.token_files import read_manifest
 from core.data.tokenizer import build_tokenizer, read_tokenizer
 from core.errors import Interrupted, NoData, SourceUnavailable, UserError
 from core.jobs import PREVIEWS
-from core.launch import _card
 from core.parallel.single import Single
 from core.preset.decode import decode_preset
 from core.preset.settings import TokenizerSettings
+from core.preview import preset_card
 from core.runtime import detect_runtime
 from core.ui.tokenize import TokenizeView
 from tests.documents import GUIDE, block_of, files_named
@@ -419,7 +419,7 @@ def test_the_menu_shows_what_is_written_and_how_far_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     preset = decode_preset(preset_of(tokenize={"max_tokens": 9000}), Preset, "t", "t")
-    card = _card("91_t", preset, detect_runtime())
+    card = preset_card("91_t", preset, detect_runtime(), ROOT)
     preview = card.preview()
     assert "parameters" not in preview and "tokenizes texts; tokenizer: bytes" in preview
     assert (

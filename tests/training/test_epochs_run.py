@@ -20,9 +20,9 @@ from core.data.documents import Document
 from core.data.sources import build_source
 from core.data.sources.text import TextSettings
 from core.errors import UserError
-from core.launch import _time_line
 from core.parallel.single import Single
 from core.preset.decode import decode_preset
+from core.preview import time_remark
 from core.runtime import detect_runtime
 from core.ui.plain import PlainLines
 from core.ui.progress import Progress
@@ -181,7 +181,7 @@ def test_schedules_and_progress_end_where_epochs_do(tmp_path: Path) -> None:
         ):
             (tmp_path / "logs" / "t" / "run.json").write_text(json.dumps(card | known))
             preset = decode_preset(merged(EPOCHS, {"train": changes}), Preset, "t", "t")
-            assert _time_line(preset, detect_runtime()) == told
+            assert time_remark(preset, detect_runtime(), tmp_path) == told
 
 
 def test_a_source_without_weight_is_not_counted(tmp_path: Path) -> None:
