@@ -46,12 +46,11 @@ def make_step(variant: str, vocab_size: int) -> Callable[[int], float]:
     import torch
 
     from core.contracts import Batch
-    from core.heads import HEADS
+    from core.heads import HEADS, AuxiliarySettings
     from core.heads.stack import HeadStack
     from core.losses.cross_entropy import CrossEntropy, CrossEntropySettings
     from core.losses.stack import LossStack
     from core.models.simple_lm import SimpleLM, SimpleLMSettings
-    from core.preset.settings import AuxiliarySettings
     from core.runtime import detect_runtime
     from core.training.objective import Objective
 

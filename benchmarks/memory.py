@@ -38,9 +38,10 @@ from benchmarks.measuring import sized, trained_by
 from core.contracts import plain_batch
 from core.data.tokenizer import build_tokenizer
 from core.generation.engine import Row, Voice, Wish, advance, full_scores
+from core.heads import AuxiliarySettings
 from core.heads.memory import Memory, read
 from core.models.simple_lm import SimpleLM, SimpleLMSettings
-from core.preset.settings import AuxiliarySettings, TokenizerSettings
+from core.preset.settings import TokenizerSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 REPETITIONS, NEW_TOKENS, CONTEXT, VOCAB = sized((5, 256, 256, 8192), (1, 8, 64, 300))
@@ -117,18 +118,18 @@ def nats(model: Any, memory: Any, ids: Tensor, context: int) -> tuple[dict[str, 
         last = memory.compress(model, row[:, start - half : start], None)
         window, targets = row[:, start : start + width], ids[start + half + 1 : start + width + 1]
         for how, before in (("memory", summary), ("last", last), ("cut", None)):
-            sums[how] += surprise(read(model, window, before), targets)
+            sums[how] += nll(read(model, window, before), targets)
         rows = ids.unfold(0, context, 1)  # row i ends before token i + context
         rows = rows[start + half + 1 - context : start + width + 1 - context]
         for rows_, own in zip(rows.split(64), targets.split(64)):
             output = model(plain_batch(rows_))
             output.hidden = output.hidden[:, -1:].transpose(0, 1)  # (1, 64, D)
-            sums["plain"] += surprise(output, own)
+            sums["plain"] += nll(output, own)
         count += len(targets)
     return sums, count
 
 
-def surprise(output: Any, targets: Tensor) -> float:
+def nll(output: Any, targets: Tensor) -> float:
     """The sum of -log p of the last targets: hidden (1, T, D), (n,)."""
     scores = full_scores(output.readout, output.hidden[0, -len(targets) :])
     return float(torch.nn.functional.cross_entropy(scores.double(), targets, reduction="sum"))

@@ -34,6 +34,7 @@ from core.errors import UserError
 from core.evaluation.held_out import Evaluator
 from core.file_names import slot_name
 from core.generation.samples import build_samples
+from core.heads import AuxiliarySettings
 from core.heads.build import build_heads, check_heads, load_heads, output_of_one_token
 from core.losses import LOSSES
 from core.losses.stack import LossStack
@@ -55,7 +56,7 @@ from core.training.source_weights import SourceWeights, check_adaptive
 from core.training.trainer import Trainer
 
 JOBS = ["train", "tokenize", "compare", "evaluate", "interpret", "generate"]
-Preset = preset_class(MODELS, LOSSES, SOURCES, NAMED_SOURCES, JOBS)
+Preset = preset_class(MODELS, LOSSES, SOURCES, NAMED_SOURCES, JOBS, AuxiliarySettings)
 MIRRORS = {"lm": "simple_lm_trained.pth"}
 """Lineages whose newest checkpoint has another name as well (specification 003)."""
 

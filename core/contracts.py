@@ -30,7 +30,7 @@ class Batch:
     # whether a row may hold more than one document, so that attention needs a document mask
     packed: bool
     # (B, k) int64 each: where the auxiliary heads look in each row (core/heads)
-    places: dict[str, Tensor] | None = None
+    head_positions: dict[str, Tensor] | None = None
 
     def rows(self, start: int, stop: int) -> "Batch":
         """Rows `start` to `stop` as a view: how a step is cut into micro-batches."""
@@ -48,8 +48,10 @@ class Batch:
             key: change(value) if isinstance(value, Tensor) else value
             for key, value in vars(self).items()
         }
-        if self.places is not None:
-            changed["places"] = {name: change(place) for name, place in self.places.items()}
+        if self.head_positions is not None:
+            changed["head_positions"] = {
+                name: change(positions) for name, positions in self.head_positions.items()
+            }
         return Batch(**changed)
 
 

@@ -232,10 +232,10 @@ class Evaluator:
             measures = self._stack.measure(output, moved, progress, num_sources)
             sums = {"count": measures.terms.count, **measures.facts}
             if self._heads is not None:
-                surprise = partial(self._stack.surprise_at, output, moved, measures.terms)
+                nll = partial(self._stack.surprise_at, output, moved, measures.terms)
                 cross_entropy = partial(self._stack.cross_entropy, output.readout)
-                seen = self._heads.look(model, output, moved, surprise, cross_entropy)
-                for name, found in self._heads.measure(seen).items():
+                inputs = self._heads.inputs(model, output, moved, nll, cross_entropy)
+                for name, found in self._heads.measure(inputs).items():
                     self._of_heads[name] = found.double() + self._of_heads.get(name, 0.0)
             if (decoder := call_if_defined(model, "baseline_readout")) is not None:
                 facts = self._baseline.measure(

@@ -7,19 +7,19 @@ State: none
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from core.checkpoint.store import LINEAGE_OF_ITS_OWN, load_model
-from core.contracts import Batch, ModelOutput, call_if_defined
+from core.contracts import Batch, LanguageModel, ModelOutput
 from core.errors import UserError
 from core.heads import HEADS
 from core.heads.stack import HeadStack
 from core.losses.stack import LossStack
 from core.models.initial import draw_weights
-from core.preset.settings import MASKED_TOKENS, AuxiliarySettings, objective_of
+from core.preset.base import PresetBase
+from core.preset.settings import MASKED_TOKENS, AuxiliarySettingsBase, objective_of
 from core.randomness import derive_seed
 
 
@@ -30,22 +30,24 @@ def output_of_one_token(model: nn.Module, device: torch.device) -> ModelOutput:
         return model(Batch(one, one, one, one.int(), one.int(), packed=False))
 
 
-def build_heads(settings: AuxiliarySettings, seed: int, output: ModelOutput) -> HeadStack | None:
+def build_heads(
+    settings: AuxiliarySettingsBase, seed: int, output: ModelOutput
+) -> HeadStack | None:
     """The heads that are switched on, with weights that follow from the seed; None where none is.
 
     `output`: of the model they are for.
     """
     scores = output.readout(output.hidden[0, :1])  # (1, V)
     heads = HeadStack(HEADS, settings, output.hidden.shape[-1], scores.shape[-1])
-    for name, head in heads.items():  # one head's beginning does not depend on the others
+    for name, head in heads.heads.items():  # one head's beginning does not depend on the others
         torch.manual_seed(derive_seed(seed, "init", "heads", name))
         head.apply(draw_weights)
-        call_if_defined(head, "begin")
+        head.begin()
     return heads.to(output.hidden.device) if len(heads) else None
 
 
-def check_heads(preset: Any, model: nn.Module, stack: LossStack) -> None:
-    """Raises UserError where the auxiliary heads that are on mean nothing."""
+def check_heads(preset: PresetBase, model: LanguageModel, stack: LossStack) -> None:
+    """Check that the auxiliary heads that are on have something to learn; else raise UserError."""
     if not preset.auxiliary.heads:
         return
     keys = ", ".join(f"auxiliary.{key}" for key in preset.auxiliary.heads)
@@ -56,16 +58,11 @@ def check_heads(preset: Any, model: nn.Module, stack: LossStack) -> None:
             f"{keys}: heads predict what comes, but this model {why}. Set them to false, or take "
             "another model."
         )
-    _check_memory(preset)
-    if preset.auxiliary.enable_span_contrastive and preset.train.per_gpu_batch_size < 2:
-        raise UserError(
-            "auxiliary.enable_span_contrastive tells a span from the others of a forward pass, "
-            "and train.per_gpu_batch_size is "
-            "1. Set it to 2 or more."
-        )
-    on = [name for name in HEADS if getattr(preset.auxiliary, f"enable_{name}")]
+    on = [name for name in HEADS if f"enable_{name}" in preset.auxiliary.heads]
     for name in on:
-        if missing := [other for other in getattr(HEADS[name], "needs", ()) if other not in on]:
+        head = HEADS[name][1]
+        head.check(preset.auxiliary, preset.model.seq_length, preset.train.per_gpu_batch_size)
+        if missing := [other for other in head.needs if other not in on]:
             others = ", ".join(f"auxiliary.enable_{other}" for other in missing)
             raise UserError(
                 f"auxiliary.enable_{name} builds on heads that are off. Set {others} to true, or "
@@ -75,22 +72,6 @@ def check_heads(preset: Any, model: nn.Module, stack: LossStack) -> None:
         raise UserError(
             f"losses: {', '.join(twice)} is the name of an auxiliary head; give the loss another "
             '"name".'
-        )
-
-
-def _check_memory(preset: Any) -> None:
-    """Raises UserError where there is no room for what the memory head reads."""
-    T, n, K = (
-        preset.model.seq_length,
-        preset.auxiliary.memory_tokens_after,
-        preset.auxiliary.memory_slots,
-    )
-    least = 1 + 2 * max(n, K)
-    if preset.auxiliary.enable_memory and least > T:
-        raise UserError(
-            f"auxiliary.memory_tokens_after is {n} and memory_slots {K}: the memory head needs "
-            f"rows of {least} tokens or more, "
-            f"and model.seq_length is {T}. Make it longer, or those smaller."
         )
 
 

@@ -16,22 +16,39 @@ as without."""
 from collections.abc import Iterator
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from core.contracts import IGNORE_INDEX, Batch
-from core.heads.inputs import Seen, document_bounds, pick_several
+from core.heads.head import Head
+from core.heads.inputs import HeadInputs, document_bounds, pick_several
 from core.heads.policy import divergence
-from core.preset.settings import AuxiliarySettings
+from core.preset.settings import Settings
+from core.schedules import Schedule
 
 # B batch rows, T seq_length, D hidden_size, V vocab_size, n draft_positions, K draft_tokens
 
 
-class Draft(nn.Module):
+class DraftSettings(Settings):
+    """The draft head's keys in `auxiliary`."""
+
+    enable_draft: bool = False
+    """Guess the tokens after the next one, for generation to draft with. The model itself learns
+    nothing from it."""
+    draft_weight: Schedule = 1.0
+    """Weight of the draft head's divergence. Its gradient reaches the head alone."""
+    draft_tokens: int = Field(4, ge=1, le=16)
+    """Tokens guessed one after the other, in training and at most in generation."""
+    draft_positions: int = Field(8, ge=1, le=1_000_000)
+    """Places of a row from which it guesses: more cost time and memory, and teach faster."""
+
+
+class Draft(Head):
     weight_key = "draft_weight"
     apart = True
 
-    def __init__(self, settings: AuxiliarySettings, hidden_size: int, vocab_size: int):
+    def __init__(self, settings: DraftSettings, hidden_size: int, vocab_size: int):
         super().__init__()
         D = hidden_size
         self.tokens, self.positions = settings.draft_tokens, settings.draft_positions
@@ -47,43 +64,43 @@ class Draft(nn.Module):
         return states + self.outer(F.silu(gate) * up)  # (..., 2D) inside
 
     def choose(self, batch: Batch, draws: Tensor) -> Tensor:
-        """(B, n): evenly spread over the row's places, from one that is drawn; some of them twice
+        """(B, n): evenly spread over the row's positions, from one that is drawn; some of them twice
         where there are fewer."""
         _, stop = document_bounds(batch)
         time = torch.arange(stop.shape[1], device=stop.device)
         there = (batch.labels != IGNORE_INDEX) & (time + self.tokens < stop)  # (B, T)
         return pick_several(there, draws, self.positions)
 
-    def forward(self, seen: Seen, places: Tensor, valid: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, inputs: HeadInputs, positions: Tensor, valid: Tensor) -> Tensor:  # type: ignore[override]
         losses = [
             divergence(of_model, guess.log_softmax(-1))
-            for of_model, guess in self._guesses(seen, places)
+            for of_model, guess in self._guesses(inputs, positions)
         ]
-        return torch.stack(losses).mean(0).view(places.shape).mean(1)
+        return torch.stack(losses).mean(0).view(positions.shape).mean(1)
 
     @torch.no_grad()
-    def measure(self, seen: Seen, places: Tensor, valid: Tensor) -> dict[str, Tensor]:
+    def measure(self, inputs: HeadInputs, positions: Tensor, valid: Tensor) -> dict[str, Tensor]:
         """How often the likeliest guess is the model's likeliest token, for the first of them and
         for the last; and `accepted`: how many are, of K, before one is not. On the held-out text,
         where generation would go on with what was said."""
         right = torch.stack(
             [
                 of_model.argmax(-1) == guess.argmax(-1)
-                for of_model, guess in self._guesses(seen, places)
+                for of_model, guess in self._guesses(inputs, positions)
             ]
         )
-        right = right.view(-1, *places.shape).float()  # (K, B, n)
+        right = right.view(-1, *positions.shape).float()  # (K, B, n)
         found = {"first": right[0], "last": right[-1], "accepted": right.cumprod(0).sum(0)}
         return {what: each.mean(1) for what, each in found.items()}
 
-    def _guesses(self, seen: Seen, places: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def _guesses(self, inputs: HeadInputs, positions: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """For k = 1 .. K, (B * n, V) each: log-probabilities of the model at p+k, and the scores of
         the guess."""
-        readout, ids = seen.readout.detached(), seen.batch.input_ids
-        states = seen.at(places).detach()  # (B, n, D)
+        readout, ids = inputs.readout.detached(), inputs.batch.input_ids
+        states = inputs.at(positions).detach()  # (B, n, D)
         for k in range(1, self.tokens + 1):
-            at = (places + k).clamp(max=ids.shape[1] - 1)  # (B, n); within T where valid
-            states = self.follow(states, seen.wide(F.embedding(ids.gather(1, at), readout.table)))
+            at = (positions + k).clamp(max=ids.shape[1] - 1)  # (B, n); within T where valid
+            states = self.follow(states, inputs.wide(F.embedding(ids.gather(1, at), readout.table)))
             with torch.no_grad():
-                of_model = seen.wide(readout(seen.at(at).flatten(0, 1))).log_softmax(-1)
-            yield of_model, seen.wide(readout(states.flatten(0, 1)))
+                of_model = inputs.wide(readout(inputs.at(at).flatten(0, 1))).log_softmax(-1)
+            yield of_model, inputs.wide(readout(states.flatten(0, 1)))

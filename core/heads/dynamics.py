@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from core.contracts import Batch
-from core.heads.inputs import Seen, document_bounds, is_text, pick
-from core.preset.settings import AuxiliarySettings
+from core.heads.head import Head
+from core.heads.inputs import HeadInputs, document_bounds, is_text, pick
+from core.preset.settings import Settings
+from core.schedules import Schedule
 
 # B batch rows, T seq_length, D hidden_size
 
@@ -21,10 +23,19 @@ ROLLOUT = 3
 """Tokens looked ahead."""
 
 
-class Dynamics(nn.Sequential):
+class DynamicsSettings(Settings):
+    """The dynamics head's keys in `auxiliary`."""
+
+    enable_dynamics: bool = False
+    """Predict the next three hidden states' mean from the present one and the three tokens."""
+    dynamics_weight: Schedule = 0.05
+    """Weight of the dynamics head's error."""
+
+
+class Dynamics(Head, nn.Sequential):
     weight_key = "dynamics_weight"
 
-    def __init__(self, settings: AuxiliarySettings, hidden_size: int, vocab_size: int):
+    def __init__(self, settings: DynamicsSettings, hidden_size: int, vocab_size: int):
         D = hidden_size
         super().__init__(nn.Linear(2 * D, 2 * D), nn.GELU(), nn.Linear(2 * D, D))
 
@@ -33,12 +44,16 @@ class Dynamics(nn.Sequential):
         time = torch.arange(stop.shape[1], device=stop.device)
         return pick(is_text(batch) & (time + ROLLOUT < stop), draws)[:, None]  # (B, 1)
 
-    def forward(self, seen: Seen, places: Tensor, valid: Tensor) -> Tensor:  # type: ignore[override]
-        T = seen.hidden.shape[1]
+    def forward(self, inputs: HeadInputs, positions: Tensor, valid: Tensor) -> Tensor:  # type: ignore[override]
+        T = inputs.hidden.shape[1]
         # (B, 3); within T where valid
-        ahead = (places + torch.arange(1, ROLLOUT + 1, device=places.device)).clamp(max=T - 1)
-        tokens = F.embedding(seen.batch.input_ids.gather(1, ahead), seen.readout.table)  # (B, 3, D)
+        ahead = (positions + torch.arange(1, ROLLOUT + 1, device=positions.device)).clamp(max=T - 1)
+        tokens = F.embedding(
+            inputs.batch.input_ids.gather(1, ahead), inputs.readout.table
+        )  # (B, 3, D)
         with torch.no_grad():
-            target = seen.at(ahead).mean(1)  # (B, D)
-        root = torch.cat([seen.at(places[:, 0]), seen.wide(tokens).mean(1)], dim=-1)  # (B, 2D)
+            target = inputs.at(ahead).mean(1)  # (B, D)
+        root = torch.cat(
+            [inputs.at(positions[:, 0]), inputs.wide(tokens).mean(1)], dim=-1
+        )  # (B, 2D)
         return ((super().forward(root) - target) ** 2).mean(-1)

@@ -1,7 +1,7 @@
 """What an auxiliary head sees of a forward pass, and how it finds a place to look at in each row.
 
 In:    a Batch, a ModelOutput; a draw for each row
-Out:   Seen; positions that are valid and equally likely
+Out:   HeadInputs; positions that are valid and equally likely
 State: none
 
 A place is chosen on the CPU before the forward pass, from the batch alone: so its losses are
@@ -23,14 +23,14 @@ NOWHERE = -1
 
 
 @dataclass
-class Seen:
+class HeadInputs:
     """A forward pass, as heads see it."""
 
     hidden: Tensor  # (B, T, D) with its graph
     readout: Readout
     batch: Batch
     # positions (B, n) -> -log p of their targets (B, n), 0 where there is none; no graph
-    surprise: Callable[[Tensor], Tensor]
+    nll: Callable[[Tensor], Tensor]
     dtype: torch.dtype  # of large matrix products; all else is fp32 or wider
     model: LanguageModel | None = None  # for a head that has it read something else
     # all that are on, for a head that builds on others

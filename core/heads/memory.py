@@ -25,12 +25,16 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from core.contracts import IGNORE_INDEX, Batch, LanguageModel, ModelOutput, plain_batch
-from core.heads.inputs import NOWHERE, Seen, document_bounds, is_text, pick
-from core.preset.settings import AuxiliarySettings
+from core.errors import UserError
+from core.heads.head import Head
+from core.heads.inputs import NOWHERE, HeadInputs, document_bounds, is_text, pick
+from core.preset.settings import Settings
+from core.schedules import Schedule
 
 # B batch rows, T seq_length, D hidden_size, V vocab_size, K summary tokens, n tokens read behind
 # them, L positions
@@ -47,10 +51,39 @@ class Summary(NamedTuple):
     table: Tensor  # (V, D) the embedding table whose rows they stand in for
 
 
-class Memory(nn.Module):
+class MemorySettings(Settings):
+    """The memory head's keys in `auxiliary`."""
+
+    enable_memory: bool = False
+    """Learn to compress what was read into summary tokens, and to read on behind them: for texts
+    longer than model.seq_length."""
+    memory_weight: Schedule = 0.2
+    """Weight of the memory head's loss."""
+    memory_tokens_after: int = Field(64, ge=1, le=1_000_000)
+    """Tokens that are read behind a summary, twice in a row; model.seq_length must be more than
+    twice as many."""
+    memory_slots: int = Field(1, ge=1, le=1_000_000)
+    """Summary tokens."""
+    memory_reconstruction_weight: float = Field(0.1, ge=0.0)
+    """Share of the reconstruction loss in the memory head's loss."""
+
+
+class Memory(Head):
     weight_key = "memory_weight"
 
-    def __init__(self, settings: AuxiliarySettings, hidden_size: int, vocab_size: int):
+    @classmethod
+    def check(cls, settings: Settings, seq_length: int, rows: int) -> None:
+        assert isinstance(settings, MemorySettings)
+        n, K = settings.memory_tokens_after, settings.memory_slots
+        least = 1 + 2 * max(n, K)
+        if least > seq_length:
+            raise UserError(
+                f"auxiliary.memory_tokens_after is {n} and memory_slots {K}: the memory head needs "
+                f"rows of {least} tokens or more, and model.seq_length is {seq_length}. Make it "
+                "longer, or those smaller."
+            )
+
+    def __init__(self, settings: MemorySettings, hidden_size: int, vocab_size: int):
         super().__init__()
         D = hidden_size
         self.slots, self.tokens_after = settings.memory_slots, settings.memory_tokens_after
@@ -72,99 +105,105 @@ class Memory(nn.Module):
         ahead = known.gather(1, end.clamp(max=stop.shape[1])) - known[:, :-1]
         # (B, 1)
         middle = pick(is_text(batch) & (time > begin) & (end <= stop) & (ahead > 0), draws)[:, None]
-        places = torch.cat(
+        positions = torch.cat(
             [begin.gather(1, middle.clamp(min=0)), middle, middle + 2 * self.tokens_after], dim=1
         )
-        return torch.where(middle == NOWHERE, NOWHERE, places)
+        return torch.where(middle == NOWHERE, NOWHERE, positions)
 
-    def forward(self, seen: Seen, places: Tensor, valid: Tensor) -> Tensor:
-        hidden, labels, summaries = self._read_on(seen, places, valid)
-        values, total = self._nats(seen, hidden, labels)
+    def forward(self, inputs: HeadInputs, positions: Tensor, valid: Tensor) -> Tensor:
+        hidden, labels, summaries = self._read_on(inputs, positions, valid)
+        values, total = self._nats(inputs, hidden, labels)
         # the rows' values are without a graph; the total, which they share, has it
         values = values + (total - total.detach()) / valid.sum().clamp(min=1)
-        return values + self.reconstruction_weight * self._reconstruction(seen, places, summaries)
+        return values + self.reconstruction_weight * self._reconstruction(
+            inputs, positions, summaries
+        )
 
     @torch.no_grad()
-    def measure(self, seen: Seen, places: Tensor, valid: Tensor) -> dict[str, Tensor]:
+    def measure(self, inputs: HeadInputs, positions: Tensor, valid: Tensor) -> dict[str, Tensor]:
         """In nats per token of A2 and B. `gain`: what the summary saves, against reading A2, and B,
         with nothing before them. `gap`: what it loses, against the row as it is, where all of the
         document is seen. `reconstruction`: per token before."""
-        hidden, labels, summaries = self._read_on(seen, places, valid)
-        each = self._positions(seen, places)
-        ids = seen.batch.input_ids.gather(1, each)
-        with self._as_the_model_computes(seen):
-            cropped = read(seen.model, ids.view(-1, self.tokens_after)).hidden  # (2 B, n, D)
+        hidden, labels, summaries = self._read_on(inputs, positions, valid)
+        each = self._positions(inputs, positions)
+        ids = inputs.batch.input_ids.gather(1, each)
+        with self._as_the_model_computes(inputs):
+            cropped = read(inputs.model, ids.view(-1, self.tokens_after)).hidden  # (2 B, n, D)
         (within, _), (without, _) = (
-            self._nats(seen, states, labels) for states in (hidden, cropped.view_as(hidden))
+            self._nats(inputs, states, labels) for states in (hidden, cropped.view_as(hidden))
         )
         known = labels != IGNORE_INDEX
-        full = torch.where(known, seen.surprise(each), 0.0).sum(1) / (2 * self.tokens_after)
+        full = torch.where(known, inputs.nll(each), 0.0).sum(1) / (2 * self.tokens_after)
         # of means over all 2n to means over targets
         share = 2 * self.tokens_after / known.sum(1).clamp(min=1)
         told = {"gain": (without - within) * share, "gap": (within - full) * share}
-        return told | {"reconstruction": self._reconstruction(seen, places, summaries)}
+        return told | {"reconstruction": self._reconstruction(inputs, positions, summaries)}
 
     def _read_on(
-        self, seen: Seen, places: Tensor, valid: Tensor
+        self, inputs: HeadInputs, positions: Tensor, valid: Tensor
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Of A2 and B: hidden states (B, 2n, D) and labels (B, 2n); and the summaries before them,
         (B, K, D) each."""
-        assert seen.model is not None
-        n, table = self.tokens_after, seen.readout.table
-        begin, middle, _ = places[:, :, None].unbind(1)  # (B, 1) each
+        assert inputs.model is not None
+        n, table = self.tokens_after, inputs.readout.table
+        begin, middle, _ = positions[:, :, None].unbind(1)  # (B, 1) each
         time, at = (
-            torch.arange(seen.hidden.shape[1], device=places.device),
-            self._positions(seen, places),
+            torch.arange(inputs.hidden.shape[1], device=positions.device),
+            self._positions(inputs, positions),
         )
-        ids = seen.batch.input_ids.gather(1, at)
-        labels = torch.where(valid[:, None], seen.batch.labels.gather(1, at), IGNORE_INDEX)
-        first = self.summarise(seen.hidden, (time >= begin) & (time < middle))
-        with self._as_the_model_computes(seen):
-            behind_one = read(seen.model, ids[:, :n], Summary(first, table)).hidden  # (B, K + n, D)
+        ids = inputs.batch.input_ids.gather(1, at)
+        labels = torch.where(valid[:, None], inputs.batch.labels.gather(1, at), IGNORE_INDEX)
+        first = self.summarise(inputs.hidden, (time >= begin) & (time < middle))
+        with self._as_the_model_computes(inputs):
+            behind_one = read(
+                inputs.model, ids[:, :n], Summary(first, table)
+            ).hidden  # (B, K + n, D)
             second = self.summarise(behind_one)
-            behind_two = read(seen.model, ids[:, n:], Summary(second, table)).hidden
+            behind_two = read(inputs.model, ids[:, n:], Summary(second, table)).hidden
         hidden = torch.cat([states[:, self.slots :] for states in (behind_one, behind_two)], dim=1)
         return hidden, labels, [first, second]
 
-    def _positions(self, seen: Seen, places: Tensor) -> Tensor:
+    def _positions(self, inputs: HeadInputs, positions: Tensor) -> Tensor:
         """Those of A2 and B in their row: (B, 2n)."""
-        at = places[:, 1:2] + torch.arange(2 * self.tokens_after, device=places.device)
-        return at.clamp(max=seen.hidden.shape[1] - 1)  # only rows without a place would go beyond
+        at = positions[:, 1:2] + torch.arange(2 * self.tokens_after, device=positions.device)
+        return at.clamp(max=inputs.hidden.shape[1] - 1)  # only rows without a place would go beyond
 
-    def _nats(self, seen: Seen, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _nats(self, inputs: HeadInputs, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The sum of -log p over a row's targets / 2n: (B,) without a graph; and the sum over rows,
         () with one."""
-        assert seen.cross_entropy is not None
-        with self._as_the_model_computes(seen):
-            total, values = seen.cross_entropy(hidden, labels)
+        assert inputs.cross_entropy is not None
+        with self._as_the_model_computes(inputs):
+            total, values = inputs.cross_entropy(hidden, labels)
         return values.sum(1) / labels.shape[1], total / labels.shape[1]
 
-    def _reconstruction(self, seen: Seen, places: Tensor, summaries: list[Tensor]) -> Tensor:
+    def _reconstruction(
+        self, inputs: HeadInputs, positions: Tensor, summaries: list[Tensor]
+    ) -> Tensor:
         """Mean -log p of the tokens before A2 as told by s1 alone, and before B by s2 alone: their
         mean, (B,).
 
         The table gets no gradient: telling tokens apart is the compressor's business, not the
         embeddings'."""
-        begin, middle, _ = places[:, :, None].unbind(1)
-        time = torch.arange(seen.hidden.shape[1], device=places.device)
+        begin, middle, _ = positions[:, :, None].unbind(1)
+        time = torch.arange(inputs.hidden.shape[1], device=positions.device)
         found = []
         for vectors, stop in zip(summaries, (middle, middle + self.tokens_after)):
             inside = (time >= begin) & (time < stop)  # (B, T)
             # (B, V)
-            scores = self.tell(vectors.flatten(1)) @ seen.wide(seen.readout.table.detach()).T
-            surprise = -scores.log_softmax(-1).gather(1, seen.batch.input_ids)  # (B, T)
-            found.append(torch.where(inside, surprise, 0.0).sum(1) / inside.sum(1).clamp(min=1))
+            scores = self.tell(vectors.flatten(1)) @ inputs.wide(inputs.readout.table.detach()).T
+            nll = -scores.log_softmax(-1).gather(1, inputs.batch.input_ids)  # (B, T)
+            found.append(torch.where(inside, nll, 0.0).sum(1) / inside.sum(1).clamp(min=1))
         return torch.stack(found).mean(0)
 
     @contextmanager
-    def _as_the_model_computes(self, seen: Seen) -> Iterator[None]:
+    def _as_the_model_computes(self, inputs: HeadInputs) -> Iterator[None]:
         """Under the autocast of the pass, if there was one; and without drawing from the random
         numbers of those to come."""
-        device = seen.hidden.device
-        low = seen.dtype in (torch.bfloat16, torch.float16)
+        device = inputs.hidden.device
+        low = inputs.dtype in (torch.bfloat16, torch.float16)
         with (
             torch.random.fork_rng([device] if device.type == "cuda" else []),
-            torch.autocast(device.type, seen.dtype, enabled=low),
+            torch.autocast(device.type, inputs.dtype, enabled=low),
         ):
             yield
 

@@ -23,13 +23,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from core.contracts import IGNORE_INDEX, Batch
-from core.heads.inputs import Seen, pick_several
+from core.heads.head import Head
+from core.heads.inputs import HeadInputs, pick_several
 from core.heads.policy import divergence
-from core.preset.settings import AuxiliarySettings
+from core.heads.rollouts import RolloutsSettings
+from core.schedules import Schedule
 
 # B batch rows, m planner_positions, n any positions, C candidates of each, K steps of a rollout, D
 # hidden_size, V vocab_size
@@ -40,12 +43,28 @@ DISCOUNT = 0.9
 """Of each further step in the mean of the values."""
 
 
-class Planner(nn.Sequential):
+class PlannerSettings(RolloutsSettings):
+    """The planner's keys in `auxiliary`; it takes as many steps as the rollouts."""
+
+    enable_planner: bool = False
+    """Learn to weigh the model's likeliest next tokens anew, by where rollouts of them lead. Needs
+    the policy, value and rollouts heads; `generate.planner` uses it."""
+    planner_weight: Schedule = 0.05
+    """Weight of the planner's loss. Only the planner learns from it."""
+    planner_positions: int = Field(4, ge=1, le=1_000_000)
+    """Places of a row at which it learns."""
+    planner_candidates: int = Field(8, ge=2, le=256)
+    """Likeliest tokens the planner rolls out."""
+    planner_kl_weight: float = Field(0.1, ge=0.0)
+    """Weight, inside the planner's loss, of its distribution's divergence from the model's."""
+
+
+class Planner(Head, nn.Sequential):
     weight_key = "planner_weight"
     needs = ("policy", "value", "rollouts")
     apart = True
 
-    def __init__(self, settings: AuxiliarySettings, hidden_size: int, vocab_size: int):
+    def __init__(self, settings: PlannerSettings, hidden_size: int, vocab_size: int):
         super().__init__(
             nn.Linear(2 * num_features(settings.rollout_steps), WIDTH),
             nn.GELU(),
@@ -81,34 +100,36 @@ class Planner(nn.Sequential):
         change = super().forward(features)[..., 0]  # (n, C)
         return scores.scatter_add(1, tokens, change)
 
-    def forward(self, seen: Seen, places: Tensor, valid: Tensor) -> Tensor:  # type: ignore[override]
-        before, after, target = self._distributions(seen, places)
+    def forward(self, inputs: HeadInputs, positions: Tensor, valid: Tensor) -> Tensor:  # type: ignore[override]
+        before, after, target = self._distributions(inputs, positions)
         # (B * m,)
         losses = self.kl_weight * divergence(after, before) - after.gather(1, target)[:, 0]
-        return losses.view(places.shape).mean(1)
+        return losses.view(positions.shape).mean(1)
 
-    def measure(self, seen: Seen, places: Tensor, valid: Tensor) -> dict[str, Tensor]:
+    def measure(self, inputs: HeadInputs, positions: Tensor, valid: Tensor) -> dict[str, Tensor]:
         """gain: log q - log p of the target, in nats; kl: of q from p; changed: whether another
         token is the likeliest."""
-        before, after, target = self._distributions(seen, places)
+        before, after, target = self._distributions(inputs, positions)
         found = {
             "gain": (after - before).gather(1, target)[:, 0],
             "kl": divergence(after, before),
             "changed": (before.argmax(1) != after.argmax(1)).to(before.dtype),
         }
-        return {what: each.view(places.shape).mean(1) for what, each in found.items()}
+        return {what: each.view(positions.shape).mean(1) for what, each in found.items()}
 
-    def _distributions(self, seen: Seen, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _distributions(
+        self, inputs: HeadInputs, positions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """log p and log q (B * m, V), and the target (B * m, 1); any token in rows without a
         place."""
         with torch.no_grad():
-            hidden = seen.at(places).flatten(0, 1)  # (B * m, D)
-            scores = seen.wide(seen.readout(hidden))  # (B * m, V)
-        after = self.plan(hidden, scores, seen.heads, seen.readout.table)
+            hidden = inputs.at(positions).flatten(0, 1)  # (B * m, D)
+            scores = inputs.wide(inputs.readout(hidden))  # (B * m, V)
+        after = self.plan(hidden, scores, inputs.heads, inputs.readout.table)
         return (
             scores.log_softmax(-1),
             after.log_softmax(-1),
-            seen.batch.labels.gather(1, places).clamp(min=0).view(-1, 1),
+            inputs.batch.labels.gather(1, positions).clamp(min=0).view(-1, 1),
         )
 
 

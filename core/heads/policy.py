@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from core.contracts import IGNORE_INDEX, Batch
-from core.heads.inputs import Seen, pick
-from core.preset.settings import AuxiliarySettings
+from core.heads.head import Head
+from core.heads.inputs import HeadInputs, pick
+from core.preset.settings import Settings
+from core.schedules import Schedule
 
 # B batch rows, D hidden_size, V vocab_size
 
@@ -22,19 +24,29 @@ BLOCK_SCORES = 2**24
 """As many are held at once where only the best of them is asked for."""
 
 
-class Policy(nn.Linear):
+class PolicySettings(Settings):
+    """The policy head's keys in `auxiliary`."""
+
+    enable_policy: bool = False
+    """Predict the next token at a sampled position from a head of its own, towards the language
+    model's distribution."""
+    policy_kl_weight: Schedule = 0.05
+    """Weight of the policy head's divergence."""
+
+
+class Policy(Head, nn.Linear):
     weight_key = "policy_kl_weight"
 
-    def __init__(self, settings: AuxiliarySettings, hidden_size: int, vocab_size: int):
+    def __init__(self, settings: PolicySettings, hidden_size: int, vocab_size: int):
         super().__init__(hidden_size, vocab_size)
 
     def choose(self, batch: Batch, draws: Tensor) -> Tensor:
         return pick(batch.labels != IGNORE_INDEX, draws)[:, None]  # (B, 1)
 
-    def forward(self, seen: Seen, places: Tensor, valid: Tensor) -> Tensor:  # type: ignore[override]
-        root = seen.at(places[:, 0])  # (B, D)
+    def forward(self, inputs: HeadInputs, positions: Tensor, valid: Tensor) -> Tensor:  # type: ignore[override]
+        root = inputs.at(positions[:, 0])  # (B, D)
         with torch.no_grad():
-            teacher = seen.wide(seen.readout(root)).log_softmax(-1)  # (B, V)
+            teacher = inputs.wide(inputs.readout(root)).log_softmax(-1)  # (B, V)
         return divergence(teacher, self.predict(root))
 
     def predict(self, states: Tensor) -> Tensor:

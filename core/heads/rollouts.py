@@ -18,22 +18,36 @@ of different models have different sizes: a relative error is worth the same wei
 """
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from core.contracts import Batch
-from core.heads.inputs import Seen, pick, targets_ahead
+from core.heads.head import Head
+from core.heads.inputs import HeadInputs, pick, targets_ahead
 from core.heads.policy import divergence
-from core.heads.value import coming_surprise
-from core.preset.settings import AuxiliarySettings
+from core.heads.value import ValueSettings, coming_nll
+from core.schedules import Schedule
 
 # B batch rows, D hidden_size, V vocab_size, K steps
 
 
-class Rollouts(nn.Sequential):
+class RolloutsSettings(ValueSettings):
+    """The rollouts' keys in `auxiliary`; their value span is the value head's."""
+
+    enable_rollouts: bool = False
+    """Go from hidden state to hidden state by the coming tokens alone, several steps. Policy and
+    value heads that are on learn there, too."""
+    rollouts_weight: Schedule = 0.05
+    """Weight of the rollouts' error."""
+    rollout_steps: int = Field(3, ge=1, le=8)
+    """Steps of a rollout, in training and of the planner."""
+
+
+class Rollouts(Head, nn.Sequential):
     weight_key = "rollouts_weight"
 
-    def __init__(self, settings: AuxiliarySettings, hidden_size: int, vocab_size: int):
+    def __init__(self, settings: RolloutsSettings, hidden_size: int, vocab_size: int):
         D = hidden_size
         super().__init__(nn.Linear(2 * D, 2 * D), nn.GELU(), nn.Linear(2 * D, D))
         self.steps, self.span_tokens = settings.rollout_steps, settings.value_span_tokens
@@ -46,27 +60,27 @@ class Rollouts(nn.Sequential):
         """p, where p .. p+K are in one document and have targets."""
         return pick(targets_ahead(batch, self.steps + 1) > self.steps, draws)[:, None]  # (B, 1)
 
-    def forward(self, seen: Seen, places: Tensor, valid: Tensor) -> Tensor:  # type: ignore[override]
-        states, targets = self._unrolled(seen, places)  # (B, K, D) each
+    def forward(self, inputs: HeadInputs, positions: Tensor, valid: Tensor) -> Tensor:  # type: ignore[override]
+        states, targets = self._unrolled(inputs, positions)  # (B, K, D) each
         losses = relative(states - targets, targets)  # (B, K)
-        if "value" in seen.heads:
-            coming = coming_surprise(
-                seen, self._ahead(seen, places)[:, :1], self.span_tokens, self.steps
+        if "value" in inputs.heads:
+            coming = coming_nll(
+                inputs, self._ahead(inputs, positions)[:, :1], self.span_tokens, self.steps
             )
-            losses = losses + (seen.heads["value"].predict(states) - coming) ** 2  # type: ignore[operator]
-        if "policy" in seen.heads:
+            losses = losses + (inputs.heads["value"].predict(states) - coming) ** 2  # type: ignore[operator]
+        if "policy" in inputs.heads:
             with torch.no_grad():
                 # (B * K, V)
-                teacher = seen.wide(seen.readout(targets.flatten(0, 1))).log_softmax(-1)
-            student = seen.heads["policy"].predict(states.flatten(0, 1))  # type: ignore[operator]
+                teacher = inputs.wide(inputs.readout(targets.flatten(0, 1))).log_softmax(-1)
+            student = inputs.heads["policy"].predict(states.flatten(0, 1))  # type: ignore[operator]
             losses = losses + divergence(teacher, student).view_as(losses)
         return losses.mean(1)
 
-    def measure(self, seen: Seen, places: Tensor, valid: Tensor) -> dict[str, Tensor]:
+    def measure(self, inputs: HeadInputs, positions: Tensor, valid: Tensor) -> dict[str, Tensor]:
         """error_k: of s_k, relative to the square of the state at p+k. unchanged_k: of h_p in its
         place, what is to beat."""
-        states, targets = self._unrolled(seen, places)
-        stays = seen.at(places)  # (B, 1, D)
+        states, targets = self._unrolled(inputs, positions)
+        stays = inputs.at(positions)  # (B, 1, D)
         # (B, K) each
         found = {
             "error": relative(states - targets, targets),
@@ -78,24 +92,24 @@ class Rollouts(nn.Sequential):
             for k in range(1, self.steps + 1)
         }
 
-    def _unrolled(self, seen: Seen, places: Tensor) -> tuple[Tensor, Tensor]:
+    def _unrolled(self, inputs: HeadInputs, positions: Tensor) -> tuple[Tensor, Tensor]:
         """The states s_1 .. s_K, and the hidden states they stand for: (B, K, D) each."""
-        ahead = self._ahead(seen, places)
+        ahead = self._ahead(inputs, positions)
         with torch.no_grad():
             # (B, K, D)
-            tokens = seen.wide(
-                F.embedding(seen.batch.input_ids.gather(1, ahead), seen.readout.table)
+            tokens = inputs.wide(
+                F.embedding(inputs.batch.input_ids.gather(1, ahead), inputs.readout.table)
             )
-            state, targets, states = seen.at(places[:, 0]), seen.at(ahead), []
+            state, targets, states = inputs.at(positions[:, 0]), inputs.at(ahead), []
         for token in tokens.unbind(1):
             state = self.step(state, token)
             states.append(state)
         return torch.stack(states, dim=1), targets
 
-    def _ahead(self, seen: Seen, places: Tensor) -> Tensor:
+    def _ahead(self, inputs: HeadInputs, positions: Tensor) -> Tensor:
         """p+1 .. p+K, within the row where p is valid: (B, K)."""
-        return (places + torch.arange(1, self.steps + 1, device=places.device)).clamp(
-            max=seen.hidden.shape[1] - 1
+        return (positions + torch.arange(1, self.steps + 1, device=positions.device)).clamp(
+            max=inputs.hidden.shape[1] - 1
         )
 
 

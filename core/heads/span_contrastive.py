@@ -10,20 +10,48 @@ Specification 003, "span contrastive". The query takes positions before the span
 after it contain it."""
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from core.contracts import Batch
-from core.heads.inputs import NOWHERE, Seen, document_bounds, is_text, pick
-from core.preset.settings import AuxiliarySettings
+from core.errors import UserError
+from core.heads.head import Head
+from core.heads.inputs import NOWHERE, HeadInputs, document_bounds, is_text, pick
+from core.preset.settings import Settings
+from core.schedules import Schedule
 
 # B batch rows, T seq_length, D hidden_size
 
 
-class SpanContrastive(nn.Sequential):
+class SpanContrastiveSettings(Settings):
+    """The span contrastive head's keys in `auxiliary`."""
+
+    enable_span_contrastive: bool = False
+    """Tell a masked span from the other spans of the forward pass (InfoNCE), by what stands before
+    it."""
+    span_contrastive_weight: Schedule = 0.05
+    """Weight of the contrastive loss."""
+    span_mask_fraction: float = Field(0.15, gt=0.0, lt=1.0)
+    """Length of a masked span: this share of its document, as far as that stands in the row."""
+    span_contrastive_temperature: float = Field(0.07, gt=0.0)
+    """Temperature of the contrastive loss."""
+    span_l2_normalize: bool = True
+    """Compare directions only."""
+
+
+class SpanContrastive(Head, nn.Sequential):
     weight_key = "span_contrastive_weight"
 
-    def __init__(self, settings: AuxiliarySettings, hidden_size: int, vocab_size: int):
+    @classmethod
+    def check(cls, settings: Settings, seq_length: int, rows: int) -> None:
+        if rows < 2:
+            raise UserError(
+                "auxiliary.enable_span_contrastive tells a span from the others of a forward pass, "
+                "and train.per_gpu_batch_size is 1. Set it to 2 or more."
+            )
+
+    def __init__(self, settings: SpanContrastiveSettings, hidden_size: int, vocab_size: int):
         D = hidden_size
         super().__init__(nn.Linear(D, D), nn.GELU(), nn.Linear(D, D))
         self.settings = settings
@@ -37,13 +65,13 @@ class SpanContrastive(nn.Sequential):
         # (B, 1)
         start = pick(is_text(batch) & (time > begin) & (time + length <= stop), draws)[:, None]
         at = start.clamp(min=0)
-        places = torch.cat([begin.gather(1, at), start, at + length.gather(1, at)], dim=1)
-        return torch.where(start == NOWHERE, NOWHERE, places)
+        positions = torch.cat([begin.gather(1, at), start, at + length.gather(1, at)], dim=1)
+        return torch.where(start == NOWHERE, NOWHERE, positions)
 
-    def forward(self, seen: Seen, places: Tensor, valid: Tensor) -> Tensor:  # type: ignore[override]
-        begin, start, stop = places[:, :, None].unbind(1)  # (B, 1) each
-        time = torch.arange(seen.hidden.shape[1], device=places.device)
-        inner = self.first_layer(seen)  # (B, T, D)
+    def forward(self, inputs: HeadInputs, positions: Tensor, valid: Tensor) -> Tensor:  # type: ignore[override]
+        begin, start, stop = positions[:, :, None].unbind(1)  # (B, 1) each
+        time = torch.arange(inputs.hidden.shape[1], device=positions.device)
+        inner = self.first_layer(inputs)  # (B, T, D)
         # the last layer is linear: it may follow the mean
         query = self[2](mean_over(inner, (time >= begin) & (time < start)))  # (B, D)
         with torch.no_grad():
@@ -56,11 +84,11 @@ class SpanContrastive(nn.Sequential):
             self.settings.span_l2_normalize,
         )
 
-    def first_layer(self, seen: Seen) -> Tensor:
+    def first_layer(self, inputs: HeadInputs) -> Tensor:
         """Of every position: (B, T, D). The one product of heads that is large enough for
         autocast's dtype."""
-        weight, bias = (p.to(seen.dtype) for p in self[0].parameters())
-        return self[1](F.linear(seen.hidden.to(seen.dtype), weight, bias))
+        weight, bias = (p.to(inputs.dtype) for p in self[0].parameters())
+        return self[1](F.linear(inputs.hidden.to(inputs.dtype), weight, bias))
 
 
 def mean_over(states: Tensor, where: Tensor) -> Tensor:

@@ -1,22 +1,9 @@
 """The auxiliary heads of a run: where they look in a step's rows, and the weighted sum of their
 losses.
 
-In:    AuxiliarySettings; the rows of a step, then what each forward pass gives
-Out:   rows with places, and how many; a scalar to call backward on, and sums to report
+In:    the `auxiliary` section; the rows of a step, then what each forward pass gives
+Out:   rows with positions, and how many; a scalar to call backward on, and sums to report
 State: the heads' parameters, named "policy.weight", "dynamics.0.weight", ...
-
-A head is a module with
-    weight_key                      the key of AuxiliarySettings that is its weight
-    choose(batch, draws) -> (B, k)  the place it looks at in each row; its first number is where its
-                                    gradient enters, or NOWHERE
-    forward(seen, places, valid)    (B,) its loss in each row; anything finite where a row is not
-                                    valid
-and, where it has them,
-    begin()                         what is done to freshly drawn weights
-    apart = True                    its gradient reaches itself alone, and is clipped alone: the
-                                    model trains as without it
-    measure(seen, places, valid)    {what: (B,)} other numbers of held-out rows than its loss,
-                                    without gradient
 """
 
 from collections.abc import Mapping
@@ -26,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from core.contracts import Batch, LanguageModel, ModelOutput, call_if_defined
-from core.heads.inputs import NOWHERE, Seen
-from core.preset.settings import AuxiliarySettings
+from core.contracts import Batch, LanguageModel, ModelOutput
+from core.heads.head import Head
+from core.heads.inputs import NOWHERE, HeadInputs
+from core.preset.settings import AuxiliarySettingsBase, Settings
 from core.randomness import derive_seed
 from core.schedules import changes, value_at
 
@@ -40,19 +28,26 @@ class HeadStack(nn.ModuleDict):
 
     def __init__(
         self,
-        table: Mapping[str, Any],
-        settings: AuxiliarySettings,
+        table: Mapping[str, tuple[type[Settings], type[Head]]],
+        settings: AuxiliarySettingsBase,
         hidden_size: int,
         vocab_size: int,
     ):
         """`vocab_size`: the number of scores that the readout gives."""
-        names = [name for name in table if getattr(settings, f"enable_{name}")]
-        super().__init__({name: table[name](settings, hidden_size, vocab_size) for name in names})
-        self._weights = {name: getattr(settings, table[name].weight_key) for name in names}
+        on = {name: head for name, (_, head) in table.items() if f"enable_{name}" in settings.heads}
+        super().__init__(
+            {name: head(settings, hidden_size, vocab_size) for name, head in on.items()}
+        )
+        self._weights = {name: getattr(settings, head.weight_key) for name, head in on.items()}
 
-    def apart(self) -> list[nn.Module]:
-        """Heads that learn from the model, and the model nothing from them."""
-        return [head for head in self.values() if getattr(head, "apart", False)]
+    @property
+    def heads(self) -> dict[str, Head]:
+        """The heads by name, in the order of the table."""
+        return {name: head for name, head in self.items() if isinstance(head, Head)}
+
+    def apart(self) -> list[Head]:
+        """Return the heads that learn from the model while the model learns nothing from them."""
+        return [head for head in self.heads.values() if head.apart]
 
     def weights(self, progress: float) -> dict[str, float]:
         return {name: value_at(weight, progress) for name, weight in self._weights.items()}
@@ -66,36 +61,39 @@ class HeadStack(nn.ModuleDict):
         }
 
     def choose(self, batch: Batch, seed: int, step: int, rows: list[int]) -> Batch:
-        """The batch with the places of all heads. They follow from the seed, the step, and each
+        """The batch with the positions of all heads. They follow from the seed, the step, and each
         row's number in the step."""
-        places = []
-        for name, head in self.items():
+        positions = []
+        for name, head in self.heads.items():
             draws = torch.tensor([derive_seed(seed, "heads", name, step, row) for row in rows])
-            places.append(head.choose(batch, draws))
-        return replace(batch, places=dict(zip(self, places)))
+            positions.append(head.choose(batch, draws))
+        return replace(batch, head_positions=dict(zip(self, positions)))
 
     def count(self, batch: Batch) -> dict[str, int]:
         """The rows in which each head has a place."""
-        assert batch.places is not None
-        return {name: int((places[:, 0] != NOWHERE).sum()) for name, places in batch.places.items()}
+        assert batch.head_positions is not None
+        return {
+            name: int((positions[:, 0] != NOWHERE).sum())
+            for name, positions in batch.head_positions.items()
+        }
 
-    def look(
+    def inputs(
         self,
         model: LanguageModel,
         output: ModelOutput,
         batch: Batch,
-        surprise: Any,
+        nll: Any,
         cross_entropy: Any,
-    ) -> Seen:
-        """A forward pass as the heads see it; the last two as Seen has them. Called under the
+    ) -> HeadInputs:
+        """A forward pass as the heads see it; the last two as HeadInputs has them. Called under the
         autocast of the pass, if there is one."""
         hidden, kind = output.hidden, output.hidden.device.type
         wide = torch.promote_types(hidden.dtype, torch.float32)
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else wide
-        return Seen(hidden, output.readout, batch, surprise, dtype, model, self, cross_entropy)
+        return HeadInputs(hidden, output.readout, batch, nll, dtype, model, self, cross_entropy)
 
     def forward(
-        self, seen: Seen, counts: Mapping[str, float], progress: float
+        self, inputs: HeadInputs, counts: Mapping[str, float], progress: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum over heads of weight * sum over rows / count, with its graph; and each head's
         sum, without.
@@ -104,9 +102,9 @@ class HeadStack(nn.ModuleDict):
         vocabulary."""
         sums = {}
         # few numbers, all of them exact
-        with torch.autocast(seen.hidden.device.type, enabled=False):
+        with torch.autocast(inputs.hidden.device.type, enabled=False):
             for name in self:
-                values, valid = self._losses(name, seen)
+                values, valid = self._losses(name, inputs)
                 sums[name] = torch.where(valid, values, 0.0).sum()
             weights = self.weights(progress)
             total = torch.stack(
@@ -115,29 +113,26 @@ class HeadStack(nn.ModuleDict):
         return total, {name: value.detach() for name, value in sums.items()}
 
     @torch.no_grad()
-    def measure(self, seen: Seen) -> dict[str, Tensor]:
+    def measure(self, inputs: HeadInputs) -> dict[str, Tensor]:
         """{"policy": (2,), "planner.gain": (2,)}: of each head's loss, and of what else it
         measures, sum and number of rows."""
         found = {}
-        with torch.autocast(seen.hidden.device.type, enabled=False):
-            for name, head in self.items():
-                values, valid = self._losses(name, seen)
-                others = (
-                    call_if_defined(
-                        head, "measure", seen, seen.batch.places[name].clamp(min=0), valid
-                    )
-                    or {}
-                )  # type: ignore[index]
-                for told, each in {
-                    name: values,
-                    **{f"{name}.{what}": value for what, value in others.items()},
-                }.items():
-                    found[told] = torch.stack([torch.where(valid, each, 0.0).sum(), valid.sum()])
+        with torch.autocast(inputs.hidden.device.type, enabled=False):
+            for name, head in self.heads.items():
+                values, valid = self._losses(name, inputs)
+                others = head.measure(inputs, self._positions(name, inputs).clamp(min=0), valid)
+                named = {f"{name}.{what}": each for what, each in others.items()}
+                for key, each in {name: values, **named}.items():
+                    found[key] = torch.stack([torch.where(valid, each, 0.0).sum(), valid.sum()])
         return found
 
-    def _losses(self, name: str, seen: Seen) -> tuple[Tensor, Tensor]:
-        """Of one head: (B,) its loss in each row, and (B,) where that counts."""
-        assert seen.batch.places is not None
-        places = seen.batch.places[name]
-        valid = places[:, 0] != NOWHERE
-        return self[name](seen, places.clamp(min=0), valid), valid
+    def _losses(self, name: str, inputs: HeadInputs) -> tuple[Tensor, Tensor]:
+        """Compute one head's loss in each row (B,), and where it counts (B,)."""
+        positions = self._positions(name, inputs)
+        valid = positions[:, 0] != NOWHERE
+        return self[name](inputs, positions.clamp(min=0), valid), valid
+
+    @staticmethod
+    def _positions(name: str, inputs: HeadInputs) -> Tensor:
+        assert inputs.batch.head_positions is not None
+        return inputs.batch.head_positions[name]  # (B, k)

@@ -11,19 +11,33 @@ the whole past."""
 import math
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from core.contracts import IGNORE_INDEX, Batch
-from core.heads.inputs import Seen, pick, targets_ahead
-from core.preset.settings import AuxiliarySettings
+from core.heads.head import Head
+from core.heads.inputs import HeadInputs, pick, targets_ahead
+from core.preset.settings import Settings
+from core.schedules import Schedule
 
 # B batch rows, T seq_length, D hidden_size, n tokens of the span
 
 
-class Value(nn.Linear):
+class ValueSettings(Settings):
+    """The value head's keys in `auxiliary`."""
+
+    enable_value: bool = False
+    """Predict the average loss of the coming span."""
+    value_weight: Schedule = 0.05
+    """Weight of the value head's error."""
+    value_span_tokens: int = Field(16, ge=1, le=1_000_000)
+    """Tokens of the span whose average loss the value head predicts."""
+
+
+class Value(Head, nn.Linear):
     weight_key = "value_weight"
 
-    def __init__(self, settings: AuxiliarySettings, hidden_size: int, vocab_size: int):
+    def __init__(self, settings: ValueSettings, hidden_size: int, vocab_size: int):
         super().__init__(hidden_size, 1)
         self.span_tokens = settings.value_span_tokens
         self.ignorance = math.log(vocab_size)
@@ -42,24 +56,26 @@ class Value(nn.Linear):
         """(..., D) -> (...)."""
         return super().forward(states)[..., 0]
 
-    def forward(self, seen: Seen, places: Tensor, valid: Tensor) -> Tensor:  # type: ignore[override]
-        predicted = self.predict(seen.at(places[:, 0]))  # (B,)
-        return (predicted - coming_surprise(seen, places, self.span_tokens)[:, 0]) ** 2
+    def forward(self, inputs: HeadInputs, positions: Tensor, valid: Tensor) -> Tensor:  # type: ignore[override]
+        predicted = self.predict(inputs.at(positions[:, 0]))  # (B,)
+        return (predicted - coming_nll(inputs, positions, self.span_tokens)[:, 0]) ** 2
 
 
 @torch.no_grad()
-def coming_surprise(seen: Seen, places: Tensor, span_tokens: int, roots: int = 1) -> Tensor:
+def coming_nll(inputs: HeadInputs, positions: Tensor, span_tokens: int, roots: int = 1) -> Tensor:
     """The mean -log p of the n tokens after each of the positions p .. p+roots-1, as far as p's
     document has them in the row: p (B, 1) -> (B, roots)."""
-    documents, labels = seen.batch.document_ids, seen.batch.labels
+    documents, labels = inputs.batch.document_ids, inputs.batch.labels
     T = labels.shape[1]
     # the target of position t is token t+1
-    at = places + torch.arange(roots + span_tokens - 1, device=places.device)  # (B, roots + n - 1)
+    at = positions + torch.arange(
+        roots + span_tokens - 1, device=positions.device
+    )  # (B, roots + n - 1)
     inside, at = at < T, at.clamp(max=T - 1)
-    inside &= (documents.gather(1, at) == documents.gather(1, places)) & (
+    inside &= (documents.gather(1, at) == documents.gather(1, positions)) & (
         labels.gather(1, at) != IGNORE_INDEX
     )
-    values = torch.where(inside, seen.surprise(at), 0.0)
+    values = torch.where(inside, inputs.nll(at), 0.0)
     # (B, roots, n)
     values, inside = values.unfold(1, span_tokens, 1), inside.unfold(1, span_tokens, 1)
     return values.sum(2) / inside.sum(2).clamp(min=1)

@@ -127,7 +127,7 @@ class Softmax:
         """(n,) or (n, k) probabilities"""
         return self.probabilities.gather(1, _columns(indices)).view(indices.shape)
 
-    def surprise(self, indices: Tensor) -> Tensor:
+    def nll(self, indices: Tensor) -> Tensor:
         """(n,) -log p at one index a row: exact where p underflows"""
         below = self._peak - self.scores.gather(1, indices[:, None]).squeeze(1)
         return below / self.temperature - self._log_peak_probability

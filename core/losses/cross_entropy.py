@@ -38,7 +38,7 @@ class CrossEntropy(TokenLoss):
             chunk.softmax(),
             value_at(self.settings.label_smoothing, chunk.progress),
         )
-        values = softmax.surprise(chunk.labels)
+        values = softmax.nll(chunk.labels)
         if smoothing == 0.0:
             return values
         return (1.0 - smoothing) * values + smoothing * (

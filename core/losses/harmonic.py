@@ -49,13 +49,13 @@ class Harmonic(TokenLoss):
     settings: HarmonicSettings
 
     def per_token(self, chunk: Chunk) -> Tensor:
-        return self._softmax(chunk, value_at(self.settings.h_exp, chunk.progress))[0].surprise(
+        return self._softmax(chunk, value_at(self.settings.h_exp, chunk.progress))[0].nll(
             chunk.labels
         )
 
     def facts(self) -> dict[str, Callable[[Chunk], Tensor]]:
         return {
-            name: lambda chunk, h=h: self._softmax(chunk, h)[0].surprise(chunk.labels)
+            name: lambda chunk, h=h: self._softmax(chunk, h)[0].nll(chunk.labels)
             for name, h in FIXED.items()
         }
 

@@ -31,7 +31,7 @@ def _in_top(chunk: Chunk, sign: float) -> Tensor:
 
 OF_SCORES: dict[str, dict[str, Fact]] = {
     "logits": {
-        "cross_entropy": lambda chunk: chunk.softmax().surprise(chunk.labels),
+        "cross_entropy": lambda chunk: chunk.softmax().nll(chunk.labels),
         "entropy": lambda chunk: chunk.softmax().entropy,
         "max_probability": lambda chunk: chunk.softmax().at(chunk.softmax().best),
         "embedding_cosine": lambda chunk: mean_embedding(chunk).cosine,

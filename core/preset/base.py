@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from core.file_names import LONGEST, NAME, file_name, is_file_name
 from core.preset.settings import (
-    AuxiliarySettings,
+    AuxiliarySettingsBase,
     CompareSettings,
     DataSettingsBase,
     EvaluateSettings,
@@ -76,7 +76,7 @@ class PresetBase(Settings):
     """The recipe."""
     losses: list[LossSettings]
     """Weighted sum of losses on the vocabulary."""
-    auxiliary: AuxiliarySettings = AuxiliarySettings()
+    auxiliary: AuxiliarySettingsBase = AuxiliarySettingsBase()
     """Auxiliary heads."""
     data: DataSettingsBase
     """What to read, and how."""

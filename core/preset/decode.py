@@ -30,7 +30,13 @@ from core.file_names import file_name
 from core.preset.base import PresetBase
 from core.preset.json_file import UNREADABLE, read_json, shown
 from core.preset.mistakes import explain
-from core.preset.settings import RUN_TOKENS, DataSettingsBase, Settings, VariantSettings
+from core.preset.settings import (
+    RUN_TOKENS,
+    AuxiliarySettingsBase,
+    DataSettingsBase,
+    Settings,
+    VariantSettings,
+)
 from core.preset.variants import metrics_of
 from core.schedules import limits
 
@@ -103,7 +109,12 @@ def _union(
 
 
 def preset_class(
-    models: dict, losses: dict, sources: dict, source_names: dict[str, dict], jobs: list[str]
+    models: dict,
+    losses: dict,
+    sources: dict,
+    source_names: dict[str, dict],
+    jobs: list[str],
+    auxiliary: type[AuxiliarySettingsBase],
 ) -> type[PresetBase]:
     """The Preset class over these tables.
 
@@ -111,6 +122,7 @@ def preset_class(
     source_names              {short name: the source it stands for}, usable as plain strings in
                               `data.sources`
     jobs                      what a preset can ask for
+    auxiliary                 the keys of all auxiliary heads
     """
 
     def named_source(name: str) -> dict:
@@ -163,6 +175,7 @@ def preset_class(
                 description="Weighted sum of losses on the vocabulary.",
             ),
         ),
+        auxiliary=(auxiliary, Field(default_factory=auxiliary, description="Auxiliary heads.")),
         data=(data, Field(description="What to read, and how.")),
     )
 

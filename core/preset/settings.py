@@ -7,7 +7,7 @@ State: none
 """
 
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -212,75 +212,10 @@ class TrainSettings(Settings):
         return self.curriculum.candidates if self.curriculum is not None else 1
 
 
-class AuxiliarySettings(Settings):
-    """Auxiliary heads of the baseline LM, and adaptive weights of sources (specification 003, tier
-    1). All off by default."""
+class AuxiliarySettingsBase(Settings):
+    """The keys of `auxiliary` that belong to no head: adaptive weights of sources (specification
+    003, tier 1). Each head's keys stand beside its code; core/heads puts them together."""
 
-    enable_policy: bool = False
-    """Predict the next token at a sampled position from a head of its own, towards the language
-    model's distribution."""
-    enable_value: bool = False
-    """Predict the average loss of the coming span."""
-    enable_dynamics: bool = False
-    """Predict the next three hidden states' mean from the present one and the three tokens."""
-    enable_span_contrastive: bool = False
-    """Tell a masked span from the other spans of the forward pass (InfoNCE), by what stands before
-    it."""
-    policy_kl_weight: Schedule = 0.05
-    """Weight of the policy head's divergence."""
-    value_weight: Schedule = 0.05
-    """Weight of the value head's error."""
-    value_span_tokens: int = Field(16, ge=1, le=1_000_000)
-    """Tokens of the span whose average loss the value head predicts."""
-    dynamics_weight: Schedule = 0.05
-    """Weight of the dynamics head's error."""
-    span_contrastive_weight: Schedule = 0.05
-    """Weight of the contrastive loss."""
-    span_mask_fraction: float = Field(0.15, gt=0.0, lt=1.0)
-    """Length of a masked span: this share of its document, as far as that stands in the row."""
-    span_contrastive_temperature: float = Field(0.07, gt=0.0)
-    """Temperature of the contrastive loss."""
-    span_l2_normalize: bool = True
-    """Compare directions only."""
-    enable_rollouts: bool = False
-    """Go from hidden state to hidden state by the coming tokens alone, several steps. Policy and
-    value heads that are on learn there, too."""
-    rollouts_weight: Schedule = 0.05
-    """Weight of the rollouts' error."""
-    rollout_steps: int = Field(3, ge=1, le=8)
-    """Steps of a rollout, in training and of the planner."""
-    enable_planner: bool = False
-    """Learn to weigh the model's likeliest next tokens anew, by where rollouts of them lead. Needs
-    the policy, value and rollouts heads; `generate.planner` uses it."""
-    planner_weight: Schedule = 0.05
-    """Weight of the planner's loss. Only the planner learns from it."""
-    planner_positions: int = Field(4, ge=1, le=1_000_000)
-    """Places of a row at which it learns."""
-    planner_candidates: int = Field(8, ge=2, le=256)
-    """Likeliest tokens the planner rolls out."""
-    planner_kl_weight: float = Field(0.1, ge=0.0)
-    """Weight, inside the planner's loss, of its distribution's divergence from the model's."""
-    enable_memory: bool = False
-    """Learn to compress what was read into summary tokens, and to read on behind them: for texts
-    longer than model.seq_length."""
-    memory_weight: Schedule = 0.2
-    """Weight of the memory head's loss."""
-    memory_tokens_after: int = Field(64, ge=1, le=1_000_000)
-    """Tokens that are read behind a summary, twice in a row; model.seq_length must be more than
-    twice as many."""
-    memory_slots: int = Field(1, ge=1, le=1_000_000)
-    """Summary tokens."""
-    memory_reconstruction_weight: float = Field(0.1, ge=0.0)
-    """Share of the reconstruction loss in the memory head's loss."""
-    enable_draft: bool = False
-    """Guess the tokens after the next one, for generation to draft with. The model itself learns
-    nothing from it."""
-    draft_weight: Schedule = 1.0
-    """Weight of the draft head's divergence. Its gradient reaches the head alone."""
-    draft_tokens: int = Field(4, ge=1, le=16)
-    """Tokens guessed one after the other, in training and at most in generation."""
-    draft_positions: int = Field(8, ge=1, le=1_000_000)
-    """Places of a row from which it guesses: more cost time and memory, and teach faster."""
     enable_adaptive_sources: bool = False
     """Draw more from sources with a higher loss (mix_strategy weighted)."""
     adaptive_interval_tokens: int = Field(5_000_000, ge=1)
@@ -293,7 +228,7 @@ class AuxiliarySettings(Settings):
     """Share of the old factor kept at a change."""
 
     @model_validator(mode="after")
-    def _limits_in_order(self) -> "AuxiliarySettings":
+    def _limits_in_order(self) -> Self:
         if self.adaptive_min_weight > self.adaptive_max_weight:
             raise ValueError(
                 f"adaptive_min_weight is {self.adaptive_min_weight:g}, above adaptive_max_weight, "

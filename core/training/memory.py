@@ -88,7 +88,7 @@ def memory_estimate(preset: Any, size: Size, vocab_size: int, bf16: bool) -> tup
     # the walk's buffers, and its weight and gradient
     readout = (200 << 20) + 6 * vocab_size * model.hidden_size
     # the other auxiliary heads are small
-    policy = vocab_size * model.hidden_size if preset.auxiliary.enable_policy else 0
+    policy = vocab_size * model.hidden_size if "enable_policy" in preset.auxiliary.heads else 0
     weights = (6 if bf16 else 4) * size.parameters + 12 * size.trained + 16 * policy
     kept = (
         min(1.0, size.share_with_graph + 1 / model.num_layers)

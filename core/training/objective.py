@@ -41,10 +41,10 @@ class Objective(nn.Module):
         total, terms = self.stack(output, batch, count, progress, self.num_sources)
         if self.heads is None:
             return total, terms
-        surprise = partial(self.stack.surprise_at, output, batch, terms)
+        nll = partial(self.stack.surprise_at, output, batch, terms)
         cross_entropy = partial(self.stack.cross_entropy, output.readout)
-        seen = self.heads.look(self.model, output, batch, surprise, cross_entropy)
-        added, sums = self.heads(seen, head_counts or {}, progress)
+        inputs = self.heads.inputs(self.model, output, batch, nll, cross_entropy)
+        added, sums = self.heads(inputs, head_counts or {}, progress)
         sums = {name: value.to(terms.values.dtype) for name, value in sums.items()}
         return total + added, replace(terms, sums={**terms.sums, **sums})
 

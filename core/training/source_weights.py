@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 from core.errors import UserError
-from core.preset.settings import AuxiliarySettings
+from core.preset.settings import AuxiliarySettingsBase
 from core.schedules import Schedule, value_at
 
 DIGITS = 3
@@ -35,7 +35,7 @@ class SourceWeights:
     def __init__(
         self,
         schedules: dict[str, Schedule],
-        settings: AuxiliarySettings,
+        settings: AuxiliarySettingsBase,
         saved: dict[str, Any] | None = None,
     ):
         saved = saved or {}
@@ -101,7 +101,7 @@ class SourceWeights:
 
 
 def adapted(
-    factors: dict[str, float], losses: dict[str, float], settings: AuxiliarySettings
+    factors: dict[str, float], losses: dict[str, float], settings: AuxiliarySettingsBase
 ) -> dict[str, float]:
     """New factors for the sources that have a loss (specification 003, tier 1).
 

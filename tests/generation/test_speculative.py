@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from core.contracts import plain_batch
 from core.generation.engine import Row, Voice, Wish, advance, document_start
 from core.generation.speculative import Drafter, can_draft
+from core.heads import AuxiliarySettings
 from core.heads.draft import Draft
-from core.heads.inputs import Seen
+from core.heads.inputs import HeadInputs
 from core.models.initial import draw_weights
 from core.models.simple_lm import SimpleLM, SimpleLMSettings
-from core.preset.settings import AuxiliarySettings
 from tests.evaluation.harness.tiny import CONTEXT, OF_TEXT, build, byte_tokenizer, logs_of
 from tests.models import test_huggingface
 
@@ -210,7 +210,7 @@ def trained_head(model: nn.Module) -> Draft:
         batch = plain_batch(torch.randint(0, V, (32, 8), generator=random))
         with torch.no_grad():
             output = model(batch)
-        seen = Seen(output.hidden, output.readout, batch, lambda at: at, torch.float64)
+        seen = HeadInputs(output.hidden, output.readout, batch, lambda at: at, torch.float64)
         optimizer.zero_grad()
         head(
             seen, torch.arange(4).expand(32, -1), torch.ones(32, dtype=torch.bool)

@@ -10,14 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.contracts import IGNORE_INDEX, Batch
-from core.heads import HEADS
-from core.heads.inputs import NOWHERE, Seen
+from core.heads import HEADS, AuxiliarySettings
+from core.heads.inputs import NOWHERE, HeadInputs
 from core.heads.stack import HeadStack
 from core.losses.cross_entropy import CrossEntropy, CrossEntropySettings
 from core.losses.stack import LossStack
 from core.models.initial import draw_weights
 from core.models.readout import LinearReadout
-from core.preset.settings import AuxiliarySettings
 from core.training.objective import Objective
 from tests.models.test_models import T, V, build
 
@@ -68,7 +67,7 @@ def objective_of(model: nn.Module, heads: HeadStack | None) -> Objective:
 def placed(
     heads: HeadStack, batch: Batch, step: int = 0, first: int = 0
 ) -> tuple[Batch, dict[str, float]]:
-    """The batch with places, and how many they are."""
+    """The batch with positions, and how many they are."""
     batch = heads.choose(batch, 7, step, list(range(first, first + len(batch.labels))))
     return batch, {name: float(count) for name, count in heads.count(batch).items()}
 
@@ -84,12 +83,12 @@ def rows(lengths: list[list[int]] = LENGTHS) -> Batch:
     return rows_of(lengths, T, V)
 
 
-def seen_of(
+def inputs_of(
     batch: Batch,
     heads: HeadStack | None = None,
     hidden: Tensor | None = None,
     table: Tensor | None = None,
-) -> Seen:
+) -> HeadInputs:
     """Of random hidden states, in float64, and a model with this table; `heads`: those that others
     can build on."""
     torch.manual_seed(5)
@@ -101,21 +100,21 @@ def seen_of(
     model: Any = build("simple_lm").double()
     model.embedding.weight = readout.table
     with torch.no_grad():
-        surprise = F.cross_entropy(
+        nll = F.cross_entropy(
             readout(hidden).transpose(1, 2),
             batch.labels,
             ignore_index=IGNORE_INDEX,
             reduction="none",
         )
     cross_entropy = partial(LossStack([]).cross_entropy, readout)
-    found = Seen(
-        hidden, readout, batch, lambda at: surprise.gather(1, at), torch.float64, model, heads or {}
+    found = HeadInputs(
+        hidden, readout, batch, lambda at: nll.gather(1, at), torch.float64, model, heads or {}
     )
     return replace(found, cross_entropy=cross_entropy)
 
 
-def run(name: str, heads: HeadStack, seen: Seen) -> Tensor:
+def run(name: str, heads: HeadStack, inputs: HeadInputs) -> Tensor:
     """(B,) one head's losses, NaN in rows without a place."""
-    places = seen.batch.places[name]
-    valid = places[:, 0] != NOWHERE
-    return torch.where(valid, heads[name](seen, places.clamp(min=0), valid), math.nan)
+    positions = inputs.batch.head_positions[name]
+    valid = positions[:, 0] != NOWHERE
+    return torch.where(valid, heads[name](inputs, positions.clamp(min=0), valid), math.nan)

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from core.contracts import IGNORE_INDEX, Batch
+from core.heads import AuxiliarySettings
 from core.heads.dynamics import ROLLOUT, Dynamics
-from core.heads.inputs import Seen
+from core.heads.inputs import HeadInputs
 from core.heads.policy import Policy, divergence
 from core.heads.span_contrastive import info_nce, mean_over
-from core.heads.value import Value, coming_surprise
+from core.heads.value import Value, coming_nll
 from core.models.readout import LinearReadout
-from core.preset.settings import AuxiliarySettings
 
 FOLDER = Path(__file__).resolve().parent.parent / "golden" / "muzero"
 EXPECTED = json.loads((FOLDER / "expected.json").read_text())
@@ -40,7 +40,7 @@ def tensors() -> dict[str, Tensor]:
     }
 
 
-def seen_of(tensors: dict[str, Tensor]) -> Seen:
+def inputs_of(tensors: dict[str, Tensor]) -> HeadInputs:
     """The original's hidden states of three rows, the last of which ends in padding."""
     ids = tensors["input_ids"]
     text = ids != EXPECTED["pad_token_id"]
@@ -50,13 +50,15 @@ def seen_of(tensors: dict[str, Tensor]) -> Seen:
     batch = Batch(
         ids, labels, positions, (~text).int(), torch.where(text, 0, -1).int(), packed=False
     )
-    surprise = F.cross_entropy(
+    nll = F.cross_entropy(
         tensors["logits"].transpose(1, 2), labels, ignore_index=IGNORE_INDEX, reduction="none"
     )
     readout = LinearReadout(
         tensors["lm_head.weight"], tensors["lm_head.bias"], tensors["embedding.weight"]
     )
-    return Seen(tensors["hidden"], readout, batch, lambda at: surprise.gather(1, at), torch.float64)
+    return HeadInputs(
+        tensors["hidden"], readout, batch, lambda at: nll.gather(1, at), torch.float64
+    )
 
 
 def loaded(head: nn.Module, tensors: dict[str, Tensor], prefix: str) -> Any:
@@ -67,8 +69,8 @@ def loaded(head: nn.Module, tensors: dict[str, Tensor], prefix: str) -> Any:
 
 
 def loss_of(head: Any, tensors: dict[str, Tensor]) -> float:
-    places = torch.tensor(NOW["positions"])[:, None]
-    return head(seen_of(tensors), places, torch.ones(3, dtype=torch.bool)).mean().item()
+    positions = torch.tensor(NOW["positions"])[:, None]
+    return head(inputs_of(tensors), positions, torch.ones(3, dtype=torch.bool)).mean().item()
 
 
 def test_policy(tensors: dict[str, Tensor]) -> None:
@@ -78,8 +80,8 @@ def test_policy(tensors: dict[str, Tensor]) -> None:
 
 def test_value(tensors: dict[str, Tensor]) -> None:
     """Targets and error."""
-    places = torch.tensor(NOW["positions"])[:, None]
-    targets = coming_surprise(seen_of(tensors), places, NOW["value_window"])[:, 0]
+    positions = torch.tensor(NOW["positions"])[:, None]
+    targets = coming_nll(inputs_of(tensors), positions, NOW["value_window"])[:, 0]
     assert targets.tolist() == pytest.approx(NOW["value_targets"], abs=1e-4)
     head = loaded(Value(SETTINGS, D, V), tensors, "value_head.")
     assert loss_of(head, tensors) == pytest.approx(NOW["value_mse"], abs=1e-4)
@@ -99,7 +101,7 @@ def test_the_divergence_is_the_originals(tensors: dict[str, Tensor]) -> None:
 
 
 def test_info_nce_is_the_originals(tensors: dict[str, Tensor]) -> None:
-    """From the original's query, which has the span's places at zero and divides by the row's
+    """From the original's query, which has the span's positions at zero and divides by the row's
     length."""
     time, start = torch.arange(tensors["hidden"].shape[1]), tensors["span_start"][:, None]
     span = (time >= start) & (time < start + EXPECTED["as_coded"]["span_len"])  # (3, T)

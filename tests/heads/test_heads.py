@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from core.contracts import IGNORE_INDEX, Batch, ModelOutput
 from core.heads import HEADS
-from core.heads.inputs import NOWHERE, Seen
+from core.heads.inputs import NOWHERE, HeadInputs
 from core.heads.stack import HeadStack
 from core.losses.cosine import Cosine, CosineSettings
 from core.losses.cross_entropy import CrossEntropy, CrossEntropySettings
@@ -25,22 +25,22 @@ from tests.heads.setup import (
     D,
     gradients,
     heads_for,
+    inputs_of,
     objective_of,
     placed,
     rows,
     rows_of,
     run,
-    seen_of,
 )
 from tests.models.test_models import CAUSAL, T, V, build
 
 # what their losses are ----------------------------------------------------------------------------
 
 
-def plain(name: str, heads: HeadStack, seen: Seen, row: int) -> Tensor:
+def plain(name: str, heads: HeadStack, inputs: HeadInputs, row: int) -> Tensor:
     """One row's loss, by plain reading of the specification."""
-    batch, hidden, table = seen.batch, seen.hidden[row], seen.readout.table
-    place = batch.places[name][row].tolist()
+    batch, hidden, table = inputs.batch, inputs.hidden[row], inputs.readout.table
+    place = batch.head_positions[name][row].tolist()
     p = place[0]
     documents = batch.document_ids[row]
     head: Any = heads[name]
@@ -117,7 +117,7 @@ def plain(name: str, heads: HeadStack, seen: Seen, row: int) -> Tensor:
         predicted = head[2](F.gelu(head[0](torch.cat([hidden[p], tokens]))))
         return ((predicted - hidden[p + 1 : p + 4].mean(0)) ** 2).mean()
     if name == "memory":
-        return plain_memory(head, seen, row)
+        return plain_memory(head, inputs, row)
     if name == "draft":
         losses = []
         for root in place:
@@ -143,19 +143,19 @@ def plain(name: str, heads: HeadStack, seen: Seen, row: int) -> Tensor:
     begin, start, _ = place
     query = project(hidden[begin:start])
     keys = [
-        (other, project(seen.hidden[other, b[1] : b[2]]))
-        for other, b in enumerate(batch.places[name].tolist())
+        (other, project(inputs.hidden[other, b[1] : b[2]]))
+        for other, b in enumerate(batch.head_positions[name].tolist())
         if b[0] != NOWHERE
     ]
     scores = torch.stack([query @ key / 0.07 for _, key in keys])
     return -scores.log_softmax(-1)[[other for other, _ in keys].index(row)]
 
 
-def plain_memory(head: Any, seen: Seen, row: int) -> Tensor:
+def plain_memory(head: Any, inputs: HeadInputs, row: int) -> Tensor:
     """Summaries written out, and put before the tokens' embeddings without a hook."""
-    batch, table, model = seen.batch, seen.readout.table, seen.model
-    begin, middle, _ = batch.places["memory"][row].tolist()
-    states, ids, losses, bags = seen.hidden[row, begin:middle], batch.input_ids[row], [], []
+    batch, table, model = inputs.batch, inputs.readout.table, inputs.model
+    begin, middle, _ = batch.head_positions["memory"][row].tolist()
+    states, ids, losses, bags = inputs.hidden[row, begin:middle], batch.input_ids[row], [], []
     for start in (middle, middle + 3):
         weights = torch.stack([(states @ look).softmax(0) for look in head.look.weight])  # (4, L)
         summary = (weights @ states).flatten() @ head.say.weight.T + head.say.bias
@@ -187,12 +187,12 @@ def test_losses_are_what_the_specification_says(name: str, step: int) -> None:
     }
     heads = heads_for(D, V, value_span_tokens=5, span_mask_fraction=0.3, **sizes).double()
     batch, _ = placed(heads, rows(), step)
-    seen = seen_of(batch, heads)
-    found = run(name, heads, seen)
-    valid = batch.places[name][:, 0] != NOWHERE
+    inputs = inputs_of(batch, heads)
+    found = run(name, heads, inputs)
+    valid = batch.head_positions[name][:, 0] != NOWHERE
     assert valid.sum() > 3
     for row in valid.nonzero().flatten().tolist():
-        torch.testing.assert_close(found[row], plain(name, heads, seen, row), atol=1e-10, rtol=0)
+        torch.testing.assert_close(found[row], plain(name, heads, inputs, row), atol=1e-10, rtol=0)
 
 
 def test_rollouts_that_change_nothing_err_as_much_as_no_change() -> None:
@@ -201,12 +201,14 @@ def test_rollouts_that_change_nothing_err_as_much_as_no_change() -> None:
     for p in heads["rollouts"][2].parameters():
         p.data.zero_()
     batch, _ = placed(heads, rows())
-    seen, places = seen_of(batch, heads), batch.places["rollouts"]
+    inputs, positions = inputs_of(batch, heads), batch.head_positions["rollouts"]
     with torch.no_grad():
-        found = heads["rollouts"].measure(seen, places.clamp(min=0), places[:, 0] != NOWHERE)
-    for row, (p,) in enumerate(places.tolist()):
+        found = heads["rollouts"].measure(
+            inputs, positions.clamp(min=0), positions[:, 0] != NOWHERE
+        )
+    for row, (p,) in enumerate(positions.tolist()):
         for k in (1, 2, 3) if p != NOWHERE else ():
-            here, there = seen.hidden[row, p], seen.hidden[row, p + k]
+            here, there = inputs.hidden[row, p], inputs.hidden[row, p + k]
             expected = pytest.approx(float(((here - there) ** 2).sum() / (there**2).sum()))
             assert (
                 float(found[f"error_{k}"][row]) == float(found[f"unchanged_{k}"][row]) == expected
@@ -220,7 +222,7 @@ def test_span_keys_may_have_lengths() -> None:
     for changed in ({}, {"span_l2_normalize": False}, {"span_contrastive_temperature": 0.5}):
         other = heads_for(D, V, **changed).double()
         other.load_state_dict(heads.state_dict())
-        values[str(changed)] = run("span_contrastive", other, seen_of(batch)).nansum().item()
+        values[str(changed)] = run("span_contrastive", other, inputs_of(batch)).nansum().item()
     assert len(set(values.values())) == 3
 
 
@@ -235,7 +237,7 @@ def test_the_total_is_weighted_and_divided_by_the_counts_it_is_given() -> None:
         "memory": 2.0,
         "draft": 4.0,
     }
-    total, sums = heads(seen_of(batch, heads), counts, 0.5)
+    total, sums = heads(inputs_of(batch, heads), counts, 0.5)
     weights = dict.fromkeys(HEADS, 0.05) | {
         "policy": 0.5,
         "value": 0.2,
@@ -250,7 +252,7 @@ def test_the_total_is_weighted_and_divided_by_the_counts_it_is_given() -> None:
     )
     for name in HEADS:
         assert sums[name].item() == pytest.approx(
-            run(name, heads, seen_of(batch, heads)).nansum().item(), rel=1e-12
+            run(name, heads, inputs_of(batch, heads)).nansum().item(), rel=1e-12
         )
 
 
@@ -298,8 +300,8 @@ def test_only_the_chosen_positions_are_scored() -> None:
 
     heads = heads_for(D, V, draft_tokens=3, draft_positions=2).double()
     batch, counts = placed(heads, rows())
-    seen = seen_of(batch, heads)
-    heads(replace(seen, readout=Counting(seen.readout.table)), counts, 0.0)
+    inputs = inputs_of(batch, heads)
+    heads(replace(inputs, readout=Counting(inputs.readout.table)), counts, 0.0)
     assert asked == [len(LENGTHS), 3 * len(LENGTHS), 4 * len(LENGTHS)] + 2 * 3 * [2 * len(LENGTHS)]
 
 
@@ -315,7 +317,7 @@ def test_gradients_enter_at_the_root_and_never_through_a_target(name: str) -> No
     batch, _ = placed(heads, rows())
     hidden = torch.randn(*batch.labels.shape, D, dtype=torch.float64, requires_grad=True)
     table = nn.Parameter(torch.randn(V, D, dtype=torch.float64))
-    run(name, heads, seen_of(batch, heads, hidden, table)).nansum().backward()
+    run(name, heads, inputs_of(batch, heads, hidden, table)).nansum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in heads[name].parameters())
     others = {"rollouts": ["policy", "value"]}.get(name, [])
     taught = {
@@ -329,7 +331,7 @@ def test_gradients_enter_at_the_root_and_never_through_a_target(name: str) -> No
         return
     roots = torch.zeros(batch.labels.shape, dtype=torch.bool)
     coming = set()
-    for row, place in enumerate(batch.places[name].tolist()):
+    for row, place in enumerate(batch.head_positions[name].tolist()):
         if place[0] != NOWHERE and name != "rollouts":
             roots[row, place[0] : place[1] if len(place) > 1 else place[0] + 1] = True
             coming |= set(batch.input_ids[row, place[0] + 1 : place[0] + 4].tolist())
@@ -352,18 +354,20 @@ def test_rows_without_a_place_change_nothing() -> None:
     with_padding, counts = placed(heads, rows([[16], [5, 8], [], []]))
     without = with_padding.rows(0, 2)
     assert heads.count(without) == counts == dict.fromkeys(HEADS, 2.0)
-    seen = seen_of(with_padding, heads)
+    inputs = inputs_of(with_padding, heads)
     found = []
     for part in (without, with_padding):
         total, _ = heads(
-            seen_of(part, heads, seen.hidden[: len(part.labels)], seen.readout.table), counts, 0.0
+            inputs_of(part, heads, inputs.hidden[: len(part.labels)], inputs.readout.table),
+            counts,
+            0.0,
         )
         total.backward()
         found.append((total.detach(), gradients(heads)))
     torch.testing.assert_close(found[0], found[1], atol=1e-12, rtol=0)
     nothing, none = placed(heads, rows([[], []]))
     assert set(none.values()) == {0.0}
-    total, _ = heads(seen_of(nothing, heads), none, 0.0)
+    total, _ = heads(inputs_of(nothing, heads), none, 0.0)
     total.backward()
     assert total.item() == 0.0 and all(
         p.grad is not None and not p.grad.any() for p in heads.parameters()
@@ -429,12 +433,12 @@ def test_nothing_leaks_on_any_causal_model(name: str) -> None:
     scores: list[Tensor] = []
 
     def scored(changed: Batch) -> Tensor:
-        seen: list[ModelOutput] = []
-        hook = model.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        inputs: list[ModelOutput] = []
+        hook = model.register_forward_hook(lambda module, given, output: inputs.append(output))
         with torch.no_grad():
             objective(changed, 1.0, 0.0, counts)
         hook.remove()
-        return seen[0].readout(seen[0].hidden)
+        return inputs[0].readout(inputs[0].hidden)
 
     def queries(changed: Batch) -> Tensor:
         """What the projection's last layer is given for the queries, (B, D)."""
@@ -450,13 +454,13 @@ def test_nothing_leaks_on_any_causal_model(name: str) -> None:
         output = model(batch)
     before = queries(batch)
     assert torch.equal(scores[-1], output.readout(output.hidden)), "heads change no score"
-    start = batch.places["span_contrastive"][:, 1]
+    start = batch.head_positions["span_contrastive"][:, 1]
     for t in range(T):
         ids = batch.input_ids.clone()
         ids[:, t] = (ids[:, t] + 1) % V
         after = queries(replace(batch, input_ids=ids))
         assert torch.equal(scores[-1][:, :t], scores[0][:, :t]), (
-            f"position {t} is seen by an earlier one"
+            f"position {t} is inputs by an earlier one"
         )
         blind = (start <= t) & (start != NOWHERE)
         assert torch.equal(after[blind], before[blind]), (
@@ -500,16 +504,18 @@ def test_how_many_guesses_a_draft_would_have_right() -> None:
     for row, t in wrong:
         likeliest[row, t] = (likeliest[row, t] + 1) % V
     hidden = table[likeliest]
-    batch = replace(batch, places={"draft": torch.tensor([[2, 5], [3, 8], [NOWHERE, NOWHERE]])})
+    batch = replace(
+        batch, head_positions={"draft": torch.tensor([[2, 5], [3, 8], [NOWHERE, NOWHERE]])}
+    )
     ahead = itertools.cycle((1, 2, 3))
 
     def follow(states: Tensor, tokens: Tensor) -> Tensor:  # guesses what the text says
         return table[
-            batch.input_ids.gather(1, batch.places["draft"].clamp(min=0) + next(ahead) + 1)
+            batch.input_ids.gather(1, batch.head_positions["draft"].clamp(min=0) + next(ahead) + 1)
         ]
 
     heads["draft"].follow = follow  # type: ignore[method-assign]
-    found = heads.measure(seen_of(batch, heads, hidden, table))
+    found = heads.measure(inputs_of(batch, heads, hidden, table))
     means = {name: (value[0] / value[1]).item() for name, value in found.items() if name != "draft"}
     # row 0: guesses at 3 4 5 right, of 6 7 8 the second wrong; row 1: of 4 5 6 the first wrong, and
     # so of 9 10 11

@@ -70,7 +70,7 @@ def test_every_valid_place_is_looked_at_and_no_other(name: str) -> None:
     seen: list[list[tuple[int, ...]]] = [[] for _ in LENGTHS]
     for step in range(400):
         chosen, counts = placed(heads, batch, step)
-        for row, place in enumerate(chosen.places[name].tolist()):
+        for row, place in enumerate(chosen.head_positions[name].tolist()):
             seen[row].append(tuple(place))
         assert counts[name] == sum(bool(own) for own in expected)
     for own, there in zip(expected, seen):
@@ -91,13 +91,16 @@ def test_a_draft_head_has_several_places_evenly_spread() -> None:
     )
     counts = torch.zeros(4, T)
     for step in range(200):
-        places = placed(heads, batch, step)[0].places["draft"]
-        assert set(places[1].tolist()) == {0, 1, 2, 3} and set(places[2].tolist()) == {NOWHERE}
+        positions = placed(heads, batch, step)[0].head_positions["draft"]
+        assert set(positions[1].tolist()) == {0, 1, 2, 3} and set(positions[2].tolist()) == {
+            NOWHERE
+        }
         assert all(
-            3 <= (b - a) % 14 <= 4 for a, b in zip(places[0].tolist(), places[0].roll(-1).tolist())
+            3 <= (b - a) % 14 <= 4
+            for a, b in zip(positions[0].tolist(), positions[0].roll(-1).tolist())
         )
         for row in (0, 3):
-            counts[row].index_add_(0, places[row], torch.ones(4))
+            counts[row].index_add_(0, positions[row], torch.ones(4))
     assert (
         counts[0, :14].min() > 30
         and counts[3, [*range(6), *range(8, 14)]].min() > 40
@@ -113,12 +116,12 @@ def test_places_follow_from_seed_step_and_row_alone() -> None:
     for row in range(len(LENGTHS)):
         alone, _ = placed(heads, batch.rows(row, row + 1), step=3, first=row)
         for name in HEADS:
-            assert torch.equal(alone.places[name], whole.places[name][row : row + 1])
+            assert torch.equal(alone.head_positions[name], whole.head_positions[name][row : row + 1])
     same = rows([[16]] * 64)
-    one, other = placed(heads, same, 0)[0].places, placed(heads, same, 1)[0].places
+    one, other = placed(heads, same, 0)[0].head_positions, placed(heads, same, 1)[0].head_positions
     assert not torch.equal(one["policy"], other["policy"]) and len(one["policy"].unique()) > 10
     fewer, _ = placed(heads_for(D, V, enable_value=True), same, 0)
-    assert torch.equal(fewer.places["value"], one["value"]), (
+    assert torch.equal(fewer.head_positions["value"], one["value"]), (
         "another head switched off changes nothing"
     )
 
@@ -127,4 +130,4 @@ def test_places_travel_with_their_rows() -> None:
     heads = heads_for(D, V)
     whole, _ = placed(heads, rows())
     part = whole.rows(2, 4).to(torch.device("cpu"))
-    assert all(torch.equal(part.places[name], whole.places[name][2:4]) for name in HEADS)
+    assert all(torch.equal(part.head_positions[name], whole.head_positions[name][2:4]) for name in HEADS)

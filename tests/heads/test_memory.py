@@ -75,7 +75,7 @@ def test_text_is_seen_through_summaries_only_and_they_see_no_later_token() -> No
         heads_for(D, models.V, enable_memory=True, memory_tokens_after=n).double(),
     )
     batch, _ = placed(heads, rows_of([[4, 12], [16]], models.T, models.V))
-    begin, middle, stop = batch.places["memory"][0].tolist()
+    begin, middle, stop = batch.head_positions["memory"][0].tolist()
     assert begin == 4 < middle and stop == middle + 2 * n
     head: Any = heads["memory"]
     taken: list[Tensor] = []
@@ -85,15 +85,15 @@ def test_text_is_seen_through_summaries_only_and_they_see_no_later_token() -> No
         """s1, s2, and the losses at A2 and B of row 0."""
         taken.clear()
         states: list[Tensor] = []
-        head._nats = lambda seen, hidden, labels: (
+        head._nats = lambda inputs, hidden, labels: (
             states.append(hidden) or (torch.zeros(2), torch.zeros(()))
         )
         weight = head.say.weight.detach().clone()
         with torch.no_grad():
             head.say.weight.mul_(0.0 if mute else 1.0)
             output = model(changed)
-            seen = heads.look(model, output, changed, lambda at: at.double(), None)
-            head(seen, changed.places["memory"], torch.ones(2, dtype=torch.bool))
+            inputs = heads.inputs(model, output, changed, lambda at: at.double(), None)
+            head(inputs, changed.head_positions["memory"], torch.ones(2, dtype=torch.bool))
             head.say.weight.copy_(weight)
         return [taken[0][0], taken[1][0], states[0][0, :n], states[0][0, n:]]
 
@@ -138,7 +138,7 @@ def test_a_key_is_carried_over_two_summaries() -> None:
         labels = torch.full_like(ids, IGNORE_INDEX)
         labels[:, -1] = ids[:, 0]
         batch, counts = placed(heads, replace(plain_batch(ids), labels=labels), step)
-        assert batch.places["memory"][0].tolist() == [0, T - 2 * n, T], (
+        assert batch.head_positions["memory"][0].tolist() == [0, T - 2 * n, T], (
             "the one place with something to tell"
         )
         total, _ = objective(batch, 32, 0.0, counts)
@@ -149,12 +149,12 @@ def test_a_key_is_carried_over_two_summaries() -> None:
     output = model(batch)
     measured = objective.stack.measure(output, batch, 0.0, 1).terms
     stack = objective.stack
-    surprise, cross_entropy = (
+    nll, cross_entropy = (
         partial(stack.surprise_at, output, batch, measured),
         partial(stack.cross_entropy, output.readout),
     )
-    seen = heads.look(model, output, batch, surprise, cross_entropy)
-    found = {name: (total / rows).item() for name, (total, rows) in heads.measure(seen).items()}
+    inputs = heads.inputs(model, output, batch, nll, cross_entropy)
+    found = {name: (total / rows).item() for name, (total, rows) in heads.measure(inputs).items()}
     assert found["memory.gain"] > 0.9 * math.log(keys) and abs(
         found["memory.gap"]
     ) < 0.1 * math.log(keys)

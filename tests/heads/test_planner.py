@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from core.contracts import Batch, plain_batch
 from core.data.tokenizer import Tokenizer
 from core.generation.engine import Guide, Row, Voice, Wish, advance, document_start
-from core.heads.inputs import Seen
+from core.heads.inputs import HeadInputs
 from core.heads.stack import HeadStack
 from core.models.readout import LinearReadout
 from tests.evaluation.harness.tiny import CONTEXT, KINDS, build, byte_tokenizer
@@ -95,14 +95,14 @@ def test_it_learns_what_values_foretell_and_nothing_where_they_do_not(planted: b
     promised = -table @ heads["value"].weight.detach()[0] / heads["value"].weight.detach().norm()
     heads["value"].weight.data /= heads["value"].weight.detach().norm()
 
-    def drawn(rows: int) -> Seen:
+    def drawn(rows: int) -> HeadInputs:
         hidden = torch.randn(rows, 8, D)
         scores = hidden @ table.T / 2
         truth = scores + planted * promised
         labels = torch.multinomial(truth.flatten(0, 1).softmax(-1), 1).view(rows, 8)
         zeros = torch.zeros(rows, 8, dtype=torch.int64)
         batch = Batch(zeros, labels, zeros, zeros.int(), zeros.int(), packed=False)
-        return Seen(
+        return HeadInputs(
             hidden,
             LinearReadout(table / 2, None, table),
             batch,
@@ -111,10 +111,10 @@ def test_it_learns_what_values_foretell_and_nothing_where_they_do_not(planted: b
             heads=heads,
         )
 
-    def measured(head: nn.Module, seen: Seen) -> tuple[Tensor, dict[str, Tensor]]:
-        places = torch.arange(8).expand(len(seen.hidden), 8)
-        valid = torch.ones(len(places), dtype=torch.bool)
-        return head(seen, places, valid).mean(), head.measure(seen, places, valid)  # type: ignore[operator]
+    def measured(head: nn.Module, inputs: HeadInputs) -> tuple[Tensor, dict[str, Tensor]]:
+        positions = torch.arange(8).expand(len(inputs.hidden), 8)
+        valid = torch.ones(len(positions), dtype=torch.bool)
+        return head(inputs, positions, valid).mean(), head.measure(inputs, positions, valid)  # type: ignore[operator]
 
     router = heads["planner"]
     optimizer = torch.optim.AdamW(router.parameters(), lr=5e-3)

@@ -63,7 +63,7 @@ def test_they_touch_training_only_through_their_gradient(tmp_path: Path) -> None
     """With weights of 0 the model ends with the same bits as without heads, dropout and all; the
     heads' losses are still told."""
     train = {"max_steps": 4, "accumulation_steps": 2, "max_grad_norm": 1e9}
-    nothing = {head.weight_key: 0.0 for head in HEADS.values()}
+    nothing = {head.weight_key: 0.0 for _, head in HEADS.values()}
     off = session(tmp_path / "off", model={"dropout": 0.1}, train=train)
     on = session(tmp_path / "on", model={"dropout": 0.1}, train=train, auxiliary=ALL | nothing)
     finish(off)
@@ -77,14 +77,14 @@ def test_they_touch_training_only_through_their_gradient(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "name", [name for name, head in HEADS.items() if getattr(head, "apart", False)]
+    "name", [name for name, (_, head) in HEADS.items() if head.apart]
 )
 def test_a_head_apart_leaves_the_models_training_as_it_is(name: str, tmp_path: Path) -> None:
     """Whatever its weight, and though gradients are clipped: the bits of the model and of other
     heads, and the gradient's norm, are those without it; and the head learns."""
     train = {"max_steps": 8, "accumulation_steps": 2, "max_grad_norm": 0.3, "learning_rate": 3e-3}
-    others = {f"enable_{other}": True for other in getattr(HEADS[name], "needs", ())}
-    mine = {f"enable_{name}": True, HEADS[name].weight_key: 30.0}
+    others = {f"enable_{other}": True for other in HEADS[name][1].needs}
+    mine = {f"enable_{name}": True, HEADS[name][1].weight_key: 30.0}
     off = session(tmp_path / "off", model={"dropout": 0.1}, train=train, auxiliary=others)
     on = session(tmp_path / "on", model={"dropout": 0.1}, train=train, auxiliary=others | mine)
     begun = head_weights(on)
@@ -147,7 +147,7 @@ def test_heads_that_follow_the_model_learn(tmp_path: Path) -> None:
 
 
 def test_the_value_head_begins_where_a_model_begins(tmp_path: Path) -> None:
-    """At the surprise of one that knows nothing, ln V: from 0, its gradient would drown the first
+    """At the nll of one that knows nothing, ln V: from 0, its gradient would drown the first
     steps."""
     built = session(tmp_path, train={"max_steps": 1}, auxiliary={"enable_value": True})
     assert head_weights(built)["value.bias"].item() == pytest.approx(
@@ -159,7 +159,7 @@ def test_the_value_head_begins_where_a_model_begins(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("packing", ["padding", "documents"])
 def test_accumulation_does_not_change_the_update(packing: str, tmp_path: Path) -> None:
-    """8 rows at once, 4 x 2 and 8 x 1: the same places, gradient, losses and weights. The span
+    """8 rows at once, 4 x 2 and 8 x 1: the same positions, gradient, losses and weights. The span
     contrastive head compares spans of one forward pass, and so is left out."""
     trained, of_heads, losses, norms = [], [], [], []
     for rows, accumulation in ((8, 1), (2, 4), (1, 8)):
@@ -359,7 +359,7 @@ def test_what_means_nothing_is_refused(changes: dict, told: str, tmp_path: Path)
 def test_two_ranks_train_as_one_with_twice_the_accumulation(
     make_project: Callable[..., Project],
 ) -> None:
-    """Rows are looked at in the same places, and a curriculum trains the same of them: the same
+    """Rows are looked at in the same positions, and a curriculum trains the same of them: the same
     losses of all heads, step by step, and the same heads in the end. All run on two ranks."""
     preset = tiny_preset(
         train={"max_steps": 12, "learning_rate": 1e-4, "precision": "fp32", "curriculum": UPHILL},

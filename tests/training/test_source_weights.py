@@ -13,7 +13,7 @@ import torch
 from core.data.mixing import Mixer, MixSettings
 from core.data.sources import build_source
 from core.errors import PresetError, UserError
-from core.preset.settings import AuxiliarySettings
+from core.preset.settings import AuxiliarySettingsBase
 from core.schedules import Piece
 from core.training.source_weights import SourceWeights, adapted
 from tests.data.corpus import write_corpus
@@ -21,8 +21,8 @@ from tests.project import Project, differences, merged
 from tests.training.test_trainer import events, finish, poison, session
 
 
-def settings(**changes: Any) -> AuxiliarySettings:
-    return AuxiliarySettings(
+def settings(**changes: Any) -> AuxiliarySettingsBase:
+    return AuxiliarySettingsBase(
         **{"enable_adaptive_sources": True, "adaptive_interval_tokens": 100, **changes}
     )
 
@@ -102,7 +102,7 @@ def test_shares_are_weights_times_factors_of_the_sources_left() -> None:
         "factor": 1.0,
     }
     assert SourceWeights(falling, settings(), saved).shares(0.5, ["b"])["a"]["weight"] == 1.0
-    off = SourceWeights(falling, AuxiliarySettings(), saved)
+    off = SourceWeights(falling, AuxiliarySettingsBase(), saved)
     assert off.factors == {} == off.state() and off.after_step([("a", 1.0, 1)], 10**9) is None
     assert off.shares(1.0, []) == {"a": {"weight": 0.5}, "b": {"weight": 0.5}, "c": {"weight": 0.0}}
 
