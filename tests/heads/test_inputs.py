@@ -116,7 +116,9 @@ def test_places_follow_from_seed_step_and_row_alone() -> None:
     for row in range(len(LENGTHS)):
         alone, _ = placed(heads, batch.rows(row, row + 1), step=3, first=row)
         for name in HEADS:
-            assert torch.equal(alone.head_positions[name], whole.head_positions[name][row : row + 1])
+            assert torch.equal(
+                alone.head_positions[name], whole.head_positions[name][row : row + 1]
+            )
     same = rows([[16]] * 64)
     one, other = placed(heads, same, 0)[0].head_positions, placed(heads, same, 1)[0].head_positions
     assert not torch.equal(one["policy"], other["policy"]) and len(one["policy"].unique()) > 10
@@ -130,4 +132,6 @@ def test_places_travel_with_their_rows() -> None:
     heads = heads_for(D, V)
     whole, _ = placed(heads, rows())
     part = whole.rows(2, 4).to(torch.device("cpu"))
-    assert all(torch.equal(part.head_positions[name], whole.head_positions[name][2:4]) for name in HEADS)
+    assert all(
+        torch.equal(part.head_positions[name], whole.head_positions[name][2:4]) for name in HEADS
+    )

@@ -76,9 +76,7 @@ def test_they_touch_training_only_through_their_gradient(tmp_path: Path) -> None
     )
 
 
-@pytest.mark.parametrize(
-    "name", [name for name, (_, head) in HEADS.items() if head.apart]
-)
+@pytest.mark.parametrize("name", [name for name, (_, head) in HEADS.items() if head.apart])
 def test_a_head_apart_leaves_the_models_training_as_it_is(name: str, tmp_path: Path) -> None:
     """Whatever its weight, and though gradients are clipped: the bits of the model and of other
     heads, and the gradient's norm, are those without it; and the head learns."""
