@@ -22,12 +22,12 @@ from torch import Tensor, nn
 
 from core.checkpoint.state import not_finite, tensor_problem
 from core.checkpoint.store import CheckpointStore, Damaged, load_model, read_checkpoint
-from core.comparison.trials import changed
 from core.contracts import call_if_defined
 from core.data.tokenizer import build_tokenizer
 from core.errors import UserError
 from core.file_names import slot_name
 from core.files import own_path
+from core.preset.changes import describe_changes
 from core.preset.settings import Settings, TokenizerSettings
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
@@ -126,7 +126,7 @@ class Weights:
         """What their `model` section said otherwise than this one: "model.seq_length was 128, is
         256"."""
         return (
-            changed(self.preset["model"], model.model_dump(mode="json"), "model.")
+            describe_changes(self.preset["model"], model.model_dump(mode="json"), "model.")
             if self.preset is not None
             else []
         )

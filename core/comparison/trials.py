@@ -22,28 +22,6 @@ from core.preset.settings import CompareSettings, VariantSettings
 STATE, REPORTS = "state.json", ("report.html", "report.md", "metrics.json")
 SLUG_LENGTH = 60
 
-FREE = (
-    "name",
-    "description",
-    "lineage",
-    "job",
-    "variants",
-    "seeds",
-    "compare",
-    "logging",
-    "tokenize",
-    "evaluate",
-    "interpret",
-)
-FREE_KEYS = (
-    "data.workers",
-    "data.cache_gigabytes",
-    "train.checkpoint_every_minutes",
-    "train.checkpoint_every_steps",
-)
-"""What may change between two starts of a comparison: it changes nothing in what a trial
-computes."""
-
 
 @dataclass(frozen=True)
 class Trial:
@@ -110,29 +88,6 @@ def slugs(names: list[str]) -> dict[str, str]:
         taken.add(slug.casefold())
         found[name] = slug
     return found
-
-
-def changed(before: dict[str, Any], now: dict[str, Any], path: str = "") -> list[str]:
-    """What makes a trial another one than it was: "train.learning_rate was 0.003, is 0.01". Both
-    are resolved presets.
-
-    A key that one of them lacks came with another version of this program, with a default that
-    changed nothing."""
-    found = []
-    for key in now.keys() & before.keys():
-        where = f"{path}{key}"
-        if where in (*FREE, *FREE_KEYS) or now[key] == before[key]:
-            continue
-        if isinstance(now[key], dict) and isinstance(before[key], dict):
-            found += changed(before[key], now[key], f"{where}.")
-        else:
-            was, is_now = (json.dumps(value) for value in (before[key], now[key]))
-            found.append(f"{where} was {_short(was)}, is {_short(is_now)}")
-    return sorted(found)
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 # what became of them ------------------------------------------------------------------------------

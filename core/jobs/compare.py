@@ -23,12 +23,13 @@ from core.assembly import build_training, check_parts
 from core.checkpoint.lineage import owned
 from core.checkpoint.store import CheckpointStore
 from core.comparison.results import Comparison, collect
-from core.comparison.trials import Trial, changed, plan, read_outcomes, write_json, write_outcomes
+from core.comparison.trials import Trial, plan, read_outcomes, write_json, write_outcomes
 from core.errors import Diverged, Interrupted, UserError
 from core.files import cause, read_json
 from core.jobs.train import train_to_the_end, views_of
 from core.metrics.log import LOG, evaluation_is_missing, read_events
 from core.parallel.ranks import on_rank_zero
+from core.preset.changes import describe_changes
 from core.preset.decode import decode_preset
 from core.reports.comparison import write_report
 from core.runtime import Runtime, forget_peak_memory
@@ -160,8 +161,8 @@ def standing(preset: Any, root: Path, world_size: int | None = None) -> list[Tri
         found = _store(root, trial).peek()
         entry = outcomes.trials.get(trial.key)
         begun_with = entry["preset"] if entry else found["preset"] if found else None
-        if begun_with is not None and (now := changed(begun_with, trial.preset)):
-            differences.append((trial, "; ".join(now)))
+        if begun_with is not None and (changes := describe_changes(begun_with, trial.preset)):
+            differences.append((trial, "; ".join(changes)))
         if entry and (entry["status"] == "diverged" or preset.compare.stop_worse_by is not None):
             trial = replace(trial, status=entry["status"], note=entry["note"])
         elif found is not None:
