@@ -35,9 +35,10 @@ def make_step(
     share."""
     import torch
 
-    from core.assembly import Preset, build_training
+    from core.assembly import build_training
     from core.parallel.single import Single
     from core.preset.decode import decode_preset
+    from core.registry import Preset
     from core.runtime import detect_runtime
 
     train = {

@@ -23,13 +23,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks.measuring import sized
-from core.assembly import Preset
 from core.data.sources import PythonStdlibSettings, build_source
 from core.generation.engine import Row, Voice, Wish, advance
 from core.generation.speculative import Drafter
 from core.jobs.train import train
 from core.parallel.single import Single
 from core.preset.decode import decode_preset
+from core.registry import Preset
 from core.runtime import detect_runtime
 from core.trained import Trained, load_trained
 

@@ -49,10 +49,10 @@ def in_a_process(function: Callable, *arguments: Any) -> Any:
 def trained_by(stem: str, root: Path) -> Any:
     """The model that a preset has trained in `root`; under `--short` one that it trains there for
     two steps."""
-    from core.assembly import Preset
     from core.jobs.train import train
     from core.parallel.single import Single
     from core.preset.decode import read_preset
+    from core.registry import Preset
     from core.runtime import detect_runtime
     from core.trained import load_trained
 

@@ -14,12 +14,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def main(short: bool) -> None:
-    from core.assembly import Preset
     from core.data.corpus import open_corpus
     from core.data.mixing import Mixer
     from core.data.tokenizer import SAMPLE_CHARACTERS, build_tokenizer
     from core.parallel.single import Single
     from core.preset.decode import decode_preset
+    from core.registry import Preset
 
     sources = ["python_stdlib", {"type": "text", "path": "docs", "name": "docs"}]
     data = {

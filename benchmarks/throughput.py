@@ -45,8 +45,8 @@ SIDES = (
 
 
 def preset_of(vocab_size: int) -> Any:
-    from core.assembly import Preset
     from core.preset.decode import decode_preset
+    from core.registry import Preset
 
     sections = {
         "model": {**SHAPE, "seq_length": SEQ_LENGTH, "activation": "gelu_tanh"},

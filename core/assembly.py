@@ -26,7 +26,6 @@ from core.data.encoding import shown
 from core.data.loader import Loader
 from core.data.packing import Row
 from core.data.pipeline import Position
-from core.data.sources import NAMED_SOURCES, SOURCES
 from core.data.tokenizer import SAMPLE_CHARACTERS, Tokenizer, build_tokenizer
 from core.data.validation import hide_one, shortfall
 from core.data.worker import stop_if
@@ -34,14 +33,13 @@ from core.errors import UserError
 from core.evaluation.held_out import Evaluator
 from core.file_names import slot_name
 from core.generation.samples import build_samples
-from core.heads import AuxiliarySettings
 from core.heads.build import build_heads, check_heads, load_heads, output_of_one_token
 from core.losses import LOSSES
 from core.losses.stack import LossStack
 from core.metrics.log import LOG, MetricsLog, check_log, evaluation_is_missing
 from core.models import MODELS
 from core.parallel.ranks import on_rank_zero, rank_zero_first
-from core.preset.decode import preset_class, preset_json
+from core.preset.merge import preset_json
 from core.preset.settings import MASKED_TOKENS, RUN_TOKENS
 from core.randomness import derive_seed
 from core.runtime import Runtime
@@ -55,8 +53,6 @@ from core.training.progress import Horizon, Progress, begin_next_run
 from core.training.source_weights import SourceWeights, check_adaptive
 from core.training.trainer import Trainer
 
-JOBS = ["train", "tokenize", "compare", "evaluate", "interpret", "generate"]
-Preset = preset_class(MODELS, LOSSES, SOURCES, NAMED_SOURCES, JOBS, AuxiliarySettings)
 MIRRORS = {"lm": "simple_lm_trained.pth"}
 """Lineages whose newest checkpoint has another name as well (specification 003)."""
 

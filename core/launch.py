@@ -1,4 +1,4 @@
-"""From a bare process to a running job: who asks, who listens.
+"""From a bare process to a running job: who asks, who listens, and what the menu shows.
 
 In:    standard input (a terminal, or one line naming a preset), torchrun's variables, .env,
        configs/*.json
@@ -17,7 +17,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-from core.assembly import Preset
 from core.environment import read_dotenv
 from core.errors import Interrupted, PresetError, UserError
 from core.file_names import slot_name
@@ -27,8 +26,10 @@ from core.metrics.log import LOG
 from core.parallel.ddp import DDP
 from core.parallel.single import Single
 from core.preset.base import PresetBase
-from core.preset.decode import decode_preset, preset_json, read_preset
-from core.preview import group_of, or_reason, preset_card, standing_lines
+from core.preset.decode import decode_preset, read_preset
+from core.preset.merge import preset_json
+from core.preview import OWN, preset_card, standing_lines
+from core.registry import Preset
 from core.runtime import Runtime, detect_runtime, prepare
 from core.terminal import tell
 from core.ui.menu import PresetCard, can_pick, choose
@@ -57,7 +58,7 @@ def launch(started: float) -> None:
         sys.exit(2)
     parallel = DDP(runtime.device, store, runtime.rank, runtime.world_size)
     try:
-        JOBS[preset.job](preset, runtime, parallel, ROOT, started, sys.stdout)
+        JOBS[preset.job].run(preset, runtime, parallel, ROOT, started, sys.stdout)
     finally:
         parallel.close()
 
@@ -71,7 +72,7 @@ def _run_until_one_starts(runtime: Runtime, started: float) -> None:
         before = _work_of(preset)
         try:
             _offer_fresh(preset)
-            return JOBS[preset.job](preset, runtime, Single(), ROOT, started, sys.stdout)
+            return JOBS[preset.job].run(preset, runtime, Single(), ROOT, started, sys.stdout)
         except UserError as error:
             if isinstance(error, Interrupted) or not can_pick() or _work_of(preset) != before:
                 raise
@@ -91,7 +92,7 @@ def _work_of(preset: PresetBase) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in files if path.is_file()}
 
 
-def _agree_on_preset(runtime: Runtime, store: Any) -> Any:
+def _agree_on_preset(runtime: Runtime, store: dist.Store) -> PresetBase | None:
     """Rank 0 asks; the others get the JSON text through the rendezvous store, before any process
     group has a clock running."""
     if runtime.rank == 0:
@@ -111,7 +112,7 @@ def _agree_on_preset(runtime: Runtime, store: Any) -> Any:
     )
 
 
-def _store() -> Any:
+def _store() -> dist.Store:
     """torchrun's rendezvous store: no process group and no watchdog yet."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     agent_has_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -155,7 +156,7 @@ def _ask(runtime: Runtime, refused: tuple[str, str] | None = None) -> tuple[str,
 def _offer_fresh(preset: PresetBase) -> None:
     """Where the chosen preset would go on from a checkpoint, ask whether it shall."""
     if preset.job in ("train", "compare"):
-        offer_fresh(ROOT, preset.lineage, lambda: or_reason(lambda: standing_lines(preset, ROOT)))
+        offer_fresh(ROOT, preset.lineage, lambda: standing_lines(preset, ROOT))
 
 
 def _read_presets(runtime: Runtime) -> tuple[dict[str, PresetBase], list[PresetCard]]:
@@ -173,11 +174,12 @@ def _read_presets(runtime: Runtime) -> tuple[dict[str, PresetBase], list[PresetC
         try:
             preset = read_preset(path, Preset)
         except Exception as error:  # whatever is wrong with one file, the others can be chosen
-            problem = str(error)
-            if not isinstance(error, PresetError):
-                problem = f"{path} cannot be read: {type(error).__name__}: {error}"
-            group = group_of(path.stem)
-            cards.append(PresetCard(path.stem, group, path.stem, "", problem=problem))
+            why = (
+                str(error)
+                if isinstance(error, PresetError)
+                else f"{path} cannot be read: {type(error).__name__}: {error}"
+            )
+            cards.append(PresetCard(path.stem, OWN, path.stem, "", problem=why))
         else:
             presets[path.stem] = preset
             cards.append(preset_card(path.stem, preset, runtime, ROOT))

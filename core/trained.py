@@ -11,13 +11,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from core.assembly import Preset, build_model
+from core.assembly import build_model
 from core.checkpoint.weights import Weights, find_weights, newest_weights
 from core.contracts import call_if_defined
 from core.data.tokenizer import Tokenizer
 from core.heads.build import build_heads, load_heads, output_of_one_token
 from core.heads.stack import HeadStack
-from core.preset.decode import decode_preset, preset_json
+from core.preset.decode import decode_preset
+from core.preset.merge import preset_json
 from core.runtime import Runtime
 
 
@@ -83,7 +84,7 @@ def _as_made(preset: Any, weights: Weights) -> tuple[Any, list[str]]:
         for key in ("model", "tokenizer", "auxiliary")
         if key in weights.preset
     }
-    found = decode_preset({**asked, **made}, Preset, weights.where, preset.lineage)
+    found = decode_preset({**asked, **made}, type(preset), weights.where, preset.lineage)
     told = weights.other_settings(preset.model) if "model" in preset.model_fields_set else []
     return found, [
         f"the model is as in {weights.where}, not as the preset says: {'; '.join(told)}"

@@ -22,10 +22,10 @@ Json = dict[str, Any]
 def preset_schema() -> Json:
     """The JSON Schema of a preset *file*: unlike the class, which is a whole preset, it may leave
     things to what it extends."""
-    from core.assembly import Preset
     from core.data.sources import SOURCES
     from core.losses import LOSSES
-    from core.preset.decode import NOT_IN_VARIANTS
+    from core.preset.variants import NOT_IN_VARIANTS
+    from core.registry import Preset
 
     schema = _tidied(Preset.model_json_schema(by_alias=True))
     definitions = schema["$defs"]
@@ -84,8 +84,8 @@ def _is_usual(key: str, value: Any) -> bool:
 
 def presets() -> str:
     """The presets of configs/, as the menu tells of them."""
-    from core.assembly import Preset
     from core.preset.decode import read_preset
+    from core.registry import Preset
 
     rows = ["| Preset | Name in the menu | What it does |", "|---|---|---|"]
     for path in sorted((ROOT / "configs").glob("[0-9][0-9]_*.json")):
@@ -96,10 +96,10 @@ def presets() -> str:
 
 def reference() -> str:
     """The key reference of docs/guide.md: a table for each section, in the order of a preset."""
-    from core.assembly import Preset
     from core.data.sources import SOURCES
     from core.losses import LOSSES
     from core.models import MODELS
+    from core.registry import Preset
 
     schema = Preset.model_json_schema(by_alias=True)
     titles: dict[str, str] = {}

@@ -252,10 +252,10 @@ def train_here(preset: dict, root: Path, stem: str = "t") -> list[dict]:
 
     Without drawing its pictures, which takes longer than the training does; real runs draw them.
     """
-    from core.assembly import Preset
     from core.jobs.train import train
     from core.parallel.single import Single
     from core.preset.decode import decode_preset
+    from core.registry import Preset
     from core.runtime import detect_runtime
 
     (root / "texts").mkdir(parents=True, exist_ok=True)

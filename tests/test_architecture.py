@@ -44,6 +44,7 @@ FLOORS = [
     "core.ui",
     "core.reports",
     "core.jobs",
+    "core.registry",
     "core.preview",
     "core.launch",
     "main",

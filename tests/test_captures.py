@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from core.assembly import Preset
 from core.comparison.trials import plan
 from core.errors import PresetError
 from core.jobs.compare import Reporter
 from core.metrics.log import MetricsLog
 from core.parallel.single import Single
 from core.preset.decode import read_preset
+from core.registry import Preset
 from core.ui.compare import ComparisonDashboard
 from tests.project import ROOT
 

@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 
 from core import errors
-from core.assembly import Preset
 from core.data import unlearned
 from core.preset.decode import read_preset
+from core.registry import Preset
 from tests.documents import block_of, files_named, table
 from tests.preset.test_decode import AUXILIARY_003, QA_PLUS_WIKI_003
 from tests.project import NO_HUB, ROOT, Project

@@ -17,10 +17,12 @@ import torch
 
 import main
 from core import launch, preview
-from core.assembly import Preset
 from core.environment import read_dotenv
 from core.errors import Diverged, Interrupted, NoData, UserError
+from core.jobs import Job
+from core.preset.base import PresetBase
 from core.preset.decode import decode_preset
+from core.registry import Preset
 from core.reports.run_card import RunCard, read_card
 from core.runtime import Runtime, detect_runtime
 from core.terminal import tell, write_line
@@ -83,7 +85,7 @@ def test_no_log_of_one_preset_spoils_its_preview(card: str, root: Path) -> None:
     preset = decoded()
     (root / "logs" / "t").mkdir(parents=True)
     (root / "logs" / "t" / "run.json").write_bytes(card.encode("latin-1"))
-    lines = preview.preview_lines(preset, CPU, root)
+    lines = preview.preview(preset, CPU, launch.ROOT)
     assert lines[0].endswith("steps of 128") and lines[-1] == "starts fresh"
 
 
@@ -101,31 +103,31 @@ def test_a_speed_of_nothing_and_slots_that_lack_everything(
     }
     (root / "logs" / "t").mkdir(parents=True)
     (root / "logs" / "t" / "run.json").write_text(json.dumps(facts))
-    assert preview.preview_lines(preset, CPU, root)[-1] == "starts fresh"
+    assert preview.preview(preset, CPU, launch.ROOT)[-1] == "starts fresh"
     (root / "checkpoints").mkdir()
     torch.save(
         {"progress": {"step": 3}, "preset": {}, "model": {}}, root / "checkpoints" / "t_current.pth"
     )
-    assert "parameters" in preview.preview_lines(preset, CPU, root)[0]
-    monkeypatch.setattr(preview, "resume_lines", lambda preset, root: 1 // 0)
-    assert preview.preview_lines(preset, CPU, root)[-1].startswith(
+    assert "parameters" in preview.preview(preset, CPU, launch.ROOT)[0]
+    monkeypatch.setattr(preview, "_resume_line", lambda preset, root: 1 // 0)
+    assert preview.preview(preset, CPU, launch.ROOT)[-1].startswith(
         "cannot tell more: ZeroDivisionError"
     )
 
 
 def test_small_models_are_counted_and_a_preset_without_words_shows_none() -> None:
     preset = decoded()
-    assert preview.preset_card("t", preset, CPU, ROOT).description == "short", (
+    assert preview.preset_card("t", preset, CPU, launch.ROOT).description == "short", (
         "nothing stands behind it"
     )
     assert (
         preview.preset_card(
-            "t", preset.model_copy(update={"description": "Tiny."}), CPU, ROOT
+            "t", preset.model_copy(update={"description": "Tiny."}), CPU, launch.ROOT
         ).description
         == "short · Tiny."
     )
-    model = size_of(preset, preview.known_vocab_size(preset.tokenizer, ROOT))
-    assert preview.training_lines(preset, CPU, ROOT)[0].startswith(
+    model = size_of(preset, preview._vocab_size(preset.tokenizer, launch.ROOT))
+    assert preview._training_lines(preset, CPU, launch.ROOT)[0].startswith(
         f"{model.parameters / 1000:.1f}k parameters, "
     )
 
@@ -209,7 +211,7 @@ def test_what_is_refused_before_it_did_anything_leads_back_to_the_menu(
             raise (UserError, NoData)[len(ran) - 1](f"no text {len(ran)}\x1b[2J")
 
     (root / "configs" / "bad.json").write_text("{")
-    monkeypatch.setitem(launch.JOBS, "train", job)
+    monkeypatch.setitem(launch.JOBS, "train", Job(job, PresetBase))
     menu = Menu(monkeypatch, "bad", "good", "good", "good")
     launch._run_until_one_starts(CPU, 0.0)
     assert ran == ["good"] * 3
@@ -230,7 +232,7 @@ def test_what_has_trained_or_was_interrupted_ends(
             (root / "logs" / "good" / "metrics.jsonl").write_text("{}\n")
         raise ended
 
-    monkeypatch.setitem(launch.JOBS, "train", job)
+    monkeypatch.setitem(launch.JOBS, "train", Job(job, PresetBase))
     Menu(monkeypatch, "good")
     with pytest.raises(type(ended)):
         launch._run_until_one_starts(CPU, 0.0)
@@ -240,7 +242,7 @@ def test_without_a_menu_a_refusal_ends(root: Path, monkeypatch: pytest.MonkeyPat
     def job(*_: Any) -> None:
         raise NoData("none")
 
-    monkeypatch.setitem(launch.JOBS, "train", job)
+    monkeypatch.setitem(launch.JOBS, "train", Job(job, PresetBase))
     Menu(monkeypatch, "good", drawn=False)
     with pytest.raises(NoData):
         launch._run_until_one_starts(CPU, 0.0)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from core.assembly import Preset
 from core.preset.decode import decode_preset
+from core.registry import Preset
 from core.runtime import Runtime, detect_runtime, prepare
 from core.training.passes import compile_plan
 from core.training.progress import Horizon

@@ -10,7 +10,7 @@ import torch
 from core.generation.engine import Voice
 from core.generation.engine import generate as sample
 from core.heads.memory import Memory
-from core.jobs import PREVIEWS
+from core.jobs import JOBS
 from core.jobs.generate import obey, speaker_of
 from core.randomness import derive_seed
 from core.runtime import detect_runtime
@@ -139,6 +139,8 @@ def test_a_planner_guides_where_the_preset_says_so(
     lines = piped(planned, monkeypatch, "The\nIn year\n", generate={"planner": True})
     assert lines[1].startswith("continues what you type; its planner")
     assert "\n".join(lines).endswith(f"> In year\n{clean_lines(guided).strip()}")
-    assert PREVIEWS["generate"](preset_of(generate={"planner": True}), planned)[1].endswith(
-        ", by its planner"
+    assert (
+        JOBS["generate"]
+        .preview(preset_of(generate={"planner": True}), planned)[1]
+        .endswith(", by its planner")
     )

@@ -27,7 +27,7 @@ from core.data.tokenizer import build_tokenizer
 from core.errors import UserError
 from core.file_names import slot_name
 from core.files import own_path
-from core.preset.changes import describe_changes
+from core.preset.merge import changed
 from core.preset.settings import Settings, TokenizerSettings
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
@@ -126,7 +126,7 @@ class Weights:
         """What their `model` section said otherwise than this one: "model.seq_length was 128, is
         256"."""
         return (
-            describe_changes(self.preset["model"], model.model_dump(mode="json"), "model.")
+            changed(self.preset["model"], model.model_dump(mode="json"), "model.")
             if self.preset is not None
             else []
         )

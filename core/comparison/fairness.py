@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from core.comparison.outcome import Outcome
+from core.comparison.trials import FREE_KEYS
 from core.metrics.table import LOSS, PER_TOKEN
-from core.preset.changes import FREE_KEYS
 from core.preset.settings import NEXT_TOKEN
 
 NAMES = ("name", "description", "lineage", "train.seed")

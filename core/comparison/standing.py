@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from core.checkpoint.store import CheckpointStore
-from core.comparison.trials import Trial, plan, read_outcomes
+from core.comparison.trials import Trial, plan, read_outcomes, trial_changes
 from core.errors import UserError
 from core.metrics.log import LOG, evaluation_is_missing
 from core.preset.base import PresetBase
-from core.preset.changes import describe_changes
 
 SHOWN_REASONS = 4
 """A refusal gives the reason for so many trials, and only counts the others."""
@@ -36,7 +35,7 @@ def standing_trials(preset: PresetBase, root: Path, world_size: int | None = Non
         newest = trial_store(root, trial).peek()
         outcome = outcomes.trials.get(trial.key)
         trained = outcome["preset"] if outcome else newest["preset"] if newest else None
-        if trained is not None and (changes := describe_changes(trained, trial.preset)):
+        if trained is not None and (changes := trial_changes(trained, trial.preset)):
             changed.append((trial, "; ".join(changes)))
         if outcome and _still_holds(outcome, preset):
             trial = replace(trial, status=outcome["status"], note=outcome["note"])

@@ -16,11 +16,32 @@ from typing import Any
 from core.errors import UserError
 from core.file_names import is_file_name
 from core.files import cause, read_json, write_file
-from core.preset.decode import decode_preset, merge, preset_json
+from core.preset.decode import decode_preset
+from core.preset.merge import changed, merge, preset_json
 from core.preset.settings import CompareSettings, VariantSettings
 
 STATE, REPORTS = "state.json", ("report.html", "report.md", "metrics.json")
 SLUG_LENGTH = 60
+
+COMPUTES = (
+    "init_from",
+    "model",
+    "tokenizer",
+    "train",
+    "losses",
+    "auxiliary",
+    "data",
+    "generate",
+)
+"""What a trial computes follows from these sections."""
+FREE_KEYS = (
+    "data.workers",
+    "data.cache_gigabytes",
+    "train.checkpoint_every_minutes",
+    "train.checkpoint_every_steps",
+)
+"""Keys in them that may change between two starts of a comparison: they change nothing in what a
+trial computes."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +109,14 @@ def slugs(names: list[str]) -> dict[str, str]:
         taken.add(slug.casefold())
         found[name] = slug
     return found
+
+
+def trial_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Tell what makes a trial another one than it was; both are resolved presets."""
+    old, new = (
+        {key: preset.get(key) for key in COMPUTES if key in preset} for preset in (before, now)
+    )
+    return changed(old, new, free=FREE_KEYS)
 
 
 # what became of them ------------------------------------------------------------------------------

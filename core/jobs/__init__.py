@@ -1,27 +1,41 @@
-"""What a preset can ask for: one file and one function each."""
+"""The table of jobs: what a preset can ask for. Adding one: its file, its line here."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TextIO, TypeVar
 
 from core.jobs.compare import compare, preview_compare
-from core.jobs.evaluate import evaluate, preview_evaluate
+from core.jobs.evaluate import EvaluatePreset, evaluate, preview_evaluate
 from core.jobs.generate import generate, preview_generate
-from core.jobs.interpret import interpret, preview_interpret
-from core.jobs.tokenize import preview_tokenize, tokenize
+from core.jobs.interpret import InterpretPreset, interpret, preview_interpret
+from core.jobs.tokenize import TokenizePreset, preview_tokenize, tokenize
 from core.jobs.train import train
+from core.parallel.protocol import Parallel
+from core.preset.base import PresetBase
+from core.runtime import Runtime
 
-JOBS = {
-    "train": train,
-    "tokenize": tokenize,
-    "compare": compare,
-    "evaluate": evaluate,
-    "interpret": interpret,
-    "generate": generate,
-}
+P = TypeVar("P", bound=PresetBase)
 
-PREVIEWS = {
-    "tokenize": preview_tokenize,
-    "compare": preview_compare,
-    "evaluate": preview_evaluate,
-    "interpret": preview_interpret,
-    "generate": preview_generate,
+
+@dataclass(frozen=True)
+class Job(Generic[P]):
+    """One thing that a preset can ask for."""
+
+    run: Callable[[P, Runtime, Parallel, Path, float, TextIO], None]
+    """Preset, runtime, ranks, root folder, when the program was started (time.time()), and the
+    stream to show on. Every rank calls it. Raises UserError."""
+    preset: type[P]
+    """PresetBase, or a subclass with a section of the job's own."""
+    preview: Callable[[P, Path], list[str]] | None = None
+    """Preset and root folder to the lines that the menu shows; None: those of training."""
+
+
+JOBS: dict[str, Job[Any]] = {
+    "train": Job(train, PresetBase),
+    "tokenize": Job(tokenize, TokenizePreset, preview_tokenize),
+    "compare": Job(compare, PresetBase, preview_compare),
+    "evaluate": Job(evaluate, EvaluatePreset, preview_evaluate),
+    "interpret": Job(interpret, InterpretPreset, preview_interpret),
+    "generate": Job(generate, PresetBase, preview_generate),
 }
-"""What the menu tells of a job's own before it tells of training: a function from preset and root
-folder to lines."""

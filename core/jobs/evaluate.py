@@ -16,9 +16,10 @@ import json
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 
 from core.checkpoint.weights import preview_weights
 from core.contracts import plain_batch
@@ -42,8 +43,9 @@ from core.evaluation.results import (
 from core.files import cause, own_path
 from core.generation.engine import Voice
 from core.parallel.single import Single
-from core.preset.decode import preset_json
-from core.preset.settings import NEXT_TOKEN, objective_of
+from core.preset.base import PresetBase
+from core.preset.merge import preset_json
+from core.preset.settings import NEXT_TOKEN, Settings, objective_of
 from core.runtime import Runtime
 from core.signals import StopRequest
 from core.trained import Trained, load_trained
@@ -53,8 +55,42 @@ SAMPLED = 1024
 """Numbers of each tensor that tell these weights from others."""
 
 
+class EvaluateSettings(Settings):
+    """The evaluate job: a trained model on tasks of lm-evaluation-harness, and on text held out
+    from training."""
+
+    tasks: list[Annotated[str, Field(min_length=1)]] = Field([])
+    """Tasks by the harness's names, such as "gsm8k" or "mmlu_stem", or by those of files in
+    `task_path`."""
+    task_path: str | None = Field(None, min_length=1)
+    """Folder of task files of your own (YAML), relative to the project. Paths in them begin in this
+    folder."""
+    limit: int | None = Field(None, ge=1)
+    """Examples of a task; left out, all of them."""
+    num_fewshot: int | None = Field(None, ge=0, le=1_000)
+    """Solved examples before each question; left out, what the task says. A task that says 0 keeps
+    it."""
+    batch_size: int = Field(16, ge=1, le=1_000_000)
+    """Rows of one forward pass. The results are the same for any."""
+    domain_perplexity: bool = True
+    """Also measure loss, perplexity and bits per byte on each source's held-out documents,
+    `train.eval_tokens` of each."""
+
+
+class EvaluatePreset(PresetBase):
+    """A preset, as the evaluate job reads it."""
+
+    evaluate: EvaluateSettings = EvaluateSettings()
+    """What the evaluate job measures."""
+
+
 def evaluate(
-    preset: Any, runtime: Runtime, parallel: Any, root: Path, started: float, console: Any
+    preset: EvaluatePreset,
+    runtime: Runtime,
+    parallel: Any,
+    root: Path,
+    started: float,
+    console: Any,
 ) -> None:
     """Measure what is not measured yet. Raises Interrupted after Ctrl-C, SIGTERM or SIGHUP, with
     every finished task kept."""
@@ -81,7 +117,7 @@ def evaluate(
         desk.finish()
 
 
-def preview_evaluate(preset: Any, root: Path) -> list[str]:
+def preview_evaluate(preset: EvaluatePreset, root: Path) -> list[str]:
     """What the menu tells before the job is chosen."""
     wanted = preset.evaluate
     try:

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from core.checkpoint.weights import preview_weights
@@ -31,6 +32,8 @@ from core.interpretation.results import Interpretation, interpret_routing
 from core.interpretation.routing import Reading, Router, static_routing
 from core.models.polyglu import NAMES
 from core.parallel.single import Single
+from core.preset.base import PresetBase
+from core.preset.settings import Settings
 from core.reports.interpretation import write_interpretation
 from core.reports.interpretation.content import findings, layer_table, warnings
 from core.runtime import Runtime, uncompiled
@@ -41,8 +44,31 @@ from core.ui.evaluate import EvaluateView
 FOLDER = "interpret"
 
 
+class InterpretSettings(Settings):
+    """The interpret job: what the neurons of a PolyGLU model choose, by themselves and given
+    held-out text of each source."""
+
+    tokens_per_category: int = Field(50_000, ge=1)
+    """Held-out tokens read of each source: more give narrower intervals."""
+    positions_per_row: int = Field(8, ge=1, le=1_000_000)
+    """Places of a row at which every neuron is looked at; what does not depend on neurons is taken
+    from every token."""
+
+
+class InterpretPreset(PresetBase):
+    """A preset, as the interpret job reads it."""
+
+    interpret: InterpretSettings = InterpretSettings()
+    """How much the interpret job reads."""
+
+
 def interpret(
-    preset: Any, runtime: Runtime, parallel: Any, root: Path, started: float, console: Any
+    preset: InterpretPreset,
+    runtime: Runtime,
+    parallel: Any,
+    root: Path,
+    started: float,
+    console: Any,
 ) -> None:
     """Look into the model and write the report. Raises Interrupted after Ctrl-C, SIGTERM or SIGHUP;
     nothing is written then."""
@@ -52,7 +78,7 @@ def interpret(
         _interpret(preset, runtime, root, view, stop)
 
 
-def preview_interpret(preset: Any, root: Path) -> list[str]:
+def preview_interpret(preset: InterpretPreset, root: Path) -> list[str]:
     """What the menu tells before the job is chosen."""
     try:
         weights = preview_weights(preset.init_from or preset.lineage, root)
@@ -66,7 +92,11 @@ def preview_interpret(preset: Any, root: Path) -> list[str]:
 
 
 def _interpret(
-    preset: Any, runtime: Runtime, root: Path, view: EvaluateView, stop: Callable[[], bool]
+    preset: InterpretPreset,
+    runtime: Runtime,
+    root: Path,
+    view: EvaluateView,
+    stop: Callable[[], bool],
 ) -> None:
     trained = load_trained(preset, root, runtime)
     _refuse(trained)

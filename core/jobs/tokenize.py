@@ -13,10 +13,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePath
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import AfterValidator, Field
 
 from core.data.corpus import Corpus, open_corpus
 from core.data.documents import Cursor, DocumentStream, Source, shorter_than
@@ -33,6 +34,8 @@ from core.errors import Interrupted, NoData, SourceUnavailable, UserError
 from core.file_names import file_name, is_file_name
 from core.files import cause, own_path
 from core.parallel.single import Single
+from core.preset.base import PresetBase
+from core.preset.settings import Settings
 from core.runtime import Runtime
 from core.signals import StopRequest
 from core.ui.tokenize import TokenizeView
@@ -68,8 +71,50 @@ class Task:
     limit: int  # tokens
 
 
+def _below_a_folder(output: str) -> str:
+    parts = PurePath(output).parts
+    if parts in ((), ("/",), ("~",)) or parts[-1] == "..":
+        raise ValueError(
+            "is no folder of its own: files would land in the project itself, or above it; "
+            '"./data/tokens" is one'
+        )
+    return output
+
+
+class TokenizeSettings(Settings):
+    """The tokenize job: every source of `data` to a folder of chunks, which a source of type
+    `tokens` reads."""
+
+    output: Annotated[str, AfterValidator(_below_a_folder)] = Field("./data/tokens", min_length=1)
+    """Folder that gets the tokenizer, and a folder of chunks for each source."""
+    chunk_tokens: int = Field(100_000_000, ge=1, le=10_000_000_000)
+    """Tokens of a chunk: 4 bytes each."""
+    max_tokens: (
+        Annotated[int, Field(ge=1)]
+        | Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)]
+        | None
+    ) = None
+    """Tokens after which a source is left, at the end of a document: one number, or one per source.
+    Left out: read to the end."""
+    workers: int | None = Field(None, ge=0, le=256)
+    """Processes that tokenize; 0: the threads of this one. Left out: one per core. The files are
+    the same for any number."""
+
+
+class TokenizePreset(PresetBase):
+    """A preset, as the tokenize job reads it."""
+
+    tokenize: TokenizeSettings = TokenizeSettings()
+    """What the tokenize job writes."""
+
+
 def tokenize(
-    preset: Any, runtime: Runtime, parallel: Any, root: Path, started: float, console: Any
+    preset: TokenizePreset,
+    runtime: Runtime,
+    parallel: Any,
+    root: Path,
+    started: float,
+    console: Any,
 ) -> None:
     """Write every source, one after the other. Raises Interrupted after Ctrl-C, SIGTERM or SIGHUP,
     with everything saved."""
@@ -110,7 +155,7 @@ def tokenize(
         view.tell(f"to train on it: {_how_to_use(preset, tasks)}")
 
 
-def preview_tokenize(preset: Any, root: Path) -> list[str]:
+def preview_tokenize(preset: TokenizePreset, root: Path) -> list[str]:
     """What the menu tells before the job is chosen."""
     wanted, kind = preset.tokenize, preset.tokenizer
     what = {
@@ -139,7 +184,7 @@ def preview_tokenize(preset: Any, root: Path) -> list[str]:
     return lines if len(lines) > 2 else [*lines, "starts fresh"]
 
 
-def limits_of(preset: Any) -> dict[str, int]:
+def limits_of(preset: TokenizePreset) -> dict[str, int]:
     """{source: tokens after which it is left}."""
     limits, sources = preset.tokenize.max_tokens or NO_LIMIT, preset.data.sources
     return dict(
@@ -150,7 +195,7 @@ def limits_of(preset: Any) -> dict[str, int]:
     )
 
 
-def folder_of(preset: Any, root: Path, source: str = "") -> Path:
+def folder_of(preset: TokenizePreset, root: Path, source: str = "") -> Path:
     """The output folder, or a source's folder in it."""
     plain = re.sub(r"[^A-Za-z0-9._-]+", "_", source).lstrip(".")
     name = plain if is_file_name(plain) and source.isascii() else file_name(source)
@@ -160,7 +205,7 @@ def folder_of(preset: Any, root: Path, source: str = "") -> Path:
 # before anything is written -----------------------------------------------------------------------
 
 
-def _refuse(preset: Any, root: Path) -> None:
+def _refuse(preset: TokenizePreset, root: Path) -> None:
     """Raises UserError for what cannot be tokenized."""
     output, project = folder_of(preset, root).resolve(), root.resolve()
     if project.is_relative_to(output):
@@ -192,7 +237,7 @@ def _refuse(preset: Any, root: Path) -> None:
         folders[folder] = section.name
 
 
-def _tokenizer(preset: Any, corpus: Corpus, root: Path, view: TokenizeView) -> Tokenizer:
+def _tokenizer(preset: TokenizePreset, corpus: Corpus, root: Path, view: TokenizeView) -> Tokenizer:
     """The one that stands in the output folder, if this preset put it there; else a new one,
     written there."""
     output, asked = folder_of(preset, root), preset.tokenizer.model_dump(mode="json")
@@ -229,7 +274,7 @@ def _tokenizer(preset: Any, corpus: Corpus, root: Path, view: TokenizeView) -> T
     return tokenizer
 
 
-def _tasks(preset: Any, corpus: Corpus, tokenizer: Tokenizer, root: Path) -> list[Task]:
+def _tasks(preset: TokenizePreset, corpus: Corpus, tokenizer: Tokenizer, root: Path) -> list[Task]:
     """What is to do. Raises UserError when a folder holds something else than this preset would
     write."""
     sha = hashlib.sha256(tokenizer.state()["json"].encode()).hexdigest()
@@ -298,7 +343,11 @@ def _existing(folder: Path, wanted: Manifest) -> Manifest | None:
 
 
 def _write(
-    task: Task, preset: Any, pool: TokenPool, view: TokenizeView, stop: Callable[[], bool]
+    task: Task,
+    preset: TokenizePreset,
+    pool: TokenPool,
+    view: TokenizeView,
+    stop: Callable[[], bool],
 ) -> None:
     """One source, from where its manifest stands to its end. Raises Interrupted, SourceUnavailable;
     all is saved then."""
@@ -430,7 +479,7 @@ def _told(task: Task) -> str:
     return f"{task.manifest.total_tokens:,} tokens, {task.manifest.documents or 0:,} documents"
 
 
-def _how_to_use(preset: Any, tasks: list[Task]) -> str:
+def _how_to_use(preset: TokenizePreset, tasks: list[Task]) -> str:
     """The lines for a preset that trains on what was written."""
     output = preset.tokenize.output.rstrip("/")
     sources = ", ".join(

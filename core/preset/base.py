@@ -14,16 +14,13 @@ from core.preset.settings import (
     AuxiliarySettingsBase,
     CompareSettings,
     DataSettingsBase,
-    EvaluateSettings,
     GenerateSettings,
-    InterpretSettings,
     LoggingSettings,
     LossSettings,
     ModelSettings,
     Seed,
     Settings,
     TokenizerSettings,
-    TokenizeSettings,
     TrainSettings,
     VariantSettings,
 )
@@ -59,6 +56,8 @@ class PresetBase(Settings):
     """Name in the menu; left out, the file's."""
     description: str = ""
     """One line for the menu."""
+    group: str = ""
+    """Heading under which the menu shows it; left out, "Your own"."""
     extends: str | None = None
     """Another preset; this one states only what differs."""
     job: str
@@ -82,12 +81,6 @@ class PresetBase(Settings):
     """What to read, and how."""
     generate: GenerateSettings = GenerateSettings()
     """Sampling."""
-    tokenize: TokenizeSettings = TokenizeSettings()
-    """What the tokenize job writes."""
-    evaluate: EvaluateSettings = EvaluateSettings()
-    """What the evaluate job measures."""
-    interpret: InterpretSettings = InterpretSettings()
-    """How much the interpret job reads."""
     variants: list[VariantSettings] = Field([])
     """What the compare job compares; the first is the baseline."""
     seeds: list[Seed] = Field([42, 43, 44], min_length=1)

@@ -6,10 +6,9 @@ Out:   frozen pydantic classes, from which preset.py makes the Preset and its JS
 State: none
 """
 
-from pathlib import PurePath
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from core.bounds import Bounded
 from core.schedules import Schedule, turns, value_at
@@ -277,69 +276,6 @@ class GenerateSettings(Settings):
     """The generate job: where the model was trained with the memory head, a text that outgrows
     model.seq_length goes on behind a summary of its beginning. false: its oldest tokens are left
     out, as without that head."""
-
-
-def _below_a_folder(output: str) -> str:
-    parts = PurePath(output).parts
-    if parts in ((), ("/",), ("~",)) or parts[-1] == "..":
-        raise ValueError(
-            "is no folder of its own: files would land in the project itself, or above it; "
-            '"./data/tokens" is one'
-        )
-    return output
-
-
-class TokenizeSettings(Settings):
-    """The tokenize job: every source of `data` to a folder of chunks, which a source of type
-    `tokens` reads."""
-
-    output: Annotated[str, AfterValidator(_below_a_folder)] = Field("./data/tokens", min_length=1)
-    """Folder that gets the tokenizer, and a folder of chunks for each source."""
-    chunk_tokens: int = Field(100_000_000, ge=1, le=10_000_000_000)
-    """Tokens of a chunk: 4 bytes each."""
-    max_tokens: (
-        Annotated[int, Field(ge=1)]
-        | Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)]
-        | None
-    ) = None
-    """Tokens after which a source is left, at the end of a document: one number, or one per source.
-    Left out: read to the end."""
-    workers: int | None = Field(None, ge=0, le=256)
-    """Processes that tokenize; 0: the threads of this one. Left out: one per core. The files are
-    the same for any number."""
-
-
-class EvaluateSettings(Settings):
-    """The evaluate job: a trained model on tasks of lm-evaluation-harness, and on text held out
-    from training."""
-
-    tasks: list[Annotated[str, Field(min_length=1)]] = []
-    """Tasks by the harness's names, such as "gsm8k" or "mmlu_stem", or by those of files in
-    `task_path`."""
-    task_path: str | None = Field(None, min_length=1)
-    """Folder of task files of your own (YAML), relative to the project. Paths in them begin in this
-    folder."""
-    limit: int | None = Field(None, ge=1)
-    """Examples of a task; left out, all of them."""
-    num_fewshot: int | None = Field(None, ge=0, le=1_000)
-    """Solved examples before each question; left out, what the task says. A task that says 0 keeps
-    it."""
-    batch_size: int = Field(16, ge=1, le=1_000_000)
-    """Rows of one forward pass. The results are the same for any."""
-    domain_perplexity: bool = True
-    """Also measure loss, perplexity and bits per byte on each source's held-out documents,
-    `train.eval_tokens` of each."""
-
-
-class InterpretSettings(Settings):
-    """The interpret job: what the neurons of a PolyGLU model choose, by themselves and given
-    held-out text of each source."""
-
-    tokens_per_category: int = Field(50_000, ge=1)
-    """Held-out tokens read of each source: more give narrower intervals."""
-    positions_per_row: int = Field(8, ge=1, le=1_000_000)
-    """Places of a row at which every neuron is looked at; what does not depend on neurons is taken
-    from every token."""
 
 
 class VariantSettings(Settings):

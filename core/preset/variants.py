@@ -1,13 +1,30 @@
-"""Which metrics the evaluations of a preset give: what a comparison may be decided by.
+"""The variants of a comparison: what they may set, what does not fit together, and which metrics may
+decide.
 
-In:    a preset
-Out:   keys of core/metrics/table.py
+In:    a preset file's JSON; the whole preset of each variant
+Out:   problems, one line each
 State: none
 """
+
+import difflib
+import json
 
 from core.metrics.table import HEAD, HELD_OUT, LOSS, METRICS, READ
 from core.preset.base import PresetBase
 from core.preset.settings import MASKED_TOKENS, objective_of
+
+NOT_IN_VARIANTS = {
+    "train.seed": 'seeds are given by "seeds", the same for all variants',
+    **dict.fromkeys(
+        ("job", "variants", "seeds", "compare"),
+        "it is the same for all variants; set it beside them",
+    ),
+    **dict.fromkeys(
+        ("name", "description", "lineage"), "trials are named after their variant and seed"
+    ),
+    **dict.fromkeys(("extends", "$schema"), "it stands at the top of a file only"),
+}
+"""What a variant may not set, and why."""
 
 
 def metrics_of(preset: PresetBase) -> set[str]:
@@ -33,3 +50,50 @@ def metrics_of(preset: PresetBase) -> set[str]:
     return found | {
         f"{what}{name}" for what in (HELD_OUT, READ) for name in sources if len(sources) > 1
     }
+
+
+def metric_problems(metric: str, variants: list[PresetBase]) -> list[str]:
+    """A metric that no evaluation of any variant gives would be missed only after the last
+    trial."""
+    known = sorted(set().union(*map(metrics_of, variants)))
+    if metric in known:
+        return []
+    near = difflib.get_close_matches(metric, known, n=1, cutoff=0.5)
+    hint = f'did you mean "{near[0]}"?' if near else f"they are {', '.join(known)}"
+    return [
+        f"compare.metric  {json.dumps(metric)}: is none of the numbers that these variants' "
+        f"evaluations give; {hint}"
+    ]
+
+
+def compare_problems(data: dict) -> list[str]:
+    """What does not fit together in job, variants and seeds."""
+    found = []
+    listed = data.get("variants")
+    variants = [v for v in listed if isinstance(v, dict)] if isinstance(listed, list) else []
+    if data.get("job") == "compare" and isinstance(listed, list | None) and len(listed or []) < 2:
+        found.append(
+            f"variants  {len(variants)} of them: the compare job needs at least two; the first is "
+            "the baseline"
+        )
+    if variants and data.get("job") != "compare":
+        found.append(
+            'variants  only the compare job reads them: set "job": "compare", or "variants": [] '
+            "to train one model"
+        )
+    names = [v.get("name") for v in variants]
+    for name in dict.fromkeys(
+        name for name in names if isinstance(name, str) and names.count(name) > 1
+    ):
+        found.append(
+            f"variants  {names.count(name)} of them are called {json.dumps(name)}; give each a "
+            "name of its own"
+        )
+    listed = data.get("seeds")
+    seeds = [seed for seed in listed if isinstance(seed, int)] if isinstance(listed, list) else []
+    if twice := [seed for seed in dict.fromkeys(seeds) if seeds.count(seed) > 1]:
+        found.append(
+            f"seeds  {', '.join(map(str, twice))} stands there twice; every seed is one run of "
+            "each variant"
+        )
+    return found

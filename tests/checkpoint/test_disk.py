@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from core.assembly import Preset
 from core.checkpoint.store import CheckpointStore
 from core.environment import read_dotenv
 from core.errors import CheckpointError, PresetError, UserError
 from core.files import cause, link_file, probe, read_json, replacing, sweep, write_file
 from core.preset.decode import read_preset
+from core.registry import Preset
 from core.reports.run_card import read_card
 from tests.project import tiny_preset, train_here
 

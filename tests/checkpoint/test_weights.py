@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from core.assembly import Preset, TrainingSession, build_training
+from core.assembly import TrainingSession, build_training
 from core.checkpoint.store import FORMAT
 from core.checkpoint.weights import find_weights, fraction_of, preview_weights
 from core.comparison.fairness import unfairness
@@ -27,6 +27,7 @@ from core.parallel.single import Single
 from core.preset.decode import decode_preset
 from core.preset.settings import TokenizerSettings
 from core.preview import preset_card
+from core.registry import Preset
 from core.runtime import detect_runtime
 from core.trained import load_trained
 from tests.project import Project, merged, tiny_preset, train_here

@@ -7,11 +7,18 @@ from typing import Any
 
 import pytest
 
-from core.assembly import Preset
-from core.comparison.trials import Outcomes, plan, read_outcomes, slugs, write_outcomes
+from core.comparison.trials import (
+    Outcomes,
+    plan,
+    read_outcomes,
+    slugs,
+    trial_changes,
+    write_outcomes,
+)
 from core.errors import PresetError
-from core.preset.changes import describe_changes
-from core.preset.decode import decode_preset, preset_json, read_preset
+from core.preset.decode import decode_preset, read_preset
+from core.preset.merge import preset_json
+from core.registry import Preset
 from tests.project import merged
 
 BASE = {
@@ -71,7 +78,7 @@ def test_seed_by_seed_the_baseline_first(tmp_path: Path) -> None:
 
 def test_a_variant_differs_in_what_it_sets_and_nothing_else(tmp_path: Path) -> None:
     base, other, *_ = plan(preset_of(), tmp_path)
-    found = describe_changes(base.preset, other.preset)
+    found = trial_changes(base.preset, other.preset)
     assert found == [
         "model.hidden_size was 256, is 64",
         "model.num_heads was 4, is 2",
@@ -159,9 +166,9 @@ def test_what_may_change_between_two_starts(tmp_path: Path) -> None:
         "train": {"checkpoint_every_steps": 3},
     }
     now, *_ = plan(preset_of(**free), tmp_path)
-    assert describe_changes(before.preset, now.preset) == []
+    assert trial_changes(before.preset, now.preset) == []
     now, *_ = plan(preset_of(data={"min_text_length": 9}, train={"max_steps": 5}), tmp_path)
-    assert describe_changes(before.preset, now.preset) == [
+    assert trial_changes(before.preset, now.preset) == [
         "data.min_text_length was 50, is 9",
         "train.max_steps was null, is 5",
     ]
@@ -169,7 +176,7 @@ def test_what_may_change_between_two_starts(tmp_path: Path) -> None:
         **before.preset,
         "train": {k: v for k, v in before.preset["train"].items() if k != "precision"},
     }
-    assert describe_changes(old, before.preset) == []
+    assert trial_changes(old, before.preset) == []
 
 
 def test_outcomes_are_kept_until_their_folder_is_deleted(tmp_path: Path) -> None:

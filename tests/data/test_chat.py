@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import tokenizers
 
-from core.assembly import Preset
 from core.data.chat import MARKERS, START, STOP, chat_note, encode_chat, render_chat
 from core.data.documents import Document, Encoded, Messages, SkipRow
 from core.data.encoding import Remembering, encode
@@ -25,6 +24,7 @@ from core.data.tokenizer import END, Tokenizer, build_tokenizer
 from core.errors import PresetError, SourceUnavailable
 from core.preset.decode import decode_preset
 from core.preset.settings import TokenizerSettings
+from core.registry import Preset
 from tests.data.test_sources import write_jsonl, write_parquet
 from tests.hub import Hub
 from tests.project import ROOT, story, tiny_preset

@@ -12,7 +12,6 @@ import pytest
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
-from core.assembly import Preset
 from core.data.chat import encode_chat
 from core.data.corpus import open_corpus
 from core.data.objectives import build_objective
@@ -24,6 +23,7 @@ from core.jobs.tokenize import tokenize
 from core.parallel.single import Single
 from core.preset.decode import decode_preset
 from core.preset.settings import TokenizerSettings
+from core.registry import Preset
 from core.runtime import detect_runtime
 from tests.data.test_sources import write_jsonl
 from tests.project import tiny_preset, train_here

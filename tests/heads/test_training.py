@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from core.assembly import Preset
 from core.errors import CheckpointError, UserError
 from core.heads import HEADS
 from core.heads.stack import HeadStack
 from core.models.initial import draw_weights
 from core.preset.decode import decode_preset
+from core.registry import Preset
 from core.runtime import detect_runtime
 from core.trained import load_trained
 from tests.heads.setup import ALL

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from core.assembly import Preset
 from core.parallel.single import Single
 from core.preset.decode import decode_preset
+from core.registry import Preset
 from core.runtime import detect_runtime
 from tests.project import merged, story, tiny_preset
 

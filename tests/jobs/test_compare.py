@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from core.assembly import Preset
 from core.comparison.standing import standing_trials
 from core.data.corpus import open_corpus
 from core.data.tokenizer import Tokenizer, build_tokenizer
@@ -17,6 +16,7 @@ from core.errors import Interrupted, UserError
 from core.parallel.single import Single
 from core.preset.decode import decode_preset
 from core.preview import preset_card
+from core.registry import Preset
 from core.runtime import detect_runtime, forget_peak_memory
 from tests.documents import GUIDE, block_of, files_named
 from tests.jobs.comparisons import TRIALS, compare_here, files, job, preset_of

@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from core.assembly import Preset
 from core.data.corpus import open_corpus, open_held_out
 from core.errors import Interrupted, MissingPackage, NoData, UserError
 from core.evaluation.harness import library
-from core.jobs import PREVIEWS
+from core.jobs import JOBS
 from core.jobs.evaluate import evaluate
 from core.parallel.single import Single
 from core.preset.decode import decode_preset
+from core.registry import Preset
 from core.runtime import detect_runtime
 from core.ui.evaluate import EvaluateView
 from tests.documents import GUIDE, block_of, files_named
@@ -304,7 +304,7 @@ def test_the_other_ranks_have_nothing_to_do(root: Path) -> None:
 
 
 def test_the_menu_says_which_weights_and_what(root: Path) -> None:
-    preview = PREVIEWS["evaluate"]
+    preview = JOBS["evaluate"].preview
     assert preview(asked(), root) == [
         "evaluates t_current.pth, step 3",
         "on the tasks python_facts, small_sums (at most 4 examples of each); held-out documents "

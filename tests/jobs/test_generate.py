@@ -14,19 +14,19 @@ import pytest
 import torch
 from torch import nn
 
-from core.assembly import Preset
 from core.contracts import Batch, ModelOutput
 from core.data.chat import MARKERS, START, STOP, encode_chat, encode_turn, read_turn, render_chat
 from core.data.tokenizer import MASK, Tokenizer
 from core.errors import UserError
 from core.generation.engine import Voice
 from core.generation.engine import generate as sample
-from core.jobs import PREVIEWS
+from core.jobs import JOBS
 from core.jobs.generate import BlankFiller, Chatter, Speaker, generate, obey, speaker_of
 from core.models.readout import LinearReadout
 from core.parallel.single import Single
 from core.preset.decode import decode_preset
 from core.randomness import derive_seed
+from core.registry import Preset
 from core.runtime import detect_runtime
 from core.trained import Trained, load_trained
 from core.ui.text import clean_lines
@@ -134,7 +134,7 @@ def test_a_model_that_is_not_there(root: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_menu_says_with_whom(root: Path) -> None:
-    preview = PREVIEWS["generate"]
+    preview = JOBS["generate"].preview
     assert preview(preset_of(), root) == [
         "talks with t_current.pth, step 3",
         "temperature 0.9, top_p 0.95, up to 20 tokens",

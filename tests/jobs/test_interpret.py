@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from core.assembly import Preset
 from core.errors import Interrupted, UserError
 from core.jobs.interpret import interpret, preview_interpret, rows_of
 from core.parallel.single import Single
 from core.preset.decode import decode_preset
+from core.registry import Preset
 from core.reports.interpretation.content import CAPTIONS
 from core.runtime import detect_runtime
 from core.signals import StopRequest

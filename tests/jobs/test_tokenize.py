@@ -19,16 +19,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from core.assembly import Preset
 from core.data.sources import build_source
 from core.data.token_files import read_manifest
 from core.data.tokenizer import build_tokenizer, read_tokenizer
 from core.errors import Interrupted, NoData, SourceUnavailable, UserError
-from core.jobs import PREVIEWS
+from core.jobs import JOBS
 from core.parallel.single import Single
 from core.preset.decode import decode_preset
 from core.preset.settings import TokenizerSettings
 from core.preview import preset_card
+from core.registry import Preset
 from core.runtime import detect_runtime
 from core.ui.tokenize import TokenizeView
 from tests.documents import GUIDE, block_of, files_named
@@ -179,7 +179,7 @@ def test_each_source_may_have_a_limit_of_its_own(tmp_path: Path, small_batches: 
     totals = [read_manifest(tmp_path / "tokens" / name).total_tokens for name in ("math", "stem")]
     longest = max(len(story(number)) for number in range(40))
     assert 9000 <= totals[0] <= 9000 + longest and 3000 <= totals[1] <= 3000 + longest
-    lines = PREVIEWS["tokenize"](decode_preset(preset, Preset, "t", "t"), tmp_path)
+    lines = JOBS["tokenize"].preview(decode_preset(preset, Preset, "t", "t"), tmp_path)
     assert lines[1].endswith("at most 9,000 of math, 3,000 of stem")
     with pytest.raises(
         UserError,
@@ -415,21 +415,21 @@ def test_a_tokenizer_file_is_what_was_saved_and_what_others_write(tmp_path: Path
 # what is shown ------------------------------------------------------------------------------------
 
 
-def test_the_menu_shows_what_is_written_and_how_far_it_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_menu_shows_what_is_written_and_how_far_it_is(tmp_path: Path) -> None:
     preset = decode_preset(preset_of(tokenize={"max_tokens": 9000}), Preset, "t", "t")
-    card = preset_card("91_t", preset, detect_runtime(), ROOT)
+    card = preset_card("91_t", preset, detect_runtime(), tmp_path)
     preview = card.preview()
     assert "parameters" not in preview and "tokenizes texts; tokenizer: bytes" in preview
     assert (
         "writes tokens/<source>/chunk_00000.bin ..., 5,000 tokens each, at most 9,000 of a source"
         in preview
     )
-    assert PREVIEWS["tokenize"](preset, tmp_path)[-1] == "starts fresh"
+    assert JOBS["tokenize"].preview(preset, tmp_path)[-1] == "starts fresh"
     tokenize_here(preset_of(tokenize={"max_tokens": 9000}), tmp_path)
     total = read_manifest(tmp_path / "tokens" / "texts").total_tokens
-    assert PREVIEWS["tokenize"](preset, tmp_path)[-1] == f"texts: {total:,} tokens written, done"
+    assert (
+        JOBS["tokenize"].preview(preset, tmp_path)[-1] == f"texts: {total:,} tokens written, done"
+    )
 
 
 class Terminal(io.StringIO):

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 
-from core.assembly import Preset, _horizon
+from core.assembly import _horizon
 from core.comparison.trials import plan
 from core.errors import PresetError
-from core.preset.decode import decode_preset, preset_json, read_preset
+from core.preset.decode import decode_preset, read_preset
+from core.preset.merge import preset_json
 from core.preset.settings import RUN_TOKENS
+from core.registry import Preset
 from tests.project import ROOT, TINY_SIZES, train_here
 
 CONFIGS = [

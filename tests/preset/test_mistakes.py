@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from core.assembly import Preset
 from core.bounds import Bounded
 from core.data.sources.hf import HfSettings, _formatted
 from core.data.tokenizer import build_tokenizer, read_tokenizer
@@ -18,6 +17,7 @@ from core.file_names import file_name, is_file_name
 from core.jobs.compare import refuse_variants
 from core.preset.decode import decode_preset, read_preset
 from core.preset.settings import TokenizerSettings
+from core.registry import Preset
 from core.runtime import detect_runtime
 from tests.project import tiny_preset
 

@@ -11,11 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from core.assembly import Preset, build_model
+from core.assembly import build_model
 from core.data.loader import StepRows
 from core.errors import PresetError, UserError
 from core.preset.decode import decode_preset
 from core.preset.settings import CurriculumSettings, TrainSettings
+from core.registry import Preset
 from core.training.curriculum import Curriculum, buckets_of, choose
 from tests.data.corpus import (
     LANES,

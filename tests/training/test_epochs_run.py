@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from core.assembly import Preset
 from core.data import amount
 from core.data.amount import counter, tokens_of_pass
 from core.data.corpus import open_corpus
@@ -22,7 +21,8 @@ from core.data.sources.text import TextSettings
 from core.errors import UserError
 from core.parallel.single import Single
 from core.preset.decode import decode_preset
-from core.preview import time_remark
+from core.preview import _time_line
+from core.registry import Preset
 from core.runtime import detect_runtime
 from core.ui.plain import PlainLines
 from core.ui.progress import Progress
@@ -159,29 +159,27 @@ def test_schedules_and_progress_end_where_epochs_do(tmp_path: Path) -> None:
         "tokens": steps[-1]["run_tokens"],
     }
     slow = whole | {"seconds": 540}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("core.launch.ROOT", tmp_path)
-        # evaluations and all, of which the speed of a step knows nothing
-        for known, changes, told in (
-            (
-                {"tokens_per_second": end / 300, "whole_run": None},
-                {},
-                "; a run would take about 5 min here",
-            ),
-            (
-                {"tokens_per_second": end / 300, "whole_run": slow},
-                {},
-                "; a run took about 9 min here",
-            ),
-            (
-                {"whole_run": slow},
-                {"max_steps": len(steps) // 3},
-                "; a run would take about 3 min here",
-            ),
-        ):
-            (tmp_path / "logs" / "t" / "run.json").write_text(json.dumps(card | known))
-            preset = decode_preset(merged(EPOCHS, {"train": changes}), Preset, "t", "t")
-            assert time_remark(preset, detect_runtime(), tmp_path) == told
+    # evaluations and all, of which the speed of a step knows nothing
+    for known, changes, told in (
+        (
+            {"tokens_per_second": end / 300, "whole_run": None},
+            {},
+            "; a run would take about 5 min here",
+        ),
+        (
+            {"tokens_per_second": end / 300, "whole_run": slow},
+            {},
+            "; a run took about 9 min here",
+        ),
+        (
+            {"whole_run": slow},
+            {"max_steps": len(steps) // 3},
+            "; a run would take about 3 min here",
+        ),
+    ):
+        (tmp_path / "logs" / "t" / "run.json").write_text(json.dumps(card | known))
+        preset = decode_preset(merged(EPOCHS, {"train": changes}), Preset, "t", "t")
+        assert _time_line(preset, detect_runtime(), tmp_path) == told
 
 
 def test_a_source_without_weight_is_not_counted(tmp_path: Path) -> None:

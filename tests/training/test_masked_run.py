@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core.assembly import Preset, build_model
+from core.assembly import build_model
 from core.data.corpus import open_corpus
 from core.data.packing import Row
 from core.data.reader import collate
@@ -27,6 +27,7 @@ from core.jobs.interpret import interpret
 from core.parallel.single import Single
 from core.preset.decode import decode_preset
 from core.preset.settings import TokenizerSettings
+from core.registry import Preset
 from core.runtime import detect_runtime
 from tests.parallel.test_ddp import assert_ended
 from tests.project import Project, differences, merged, story, tiny_preset, train_here

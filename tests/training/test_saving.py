@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from core.assembly import Preset, build_training
+from core.assembly import build_training
 from core.checkpoint.store import CheckpointStore
 from core.comparison.outcome import read_outcome
 from core.comparison.trials import Trial
@@ -28,7 +28,8 @@ from core.evaluation.held_out import Evaluator
 from core.metrics.log import evaluation_is_missing
 from core.parallel.single import Single
 from core.preset.decode import decode_preset
-from core.preview import resume_lines
+from core.preview import _resume_line
+from core.registry import Preset
 from core.runtime import detect_runtime
 from core.signals import STOP_SIGNALS, StopRequest, signals_held
 from core.training.trainer import BAD_STEPS
@@ -144,7 +145,7 @@ def test_sampling_settings_that_no_float_holds_lose_no_run(tmp_path: Path) -> No
 
 
 def test_an_end_without_its_evaluation_is_evaluated_by_the_next_start_and_not_trained_again(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The program is ended in each part of the last evaluation; then it is as if nothing had
     happened, and then comes run 2."""
@@ -164,8 +165,9 @@ def test_an_end_without_its_evaluation_is_evaluated_by_the_next_start_and_not_tr
         with pytest.raises(Gone):
             finish(built)
         assert slot(root)["finished"] and not events(root, "run_end")
-        line = resume_lines(preset, root)[-1]
-        assert "evaluates run 1, which was trained to its end, step 10" in line
+        assert "evaluates run 1, which was trained to its end, step 10" in _resume_line(
+            preset, root
+        )
         built = session(root, **MEASURED)
         assert any("not evaluated" in note for note in built.notes)
         assert finish(built) == "max_steps" and same_log(tmp_path / "straight", root)
@@ -173,7 +175,7 @@ def test_an_end_without_its_evaluation_is_evaluated_by_the_next_start_and_not_tr
             differences(*(Project(folder).checkpoint() for folder in (tmp_path / "straight", root)))
             == []
         )
-        assert "starts run 2" in resume_lines(preset, root)[-1]
+        assert "starts run 2" in _resume_line(preset, root)
         assert session(root, **MEASURED).trainer.progress.run == 2
 
 

@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core.assembly import Preset, TrainingSession, build_training
+from core.assembly import TrainingSession, build_training
 from core.contracts import ModelOutput
 from core.errors import CheckpointError, Diverged, NoData, UserError
 from core.parallel.single import Single
 from core.preset.decode import decode_preset
+from core.registry import Preset
 from core.runtime import detect_runtime
 from core.training.trainer import BAD_STEPS, ROLL_BACKS
 from tests.project import (
