@@ -28,7 +28,7 @@ from core.parallel.single import Single
 from core.preset.base import PresetBase
 from core.preset.decode import decode_preset, read_preset
 from core.preset.merge import preset_json
-from core.preview import OWN, preset_card, standing_lines
+from core.preview import NO_GROUP, preset_card, standing_lines
 from core.registry import Preset
 from core.runtime import Runtime, detect_runtime, prepare
 from core.terminal import tell
@@ -179,7 +179,7 @@ def _read_presets(runtime: Runtime) -> tuple[dict[str, PresetBase], list[PresetC
                 if isinstance(error, PresetError)
                 else f"{path} cannot be read: {type(error).__name__}: {error}"
             )
-            cards.append(PresetCard(path.stem, OWN, path.stem, "", problem=why))
+            cards.append(PresetCard(path.stem, NO_GROUP, path.stem, "", problem=why))
         else:
             presets[path.stem] = preset
             cards.append(preset_card(path.stem, preset, runtime, ROOT))

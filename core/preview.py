@@ -1,9 +1,9 @@
-"""The lines that the menu shows of a preset before it is chosen: what it would train, on which
-machine, from which weights, for how long.
+"""The menu's preview of a preset: what a run of it would be, where it would start, how long it would
+take.
 
-In:    a preset, the runtime, the project's root folder
-Out:   a card for the menu
-State: none; nothing is downloaded, nothing is written
+In:    a preset, the runtime, the project's root folder; checkpoints, logs and run.json, read only
+Out:   a PresetCard for the menu, and the lines of its preview
+State: none; nothing is built, downloaded or written
 """
 
 from collections.abc import Callable
@@ -15,6 +15,7 @@ from core.assembly import what_goes_on
 from core.checkpoint.lineage import changed_sources
 from core.checkpoint.store import MIRRORS, CheckpointStore
 from core.checkpoint.weights import preview_weights
+from core.contracts import call_if_defined
 from core.data.tokenizer import KNOWN_VOCABULARIES, tokenizer_facts
 from core.errors import UserError
 from core.files import own_path
@@ -28,52 +29,52 @@ from core.training.memory import check_memory, memory_estimate, size_of
 from core.ui.menu import PresetCard
 from core.ui.text import count
 
-OWN = "Your own"
-"""The heading of presets that name none."""
+NO_GROUP = "Your own"
+"""Heading in the menu of presets without a `group`."""
 LARGE = 100_000_000
-"""Parameters from which on the menu tells which GPUs a model fits."""
-GPUS, USABLE = (24, 80, 141), 0.92
-"""Gigabytes of usual GPUs, and the share of them that a program gets."""
-SAME = 0.05
-"""By how much runs of the same length may differ: the last step goes beyond the end."""
+"""Number of parameters from which on the menu says which GPUs a model fits."""
+GPU_GIGABYTES, USABLE = (24, 80, 141), 0.92
+"""Memory of common GPUs, and the share of it that a program gets."""
+SAME_LENGTH = 0.05
+"""Relative difference up to which two runs count as equally long: the last step passes the end."""
+GPT2_VOCABULARY = 50_257
 
 
 def preset_card(stem: str, preset: PresetBase, runtime: Runtime, root: Path) -> PresetCard:
-    """Make the menu's card of a preset; its preview is computed when it is shown."""
-    train, trains = preset.train, preset.job in ("train", "compare")
-    short = trains and (train.max_steps is not None or train.max_epochs is not None)
+    """Return the menu's entry for a preset; its preview is worked out only when it is looked at."""
+    train = preset.train
+    limited = train.max_steps is not None or train.max_epochs is not None
+    short = limited and preset.job in ("train", "compare")
     description = " · ".join(part for part in ("short" * short, preset.description) if part)
-    return PresetCard(
-        stem,
-        preset.group or OWN,
-        preset.name,
-        description,
-        lambda: "\n".join(preview(preset, runtime, root)),
-    )
+
+    def preview() -> str:
+        return "\n".join(preview_lines(preset, runtime, root))
+
+    return PresetCard(stem, preset.group or NO_GROUP, preset.name, description, preview)
 
 
-def preview(preset: PresetBase, runtime: Runtime, root: Path) -> list[str]:
-    """Tell what a preset would do. Each part stands for itself: where one fails, the others
-    stay."""
+def preview_lines(preset: PresetBase, runtime: Runtime, root: Path) -> list[str]:
+    """Return what a preset would do, in a few lines. A part that fails leaves the others as they
+    are."""
     lines = []
     if preset.job in ("train", "compare"):
-        lines += _or_why_not(lambda: _training_lines(preset, runtime, root))
+        lines += _or_reason(lambda: training_lines(preset, runtime, root))
     lines += standing_lines(preset, root)
     if JOBS[preset.job].preview is None:
-        lines[-1] += _or_why_not(lambda: [_time_line(preset, runtime, root)])[0]
+        lines[-1] += _or_reason(lambda: [time_remark(preset, runtime, root)])[0]
     return lines
 
 
 def standing_lines(preset: PresetBase, root: Path) -> list[str]:
-    """Tell where a preset stands, and from where it would go on."""
-    of_job = JOBS[preset.job].preview
-    if of_job is not None:
-        return _or_why_not(lambda: of_job(preset, root))
-    return _or_why_not(lambda: _resume_line(preset, root).split("\n"))
+    """Return what a preset has done already and where it goes on."""
+    job_preview = JOBS[preset.job].preview
+    if job_preview is not None:
+        return _or_reason(lambda: job_preview(preset, root))
+    return _or_reason(lambda: resume_lines(preset, root))
 
 
-def _or_why_not(lines: Callable[[], list[str]]) -> list[str]:
-    """The lines; or one that says why not: a preview judges nothing, and the job will say what is
+def _or_reason(lines: Callable[[], list[str]]) -> list[str]:
+    """Call `lines`; if that fails, return one line with the reason: the job itself will say what is
     wrong."""
     try:
         return lines()
@@ -81,9 +82,12 @@ def _or_why_not(lines: Callable[[], list[str]]) -> list[str]:
         return [f"cannot tell more: {type(error).__name__}: {error}".splitlines()[0][:300]]
 
 
-def _training_lines(preset: PresetBase, runtime: Runtime, root: Path) -> list[str]:
-    """What a run would be: size, data, machine."""
-    vocab_size = _vocab_size(preset.tokenizer, root)
+# size ---------------------------------------------------------------------------------------------
+
+
+def training_lines(preset: PresetBase, runtime: Runtime, root: Path) -> list[str]:
+    """Return the size, length, data and machine of a run."""
+    vocab_size = known_vocab_size(preset.tokenizer, root)
     train = preset.train
     try:
         model = size_of(preset, vocab_size)
@@ -91,78 +95,89 @@ def _training_lines(preset: PresetBase, runtime: Runtime, root: Path) -> list[st
     except UserError as error:
         return [f"cannot start yet: {str(error).splitlines()[0]}"]
     bf16 = runtime.compute_dtype(train.precision) == torch.bfloat16
-    if model is None:  # of the Hub: the menu downloads nothing
-        size, memory = preset.model.summary(), ""
+    if model is None:  # a model of the Hub: the menu downloads nothing
+        size, memory = call_if_defined(preset.model, "summary"), ""
     else:
         size = f"{count(model.parameters)} parameters"
         size += f" ({count(model.trained)} trained)" if model.trained < model.parameters else ""
         fixed, row = memory_estimate(preset, model, vocab_size, bf16)
         memory = f", about {(fixed + row * train.per_gpu_batch_size) / 2**30:.1f} GB of memory"
     rows = train.per_gpu_batch_size * train.accumulation_steps * runtime.world_size
-    limits = f"at most {train.max_steps:,} steps" if train.max_steps else f"{RUN_TOKENS:,} tokens"
-    if train.max_epochs:
-        limits += f", at most {train.max_epochs} epoch{'s' if train.max_epochs > 1 else ''}"
-    if train.runs > 1:
-        limits += f", {train.runs} runs"
     lines = [
-        f"{size}, {limits} in steps of {rows * preset.model.seq_length:,}",
+        f"{size}, {_limits(preset)} in steps of {rows * preset.model.seq_length:,}",
         f"reads {', '.join(source.name for source in preset.data.sources)}",
         f"on {runtime.device_name}, {'bf16' if bf16 else 'fp32'}{memory}",
     ]
     if model is not None and model.parameters >= LARGE:
-        lines.append(
-            _gpus_line(
-                *memory_estimate(preset, model, vocab_size, bf16=True), train.per_gpu_batch_size
-            )
-        )
+        fixed, row = memory_estimate(preset, model, vocab_size, bf16=True)
+        lines.append(gpus_line(fixed, row, train.per_gpu_batch_size))
     return lines
 
 
-def _gpus_line(fixed: int, row: int, wanted: int) -> str:
-    """How large a micro-batch fits cards of usual sizes."""
-    rows = {card: max(0, int((card * 2**30 * USABLE - fixed) // row)) for card in GPUS}
-    fits = ", ".join(f"{n or 'no'} row{'s' * (n != 1)} on {card} GB" for card, n in rows.items())
+def _limits(preset: PresetBase) -> str:
+    """Return how long a preset trains, in words."""
+    train = preset.train
+    limits = f"at most {train.max_steps:,} steps" if train.max_steps else f"{RUN_TOKENS:,} tokens"
+    if train.max_epochs:
+        limits += f", at most {train.max_epochs} epoch{'s' if train.max_epochs > 1 else ''}"
+    return limits + (f", {train.runs} runs" if train.runs > 1 else "")
+
+
+def gpus_line(fixed: int, row: int, requested: int) -> str:
+    """Say how large a micro-batch fits common GPUs.
+
+    fixed, row   bytes that a model needs at any batch size, and for each row
+    requested    rows of the preset's micro-batch
+    """
+    rows = {size: max(0, int((size * 2**30 * USABLE - fixed) // row)) for size in GPU_GIGABYTES}
+    fits = ", ".join(f"{n or 'no'} row{'s' * (n != 1)} on {size} GB" for size, n in rows.items())
     return (
-        f"micro-batches that fit a card in bf16: {fits}; the preset's {wanted} take "
-        f"{(fixed + row * wanted) / 2**30:.0f} GB"
+        f"micro-batches that fit a card in bf16: {fits}; the preset's {requested} take "
+        f"{(fixed + row * requested) / 2**30:.0f} GB"
     )
 
 
-def _vocab_size(tokenizer: TokenizerSettings, root: Path) -> int:
-    """Of a preset's tokenizer, as far as it is known before it is made or loaded."""
+def known_vocab_size(tokenizer: TokenizerSettings, root: Path) -> int:
+    """Return the vocabulary of a preset's tokenizer; GPT-2's where only loading it would tell."""
     if tokenizer.type == "file":
-        return tokenizer_facts(own_path(tokenizer.path, root)).get("vocab_size", 50_257)
+        assert tokenizer.path is not None  # as its section demands
+        return tokenizer_facts(own_path(tokenizer.path, root)).get("vocab_size", GPT2_VOCABULARY)
     if tokenizer.type == "hub":
-        return KNOWN_VOCABULARIES.get(tokenizer.name, 50_257)
-    return {"bpe": tokenizer.vocab_size, "byte": 257}[tokenizer.type]
+        return KNOWN_VOCABULARIES.get(tokenizer.name or "", GPT2_VOCABULARY)
+    return 257 if tokenizer.type == "byte" else tokenizer.vocab_size
 
 
-def _resume_line(preset: PresetBase, root: Path) -> str:
-    found = CheckpointStore(
-        root / "checkpoints", preset.lineage, MIRRORS.get(preset.lineage)
-    ).peek()
-    if found is None:
-        return _beginning_line(preset, root)
-    progress, where = found["progress"], found["path"].name
+# where it stands ----------------------------------------------------------------------------------
+
+
+def resume_lines(preset: PresetBase, root: Path) -> list[str]:
+    """Return where training would start, and which of the sources have changed since."""
+    store = CheckpointStore(root / "checkpoints", preset.lineage, MIRRORS.get(preset.lineage))
+    newest = store.peek()
+    if newest is None:
+        return [_beginning_line(preset, root)]
+    progress, slot = newest["progress"], newest["path"].name
     log_file = root / "logs" / preset.lineage / LOG
-    does = what_goes_on(preset, found, lambda: evaluation_is_missing(log_file, progress["step"]))
-    if does == "evaluation":
+    next_part = what_goes_on(
+        preset, newest, lambda: evaluation_is_missing(log_file, progress["step"])
+    )
+    if next_part == "evaluation":
         line = (
             f"evaluates run {progress['run']}, which was trained to its end, step "
-            f"{progress['step']:,}, from {where}"
+            f"{progress['step']:,}, from {slot}"
         )
-    elif does == "next run":
-        line = f"starts run {progress['run'] + 1} from step {progress['step']:,} in {where}"
+    elif next_part == "next run":
+        line = f"starts run {progress['run'] + 1} from step {progress['step']:,} in {slot}"
     else:
         line = (
             f"resumes run {progress['run']} at step {progress['step']:,}, "
-            f"{progress['run_tokens']:,} tokens, from {where}"
+            f"{progress['run_tokens']:,} tokens, from {slot}"
         )
-    return "\n".join([*changed_sources(found, preset), line])
+    return [*changed_sources(newest, preset), line]
 
 
 def _beginning_line(preset: PresetBase, root: Path) -> str:
-    """What a lineage without a checkpoint begins with."""
+    """Return what a lineage without a checkpoint starts from."""
     if preset.init_from is None:
         published = getattr(preset.model, "published", None)
         return f"starts from the published weights of {published}" if published else "starts fresh"
@@ -172,25 +187,26 @@ def _beginning_line(preset: PresetBase, root: Path) -> str:
         return f"cannot start yet: {error}"
 
 
-def _time_line(preset: PresetBase, runtime: Runtime, root: Path) -> str:
-    """How long a run takes, when this machine has trained the preset before."""
+def time_remark(preset: PresetBase, runtime: Runtime, root: Path) -> str:
+    """Return how long a run takes, if this machine has trained the preset before; "" if not."""
     card = read_card(root / "logs" / preset.lineage)
-    facts = tuple(card.get(key) for key in ("preset", "device", "world_size"))
-    size, speed = (card.get(key) for key in ("tokens_per_step", "tokens_per_second"))
-    if facts != (preset.name, runtime.device_name, runtime.world_size) or not (
-        is_positive(size) and is_positive(speed)
-    ):
+    trained_before = tuple(card.get(key) for key in ("preset", "device", "world_size"))
+    if trained_before != (preset.name, runtime.device_name, runtime.world_size):
         return ""
-    tokens = min(RUN_TOKENS, (preset.train.max_steps or RUN_TOKENS) * size)
+    step_tokens, speed = card.get("tokens_per_step"), card.get("tokens_per_second")
+    if not is_positive(step_tokens) or not is_positive(speed):
+        return ""
+    tokens: float = min(RUN_TOKENS, (preset.train.max_steps or RUN_TOKENS) * step_tokens)
     if preset.train.max_epochs and is_positive(end := card.get("end_tokens")):
         tokens = min(tokens, end)
+    # the speed knows nothing of evaluations; a run that was whole does
+    seconds, verb = tokens / speed, "would take"
     whole = card.get("whole_run")
-    took = [whole.get(key) for key in ("seconds", "tokens")] if isinstance(whole, dict) else []
-    seconds, said = tokens / speed, "would take"  # without evaluations, as long as no run was whole
-    if took and all(map(is_positive, took)):
-        seconds = took[0] * tokens / took[1]
-        said = "took" if abs(tokens / took[1] - 1) < SAME else said
+    if isinstance(whole, dict):
+        whole_seconds, whole_tokens = whole.get("seconds"), whole.get("tokens")
+        if is_positive(whole_seconds) and is_positive(whole_tokens):
+            seconds = whole_seconds * tokens / whole_tokens
+            verb = "took" if abs(tokens / whole_tokens - 1) < SAME_LENGTH else verb
     minutes = seconds / 60
-    return f"; a run {said} about " + (
-        f"{minutes / 60:.1f} h here" if minutes > 90 else f"{max(minutes, 1):.0f} min here"
-    )
+    length = f"{minutes / 60:.1f} h" if minutes > 90 else f"{max(minutes, 1):.0f} min"
+    return f"; a run {verb} about {length} here"

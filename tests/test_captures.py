@@ -12,8 +12,9 @@ from rich.console import Console
 
 from core.comparison.trials import plan
 from core.errors import PresetError
-from core.jobs.compare import Desk
+from core.jobs.compare import Reporter
 from core.metrics.log import MetricsLog
+from core.parallel.single import Single
 from core.preset.decode import read_preset
 from core.registry import Preset
 from core.ui.compare import ComparisonDashboard
@@ -64,12 +65,12 @@ def test_the_comparison_says_what_its_numbers_say(tmp_path: Path) -> None:
             log.emit("eval", step=100, tokens=100, cross_entropy=value)
         trials.append(replace(trial, status="finished"))
     written, screen = io.StringIO(), terminal.Screen(24, 100)
-    desk = Desk(preset, tmp_path, 1, written)
+    reporter = Reporter(preset, tmp_path, Single(), written)
     console = Console(file=written, width=100, height=24, force_terminal=True)
-    desk.view = ComparisonDashboard(written, preset.name, console=console)
-    with desk.view:
-        desk.show(trials)
-        desk.finish(trials, nothing_was_done=False)
+    reporter.view = ComparisonDashboard(written, preset.name, console=console)
+    with reporter.view:
+        reporter.show(trials)
+        reporter.finish(trials, nothing_was_done=False)
     screen.show(written.getvalue().replace("\n", "\r\n"))
     # what befell the run that is shown
     shown = [line for line in SHOWN["comparison"] if not line.startswith("warning ")]

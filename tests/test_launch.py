@@ -85,7 +85,7 @@ def test_no_log_of_one_preset_spoils_its_preview(card: str, root: Path) -> None:
     preset = decoded()
     (root / "logs" / "t").mkdir(parents=True)
     (root / "logs" / "t" / "run.json").write_bytes(card.encode("latin-1"))
-    lines = preview.preview(preset, CPU, launch.ROOT)
+    lines = preview.preview_lines(preset, CPU, launch.ROOT)
     assert lines[0].endswith("steps of 128") and lines[-1] == "starts fresh"
 
 
@@ -103,14 +103,14 @@ def test_a_speed_of_nothing_and_slots_that_lack_everything(
     }
     (root / "logs" / "t").mkdir(parents=True)
     (root / "logs" / "t" / "run.json").write_text(json.dumps(facts))
-    assert preview.preview(preset, CPU, launch.ROOT)[-1] == "starts fresh"
+    assert preview.preview_lines(preset, CPU, launch.ROOT)[-1] == "starts fresh"
     (root / "checkpoints").mkdir()
     torch.save(
         {"progress": {"step": 3}, "preset": {}, "model": {}}, root / "checkpoints" / "t_current.pth"
     )
-    assert "parameters" in preview.preview(preset, CPU, launch.ROOT)[0]
-    monkeypatch.setattr(preview, "_resume_line", lambda preset, root: 1 // 0)
-    assert preview.preview(preset, CPU, launch.ROOT)[-1].startswith(
+    assert "parameters" in preview.preview_lines(preset, CPU, launch.ROOT)[0]
+    monkeypatch.setattr(preview, "resume_lines", lambda preset, root: 1 // 0)
+    assert preview.preview_lines(preset, CPU, launch.ROOT)[-1].startswith(
         "cannot tell more: ZeroDivisionError"
     )
 
@@ -126,8 +126,8 @@ def test_small_models_are_counted_and_a_preset_without_words_shows_none() -> Non
         ).description
         == "short · Tiny."
     )
-    model = size_of(preset, preview._vocab_size(preset.tokenizer, launch.ROOT))
-    assert preview._training_lines(preset, CPU, launch.ROOT)[0].startswith(
+    model = size_of(preset, preview.known_vocab_size(preset.tokenizer, launch.ROOT))
+    assert preview.training_lines(preset, CPU, launch.ROOT)[0].startswith(
         f"{model.parameters / 1000:.1f}k parameters, "
     )
 

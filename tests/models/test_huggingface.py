@@ -394,18 +394,18 @@ def test_the_menu_counts_without_the_library(tmp_path: Path) -> None:
     assert size_of(preset_of({"type": "hub", "name": "distilgpt2"}), 50257) is None
     code = """
 import json, sys
+from pathlib import Path
 import core.models
 loaded = [name in sys.modules for name in ("transformers", "huggingface_hub")]
 from core.registry import Preset
-from core.launch import ROOT
-from core.preview import _training_lines
 from core.preset.decode import decode_preset
+from core.preview import training_lines
 from core.runtime import detect_runtime
 lines = []
 for model in ({"type": "gpt2"}, {"type": "hub", "name": "distilgpt2"}, {"type": "hub", "name": "gpt2", "pretrained": False}):
     preset = {"model": model, "tokenizer": "gpt2", "data": {"sources": ["python_stdlib"]}}
     decoded = decode_preset(preset, Preset, "t", "t")
-    lines.append(_training_lines(decoded, detect_runtime(), ROOT)[::2])
+    lines.append(training_lines(decoded, detect_runtime(), Path())[::2])
 print(json.dumps([lines, [*loaded, "transformers" in sys.modules]]))
 """
     lines, slow = run_python(code, hub_env(NO_HUB["HF_ENDPOINT"], tmp_path))

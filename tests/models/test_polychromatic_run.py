@@ -9,7 +9,7 @@ import torch
 
 from core.launch import ROOT
 from core.preset.decode import decode_preset, read_preset
-from core.preview import _training_lines
+from core.preview import training_lines
 from core.registry import Preset
 from core.runtime import detect_runtime
 from core.ui.plain import NOT_CAUSAL, describe
@@ -80,14 +80,14 @@ def test_a_model_that_sees_the_future_says_so_wherever_its_numbers_are_shown(
 
 def test_the_menu_tells_which_cards_the_full_size_fits() -> None:
     preset = read_preset(ROOT / "configs" / "21_polychromatic_600m_causal.json", Preset)
-    lines = _training_lines(preset, detect_runtime(), ROOT)
+    lines = training_lines(preset, detect_runtime(), ROOT)
     assert lines[0] == "597M parameters, 100,000,000 tokens, 100 runs in steps of 524,288"
     assert lines[-1].startswith(
         "micro-batches that fit a card in bf16: 2 rows on 24 GB, 12 rows on 80 GB, 24 rows on 141 "
         "GB"
     )
     small = decode_preset(tiny_preset(model=MODEL), Preset, "t", "t")
-    assert not any("fit a card" in line for line in _training_lines(small, detect_runtime(), ROOT))
+    assert not any("fit a card" in line for line in training_lines(small, detect_runtime(), ROOT))
 
 
 def test_checkpointing_leaves_room_for_more_rows() -> None:

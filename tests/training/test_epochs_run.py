@@ -21,7 +21,7 @@ from core.data.sources.text import TextSettings
 from core.errors import UserError
 from core.parallel.single import Single
 from core.preset.decode import decode_preset
-from core.preview import _time_line
+from core.preview import time_remark
 from core.registry import Preset
 from core.runtime import detect_runtime
 from core.ui.plain import PlainLines
@@ -179,7 +179,7 @@ def test_schedules_and_progress_end_where_epochs_do(tmp_path: Path) -> None:
     ):
         (tmp_path / "logs" / "t" / "run.json").write_text(json.dumps(card | known))
         preset = decode_preset(merged(EPOCHS, {"train": changes}), Preset, "t", "t")
-        assert _time_line(preset, detect_runtime(), tmp_path) == told
+        assert time_remark(preset, detect_runtime(), tmp_path) == told
 
 
 def test_a_source_without_weight_is_not_counted(tmp_path: Path) -> None:

@@ -12,16 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import UserError
-from core.launch import ROOT
 from core.models import build_model
 from core.preset.decode import decode_preset
-from core.preview import _training_lines
+from core.preview import training_lines
 from core.registry import Preset
 from core.runtime import detect_runtime
 from core.training.freezing import names, share_with_graph, train_only
 from core.training.memory import memory_estimate, size_of
 from tests.parallel.test_ddp import assert_ended, on_two
-from tests.project import TINY_SIZES, Project, differences, tiny_preset
+from tests.project import ROOT, TINY_SIZES, Project, differences, tiny_preset
 from tests.training.test_trainer import SAME, assert_close, events, finish, session, weights
 
 NEOBERT = {"type": "neobert", "head": "distance", "keep_decoder": True, "intermediate_size": 64}
@@ -328,7 +327,7 @@ def test_two_ranks_move_the_same_parameters(
 
 def card_of(**changes: Any) -> list[str]:
     preset = decode_preset(tiny_preset(**changes), Preset, "t", "t")
-    return _training_lines(preset, detect_runtime(), ROOT)
+    return training_lines(preset, detect_runtime(), ROOT)
 
 
 def gigabytes(lines: list[str]) -> float:

@@ -28,13 +28,13 @@ from core.evaluation.held_out import Evaluator
 from core.metrics.log import evaluation_is_missing
 from core.parallel.single import Single
 from core.preset.decode import decode_preset
-from core.preview import _resume_line
+from core.preview import resume_lines
 from core.registry import Preset
 from core.runtime import detect_runtime
 from core.signals import STOP_SIGNALS, StopRequest, signals_held
 from core.training.trainer import BAD_STEPS
 from tests.data.corpus import Ranks
-from tests.jobs.test_compare import compare_here, job, preset_of
+from tests.jobs.comparisons import compare_here, job, preset_of
 from tests.project import Project, differences, merged, story, tiny_preset, train_here
 from tests.training.test_trainer import EXACT, events, finish, limit_rows, poison, session
 
@@ -165,9 +165,8 @@ def test_an_end_without_its_evaluation_is_evaluated_by_the_next_start_and_not_tr
         with pytest.raises(Gone):
             finish(built)
         assert slot(root)["finished"] and not events(root, "run_end")
-        assert "evaluates run 1, which was trained to its end, step 10" in _resume_line(
-            preset, root
-        )
+        line = resume_lines(preset, root)[-1]
+        assert "evaluates run 1, which was trained to its end, step 10" in line
         built = session(root, **MEASURED)
         assert any("not evaluated" in note for note in built.notes)
         assert finish(built) == "max_steps" and same_log(tmp_path / "straight", root)
@@ -175,7 +174,7 @@ def test_an_end_without_its_evaluation_is_evaluated_by_the_next_start_and_not_tr
             differences(*(Project(folder).checkpoint() for folder in (tmp_path / "straight", root)))
             == []
         )
-        assert "starts run 2" in _resume_line(preset, root)
+        assert "starts run 2" in resume_lines(preset, root)[-1]
         assert session(root, **MEASURED).trainer.progress.run == 2
 
 
