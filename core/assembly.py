@@ -13,16 +13,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from core.checkpoint.lineage import changed_sources
 from core.checkpoint.slots import load_slot
-from core.checkpoint.store import (
-    FORMAT,
-    LINEAGE_OF_ITS_OWN,
-    MIRRORS,
-    CheckpointStore,
-    stored_bytes,
-)
+from core.checkpoint.store import FORMAT, LINEAGE_OF_ITS_OWN, CheckpointStore, stored_bytes
 from core.checkpoint.weights import FITTING, Weights, find_weights
 from core.contracts import call_if_defined
 from core.data.agreement import agreed_contents
@@ -39,12 +34,14 @@ from core.evaluation.held_out import Evaluator
 from core.file_names import slot_name
 from core.generation.samples import build_samples
 from core.heads.build import build_heads, check_heads, load_heads, output_of_one_token
-from core.losses import build_stack
+from core.losses import LOSSES
+from core.losses.stack import LossStack
 from core.metrics.log import LOG, MetricsLog, check_log, evaluation_is_missing
-from core.models import build_model
+from core.models import MODELS
 from core.parallel.ranks import on_rank_zero, rank_zero_first
 from core.preset.merge import preset_json
 from core.preset.settings import MASKED_TOKENS, RUN_TOKENS
+from core.randomness import derive_seed
 from core.runtime import Runtime
 from core.training.curriculum import build_curriculum
 from core.training.freezing import train_only
@@ -56,6 +53,9 @@ from core.training.progress import Horizon, Progress, begin_next_run
 from core.training.source_weights import SourceWeights, check_adaptive
 from core.training.trainer import Trainer
 
+MIRRORS = {"lm": "simple_lm_trained.pth"}
+"""Lineages whose newest checkpoint has another name as well (specification 003)."""
+
 
 @dataclass
 class TrainingSession:
@@ -66,6 +66,19 @@ class TrainingSession:
     start_event: dict[str, Any]
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+
+
+# models -------------------------------------------------------------------------------------------
+
+
+def build_model(preset: Any, vocab_size: int) -> nn.Module:
+    """The preset's model with weights that follow from its seed."""
+    torch.manual_seed(derive_seed(preset.train.seed, "init"))
+    return MODELS[preset.model.type][1](preset.model, vocab_size)
+
+
+def build_stack(preset: Any) -> LossStack:
+    return LossStack([LOSSES[settings.type][1](settings) for settings in preset.losses])
 
 
 def check_parts(preset: Any, runtime: Runtime) -> None:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from core.assembly import what_goes_on
+from core.assembly import MIRRORS, what_goes_on
 from core.checkpoint.lineage import changed_sources
-from core.checkpoint.store import MIRRORS, CheckpointStore
+from core.checkpoint.store import CheckpointStore
 from core.checkpoint.weights import preview_weights
 from core.contracts import call_if_defined
 from core.data.tokenizer import KNOWN_VOCABULARIES, tokenizer_facts

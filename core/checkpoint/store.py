@@ -42,9 +42,6 @@ from core.files import (
 FORMAT = 1
 """Raised when a checkpoint's layout changes in a way that older code cannot read."""
 
-MIRRORS = {"lm": "simple_lm_trained.pth"}
-"""Lineages whose newest checkpoint has another name as well (specification 003)."""
-
 
 class Damaged(Exception):
     """A file that is no whole checkpoint; says why."""

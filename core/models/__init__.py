@@ -1,15 +1,10 @@
 """The table of models. Adding one: its file, its line here, a preset."""
 
-import torch
-from torch import nn
-
 from core.models.gpt2 import GPT2, GPT2Settings
 from core.models.hub import Hub, HubSettings
 from core.models.neobert import NeoBERT, NeoBERTSettings
 from core.models.polychromatic import PolychromaticLM, PolychromaticSettings
 from core.models.simple_lm import SimpleLM, SimpleLMSettings
-from core.preset.base import PresetBase
-from core.randomness import derive_seed
 
 MODELS = {
     "simple_lm": (SimpleLMSettings, SimpleLM),
@@ -18,9 +13,3 @@ MODELS = {
     "neobert": (NeoBERTSettings, NeoBERT),
     "hub": (HubSettings, Hub),
 }
-
-
-def build_model(preset: PresetBase, vocab_size: int) -> nn.Module:
-    """Return the preset's model with weights that follow from its seed."""
-    torch.manual_seed(derive_seed(preset.train.seed, "init"))
-    return MODELS[preset.model.type][1](preset.model, vocab_size)

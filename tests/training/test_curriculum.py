@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from core.assembly import build_model
 from core.data.loader import StepRows
 from core.errors import PresetError, UserError
-from core.models import build_model
 from core.preset.decode import decode_preset
 from core.preset.settings import CurriculumSettings, TrainSettings
 from core.registry import Preset
