@@ -1,5 +1,5 @@
-"""The menu's preview of a preset: what a run of it would be, where it would start, how long it would
-take.
+"""The menu's preview of a preset: what a run of it would be, where it would start, how long it
+would take.
 
 In:    a preset, the runtime, the project's root folder; checkpoints, logs and run.json, read only
 Out:   a PresetCard for the menu, and the lines of its preview
