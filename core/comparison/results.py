@@ -22,7 +22,7 @@ from core.comparison.statistics import (
 )
 from core.comparison.trials import Trial
 from core.comparison.verdict import Verdict, judge
-from core.metrics.table import LOSS, READ, Measure, measure, ordered
+from core.metrics.table import LOSS, READ, Metric, metric_of, ordered
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ class Comparison:
         return tuple(outcome for variant in self.variants for outcome in variant.outcomes)
 
     @property
-    def primary(self) -> Measure:
-        return measure(self.metric)
+    def primary(self) -> Metric:
+        return metric_of(self.metric)
 
 
 def collect(
@@ -202,7 +202,7 @@ def _verdicts(variants: tuple[Variant, ...], metric: str, confidence: float) -> 
     verdicts = []
     for variant, difference, p in zip(others, differences, adjusted):
         verdict = judge(
-            variant.name, baseline.name, measure(metric), difference, p, confidence, compared
+            variant.name, baseline.name, metric_of(metric), difference, p, confidence, compared
         )
         sentence = verdict.sentence + _lost_seeds(baseline, variant)
         verdicts.append(replace(verdict, sentence=sentence))

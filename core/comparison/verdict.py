@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 
 from core.comparison.statistics import POWER, Difference
-from core.metrics.table import Measure
+from core.metrics.table import Metric
 
 NO_SEEDS = "no common seed"
 ONE_SEED = "one seed: no interval"
@@ -35,7 +35,7 @@ class Verdict:
 def judge(
     variant: str,
     baseline: str,
-    measure: Measure,
+    metric: Metric,
     difference: Difference,
     adjusted: float | None,
     confidence: float,
@@ -47,11 +47,11 @@ def judge(
     adjusted            Holm-adjusted p-value; None where there is none
     compared            number of variants that have a p-value, over which it was adjusted
     """
-    n, amount = len(difference.seeds), Amount(measure, difference)
+    n, amount = len(difference.seeds), Amount(metric, difference)
     if n == 0:
         sentence = (
             f"{variant} cannot be compared with {baseline}: no seed is finished in both "
-            f"with a {measure.label}."
+            f"with a {metric.name}."
         )
         return Verdict(variant, NO_SEEDS, sentence)
     if adjusted is None:
@@ -59,22 +59,22 @@ def judge(
         if n == 1:
             word, where, why = ONE_SEED, "in the only seed finished in both", "one seed"
         sentence = (
-            f"{variant} has a {measure.label} {amount.size()} {_direction(difference)} than "
+            f"{variant} has a {metric.name} {amount.size()} {_direction(difference)} than "
             f"{baseline}, {where}; {why} gives no interval, so this is no verdict."
         )
         return Verdict(variant, word, sentence)
     if difference.sd == 0:
-        sentence = f"{variant} has the same {measure.label} as {baseline} in all {n} seeds."
+        sentence = f"{variant} has the same {metric.name} as {baseline} in all {n} seeds."
         return Verdict(variant, SAME, sentence, adjusted)
     odds = f"{n} seeds, {'Holm-adjusted ' if compared > 1 else ''}{p_value(adjusted)}"
     if adjusted < 1 - confidence:
         sentence = (
-            f"{_finding(variant, baseline, measure, difference)} by {amount.size()} "
+            f"{_finding(variant, baseline, metric, difference)} by {amount.size()} "
             f"({percent(confidence)} interval {amount.size_span()}, {odds})."
         )
-        return Verdict(variant, _word(measure, difference), sentence, adjusted)
+        return Verdict(variant, _word(metric, difference), sentence, adjusted)
     sentence = (
-        f"{variant} is not distinguishable from {baseline} in {measure.label}: the difference is "
+        f"{variant} is not distinguishable from {baseline} in {metric.name}: the difference is "
         f"{amount.signed()} ({percent(confidence)} interval {amount.signed_span()}, {odds})."
     )
     if difference.p is not None and difference.p < 1 - confidence:
@@ -94,16 +94,16 @@ def judge(
 class Amount:
     """A difference in words, with as many digits as its interval is known to."""
 
-    def __init__(self, measure: Measure, difference: Difference):
-        self._unit = f" {measure.unit}" if measure.unit else ""
+    def __init__(self, metric: Metric, difference: Difference):
+        self._unit = f" {metric.unit}" if metric.unit else ""
         self._mean, self._interval = difference.mean, difference.interval
-        self._digits = measure.digits
+        self._digits = metric.digits
         # two digits of the interval's half, or of the difference itself where there is no interval
         low, high = self._interval or (0.0, 0.0)
         known = high - low if high > low else abs(self._mean or 0.0)
         if known:
             digits = 1 - math.floor(math.log10(known / 2))
-            self._digits = min(8, max(measure.digits, digits))
+            self._digits = min(8, max(metric.digits, digits))
 
     def number(self, value: float | None, signed: bool = True) -> str:
         """Format a number of the metric, without its unit; a dash for None."""
@@ -152,15 +152,15 @@ def _direction(difference: Difference) -> str:
     return "lower" if (difference.mean or 0.0) < 0 else "higher"
 
 
-def _word(measure: Measure, difference: Difference) -> str:
+def _word(metric: Metric, difference: Difference) -> str:
     direction = _direction(difference)
-    if measure.better == 0:
+    if metric.better == 0:
         return direction
-    return "better" if (direction == "higher") == (measure.better > 0) else "worse"
+    return "better" if (direction == "higher") == (metric.better > 0) else "worse"
 
 
-def _finding(variant: str, baseline: str, measure: Measure, difference: Difference) -> str:
-    word = _word(measure, difference)
-    if measure.better == 0:
-        return f"{variant} has a {word} {measure.label} than {baseline},"
-    return f"{variant} is {word} than {baseline} in {measure.label}"
+def _finding(variant: str, baseline: str, metric: Metric, difference: Difference) -> str:
+    word = _word(metric, difference)
+    if metric.better == 0:
+        return f"{variant} has a {word} {metric.name} than {baseline},"
+    return f"{variant} is {word} than {baseline} in {metric.name}"

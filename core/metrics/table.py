@@ -1,12 +1,19 @@
-"""What is known of each metric: its name, its unit, and whether lower or higher is better.
+"""The table of metrics: what the screen, the reports and a comparison know of each number that an
+evaluation gives. Adding one: its computation, and its line here.
 
 In:    a key of an `eval` event, "loss: <name>", "head: <name>", "held out of: <source>" or "read
        of: <source>"
-Out:   a Measure; the metrics there can be
+Out:   a Metric; the metrics there can be
 State: none
+
+Where they are computed: those of single predictions in core/losses/token_stats.py, those that a
+loss adds in its file (`facts`), those of a head in its file (`measure`), those of embedding tables
+in core/models/embedding_geometry.py, and what follows from these in core/evaluation/held_out.py.
 """
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
+from functools import partial
+from typing import Literal
 
 LOSS = "loss: "
 """What stands before the name of a loss among the metrics."""
@@ -17,109 +24,209 @@ HELD_OUT = "held out of: "
 READ = "read of: "
 """Before the name of a source: its share of the tokens trained on."""
 
+GivenBy = Literal[
+    "every model", "logits", "next-token logits", "masked logits", "distances", "decoder", "heads"
+]
+"""Which evaluations give a metric: by what the model's readout gives and predicts; of the original
+decoder, where the model keeps it; of auxiliary heads."""
+
 
 @dataclass(frozen=True)
-class Measure:
+class Metric:
+    """One number of an evaluation.
+
+    key         in the `eval` event, or behind a prefix
+    name        in reports
+    short       on the screen, where that differs
+    masked      on the screen, where masked tokens are predicted: these come first there
+    given_by    the evaluations that give it
+    unit        empty for a pure number
+    better      -1: lower is better; 1: higher is better; 0: neither
+    digits      after the point in reports, at least
+    per_token   whether it depends on how text is cut into tokens
+    """
+
     key: str
-    label: str
+    name: str
+    _: KW_ONLY
+    short: str = ""
+    masked: str = ""
+    given_by: GivenBy = "every model"
     unit: str = ""
-    better: int = 0  # -1: lower is better; 1: higher is better; 0: neither
-    digits: int = 3  # after the point, at least
+    better: Literal[-1, 0, 1] = 0
+    digits: int = 3
+    per_token: bool = True
+
+    def screen_name(self, masked: bool = False) -> str:
+        """Return the name on the screen; `masked`: where masked tokens are predicted."""
+        return (masked and self.masked) or self.short or self.name
 
 
-METRICS = {
-    measure.key: measure
-    for measure in (
-        Measure("cross_entropy", "cross-entropy", "nats per token", -1),
-        Measure("perplexity", "perplexity", "", -1, 2),
-        Measure("bits_per_byte", "bits per byte", "bits per byte", -1),
-        Measure("token_accuracy", "token accuracy", "", 1, 4),
-        Measure("top5_accuracy", "target among the first five", "", 1, 4),
-        Measure("nll_h12", "negative log-likelihood at h = −12", "nats per masked token", -1),
-        Measure("nll_h4", "negative log-likelihood at h = −4", "nats per masked token", -1),
-        Measure("pseudo_perplexity", "pseudo-perplexity", "", -1, 2),
-        Measure("pseudo_perplexity_h12", "pseudo-perplexity at h = −12", "", -1, 2),
-        Measure("pseudo_perplexity_h4", "pseudo-perplexity at h = −4", "", -1, 2),
-        Measure("decoder_accuracy", "decoder's accuracy", "", 1, 4),
-        Measure("decoder_top5_accuracy", "decoder's target among the first five", "", 1, 4),
-        Measure("decoder_cross_entropy", "decoder's cross-entropy", "nats per masked token", -1),
-        Measure("decoder_pseudo_perplexity", "decoder's pseudo-perplexity", "", -1, 2),
-        Measure("embedding_cosine", "embedding cosine", "", 1, 4),
-        # A sharper distribution is a property of a model, good or bad only together with its
-        # cross-entropy.
-        Measure("max_probability", "highest probability", "", 0, 4),
-        Measure("entropy", "entropy", "nats per token", 0),
-        Measure("table_cosine", "cosine between table rows", "", 0, 4),
-        Measure("head: draft.first", "first guess of a draft right", "", 1, 4),
-        Measure("head: draft.last", "last guess of a draft right", "", 1, 4),
-        Measure("head: draft.accepted", "guesses of a draft before one is wrong", "tokens", 1),
-        # How prototypes lie is neither good nor bad before it is known what they predict.
-        Measure("prototype_cosine", "cosine between prototypes", "", 0, 4),
-        Measure("prototype_spread", "spread of the cosines between prototypes", "", 0, 4),
-        Measure("prototype_dimensions", "effective directions of the prototypes", "", 0, 1),
-        Measure("prototype_drift", "drift of the prototypes", "", 0, 4),
-        Measure(
-            "head: planner.gain",
-            "planner: log-probability of the next token, less the model's",
-            "nats per token",
-            1,
-            4,
-        ),
-        Measure("head: planner.kl", "planner: divergence from the model", "nats per token", 0, 4),
-        Measure("head: planner.changed", "planner: another token is likeliest", "", 0, 4),
-        *(
-            Measure(
-                f"head: rollouts.{what}_{k}",
-                f"rollouts: {told} {k} on, relative to the hidden state’s square",
-                "",
-                better,
-            )
-            for what, told, better in (
-                ("error", "error", -1),
-                ("unchanged", "error of no change", 0),
-            )
-            for k in range(1, 9)
-        ),
-        Measure("head: memory.gain", "memory: gain over cropped text", "nats per token", 1),
-        Measure("head: memory.gap", "memory: gap to the whole text", "nats per token", -1),
-        Measure("head: memory.reconstruction", "memory: reconstruction", "nats per token", -1),
-    )
-}
-_OF_A_TABLE = (
-    "table_cosine",
-    "prototype_cosine",
-    "prototype_spread",
-    "prototype_dimensions",
-    "prototype_drift",
+_accuracy = partial(Metric, better=1, digits=4)
+_perplexity = partial(Metric, better=-1, digits=2)
+_nll = partial(Metric, better=-1, unit="nats per token")
+_masked_nll = partial(Metric, better=-1, unit="nats per masked token")
+_geometry = partial(Metric, digits=4, per_token=False)
+_of_head = partial(Metric, given_by="heads")
+
+SCORES = (
+    _nll("cross_entropy", "cross-entropy", given_by="logits"),
+    _perplexity("perplexity", "perplexity", given_by="next-token logits"),
+    Metric(
+        "bits_per_byte",
+        "bits per byte",
+        short="bits/byte",
+        given_by="next-token logits",
+        unit="bits per byte",
+        better=-1,
+        per_token=False,
+    ),
+    _accuracy("token_accuracy", "token accuracy", short="accuracy", masked="top-1"),
+    _accuracy("top5_accuracy", "target among the first five", short="top-5", masked="top-5"),
+    *(
+        _masked_nll(
+            f"nll_h{h}",
+            f"negative log-likelihood at h = −{h}",
+            short=f"NLL h -{h}",
+            given_by="distances",
+        )
+        for h in (12, 4)
+    ),
+    _perplexity("pseudo_perplexity", "pseudo-perplexity", given_by="masked logits"),
+    *(
+        _perplexity(
+            f"pseudo_perplexity_h{h}",
+            f"pseudo-perplexity at h = −{h}",
+            short=f"pseudo-perplexity h -{h}",
+            given_by="distances",
+        )
+        for h in (12, 4)
+    ),
+    _accuracy("decoder_accuracy", "decoder's accuracy", short="decoder top-1", given_by="decoder"),
+    _accuracy(
+        "decoder_top5_accuracy",
+        "decoder's target among the first five",
+        short="decoder top-5",
+        given_by="decoder",
+    ),
+    _masked_nll(
+        "decoder_cross_entropy",
+        "decoder's cross-entropy",
+        short="decoder cross-entropy",
+        given_by="decoder",
+    ),
+    _perplexity(
+        "decoder_pseudo_perplexity",
+        "decoder's pseudo-perplexity",
+        short="decoder pseudo-perplexity",
+        given_by="decoder",
+    ),
 )
-PER_TOKEN = tuple(key for key in METRICS if key not in ("bits_per_byte", *_OF_A_TABLE))
+"""What says how good predictions are."""
+
+BESIDE = (
+    # A sharper distribution is a property of a model, good or bad only together with its
+    # cross-entropy.
+    Metric("entropy", "entropy", given_by="logits", unit="nats per token"),
+    Metric("max_probability", "highest probability", short="max p", given_by="logits", digits=4),
+    Metric(
+        "embedding_cosine",
+        "embedding cosine",
+        short="cos to target",
+        given_by="logits",
+        better=1,
+        digits=4,
+    ),
+    _geometry("table_cosine", "cosine between table rows", short="cos in table"),
+    # How prototypes lie is neither good nor bad before it is known what they predict.
+    _geometry(
+        "prototype_cosine",
+        "cosine between prototypes",
+        short="cos of protos",
+        given_by="distances",
+    ),
+    _geometry(
+        "prototype_spread",
+        "spread of the cosines between prototypes",
+        short="spread of cos",
+        given_by="distances",
+    ),
+    _geometry(
+        "prototype_dimensions",
+        "effective directions of the prototypes",
+        short="directions",
+        given_by="distances",
+        digits=1,
+    ),
+    _geometry("prototype_drift", "drift of the prototypes", short="drift", given_by="distances"),
+)
+"""What the dashboard shows beside the scores, and lines of text leave out."""
+
+_RELATIVE = "relative to the hidden state’s square"
+
+OF_HEADS = (
+    _of_head("head: draft.first", "first guess of a draft right", better=1, digits=4),
+    _of_head("head: draft.last", "last guess of a draft right", better=1, digits=4),
+    _of_head(
+        "head: draft.accepted", "guesses of a draft before one is wrong", unit="tokens", better=1
+    ),
+    _of_head(
+        "head: planner.gain",
+        "planner: log-probability of the next token, less the model's",
+        unit="nats per token",
+        better=1,
+        digits=4,
+    ),
+    _of_head(
+        "head: planner.kl", "planner: divergence from the model", unit="nats per token", digits=4
+    ),
+    _of_head("head: planner.changed", "planner: another token is likeliest", digits=4),
+    *(
+        _of_head(f"head: rollouts.error_{k}", f"rollouts: error {k} on, {_RELATIVE}", better=-1)
+        for k in range(1, 9)
+    ),
+    *(
+        _of_head(
+            f"head: rollouts.unchanged_{k}", f"rollouts: error of no change {k} on, {_RELATIVE}"
+        )
+        for k in range(1, 9)
+    ),
+    _of_head(
+        "head: memory.gain", "memory: gain over cropped text", unit="nats per token", better=1
+    ),
+    _of_head("head: memory.gap", "memory: gap to the whole text", unit="nats per token", better=-1),
+    _of_head(
+        "head: memory.reconstruction", "memory: reconstruction", unit="nats per token", better=-1
+    ),
+)
+
+METRICS = {metric.key: metric for metric in (*SCORES, *BESIDE, *OF_HEADS)}
+"""Every known metric, in the order in which screens and reports show them."""
+PER_TOKEN = frozenset(key for key, metric in METRICS.items() if metric.per_token)
 """Metrics whose value depends on how text is cut into tokens."""
 
 
-def measure(key: str) -> Measure:
-    """The measure of a metric; of one that is not known, neither direction is better."""
+def metric_of(key: str) -> Metric:
+    """Return the metric of a key; of one that is not known, neither direction is better."""
+    if key in METRICS:
+        return METRICS[key]
     if key.startswith(LOSS):
-        return Measure(key, f"loss “{key.removeprefix(LOSS)}”", "", -1)
+        return Metric(key, f"loss “{key.removeprefix(LOSS)}”", better=-1)
     if key.startswith(HEAD):
-        return METRICS.get(key) or Measure(
-            key, f"head “{key.removeprefix(HEAD)}”", "", 0 if "." in key else -1
-        )
+        return Metric(key, f"head “{key.removeprefix(HEAD)}”", better=0 if "." in key else -1)
     if key.startswith(HELD_OUT):
-        return Measure(key, f"loss on “{key.removeprefix(HELD_OUT)}”", "", -1)
+        return Metric(key, f"loss on “{key.removeprefix(HELD_OUT)}”", better=-1)
     if key.startswith(READ):
-        return Measure(key, f"share of “{key.removeprefix(READ)}” in training", "", 0)
-    return METRICS.get(key) or Measure(key, key.replace("_", " "))
+        return Metric(key, f"share of “{key.removeprefix(READ)}” in training")
+    return Metric(key, key.replace("_", " "))
 
 
 def ordered(keys: set[str]) -> list[str]:
-    """The known ones in the order above, then losses, then what heads measure, then the others."""
-    known = list(METRICS)
+    """Sort keys: the known ones in the table's order, then losses, then heads, then the others."""
+    place = {key: i for i, key in enumerate(METRICS)}
 
-    def place(key: str) -> int:
-        return (
-            known.index(key)
-            if key in known
-            else len(known) + (not key.startswith(LOSS)) + (not key.startswith((LOSS, HEAD)))
-        )
+    def rank(key: str) -> int:
+        others = (not key.startswith(LOSS)) + (not key.startswith((LOSS, HEAD)))
+        return place.get(key, len(place) + others)
 
-    return sorted(keys, key=lambda key: (place(key), key))
+    return sorted(keys, key=lambda key: (rank(key), key))

@@ -9,7 +9,7 @@ State: none
 import difflib
 import json
 
-from core.metrics.table import HEAD, HELD_OUT, LOSS, METRICS, READ
+from core.metrics.table import HEAD, HELD_OUT, LOSS, METRICS, READ, GivenBy
 from core.preset.base import PresetBase
 from core.preset.settings import MASKED_TOKENS, objective_of
 
@@ -22,7 +22,7 @@ NOT_IN_VARIANTS = {
     **dict.fromkeys(
         ("name", "description", "lineage"), "trials are named after their variant and seed"
     ),
-    **dict.fromkeys(("extends", "$schema"), "it stands at the top of a file only"),
+    **dict.fromkeys(("extends", "group", "$schema"), "it stands at the top of a file only"),
 }
 """What a variant may not set, and why."""
 
@@ -30,20 +30,15 @@ NOT_IN_VARIANTS = {
 def metrics_of(preset: PresetBase) -> set[str]:
     """Every metric that evaluations of a preset may give."""
     model, sources = preset.model, [source.name for source in preset.data.sources]
-    found = {"token_accuracy", "top5_accuracy", "table_cosine"}
-    masked, distances = (
-        objective_of(model) == MASKED_TOKENS,
-        getattr(model, "head", None) == "distance",
-    )
-    if distances:
-        found |= {
-            key for key in METRICS if key.startswith(("nll_", "prototype_", "pseudo_perplexity_"))
-        }
+    givers: set[GivenBy] = {"every model"}
+    if getattr(model, "head", None) == "distance":
+        givers.add("distances")
     else:
-        found |= {"cross_entropy", "entropy", "max_probability", "embedding_cosine"}
-        found |= {"pseudo_perplexity"} if masked else {"perplexity", "bits_per_byte"}
+        masked = objective_of(model) == MASKED_TOKENS
+        givers |= {"logits", "masked logits" if masked else "next-token logits"}
     if getattr(model, "keep_decoder", False):
-        found |= {key for key in METRICS if key.startswith("decoder_")}
+        givers.add("decoder")
+    found = {key for key, metric in METRICS.items() if metric.given_by in givers}
     found |= {f"{LOSS}{loss.name or loss.type}" for loss in preset.losses}
     for head in (HEAD + key.removeprefix("enable_") for key in preset.auxiliary.heads):
         found |= {head, *(key for key in METRICS if key.startswith(f"{head}."))}

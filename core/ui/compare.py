@@ -112,7 +112,7 @@ class Board:
             self.comparison.variants,
             [o.trial.seed for o in self.comparison.baseline.outcomes],
         )
-        title = rule(self.comparison.primary.label, 0)
+        title = rule(self.comparison.primary.name, 0)
         longest = max(
             title.cell_len, *(Text(text.clean(variant.name)).cell_len + 3 for variant in variants)
         )

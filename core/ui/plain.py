@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
+from core.metrics.table import SCORES
 from core.preset.settings import MASKED_TOKENS
 from core.terminal import write_line
 from core.ui import text
@@ -21,25 +22,6 @@ NOT_CAUSAL = "not causal: sees later tokens"
 model's."""
 IS_MASKED = "masked tokens"
 """Said beside the numbers of a model that is to see both sides."""
-SCORES = {
-    "cross_entropy": "cross-entropy",
-    "perplexity": "perplexity",
-    "bits_per_byte": "bits/byte",
-    "token_accuracy": "accuracy",
-    "top5_accuracy": "top-5",
-    "nll_h12": "NLL h -12",
-    "nll_h4": "NLL h -4",
-    "pseudo_perplexity": "pseudo-perplexity",
-    "pseudo_perplexity_h12": "pseudo-perplexity h -12",
-    "pseudo_perplexity_h4": "pseudo-perplexity h -4",
-    "decoder_accuracy": "decoder top-1",
-    "decoder_top5_accuracy": "decoder top-5",
-    "decoder_cross_entropy": "decoder cross-entropy",
-    "decoder_pseudo_perplexity": "decoder pseudo-perplexity",
-}
-"""Numbers of an evaluation and their names, in the order they are shown in."""
-MASKED_FIRST = {"token_accuracy": "top-1", "top5_accuracy": "top-5"}
-"""Shown first of masked tokens: what logits and distances have on one scale."""
 
 
 class PlainLines:
@@ -224,15 +206,15 @@ def machine(event: dict) -> str:
 
 
 def scores(event: dict, before: dict) -> list[tuple[str, str]]:
-    """Names and values of what an evaluation measured; losses and likelihoods with the change
-    against the one before."""
-    names = (
-        MASKED_FIRST | SCORES | MASKED_FIRST if event.get("objective") == MASKED_TOKENS else SCORES
-    )
+    """Return names and values of what an evaluation measured, losses and likelihoods with the
+    change against the evaluation before."""
+    masked = event.get("objective") == MASKED_TOKENS
+    metrics = [metric for metric in SCORES if metric.key in event]
+    if masked:  # first what logits and distances have on one scale
+        metrics.sort(key=lambda metric: not metric.masked)
     return [
-        (name, _score(key, event[key], before.get(key)))
-        for key, name in names.items()
-        if key in event
+        (metric.screen_name(masked), _score(metric.key, event[metric.key], before.get(metric.key)))
+        for metric in metrics
     ]
 
 

@@ -17,6 +17,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
+from core.metrics.table import BESIDE
 from core.preset.settings import MASKED_TOKENS
 from core.ui import text
 from core.ui.plain import evaluation_title, left_out, machine, neighbors, scores
@@ -30,17 +31,6 @@ SAMPLE_ROWS = 9  # before the chart takes its part
 SAMPLE_CHARACTERS = 2000
 # cells of a name; of a number with its change in brackets; of one without
 NAME, VALUE, LEAST_VALUE = 14, 16, 12
-PREDICTIONS = {
-    "entropy": "entropy",
-    "max_probability": "max p",
-    "embedding_cosine": "cos to target",
-    "table_cosine": "cos in table",
-    "prototype_cosine": "cos of protos",
-    "prototype_spread": "spread of cos",
-    "prototype_dimensions": "directions",
-    "prototype_drift": "drift",
-}
-"""Numbers of an evaluation that are shown beside its scores."""
 OF_MODELS = {
     "routing_entropy/mean": "static entropy",
     "dynamic_routing_entropy/mean": "route entropy",
@@ -212,11 +202,10 @@ class RunState:
             (name.replace("pseudo-perplexity", "pseudo-ppl"), value)
             for name, value in scores(event, before)
         ]
-        beside = {
-            name: event[key] for key, name in PREDICTIONS.items() if event.get(key) is not None
-        }
         cells += [
-            (name, text.number(value, 3 if value < 100 else 1)) for name, value in beside.items()
+            (metric.screen_name(), text.number(value, 3 if value < 100 else 1))
+            for metric in BESIDE
+            if (value := event.get(metric.key)) is not None
         ]
         # of ours: a loss may have any name
         longest = max((len(name) for name, _ in cells), default=0)

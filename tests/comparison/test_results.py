@@ -8,7 +8,7 @@ import pytest
 from core.comparison.outcome import CURVE_POINTS, read_outcome
 from core.comparison.trials import Trial
 from core.metrics.log import MetricsLog
-from core.metrics.table import PER_TOKEN, measure
+from core.metrics.table import PER_TOKEN, metric_of
 from tests.comparison.logs import PRESET, compared, preset, trials, write_log
 
 FINALS = {
@@ -132,7 +132,7 @@ def test_sources_are_told_apart_and_what_was_read_of_them_where_it_differs(tmp_p
     assert on.metrics["read of: a"].mean == 0.75 and on.differences[
         "held out of: b"
     ].mean == pytest.approx(-0.25)
-    assert measure("held out of: b").better == -1 and measure("read of: b").better == 0
+    assert metric_of("held out of: b").better == -1 and metric_of("read of: b").better == 0
 
 
 def test_speed_and_memory_are_ratios_by_seed(tmp_path) -> None:
@@ -316,9 +316,9 @@ def test_directions() -> None:
         "embedding_cosine",
         "entropy",
     ]
-    assert [measure(key).better for key in keys] == [-1, -1, -1, -1, 1, 1, 0]
+    assert [metric_of(key).better for key in keys] == [-1, -1, -1, -1, 1, 1, 0]
     assert [
-        measure(key).better for key in ("max_probability", "table_cosine", "something_new")
+        metric_of(key).better for key in ("max_probability", "table_cosine", "something_new")
     ] == [0, 0, 0]
     masked = [
         "top5_accuracy",
@@ -328,21 +328,25 @@ def test_directions() -> None:
         "pseudo_perplexity_h12",
         "pseudo_perplexity_h4",
     ]
-    assert [measure(key).better for key in masked] == [1, -1, -1, -1, -1, -1]
+    assert [metric_of(key).better for key in masked] == [1, -1, -1, -1, -1, -1]
     decoder = [
         "decoder_accuracy",
         "decoder_top5_accuracy",
         "decoder_cross_entropy",
         "decoder_pseudo_perplexity",
     ]
-    assert [measure(key).better for key in decoder] == [1, 1, -1, -1]
+    assert [metric_of(key).better for key in decoder] == [1, 1, -1, -1]
     prototypes = ["prototype_cosine", "prototype_spread", "prototype_dimensions", "prototype_drift"]
-    assert [measure(key).better for key in prototypes] == [0, 0, 0, 0]
-    assert not {*prototypes, "bits_per_byte", "table_cosine"} & set(PER_TOKEN) and {
-        *masked,
-        *decoder,
-    } <= set(PER_TOKEN)
-    assert measure("something_new").label == "something new"
+    assert [metric_of(key).better for key in prototypes] == [0, 0, 0, 0]
+    assert (
+        not {*prototypes, "bits_per_byte", "table_cosine"} & PER_TOKEN
+        and {
+            *masked,
+            *decoder,
+        }
+        <= PER_TOKEN
+    )
+    assert metric_of("something_new").name == "something new"
 
 
 def test_training_curves_of_different_losses_are_told_apart(tmp_path) -> None:

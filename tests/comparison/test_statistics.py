@@ -15,9 +15,9 @@ from core.comparison.statistics import (
     seed_stats,
 )
 from core.comparison.verdict import judge
-from core.metrics.table import measure
+from core.metrics.table import metric_of
 
-CE = measure("cross_entropy")
+CE = metric_of("cross_entropy")
 
 
 def by_seed(values) -> dict[int, float]:
@@ -132,7 +132,7 @@ def verdict(
     return judge(
         "mix 0.5",
         "CE",
-        measure(key),
+        metric_of(key),
         found,
         found.p if adjusted is None else adjusted,
         0.95,

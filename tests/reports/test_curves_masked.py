@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 from rich.cells import cell_len
 
+from core.metrics.table import METRICS
 from core.reports import curves_masked as masked
 from core.reports.curves_masked import PANELS, MaskedPlot, plot_masked
 from core.reports.figure import title_of
 from core.reports.wandb_mirror import _values
 from core.ui import plain
-from core.ui.plain import NOT_CAUSAL, SCORES, evaluation_title, machine, scores
+from core.ui.plain import NOT_CAUSAL, evaluation_title, machine, scores
 from tests.reports import masked_stream
 from tests.reports.test_curves import colours, written
 from tests.ui import stream
@@ -172,14 +173,7 @@ def test_a_view_that_saw_no_beginning_reads_the_log(tmp_path, run: Any, expected
 
 
 def test_every_line_of_the_picture_is_a_known_number() -> None:
-    known = {
-        *SCORES,
-        "prototype_cosine",
-        "prototype_spread",
-        "prototype_dimensions",
-        "prototype_drift",
-    }
-    assert {line.key for panel in PANELS for line in panel.lines} <= known
+    assert {line.key for panel in PANELS for line in panel.lines} <= METRICS.keys()
 
 
 # words --------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from core.comparison.outcome import Outcome
 from core.comparison.results import Comparison, Variant
 from core.comparison.statistics import POWER, Ratio, SeedStats
 from core.comparison.verdict import Amount, percent
-from core.metrics.table import Measure, measure
+from core.metrics.table import Metric, metric_of
 from core.reports.page import Table
 from core.ui.text import clean, count, duration, memory
 
@@ -99,10 +99,10 @@ def difference_table(comparison: Comparison) -> Table:
         cells = []
         for variant in comparison.variants[1:]:
             difference = variant.differences[key]
-            amount = Amount(measure(key), difference)
+            amount = Amount(metric_of(key), difference)
             span = amount.signed_span()
             cells.append(amount.number(difference.mean) + (f" ({span})" if span else ""))
-        rows.append([metric_name(measure(key)), direction(measure(key)), *cells])
+        rows.append([metric_name(metric_of(key)), direction(metric_of(key)), *cells])
     return Table(
         ["metric", "better", *(clean(variant.name) for variant in comparison.variants[1:])],
         rows,
@@ -113,8 +113,8 @@ def difference_table(comparison: Comparison) -> Table:
 def final_table(comparison: Comparison) -> Table:
     """Final metrics: mean and deviation over the finished seeds."""
     rows = [
-        [metric_name(measure(key)), direction(measure(key))]
-        + [_spread(variant.metrics[key], measure(key)) for variant in comparison.variants]
+        [metric_name(metric_of(key)), direction(metric_of(key))]
+        + [_spread(variant.metrics[key], metric_of(key)) for variant in comparison.variants]
         for key in _primary_first(comparison)
     ]
     seeds = ["finished seeds", "", *(str(len(variant.finished)) for variant in comparison.variants)]
@@ -215,7 +215,7 @@ def samples(comparison: Comparison) -> tuple[int | None, list[tuple[str, list[st
 
 def method(comparison: Comparison) -> list[str]:
     """Paragraphs: pairing, test, what the words mean, noise."""
-    label, level = comparison.primary.label, percent(1 - comparison.confidence)
+    label, level = comparison.primary.name, percent(1 - comparison.confidence)
     seeds = ", ".join(
         str(seed) for seed in dict.fromkeys(outcome.trial.seed for outcome in comparison.outcomes)
     )
@@ -257,7 +257,7 @@ def noise(comparison: Comparison) -> str:
         return "Seed noise: not known, since the baseline has not finished with two seeds or more."
     unit = f" {primary.unit}" if primary.unit else ""
     told = (
-        f"Seed noise: over {found.n} seeds the baseline's {primary.label} has a standard "
+        f"Seed noise: over {found.n} seeds the baseline's {primary.name} has a standard "
         f"deviation of {_digits(found.sd)}{unit}"
     )
     paired = [
@@ -271,12 +271,12 @@ def noise(comparison: Comparison) -> str:
 # words and numbers --------------------------------------------------------------------------------
 
 
-def metric_name(known: Measure) -> str:
-    unit = f" ({known.unit})" if known.unit and known.unit != known.label else ""
-    return clean(known.label) + unit
+def metric_name(known: Metric) -> str:
+    unit = f" ({known.unit})" if known.unit and known.unit != known.name else ""
+    return clean(known.name) + unit
 
 
-def direction(known: Measure) -> str:
+def direction(known: Metric) -> str:
     return {-1: "lower", 1: "higher", 0: ""}[known.better]
 
 
@@ -284,11 +284,11 @@ def _primary_first(comparison: Comparison) -> list[str]:
     return sorted(comparison.metrics, key=lambda key: key != comparison.metric)
 
 
-def _value(value: float | None, known: Measure, extra: int = 0) -> str:
+def _value(value: float | None, known: Metric, extra: int = 0) -> str:
     return NONE if value is None else f"{value:.{known.digits + extra}f}".replace("-", "−")
 
 
-def _spread(found: SeedStats, known: Measure) -> str:
+def _spread(found: SeedStats, known: Metric) -> str:
     return _value(found.mean, known) + (
         f" ± {_value(found.sd, known)}" if found.sd is not None else ""
     )

@@ -75,7 +75,7 @@ def gap_figure(comparison: Comparison, unit: str) -> str | None:
 
 def forest_figure(comparison: Comparison) -> str | None:
     """The primary metric's paired differences: mean, interval, and each seed's dot."""
-    measure = comparison.primary
+    metric = comparison.primary
     found = [
         (i, v, v.differences.get(comparison.metric)) for i, v in enumerate(comparison.variants) if i
     ]
@@ -129,8 +129,8 @@ def forest_figure(comparison: Comparison) -> str | None:
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
         axes.margins(x=0.08)
-        unit = f" ({measure.unit})" if measure.unit else ""
-        axes.set_xlabel(f"{_short(measure.label, 30)}, variant − baseline{unit}", parse_math=False)
+        unit = f" ({metric.unit})" if metric.unit else ""
+        axes.set_xlabel(f"{_short(metric.name, 30)}, variant − baseline{unit}", parse_math=False)
 
     return _svg(draw, "forest", WIDTH * 1.25, 0.9 + 0.65 * len(rows))
 

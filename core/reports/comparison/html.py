@@ -11,7 +11,7 @@ from html import escape
 
 from core.comparison.results import Comparison
 from core.comparison.verdict import percent
-from core.metrics.table import measure
+from core.metrics.table import metric_of
 from core.reports.comparison import content, figures
 from core.reports.page import html_lines, html_table, html_text, page
 from core.reports.style import DASHES, SERIES
@@ -56,7 +56,7 @@ def _answer(comparison: Comparison) -> Iterable[str]:
 
 def _curves(comparison: Comparison) -> Iterable[str]:
     primary = comparison.primary
-    unit = primary.unit or primary.label
+    unit = primary.unit or primary.name
     shown = comparison.metric in comparison.metrics
     training = _figure(
         "Training loss",
@@ -64,11 +64,11 @@ def _curves(comparison: Comparison) -> Iterable[str]:
         figures.training_figure(comparison, "nats per token"),
     )
     first = _figure(
-        _capital(primary.label),
+        _capital(primary.name),
         "At each evaluation.",
         figures.evaluation_figure(comparison, comparison.metric, unit) if shown else None,
     )
-    about = f"{_capital(primary.label)}, variant − baseline, paired by seed."
+    about = f"{_capital(primary.name)}, variant − baseline, paired by seed."
     gap = _figure(
         "Difference to the baseline", about, figures.gap_figure(comparison, unit) if shown else None
     )
@@ -84,7 +84,7 @@ def _curves(comparison: Comparison) -> Iterable[str]:
     )
     others = []
     for key in comparison.metrics:
-        known = measure(key)
+        known = metric_of(key)
         # perplexity is the exponential of cross-entropy: its curve would show the same again
         if key not in (
             comparison.metric,
@@ -96,8 +96,8 @@ def _curves(comparison: Comparison) -> Iterable[str]:
                 if known.better
                 else "Neither direction is better."
             )
-            svg = figures.evaluation_figure(comparison, key, known.unit or known.label)
-            others.append(_figure(_capital(known.label), better, svg))
+            svg = figures.evaluation_figure(comparison, key, known.unit or known.name)
+            others.append(_figure(_capital(known.name), better, svg))
     if others:
         yield (
             f'<h2>Other metrics</h2>{_key(comparison)}<div class="figures">{"".join(others)}</div>'

@@ -25,7 +25,7 @@ def markdown_report(comparison: Comparison) -> str:
     parts += ["\n".join(f"- {_text(line)}" for line in content.unfinished(comparison))]
     parts += [f"**Warning.** {_text(warning)}" for warning in comparison.warnings]
     parts += [
-        f"## Verdict: paired differences in {_text(comparison.primary.label)}",
+        f"## Verdict: paired differences in {_text(comparison.primary.name)}",
         _table(content.verdict_table(comparison)),
     ]
     parts += [

@@ -12,7 +12,7 @@ from typing import Any
 
 from core.comparison.outcome import Outcome
 from core.comparison.results import Comparison, Variant
-from core.metrics.table import measure
+from core.metrics.table import metric_of
 
 FORMAT = 1
 
@@ -28,7 +28,7 @@ def json_report(comparison: Comparison) -> str:
         "baseline": comparison.baseline.name,
         "verdicts": [asdict(verdict) for verdict in comparison.verdicts],
         "warnings": comparison.warnings,
-        "measures": {key: asdict(measure(key)) for key in comparison.metrics},
+        "measures": {key: _metric(key) for key in comparison.metrics},
         "variants": [_variant(variant) for variant in comparison.variants],
         "differences": [
             {"variant": variant.name, "metric": key, **asdict(difference)}
@@ -38,6 +38,17 @@ def json_report(comparison: Comparison) -> str:
         "trials": [_trial(outcome) for outcome in comparison.outcomes],
     }
     return json.dumps(_plain(report), indent=1, allow_nan=False) + "\n"
+
+
+def _metric(key: str) -> dict[str, Any]:
+    metric = metric_of(key)
+    return {
+        "key": key,
+        "label": metric.name,
+        "unit": metric.unit,
+        "better": metric.better,
+        "digits": metric.digits,
+    }
 
 
 def _variant(variant: Variant) -> dict[str, Any]:
