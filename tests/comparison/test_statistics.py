@@ -11,8 +11,8 @@ from core.comparison.statistics import (
     holm,
     paired_difference,
     paired_ratio,
-    smallest_seen,
     seed_stats,
+    smallest_seen,
 )
 from core.comparison.verdict import judge
 from core.metrics.table import metric_of
