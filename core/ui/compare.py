@@ -17,9 +17,10 @@ from core.comparison.trials import Trial
 from core.terminal import write_line
 from core.ui import text
 from core.ui.dashboard import Dashboard, can_draw
+from core.ui.layout import apart, bar, rule
 from core.ui.plain import PlainLines
-from core.ui.progress import Progress
-from core.ui.run_state import RunState, apart, bar, rule
+from core.ui.progress import RunProgress
+from core.ui.run_state import RunState
 
 CELL, MEAN, DIFFERENCE = 10, 11, 12
 LONGEST_NAME = 32
@@ -43,7 +44,7 @@ class Board:
         self.comparison: Comparison | None = None
         self.trial: Trial | None = None
         self._number = 0
-        self._progress = Progress({})
+        self._progress = RunProgress({})
         self._begun = self._opened = clock()
         # seconds of the trials that ran from their beginning to their end
         self._took: list[float] = []
@@ -67,11 +68,11 @@ class Board:
             self.clock(),
             trial.status == "waiting",
         )
-        self._progress = Progress({})
+        self._progress = RunProgress({})
 
     def update(self, event: dict) -> None:
         if event.get("event") == "run_start":
-            self._progress = Progress(event)
+            self._progress = RunProgress(event)
         self._progress.update(event)
 
     @property
@@ -213,7 +214,7 @@ class ComparisonDashboard(Dashboard):
             else:
                 self._state.update(event)
 
-    def picture(self, width: int, height: int) -> Text:
+    def draw(self, width: int, height: int) -> Text:
         lines = self.board.head(width, max(3, height - FRAME_ROWS))
         if not self._over and self.board.trial is not None:
             lines.append(Text())
@@ -224,7 +225,7 @@ class ComparisonDashboard(Dashboard):
                     Text(f"preparing {text.clean(trial.variant)}, seed {trial.seed}", "dim")
                 )
             elif left > 0:
-                lines.append(self._state.frame(width, left, self.clock()))
+                lines.append(self._state.draw(width, left, self.clock()))
         return Text("\n", no_wrap=True).join(lines[:height])
 
     def finish(self, lines: list[str]) -> None:
