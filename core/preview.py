@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from core.assembly import MIRRORS, what_goes_on
+from core.assembly.start import what_goes_on
 from core.checkpoint.lineage import changed_sources
-from core.checkpoint.store import CheckpointStore
+from core.checkpoint.store import store_of
 from core.checkpoint.weights import preview_weights
 from core.contracts import call_if_defined
 from core.data.tokenizer import KNOWN_VOCABULARIES, tokenizer_facts
@@ -152,7 +152,7 @@ def known_vocab_size(tokenizer: TokenizerSettings, root: Path) -> int:
 
 def resume_lines(preset: PresetBase, root: Path) -> list[str]:
     """Return where training would start, and which of the sources have changed since."""
-    store = CheckpointStore(root / "checkpoints", preset.lineage, MIRRORS.get(preset.lineage))
+    store = store_of(preset, root)
     newest = store.peek()
     if newest is None:
         return [_beginning_line(preset, root)]

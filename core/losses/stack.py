@@ -132,9 +132,7 @@ class LossStack:
         return Measures(terms, {name: each.sum() for name, each in found.items()})
 
     @torch.no_grad()
-    def surprise_at(
-        self, output: ModelOutput, batch: Batch, terms: LossTerms, at: Tensor
-    ) -> Tensor:
+    def nll_at(self, output: ModelOutput, batch: Batch, terms: LossTerms, at: Tensor) -> Tensor:
         """-log p of the targets at some positions of each row: (B, n) -> (B, n), 0 where there is
         none.
 
