@@ -35,7 +35,7 @@ def make_step(
     share."""
     import torch
 
-    from core.assembly import build_training
+    from core.assembly.session import build_training
     from core.parallel.single import Single
     from core.preset.decode import decode_preset
     from core.registry import Preset

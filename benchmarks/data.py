@@ -68,9 +68,10 @@ def tokenizer_of(folder: Path) -> Any:
 def loader_of(folder: Path, packing: str, workers: int = 0) -> Any:
     """The loader as a training run makes it."""
     from core.data.corpus import PipelineFactory
-    from core.data.loader import Loader
+    from core.data.loader import Layout, Loader
     from core.data.mixing import MixSettings
-    from core.data.pipeline import PipelineSettings, Position
+    from core.data.pipeline import PipelineSettings
+    from core.data.position import Position
     from core.data.sources import build_source
     from core.data.sources.text import TextSettings
     from core.data.validation import HoldOut
@@ -86,9 +87,8 @@ def loader_of(folder: Path, packing: str, workers: int = 0) -> Any:
     factory = PipelineFactory(
         [section], folder, 1, state, HoldOut(0.0), settings, sources=[source], tokenizer=tokenizer
     )
-    return Loader(
-        factory, Position(), Single(), ROWS, ["corpus"], 24, packing != "padding", workers
-    )
+    layout = Layout(ROWS, 24, ["corpus"], packed=packing != "padding")
+    return Loader(factory, Position(), Single(), layout, workers)
 
 
 def ours(folder: Path, packing: str = "documents") -> tuple[int, float]:

@@ -82,7 +82,7 @@ def make_text(vocab_size: int, folder: Path) -> None:
 
 def ours(vocab_size: int, folder: Path) -> list[float]:
     """The end of every step, in seconds, of a training session as main.py makes it."""
-    from core.assembly import build_training
+    from core.assembly.session import build_training
     from core.jobs.train import train_to_the_end
     from core.parallel.single import Single
     from core.runtime import detect_runtime, prepare

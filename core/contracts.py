@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 IGNORE_INDEX = -100
 """The label of a position without a target."""
@@ -92,7 +92,7 @@ class ModelOutput:
     readout: Readout
 
 
-class LanguageModel(Protocol):
+class LanguageModel(nn.Module):
     """A trunk plus readout. No loss, optimizer, print or device choice inside.
 
     It may define, and whoever needs them calls them where they exist:
@@ -115,7 +115,8 @@ class LanguageModel(Protocol):
     is_causal: bool
     vocab_size: int
 
-    def __call__(self, batch: Batch) -> ModelOutput: ...
+    def forward(self, batch: Batch) -> ModelOutput:
+        raise NotImplementedError
 
 
 def call_if_defined(module: Any, method: str, *args: Any) -> Any:

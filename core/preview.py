@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from core.assembly import MIRRORS, what_goes_on
+from core.assembly.start import what_goes_on
 from core.checkpoint.lineage import changed_sources
-from core.checkpoint.store import CheckpointStore
+from core.checkpoint.store import store_of
 from core.checkpoint.weights import preview_weights
 from core.contracts import call_if_defined
 from core.data.tokenizer import KNOWN_VOCABULARIES, tokenizer_facts
@@ -44,7 +44,7 @@ def preset_card(stem: str, preset: PresetBase, runtime: Runtime, root: Path) -> 
     """Return the menu's entry for a preset; its preview is worked out only when it is looked at."""
     train = preset.train
     limited = train.max_steps is not None or train.max_epochs is not None
-    short = limited and preset.job in ("train", "compare")
+    short = limited and JOBS[preset.job].trains
     description = " · ".join(part for part in ("short" * short, preset.description) if part)
 
     def preview() -> str:
@@ -57,7 +57,7 @@ def preview_lines(preset: PresetBase, runtime: Runtime, root: Path) -> list[str]
     """Return what a preset would do, in a few lines. A part that fails leaves the others as they
     are."""
     lines = []
-    if preset.job in ("train", "compare"):
+    if JOBS[preset.job].trains:
         lines += _or_reason(lambda: training_lines(preset, runtime, root))
     lines += standing_lines(preset, root)
     if JOBS[preset.job].preview is None:
@@ -152,7 +152,7 @@ def known_vocab_size(tokenizer: TokenizerSettings, root: Path) -> int:
 
 def resume_lines(preset: PresetBase, root: Path) -> list[str]:
     """Return where training would start, and which of the sources have changed since."""
-    store = CheckpointStore(root / "checkpoints", preset.lineage, MIRRORS.get(preset.lineage))
+    store = store_of(preset, root)
     newest = store.peek()
     if newest is None:
         return [_beginning_line(preset, root)]

@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from core.assembly import build_model
 from core.checkpoint.weights import Weights, find_weights, newest_weights
 from core.contracts import call_if_defined
 from core.data.tokenizer import Tokenizer
 from core.heads.build import build_heads, load_heads, output_of_one_token
 from core.heads.stack import HeadStack
+from core.models import build_model
 from core.preset.decode import decode_preset
 from core.preset.merge import preset_json
 from core.runtime import Runtime

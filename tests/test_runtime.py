@@ -13,7 +13,7 @@ from core.preset.decode import decode_preset
 from core.registry import Preset
 from core.runtime import Runtime, detect_runtime, prepare
 from core.training.passes import compile_plan
-from core.training.progress import Horizon
+from core.training.progress import Budget
 from tests.project import Project, differences, merged, tiny_preset, train_here
 
 CPU, GPU = (Runtime(torch.device(kind), 0, 0, 1) for kind in ("cpu", "cuda"))
@@ -117,12 +117,12 @@ def test_whether_compiling_pays_is_a_question_of_one_device() -> None:
     """Ranks share the tokens of a run; of its steps each device makes all, with rows of its own."""
     # 4 rows of 32 tokens
     preset = decode_preset(tiny_preset(train={"max_steps": None}), Preset, "t", "t")
-    budget, steps = Horizon(2 * 10**10, 2 * 10**10), Horizon(2 * 10**10, 2 * 10**10, 10**7, 10**7)
+    budget, steps = Budget(2 * 10**10, 2 * 10**10), Budget(2 * 10**10, 2 * 10**10, 10**7, 10**7)
 
-    def told(parameters: int, horizon: Horizon, world_size: int) -> str:
+    def told(parameters: int, budget: Budget, world_size: int) -> str:
         model = torch.nn.Linear(1000, parameters // 1000, bias=False, device="meta")
         return compile_plan(
-            preset, replace(GPU, world_size=world_size), None, model, horizon, False
+            preset, replace(GPU, world_size=world_size), None, model, budget, False
         )[1]
 
     assert told(10**7, budget, 1).startswith("compiled") and "takes about 1500 s" in told(

@@ -1,4 +1,4 @@
-"""Schedules, and the horizon that tells them where a run stands."""
+"""Schedules, and the budget that tells them where a run stands."""
 
 import json
 import random
@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 from core.losses.harmonic import HarmonicSettings
 from core.preset.settings import RUN_TOKENS
 from core.schedules import Schedule, learning_rate_schedule, value_at
-from core.training.progress import Horizon, Progress, begin_next_run
+from core.training.progress import Budget, Progress, begin_next_run
 
 
 def schedule(value: Any) -> Any:
@@ -103,16 +103,16 @@ def test_wsd_without_a_decay_stays_level() -> None:
     assert value_at(learning_rate_schedule("wsd", 0.1, 0.0, 0.0), 1.0) == 1.0
 
 
-# the horizon --------------------------------------------------------------------------------------
+# the budget --------------------------------------------------------------------------------------
 
 
-def updates(horizon: Horizon, done: Progress, step_tokens: list[int]) -> list[tuple[float, float]]:
+def updates(budget: Budget, done: Progress, step_tokens: list[int]) -> list[tuple[float, float]]:
     """(progress, middle) of each update of one run; the steps' sizes are used in turn, as the
     trainer counts them."""
     seen = []
-    while horizon.end(done) is None:
+    while budget.end(done) is None:
         tokens = step_tokens[len(seen) % len(step_tokens)]
-        seen.append((horizon.progress(done, tokens), horizon.middle(done, tokens)))
+        seen.append((budget.progress(done, tokens), budget.middle(done, tokens)))
         done.step, done.run_step, done.horizon_step = (
             done.step + 1,
             done.run_step + 1,
@@ -124,12 +124,12 @@ def updates(horizon: Horizon, done: Progress, step_tokens: list[int]) -> list[tu
 
 
 HORIZONS = {
-    "tokens, exact": (Horizon(1000, 1000), [50]),
-    "tokens, last step reaches beyond": (Horizon(1000, 1000), [49]),
-    "tokens, last step reaches far beyond": (Horizon(1000, 1000), [333]),
-    "steps": (Horizon(10**9, 10**9, 20, 20), [50]),
-    "steps and tokens, tokens first": (Horizon(1000, 1000, 500, 500), [30]),
-    "one step": (Horizon(100, 100), [100]),
+    "tokens, exact": (Budget(1000, 1000), [50]),
+    "tokens, last step reaches beyond": (Budget(1000, 1000), [49]),
+    "tokens, last step reaches far beyond": (Budget(1000, 1000), [333]),
+    "steps": (Budget(10**9, 10**9, 20, 20), [50]),
+    "steps and tokens, tokens first": (Budget(1000, 1000, 500, 500), [30]),
+    "one step": (Budget(100, 100), [100]),
 }
 
 
@@ -137,8 +137,8 @@ HORIZONS = {
 def test_a_schedule_starts_at_0_and_ends_at_exactly_1(name: str) -> None:
     """0 at the first update, exactly 1 at the last, never backwards; one update alone is a first
     one."""
-    horizon, step_tokens = HORIZONS[name]
-    progress = [p for p, _ in updates(horizon, Progress(), step_tokens)]
+    budget, step_tokens = HORIZONS[name]
+    progress = [p for p, _ in updates(budget, Progress(), step_tokens)]
     assert progress[0] == 0.0 and progress == sorted(progress)
     if len(progress) > 1:
         assert progress[-1] == 1.0 and progress[-2] < 1.0
@@ -149,7 +149,7 @@ def test_a_schedule_ends_at_exactly_1_with_steps_of_any_size() -> None:
     sizes = random.Random(5)
     for _ in range(50):
         steps = [sizes.randint(20, 90) for _ in range(30)]
-        progress = [p for p, _ in updates(Horizon(1000, 1000), Progress(), steps)]
+        progress = [p for p, _ in updates(Budget(1000, 1000), Progress(), steps)]
         assert (
             progress[0] == 0.0
             and progress[-1] == 1.0
@@ -163,20 +163,20 @@ def test_a_schedule_ends_at_exactly_1_with_steps_of_any_size() -> None:
 def test_no_update_is_wasted_on_a_learning_rate_of_0(name: str, kind: str) -> None:
     """Neither the first (warm-up from 0) nor the last (decay to 0), even when the last step reaches
     beyond the end."""
-    horizon, step_tokens = HORIZONS[name]
+    budget, step_tokens = HORIZONS[name]
     shape = learning_rate_schedule(kind, 0.1, 0.2, 0.0)
-    factors = [value_at(shape, middle) for _, middle in updates(horizon, Progress(), step_tokens)]
+    factors = [value_at(shape, middle) for _, middle in updates(budget, Progress(), step_tokens)]
     assert min(factors) > 0.0 and max(factors) <= 1.0
 
 
-def test_a_chain_of_runs_shares_one_horizon() -> None:
+def test_a_chain_of_runs_shares_one_budget() -> None:
     """Each run ends a little beyond its budget; the last run must not pay for all of them with a
     learning rate of 0."""
     runs, step = 5, 7_300_000
-    horizon, done = Horizon(RUN_TOKENS, runs * RUN_TOKENS), Progress()
+    budget, done = Budget(RUN_TOKENS, runs * RUN_TOKENS), Progress()
     seen = []
     for run in range(runs):
-        seen += updates(horizon, done, [step])
+        seen += updates(budget, done, [step])
         done.horizon_runs += 1
         if run + 1 < runs:
             begin_next_run(done, runs)

@@ -38,6 +38,7 @@ from core.files import (
     sweep,
     sync_folder,
 )
+from core.preset.base import PresetBase
 
 FORMAT = 1
 """Raised when a checkpoint's layout changes in a way that older code cannot read."""
@@ -79,6 +80,10 @@ def read_checkpoint(path: Path, mmap: bool = False, whole: bool = True) -> dict[
     if (problem := problem_of(state)) is not None:
         raise Damaged(problem[:120])
     return state
+
+
+MIRRORS = {"lm": "simple_lm_trained.pth"}
+"""Lineages whose newest checkpoint has another name as well (specification 003)."""
 
 
 class CheckpointStore:
@@ -283,6 +288,11 @@ def _amid_bad_steps(path: Path) -> bool:
         return read_checkpoint(path, mmap=True, whole=False)["progress"].get("bad_in_a_row", 0) > 0
     except (Damaged, CheckpointError):  # or not there
         return False
+
+
+def store_of(preset: PresetBase, root: Path) -> CheckpointStore:
+    """Return the slots of a preset's lineage."""
+    return CheckpointStore(root / "checkpoints", preset.lineage, MIRRORS.get(preset.lineage))
 
 
 def stored_bytes(*modules: torch.nn.Module | None) -> int:

@@ -22,8 +22,9 @@ from core.data.documents import Document, Source
 from core.data.encoding import Remembering, encode
 from core.data.mixing import USUAL_RATE, Mixer, MixSettings, SourceFailed
 from core.data.objectives import build_objective, next_token
-from core.data.packing import Place, Row
-from core.data.pipeline import Pipeline, PipelineSettings, Position
+from core.data.packing import Row
+from core.data.pipeline import Pipeline, PipelineSettings
+from core.data.position import Position
 from core.data.shuffle import Shuffled
 from core.data.sources import build_source, is_own_path, open_sources
 from core.data.sources.shards import ShardSource, ShardView
@@ -450,91 +451,3 @@ def open_held_out(
     return corpus, notes + [
         f"source {name} left out: {reason}" for name, reason in corpus.failed.items()
     ]
-
-
-def data_position(
-    saved: dict[str, Any] | None,
-    fingerprint: str,
-    contents: dict[str, str],
-    max_epochs: int | None = None,
-) -> tuple[Position, list[str]]:
-    """Where to go on reading. After a change of the data section the mix begins anew, and each
-    source goes on behind the last document that any lane has used: nothing is trained on twice, and
-    what slower lanes still held waiting is left out.
-
-    contents  of each source, see Corpus.contents: one whose files have changed begins its next
-              epoch, over all of them, where max_epochs leaves it one
-    """
-    if saved is None:
-        return Position(), []
-    before = saved.get("contents", {})
-    changed = [name for name in contents if name in before and before[name] != contents[name]]
-    if saved["fingerprint"] == fingerprint and not changed:
-        lanes = {int(lane): Place.of(place) for lane, place in saved["lanes"].items()}
-        receipts = {int(lane): link for lane, link in saved["receipts"].items()}
-        draws = {index: tuple(draw) for index, *draw in saved.get("draws", [])}
-        factors = dict(saved.get("factors", []))
-        past = (
-            saved["snapshot"],
-            dict(saved["drops"]),
-            list(saved["renewals"]),
-            factors,
-            draws,
-            receipts,
-        )
-        return Position(saved["rows"], lanes, *past, saved.get("passed_over", 0)), []
-    snapshot = _behind_all_draws(
-        saved["snapshot"] or {}, list(before), saved.get("draws", []), list(contents)
-    )
-    cursors, passed = snapshot["cursors"], snapshot["passed"]
-    for name in changed:
-        cursors[name] = {"epoch": cursors.get(name, {}).get("epoch", 0) + 1}
-        passed.pop(name, None)
-    kept = [
-        name for name in contents if (cursors.get(name) or passed.get(name)) and name not in changed
-    ]
-    note = (
-        f"files of {', '.join(changed)} have changed"
-        if changed
-        else "the data section, the tokenizer or the reachable sources have changed"
-    )
-    note += " since the checkpoint: the mix begins anew"
-    note += f"; {', '.join(kept)} go on where they were" if kept else ""
-    over = [
-        name for name in changed if max_epochs is not None and cursors[name]["epoch"] >= max_epochs
-    ]
-    begin = [name for name in changed if name not in over]
-    note += f"; {', '.join(begin)} begin with all their files" if begin else ""
-    note += (
-        f"; of {', '.join(over)} nothing more is read, as train.max_epochs is {max_epochs}: raise "
-        "it for that"
-        if over
-        else ""
-    )
-    return Position(snapshot=snapshot), [note]
-
-
-def _behind_all_draws(
-    snapshot: dict[str, Any], names: list[str], draws: list[Any], now: list[str]
-) -> dict[str, Any]:
-    """A mixer's beginning, each source behind what was drawn of it since the snapshot.
-
-    names   of the sources that the draws number
-    now     of the sources there are now
-    """
-    cursors, passed = dict(snapshot.get("cursors", {})), dict(snapshot.get("passed", {}))
-    current = snapshot.get("current", 0)
-    for index, source, _, *epoch in draws:
-        if index < snapshot.get("index", 0) or source >= len(names):
-            continue
-        name, current = names[source], source
-        if epoch and epoch[0] > cursors.get(name, {}).get("epoch", 0):
-            cursors[name], passed[name] = {"epoch": epoch[0]}, 0
-        passed[name] = passed.get(name, 0) + 1
-    reading = names[current] if current < len(names) else None
-    return {
-        "index": 0,
-        "cursors": cursors,
-        "passed": passed,
-        "current": now.index(reading) if reading in now else 0,
-    }

@@ -10,24 +10,25 @@ State: Position: what the *consumed* steps used; whatever was read ahead is read
 resume"""
 
 import copy
-import hashlib
 import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from core.contracts import Batch
 from core.data.mixing import SourceFailed
-from core.data.packing import Piece, Place, Row
-from core.data.pipeline import Position, share_of_lanes
+from core.data.packing import Place, Row
+from core.data.pipeline import share_of_lanes
+from core.data.position import DataFacts, Position, linked, merged_state
 from core.data.reader import Reader, collate
 from core.data.unlearned import Unlearned
 from core.data.worker import MakePipeline, ReadingBroke, Stopped, Worker, WorkerDied, broke_by
 from core.errors import NoData, ReadingFailed
+from core.parallel.protocol import Parallel
 
 CLOSE_SECONDS = 2.0
 
@@ -47,8 +48,12 @@ class StepRows:
     numbers: list[int] = field(default_factory=list)
     # rows in which each auxiliary head has a place
     head_counts: dict[str, float] = field(default_factory=dict)
-    # for the log: how they were chosen, where a curriculum did
-    told: dict[str, Any] = field(default_factory=dict)
+    # for the step's event: how they were chosen, where a curriculum did
+    log_fields: dict[str, Any] = field(default_factory=dict)
+
+
+Item = tuple[Batch, list[Row]] | BaseException | None
+"""What a reader gives: rows, an error, or None where it is to stop."""
 
 
 @dataclass
@@ -58,64 +63,66 @@ class _Group:
     batch: Batch
     rows: list[Row]
     filled: int  # rows that hold anything
-    counts: np.ndarray  # targets, tokens, and what `Loader._read_of` counts
+    counts: np.ndarray  # see Loader._counts_of
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How rows become steps; the same on every rank."""
+
+    rows_per_step: int  # over all ranks, whose number divides it
+    num_lanes: int
+    source_names: list[str]
+    packed: bool
+    # whether a step is filled up from the groups of rows that follow, once lanes have ended
+    fill: bool = True
 
 
 class Loader:
     """Iterates over optimizer steps.
 
     make_pipeline    (position, lanes) -> Pipeline; picklable when there are worker processes
-    describe         a row as text, where it is to be told that nothing in it is learned: not where
-                     that is chance
-    parallel         world_size, rank, `sum(numbers)` and `gather(object)` over the ranks
-    rows_per_step    global rows of one optimizer step; divisible by the number of ranks
     workers          processes per rank; 0 reads in a thread of this process
     facts            what else the state keeps: what the rows follow from besides the position
-    fill             whether a step is filled up from the groups of rows that follow, once lanes
-                     have ended
+    describe         a row as text, for the warning that nothing in it is learned; None where that
+                     is chance
     """
 
     def __init__(
         self,
         make_pipeline: MakePipeline,
         position: Position,
-        parallel: Any,
-        rows_per_step: int,
-        source_names: list[str],
-        num_lanes: int,
-        packed: bool,
+        parallel: Parallel,
+        layout: Layout,
         workers: int = 0,
         pin_memory: bool = False,
-        facts: dict[str, Any] | None = None,
+        facts: DataFacts | None = None,
         describe: Callable[[Row], str] | None = None,
-        fill: bool = True,
     ):
-        self.position = position
-        self._facts, self._describe, self._fill = facts or {}, describe, fill
-        self.source_names = source_names
-        self._make_pipeline, self._parallel = make_pipeline, parallel
-        self._rows_per_step, self._packed, self._pin_memory = rows_per_step, packed, pin_memory
-        self._num_lanes = num_lanes
-        self._lanes = share_of_lanes(num_lanes, parallel.world_size, parallel.rank)
+        self.position, self.source_names = position, layout.source_names
+        self._make_pipeline, self._parallel, self._layout = make_pipeline, parallel, layout
+        self._pin_memory, self._facts, self._describe = pin_memory, facts or DataFacts(), describe
+        self._rows_per_step, self._num_lanes = layout.rows_per_step, layout.num_lanes
+        self._lanes = share_of_lanes(layout.num_lanes, parallel.world_size, parallel.rank)
         self._num_workers = min(workers, len(self._lanes))
         self._workers: list[Worker] = []
         self._snapshots: list[dict[str, Any]] = [position.snapshot] if position.snapshot else []
         self._reader: Reader | None = None
-        self._held: Any = None  # what was read and found no room in the step before
+        self._held: Item = None  # what was read and found no room in the step before
         self._waited = 0.0
         self._behind = 0  # the draw that the snapshots of all ranks have reached
         # global rows in a row without a document: a whole round of lanes of them is the end
         self._empty_rows = 0
         self._replaced_at = -1  # the row at which a worker that died was replaced last
         # where it stood before the step that was handed out last
-        self._before: tuple[Position, list] | None = None
+        self._before: tuple[Position, list[dict[str, Any]]] | None = None
         self.unlearned = Unlearned(
-            position.rows > position.passed_over * rows_per_step, of_chance=describe is None
+            position.rows > position.passed_over * layout.rows_per_step, of_chance=describe is None
         )
         # (source, documents, epochs) in steps passed over, since last asked
         self.begun: list[tuple[str, int, int]] = []
         self.dropped: list[tuple[str, str]] = []  # (source, reason) since last asked: for the log
-        self.told: list[str] = []  # what else is to be warned of
+        self.warnings: list[str] = []
         # (source, file, why): whether it was logged
         self.skipped: dict[tuple[str, str, str], bool] = {}
 
@@ -151,16 +158,15 @@ class Loader:
             else:
                 step.append(group)
                 filled += group.filled
-                if self._fill and filled < self._rows_per_step and not ended:
+                if self._layout.fill and filled < self._rows_per_step and not ended:
                     continue
             self._empty_rows = 0
             if (rows := self._step_of(step)) is not None:
                 return rows
             step, filled = [], 0
 
-    def _next_item(self, should_stop: Callable[[], bool], step: list[_Group]) -> Any:
-        """What this rank reads after the groups of `step`: (Batch, rows), an error, or None where
-        it is to stop."""
+    def _next_item(self, should_stop: Callable[[], bool], step: list[_Group]) -> Item:
+        """Return what this rank reads after the groups of `step`."""
         if self._held is not None:
             item, self._held = self._held, None
             return item
@@ -168,7 +174,10 @@ class Loader:
         while True:
             if self._reader is None:
                 share = self._rows_per_step // self._parallel.world_size
-                self._reader, again = Reader(self._read, self._packed, share, self._pin_memory), 0
+                self._reader, again = (
+                    Reader(self._read, self._layout.packed, share, self._pin_memory),
+                    0,
+                )
             begun = time.monotonic()
             item = self._reader.get(should_stop)
             self._waited += time.monotonic() - begun
@@ -180,57 +189,66 @@ class Loader:
             else:
                 return item
 
-    def _agreed(self, item: Any) -> _Group | None:
-        """What was read, as all ranks know it; None where all that follows the position is to be
-        read once more."""
+    def _agreed(self, item: Item) -> _Group | None:
+        """Exchange what each rank has read; None where all that follows the position is to be read
+        once more. Raises Stopped or ReadingFailed on all ranks, where one of them has to."""
         failed = item if isinstance(item, SourceFailed) else None
         broke = broke_by(item) if isinstance(item, BaseException) and failed is None else None
-        batch, rows = (None, []) if isinstance(item, BaseException) or item is None else item
-        failures = [float(failed is not None and failed.name == name) for name in self.source_names]
-        counts = (
-            [0, 0]
-            if batch is None
-            else [int((batch.labels >= 0).sum()), int((batch.source_ids >= 0).sum())]
-        )
-        filled = sum(bool(row.pieces) for row in rows)
-        # where each rank's snapshot stands: a sum fills in the others'
-        places = [0] * self._parallel.world_size
-        places[self._parallel.rank] = self._snapshot_index
+        batch, rows = item if isinstance(item, tuple) else (None, [])
         own = [
             float(item is None),
             float(broke is not None),
-            filled,
-            *places,
-            *failures,
-            *counts,
-            *self._read_of(rows),
+            float(sum(bool(row.pieces) for row in rows)),
+            *self._own_index(),
+            *[float(failed is not None and failed.name == name) for name in self.source_names],
+            *self._counts_of(batch, rows),
         ]
         stops, breaks, filled, *numbers = self._parallel.sum(own)
-        self._behind, numbers = int(min(numbers[: len(places)])), numbers[len(places) :]
+        ranks, sources = self._parallel.world_size, len(self.source_names)
+        self._behind = int(min(numbers[:ranks]))
+        failures, counts = numbers[ranks : ranks + sources], numbers[ranks + sources :]
         if breaks:
-            raise self._cannot_go_on(broke) from (item if broke else None)
+            raise self._cannot_go_on(broke) from (item if isinstance(item, Exception) else None)
         if stops:
             raise Stopped
-        failures, numbers = numbers[: len(failures)], numbers[len(failures) :]
         if any(failures):
             self._drop([name for name, count in zip(self.source_names, failures) if count], failed)
             return None
         assert batch is not None
-        return _Group(batch, rows, int(filled), np.array(numbers, dtype=np.int64))
+        return _Group(batch, rows, int(filled), np.array(counts, dtype=np.int64))
+
+    def _own_index(self) -> list[float]:
+        """Return where each rank's snapshot stands; those of the others are filled in by a sum."""
+        indices = [0.0] * self._parallel.world_size
+        indices[self._parallel.rank] = float(self._snapshot_index)
+        return indices
+
+    def _counts_of(self, batch: Batch | None, rows: list[Row]) -> list[float]:
+        """Count targets and tokens; then for each source the tokens, then the documents, then the
+        epochs that begin in these rows."""
+        targets = 0 if batch is None else int((batch.labels >= 0).sum())
+        total = 0 if batch is None else int((batch.source_ids >= 0).sum())
+        tokens, documents, epochs = np.zeros((3, len(self.source_names)), dtype=np.int64)
+        for row in rows:
+            for piece in row.pieces:
+                tokens[piece.source] += piece.length
+                documents[piece.source] += piece.start == 0
+                epochs[piece.source] += piece.opens_epoch
+        return [targets, total, *tokens.tolist(), *documents.tolist(), *epochs.tolist()]
 
     def _step_of(self, groups: list[_Group]) -> StepRows | None:
-        """The step that these groups make, with the position moved past it; None where it is passed
+        """Make the step of these groups, and move the position past it; None where it is passed
         over."""
-        targets, tokens, *read = np.sum([group.counts for group in groups], axis=0).tolist()
-        by_source = np.reshape(read, (3, -1)).tolist()  # tokens, documents, epochs
+        targets, tokens, *by_source = np.sum([group.counts for group in groups], axis=0).tolist()
+        source_tokens, documents, epochs = np.reshape(by_source, (3, -1)).tolist()
         rows = [row for group in groups for row in group.rows]
         # no rank is without a row
-        kept = [i for i, row in enumerate(rows) if row.pieces or not self._fill] or [0]
+        kept = [i for i, row in enumerate(rows) if row.pieces or not self._layout.fill] or [0]
         if targets == 0:
             if self._describe and self.unlearned.needs_example:
                 self.unlearned.show(self._describe(rows[kept[0]]))
             self.position.passed_over += len(groups)
-            self.begun += zip(self.source_names, *by_source[1:])
+            self.begun += zip(self.source_names, documents, epochs)
         else:
             self.unlearned.learned()
             self._before = self._copied_position(), list(self._snapshots)
@@ -246,23 +264,32 @@ class Loader:
             if (first + i) % self._num_lanes in self._lanes
         ]
         whole = len(groups) == 1 and len(kept) == len(rows)
-        batch = groups[0].batch if whole else collate([rows[i] for i in kept], self._packed)
-        return StepRows(batch, targets, tokens, *by_source, self._waited, [own[i] for i in kept])
+        return StepRows(
+            batch=groups[0].batch
+            if whole
+            else collate([rows[i] for i in kept], self._layout.packed),
+            num_targets=targets,
+            num_tokens=tokens,
+            source_tokens=source_tokens,
+            documents=documents,
+            epochs=epochs,
+            waited_seconds=self._waited,
+            numbers=[own[i] for i in kept],
+        )
 
     @property
-    def has_untold(self) -> bool:
-        """Whether this rank alone has met something, which rank 0, where the log is, does not
-        know."""
-        return self._parallel.rank > 0 and (bool(self.told) or not all(self.skipped.values()))
+    def has_unreported(self) -> bool:
+        """True where this rank has met something that rank 0, where the log is, does not know."""
+        return self._parallel.rank > 0 and (bool(self.warnings) or not all(self.skipped.values()))
 
-    def gather_told(self) -> None:
-        """Rank 0 takes over what the others have to tell. Every rank must call it."""
-        everyones = self._parallel.gather((self.told, self.skipped))
+    def gather_warnings(self) -> None:
+        """Hand the warnings and skipped files of all ranks to rank 0. Every rank must call it."""
+        everyones = self._parallel.gather((self.warnings, self.skipped))
         if self._parallel.rank > 0:
-            self.told, self.skipped = [], dict.fromkeys(self.skipped, True)
+            self.warnings, self.skipped = [], dict.fromkeys(self.skipped, True)
             return
-        for rank, (told, skipped) in enumerate(everyones[1:], 1):
-            self.told += [f"process {rank}: {message}" for message in told]
+        for rank, (warnings, skipped) in enumerate(everyones[1:], 1):
+            self.warnings += [f"process {rank}: {message}" for message in warnings]
             self.skipped = {**dict.fromkeys(skipped, False), **self.skipped}
 
     def give_back(self) -> None:
@@ -272,59 +299,10 @@ class Loader:
             (self.position, self._snapshots), self._before = self._before, None
 
     def state(self) -> dict[str, Any]:
-        """The position over all ranks, as JSON. Every rank must call it."""
-        position = self.position
-        own = {
-            # of its own lanes only: after a resume it knows the others' as they were then
-            "lanes": {
-                str(lane): position.lanes[lane] for lane in self._lanes if lane in position.lanes
-            },
-            "receipts": {
-                str(lane): position.receipts[lane]
-                for lane in self._lanes
-                if lane in position.receipts
-            },
-            "snapshot": position.snapshot,
-            "renewals": position.renewals,
-            "factors": position.factors,
-            "draws": position.draws,
-        }
-        parts = self._parallel.gather(own)
-        snapshots = [part["snapshot"] for part in parts if part["snapshot"]]
-        lanes = {lane: place for part in parts for lane, place in part["lanes"].items()}
-        receipts = {lane: link for part in parts for lane, link in part["receipts"].items()}
-        # how far beyond it was read is chance
-        used = max((place.next for place in lanes.values()), default=0)
-        return {
-            "rows": position.rows,
-            "lanes": {
-                lane: [place.next, [list(waiting) for waiting in place.waiting]]
-                for lane, place in lanes.items()
-            },
-            "snapshot": min(snapshots, key=lambda s: s["index"]) if snapshots else None,
-            "drops": dict(position.drops),
-            # a rank forgets those behind its own snapshot; the oldest one may still need them
-            "renewals": sorted({draw for part in parts for draw in part["renewals"]}),
-            "factors": sorted(
-                {
-                    draw: factors for part in parts for draw, factors in part["factors"].items()
-                }.items()
-            ),
-            "draws": sorted(
-                {
-                    (index, *draw)
-                    for part in parts
-                    for index, draw in part["draws"].items()
-                    if index < used
-                }
-            ),
-            "passed_over": position.passed_over,
-            "receipts": receipts,
-            "receipt": hashlib.blake2b(
-                repr(sorted(receipts.items())).encode(), digest_size=8
-            ).hexdigest(),
-            **self._facts,
-        }
+        """Return the position over all ranks, as JSON. Every rank must call it."""
+        return merged_state(self._parallel.gather(self.position.of_lanes(self._lanes))) | asdict(
+            self._facts
+        )
 
     def reweight(self, factors: dict[str, float]) -> None:
         """Multiply the weights of sources by these, {name: factor}, from the first draw that no
@@ -340,17 +318,6 @@ class Loader:
         """Stop reading ahead, for good."""
         self._stop_reading(patience)
         self._end_workers()
-
-    def _read_of(self, rows: list[Row]) -> list[int]:
-        """Of each source the tokens in these rows; then the documents, and then the epochs, that
-        begin in them."""
-        tokens, documents, epochs = np.zeros((3, len(self.source_names)), dtype=np.int64)
-        for row in rows:
-            for piece in row.pieces:
-                tokens[piece.source] += piece.length
-                documents[piece.source] += piece.start == 0
-                epochs[piece.source] += piece.opens_epoch
-        return [*tokens.tolist(), *documents.tolist(), *epochs.tolist()]
 
     def _copied_position(self) -> Position:
         """One that stays as it is when the position moves on."""
@@ -393,7 +360,7 @@ class Loader:
         self._stop_reading(None)
         self._end_workers()
         self._snapshots = [self.position.snapshot] if self.position.snapshot else []
-        self.told.append(f"{died}; the workers are started again and read on from the same row")
+        self.warnings.append(f"{died}; the workers are started again and read on from the same row")
 
     def _cannot_go_on(self, broke: ReadingBroke | None) -> ReadingFailed:
         """What to raise on every rank, with the first reason that any of them has."""
@@ -457,12 +424,3 @@ class Loader:
         for n in itertools.count(start.rows):
             if (worker := owner.get(n % self._num_lanes)) is not None:
                 yield worker.next_row(stopping)
-
-
-def linked(chain: str, pieces: list[Piece]) -> str:
-    """A lane's hash chain with one more link: equal exactly when the same text was consumed in the
-    same order."""
-    if not pieces:
-        return chain
-    content = repr([(p.index, p.digest, p.start, p.length) for p in pieces])
-    return hashlib.blake2b((chain + content).encode(), digest_size=8).hexdigest()

@@ -16,7 +16,7 @@ snapshots"""
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from core.data.documents import Document, Encoded, Source, shorter_than
@@ -24,6 +24,7 @@ from core.data.encoding import Remembering, encode_each
 from core.data.mixing import Draw, Mixer, MixSettings, SourceFailed
 from core.data.objectives import build_objective
 from core.data.packing import PACKERS, Packer, Place, Row
+from core.data.position import Position
 from core.data.sources.skips import at_least
 from core.data.tokenizer import Tokenizer
 from core.data.validation import HoldOut, may_train
@@ -50,45 +51,6 @@ class PipelineSettings:
     min_text_length: int
     objective: str = NEXT_TOKEN
     mask_fraction: float = 0.0  # of the tokens, where masked ones are learned
-
-
-@dataclass
-class Position:
-    """Where a run stands in its data: JSON, the same on any number of ranks once merged."""
-
-    rows: int = 0  # global rows consumed
-    lanes: dict[int, Place] = field(default_factory=dict)
-    snapshot: dict[str, Any] | None = None  # the mixer, at an index no lane has yet to read before
-    # failed sources, and from which draw on they are gone
-    drops: dict[str, int] = field(default_factory=dict)
-    # draws at which the schedules of the weights begin anew
-    renewals: list[int] = field(default_factory=list)
-    # draws from which on sources' weights have other factors
-    factors: dict[int, dict[str, float]] = field(default_factory=dict)
-    # index: (source, tokens, epoch) since the snapshot
-    draws: dict[int, tuple[int, ...]] = field(default_factory=dict)
-    # lane -> hash chain of all the pieces it has consumed
-    receipts: dict[int, str] = field(default_factory=dict)
-    passed_over: int = 0  # groups of rows in which no token was learned
-
-    def first_unused(self) -> int:
-        """The first draw of which no lane known here has used anything."""
-        return max((place.next for place in self.lanes.values()), default=0)
-
-    @property
-    def gone(self) -> set[str]:
-        """Sources that failed, or came to the end of their last epoch: the latter as far as the
-        snapshot knows."""
-        return {*self.drops, *(self.snapshot or {}).get("ended", [])}
-
-    @property
-    def latest_factors(self) -> dict[str, float]:
-        """On the sources' weights, from the first unused draw on; 1 where none is named."""
-        return (
-            self.factors[max(self.factors)]
-            if self.factors
-            else (self.snapshot or {}).get("factors", {})
-        )
 
 
 class Dealer:

@@ -18,7 +18,8 @@ from typing import Any
 
 from core.data.mixing import SourceFailed
 from core.data.packing import Row
-from core.data.pipeline import Pipeline, Position
+from core.data.pipeline import Pipeline
+from core.data.position import Position
 from core.environment import redacted
 from core.errors import UserError
 from core.signals import OF_TERMINALS, signals_held

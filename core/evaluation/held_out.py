@@ -11,6 +11,7 @@ State: the rows
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,7 @@ from core.losses.cross_entropy import CrossEntropy, CrossEntropySettings
 from core.losses.stack import LossStack
 from core.models.embedding_geometry import geometry, mean_pairwise_cosine
 from core.preset.settings import MASKED_TOKENS, NEXT_TOKEN
+from core.training.machine import Machine
 
 PSEUDO = {
     "cross_entropy": "pseudo_perplexity",
@@ -43,36 +45,43 @@ OF_DECODER = {
 """What is told of a model's second readout, which nobody trains."""
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """The rows that are measured.
+
+    make_rows   -> held-out rows, each with the bytes of text in it: bits per byte can be compared
+                between tokenizers, loss per token cannot; called once, at the first evaluation
+    sources     names, by the rows' numbers: where there are several, the first loss is given for
+                each
+    hide_one    of a model that predicts masked tokens: those rows -> rows in each of which one
+                token is hidden
+    """
+
+    make_rows: Callable[[], list[Row]]
+    sources: Sequence[str] = ()
+    hide_one: Callable[[list[Row]], list[Row]] | None = None
+
+
 class Evaluator:
     """Evaluates a model on the same rows each time.
 
-    make_rows     -> held-out rows, each with the bytes of text in it: bits per byte can be compared
-                  between tokenizers, loss per token cannot; called once, at the first evaluation
-    sources       names, by the rows' numbers: where there are several, the first loss is told of
-                  each
-    hide_one      of a model that predicts masked tokens: those rows -> rows in each of which one
-                  token is hidden
+    heads   also measured, at positions that follow from `seed`
     """
 
     def __init__(
         self,
-        make_rows: Callable[[], list[Row]],
+        machine: Machine,
+        held_out: HeldOut,
         stack: LossStack,
         batch_rows: int,
-        parallel: Any,
-        device: torch.device,
-        dtype: torch.dtype,
-        hide_one: Callable[[list[Row]], list[Row]] | None = None,
         heads: HeadStack | None = None,
         seed: int = 0,
-        sources: Sequence[str] = (),
     ):
-        """`heads`: also measured, at places that follow from `seed`."""
-        self._hide_one, self._heads, self._seed = hide_one, heads, seed
-        self._sources = sources if len(sources) > 1 else ()
-        self._make_rows, self._stack, self._batch_rows = make_rows, stack, batch_rows
+        self._hide_one, self._heads, self._seed = held_out.hide_one, heads, seed
+        self._sources = held_out.sources if len(held_out.sources) > 1 else ()
+        self._make_rows, self._stack, self._batch_rows = held_out.make_rows, stack, batch_rows
         self._num_bytes = 0
-        self._parallel, self._device, self._dtype = parallel, device, dtype
+        self._parallel, self._device, self._dtype = machine.parallel, machine.device, machine.dtype
         self._baseline = LossStack([CrossEntropy(CrossEntropySettings())])
         self._batches: list[Batch] | None = None
         self._singles: list[Batch] = []
@@ -146,7 +155,7 @@ class Evaluator:
             rows = self._make_rows()
             self._num_bytes = sum(row.num_bytes for row in rows)
             batches = [
-                self._with_places(batch, i)
+                self._with_positions(batch, i)
                 for i, batch in enumerate(self._share(rows, self._batch_rows))
             ]
             # shorter: as many tokens at once as in the others
@@ -171,7 +180,7 @@ class Evaluator:
         own = rows[self._parallel.rank :: self._parallel.world_size]
         return [collate(own[i : i + at_once], packed=True) for i in range(0, len(own), at_once)]
 
-    def _with_places(self, batch: Batch, number: int) -> Batch:
+    def _with_positions(self, batch: Batch, number: int) -> Batch:
         """Of this rank's batch of that number, with where heads look: the same for any number of
         ranks."""
         if self._heads is None:
@@ -232,7 +241,7 @@ class Evaluator:
             measures = self._stack.measure(output, moved, progress, num_sources)
             sums = {"count": measures.terms.count, **measures.facts}
             if self._heads is not None:
-                nll = partial(self._stack.surprise_at, output, moved, measures.terms)
+                nll = partial(self._stack.nll_at, output, moved, measures.terms)
                 cross_entropy = partial(self._stack.cross_entropy, output.readout)
                 inputs = self._heads.inputs(model, output, moved, nll, cross_entropy)
                 for name, found in self._heads.measure(inputs).items():

@@ -7,15 +7,14 @@ State: none
 
 from typing import Any
 
-import torch
-
 from core.data.corpus import Corpus
 from core.data.packing import Row
 from core.data.tokenizer import Tokenizer
 from core.evaluation.harness.scoring import Told
-from core.evaluation.held_out import Evaluator
+from core.evaluation.held_out import Evaluator, HeldOut
 from core.losses.cross_entropy import CrossEntropy, CrossEntropySettings
 from core.losses.stack import LossStack
+from core.training.machine import Machine
 
 KEPT = ("cross_entropy", "perplexity", "bits_per_byte", "token_accuracy")
 
@@ -34,15 +33,13 @@ def perplexity(
     model: Any,
     rows: list[Row],
     batch_rows: int,
-    alone: Any,
-    device: torch.device,
-    dtype: torch.dtype,
+    machine: Machine,
     told: Told,
 ) -> dict[str, Any] | None:
     """Cross-entropy in nats per token, its exponential, bits per byte, accuracy, and of how many
     tokens; None without any."""
     stack = LossStack([CrossEntropy(CrossEntropySettings(type="cross_entropy"))])
-    evaluator = Evaluator(lambda: rows, stack, batch_rows, alone, device, dtype)
+    evaluator = Evaluator(machine, HeldOut(lambda: rows), stack, batch_rows)
     found = evaluator.run(model, 1.0, told)
     return (
         None

@@ -19,7 +19,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from core.assembly import build_training, check_parts
+from core.assembly.network import check_parts
+from core.assembly.session import build_training
 from core.checkpoint.lineage import owned
 from core.comparison.results import Comparison, collect
 from core.comparison.standing import standing_trials, stop_hopeless_variants, trial_store

@@ -49,6 +49,7 @@ from core.preset.settings import NEXT_TOKEN, Settings, objective_of
 from core.runtime import Runtime
 from core.signals import StopRequest
 from core.trained import Trained, load_trained
+from core.training.machine import Machine
 from core.ui.evaluate import EvaluateView
 
 SAMPLED = 1024
@@ -153,10 +154,10 @@ class Desk:
             stop,
         )
         self._wanted = self._preset.evaluate
-        self._device, self._dtype = (
-            runtime.device,
-            runtime.compute_dtype(self._preset.train.precision),
+        self._machine = Machine(
+            runtime, Single(), runtime.compute_dtype(self._preset.train.precision)
         )
+        self._device, self._dtype = self._machine.device, self._machine.dtype
         self._folder = root / "logs" / self._preset.lineage
         self._context = self._preset.model.seq_length
         self._precision = "bf16, scores in fp32" if self._dtype == torch.bfloat16 else "fp32"
@@ -299,8 +300,9 @@ class Desk:
             if name in self._findings.sources:
                 continue
             with self._view.turn(f"held-out documents of {name}"):
-                how = self._wanted.batch_size, Single(), self._device, self._dtype, self._told
-                found = perplexity(trained.model, rows[name], *how)
+                found = perplexity(
+                    trained.model, rows[name], self._wanted.batch_size, self._machine, self._told
+                )
             if found is None:
                 self._note(f"{name} holds no document out; nothing to measure there")
                 continue

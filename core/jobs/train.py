@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from core.assembly import TrainingSession, build_training
+from core.assembly.session import TrainingSession, build_training
 from core.checkpoint.lineage import owned
 from core.errors import Interrupted
 from core.parallel.ranks import on_rank_zero
@@ -81,7 +81,7 @@ def train_to_the_end(session: TrainingSession, runs: int) -> str:
                 "run": done.run,
                 "run_tokens": 0,
                 "run_step": 0,
-                "end_tokens": trainer.horizon.run_end(done),
+                "end_tokens": trainer.budget.run_end(done),
             }
             log.emit(
                 "run_start",

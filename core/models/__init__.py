@@ -1,15 +1,27 @@
 """The table of models. Adding one: its file, its line here, a preset."""
 
+import torch
+
+from core.contracts import LanguageModel
 from core.models.gpt2 import GPT2, GPT2Settings
 from core.models.hub import Hub, HubSettings
 from core.models.neobert import NeoBERT, NeoBERTSettings
 from core.models.polychromatic import PolychromaticLM, PolychromaticSettings
 from core.models.simple_lm import SimpleLM, SimpleLMSettings
+from core.preset.base import PresetBase
+from core.preset.settings import ModelSettings
+from core.randomness import derive_seed
 
-MODELS = {
+MODELS: dict[str, tuple[type[ModelSettings], type[LanguageModel]]] = {
     "simple_lm": (SimpleLMSettings, SimpleLM),
     "gpt2": (GPT2Settings, GPT2),
     "polychromatic": (PolychromaticSettings, PolychromaticLM),
     "neobert": (NeoBERTSettings, NeoBERT),
     "hub": (HubSettings, Hub),
 }
+
+
+def build_model(preset: PresetBase, vocab_size: int) -> LanguageModel:
+    """Build a preset's model, with weights that follow from its seed."""
+    torch.manual_seed(derive_seed(preset.train.seed, "init"))
+    return MODELS[preset.model.type][1](preset.model, vocab_size)

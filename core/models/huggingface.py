@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from core.contracts import Batch, ModelOutput
+from core.contracts import Batch, LanguageModel, ModelOutput
 from core.errors import MissingPackage
 from core.models.attention import document_starts
 from core.models.readout import LinearReadout
@@ -47,7 +47,7 @@ def configure(config: Any, dropout: float) -> Any:
     return config
 
 
-class HuggingFaceLM(nn.Module):
+class HuggingFaceLM(LanguageModel):
     """The trunk of a transformers causal LM, and a readout that shows its head. Labels never reach
     the library's code.
 

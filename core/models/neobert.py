@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from core.checkpoint.weights import read_weights
-from core.contracts import Batch, ModelOutput
+from core.contracts import Batch, LanguageModel, ModelOutput
 from core.errors import UserError
 from core.files import read_json
 from core.models.attention import Attention, DocumentMask, attend, choose_backend, compute_dtype
@@ -240,7 +240,7 @@ class Encoder(nn.Module):
         return self.layer_norm(x)
 
 
-class NeoBERT(nn.Module):
+class NeoBERT(LanguageModel):
     """The masked language model of specification 000."""
 
     is_causal = False

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from core.contracts import Batch, ModelOutput
+from core.contracts import Batch, LanguageModel, ModelOutput
 from core.interpretation.routing import entropy
 from core.models.attention import (
     Attention,
@@ -358,7 +358,7 @@ class TransformerBlock(nn.Module):
         return x + added, f
 
 
-class PolychromaticLM(nn.Module):
+class PolychromaticLM(LanguageModel):
     """The language model of specification 001."""
 
     is_causal = True

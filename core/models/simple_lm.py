@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from core.contracts import Batch, ModelOutput
+from core.contracts import Batch, LanguageModel, ModelOutput
 from core.models.attention import (
     Attention,
     DocumentMask,
@@ -131,7 +131,7 @@ class Block(nn.Module):
         return self.linear2(self.dropout(self.activation(self.linear1(x))))  # (B, T, F) inside
 
 
-class SimpleLM(nn.Module):
+class SimpleLM(LanguageModel):
     """Causal transformer language model with learned positions (specification 003)."""
 
     is_causal = True

@@ -21,7 +21,6 @@ the same rows."""
 import time
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -38,6 +37,7 @@ from core.schedules import value_at
 
 # c candidates of a group, R groups of a step (rows that are trained, over all ranks), n rows of
 # this rank
+from core.training.machine import Machine
 
 
 def buckets_of(losses: np.ndarray, learned: np.ndarray, count: int) -> np.ndarray:
@@ -78,14 +78,11 @@ class Curriculum:
         self,
         train: TrainSettings,
         num_sources: int,
-        parallel: Any,
-        device: torch.device,
-        dtype: torch.dtype,
+        machine: Machine,
     ):
-        """`train.curriculum` is set. `dtype`: as in training."""
         assert train.curriculum is not None
         self._settings, self._seed, self._num_sources = train.curriculum, train.seed, num_sources
-        self._parallel, self._device, self._dtype = parallel, device, dtype
+        self._parallel, self._device, self._dtype = machine.parallel, machine.device, machine.dtype
         # difficulty, whatever the run's losses are
         self._stack = LossStack([CrossEntropy(CrossEntropySettings())])
         self.note = (
@@ -139,7 +136,7 @@ class Curriculum:
             num_targets=num_targets,
             num_tokens=sum(source_tokens),
             source_tokens=source_tokens,
-            told={"curriculum": told},
+            log_fields={"curriculum": told},
         )
 
     def _table(self, rows: StepRows, losses: torch.Tensor) -> np.ndarray:
@@ -178,9 +175,7 @@ def build_curriculum(
     train: TrainSettings,
     objective: str,
     num_sources: int,
-    parallel: Any,
-    device: torch.device,
-    dtype: torch.dtype,
+    machine: Machine,
 ) -> Curriculum | None:
     """None where the preset has none. Raises UserError where a row's loss would not tell how
     difficult it is."""
@@ -192,4 +187,4 @@ def build_curriculum(
             "a row's loss follows from which "
             "of its tokens happen to be hidden. Leave the section out, or take another model."
         )
-    return Curriculum(train, num_sources, parallel, device, dtype)
+    return Curriculum(train, num_sources, machine)

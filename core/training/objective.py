@@ -41,7 +41,7 @@ class Objective(nn.Module):
         total, terms = self.stack(output, batch, count, progress, self.num_sources)
         if self.heads is None:
             return total, terms
-        nll = partial(self.stack.surprise_at, output, batch, terms)
+        nll = partial(self.stack.nll_at, output, batch, terms)
         cross_entropy = partial(self.stack.cross_entropy, output.readout)
         inputs = self.heads.inputs(self.model, output, batch, nll, cross_entropy)
         added, sums = self.heads(inputs, head_counts or {}, progress)

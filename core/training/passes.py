@@ -9,20 +9,24 @@ State: rows at once; whether the model is compiled
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from core.checkpoint.state import CheckpointState
 from core.contracts import Batch
 from core.data.loader import StepRows
 from core.errors import UserError
 from core.losses.stack import LossTerms
+from core.preset.base import PresetBase
 from core.preset.settings import TrainSettings
 from core.randomness import derive_seed
 from core.runtime import Runtime
 from core.signals import signals_held
-from core.training.progress import Horizon
+from core.training.machine import Machine
+from core.training.objective import Objective
+from core.training.progress import Budget
 
 OUT_OF_MEMORY = "out of memory"
 COMPILE_PAYS_AFTER_SECONDS = 3600.0
@@ -31,41 +35,40 @@ at most (docs/LOG.md)."""
 
 
 class Passes:
-    """What a step computes before its update."""
+    """Computes the gradients of a step."""
 
     def __init__(
         self,
-        module: nn.Module,
-        model: nn.Module,
-        parallel: Any,
-        runtime: Runtime,
+        objective: Objective,
+        machine: Machine,
         settings: TrainSettings,
         compile_from_step: int | None,
         warn: Callable[[str], None],
-        compiler_left_out: Callable[[], None],
+        note_failure: Callable[[], None],
     ):
-        """`module`: the objective, as the ranks share it; `model`: the part of it that is
-        compiled."""
-        self._module, self._model, self._parallel, self._runtime = module, model, parallel, runtime
-        self._seed, self._warn, self._compiler_left_out = settings.seed, warn, compiler_left_out
+        """compile_from_step   the first step of the lineage that is compiled; None: none is
+        note_failure        called when the compiler fails, so that a resumed run leaves it out
+        """
+        self._module = machine.parallel.wrap(objective)  # as the ranks share it
+        self._model = objective.model  # what is compiled
+        self._parallel, self._device, self._dtype = machine.parallel, machine.device, machine.dtype
+        self._seed, self._warn, self._note_failure = settings.seed, warn, note_failure
         self._compile_from_step = compile_from_step
         self.rows_at_once = settings.per_gpu_batch_size
-        self._dtype = runtime.compute_dtype(settings.precision)
         # memory of a CPU is not refused politely: nothing to catch
-        self.fitted = runtime.device.type != "cuda"
+        self.fitted = self._device.type != "cuda"
 
     def micro_batches(self, batch: Batch) -> Iterator[tuple[Batch, bool]]:
-        """The step's rows in pieces that fit the device, each with whether it is the last."""
+        """Cut the step's rows into pieces that fit the device; each comes with whether it is the
+        last."""
         total, size = len(batch.labels), self.rows_at_once
         for start in range(0, total, size):
-            yield (
-                batch.rows(start, min(start + size, total)).to(self._runtime.device),
-                start + size >= total,
-            )
+            rows = batch.rows(start, min(start + size, total))
+            yield rows.to(self._device), start + size >= total
 
     def gradients(self, rows: StepRows, progress: float, step: int) -> list[LossTerms]:
-        """Those of all micro-batches; all of them once more where memory runs out, or a compiler
-        fails, only now."""
+        """Compute the gradients of all micro-batches; all of them once more where memory runs out,
+        or a compiler fails, only now."""
         while True:
             torch.manual_seed(derive_seed(self._seed, "dropout", step, self._parallel.rank))
             try:
@@ -80,8 +83,8 @@ class Passes:
             self._give_way([failure])
 
     def rehearse(self, rows: StepRows, progress: float, step: int) -> None:
-        """One micro-batch without an update, where something may fail: before a GPU's first step,
-        and when compiling is due.
+        """Try one micro-batch without an update, where something may fail: before a GPU's first
+        step, and when compiling is due.
 
         Out of memory halves the micro-batch (and so doubles accumulation) on all ranks; a compiler
         that fails is left out. Compiling waits for a fixed step, so that a resumed run computes
@@ -106,17 +109,16 @@ class Passes:
         }
         held = signals_held() if self._is_compiled else nullcontext()
         with self._parallel.accumulate(self._module, last), held:
-            with torch.autocast(
-                self._runtime.device.type, dtype=self._dtype, enabled=self._dtype != torch.float32
-            ):
+            low = self._dtype != torch.float32
+            with torch.autocast(self._device.type, dtype=self._dtype, enabled=low):
                 loss, terms = self._module(batch, count, progress, head_counts)
             loss.backward()
         return terms
 
     def _try(self, batch: Batch, rows: StepRows, progress: float) -> str | None:
-        """Why forward and backward of a micro-batch fail; None when they do not."""
+        """Return why forward and backward of a micro-batch fail; None when they do not."""
         try:
-            self._pass(batch.to(self._runtime.device), False, rows, progress)
+            self._pass(batch.to(self._device), False, rows, progress)
         except Exception as error:
             if (failure := self._failure(error)) is None:
                 raise
@@ -128,8 +130,8 @@ class Passes:
         return self._model._compiled_call_impl is not None
 
     def _failure(self, error: Exception) -> str | None:
-        """Why, if there is another way to go on: fewer rows at once, or no compiler (which may fail
-        with any error)."""
+        """Return the reason of a failure after which the run can go on in another way: with fewer
+        rows at once, or without a compiler (which may fail with any error)."""
         if isinstance(error, torch.OutOfMemoryError):
             return OUT_OF_MEMORY
         if not self._is_compiled:
@@ -141,7 +143,7 @@ class Passes:
         if of_compiler := [f for f in failures if f != OUT_OF_MEMORY]:
             self._warn(f"torch.compile failed, the run goes on without it: {of_compiler[0]}")
             self._model._compiled_call_impl = None  # how nn.Module.compile() is undone
-            self._compiler_left_out()
+            self._note_failure()
             return
         if self.rows_at_once == 1:
             raise UserError(
@@ -155,49 +157,60 @@ class Passes:
         )
 
 
+class CompilePlan(NamedTuple):
+    """When to compile, and why."""
+
+    from_step: int | None
+    note: str
+
+
 def compile_plan(
-    preset: Any,
+    preset: PresetBase,
     runtime: Runtime,
-    saved: dict | None,
+    saved: CheckpointState | None,
     model: nn.Module,
-    horizon: Horizon,
+    budget: Budget,
     failed: bool,
-) -> tuple[int | None, str]:
-    """From which step of the lineage on to compile, and why. Decided once per lineage: a resumed
-    run keeps it."""
-    wish = preset.train.compile
-    if wish == "never":
-        return None, "not compiled: the preset says never"
+) -> CompilePlan:
+    """Decide from which step of the lineage on to compile. Decided once per lineage: a resumed run
+    keeps it.
+
+    failed   the compiler failed earlier in this run
+    """
+    choice = preset.train.compile
+    if choice == "never":
+        return CompilePlan(None, "not compiled: the preset says never")
     if failed:
-        return (
-            None,
-            "not compiled: torch.compile failed earlier in this run; the next run tries it again",
-        )
+        note = "not compiled: torch.compile failed earlier in this run; the next run tries it again"
+        return CompilePlan(None, note)
     if runtime.device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
-        return None, "not compiled: torch.compile needs a C++ compiler, and there is none"
-    if wish == "auto":
-        parameters = sum(p.numel() for p in model.parameters())
-        tokens = min(horizon.run_tokens, horizon.horizon_tokens)  # less where max_epochs ends it
-        if horizon.run_steps is not None:
-            rows = (
-                preset.train.per_gpu_batch_size
-                * preset.train.accumulation_steps
-                * runtime.world_size
-            )
-            tokens = min(tokens, horizon.run_steps * rows * preset.model.seq_length)
-        # multiply-adds a second this kind of device reaches, roughly
-        speed = 1e14 if runtime.device.type == "cuda" else 1.5e11
-        # processes on a CPU share it
-        devices = runtime.world_size if runtime.device.type == "cuda" else 1
-        seconds = 6 * parameters * tokens / (speed * devices)
+        note = "not compiled: torch.compile needs a C++ compiler, and there is none"
+        return CompilePlan(None, note)
+    if choice == "auto":
+        seconds = _product_seconds(preset, runtime, model, budget)
         if seconds < COMPILE_PAYS_AFTER_SECONDS:
-            return (
-                None,
-                f"not compiled: multiplying takes about {seconds:.0f} s of the run, too little "
-                "for compiling to pay",
-            )
+            note = f"not compiled: multiplying takes about {seconds:.0f} s of the run, too little "
+            return CompilePlan(None, f"{note}for compiling to pay")
     kept = saved.get("compile_from_step") if saved is not None else None
     if kept is not None:
-        return kept, f"compiled from step {kept + 1} on"
+        return CompilePlan(kept, f"compiled from step {kept + 1} on")
     first = 1 if saved is None else saved["progress"]["step"] + 1
-    return first, f"compiled from step {first + 1} on; the steps before it run at once"
+    note = f"compiled from step {first + 1} on; the steps before it run at once"
+    return CompilePlan(first, note)
+
+
+def _product_seconds(
+    preset: PresetBase, runtime: Runtime, model: nn.Module, budget: Budget
+) -> float:
+    """Estimate the seconds of a run that its matrix products take."""
+    parameters = sum(p.numel() for p in model.parameters())
+    tokens = min(budget.run_tokens, budget.schedule_tokens)  # less where max_epochs ends it
+    if budget.run_steps is not None:
+        rows = preset.train.per_gpu_batch_size * preset.train.accumulation_steps
+        rows *= runtime.world_size
+        tokens = min(tokens, budget.run_steps * rows * preset.model.seq_length)
+    # multiply-adds a second this kind of device reaches, roughly
+    speed = 1e14 if runtime.device.type == "cuda" else 1.5e11
+    # processes on a CPU share it
+    devices = runtime.world_size if runtime.device.type == "cuda" else 1
+    return 6 * parameters * tokens / (speed * devices)

@@ -44,6 +44,17 @@ class Progress:
             **{"ledger": counted, **{key: value for key, value in saved.items() if key in known}}
         )
 
+    def advance(self, fraction: float, tokens: int) -> None:
+        """Count one update of `tokens` tokens over all ranks, made at `fraction` of the
+        schedules."""
+        self.fraction = fraction
+        self.step += 1
+        self.run_step += 1
+        self.horizon_step += 1
+        self.tokens += tokens
+        self.run_tokens += tokens
+        self.horizon_tokens += tokens
+
     def expose(
         self, source: str, tokens: int, documents: int, epochs: int, loss: float | None
     ) -> dict[str, Any]:
@@ -56,34 +67,36 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Horizon:
+class Budget:
     """How far a run and its schedules go."""
 
     run_tokens: int
-    horizon_tokens: int
+    schedule_tokens: int
     run_steps: int | None = None
-    horizon_steps: int | None = None
+    schedule_steps: int | None = None
 
     def progress(self, done: Progress, step_tokens: int) -> float:
         """Progress of this update through the horizon: 0 at the first, exactly 1 at the last."""
-        by_tokens = done.horizon_tokens / max(self.horizon_tokens - step_tokens, 1)
-        by_steps = done.horizon_step / max(self.horizon_steps - 1, 1) if self.horizon_steps else 0.0
+        by_tokens = done.horizon_tokens / max(self.schedule_tokens - step_tokens, 1)
+        by_steps = (
+            done.horizon_step / max(self.schedule_steps - 1, 1) if self.schedule_steps else 0.0
+        )
         return min(max(by_tokens, by_steps), 1.0)
 
     def middle(self, done: Progress, step_tokens: int) -> float:
         """The middle of this update, for the learning rate: neither the first nor the last update
         is wasted on a zero."""
         # the last update may reach beyond the end
-        left = min(step_tokens, self.horizon_tokens - done.horizon_tokens)
-        by_tokens = (done.horizon_tokens + left / 2) / self.horizon_tokens
-        by_steps = (done.horizon_step + 0.5) / self.horizon_steps if self.horizon_steps else 0.0
+        left = min(step_tokens, self.schedule_tokens - done.horizon_tokens)
+        by_tokens = (done.horizon_tokens + left / 2) / self.schedule_tokens
+        by_steps = (done.horizon_step + 0.5) / self.schedule_steps if self.schedule_steps else 0.0
         return min(max(by_tokens, by_steps), 1.0)
 
     def run_end(self, done: Progress) -> int:
         """Tokens at which this run ends, as far as is known: where the horizon does, if that is
         before its budget."""
         return max(
-            1, min(self.run_tokens, self.horizon_tokens - done.horizon_tokens + done.run_tokens)
+            1, min(self.run_tokens, self.schedule_tokens - done.horizon_tokens + done.run_tokens)
         )
 
     def end(self, done: Progress) -> str | None:

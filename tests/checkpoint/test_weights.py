@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from core.assembly import TrainingSession, build_training
+from core.assembly.session import TrainingSession, build_training
 from core.checkpoint.store import FORMAT
 from core.checkpoint.weights import find_weights, fraction_of, preview_weights
 from core.comparison.fairness import unfairness

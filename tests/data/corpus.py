@@ -13,14 +13,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from core.data.corpus import PipelineFactory, data_position
+from core.data.corpus import PipelineFactory
 from core.data.documents import Document
 from core.data.encoding import encode
-from core.data.loader import Loader, StepRows
+from core.data.loader import Layout, Loader, StepRows
 from core.data.mixing import MixSettings
 from core.data.objectives import build_objective
 from core.data.packing import Row
-from core.data.pipeline import Dealer, PipelineSettings, Position
+from core.data.pipeline import Dealer, PipelineSettings
+from core.data.position import DataFacts, Position, resumed_position
 from core.data.sources import build_source
 from core.data.sources.text import TextSettings
 from core.data.tokenizer import MASK, Tokenizer, build_tokenizer
@@ -107,7 +108,7 @@ def start() -> Position:
 def resumed(state: dict, factory: PipelineFactory) -> Position:
     """The position of a saved state, by way of JSON as a checkpoint keeps it."""
     contents = {source.name: "" for source in factory.sources or []}
-    position, notes = data_position(json.loads(json.dumps(state)), FINGERPRINT, contents)
+    position, notes = resumed_position(json.loads(json.dumps(state)), FINGERPRINT, contents)
     assert notes == []
     return position
 
@@ -121,23 +122,15 @@ def make_loader(
     kind: type[Loader] = Loader,
     fill: bool = True,
 ) -> Any:
-    names = [section.name for section in factory.sections]
-    packed = factory.settings.packing != "padding"
-    lanes = factory.settings.lanes
-    ranks = parallel or Single()
-    facts = {"fingerprint": FINGERPRINT}
-    return kind(
-        factory,
-        position,
-        ranks,
-        rows,
-        names,
-        lanes,
-        packed,
-        workers=workers,
-        facts=facts,
+    layout = Layout(
+        rows_per_step=rows,
+        num_lanes=factory.settings.lanes,
+        source_names=[section.name for section in factory.sections],
+        packed=factory.settings.packing != "padding",
         fill=fill,
     )
+    facts = DataFacts(fingerprint=FINGERPRINT)
+    return kind(factory, position, parallel or Single(), layout, workers=workers, facts=facts)
 
 
 def steps(loader: Loader, count: int | None = None) -> list[np.ndarray]:

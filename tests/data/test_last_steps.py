@@ -157,7 +157,7 @@ def test_a_worker_that_dies_there_changes_nothing(tmp_path: Path) -> None:
         )
     state = loader.state()
     loader.close()
-    assert len(loader.told) == 1, loader.told
+    assert len(loader.warnings) == 1, loader.warnings
     expected = [[row[: 1 + len(row) // 2] for row in step[:-1]] for step in straight]
     assert [sorted(step) for step in found] == expected and state == read(factory, 16)[1]
 

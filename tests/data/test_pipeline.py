@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from core.data import pipeline
-from core.data.corpus import data_position
 from core.data.documents import Document
 from core.data.loader import Loader
 from core.data.mixing import Mixer, MixSettings
 from core.data.pipeline import share_of_lanes
+from core.data.position import resumed_position
 from core.data.validation import HoldOut
 from core.errors import NoData
 from tests.data.corpus import (
@@ -106,14 +106,14 @@ def test_what_one_rank_alone_meets_reaches_rank_0(tmp_path: Path) -> None:
 
     def job(parallel: Any) -> tuple:
         loader = make_loader(factory, start(), parallel=parallel)
-        loader.told = ["a worker died"] if parallel.rank == 1 else []
+        loader.warnings = ["a worker died"] if parallel.rank == 1 else []
         loader.skipped = [{shared: True}, {shared: False, ("a", "f2", "no text"): False}, {}][
             parallel.rank
         ]
-        before = loader.has_untold
-        loader.gather_told()
+        before = loader.has_unreported
+        loader.gather_warnings()
         loader.close()
-        return before, loader.has_untold, loader.told, loader.skipped
+        return before, loader.has_unreported, loader.warnings, loader.skipped
 
     first, second, third = Ranks(3).run(job)
     assert first == (
@@ -261,13 +261,13 @@ def test_a_changed_data_section_trains_on_nothing_twice(
             loader = make_loader(
                 make_factory(tmp_path, sections, strategy, packing, max_epochs=epochs), position
             )
-            loader._facts["contents"] = contents
+            loader._facts.contents = contents
             found += texts_of(steps(loader, count))
             state = json.loads(json.dumps(loader.state()))
             loader.close()
             used = [place[0] for place in state["lanes"].values()]
             lost += max(used) - min(used) + LANES if count else 0
-            position, notes = data_position(state, "another", contents, epochs)
+            position, notes = resumed_position(state, "another", contents, epochs)
             assert count is None or "go on where they were" in notes[0]
         read = Counter(found)
         assert max(read.values()) <= epochs, read.most_common(3)
@@ -288,13 +288,13 @@ def test_a_file_that_changed_is_read_again_no_more_often_than_told(tmp_path: Pat
     for epochs, again in ((2, 0), (3, 1)):
         factory = make_factory(tmp_path, sections, max_epochs=epochs)
         loader = make_loader(factory, start())
-        loader._facts["contents"] = {"a": "", "b": ""}
+        loader._facts.contents = {"a": "", "b": ""}
         begun = Counter(text for text in texts_of(steps(loader, 14)) if text.startswith("b "))
         state = json.loads(json.dumps(loader.state()))
         loader.close()
         # the snapshot is behind
         assert state["snapshot"]["cursors"]["b"].get("epoch", 0) == 0 and max(begun.values()) >= 2
-        position, notes = data_position(state, FINGERPRINT, {"a": "", "b": "new"}, epochs)
+        position, notes = resumed_position(state, FINGERPRINT, {"a": "", "b": "new"}, epochs)
         loader = make_loader(make_factory(tmp_path, sections, max_epochs=epochs), position)
         after = Counter(text for text in texts_of(steps(loader)) if text.startswith("b "))
         loader.close()

@@ -31,7 +31,7 @@ from core.data import token_cache as cache
 from core.data.corpus import PipelineFactory
 from core.data.documents import Document, Encoded
 from core.data.mixing import MixSettings
-from core.data.pipeline import Position
+from core.data.position import Position
 from core.data.shuffle import Shuffled
 from core.data.sources import SOURCES, build_source, text
 from core.data.sources.chat import ChatSettings

@@ -10,7 +10,7 @@ import pytest
 
 from core.contracts import IGNORE_INDEX
 from core.data.packing import Row
-from core.data.pipeline import Position
+from core.data.position import Position
 from core.errors import ReadingFailed
 from tests.data.corpus import Ranks, make_factory, make_loader, resumed, start, write_corpus
 

@@ -125,7 +125,7 @@ def test_a_worker_that_is_killed_is_started_again(tmp_path: Path) -> None:
         loader._read_anew()
         found += steps(loader, 15)
     assert same(found, expected)
-    assert [told.split(";")[0] for told in loader.told] == [
+    assert [told.split(";")[0] for told in loader.warnings] == [
         "a data worker was killed (SIGKILL), probably for want of memory"
     ] * 2
     straight.next_step(), loader.next_step()

@@ -11,12 +11,14 @@ import torch
 
 from core.data.packing import Row
 from core.data.reader import collate
-from core.evaluation.held_out import Evaluator
+from core.evaluation.held_out import Evaluator, HeldOut
 from core.heads.stack import HeadStack
 from core.losses.cross_entropy import CrossEntropy, CrossEntropySettings
 from core.losses.stack import LossStack
 from core.models.simple_lm import SimpleLM, SimpleLMSettings
 from core.parallel.single import Single
+from core.runtime import detect_runtime
+from core.training.machine import Machine
 from tests.data.corpus import Ranks, make_factory, start, write_corpus
 from tests.heads.setup import heads_for
 
@@ -45,10 +47,10 @@ def held_rows(folder: Path) -> list[Row]:
 def evaluator(
     rows: list[Row], batch_rows: int, parallel: Any = None, heads: HeadStack | None = None
 ) -> Evaluator:
-    stack, device = LossStack([CrossEntropy(CrossEntropySettings())]), torch.device("cpu")
-    where = parallel or Single(), device, torch.float32
+    stack = LossStack([CrossEntropy(CrossEntropySettings())])
+    machine = Machine(detect_runtime(), parallel or Single(), torch.float32)
     return Evaluator(
-        lambda: rows, stack, batch_rows, *where, heads=heads, seed=1, sources=("a", "b")
+        machine, HeldOut(lambda: rows, sources=("a", "b")), stack, batch_rows, heads, seed=1
     )
 
 

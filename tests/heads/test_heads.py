@@ -281,7 +281,7 @@ def test_the_surprise_is_cross_entropy_whatever_the_losses_are(smoothing: float 
         stack = LossStack(losses)
         _, terms = stack(output, batch, 1, 0.0, 1)
         torch.testing.assert_close(
-            stack.surprise_at(output, batch, terms, at), expected.gather(1, at), atol=1e-10, rtol=0
+            stack.nll_at(output, batch, terms, at), expected.gather(1, at), atol=1e-10, rtol=0
         )
 
 

@@ -150,7 +150,7 @@ def test_a_key_is_carried_over_two_summaries() -> None:
     measured = objective.stack.measure(output, batch, 0.0, 1).terms
     stack = objective.stack
     nll, cross_entropy = (
-        partial(stack.surprise_at, output, batch, measured),
+        partial(stack.nll_at, output, batch, measured),
         partial(stack.cross_entropy, output.readout),
     )
     inputs = heads.inputs(model, output, batch, nll, cross_entropy)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from core.assembly import _horizon
+from core.assembly.reading import budget_of
 from core.comparison.trials import plan
 from core.errors import PresetError
 from core.preset.decode import decode_preset, read_preset
@@ -218,8 +218,8 @@ def test_learning_rate_schedules_longer_than_the_run_are_refused() -> None:
 def test_epochs_may_end_a_chain_of_runs() -> None:
     """The schedules span what is there to read, or all runs where that is less."""
     for tokens, spanned in ((30_000_000, 60_000_000), (200_000_000, 300_000_000)):
-        horizon = _horizon(decoded(train={"runs": 3, "max_epochs": 2}), tokens)
-        assert (horizon.run_tokens, horizon.horizon_tokens) == (RUN_TOKENS, spanned)
+        budget = budget_of(decoded(train={"runs": 3, "max_epochs": 2}), tokens)
+        assert (budget.run_tokens, budget.schedule_tokens) == (RUN_TOKENS, spanned)
 
 
 def test_a_tokenizer_may_be_a_hub_name() -> None:
@@ -239,8 +239,8 @@ def test_a_tokenizer_may_be_a_hub_name() -> None:
 def test_a_run_is_always_the_same_number_of_tokens() -> None:
     """train_tokens of old presets is accepted, in both sections, and overridden."""
     preset = decoded(train={"train_tokens": 5}, data={**DATA, "train_tokens": 7})
-    horizon = _horizon(preset, None)
-    assert horizon.run_tokens == horizon.horizon_tokens == RUN_TOKENS == 100_000_000
+    budget = budget_of(preset, None)
+    assert budget.run_tokens == budget.schedule_tokens == RUN_TOKENS == 100_000_000
 
 
 def test_a_preset_survives_being_broadcast() -> None:

@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from core.assembly import build_model
 from core.data.loader import StepRows
 from core.errors import PresetError, UserError
+from core.models import build_model
 from core.preset.decode import decode_preset
 from core.preset.settings import CurriculumSettings, TrainSettings
 from core.registry import Preset
@@ -147,7 +147,7 @@ def record(built: Any) -> list[StepRows]:
 def test_a_schedule_goes_from_easy_to_hard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At first the rows that are trained are easier than what is read, in the end harder. The
     schedule spans the budget."""
-    monkeypatch.setattr("core.assembly.RUN_TOKENS", 40 * 8 * 32)
+    monkeypatch.setattr("core.assembly.reading.RUN_TOKENS", 40 * 8 * 32)
     assert (
         finish(
             session(

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from core.assembly import build_model
 from core.errors import UserError
+from core.models import build_model
 from core.preset.decode import decode_preset
 from core.preview import training_lines
 from core.registry import Preset

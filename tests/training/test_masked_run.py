@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core.assembly import build_model
 from core.data.corpus import open_corpus
 from core.data.packing import Row
 from core.data.reader import collate
@@ -24,6 +23,7 @@ from core.data.tokenizer import MASK, Tokenizer, build_tokenizer
 from core.errors import UserError
 from core.jobs.evaluate import evaluate
 from core.jobs.interpret import interpret
+from core.models import build_model
 from core.parallel.single import Single
 from core.preset.decode import decode_preset
 from core.preset.settings import TokenizerSettings

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from core.assembly import build_training
+from core.assembly.session import build_training
 from core.checkpoint.store import CheckpointStore
 from core.comparison.outcome import read_outcome
 from core.comparison.trials import Trial
@@ -32,7 +32,7 @@ from core.preview import resume_lines
 from core.registry import Preset
 from core.runtime import detect_runtime
 from core.signals import STOP_SIGNALS, StopRequest, signals_held
-from core.training.trainer import BAD_STEPS
+from core.training.recovery import BAD_STEPS
 from tests.data.corpus import Ranks
 from tests.jobs.comparisons import compare_here, job, preset_of
 from tests.project import Project, differences, merged, story, tiny_preset, train_here
@@ -510,7 +510,7 @@ def test_what_another_rank_alone_meets_is_told_in_the_log(tmp_path: Path) -> Non
             preset, detect_runtime(), TwoRanks(rank), tmp_path, lambda *_: [], lambda: False
         )
         if rank.rank == 1:
-            built.trainer.loader.told.append("a data worker was ended; it is started again")
+            built.trainer.loader.warnings.append("a data worker was ended; it is started again")
             built.trainer.loader.skipped[("texts", "a.txt", "has no text")] = False
         assert finish(built) == "max_steps"
 

@@ -16,14 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core.assembly import TrainingSession, build_training
+from core.assembly.session import TrainingSession, build_training
 from core.contracts import ModelOutput
 from core.errors import CheckpointError, Diverged, NoData, UserError
 from core.parallel.single import Single
 from core.preset.decode import decode_preset
 from core.registry import Preset
 from core.runtime import detect_runtime
-from core.training.trainer import BAD_STEPS, ROLL_BACKS
+from core.training.recovery import BAD_STEPS, ROLL_BACKS
 from tests.project import (
     Project,
     differences,
@@ -548,7 +548,7 @@ def test_epochs_are_counted_over_chained_runs(tmp_path: Path) -> None:
     straight = train_here(preset, tmp_path / "straight")
     budget = [e["tokens"] for e in straight if e["event"] == "step"][1]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("core.assembly.RUN_TOKENS", budget)
+        patch.setattr("core.assembly.reading.RUN_TOKENS", budget)
         preset["train"]["runs"] = 40
         train_here(preset, tmp_path / "chained")
         found = train_here(preset, tmp_path / "chained")

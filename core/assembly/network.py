@@ -1,0 +1,131 @@
+"""What is trained: the model with its weights, losses, auxiliary heads, and their optimizer.
+
+In:    a preset, the weights to start from
+Out:   Network
+State: none
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from core.assembly.start import Remarks, Start
+from core.checkpoint.store import LINEAGE_OF_ITS_OWN, stored_bytes
+from core.checkpoint.weights import FITTING
+from core.contracts import LanguageModel, Readout, call_if_defined
+from core.data.tokenizer import Tokenizer
+from core.errors import UserError
+from core.heads.build import build_heads, check_heads, load_heads, output_of_one_token
+from core.heads.stack import HeadStack
+from core.losses import build_stack
+from core.losses.stack import LossStack
+from core.models import build_model
+from core.parallel.ranks import on_rank_zero, rank_zero_first
+from core.preset.base import PresetBase
+from core.runtime import Runtime
+from core.training.freezing import train_only
+from core.training.machine import Machine
+from core.training.memory import SMALLEST_VOCABULARY, check_memory, size_of
+from core.training.optim import Optimizer
+from core.training.source_weights import check_adaptive
+
+
+@dataclass
+class Network:
+    """A model on its device, and everything that computes its gradients and updates."""
+
+    model: LanguageModel
+    stack: LossStack
+    heads: HeadStack | None
+    optimizer: Optimizer
+
+
+def check_parts(preset: PresetBase, runtime: Runtime) -> None:
+    """Check that the parts of a preset go together, as `build_training` does, before anything is
+    read. Raises UserError.
+
+    For a comparison, whose last variant would else say so after hours. A model of the Hub is left
+    out: it would be downloaded.
+    """
+    check_adaptive(preset)
+    call_if_defined(preset.model, "check_tokenizer_section", preset.tokenizer)
+    check_memory(preset, SMALLEST_VOCABULARY, runtime)
+    if hasattr(preset.model, "num_layers"):
+        size_of(preset, SMALLEST_VOCABULARY)  # refuses names of parameters that there are not
+        one_layer = preset.model_copy(
+            update={"model": preset.model.model_copy(update={"num_layers": 1})}
+        )
+        model, stack = build_model(one_layer, SMALLEST_VOCABULARY), build_stack(preset)
+        stack.check(output_of_one_token(model, torch.device("cpu")).readout)
+        check_heads(preset, model, stack)
+
+
+def build_network(
+    preset: PresetBase, machine: Machine, start: Start, tokenizer: Tokenizer, remarks: Remarks
+) -> Network:
+    """Build what is trained, with the weights and the optimizer's state to start from. Raises
+    UserError."""
+    model = _loaded_model(preset, machine, start, tokenizer.vocab_size, remarks)
+    train_only(model, preset.train.trainable)
+    note = call_if_defined(model, "attention_note", machine.device, machine.dtype)
+    remarks.notes += [note] if note else []
+    stack = build_stack(preset)
+    output = output_of_one_token(model, machine.device)
+    stack.check(output.readout)
+    check_heads(preset, model, stack)
+    heads = build_heads(preset.auxiliary, preset.train.seed, output)
+    remarks.notes += load_heads(heads, start.saved["heads"]) if start.saved is not None else []
+    if heads is not None:
+        count = sum(p.numel() for p in heads.parameters())
+        remarks.notes.append(
+            f"auxiliary heads: {', '.join(heads)}; {count:,} parameters beside the model's"
+        )
+    optimizer = _optimizer(preset, model, heads, output.readout)
+    if start.saved is not None:
+        fresh = optimizer.load(start.saved["optimizer"])
+        if fresh and start.saved["progress"]["step"]:
+            names = ", ".join(fresh[:4])
+            remarks.notes.append(
+                f"optimizer state starts afresh for {len(fresh)} parameters: {names}"
+            )
+    # a disk without room for checkpoints is found before the first step
+    size = stored_bytes(model, heads) + optimizer.state_bytes() + len(tokenizer.state()["json"])
+    on_rank_zero(machine.parallel, lambda: start.store.check_room(size))
+    return Network(model, stack, heads, optimizer)
+
+
+def _loaded_model(
+    preset: PresetBase, machine: Machine, start: Start, vocab_size: int, remarks: Remarks
+) -> LanguageModel:
+    model = rank_zero_first(machine.parallel, lambda: build_model(preset, vocab_size))
+    if start.weights is None:
+        rank_zero_first(
+            machine.parallel, lambda: call_if_defined(model, "load_published", remarks.notes)
+        )
+    else:
+        advice = FITTING if start.saved is None else LINEAGE_OF_ITS_OWN
+        remarks.notes += start.weights.load_into(model, advice)
+    return model.to(machine.device)
+
+
+def _optimizer(
+    preset: PresetBase, model: LanguageModel, heads: HeadStack | None, readout: Readout
+) -> Optimizer:
+    """Build the optimizer over model and heads; Muon is kept from embeddings and heads."""
+    tables = {id(tensor) for tensor in (*readout.parameters(), readout.table)}
+    embeddings = {name for name, p in model.named_parameters() if id(p) in tables}
+    of_heads = []
+    if heads is not None:
+        of_heads = [(f"heads.{name}", p) for name, p in heads.named_parameters()]
+    named = [*model.named_parameters(), *of_heads]
+    return Optimizer(named, embeddings | dict(of_heads).keys(), preset.train)
+
+
+def check_ranks(preset: PresetBase, world_size: int) -> None:
+    """Check that the lanes of the data can be shared out. Raises UserError."""
+    if preset.data.lanes % world_size:
+        raise UserError(
+            f"{world_size} processes do not divide data.lanes = {preset.data.lanes}; start with "
+            "another --nproc_per_node, or set data.lanes to a multiple of it (which changes the "
+            "order of the data)."
+        )
