@@ -20,7 +20,6 @@ import torch.distributed as dist
 from core.environment import read_dotenv
 from core.errors import Interrupted, PresetError, UserError
 from core.file_names import slot_name
-from core.files import own_path
 from core.jobs import JOBS
 from core.metrics.log import LOG
 from core.parallel.ddp import DDP
@@ -81,14 +80,14 @@ def _run_until_one_starts(runtime: Runtime, started: float) -> None:
 
 
 def _work_of(preset: PresetBase) -> dict[Path, int]:
-    """What runs of a preset have left behind: its files, and when each was last written."""
-    checkpoints, tokens = ROOT / "checkpoints", own_path(preset.tokenize.output, ROOT)
+    """Return the files that runs of a preset have left, and when each was last written."""
+    checkpoints, job = ROOT / "checkpoints", JOBS[preset.job]
     files = [
         *checkpoints.glob(slot_name(preset.lineage, "*")),
         *(checkpoints / preset.lineage).rglob("*.pth"),
     ]
     files += (ROOT / "logs" / preset.lineage).rglob(LOG)
-    files += tokens.glob("*/*.bin") if preset.job == "tokenize" else []
+    files += job.files(preset, ROOT) if job.files is not None else []
     return {path: path.stat().st_mtime_ns for path in files if path.is_file()}
 
 
@@ -155,7 +154,7 @@ def _ask(runtime: Runtime, refused: tuple[str, str] | None = None) -> tuple[str,
 
 def _offer_fresh(preset: PresetBase) -> None:
     """Where the chosen preset would go on from a checkpoint, ask whether it shall."""
-    if preset.job in ("train", "compare"):
+    if JOBS[preset.job].trains:
         offer_fresh(ROOT, preset.lineage, lambda: standing_lines(preset, ROOT))
 
 

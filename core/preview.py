@@ -1,5 +1,5 @@
-"""The menu's preview of a preset: what a run of it would be, where it would start, how long it would
-take.
+"""The menu's preview of a preset: what a run of it would be, where it would start, how long it
+would take.
 
 In:    a preset, the runtime, the project's root folder; checkpoints, logs and run.json, read only
 Out:   a PresetCard for the menu, and the lines of its preview
@@ -44,7 +44,7 @@ def preset_card(stem: str, preset: PresetBase, runtime: Runtime, root: Path) -> 
     """Return the menu's entry for a preset; its preview is worked out only when it is looked at."""
     train = preset.train
     limited = train.max_steps is not None or train.max_epochs is not None
-    short = limited and preset.job in ("train", "compare")
+    short = limited and JOBS[preset.job].trains
     description = " · ".join(part for part in ("short" * short, preset.description) if part)
 
     def preview() -> str:
@@ -57,7 +57,7 @@ def preview_lines(preset: PresetBase, runtime: Runtime, root: Path) -> list[str]
     """Return what a preset would do, in a few lines. A part that fails leaves the others as they
     are."""
     lines = []
-    if preset.job in ("train", "compare"):
+    if JOBS[preset.job].trains:
         lines += _or_reason(lambda: training_lines(preset, runtime, root))
     lines += standing_lines(preset, root)
     if JOBS[preset.job].preview is None:

@@ -12,7 +12,6 @@ import runpy
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,6 @@ from tests.project import NO_HUB, ROOT, Project
 from tests.test_listings import RUN
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-PLAYBOOKS = sorted((ROOT / "docs" / "playbooks").glob("*.md"))
 README, GUIDE = (ROOT / "README.md").read_text(), (ROOT / "docs" / "guide.md").read_text()
 SCHEMA = json.loads((ROOT / "configs" / "preset.schema.json").read_text())
 MAKE = "run: python docs/make_schema.py"
@@ -202,7 +200,9 @@ def test_examples_are_presets(code: str, tmp_path: Path) -> None:
     """Every JSON block is a preset that decodes, apart from kinds that its playbook adds; those are
     run below."""
     example = json.loads(code)
-    if {"ngram", "focal", "docstrings"} & set(re.findall(r'"type": "(\w+)"', code)):
+    if {"ngram", "focal", "docstrings", "survey"} & set(
+        re.findall(r'"(?:type|job)": "(\w+)"', code)
+    ):
         return
     assert not problems(example, SCHEMA), problems(example, SCHEMA)
     for preset in (ROOT / "configs").glob("*.json"):
@@ -422,94 +422,7 @@ def test_nothing_sticks_out_of_a_page() -> None:
             assert right < page.rect.width - MARGIN + 5, f"page {page.number + 1}"
 
 
-# the playbooks ------------------------------------------------------------------------------------
-
-
-def follow(playbook: Path, project: Project) -> list[Path]:
-    """Do what a playbook says in a copy of the project; returns the files it made."""
-    text, made = playbook.read_text(), []
-    for language in ("python", "json"):
-        for info, code in blocks(text, language):
-            if info.startswith("file="):
-                path = project.folder / info.removeprefix("file=")
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(code)
-                made.append(path)
-    for info, code in blocks(text, "diff"):
-        add_to_table(
-            project.folder / info.removeprefix("file="), [line[1:] for line in code.splitlines()]
-        )
-    return made
-
-
-def add_to_table(path: Path, lines: list[str]) -> None:
-    """An import at the top, and an entry at the end of the one table that stands in capitals in the
-    file's first dict."""
-    imported, entry = lines
-    source = path.read_text()
-    table = next(
-        node
-        for node in ast.parse(source).body
-        if isinstance(getattr(node, "value", None), ast.Dict)
-    ).value  # type: ignore[attr-defined]
-    rows = source.splitlines(True)
-    end = sum(len(row) for row in rows[: table.end_lineno - 1]) + table.end_col_offset - 1
-    before = source[:end].rstrip().removesuffix(",")
-    changed = f"{before}, {entry.strip()}{source[end:]}"
-    path.write_text(changed.replace("from core", f"{imported}\nfrom core", 1))
-
-
-@pytest.mark.slow
-def test_playbooks_work(make_project: Callable[..., Project]) -> None:
-    """The files, the lines and the presets of the playbooks, in one project: two steps of each, and
-    its own tests."""
-    project = make_project({"90_quick_test": (ROOT / "configs" / "90_quick_test.json").read_text()})
-    kinds, own = [], []
-    for made in [follow(playbook, project) for playbook in PLAYBOOKS]:
-        (preset,) = [path for path in made if path.suffix == ".json"]
-        result = project.run(preset.stem)
-        assert result.code == 0, result.text
-        assert project.steps(preset.stem) == [1, 2]
-        kinds.append(made[0].stem)  # the file of the model, loss or source
-        settled = json.dumps(
-            json.loads((project.folder / "logs" / preset.stem / "preset.json").read_text())
-        )
-        assert f'"type": "{kinds[-1]}"' in settled
-        table = {
-            "models": "tests/models/test_models.py",
-            "losses": "tests/losses/test_losses.py",
-        }.get(made[0].parent.name, "")
-        own += [str(path) for path in made if path.name.startswith("test_")] or [table]
-    for name in (
-        "conftest.py",
-        "project.py",
-        "hub.py",
-        "__init__.py",
-        "models",
-        "losses",
-        "golden",
-    ):
-        source, target = ROOT / "tests" / name, project.folder / "tests" / name
-        target.parent.mkdir(exist_ok=True)
-        if not target.exists():
-            target.symlink_to(source)
-    pytest_run = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-v",
-        "-p",
-        "no:cacheprovider",
-        *own,
-        "-k",
-        " or ".join(kinds),
-    ]
-    checked = subprocess.run(
-        pytest_run, cwd=project.folder, capture_output=True, text=True, timeout=300
-    )
-    assert checked.returncode == 0, checked.stdout + checked.stderr
-    for kind in kinds:
-        assert re.search(rf"{kind}.* PASSED", checked.stdout), checked.stdout
+# the program, as the documents tell of it ---------------------------------------------------------
 
 
 @pytest.mark.slow

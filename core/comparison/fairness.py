@@ -1,7 +1,8 @@
-"""Whether comparing is fair: what the variants set, and where their numbers do not mean the same.
+"""Reasons to doubt a comparison: settings that differ beside the idea, and numbers of one name that
+mean different things.
 
 In:    resolved presets, outcomes
-Out:   differences of presets, warnings in words
+Out:   changed settings, the metric that decides, warnings in words
 State: none
 """
 
@@ -14,14 +15,14 @@ from core.metrics.table import LOSS, PER_TOKEN
 from core.preset.settings import NEXT_TOKEN
 
 NAMES = ("name", "description", "lineage", "train.seed")
-"""What differs between trials anyway."""
+"""Keys that differ between trials anyway."""
 TOKENS_APART = 0.01
-"""Share of the tokens by which final evaluations may lie apart before that is told."""
+"""Share of the tokens by which final evaluations may lie apart without a warning."""
 
 
 def changes(base: Mapping[str, Any], variant: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """What a variant sets: {dotted path: (value in the base, value in the variant)}, None where
-    there is none."""
+    """Return the settings that a variant changes: {dotted path: (value in the base, value in the
+    variant)}, None for a key that one of them lacks."""
     before, after = _flat(base), _flat(variant)
     paths = [path for path in {**before, **after} if path not in NAMES]
     return {
@@ -32,57 +33,69 @@ def changes(base: Mapping[str, Any], variant: Mapping[str, Any]) -> dict[str, tu
 
 
 def tokenizers_differ(presets: Sequence[Mapping[str, Any]]) -> bool:
+    """Tell whether the presets cut the same text into different tokens."""
     return len({_tokenizer(preset) for preset in presets}) > 1
 
 
 def unfairness(
-    presets: Mapping[str, Mapping[str, Any]], outcomes: Sequence[Outcome], asked: str, metric: str
+    presets: Mapping[str, Mapping[str, Any]],
+    outcomes: Sequence[Outcome],
+    requested: str,
+    metric: str,
 ) -> list[str]:
-    """Every reason to doubt the comparison, a sentence each. `presets`: one of each variant, the
-    baseline first."""
+    """Return every reason to doubt the comparison, one sentence each.
+
+    presets     one of each variant, the baseline first
+    requested   the metric that the preset names
+    metric      the metric that decides
+    """
     all_presets = list(presets.values())
-    found = []
+    warnings = []
     if tokenizers_differ(all_presets):
-        found.append(
-            "The variants have different tokenizers. What is counted per token is not on one "
-            "scale then: "
-            + (
-                f"bits per byte is the primary metric instead of {asked.replace('_', ' ')}."
-                if metric != asked
-                else ""
+        instead = ""
+        if metric != requested:
+            instead = (
+                f"bits per byte is the primary metric instead of {requested.replace('_', ' ')}."
             )
-            + " Differences in cross-entropy, perplexity and token accuracy say nothing."
+        warnings.append(
+            "The variants have different tokenizers. What is counted per token is not on one "
+            f"scale then: {instead} Differences in cross-entropy, perplexity and token accuracy "
+            "say nothing."
         )
     changed = {path for preset in all_presets[1:] for path in changes(all_presets[0], preset)}
     parts = sorted(path for path in changed if path.startswith("data.") and path not in FREE_KEYS)
     if parts:
-        found.append(
+        warnings.append(
             f"The variants have different data ({', '.join(parts)}): trials of one seed did not "
-            "see the same data, so pairing "
-            "removes less noise, and the held-out documents may be others, too."
+            "see the same data, so pairing removes less noise, and the held-out documents may be "
+            "others, too."
         )
     if "train.eval_tokens" in changed:
-        found.append(
+        warnings.append(
             "The variants are evaluated on different numbers of held-out tokens "
             "(train.eval_tokens)."
         )
-    found += _losses_on_other_scales(all_presets) + _other_curves(outcomes) + _chosen_rows(presets)
-    found += _other_objectives(outcomes) + _seers(outcomes)
-    found += _other_beginnings(outcomes) + ([] if parts else _other_data(outcomes))
-    return found + _other_ends(outcomes) + _other_devices(outcomes)
+    warnings += _different_loss_settings(all_presets)
+    warnings += _different_curves(outcomes)
+    warnings += _chosen_rows(presets)
+    warnings += _different_objectives(outcomes)
+    warnings += _not_causal(outcomes)
+    warnings += _different_beginnings(outcomes)
+    warnings += [] if parts else _different_data(outcomes)
+    return warnings + _different_ends(outcomes) + _different_devices(outcomes)
 
 
-def primary(asked: str, presets: Sequence[Mapping[str, Any]]) -> str:
-    """The metric that gives the verdict: what was asked for, unless different tokenizers make it
+def primary(requested: str, presets: Sequence[Mapping[str, Any]]) -> str:
+    """Return the metric that decides: the requested one, unless different tokenizers make it
     meaningless."""
-    if asked == f"{LOSS}cross_entropy":
-        asked = "cross_entropy"
-    per_token = asked in PER_TOKEN or asked.startswith(LOSS)
-    return "bits_per_byte" if per_token and tokenizers_differ(presets) else asked
+    if requested == f"{LOSS}cross_entropy":
+        requested = "cross_entropy"
+    per_token = requested in PER_TOKEN or requested.startswith(LOSS)
+    return "bits_per_byte" if per_token and tokenizers_differ(presets) else requested
 
 
-def _losses_on_other_scales(presets: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Losses of one name whose settings, beside the weight, are not the same everywhere."""
+def _different_loss_settings(presets: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Find losses of one name whose settings, apart from the weight, differ."""
     settings: dict[str, set[str]] = {}
     for preset in presets:
         for loss in preset.get("losses") or []:
@@ -97,21 +110,20 @@ def _losses_on_other_scales(presets: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def _other_curves(outcomes: Sequence[Outcome]) -> list[str]:
-    """Training curves of cross-entropy beside curves of something else."""
+def _different_curves(outcomes: Sequence[Outcome]) -> list[str]:
+    """Find training curves of cross-entropy beside curves of something else."""
     begun = [outcome for outcome in outcomes if outcome.training]
     names = dict.fromkeys(outcome.trial.variant for outcome in begun if outcome.trained_by_loss)
     if not names or len(names) == len({outcome.trial.variant for outcome in begun}):
         return []
     return [
         f"Of {', '.join(names)} there is no cross-entropy: in the training curves stands the "
-        "loss, with whatever of it changes "
-        "over the run, on another scale than the others'."
+        "loss, with whatever of it changes over the run, on another scale than the others'."
     ]
 
 
 def _chosen_rows(presets: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Training curves of rows that were chosen by their loss beside curves of others."""
+    """Find training curves of rows that were chosen by their loss beside curves of all rows."""
     curricula = {
         name: (preset.get("train") or {}).get("curriculum") for name, preset in presets.items()
     }
@@ -120,50 +132,48 @@ def _chosen_rows(presets: Mapping[str, Mapping[str, Any]]) -> list[str]:
         return []
     return [
         f"Of {', '.join(names)} the training curves show the rows that a curriculum chose by "
-        "their loss: lower may only mean "
-        "easier. Evaluations compare. Speed is in tokens that were trained, not in those that "
-        "were only scored."
+        "their loss: lower may only mean easier. Evaluations compare. Speed is in tokens that "
+        "were trained, not in those that were only scored."
     ]
 
 
-def _other_objectives(outcomes: Sequence[Outcome]) -> list[str]:
-    """Numbers of one name that answer different questions."""
+def _different_objectives(outcomes: Sequence[Outcome]) -> list[str]:
+    """Find variants that predict different things."""
     names: dict[str, dict[str, None]] = {}
     for outcome in outcomes:
         if outcome.objective is not None:
             names.setdefault(outcome.objective.replace("_", " "), {})[outcome.trial.variant] = None
     if len(names) < 2:
         return []
-    told = "; ".join(f"{objective}: {', '.join(variants)}" for objective, variants in names.items())
+    groups = "; ".join(f"{name}: {', '.join(variants)}" for name, variants in names.items())
     return [
-        f"The variants have different objectives ({told}): to predict a token from both sides is "
-        "another task than from one, so "
-        "no likelihood, perplexity or accuracy of the one compares with one of the other."
+        f"The variants have different objectives ({groups}): to predict a token from both sides is "
+        "another task than from one, so no likelihood, perplexity or accuracy of the one compares "
+        "with one of the other."
     ]
 
 
-def _seers(outcomes: Sequence[Outcome]) -> list[str]:
-    """Models that read what they are to predict. One that predicts masked tokens sees both sides,
-    and not what is masked."""
-    seeing = [
+def _not_causal(outcomes: Sequence[Outcome]) -> list[str]:
+    """Find models that read what they are to predict. A model that predicts masked tokens may see
+    both sides: it does not see what is masked."""
+    not_causal = [
         outcome for outcome in outcomes if not outcome.causal and outcome.objective == NEXT_TOKEN
     ]
-    names = dict.fromkeys(outcome.trial.variant for outcome in seeing)
+    names = dict.fromkeys(outcome.trial.variant for outcome in not_causal)
     return [
         f"{name} is not causal: its positions see later ones, so its cross-entropy, perplexity "
-        "and accuracy are not a language "
-        "model's, and lower ones are no better."
+        "and accuracy are not a language model's, and lower ones are no better."
         for name in names
     ]
 
 
-def _other_data(outcomes: Sequence[Outcome]) -> list[str]:
-    """Same seed, same settings, and still other data: then the pairing is not what it says."""
+def _different_data(outcomes: Sequence[Outcome]) -> list[str]:
+    """Find seeds whose trials read different data although their settings are the same."""
     receipts: dict[int, set[str]] = {}
     for outcome in outcomes:
         if outcome.finished and outcome.receipt is not None:
             receipts.setdefault(outcome.trial.seed, set()).add(outcome.receipt)
-    seeds = [str(seed) for seed, found in receipts.items() if len(found) > 1]
+    seeds = [str(seed) for seed, different in receipts.items() if len(different) > 1]
     if not seeds:
         return []
     return [
@@ -172,9 +182,9 @@ def _other_data(outcomes: Sequence[Outcome]) -> list[str]:
     ]
 
 
-def _other_beginnings(outcomes: Sequence[Outcome]) -> list[str]:
-    """One `init_from`, and not the same weights: whoever trained them went on between two
-    trials."""
+def _different_beginnings(outcomes: Sequence[Outcome]) -> list[str]:
+    """Find trials of one `init_from` that began with different weights: these were trained further
+    between two trials."""
     weights: dict[str, set[str]] = {}
     for outcome in outcomes:
         if outcome.init_from is not None:
@@ -182,14 +192,14 @@ def _other_beginnings(outcomes: Sequence[Outcome]) -> list[str]:
                 outcome.init_from
             )
     return [
-        f"Trials did not begin with the same weights of {origin} ({'; '.join(sorted(found))}): it "
-        "was trained further meanwhile."
-        for origin, found in weights.items()
-        if len(found) > 1
+        f"Trials did not begin with the same weights of {origin} ({'; '.join(sorted(different))}): "
+        "it was trained further meanwhile."
+        for origin, different in weights.items()
+        if len(different) > 1
     ]
 
 
-def _other_ends(outcomes: Sequence[Outcome]) -> list[str]:
+def _different_ends(outcomes: Sequence[Outcome]) -> list[str]:
     ends = [outcome.tokens for outcome in outcomes if outcome.finished and outcome.tokens]
     if not ends or max(ends) - min(ends) <= TOKENS_APART * max(ends):
         return []
@@ -199,18 +209,16 @@ def _other_ends(outcomes: Sequence[Outcome]) -> list[str]:
     ]
 
 
-def _other_devices(outcomes: Sequence[Outcome]) -> list[str]:
+def _different_devices(outcomes: Sequence[Outcome]) -> list[str]:
     devices = sorted({str(outcome.device) for outcome in outcomes if outcome.device})
-    return (
-        [f"Trials ran on different devices ({', '.join(devices)}): speeds do not compare."]
-        if len(devices) > 1
-        else []
-    )
+    if len(devices) < 2:
+        return []
+    return [f"Trials ran on different devices ({', '.join(devices)}): speeds do not compare."]
 
 
 def _tokenizer(preset: Mapping[str, Any]) -> str:
-    """What decides how text is cut: a trained tokenizer also depends on the text it is trained
-    on."""
+    """Return what decides how text is cut: a trained tokenizer also depends on the text that it is
+    trained on."""
     tokenizer = preset.get("tokenizer") or {}
     trained = tokenizer.get("type") == "bpe" if isinstance(tokenizer, dict) else False
     sources = (preset.get("data") or {}).get("sources") if trained else None
@@ -218,11 +226,11 @@ def _tokenizer(preset: Mapping[str, Any]) -> str:
 
 
 def _flat(value: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    """Leaves by dotted path; a list is a leaf."""
-    out: dict[str, Any] = {}
+    """Return the leaves by dotted path; a list is a leaf."""
+    leaves: dict[str, Any] = {}
     for key, item in value.items():
         if isinstance(item, dict) and item:
-            out |= _flat(item, f"{path}{key}.")
+            leaves |= _flat(item, f"{path}{key}.")
         else:
-            out[f"{path}{key}"] = item
-    return out
+            leaves[f"{path}{key}"] = item
+    return leaves

@@ -1,4 +1,4 @@
-"""What one trial's log says of it: final metrics, curves, speed, memory, samples.
+"""The outcome of one trial, read from its log: final metrics, curves, speed, memory, samples.
 
 In:    a Trial, whose folder may hold a metrics.jsonl
 Out:   an Outcome
@@ -16,32 +16,32 @@ from core.preset.settings import NEXT_TOKEN
 
 NOT_METRICS = {"step", "tokens", "time", "seconds", "eval_tokens", "run", "run_step", "run_tokens"}
 CURVE_POINTS = 200
-"""A training curve is averaged into so many points: more are not seen in a picture, and would swell
-the report."""
+"""A training curve is averaged into so many points: more could not be told apart in a figure, and
+would swell the report."""
 
 HUGE = 1e100
-"""A number beyond this is no measurement, and its statistics would overflow."""
+"""A larger number is no measurement, and its statistics would overflow."""
 
 Curve = list[tuple[int, float]]  # (tokens, value)
 
 
 @dataclass
 class Outcome:
-    """A trial, and what its log says; a trial that waits has an empty one.
+    """A trial and the numbers in its log; those of a trial that waits are empty.
 
-    metrics             of the last evaluation, at `tokens`; only finite numbers
+    metrics             finite numbers of the last evaluation, which was made at `tokens`
     curves              metric -> all evaluations
     training            cross-entropy (else the loss) of the steps, each point the mean over a
                         stretch
-    trained_by_loss     whether that is the loss
+    trained_by_loss     True where `training` is the loss
     tokens_per_second   median over the steps
-    memory_mb           peak, as the last step told it
-    seconds             between the first and the last event; pauses between runs are not counted
+    memory_mb           peak, from the last step
+    seconds             between the first and the last event, without pauses between runs
     samples             (prompt, text) of the last evaluation
     receipt             fingerprint of the data the trial consumed, in order
-    init_from           the weights it began with, where a preset names some
-    causal              whether no position sees a later one
-    objective           what is predicted from what; None before the trial has begun
+    init_from           the weights it began with, where the preset names some
+    causal              True where no position sees a later one
+    objective           next_token or masked_tokens; None before the trial has begun
     """
 
     trial: Trial
@@ -68,61 +68,97 @@ class Outcome:
 
 
 def read_outcome(trial: Trial) -> Outcome:
-    out = Outcome(trial)
-    training: Curve = []
-    speeds: list[float] = []
-    begun = last = trained = None
-    seconds, sampled_at = 0.0, None
-    read: dict[str, float] = {}
+    """Read a trial's log, as far as it has come."""
+    reader = _LogReader(trial)
     for event in read_events(trial.folder / LOG):
-        kind, time, tokens = event["event"], _number(event.get("time")), event.get("tokens")
-        if time is not None:
-            if kind == "run_start" and begun is not None:
-                seconds, begun = seconds + last - begun, time
-            begun, last = time if begun is None else begun, time
+        reader.read(event)
+    return reader.finish()
+
+
+class _LogReader:
+    """Takes the events of a trial's log, in order, and makes an Outcome of them."""
+
+    def __init__(self, trial: Trial):
+        self._outcome = Outcome(trial)
+        self._training: Curve = []
+        self._speeds: list[float] = []
+        self._shares: dict[str, float] = {}  # of the sources, at the last step
+        self._trained_tokens: int | None = None
+        self._sampled_step: int | None = None
+        # unix times of the first and the last event of a run; seconds of the runs before it
+        self._begun: float | None = None
+        self._seconds = self._last = 0.0
+
+    def read(self, event: dict[str, Any]) -> None:
+        kind = event["event"]
+        self._read_time(kind, _number(event.get("time")))
         if kind == "run_start":
-            out.parameters, out.device, out.init_from = (
-                event.get("parameters"),
-                event.get("device"),
-                event.get("init_from"),
-            )
-            out.causal, out.objective = (
-                event.get("causal", True),
-                event.get("objective", NEXT_TOKEN),
-            )
+            self._outcome.parameters = event.get("parameters")
+            self._outcome.device = event.get("device")
+            self._outcome.init_from = event.get("init_from")
+            self._outcome.causal = event.get("causal", True)
+            self._outcome.objective = event.get("objective", NEXT_TOKEN)
         elif kind == "step":
-            loss = _number(_dict(event.get("losses")).get("cross_entropy"))
-            out.trained_by_loss, trained = loss is None, tokens
-            loss = _number(event.get("loss")) if loss is None else loss
-            if loss is not None and isinstance(tokens, int):
-                training.append((tokens, loss))
-            if (speed := _number(event.get("tokens_per_second"))) is not None:
-                speeds.append(speed)
-            out.memory_mb = _either(_number(event.get("memory_mb")), out.memory_mb)
-            read = _read(event)
-            out.skipped = _either(event.get("skipped"), out.skipped)
+            self._read_step(event)
         elif kind == "eval":
-            out.metrics, out.tokens = _metrics(event) | read, tokens
-            for name, value in out.metrics.items():
-                out.curves.setdefault(name, []).append((tokens, value))
+            self._read_evaluation(event)
         elif kind == "sample":
-            if event.get("step") != sampled_at:
-                sampled_at, out.samples = event.get("step"), []
-            out.samples.append((str(event.get("prompt", "")), str(event.get("text", ""))))
+            if event.get("step") != self._sampled_step:
+                self._sampled_step, self._outcome.samples = event.get("step"), []
+            sample = str(event.get("prompt", "")), str(event.get("text", ""))
+            self._outcome.samples.append(sample)
         elif kind == "run_end":
-            out.receipt = event.get("receipt")
-    if trial.status == "finished" and trained is not None and out.tokens != trained:
-        # its last evaluation failed: the one before is of less training than the others'
-        out.metrics = {}
-    out.training = _thinned(training)
-    out.tokens_per_second = statistics.median(speeds) if speeds else None
-    out.seconds = None if begun is None else seconds + last - begun
-    return out
+            self._outcome.receipt = event.get("receipt")
+
+    def finish(self) -> Outcome:
+        outcome = self._outcome
+        trained = self._trained_tokens
+        if outcome.finished and trained is not None and outcome.tokens != trained:
+            # its last evaluation failed: the one before is of less training than the others'
+            outcome.metrics = {}
+        outcome.training = _thinned(self._training)
+        outcome.tokens_per_second = statistics.median(self._speeds) if self._speeds else None
+        if self._begun is not None:
+            outcome.seconds = self._seconds + self._last - self._begun
+        return outcome
+
+    def _read_time(self, kind: str, time: float | None) -> None:
+        """Count the time between events; pauses between runs are left out."""
+        if time is None:
+            return
+        if kind == "run_start" and self._begun is not None:
+            self._seconds += self._last - self._begun
+            self._begun = time
+        if self._begun is None:
+            self._begun = time
+        self._last = time
+
+    def _read_step(self, event: dict[str, Any]) -> None:
+        outcome, tokens = self._outcome, event.get("tokens")
+        cross_entropy = _number(_dict(event.get("losses")).get("cross_entropy"))
+        outcome.trained_by_loss, self._trained_tokens = cross_entropy is None, tokens
+        loss = _number(event.get("loss")) if cross_entropy is None else cross_entropy
+        if loss is not None and isinstance(tokens, int):
+            self._training.append((tokens, loss))
+        if (speed := _number(event.get("tokens_per_second"))) is not None:
+            self._speeds.append(speed)
+        if (memory := _number(event.get("memory_mb"))) is not None:
+            outcome.memory_mb = memory
+        if (skipped := event.get("skipped")) is not None:
+            outcome.skipped = skipped
+        self._shares = _source_shares(event)
+
+    def _read_evaluation(self, event: dict[str, Any]) -> None:
+        outcome = self._outcome
+        outcome.metrics, outcome.tokens = _metrics(event) | self._shares, event.get("tokens")
+        for name, value in outcome.metrics.items():
+            if outcome.tokens is not None:
+                outcome.curves.setdefault(name, []).append((outcome.tokens, value))
 
 
 def _metrics(event: dict[str, Any]) -> dict[str, float]:
-    """The finite numbers of an `eval` event, with its losses as "loss: <name>", what heads measure
-    as "head: <name>", and the loss of each source as "held out of: <source>"."""
+    """Return the finite numbers of an `eval` event, with its losses as "loss: <name>", those of
+    heads as "head: <name>", and the loss of each source as "held out of: <source>"."""
     groups = [(prefix, event.get(key)) for prefix, key in ((LOSS, "losses"), (HEAD, "heads"))]
     named = {
         prefix + name: value
@@ -134,29 +170,27 @@ def _metrics(event: dict[str, Any]) -> dict[str, float]:
         f"{HELD_OUT}{name}": _dict(each).get("loss")
         for name, each in _dict(event.get("sources")).items()
     }
-    found = {
+    values = {
         key: _number(value) for key, value in (event | named).items() if key not in NOT_METRICS
     }
-    return {key: value for key, value in found.items() if value is not None}
+    return {key: value for key, value in values.items() if value is not None}
 
 
-def _read(event: dict[str, Any]) -> dict[str, float]:
-    """Of a `step` event, the shares of the tokens so far as "read of: <source>", where there are
-    several sources."""
+def _source_shares(event: dict[str, Any]) -> dict[str, float]:
+    """Return the sources' shares of the tokens so far as "read of: <source>"; {} with one
+    source."""
     tokens = {
         name: _number(_dict(each).get("tokens")) or 0
         for name, each in _dict(event.get("sources")).items()
     }
     total = sum(tokens.values())
-    return (
-        {f"{READ}{name}": count / total for name, count in tokens.items()}
-        if len(tokens) > 1 and total
-        else {}
-    )
+    if len(tokens) < 2 or not total:
+        return {}
+    return {f"{READ}{name}": count / total for name, count in tokens.items()}
 
 
 def _thinned(points: Curve) -> Curve:
-    """Means over neighbouring points, each at its last point's tokens."""
+    """Average neighbouring points; each mean stands at the tokens of its last point."""
     n = len(points)
     if n <= CURVE_POINTS:
         return points
@@ -174,8 +208,4 @@ def _dict(value: Any) -> dict:
 def _number(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return float(value) if abs(value) < HUGE else None  # not so for NaN
-
-
-def _either(value: Any, otherwise: Any) -> Any:
-    return otherwise if value is None else value
+    return float(value) if abs(value) < HUGE else None  # False for NaN

@@ -1,4 +1,4 @@
-"""A comparison: trials' logs in, one object out that holds everything the report says.
+"""A comparison: one object, made of the trials' logs, with everything that the report says.
 
 In:    trials, the first one's variant being the baseline
 Out:   Comparison
@@ -14,11 +14,11 @@ from core.comparison.outcome import Outcome, read_outcome
 from core.comparison.statistics import (
     Difference,
     Ratio,
-    Spread,
+    SeedStats,
     holm,
     paired_difference,
     paired_ratio,
-    spread,
+    seed_stats,
 )
 from core.comparison.trials import Trial
 from core.comparison.verdict import Verdict, judge
@@ -27,10 +27,11 @@ from core.metrics.table import LOSS, READ, Metric, metric_of, ordered
 
 @dataclass(frozen=True)
 class Variant:
-    """
+    """A variant and its results.
+
     preset        of its first trial
     outcomes      one a seed, in the order of the trials
-    changes       what it sets: {dotted path: (baseline's value, its value)}
+    changes       the settings that it changes: {dotted path: (baseline's value, its value)}
     metrics       mean and deviation over its finished seeds
     differences   to the baseline, over the seeds finished in both; empty for the baseline itself
     speed         tokens per second over the baseline's; None for the baseline itself
@@ -41,7 +42,7 @@ class Variant:
     preset: dict[str, Any]
     outcomes: tuple[Outcome, ...]
     changes: dict[str, tuple[Any, Any]]
-    metrics: dict[str, Spread]
+    metrics: dict[str, SeedStats]
     differences: dict[str, Difference]
     speed: Ratio | None
     memory: Ratio | None
@@ -53,11 +54,11 @@ class Variant:
 
 @dataclass(frozen=True)
 class Comparison:
-    """
-    asked       the metric that was asked for
-    metric      the one that gives the verdicts: another one where comparing `asked` would not be
-                fair
-    metrics     every metric some trial has, in the order of the report
+    """A comparison and its verdicts.
+
+    requested   the metric that the preset names
+    metric      the metric that decides; another one where comparing `requested` would not be fair
+    metrics     every metric that some trial has, in the order of the report
     variants    the baseline first
     verdicts    on the other variants
     warnings    reasons to doubt the comparison
@@ -65,7 +66,7 @@ class Comparison:
 
     name: str
     description: str
-    asked: str
+    requested: str
     metric: str
     confidence: float
     metrics: tuple[str, ...]
@@ -94,8 +95,12 @@ def collect(
     metric: str = "cross_entropy",
     confidence: float = 0.95,
 ) -> Comparison:
-    """Read every trial's log and compare. Works at any time: what is not finished yet is left out
-    of the statistics."""
+    """Read every trial's log and compare. Trials that are not finished are left out of the
+    statistics.
+
+    metric       key of the metric that decides
+    confidence   level of the intervals
+    """
     assert trials, "nothing to compare"
     groups: dict[str, list[Outcome]] = {}
     for trial in trials:
@@ -103,35 +108,36 @@ def collect(
     presets = {variant: outcomes[0].trial.preset for variant, outcomes in groups.items()}
     outcomes = [outcome for group in groups.values() for outcome in group]
     chosen = primary(metric, list(presets.values()))
-    found = {key for outcome in outcomes for key in outcome.metrics}
-    if "cross_entropy" in found:  # the same number under its other name
-        found.discard(f"{LOSS}cross_entropy")
-    found -= {key for key in found if key.startswith(READ) and _same_everywhere(key, outcomes)}
-    keys = tuple(ordered(found))
+    measured = {key for outcome in outcomes for key in outcome.metrics}
+    if "cross_entropy" in measured:  # the same number under its other name
+        measured.discard(f"{LOSS}cross_entropy")
+    shares = {key for key in measured if key.startswith(READ)}
+    measured -= {key for key in shares if _same_everywhere(key, outcomes)}
+    keys = tuple(ordered(measured))
     baseline = next(iter(groups.values()))
     variants = tuple(
         _variant(group, baseline, keys, confidence, len(groups) - 1) for group in groups.values()
     )
     warnings = unfairness(presets, outcomes, metric, chosen)
     return Comparison(
-        name,
-        description,
-        metric,
-        chosen,
-        confidence,
-        keys,
-        variants,
-        _verdicts(variants, chosen, confidence),
-        tuple(warnings),
+        name=name,
+        description=description,
+        requested=metric,
+        metric=chosen,
+        confidence=confidence,
+        metrics=keys,
+        variants=variants,
+        verdicts=_verdicts(variants, chosen, confidence),
+        warnings=tuple(warnings),
     )
 
 
 def _same_everywhere(key: str, outcomes: list[Outcome]) -> bool:
-    """Whether trials of one seed do not differ in it."""
-    found = {
+    """Tell whether the finished trials of one seed all have the same value of a metric."""
+    values = {
         (outcome.trial.seed, outcome.metrics.get(key)) for outcome in outcomes if outcome.finished
     }
-    return len(found) == len({seed for seed, _ in found})
+    return len(values) == len({seed for seed, _ in values})
 
 
 def _variant(
@@ -141,48 +147,71 @@ def _variant(
     confidence: float,
     compared: int,
 ) -> Variant:
+    """Compute one variant's results.
+
+    group, baseline   outcomes of the variant and of the baseline
+    keys              the metrics
+    compared          number of variants besides the baseline
+    """
     trial, base = group[0].trial, baseline[0].trial
     finished = [outcome for outcome in group if outcome.finished]
-    spreads = {key: spread([o.metrics[key] for o in finished if key in o.metrics]) for key in keys}
-    rest: dict[str, Any] = {"changes": {}, "differences": {}, "speed": None, "memory": None}
-    if group is not baseline:
+    stats = {
+        key: seed_stats([o.metrics[key] for o in finished if key in o.metrics]) for key in keys
+    }
+    variant = Variant(
+        name=trial.variant,
+        preset=trial.preset,
+        outcomes=tuple(group),
+        changes={},
+        metrics=stats,
+        differences={},
+        speed=None,
+        memory=None,
+    )
+    if group is baseline:
+        return variant
 
-        def by_seed(of: Callable[[Outcome], float | None]) -> tuple[dict, dict]:
-            return tuple(
-                {o.trial.seed: of(o) for o in part if o.finished} for part in (baseline, group)
-            )  # type: ignore
+    def difference(key: str) -> Difference:
+        before, after = (_by_seed(part, lambda o: o.metrics.get(key)) for part in (baseline, group))
+        return paired_difference(before, after, confidence, compared)
 
-        rest = {
-            "changes": changes(base.preset, trial.preset),
-            "differences": {
-                key: paired_difference(
-                    *by_seed(lambda o, key=key: o.metrics.get(key)), confidence, compared
-                )
-                for key in keys
-            },
-            "speed": paired_ratio(*by_seed(lambda o: o.tokens_per_second)),
-            "memory": paired_ratio(*by_seed(lambda o: o.memory_mb)),
-        }
-    return Variant(trial.variant, trial.preset, tuple(group), metrics=spreads, **rest)
+    def ratio(value: Callable[[Outcome], float | None]) -> Ratio | None:
+        return paired_ratio(_by_seed(baseline, value), _by_seed(group, value))
+
+    return replace(
+        variant,
+        changes=changes(base.preset, trial.preset),
+        differences={key: difference(key) for key in keys},
+        speed=ratio(lambda o: o.tokens_per_second),
+        memory=ratio(lambda o: o.memory_mb),
+    )
+
+
+def _by_seed(
+    outcomes: list[Outcome], value: Callable[[Outcome], float | None]
+) -> dict[int, float | None]:
+    return {outcome.trial.seed: value(outcome) for outcome in outcomes if outcome.finished}
 
 
 def _verdicts(variants: tuple[Variant, ...], metric: str, confidence: float) -> tuple[Verdict, ...]:
+    """Judge every variant but the baseline, with Holm's adjustment over all of them."""
     baseline, *others = variants
     differences = [variant.differences.get(metric, Difference((), ())) for variant in others]
     adjusted = holm([difference.p for difference in differences])
     compared = sum(difference.p is not None for difference in differences)
-    found = []
+    verdicts = []
     for variant, difference, p in zip(others, differences, adjusted):
         verdict = judge(
             variant.name, baseline.name, metric_of(metric), difference, p, confidence, compared
         )
-        found.append(replace(verdict, sentence=verdict.sentence + _left_out(baseline, variant)))
-    return tuple(found)
+        sentence = verdict.sentence + _lost_seeds(baseline, variant)
+        verdicts.append(replace(verdict, sentence=sentence))
+    return tuple(verdicts)
 
 
-def _left_out(baseline: Variant, variant: Variant) -> str:
-    """The seeds that came to nothing: leaving them out makes what diverges look better than it is,
-    so it is said."""
+def _lost_seeds(baseline: Variant, variant: Variant) -> str:
+    """Name the seeds that are not counted: without them, a variant that diverges looks better than
+    it is."""
     lost = [
         f"seed {outcome.trial.seed} ({part.name}: {outcome.trial.status})"
         for part in (baseline, variant)

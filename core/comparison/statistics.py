@@ -1,13 +1,13 @@
-"""Paired statistics over seeds: is a variant's metric different from the baseline's, or is it only
-noise?
+"""Paired statistics over seeds, which tell a difference between a variant and the baseline from
+noise.
 
-Trials of the same seed saw the same data in the same order, so their difference is free of what
-they share. The seeds' differences are taken as a sample of normal numbers, and their mean is tested
-against zero (Student's paired t-test).
+Trials of the same seed see the same data in the same order, so their difference is free of the
+noise that they share. The differences of the seeds are taken as a sample of normally distributed
+numbers, and their mean is tested against zero (Student's paired t-test).
 
 In:    a metric by seed, of the baseline and of a variant
-Out:   Difference, Spread, Ratio; Holm's adjustment
-State: none (how much of a difference is seen with n seeds is worked out once)
+Out:   Difference, SeedStats, Ratio; Holm's adjustment
+State: none (the t-test's power is computed once for each number of seeds)
 """
 
 import math
@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from functools import cache
 
 POWER = 0.8
-"""Probability with which the smallest difference that can be seen would have been seen."""
+"""Probability of finding a true difference of the size `Difference.smallest`."""
 EQUAL = 1e-12
-"""Numbers that differ by less than this share of their size differ by rounding only."""
+"""Numbers whose relative difference is smaller than this differ by rounding only."""
 
 
 @dataclass(frozen=True)
-class Spread:
-    """Mean and sample standard deviation over seeds; one seed has no deviation."""
+class SeedStats:
+    """Mean and sample standard deviation over n seeds; one seed has no deviation."""
 
     n: int
     mean: float | None
@@ -36,10 +36,11 @@ class Difference:
     """Variant minus baseline, paired by seed.
 
     seeds, values   the seeds both have a number for, and their differences
+    mean            of the differences; None without any
     low, high       confidence interval of the mean; None with one seed, or where the differences do
                     not vary
     p               two-sided p-value, not adjusted
-    sd              of the differences
+    sd              standard deviation of the differences
     smallest        true difference that would have been found with probability 0.8; see
                     `smallest_seen`
     """
@@ -53,6 +54,11 @@ class Difference:
     sd: float | None = None
     smallest: float | None = None
 
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Return the ends of the confidence interval, where there is one."""
+        return None if self.low is None or self.high is None else (self.low, self.high)
+
 
 @dataclass(frozen=True)
 class Ratio:
@@ -64,12 +70,10 @@ class Ratio:
     high: float
 
 
-def spread(values: Sequence[float]) -> Spread:
-    if not values:
-        return Spread(0, None, None)
-    return Spread(
-        len(values), statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
-    )
+def seed_stats(values: Sequence[float]) -> SeedStats:
+    """Compute the statistics of a metric, one value a seed."""
+    mean = statistics.fmean(values) if values else None
+    return SeedStats(len(values), mean, statistics.stdev(values) if len(values) > 1 else None)
 
 
 def paired_difference(
@@ -78,21 +82,19 @@ def paired_difference(
     confidence: float = 0.95,
     variants: int = 1,
 ) -> Difference:
-    """The difference of two {seed: metric}; seeds that either lacks, or has no finite number for,
-    are left out.
+    """Compute the difference of two {seed: metric}. Seeds are left out where either lacks a finite
+    number.
 
     confidence   level of the interval
-    variants     how many are compared with the baseline: `smallest` is at the level Holm's
-                 adjustment asks of the first
+    variants     number of variants that are compared with the baseline: `smallest` is computed at
+                 the level that Holm's adjustment demands of the first
     """
-    seeds = tuple(
-        seed for seed in sorted(baseline) if _finite(baseline[seed]) and _finite(variant.get(seed))
-    )
-    values = tuple(variant[seed] - baseline[seed] for seed in seeds)
+    pairs = _finite_pairs(baseline, variant)
+    seeds, values = tuple(pairs), tuple(after - before for before, after in pairs.values())
     if len(values) < 2:
         return Difference(seeds, values, mean=values[0] if values else None)
     n, mean, sd = len(values), statistics.fmean(values), statistics.stdev(values)
-    size = max(abs(number) for seed in seeds for number in (baseline[seed], variant[seed]))
+    size = max(abs(number) for pair in pairs.values() for number in pair)
     if sd <= EQUAL * size:  # no noise was seen, so there is nothing to judge a difference by
         if abs(mean) <= EQUAL * size:
             return Difference(seeds, values, mean, low=0.0, high=0.0, p=1.0, sd=0.0)
@@ -107,18 +109,19 @@ def paired_difference(
 
 
 def smallest_seen(sd: float, n: int, level: float, power: float = POWER) -> float | None:
-    """The true mean difference that a two-sided paired t-test at `level` finds with probability
-    `power` over n pairs, were the standard deviation of the differences `sd`.
+    """Return the true mean difference that a two-sided paired t-test at `level` finds with
+    probability `power` over n pairs, if the differences have the standard deviation `sd`.
 
-    From the noncentral t distribution; the tail of finding it with the wrong sign (below 0.1 %) is
-    left out."""
+    Computed from the noncentral t distribution, without the tail of finding the difference with the
+    wrong sign (below 0.1 %). None where scipy cannot compute it.
+    """
     shift = _shift(n, level, power)
     return None if shift is None else shift * sd / math.sqrt(n)
 
 
 @cache
 def _shift(n: int, level: float, power: float) -> float | None:
-    """By how many standard errors the mean must be off."""
+    """Return the mean difference in standard errors."""
     from scipy import optimize, stats
 
     critical = stats.t.ppf(1 - level / 2, n - 1)
@@ -134,8 +137,8 @@ def _shift(n: int, level: float, power: float) -> float | None:
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Holm's adjustment: the probability of even one false finding among all stays at the level.
-    None stays None."""
+    """Adjust p-values after Holm (1979): the probability of even one false finding among all stays
+    at the level. None stays None."""
     order = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
     adjusted: list[float | None] = [None] * len(p_values)
     highest = 0.0
@@ -148,23 +151,23 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 def paired_ratio(
     baseline: Mapping[int, float | None], variant: Mapping[int, float | None]
 ) -> Ratio | None:
-    """Ratios over the seeds both have a positive number for; None where there are none."""
-    both = [
-        seed
-        for seed in sorted(baseline)
-        if _positive(baseline[seed]) and _positive(variant.get(seed))
-    ]
-    ratios = [variant[seed] / baseline[seed] for seed in both]
-    return (
-        Ratio(len(ratios), statistics.geometric_mean(ratios), min(ratios), max(ratios))
-        if ratios
-        else None
-    )
+    """Compute the ratios over the seeds that both have a positive number for; None without any."""
+    pairs = _finite_pairs(baseline, variant).values()
+    ratios = [after / before for before, after in pairs if before > 0 and after > 0]
+    if not ratios:
+        return None
+    return Ratio(len(ratios), statistics.geometric_mean(ratios), min(ratios), max(ratios))
 
 
-def _finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
-
-
-def _positive(value: float | None) -> bool:
-    return _finite(value) and value > 0
+def _finite_pairs(
+    baseline: Mapping[int, float | None], variant: Mapping[int, float | None]
+) -> dict[int, tuple[float, float]]:
+    """Return {seed: (baseline's number, variant's number)} in the order of the seeds."""
+    pairs = {}
+    for seed in sorted(baseline):
+        before, after = baseline[seed], variant.get(seed)
+        if before is None or after is None:
+            continue
+        if math.isfinite(before) and math.isfinite(after):
+            pairs[seed] = (before, after)
+    return pairs

@@ -1,9 +1,9 @@
-"""Which trials a comparison has, in which order, under which names, and what became of them.
+"""The trials of a comparison: their order, their names, their presets, and their outcomes.
 
 In:    a preset of job `compare`: its variants and seeds
 Out:   a Trial for each variant and seed, seed by seed and the baseline first; the preset that each
        of them runs
-State: logs/<lineage>/state.json: the outcomes that no checkpoint tells of
+State: logs/<lineage>/state.json: the outcomes that no checkpoint shows
 """
 
 import hashlib
@@ -16,6 +16,7 @@ from typing import Any
 from core.errors import UserError
 from core.file_names import is_file_name
 from core.files import cause, read_json, write_file
+from core.preset.base import PresetBase
 from core.preset.decode import decode_preset
 from core.preset.merge import changed, merge, preset_json
 from core.preset.settings import CompareSettings, VariantSettings
@@ -33,15 +34,15 @@ COMPUTES = (
     "data",
     "generate",
 )
-"""What a trial computes follows from these sections."""
+"""The sections of a preset that decide what a trial computes."""
 FREE_KEYS = (
     "data.workers",
     "data.cache_gigabytes",
     "train.checkpoint_every_minutes",
     "train.checkpoint_every_steps",
 )
-"""Keys in them that may change between two starts of a comparison: they change nothing in what a
-trial computes."""
+"""Keys in these sections that may change between two starts of a comparison: they do not change
+what a trial computes."""
 
 
 @dataclass(frozen=True)
@@ -57,83 +58,87 @@ class Trial:
 
     @property
     def key(self) -> str:
-        """Its name in files: the part of its lineage below the comparison's."""
+        """Return the trial's name in files: the part of its lineage below the comparison's."""
         return "/".join(self.preset["lineage"].rsplit("/", 2)[1:])
 
     @property
     def done(self) -> bool:
+        """Return True for a trial that will not be run any more."""
         return self.status not in ("waiting", "running")
 
 
-def plan(preset: Any, root: Path) -> list[Trial]:
-    """Every trial, waiting. A seed's trials stand together, so that a comparison cut short has
-    whole pairs."""
+def plan(preset: PresetBase, root: Path) -> list[Trial]:
+    """Return every trial, waiting. The trials of one seed stand together, so that a comparison that
+    is cut short has whole pairs."""
     names = slugs([variant.name for variant in preset.variants])
     trials = []
     for seed in preset.seeds:
         for variant in preset.variants:
-            own = trial_preset(preset, variant, names[variant.name], seed)
-            trials.append(
-                Trial(variant.name, seed, preset_json(own), root / "logs" / own.lineage, "waiting")
-            )
+            trained = trial_preset(preset, variant, names[variant.name], seed)
+            folder = root / "logs" / trained.lineage
+            trials.append(Trial(variant.name, seed, preset_json(trained), folder, "waiting"))
     return trials
 
 
-def trial_preset(preset: Any, variant: VariantSettings, slug: str, seed: int) -> Any:
-    """What a trial trains. Its name follows from the trial alone: a run goes on only under the name
-    it began with."""
-    beside = {
+def trial_preset(preset: PresetBase, variant: VariantSettings, slug: str, seed: int) -> PresetBase:
+    """Return the preset that a trial trains. Its name depends on the trial alone: a run goes on
+    only under the name it began with."""
+    no_comparison = {
         "variants": [],
         "seeds": type(preset).model_fields["seeds"].default,
         "compare": CompareSettings().model_dump(),
     }
-    of_its_own = {
+    of_the_trial = {
         "job": "train",
         "name": f"{slug}, seed {seed}",
         "lineage": f"{preset.lineage}/{slug}/{seed}",
         "train": {"seed": seed},
     }
-    whole = merge(merge(preset_json(preset), variant.set), beside | of_its_own)
+    whole = merge(merge(preset_json(preset), variant.set), no_comparison | of_the_trial)
     return decode_preset(whole, type(preset), f"variant {variant.name}", preset.lineage)
 
 
 def slugs(names: list[str]) -> dict[str, str]:
-    """A folder name for each variant. Where two would be the same, also to a disk that ignores
-    case, the later gets a hash."""
+    """Return a folder name for each variant. Where two would be the same, also on a disk that
+    ignores case, the second one gets a hash."""
     taken = {name.casefold() for name in (STATE, *REPORTS)}
-    found = {}
+    folders = {}
     for name in names:
         slug = re.sub(r"[^A-Za-z0-9._-]+", "_", name)[:SLUG_LENGTH].strip("._") or "variant"
         if slug.casefold() in taken or not is_file_name(slug):
             slug += "-" + hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()[:8]
         taken.add(slug.casefold())
-        found[name] = slug
-    return found
+        folders[name] = slug
+    return folders
 
 
 def trial_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Tell what makes a trial another one than it was; both are resolved presets."""
-    old, new = (
-        {key: preset.get(key) for key in COMPUTES if key in preset} for preset in (before, now)
-    )
-    return changed(old, new, free=FREE_KEYS)
+    """Describe every change between two resolved presets that changes what a trial computes."""
+
+    def computing(preset: dict[str, Any]) -> dict[str, Any]:
+        return {key: preset[key] for key in COMPUTES if key in preset}
+
+    return changed(computing(before), computing(now), free=FREE_KEYS)
 
 
-# what became of them ------------------------------------------------------------------------------
+# outcomes -----------------------------------------------------------------------------------------
 
 
 @dataclass
 class Outcomes:
-    """The outcomes that no checkpoint tells of, by trial; and how many processes the trials were
-    run on."""
+    """The outcomes that no checkpoint shows, by trial; and the number of processes that the trials
+    were run on."""
 
     world_size: int
     trials: dict[str, dict[str, Any]]  # Trial.key -> {"status", "note", "preset"}
 
 
 def read_outcomes(folder: Path, world_size: int) -> Outcomes:
-    """As `write_outcomes` left them in logs/<lineage>. None there, or none that can be read:
-    nothing has happened yet."""
+    """Return what `write_outcomes` left in logs/<lineage>; no outcomes where there is no file, or
+    none that can be read.
+
+    world_size   processes to assume in that case
+    """
     try:
         state = read_json(folder / STATE)
         known = {
@@ -147,10 +152,8 @@ def read_outcomes(folder: Path, world_size: int) -> Outcomes:
 
 
 def _is_outcome(entry: dict[str, Any]) -> bool:
-    return all(
-        isinstance(entry.get(key), kind)
-        for key, kind in (("status", str), ("note", str), ("preset", dict))
-    )
+    kinds = {"status": str, "note": str, "preset": dict}
+    return all(isinstance(entry.get(key), kind) for key, kind in kinds.items())
 
 
 def write_outcomes(folder: Path, outcomes: Outcomes) -> None:
@@ -158,8 +161,7 @@ def write_outcomes(folder: Path, outcomes: Outcomes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all, whatever ends the process. Raises UserError when it cannot be
-    written."""
+    """Write a JSON file, whole or not at all. Raises UserError when it cannot be written."""
     try:
         write_file(path, json.dumps(value, indent=2), durable=True)
     except OSError as error:

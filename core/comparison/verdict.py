@@ -11,17 +11,16 @@ from dataclasses import dataclass
 from core.comparison.statistics import POWER, Difference
 from core.metrics.table import Metric
 
-NO_SEEDS, ONE_SEED, NO_NOISE = (
-    "no common seed",
-    "one seed: no interval",
-    "no seed noise: no interval",
-)
+NO_SEEDS = "no common seed"
+ONE_SEED = "one seed: no interval"
+NO_NOISE = "no seed noise: no interval"
 SAME = "not distinguishable"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """
+    """What a comparison says of one variant.
+
     word       "better", "worse" ("higher", "lower" where neither is better), "not distinguishable",
                "one seed: no interval", "no seed noise: no interval" or "no common seed"
     adjusted   the p-value after Holm's adjustment over the variants, on which the word rests
@@ -42,7 +41,12 @@ def judge(
     confidence: float,
     compared: int,
 ) -> Verdict:
-    """`compared`: how many variants have a p-value, over which it was adjusted."""
+    """Judge a variant by the difference of its primary metric.
+
+    variant, baseline   their names
+    adjusted            Holm-adjusted p-value; None where there is none
+    compared            number of variants that have a p-value, over which it was adjusted
+    """
     n, amount = len(difference.seeds), Amount(metric, difference)
     if n == 0:
         sentence = (
@@ -51,32 +55,29 @@ def judge(
         )
         return Verdict(variant, NO_SEEDS, sentence)
     if adjusted is None:
-        word, which, why = NO_NOISE, f"exactly so in all {n} seeds", "no noise between seeds"
+        word, where, why = NO_NOISE, f"exactly so in all {n} seeds", "no noise between seeds"
         if n == 1:
-            word, which, why = ONE_SEED, "in the only seed finished in both", "one seed"
-        told = (
-            f"{variant} has a {metric.name} {amount.size()} {_way(difference)} than "
-            f"{baseline}, {which}"
+            word, where, why = ONE_SEED, "in the only seed finished in both", "one seed"
+        sentence = (
+            f"{variant} has a {metric.name} {amount.size()} {_direction(difference)} than "
+            f"{baseline}, {where}; {why} gives no interval, so this is no verdict."
         )
-        return Verdict(variant, word, f"{told}; {why} gives no interval, so this is no verdict.")
+        return Verdict(variant, word, sentence)
     if difference.sd == 0:
-        return Verdict(
-            variant,
-            SAME,
-            f"{variant} has the same {metric.name} as {baseline} in all {n} seeds.",
-            adjusted,
-        )
+        sentence = f"{variant} has the same {metric.name} as {baseline} in all {n} seeds."
+        return Verdict(variant, SAME, sentence, adjusted)
     odds = f"{n} seeds, {'Holm-adjusted ' if compared > 1 else ''}{p_value(adjusted)}"
     if adjusted < 1 - confidence:
-        told = f"{_told(variant, baseline, metric, difference)} by {amount.size()}"
-        sentence = f"{told} ({percent(confidence)} interval {amount.size_span()}, {odds})."
+        sentence = (
+            f"{_finding(variant, baseline, metric, difference)} by {amount.size()} "
+            f"({percent(confidence)} interval {amount.size_span()}, {odds})."
+        )
         return Verdict(variant, _word(metric, difference), sentence, adjusted)
     sentence = (
         f"{variant} is not distinguishable from {baseline} in {metric.name}: the difference is "
-        f"{amount.signed()} "
-        f"({percent(confidence)} interval {amount.signed_span()}, {odds})."
+        f"{amount.signed()} ({percent(confidence)} interval {amount.signed_span()}, {odds})."
     )
-    if difference.p < 1 - confidence:
+    if difference.p is not None and difference.p < 1 - confidence:
         sentence += (
             f" Its interval alone leaves zero out, but among {compared} variants that is "
             "not rare enough."
@@ -94,70 +95,71 @@ class Amount:
     """A difference in words, with as many digits as its interval is known to."""
 
     def __init__(self, metric: Metric, difference: Difference):
-        self._difference, self._unit = difference, f" {metric.unit}" if metric.unit else ""
-        known = (
-            [difference.high - difference.low]
-            if difference.low is not None and difference.high > difference.low
-            else []
-        )
-        known += [abs(difference.mean)] if difference.mean and not known else []
+        self._unit = f" {metric.unit}" if metric.unit else ""
+        self._mean, self._interval = difference.mean, difference.interval
+        self._digits = metric.digits
         # two digits of the interval's half, or of the difference itself where there is no interval
-        self._digits = (
-            min(8, max(metric.digits, 1 - math.floor(math.log10(known[0] / 2))))
-            if known
-            else metric.digits
-        )
+        low, high = self._interval or (0.0, 0.0)
+        known = high - low if high > low else abs(self._mean or 0.0)
+        if known:
+            digits = 1 - math.floor(math.log10(known / 2))
+            self._digits = min(8, max(metric.digits, digits))
 
     def number(self, value: float | None, signed: bool = True) -> str:
+        """Format a number of the metric, without its unit; a dash for None."""
         if value is None:
             return "–"
         text = f"{value:{'+' if signed else ''}.{self._digits}f}"
         return text.replace("-", "−") if float(text) else text.lstrip("+-")
 
     def text(self, value: float) -> str:
+        """Format a number that is not negative, with its unit."""
         return self.number(value, signed=False) + self._unit
 
     def size(self) -> str:
-        return self.text(abs(self._difference.mean or 0.0))
+        """Format the size of the difference, without its sign."""
+        return self.text(abs(self._mean or 0.0))
 
     def size_span(self) -> str:
-        """The interval of the size of the difference, whatever its sign."""
-        ends = sorted(self._sign() * end for end in (self._difference.low, self._difference.high))
+        """Format the interval of the difference's size: that of −0.3 is "0.2 to 0.4". Empty where
+        there is none."""
+        if self._interval is None:
+            return ""
+        sign = -1 if (self._mean or 0.0) < 0 else 1
+        ends = sorted(sign * end for end in self._interval)
         return " to ".join(self.number(end, signed=False) for end in ends)
 
     def signed(self) -> str:
-        return self.number(self._difference.mean) + self._unit
+        """Format the difference with its sign and unit."""
+        return self.number(self._mean) + self._unit
 
     def signed_span(self) -> str:
-        """Empty where there is no interval."""
-        if self._difference.low is None:
-            return ""
-        return f"{self.number(self._difference.low)} to {self.number(self._difference.high)}"
-
-    def _sign(self) -> int:
-        return -1 if (self._difference.mean or 0.0) < 0 else 1
+        """Format the interval of the difference; empty where there is none."""
+        return " to ".join(self.number(end) for end in self._interval or ())
 
 
 def p_value(p: float) -> str:
+    """Format a p-value: "p = 0.04"."""
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
 
 
 def percent(share: float) -> str:
+    """Format a share as "95 %"."""
     return f"{100 * share:g} %"
 
 
-def _way(difference: Difference) -> str:
+def _direction(difference: Difference) -> str:
     return "lower" if (difference.mean or 0.0) < 0 else "higher"
 
 
 def _word(metric: Metric, difference: Difference) -> str:
-    way = _way(difference)
+    direction = _direction(difference)
     if metric.better == 0:
-        return way
-    return "better" if (way == "higher") == (metric.better > 0) else "worse"
+        return direction
+    return "better" if (direction == "higher") == (metric.better > 0) else "worse"
 
 
-def _told(variant: str, baseline: str, metric: Metric, difference: Difference) -> str:
+def _finding(variant: str, baseline: str, metric: Metric, difference: Difference) -> str:
     word = _word(metric, difference)
     if metric.better == 0:
         return f"{variant} has a {word} {metric.name} than {baseline},"

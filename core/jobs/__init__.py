@@ -1,6 +1,6 @@
 """The table of jobs: what a preset can ask for. Adding one: its file, its line here."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TextIO, TypeVar
@@ -9,7 +9,7 @@ from core.jobs.compare import compare, preview_compare
 from core.jobs.evaluate import EvaluatePreset, evaluate, preview_evaluate
 from core.jobs.generate import generate, preview_generate
 from core.jobs.interpret import InterpretPreset, interpret, preview_interpret
-from core.jobs.tokenize import TokenizePreset, preview_tokenize, tokenize
+from core.jobs.tokenize import TokenizePreset, preview_tokenize, token_files, tokenize
 from core.jobs.train import train
 from core.parallel.protocol import Parallel
 from core.preset.base import PresetBase
@@ -29,12 +29,16 @@ class Job(Generic[P]):
     """PresetBase, or a subclass with a section of the job's own."""
     preview: Callable[[P, Path], list[str]] | None = None
     """Preset and root folder to the lines that the menu shows; None: those of training."""
+    trains: bool = False
+    """Whether it trains: the menu then also tells of size and memory, and offers a fresh start."""
+    files: Callable[[P, Path], Iterable[Path]] | None = None
+    """Preset and root folder to the files that it leaves, beside checkpoints and logs."""
 
 
 JOBS: dict[str, Job[Any]] = {
-    "train": Job(train, PresetBase),
-    "tokenize": Job(tokenize, TokenizePreset, preview_tokenize),
-    "compare": Job(compare, PresetBase, preview_compare),
+    "train": Job(train, PresetBase, trains=True),
+    "tokenize": Job(tokenize, TokenizePreset, preview_tokenize, files=token_files),
+    "compare": Job(compare, PresetBase, preview_compare, trains=True),
     "evaluate": Job(evaluate, EvaluatePreset, preview_evaluate),
     "interpret": Job(interpret, InterpretPreset, preview_interpret),
     "generate": Job(generate, PresetBase, preview_generate),

@@ -155,6 +155,11 @@ def tokenize(
         view.tell(f"to train on it: {_how_to_use(preset, tasks)}")
 
 
+def token_files(preset: TokenizePreset, root: Path) -> list[Path]:
+    """Return the chunks that are there."""
+    return list(folder_of(preset, root).glob("*/*.bin"))
+
+
 def preview_tokenize(preset: TokenizePreset, root: Path) -> list[str]:
     """What the menu tells before the job is chosen."""
     wanted, kind = preset.tokenize, preset.tokenizer

@@ -19,7 +19,7 @@ from core.losses.chunked import BLOCK_BYTES, TABLE_BLOCK_BYTES, Work, chunk_byte
 from core.losses.cross_entropy import CrossEntropy, CrossEntropySettings
 from core.losses.fused import Scaled, walked_total
 from core.losses.scores import compute_dtype, scores_of
-from core.losses.token_stats import OF_SCORES
+from core.losses.token_stats import TOKEN_STATS
 from core.schedules import changes, value_at
 
 # B batch rows, T seq_length, P = B * T positions, N those with a target, D hidden_size, V
@@ -117,7 +117,7 @@ class LossStack:
         readout = output.readout
         scores = scores_of(hidden, readout, [False] * (1 + len(readout.parameters())))
         values = [_zeros(hidden, work) for _ in self.losses]
-        facts = dict(OF_SCORES[readout.provides])
+        facts = dict(TOKEN_STATS[readout.provides])
         for loss in self.losses:
             facts |= call_if_defined(loss, "facts") or {}
         found = {name: _zeros(hidden, work) for name in facts}

@@ -1,7 +1,7 @@
-"""What evaluation tells of every prediction, whatever the losses are.
+"""Token statistics: what evaluation measures of every prediction, whatever the losses are.
 
 In:    a Chunk
-Out:   one value per position
+Out:   one value per position, whose means are metrics (core/metrics/table.py)
 State: none
 """
 
@@ -14,22 +14,21 @@ from core.losses.cosine import mean_embedding
 
 # n positions of a block, V vocab_size
 
-Fact = Callable[[Chunk], Tensor]
-
-
+TokenStat = Callable[[Chunk], Tensor]
+"""From a chunk to (n,)."""
 TOP = 5
 
 
 def _in_top(chunk: Chunk, sign: float) -> Tensor:
-    """(n,) whether fewer than TOP tokens have a better score than the target; `sign` -1 where lower
-    is better."""
+    """Tell whether fewer than TOP tokens have a better score than the target: (n,). `sign`: -1
+    where lower is better."""
     scores = chunk.scores if sign > 0 else -chunk.scores
     target = scores.gather(1, chunk.labels[:, None])  # (n, 1)
     # not by those above it: nothing is above a NaN
     return (scores <= target).sum(dim=1) > scores.shape[1] - TOP
 
 
-OF_SCORES: dict[str, dict[str, Fact]] = {
+TOKEN_STATS: dict[str, dict[str, TokenStat]] = {
     "logits": {
         "cross_entropy": lambda chunk: chunk.softmax().nll(chunk.labels),
         "entropy": lambda chunk: chunk.softmax().entropy,
@@ -43,6 +42,4 @@ OF_SCORES: dict[str, dict[str, Fact]] = {
         "top5_accuracy": lambda chunk: _in_top(chunk, -1.0),
     },
 }
-"""By what the readout gives. In nats; in nats; a probability; the cosine between the mean embedding
-and the target's; whether the target has the best score, and whether fewer than five tokens have a
-better one."""
+"""By what the readout gives, then by the metric's key."""

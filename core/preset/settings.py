@@ -311,6 +311,8 @@ class LoggingSettings(Settings):
 class DataSettingsBase(Settings):
     """Everything of `data` but the sources, whose kinds come from a table."""
 
+    if TYPE_CHECKING:  # the last field of the class that is made from the table
+        sources: list[SourceSettings]
     mix_strategy: Literal["round_robin", "sequential", "weighted"] = "round_robin"
     """round_robin: one document from each in turn. sequential: each to its end. weighted: shares of
     `source_weights`."""
@@ -346,7 +348,7 @@ class DataSettingsBase(Settings):
 
     @model_validator(mode="after")
     def _weights_fit(self) -> "DataSettingsBase":
-        sources = self.sources  # type: ignore[attr-defined]  # every real Data section has it
+        sources = self.sources
         names = [source.name for source in sources]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f'two sources are called {", ".join(twice)}; give one another "name"')

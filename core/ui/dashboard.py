@@ -1,9 +1,9 @@
-"""The live view of a run on a terminal; `view_for` picks it, or plain lines where a stream cannot
-be drawn on.
+"""The live view of a run on a terminal; `view_for` chooses it, or plain lines where nothing can be
+drawn.
 
 In:    events
-Out:   a picture that is redrawn in place, and stays on the screen when the run ends
-State: what the run has told so far (frame.py), rich's drawing thread while a run is on
+Out:   a dashboard that is redrawn in place, and stays on the screen when the run ends
+State: the run so far (run_state.py), rich's drawing thread while a run is on
 """
 
 import os
@@ -24,11 +24,12 @@ REFRESH_PER_SECOND = 4
 
 
 class Dashboard:
-    """Draws a run from its run_start to its run_end; events outside of a run come as plain lines.
+    """Draws a run from its run_start to its run_end; events outside of a run are shown as plain
+    lines.
 
-    Drawing happens in a thread of its own, so `update` costs no more than keeping the event.
-    Whatever else is printed while it draws appears above it. `close` gives the cursor back: call it
-    on every way out."""
+    Drawing happens in a thread of its own, so `update` only stores the event. Anything else that is
+    printed meanwhile appears above the dashboard. `close` gives the cursor back: call it on every
+    way out."""
 
     def __init__(
         self, stream: TextIO, clock: Callable[[], float] = time.time, console: Console | None = None
@@ -57,7 +58,7 @@ class Dashboard:
                 self.console.print(Text(summary(event), "bold"))
 
     def open(self) -> None:
-        """Begin to draw."""
+        """Start the drawing thread."""
         self._live = Live(
             get_renderable=self.render,
             console=self.console,
@@ -67,21 +68,20 @@ class Dashboard:
         self._live.start()
 
     def render(self) -> Text:
-        """The picture at this moment. Leaves room below for the summary and the shell's prompt once
-        the run is over."""
+        """Return the dashboard of this moment. Once the run is over, it leaves room below for the
+        summary and the shell's prompt."""
         try:
             with self._lock:
                 width, height = self.console.size
-                return self.picture(
-                    width, max(1, height - (3 if self._state and self._state.end else 1))
-                )
+                is_over = self._state is not None and self._state.end
+                return self.draw(width, max(1, height - (3 if is_over else 1)))
         except Exception as error:
-            # an exception here would end the drawing thread with a traceback over the picture
+            # an exception here would end the drawing thread with a traceback over the dashboard
             return Text(f"the dashboard cannot draw: {type(error).__name__}: {text.clean(error)}")
 
-    def picture(self, width: int, height: int) -> Text:
-        """At most `height` lines of at most `width` cells; called with the state held."""
-        return Text() if self._state is None else self._state.frame(width, height, self.clock())
+    def draw(self, width: int, height: int) -> Text:
+        """Return at most `height` lines of at most `width` cells; called with the lock held."""
+        return Text() if self._state is None else self._state.draw(width, height, self.clock())
 
     def close(self) -> None:
         if self._live is not None:
@@ -96,11 +96,11 @@ class Dashboard:
 
 
 def view_for(stream: TextIO) -> Dashboard | PlainLines:
-    """The dashboard on a terminal that can show it, plain lines elsewhere."""
+    """Return the dashboard for a terminal that can show it, plain lines for any other stream."""
     return Dashboard(stream) if can_draw(stream) else PlainLines(stream)
 
 
 def can_draw(stream: TextIO) -> bool:
-    """Whether it is a terminal that shows what moves, and characters beyond ASCII."""
+    """Tell whether a stream is a terminal that can redraw lines and show more than ASCII."""
     utf8 = (getattr(stream, "encoding", None) or "").lower().replace("-", "") == "utf8"
     return utf8 and stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb", "unknown")

@@ -14,18 +14,18 @@ from core.metrics.table import SCORES
 from core.preset.settings import MASKED_TOKENS
 from core.terminal import write_line
 from core.ui import text
-from core.ui.progress import Progress
+from core.ui.progress import RunProgress
 
 STEP_SECONDS = 5.0
 NOT_CAUSAL = "not causal: sees later tokens"
-"""Said beside the numbers of a model whose positions see later ones: they are not a language
-model's."""
+"""Shown beside the numbers of a model whose positions see later ones: they are not those of a
+language model."""
 IS_MASKED = "masked tokens"
-"""Said beside the numbers of a model that is to see both sides."""
+"""Shown beside the numbers of a model that sees both sides by design."""
 
 
 class PlainLines:
-    """One compact line for an event; of steps the first, the last, and one about every five
+    """One compact line for each event; for steps the first, the last, and one about every five
     seconds."""
 
     def __init__(
@@ -35,7 +35,7 @@ class PlainLines:
         step_seconds: float = STEP_SECONDS,
     ):
         self.stream, self.clock, self._step_seconds = stream, clock, step_seconds
-        self._progress = Progress({})
+        self._progress = RunProgress({})
         self._shown_at: float | None = None
         self._pending: dict | None = None
         self._eval: dict = {}
@@ -43,7 +43,8 @@ class PlainLines:
     def update(self, event: dict) -> None:
         kind = event.get("event")
         if kind == "run_start":
-            self._progress, self._shown_at, self._pending = Progress(event), None, None
+            self._progress = RunProgress(event)
+            self._shown_at = self._pending = None
         else:
             self._progress.update(event)
         if kind == "step":
@@ -71,12 +72,11 @@ class PlainLines:
         if self._pending is None:
             return
         event, self._pending, self._shown_at = self._pending, None, self.clock()
-        parts = [f"step {event['step']:,}", f"{self._progress.counted} ({self._progress.percent})"]
-        parts += [
+        parts = [
+            f"step {event['step']:,}",
+            f"{self._progress.counted} ({self._progress.percent})",
             f"loss {text.number(event.get('loss'))}",
             f"learning rate {text.number(event.get('learning_rate'))}",
-        ]
-        parts += [
             f"grad norm {text.number(event.get('grad_norm'), 2)}",
             f"{text.count(event.get('tokens_per_second'))} tokens/s",
         ]
@@ -91,40 +91,27 @@ class PlainLines:
 
 
 def describe(event: dict, previous_eval: dict) -> list[str]:
-    """The lines that tell of one event; none for events that have no words (steps, kinds not known
-    here)."""
+    """Return the lines for one event; none for steps and for kinds that are not known here.
+
+    previous_eval   the last `eval` event; {} before there is one
+    """
     kind = event.get("event")
     if kind == "run_start":
-        about = [
-            text.clean(event.get("preset")),
-            f"lineage {text.clean(event.get('lineage'))}",
-            f"run {event.get('run')}",
-            machine(event),
-        ]
-        lines = ["  ".join(about)]
-        if event.get("resumed_from"):
-            lines.append(f"resumed from {text.clean(event['resumed_from'])}")
-        if event.get("sources"):
-            lines.append("sources  " + ", ".join(text.clean(name) for name in event["sources"]))
-        return lines + [f"note  {text.clean(note)}" for note in event.get("notes") or []]
+        return _describe_start(event)
     if kind == "eval":
-        return [
-            f"{evaluation_title(event)}  "
-            + "  ".join(f"{k} {v}" for k, v in scores(event, previous_eval))
-        ]
+        values = [f"{name} {value}" for name, value in scores(event, previous_eval)]
+        return ["  ".join([evaluation_title(event), *values])]
     if kind == "sample":
         return [f"sample  {text.clean(event.get('prompt'))}│{text.clean(event.get('text'))}"]
     if kind == "neighbors":
         return [f"near {text.clean(event.get('word'))}  {neighbors(event)}"]
     if kind == "checkpoint":
-        return [
-            f"checkpoint  {text.clean(event.get('path'))}  "
-            f"({text.number(event.get('seconds'), 1)}s)"
-        ]
+        path, seconds = text.clean(event.get("path")), text.number(event.get("seconds"), 1)
+        return [f"checkpoint  {path}  ({seconds}s)"]
     if kind == "warning":
         return [f"warning  {text.clean(event.get('message'))}"]
     if kind == "skipped":
-        return [f"skipped  {left_out(event)}"]
+        return [f"skipped  {skipped_file(event)}"]
     if kind == "reweighted":
         return [f"sources reweighted  {reweighted(event)}"]
     if kind == "run_end":
@@ -132,28 +119,38 @@ def describe(event: dict, previous_eval: dict) -> list[str]:
     return []
 
 
-def left_out(event: dict) -> str:
-    """ "pdf: thesis.pdf (encrypted)" """
-    return (
-        f"{text.clean(event.get('source'))}: {text.clean(event.get('file'))} "
-        f"({text.clean(event.get('reason'))})"
-    )
+def _describe_start(event: dict) -> list[str]:
+    parts = [
+        text.clean(event.get("preset")),
+        f"lineage {text.clean(event.get('lineage'))}",
+        f"run {event.get('run')}",
+        machine(event),
+    ]
+    lines = ["  ".join(parts)]
+    if event.get("resumed_from"):
+        lines.append(f"resumed from {text.clean(event['resumed_from'])}")
+    if event.get("sources"):
+        lines.append("sources  " + ", ".join(text.clean(name) for name in event["sources"]))
+    return lines + [f"note  {text.clean(note)}" for note in event.get("notes") or []]
+
+
+def skipped_file(event: dict) -> str:
+    """Describe a `skipped` event: "pdf: thesis.pdf (encrypted)"."""
+    source, file, reason = (text.clean(event.get(key)) for key in ("source", "file", "reason"))
+    return f"{source}: {file} ({reason})"
 
 
 def reweighted(event: dict) -> str:
-    """ "code 61.2 % (×1.200, loss 5.201), prose 38.8 % (×0.800, loss 3.422)" """
-
-    def told(name: str, each: dict) -> str:
-        share = text.number((each.get("weight") or 0.0) * 100, 1)
-        return (
-            f"{text.clean(name)} {share} % (×{text.number(each.get('factor'))}, loss "
-            f"{text.number(each.get('loss'))})"
-        )
-
-    return ", ".join(told(name, each) for name, each in (event.get("sources") or {}).items())
+    """Describe a `reweighted` event: "code 61.2 % (×1.200, loss 5.201), prose 38.8 % ..."."""
+    parts = []
+    for name, source in (event.get("sources") or {}).items():
+        share = text.number((source.get("weight") or 0.0) * 100, 1)
+        factor, loss = text.number(source.get("factor")), text.number(source.get("loss"))
+        parts.append(f"{text.clean(name)} {share} % (×{factor}, loss {loss})")
+    return ", ".join(parts)
 
 
-REASONS = {
+ENDINGS = {
     "budget": "finished: the token budget is used up",
     "max_steps": "finished: max_steps reached",
     "max_epochs": "finished: max_epochs reached",
@@ -165,20 +162,20 @@ REASONS = {
 
 
 def remark(event: dict) -> str:
-    """What has to be said beside the numbers of a run, if anything. That an encoder sees both sides
-    is by design."""
+    """Return what has to be shown beside the numbers of a run; "" for a causal language model."""
     if event.get("objective") == MASKED_TOKENS:
         return IS_MASKED
     return "" if event.get("causal", True) else NOT_CAUSAL
 
 
 def evaluation_title(event: dict) -> str:
+    """Return the heading of an evaluation: when it was made, and the remark on its model."""
     title = f"evaluation at {text.count(event.get('tokens'))} tokens"
-    return f"{title}, {said}" if (said := remark(event)) else title
+    return f"{title}, {remark(event)}" if remark(event) else title
 
 
 def neighbors(event: dict) -> str:
-    """ "queen 0.71, prince 0.69" """
+    """Describe a `neighbors` event: "queen 0.71, prince 0.69"."""
     return ", ".join(
         f"{text.clean(word)} {text.number(cosine, 2)}"
         for word, cosine in event.get("neighbors") or []
@@ -186,21 +183,22 @@ def neighbors(event: dict) -> str:
 
 
 def summary(event: dict) -> str:
+    """Return why and where a run ended."""
     reason = str(event.get("reason"))
-    said = REASONS.get(reason, f"stopped: {text.clean(reason)}")
-    return f"{said} (step {event['step']:,}, {text.count(event.get('tokens'))} tokens)"
+    ending = ENDINGS.get(reason, f"stopped: {text.clean(reason)}")
+    return f"{ending} (step {event['step']:,}, {text.count(event.get('tokens'))} tokens)"
 
 
 def machine(event: dict) -> str:
-    """ "12.3M parameters  cuda ×8  bf16  compiled" """
-    world = event.get("world_size") or 1
+    """Describe model and machine of a run: "12.3M parameters  cuda ×8  bf16  compiled"."""
+    world_size = event.get("world_size") or 1
     parts = [
         f"{text.count(event.get('parameters'))} parameters",
-        text.clean(event.get("device") or "") + (f" ×{world}" if world > 1 else ""),
+        text.clean(event.get("device") or "") + (f" ×{world_size}" if world_size > 1 else ""),
+        text.clean(event.get("precision") or ""),
+        remark(event),
     ]
-    parts += [text.clean(event.get(key)) for key in ("precision",) if event.get(key)]
-    parts.append(remark(event))
-    if event.get("compile"):  # "not compiled: and why"; the reason is among the notes
+    if event.get("compile"):  # "not compiled: why"; the reason is among the notes
         parts.append(re.split("[:;]", text.clean(event["compile"]))[0])
     return "  ".join(part for part in parts if part)
 

@@ -1,64 +1,61 @@
-"""What the dashboard shows, as lines: everything known of the run, laid out to fit a given width
-and height.
+"""The state of a run, and its dashboard as lines that fit a given width and height.
 
 In:    events, in order; then a size and the time
 Out:   a rich Text of at most that many lines, none wider than the screen
 State: the last event of each kind, recent and all losses, warnings and samples
 
-The head is always there. Below it come sections in order of importance, each with the rows it needs
-at least; what does not fit is left out from the bottom, and what is left over goes to the section
-that can use it, last to the chart."""
+The head is always shown. Below it come sections in order of importance, each with the rows that it
+needs at least. Sections that do not fit are dropped from the bottom; rows that are left over go to
+the sections that can use them, last to the chart."""
 
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.cells import cell_len
-from rich.console import Console
 from rich.text import Text
 
 from core.metrics.table import BESIDE
 from core.preset.settings import MASKED_TOKENS
 from core.ui import text
-from core.ui.plain import evaluation_title, left_out, machine, neighbors, scores
-from core.ui.progress import Progress
+from core.ui.layout import NAME_CELLS, VALUE_CELLS, apart, bar, folded, grid, rule
+from core.ui.plain import evaluation_title, machine, neighbors, scores, skipped_file
+from core.ui.progress import RunProgress
 
 QUIET_SECONDS = 10.0
-"""After so long without any event the dashboard says so: a first step being compiled, an
-evaluation, or something stuck."""
+"""After so long without an event the dashboard says so: a first step is being compiled, an
+evaluation runs, or something is stuck."""
 CHART_ROWS = 12
+LEAST_CHART_ROWS = 4
 SAMPLE_ROWS = 9  # before the chart takes its part
 SAMPLE_CHARACTERS = 2000
-# cells of a name; of a number with its change in brackets; of one without
-NAME, VALUE, LEAST_VALUE = 14, 16, 12
-OF_MODELS = {
+MODEL_VALUES = {
     "routing_entropy/mean": "static entropy",
     "dynamic_routing_entropy/mean": "route entropy",
 }
-"""Numbers a model reports of itself, by other names; those of single layers are in the log only."""
+"""Short names of numbers that a model reports; those of single layers are in the log only."""
 ENDINGS = {
     "budget": "finished",
     "max_steps": "finished",
     "max_epochs": "finished",
     "interrupted": "interrupted",
 }
-
-
 WIDE_SOURCES = 92
-"""Columns from which on the sources' documents and epochs are shown too."""
+"""Width from which on the sources' documents and epochs are shown, too."""
 
 
 @dataclass
 class Section:
-    least: int  # rows below which it is not worth showing
+    """A part of the dashboard; without lines it is not shown."""
+
+    min_rows: int  # with fewer rows it is not worth showing
     lines: list[Text]
 
 
 class RunState:
-    """All that events have told of one run."""
+    """Everything that the events of one run have said so far."""
 
     def __init__(self, start: dict):
-        self.start, self.progress = start, Progress(start)
+        self.start, self.progress = start, RunProgress(start)
         self.step: dict = {}
         self.evals: deque[dict] = deque(maxlen=2)
         self.samples: list[dict] = []
@@ -90,16 +87,18 @@ class RunState:
         elif kind == "warning":
             self.warnings.append(event)
         elif kind == "skipped":
-            self.warnings.append({**event, "message": f"skipped {left_out(event)}"})
+            self.warnings.append({**event, "message": f"skipped {skipped_file(event)}"})
         elif kind == "run_end":
             self.end = event
 
-    def frame(self, width: int, height: int, now: float) -> Text:
-        """At most `height` lines of at most `width` cells."""
+    def draw(self, width: int, height: int, now: float) -> Text:
+        """Return at most `height` lines of at most `width` cells.
+
+        now   unix time; ignored once the run is over
+        """
         if self.end:
             now = self.end.get("time") or now
         lines = self._head(width, now)
-        left = height - len(lines)
         sections = [
             self._evaluation(width),
             self._sources(width),
@@ -107,72 +106,63 @@ class RunState:
             self._warnings(width),
             self._sample(width),
         ]
-        rows = {}
-        for i, section in enumerate(sections):
-            if section.lines and section.least <= left:
-                rows[i] = section.least
-                left -= section.least
-            elif section.lines:
-                break
-
-        def grow(i: int, at_most: int) -> None:
-            nonlocal left
-            more = max(0, min(left, len(sections[i].lines), at_most) - rows[i]) if i in rows else 0
-            more = min(more, left)
-            rows[i], left = rows.get(i, 0) + more, left - more
-
-        sample = len(sections) - 1
-        for i in list(rows):
-            grow(i, SAMPLE_ROWS if i == sample else height)
-        if left >= 4 and (chart := self._chart(width, min(left, CHART_ROWS))):
-            lines, left = lines + chart, left - len(chart)
-        if sample in rows:
-            grow(sample, height)
-        for i, n in rows.items():
-            lines += sections[i].lines[:n]
+        rows, chart_rows = _share_rows(sections, height - len(lines), len(self.history.values) >= 8)
+        if chart_rows:
+            lines += self._chart(width, chart_rows)
+        for section, count in zip(sections, rows):
+            lines += section.lines[:count]
         for line in lines:
             line.truncate(width, overflow="ellipsis")
         return Text("\n", no_wrap=True).join(lines[:height])
 
     def _head(self, width: int, now: float) -> list[Text]:
-        start, step = self.start, self.step
+        """Return the run's name, its machine, its progress, and the numbers of the last step."""
+        start, progress = self.start, self.progress
         name = Text.assemble(
             (text.clean(start.get("preset")), "bold cyan"),
-            "  ",
-            (f"lineage {text.clean(start.get('lineage'))}", ""),
+            f"  lineage {text.clean(start.get('lineage'))}  run {start.get('run')}",
         )
-        name.append(f"  run {start.get('run')}", "")
         if start.get("resumed_from"):
             name.append(f"  resumed from {Path(text.clean(start['resumed_from'])).name}", "dim")
         elapsed = Text(f"{text.duration(now - (start.get('time') or now))} elapsed", "dim")
-        out = [apart(name, elapsed, width), Text(machine(start), "dim")]
-
-        progress = self.progress
-        if self.end:
-            left = ENDINGS.get(str(self.end.get("reason")), "stopped")
-        elif not step:
-            left = "preparing the first step"
-        else:
-            left = (
-                f"{text.duration(progress.seconds_left)} left"
-                if progress.seconds_left is not None
-                else ""
-            )
         after = Text.assemble(
-            (f"  {progress.percent:>7}", "bold"), f"  {progress.counted}", (f"  {left}", "cyan")
+            (f"  {progress.percent:>7}", "bold"),
+            f"  {progress.counted}",
+            (f"  {self._time_left()}", "cyan"),
         )
-        out.append(bar(progress.fraction, max(8, width - after.cell_len)) + after)
-
         loss = Text.assemble(
-            ("loss           ", "dim"), (f"{text.number(step.get('loss'), 4):<10}", "bold")
+            ("loss           ", "dim"), (f"{text.number(self.step.get('loss'), 4):<10}", "bold")
         )
-        spark = text.chart(list(self.recent), max(8, width - loss.cell_len))[0]
-        out += [Text(), loss + Text(spark, "green")]
+        curve = text.chart(list(self.recent), max(8, width - loss.cell_len))[0]
+        lines = [
+            apart(name, elapsed, width),
+            Text(machine(start), "dim"),
+            bar(progress.fraction, max(8, width - after.cell_len)) + after,
+            Text(),
+            loss + Text(curve, "green"),
+            *grid(self._step_values(), width),
+        ]
+        if not self.end and now - self.last_event > QUIET_SECONDS:
+            lines.append(Text(f"no news for {text.duration(now - self.last_event)}", "yellow"))
+        return lines
+
+    def _time_left(self) -> str:
+        """Return how much time is left, or how the run ended."""
+        if self.end:
+            return ENDINGS.get(str(self.end.get("reason")), "stopped")
+        if not self.step:
+            return "preparing the first step"
+        seconds = self.progress.seconds_left
+        return f"{text.duration(seconds)} left" if seconds is not None else ""
+
+    def _step_values(self) -> list[tuple[str, str]]:
+        """Return names and values of the last step's numbers."""
+        step = self.step
         cells = [
             ("tokens/s", text.count(step.get("tokens_per_second"))),
             ("learning rate", text.number(step.get("learning_rate"))),
             ("grad norm", text.number(step.get("grad_norm"), 2)),
-            ("step", f"{step.get('step', start.get('step', 0)):,}"),
+            ("step", f"{step.get('step', self.start.get('step', 0)):,}"),
             ("memory", text.memory(step.get("memory_mb"))),
         ]
         if step.get("skipped"):
@@ -180,19 +170,14 @@ class RunState:
         if len(losses := step.get("losses") or {}) > 1:
             cells += [(text.clean(key), text.number(value)) for key, value in losses.items()]
         cells += [
-            (text.clean(name).rpartition(".")[2], text.number(v))
-            for name, v in (step.get("scheduled") or {}).items()
+            (text.clean(name).rpartition(".")[2], text.number(value))
+            for name, value in (step.get("scheduled") or {}).items()
         ]
-        of_model = (step.get("model") or {}).items()
-        cells += [
-            (OF_MODELS.get(name, name), text.number(value))
-            for name, value in of_model
+        return cells + [
+            (MODEL_VALUES.get(name, name), text.number(value))
+            for name, value in (step.get("model") or {}).items()
             if "/layer_" not in name
         ]
-        out += _grid(cells, width)
-        if not self.end and now - self.last_event > QUIET_SECONDS:
-            out.append(Text(f"no news for {text.duration(now - self.last_event)}", "yellow"))
-        return out
 
     def _evaluation(self, width: int) -> Section:
         if not self.evals:
@@ -207,52 +192,43 @@ class RunState:
             for metric in BESIDE
             if (value := event.get(metric.key)) is not None
         ]
-        # of ours: a loss may have any name
-        longest = max((len(name) for name, _ in cells), default=0)
-        losses = {
-            key: value
-            for key, value in (event.get("losses") or {}).items()
-            if key != "cross_entropy"
-        }
+        # the names above are ours and short; that of a loss may be anything
+        name_cells = max([NAME_CELLS, *(len(name) for name, _ in cells)])
+        losses = {**(event.get("losses") or {}), **(event.get("heads") or {})}
         cells += [
             (text.clean(key), text.number(value))
-            for key, value in (losses | (event.get("heads") or {})).items()
+            for key, value in losses.items()
+            if key != "cross_entropy"
         ]
-        names = max(NAME, longest)
-        lines = [
-            rule(evaluation_title(event), width),
-            *_grid(cells, width, max(2, width // (names + VALUE)), names),
-        ]
+        columns = max(2, width // (name_cells + VALUE_CELLS))
+        lines = [rule(evaluation_title(event), width), *grid(cells, width, columns, name_cells)]
         return Section(min(len(lines), 3), lines)
 
     def _sources(self, width: int) -> Section:
+        """Return a line for each source: its share of the tokens, as a bar, and its numbers."""
         sources = self.step.get("sources") or {}
         if not sources:
             return Section(0, [])
-        total = sum((each.get("tokens") or 0) for each in sources.values()) or 1
+        total = sum((source.get("tokens") or 0) for source in sources.values()) or 1
         wide = width >= WIDE_SOURCES
         bar_width = max(6, min(30, width - (82 if wide else 62)))
         name_width = max(10, min(30, width - bar_width - (54 if wide else 34)))
-        heads = f"{'share':>{bar_width + 9}}{'weight':>9}{'loss':>9}" + (
-            f"{'documents':>11}{'epoch':>7}" if wide else ""
-        )
+        heads = f"{'share':>{bar_width + 9}}{'weight':>9}{'loss':>9}"
+        heads += f"{'documents':>11}{'epoch':>7}" if wide else ""
         lines = [rule("sources", width, heads + "  ")]
-        for name, each in sorted(sources.items(), key=lambda item: -(item[1].get("tokens") or 0)):
-            share = (each.get("tokens") or 0) / total
+        for name, source in sorted(sources.items(), key=lambda item: -(item[1].get("tokens") or 0)):
+            share = (source.get("tokens") or 0) / total
             label = Text("  " + text.clean(name))
             label.truncate(name_width, overflow="ellipsis", pad=True)
-            numbers = f"{share * 100:>7.1f} %{text.number(each.get('weight')):>9}{text.number(each.get('loss')):>9}"
+            weight, loss = text.number(source.get("weight")), text.number(source.get("loss"))
+            numbers = f"{share * 100:>7.1f} %{weight:>9}{loss:>9}"
             if wide:
-                numbers += (
-                    f"{text.count(each.get('documents')):>11}{text.count(each.get('epochs')):>7}"
-                )
+                documents, epochs = source.get("documents"), source.get("epochs")
+                numbers += f"{text.count(documents):>11}{text.count(epochs):>7}"
+            gap = width - name_width - bar_width - len(numbers) - 2
             filled = round(share * bar_width)
-            lines.append(
-                label
-                + Text(" " * (width - name_width - bar_width - len(numbers) - 2))
-                + Text("█" * filled, "blue")
-            )
-            lines[-1].append("·" * (bar_width - filled), "dim").append(numbers)
+            line = label + Text(" " * gap) + Text("█" * filled, "blue")
+            lines.append(line.append("·" * (bar_width - filled), "dim").append(numbers))
         return Section(min(len(lines), 4), lines)
 
     def _saved(self, width: int, now: float) -> Section:
@@ -260,11 +236,11 @@ class RunState:
             return Section(0, [])
         event = self.checkpoint
         ago = text.duration(now - (event.get("time") or now))
-        about = f"{text.clean(event.get('path'))}, {ago} ago"
-        return Section(1, [rule("checkpoint", width, left=about)])
+        path_and_age = f"{text.clean(event.get('path'))}, {ago} ago"
+        return Section(1, [rule("checkpoint", width, left=path_and_age)])
 
     def _warnings(self, width: int) -> Section:
-        """The newest first, so that cropping takes the oldest."""
+        """Return the newest warnings first, so that the oldest are cropped."""
         lines = [
             Text("  " + text.clean(event.get("message"))[:500], "yellow")
             for event in reversed(self.warnings)
@@ -273,34 +249,29 @@ class RunState:
 
     def _sample(self, width: int) -> Section:
         lines: list[Text] = []
-        # what fills a mask does not go on with the prompt
+        # the fillings of masks do not continue the prompt
         gap = "  " if self.start.get("objective") == MASKED_TOKENS else ""
         for event in self.samples:
-            prompt, continuation = (
-                text.clean(event.get("prompt")),
-                text.clean(str(event.get("text"))[:SAMPLE_CHARACTERS]),
-            )
-            # Some write the prompt again at the beginning of the text; once is enough here.
-            both = Text.assemble((prompt[:200], "bold"), gap, continuation.removeprefix(prompt))
-            lines += [Text("  ") + line for line in _folded(both, width - 4)]
+            prompt = text.clean(event.get("prompt"))
+            answer = text.clean(str(event.get("text"))[:SAMPLE_CHARACTERS])
+            # some texts begin with the prompt; once is enough here
+            both = Text.assemble((prompt[:200], "bold"), gap, answer.removeprefix(prompt))
+            lines += [Text("  ") + line for line in folded(both, width - 4)]
         for event in self.neighbors:
-            line = Text.assemble(
-                "near ", (text.clean(event.get("word")), "bold"), f"  {neighbors(event)}"
-            )
-            lines += [Text("  ") + line for line in _folded(line, width - 4)]
+            word = (text.clean(event.get("word")), "bold")
+            near = Text.assemble("near ", word, f"  {neighbors(event)}")
+            lines += [Text("  ") + line for line in folded(near, width - 4)]
         if not lines:
             return Section(0, [])
-        what, last = (
-            ("sample", self.samples[-1]) if self.samples else ("neighbors", self.neighbors[-1])
-        )
-        return Section(
-            3, [rule(f"{what} at {text.count(last.get('tokens'))} tokens", width), *lines]
-        )
+        kind, last = "neighbors", (self.samples or self.neighbors)[-1]
+        if self.samples:
+            kind = "sample"
+        title = f"{kind} at {text.count(last.get('tokens'))} tokens"
+        return Section(3, [rule(title, width), *lines])
 
     def _chart(self, width: int, rows: int) -> list[Text]:
+        """Return the losses of this session as a chart of so many rows, the title included."""
         values = self.history.values
-        if len(values) < 8:
-            return []
         body = text.chart(values, width - 10, rows - 1)
         low, high = text.number(min(values), 2), text.number(max(values), 2)
         labels = [high, *[""] * (len(body) - 2), low]
@@ -311,47 +282,37 @@ class RunState:
 
 
 def _with(events: list[dict], event: dict) -> list[dict]:
-    """Those of the same evaluation, and one more; the first of another one leaves the others
-    behind."""
+    """Append an event to those of its evaluation; the first of a new evaluation replaces the
+    others."""
     return [*events, event] if events and events[-1].get("step") == event.get("step") else [event]
 
 
-def rule(title: str, width: int, right: str = "", left: str = "") -> Text:
-    line = Text.assemble(("── ", "dim"), (title, "cyan"), " ", f"{left} " if left else "")
-    dashes = max(0, width - line.cell_len - len(right) - (1 if right else 0))
-    return line.append("─" * dashes + (" " if right else ""), "dim").append(right, "dim")
+def _share_rows(sections: list[Section], left: int, has_chart: bool) -> tuple[list[int], int]:
+    """Return the rows of each section, and those of the chart below the head.
 
+    sections   in order of importance; the last one is the sample
+    left       rows to share
+    """
+    rows = [0] * len(sections)
+    shown = []
+    for i, section in enumerate(sections):
+        if section.lines and section.min_rows > left:
+            break
+        if section.lines:
+            shown.append(i)
+            rows[i] = section.min_rows
+            left -= section.min_rows
 
-def apart(left: Text, right: Text, width: int) -> Text:
-    """One at each side, or the left one alone where both do not fit."""
-    gap = width - left.cell_len - right.cell_len
-    return left + Text(" " * gap) + right if gap >= 2 else left
+    def grow(i: int, most: int) -> None:
+        nonlocal left
+        more = max(0, min(left, len(sections[i].lines), most) - rows[i])
+        rows[i], left = rows[i] + more, left - more
 
-
-def bar(fraction: float, width: int) -> Text:
-    done = int(fraction * width)
-    return Text.assemble(("━" * done, "cyan"), ("━" * (width - done), "grey35"))
-
-
-def _grid(
-    cells: list[tuple[str, str]], width: int, columns: int = 3, names: int = NAME
-) -> list[Text]:
-    """Names and values in at most so many columns; `names`: cells of a name."""
-    columns = max(1, min(columns, width // (names + LEAST_VALUE)))
-    each = width // columns
-    lines = []
-    for i in range(0, len(cells), columns):
-        line = Text()
-        for name, value in cells[i : i + columns]:
-            cell = Text.assemble((f"{name:<{names}} ", "dim"), value)
-            cell.truncate(each - 1, overflow="ellipsis", pad=True)
-            line.append_text(cell).append(" ")
-        lines.append(line)
-    return lines
-
-
-def _folded(line: Text, width: int) -> list[Text]:
-    """Broken at spaces where there are any; cells, not characters, are counted."""
-    if cell_len(line.plain) <= width:
-        return [line]
-    return list(line.wrap(Console(width=width), width))
+    sample = len(sections) - 1
+    for i in shown:
+        grow(i, SAMPLE_ROWS if i == sample else left)
+    chart_rows = min(left, CHART_ROWS) if has_chart and left >= LEAST_CHART_ROWS else 0
+    left -= chart_rows
+    if sample in shown:
+        grow(sample, left)
+    return rows, chart_rows

@@ -181,7 +181,7 @@ def with_preset(made: list[Trial], variant: str, **sections) -> list[Trial]:
 def test_other_tokenizers_are_compared_by_bytes(tmp_path) -> None:
     made = with_preset(trials(tmp_path, FINALS), "mix", tokenizer={"type": "hub", "name": "gpt2"})
     found = compared(made)
-    assert (found.asked, found.metric) == ("cross_entropy", "bits_per_byte")
+    assert (found.requested, found.metric) == ("cross_entropy", "bits_per_byte")
     assert (
         "different tokenizers" in found.warnings[0]
         and "bits per byte is the primary metric" in found.warnings[0]

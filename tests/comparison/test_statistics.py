@@ -11,8 +11,8 @@ from core.comparison.statistics import (
     holm,
     paired_difference,
     paired_ratio,
+    seed_stats,
     smallest_seen,
-    spread,
 )
 from core.comparison.verdict import judge
 from core.metrics.table import metric_of
@@ -108,8 +108,10 @@ def test_false_findings_and_coverage() -> None:
 
 
 def test_spread_and_ratio() -> None:
-    assert spread([]).mean is None and spread([2.0]).sd is None
-    assert (spread([1.0, 3.0]).mean, spread([1.0, 3.0]).sd) == pytest.approx((2.0, math.sqrt(2)))
+    assert seed_stats([]).mean is None and seed_stats([2.0]).sd is None
+    assert (seed_stats([1.0, 3.0]).mean, seed_stats([1.0, 3.0]).sd) == pytest.approx(
+        (2.0, math.sqrt(2))
+    )
     ratio = paired_ratio({1: 100, 2: 100, 3: None}, {1: 50, 2: 200, 3: 7})
     assert (ratio.n, ratio.mean, ratio.low, ratio.high) == pytest.approx((2, 1.0, 0.5, 2.0))
     assert paired_ratio({1: None}, {1: 3.0}) is None

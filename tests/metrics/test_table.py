@@ -1,7 +1,7 @@
 """The one table of metrics: what it promises to the code that computes them, and to whoever shows
 them."""
 
-from core.losses.token_stats import OF_SCORES
+from core.losses.token_stats import TOKEN_STATS
 from core.metrics.table import BESIDE, METRICS, OF_HEADS, SCORES, metric_of, ordered
 
 
@@ -12,11 +12,11 @@ def test_every_metric_stands_there_once() -> None:
 
 def test_statistics_of_tokens_are_metrics_that_such_readouts_give() -> None:
     """Both ways: a statistic without a line is shown nowhere, and a line says who gives it."""
-    for provides, statistics in OF_SCORES.items():
+    for provides, statistics in TOKEN_STATS.items():
         for key in statistics:
             assert METRICS[key].given_by in ("every model", provides)
     of_logits = {metric.key for metric in (*SCORES, *BESIDE) if metric.given_by == "logits"}
-    assert of_logits <= OF_SCORES["logits"].keys()
+    assert of_logits <= TOKEN_STATS["logits"].keys()
 
 
 def test_what_heads_measure_is_told_apart_by_its_prefix() -> None:

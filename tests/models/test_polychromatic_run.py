@@ -70,7 +70,7 @@ def test_a_model_that_sees_the_future_says_so_wherever_its_numbers_are_shown(
     screen = RunState(start)
     for event in (events(tmp_path, "step")[-1], evaluation):
         screen.update(event)
-    shown = screen.frame(100, 40, evaluation["time"]).plain
+    shown = screen.draw(100, 40, evaluation["time"]).plain
     lines = [line for event in (start, evaluation) for line in describe(event, {})]
     assert (
         shown.count(NOT_CAUSAL) == sum(NOT_CAUSAL in line for line in lines) == (0 if causal else 2)

@@ -25,7 +25,7 @@ from core.preview import time_remark
 from core.registry import Preset
 from core.runtime import detect_runtime
 from core.ui.plain import PlainLines
-from core.ui.progress import Progress
+from core.ui.progress import RunProgress
 from tests.data.corpus import Ranks, byte_tokenizer
 from tests.data.test_hf import lines, parquet
 from tests.hub import Hub
@@ -134,11 +134,11 @@ def test_schedules_and_progress_end_where_epochs_do(tmp_path: Path) -> None:
     assert events[-1]["event"] == "run_end" and events[-1]["reason"] == "max_epochs"
     assert_spans_the_run(events)
     out = io.StringIO()
-    plain, progress = PlainLines(out, step_seconds=0.0), Progress(events[0])
+    plain, progress = PlainLines(out, step_seconds=0.0), RunProgress(events[0])
     fractions = []
     for event in events:
         if event["event"] == "run_start":
-            progress = Progress(event)
+            progress = RunProgress(event)
         plain.update(event)
         progress.update(event)
         fractions.append(progress.fraction)

@@ -15,7 +15,7 @@ from rich.console import Console
 from core.ui import text
 from core.ui.dashboard import Dashboard, view_for
 from core.ui.plain import PlainLines
-from core.ui.progress import Progress
+from core.ui.progress import RunProgress
 from core.ui.run_state import QUIET_SECONDS, RunState
 from tests.ui import stream
 
@@ -32,7 +32,7 @@ def state_of(events):
 
 def rendered(state, now, width, height):
     console = Console(file=io.StringIO(), width=width, height=height, force_terminal=False)
-    console.print(state.frame(width, height, now), crop=False)
+    console.print(state.draw(width, height, now), crop=False)
     return console.file.getvalue().rstrip("\n").split("\n")
 
 
@@ -89,24 +89,24 @@ def test_the_last_evaluation_is_compared_with_the_one_before():
     evals = [event for event in stream.run() if event["event"] == "eval"]
     state = RunState(next(stream.run()))
     state.update(evals[0])
-    assert "(" not in state.frame(80, 23, 0).plain.split("perplexity")[0].split("cross-entropy")[1]
+    assert "(" not in state.draw(80, 23, 0).plain.split("perplexity")[0].split("cross-entropy")[1]
     state.update(evals[1])
     expected = f"{evals[1]['cross_entropy'] - evals[0]['cross_entropy']:+.3f}".replace("-", "−")
-    assert f"({expected})" in state.frame(80, 23, 0).plain
+    assert f"({expected})" in state.draw(80, 23, 0).plain
 
 
 def test_silence_is_mentioned_while_running_only():
     events = list(stream.run())
     state, now = state_of(events[:-1])
-    assert "no news" not in state.frame(80, 23, now + QUIET_SECONDS / 2).plain
-    assert "no news for 1m 00s" in state.frame(80, 23, now + 60).plain
+    assert "no news" not in state.draw(80, 23, now + QUIET_SECONDS / 2).plain
+    assert "no news for 1m 00s" in state.draw(80, 23, now + 60).plain
     state.update(events[-1])
-    assert "no news" not in state.frame(80, 23, now + 60).plain
+    assert "no news" not in state.draw(80, 23, now + 60).plain
 
 
 def test_time_left_leaves_evaluations_and_checkpoints_out():
     events = list(stream.run(steps=200, seconds_per_step=0.5))
-    progress = Progress(events[0])
+    progress = RunProgress(events[0])
     assert progress.seconds_left is None
     for event in events[1:]:
         progress.update(event)
@@ -128,14 +128,14 @@ def test_time_left_leaves_evaluations_and_checkpoints_out():
 )
 def test_the_limit_that_binds_is_the_one_shown(start, counted, percent):
     events = list(stream.run(steps=200, **start))
-    progress = Progress(events[0])
+    progress = RunProgress(events[0])
     for event in events[1:11]:
         progress.update(event)
     assert (progress.counted, progress.percent) == (counted, percent)
 
 
 def test_a_slow_first_step_does_not_spoil_the_time_left():
-    progress = Progress({"budget_tokens": 1000, "tokens_per_step": 10})
+    progress = RunProgress({"budget_tokens": 1000, "tokens_per_step": 10})
     for step, speed in ((1, 0.1), (2, 10.0), (3, 10.0)):
         progress.update(
             {"event": "step", "run_step": step, "run_tokens": 10 * step, "tokens_per_second": speed}
@@ -146,7 +146,7 @@ def test_a_slow_first_step_does_not_spoil_the_time_left():
 def test_the_time_left_counts_the_evaluations_still_to_come():
     """As long as the last one took: at every so many tokens, and one at the end."""
     for limit in ({"budget_tokens": 1000}, {"budget_tokens": 100_000, "max_steps": 100}):
-        progress = Progress({**limit, "tokens_per_step": 10, "eval_every_tokens": 200})
+        progress = RunProgress({**limit, "tokens_per_step": 10, "eval_every_tokens": 200})
         for step in range(1, 21):
             progress.update(
                 {
@@ -176,7 +176,7 @@ def test_the_time_left_counts_the_evaluations_still_to_come():
 
 
 def test_a_step_that_compiles_tells_no_rate():
-    progress = Progress({"budget_tokens": 1000, "tokens_per_step": 10, "compile_from_step": 1})
+    progress = RunProgress({"budget_tokens": 1000, "tokens_per_step": 10, "compile_from_step": 1})
     for step, speed in ((1, 0.1), (2, 0.001), (3, 10.0)):
         assert progress.seconds_left is None
         progress.update(
@@ -192,7 +192,7 @@ def test_a_step_that_compiles_tells_no_rate():
 
 
 def test_almost_done_is_not_done():
-    progress = Progress({"budget_tokens": 100_000_000, "run_tokens": 99_999_999})
+    progress = RunProgress({"budget_tokens": 100_000_000, "run_tokens": 99_999_999})
     assert progress.percent == "99.9 %"
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from core.comparison.outcome import Outcome
 from core.comparison.results import Comparison, Variant
-from core.comparison.statistics import POWER, Ratio, Spread
+from core.comparison.statistics import POWER, Ratio, SeedStats
 from core.comparison.verdict import Amount, percent
 from core.metrics.table import Metric, metric_of
 from core.reports.page import Table
@@ -288,7 +288,7 @@ def _value(value: float | None, known: Metric, extra: int = 0) -> str:
     return NONE if value is None else f"{value:.{known.digits + extra}f}".replace("-", "−")
 
 
-def _spread(found: Spread, known: Metric) -> str:
+def _spread(found: SeedStats, known: Metric) -> str:
     return _value(found.mean, known) + (
         f" ± {_value(found.sd, known)}" if found.sd is not None else ""
     )

@@ -23,7 +23,7 @@ def json_report(comparison: Comparison) -> str:
         "name": comparison.name,
         "description": comparison.description,
         "metric": comparison.metric,
-        "metric_asked_for": comparison.asked,
+        "metric_asked_for": comparison.requested,
         "confidence": comparison.confidence,
         "baseline": comparison.baseline.name,
         "verdicts": [asdict(verdict) for verdict in comparison.verdicts],
