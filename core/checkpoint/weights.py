@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from core.checkpoint.state import not_finite, tensor_problem
 from core.checkpoint.store import CheckpointStore, Damaged, load_model, read_checkpoint
 from core.contracts import call_if_defined
-from core.data.tokenizer import build_tokenizer
+from core.data.tokenizer_build import build_tokenizer
 from core.errors import UserError
 from core.file_names import slot_name
 from core.files import own_path
