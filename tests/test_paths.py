@@ -101,7 +101,7 @@ def test_the_menu_and_a_start_stand_paths_at_the_home_of_nobody(
     changes = {"tokenize": {"output": NOBODY}, "tokenizer": {"type": "file", "path": NOBODY}}
     preset = decode_preset(json.loads(json.dumps(tiny_preset() | changes)), Preset, "t", "t")
     assert (
-        launch._work_of(preset) == {}
+        launch._files_of(preset) == {}
         and preview.known_vocab_size(preset.tokenizer, tmp_path) == 50_257
     )
     assert (

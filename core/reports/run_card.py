@@ -10,7 +10,7 @@ import statistics
 import subprocess
 from collections import deque
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from core.files import read_json, write_file
 from core.metrics.log import LOG
@@ -97,8 +97,8 @@ def read_card(folder: Path) -> dict[str, Any]:
     return card if isinstance(card, dict) else {}
 
 
-def is_positive(value: Any) -> bool:
-    """Whether it is a number above zero that can be reckoned with."""
+def is_positive(value: Any) -> TypeGuard[float]:
+    """Tell whether a value is a number above zero that can be calculated with."""
     return isinstance(value, int | float) and 1e-9 < value < 1e18
 
 
