@@ -15,7 +15,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch.distributed as dist
+from torch.distributed import (  # type: ignore[attr-defined]  # torch does not declare these
+    PrefixStore,
+    TCPStore,
+)
 
 from core.environment import read_dotenv
 from core.errors import Interrupted, PresetError, UserError
@@ -122,7 +125,7 @@ def _rendezvous_store() -> "Store":
     is_host = not agent_has_it and os.environ["RANK"] == "0"
     try:
         world_size, timeout = int(os.environ["WORLD_SIZE"]), timedelta(minutes=5)
-        tcp_store = dist.TCPStore(address, port, world_size, is_host, timeout=timeout)
+        tcp_store = TCPStore(address, port, world_size, is_host, timeout=timeout)
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"the processes cannot meet at {address}:{port} (MASTER_ADDR, MASTER_PORT): "
@@ -130,7 +133,7 @@ def _rendezvous_store() -> "Store":
             "machine that has RANK 0, and a port that is free there."
         ) from None
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
-    store = dist.PrefixStore(f"zeroarg/{restart}", tcp_store)
+    store = PrefixStore(f"zeroarg/{restart}", tcp_store)
     store.set_timeout(PATIENCE)
     return store
 

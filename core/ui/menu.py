@@ -176,7 +176,7 @@ def _pick(cards: list[PresetCard], default: str) -> str:
             window.dont_extend_height = Always()
             window.scroll_offsets = ScrollOffsets(top=2, bottom=2)
     by_stem = {card.stem: card for card in cards}
-    pane = PreviewPane(cards, lambda: by_stem[control.get_pointed_at().value], size)
+    pane = PreviewPane(cards, lambda: by_stem[str(control.get_pointed_at().value)], size)
 
     def leave(event: KeyPressEvent) -> None:
         event.app.exit(exception=KeyboardInterrupt)
