@@ -186,6 +186,18 @@ print(json.dumps({{"loaded": loaded}}))
     assert {module: names for module, names in loaded.items() if names} == {}
 
 
+def test_models_import_no_data(tmp_path: Path) -> None:
+    """Nobody who wants a model alone waits for what reads data or compares runs."""
+    code = """
+import json, sys
+import core.models
+heavy = ("pandas", "pyarrow", "datasets", "transformers", "tokenizers")
+ours = ("core.data", "core.comparison", "core.interpretation", "core.training", "core.jobs")
+print(json.dumps({"loaded": [name for name in (*heavy, *ours) if name in sys.modules]}))
+"""
+    assert in_fresh_python(code, tmp_path) == {"loaded": []}
+
+
 def test_importing_does_nothing(tmp_path: Path) -> None:
     """No file, no device, no thread, no signal handler, no output; optional packages wait until
     they are used."""

@@ -23,6 +23,7 @@ from core.metrics.log import LOG, check_log
 from core.parallel.protocol import Parallel
 from core.parallel.ranks import on_rank_zero, rank_zero_first
 from core.preset.base import PresetBase
+from core.preset.settings import TokenizerSettings
 from core.training.progress import Progress, begin_next_run
 
 
@@ -121,7 +122,7 @@ def choose_tokenizer(
 
     def make() -> dict[str, Any]:
         if weights is not None:
-            return weights.tokenizer_state(preset.tokenizer, corpus.root)
+            return tokenizer_state_of(weights, preset.tokenizer, corpus.root)
         needs_text = preset.tokenizer.type == "bpe"
         if needs_text and all(section.type == "tokens" for section in corpus.sections):
             beside = Path(corpus.sections[0].path).parent / "tokenizer.json"
@@ -133,6 +134,20 @@ def choose_tokenizer(
         return build_tokenizer(preset.tokenizer, texts, corpus.markers, root=corpus.root).state()
 
     return Tokenizer.from_state(on_rank_zero(parallel, make))
+
+
+def tokenizer_state_of(weights: Weights, settings: TokenizerSettings, root: Path) -> dict[str, Any]:
+    """Return the tokenizer whose tokens the weights mean: the file's, or else the preset's. Raises
+    UserError."""
+    if weights.tokenizer is not None:
+        return weights.tokenizer
+    if settings.type == "bpe":
+        raise UserError(
+            f'{weights.where} has no tokenizer with it, and a "bpe" trained here would give its '
+            "tokens other meanings. Name the one the weights were trained with: "
+            '"tokenizer": "Qwen/Qwen3-0.6B-Base", or {"type": "file", "path": "..."}.'
+        )
+    return build_tokenizer(settings, [], root=root).state()
 
 
 def progress_of(

@@ -5,6 +5,7 @@ Out:   the progress that schedules are asked with; why a run is over
 State: Progress, kept in the checkpoint
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -33,7 +34,7 @@ class Progress:
     ledger: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, saved: dict[str, Any]) -> "Progress":
+    def of(cls, saved: Mapping[str, Any]) -> "Progress":
         """From a checkpoint. Older ones counted the sources' tokens only; newer ones may count
         more."""
         counted = {

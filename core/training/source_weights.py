@@ -11,7 +11,7 @@ State: the factors, and what was counted since they last changed; `state()` is a
 """
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from core.errors import UserError
@@ -36,7 +36,7 @@ class SourceWeights:
         self,
         schedules: dict[str, Schedule],
         settings: AuxiliarySettingsBase,
-        saved: dict[str, Any] | None = None,
+        saved: Mapping[str, Any] | None = None,
     ):
         saved = saved or {}
         self._schedules, self._settings = schedules, settings
