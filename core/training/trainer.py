@@ -25,7 +25,8 @@ from core.data.loader import Loader, StepRows
 from core.data.worker import Stopped
 from core.errors import CheckpointError, Diverged, NoData, first_line
 from core.losses.stack import LossTerms
-from core.metrics.log import CUT_SHORT, MetricsLog
+from core.metrics.events import CUT_SHORT
+from core.metrics.log import MetricsLog
 from core.preset.settings import TrainSettings
 from core.runtime import uncompiled
 from core.schedules import learning_rate_schedule, value_at
