@@ -103,7 +103,7 @@ def never_fails(stream: TextIO | None, descriptor: int) -> TextIO:
     if stream is None:
         return io.TextIOWrapper(binary, "utf-8", "replace")
     by_lines = stream.line_buffering or getattr(stream, "write_through", False)
-    return io.TextIOWrapper(binary, stream.encoding, stream.errors, line_buffering=by_lines)
+    return io.TextIOWrapper(binary, stream.encoding, stream.errors, line_buffering=bool(by_lines))
 
 
 def guard_streams() -> None:

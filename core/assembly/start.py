@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from core.checkpoint.lineage import changed_sources
 from core.checkpoint.slots import load_slot
-from core.checkpoint.state import CheckpointState
+from core.checkpoint.state import CheckpointState, NewestState
 from core.checkpoint.store import CheckpointStore, store_of
 from core.checkpoint.weights import Weights, find_weights
 from core.data.corpus import Corpus
@@ -172,7 +172,7 @@ def progress_of(
 
 
 def what_goes_on(
-    preset: PresetBase, saved: CheckpointState, is_missing: Callable[[], bool]
+    preset: PresetBase, saved: CheckpointState | NewestState, is_missing: Callable[[], bool]
 ) -> Literal["run", "evaluation", "next run"]:
     """Decide what a start does with a lineage's checkpoint.
 

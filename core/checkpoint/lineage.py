@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from core.checkpoint.state import CheckpointState, NewestState
 from core.errors import UserError
 from core.file_names import SLOTS, slot_name
 from core.files import cause, open_lock
@@ -141,7 +142,7 @@ def _refusal(lineage: str, owner: dict[str, Any]) -> str:
 
 
 def changed_sources(
-    found: dict[str, Any], preset: Any, unreachable: Collection[str] = ()
+    found: CheckpointState | NewestState, preset: Any, unreachable: Collection[str] = ()
 ) -> list[str]:
     """What a person should know before going on from a checkpoint whose sources were not this
     preset's.

@@ -8,6 +8,7 @@ State: none
 
 import json
 import reprlib
+from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
 import torch
@@ -160,6 +161,15 @@ class CheckpointState(TypedDict):
     init_from: NotRequired[str | None]
     compile_from_step: NotRequired[Count | None]
     compile_failed: NotRequired[bool]
+
+
+class NewestState(TypedDict):
+    """The parts of the newest checkpoint that a preview needs, and its file."""
+
+    path: Path
+    progress: ProgressState
+    preset: PresetState
+    data: DataState
 
 
 OPTIMIZERS = ({"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"})

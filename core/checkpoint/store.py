@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from core.checkpoint.state import problem_of
+from core.checkpoint.state import NewestState, problem_of
 from core.errors import CheckpointError, first_line
 from core.file_names import SLOTS, slot_name
 from core.files import (
@@ -127,7 +127,7 @@ class CheckpointStore:
             notes.append(f"{told}, and an older slot is taken")
         return None, None, notes
 
-    def peek(self) -> dict[str, Any] | None:
+    def peek(self) -> NewestState | None:
         """Progress, preset and place in the data of the newest slot, without its tensors; None when
         there is none to read."""
         for path in self.slots:
@@ -137,7 +137,12 @@ class CheckpointStore:
                 except (Damaged, CheckpointError):
                     # a preview judges no slot: loading it for real will say what is wrong
                     continue
-                return {"path": path, **{key: state[key] for key in ("progress", "preset", "data")}}
+                return {
+                    "path": path,
+                    "progress": state["progress"],
+                    "preset": state["preset"],
+                    "data": state["data"],
+                }
         return None
 
     # writing --------------------------------------------------------------------------------------
