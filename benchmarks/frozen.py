@@ -1,4 +1,4 @@
-"""What freezing saves: NeoBERT's last block and head trained, against all of it, in one run.
+"""The savings of freezing: NeoBERT's last block and head trained, against all of it, in one run.
 
     python benchmarks/frozen.py [rows] [seq_length]
 

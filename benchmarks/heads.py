@@ -1,4 +1,4 @@
-"""What the auxiliary heads add to one training step.
+"""The time that auxiliary heads add to one training step.
 
     python benchmarks/heads.py [gpt2]
 

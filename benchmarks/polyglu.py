@@ -203,7 +203,7 @@ def _part(
 
 
 def kept_bytes(case: Case, side: str) -> int:
-    """What a forward pass keeps for the backward pass, parameters left out."""
+    """Count what a forward pass keeps for the backward pass, parameters left out."""
     model, run = build(case, side)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, Tensor] = {}

@@ -1,4 +1,4 @@
-"""What single choices are worth in one training step on a CPU: kept memory, explicit attention,
+"""The worth of single choices in one training step on a CPU: kept memory, explicit attention,
 torch.compile.
 
     python benchmarks/step.py

@@ -1,4 +1,4 @@
-"""What the parts of the program promise each other: the batch, the model's output, and the
+"""Contracts between the parts of the program: the batch, the model's output, and the
 protocols.
 
 B batch rows, T seq_length, D hidden_size, V vocab_size, n some positions. What a loss sees and
@@ -92,7 +92,7 @@ class Readout(Protocol):
 
 @dataclass
 class ModelOutput:
-    """What a trunk returns: hidden states, and the readout that would turn them into scores."""
+    """The output of a trunk: hidden states, and the readout that would turn them into scores."""
 
     hidden: Tensor  # (B, T, D)
     readout: Readout

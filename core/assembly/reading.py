@@ -1,4 +1,4 @@
-"""What is read: how far it goes, in which mix, from which position, as the rows of steps.
+"""The data of a run: how far it goes, in which mix and from which position it is read.
 
 In:    a preset, an opened corpus, the checkpoint's position
 Out:   Budget and Rows

@@ -65,7 +65,7 @@ class MakeViews(Protocol):
 
 @dataclass
 class Parts:
-    """Everything that a training is put together from."""
+    """The parts that a training is put together from."""
 
     preset: PresetBase
     machine: Machine

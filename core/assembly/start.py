@@ -1,4 +1,4 @@
-"""Where a run starts from: a checkpoint of its lineage, other weights, or nothing.
+"""The start of a run: a checkpoint of its lineage, other weights, or nothing.
 
 In:    a preset, the checkpoints on the disk
 Out:   Start; the tokenizer; the run's progress
@@ -30,7 +30,7 @@ from core.training.progress import Progress, begin_next_run
 
 @dataclass
 class Remarks:
-    """What a person should know before training starts."""
+    """Notes and warnings for a person, before training starts."""
 
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -38,7 +38,8 @@ class Remarks:
 
 @dataclass
 class Start:
-    """What a run goes on from. `weights` are those of `saved`, where there is a checkpoint."""
+    """The state that a run goes on from. `weights` are those of `saved`, where there is a
+    checkpoint."""
 
     store: CheckpointStore
     saved: CheckpointState | None

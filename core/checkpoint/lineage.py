@@ -188,8 +188,8 @@ def changed_sources(
 
 
 def has_checkpoints(root: Path, lineage: str) -> bool:
-    """Whether a start would go on from something: a run's checkpoints, or those of a comparison's
-    trials."""
+    """Return whether a start would go on from something: a run's checkpoints, or those of a
+    comparison's trials."""
     folder = root / "checkpoints"
     slots = [folder / slot_name(lineage, slot) for slot in SLOTS]
     return (
@@ -199,7 +199,7 @@ def has_checkpoints(root: Path, lineage: str) -> bool:
 
 
 def name_aside(root: Path, lineage: str) -> str:
-    """What a lineage that is put aside today would be called."""
+    """Return the name of a lineage that is put aside today."""
     folders, number = (root / "checkpoints", root / "logs"), 2
     name = begun = f"{lineage}.before-{time.strftime('%Y-%m-%d')}"
     while any(

@@ -1,5 +1,5 @@
-"""What a checkpoint holds: every key with its type, and what must be true between them; each slot
-is held against it.
+"""The content of a checkpoint: every key with its type, and what must be true between them; each
+slot is held against it.
 
 In:    what `torch.load` gave
 Out:   why that is no state of a training run, in words

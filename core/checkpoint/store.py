@@ -286,14 +286,14 @@ class CheckpointStore:
 
 
 def _set_aside(path: Path) -> Path:
-    """Where a slot that cannot be used is kept from now on."""
+    """Rename a slot that cannot be used; returns its new path."""
     aside = free_name(path.with_name(path.name + ".damaged"))
     os.replace(path, aside)
     return aside
 
 
 def _amid_bad_steps(path: Path) -> bool:
-    """Whether the updates before a checkpoint were skipped as not finite."""
+    """Return whether the updates before a checkpoint were skipped as not finite."""
     try:
         return read_checkpoint(path, mmap=True, whole=False)["progress"].get("bad_in_a_row", 0) > 0
     except (Damaged, CheckpointError):  # or not there
@@ -306,7 +306,8 @@ def store_of(preset: PresetBase, root: Path) -> CheckpointStore:
 
 
 def stored_bytes(*modules: torch.nn.Module | None) -> int:
-    """What the tensors of modules take in a checkpoint, those with several names counted once."""
+    """Count the bytes that the tensors of modules take in a checkpoint, those with several names
+    counted once."""
     tensors = {
         _place(t): t.nbytes
         for module in modules

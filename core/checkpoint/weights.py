@@ -119,8 +119,8 @@ class Weights:
                 )
 
     def other_settings(self, model: Settings) -> list[str]:
-        """What their `model` section said otherwise than this one: "model.seq_length was 128, is
-        256"."""
+        """Tell what their `model` section said otherwise than this one: "model.seq_length was 128,
+        is 256"."""
         return (
             changed(self.preset["model"], model.model_dump(mode="json"), "model.")
             if self.preset is not None
@@ -129,20 +129,20 @@ class Weights:
 
 
 def is_file(origin: str) -> bool:
-    """Whether `init_from` names a file; else it is a lineage."""
+    """Return whether `init_from` names a file; else it is a lineage."""
     return "/" in origin or origin.endswith(SUFFIXES)
 
 
 def find_weights(origin: str, root: Path) -> Weights:
-    """What `init_from` names. Raises UserError saying what there is, or what to run first."""
+    """Find what `init_from` names. Raises UserError saying what there is, or what to run first."""
     if is_file(origin):
         return read_weights(own_path(origin, root), origin)
     return newest_weights(origin, root)
 
 
 def preview_weights(origin: str, root: Path) -> str:
-    """What the menu calls the weights that `init_from` names; quick, as nothing but the step is
-    read. Raises UserError."""
+    """Return what the menu calls the weights that `init_from` names; quick, as nothing but the step
+    is read. Raises UserError."""
     path = own_path(origin, root)
     if is_file(origin):
         if not path.is_file():
@@ -201,7 +201,7 @@ def read_weights(path: Path, where: str) -> Weights:
 
 
 def fraction_of(tau: float) -> float:
-    """How far a run of PolychromaticLM had come: its tau falls from 1 to 0.1 (specification
+    """Compute how far a run of PolychromaticLM had come: its tau falls from 1 to 0.1 (specification
     001)."""
     return min(max((1.0 - tau) / 0.9, 0.0), 1.0)
 

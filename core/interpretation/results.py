@@ -1,4 +1,4 @@
-"""Everything that is found in a model's routing, and its two files of numbers.
+"""The results of looking into a model's routing, and its two files of numbers.
 
 In:    Static, and the Reading of each category
 Out:   Interpretation; entropy_stats.json and interpret.json
@@ -29,7 +29,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Category:
-    """What a data source makes of the routing: means over its tokens."""
+    """One data source's routing: means over its tokens."""
 
     name: str
     documents: int
@@ -44,7 +44,7 @@ class Category:
 
 @dataclass(frozen=True)
 class Interpretation:
-    """What is told of a model's routing."""
+    """All results of a model's routing."""
 
     about: dict[str, Any]  # what was looked at, and how
     activations: tuple[str, ...]  # names of the K
@@ -120,7 +120,7 @@ def _category(name: str, documents: int, texts: list[Sums], neurons: np.ndarray)
 
 
 def entropies(prefix: str, per_layer: np.ndarray) -> dict[str, float]:
-    """As training tells them: "<prefix>/layer_0" and so on, and "<prefix>/mean"."""
+    """Name entropies as training does: "<prefix>/layer_0" and so on, and "<prefix>/mean"."""
     layers = {f"{prefix}/layer_{i}": float(value) for i, value in enumerate(per_layer)}
     return {**layers, f"{prefix}/mean": float(per_layer.mean())}
 

@@ -107,8 +107,8 @@ def document_starts(document_ids: Tensor) -> Tensor:
 
 
 def document_lengths(document_ids: Tensor) -> tuple[Tensor, int]:
-    """Where each document starts in the rows laid end to end, the total last: (n + 1,) int32; and
-    the longest one's length.
+    """Find where each document starts in the rows laid end to end, the total last: (n + 1,) int32;
+    and the longest one's length.
 
     Waits for the device: the number of documents is the size of a tensor.
     """

@@ -120,7 +120,7 @@ class NeoBERTSettings(ModelSettings):
         return -(-(2 * self.intermediate_size // 3) // 8) * 8
 
     def activation_bytes(self, bf16: bool) -> int:
-        """What one position leaves for the backward pass on a GPU, all layers together: of
+        """Count what one position leaves for the backward pass on a GPU, all layers together: of
         attention and feed-forward layer their inputs before and after the norm; queries, keys,
         values and their mix; gate, SiLU of it, up and the product."""
         D, F = self.hidden_size, self.inner_size
@@ -134,7 +134,7 @@ class NeoBERTSettings(ModelSettings):
         return encoder + decoder + (vocab_size * D if self.head == "distance" else 0)
 
     def num_frozen(self, vocab_size: int) -> int:
-        """Of them, those that no preset can train."""
+        """Count the parameters that no preset can train."""
         return vocab_size * (self.hidden_size + 1) if self.keep_decoder else 0
 
     def check_tokenizer_section(self, tokenizer: Any) -> None:
@@ -275,8 +275,8 @@ class NeoBERT(LanguageModel):
         return self._decoder_readout() if self.settings.keep_decoder else None
 
     def attention_note(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """What to tell the user if `settings.attention` cannot be had on a device; `dtype` is that
-        of matrix products."""
+        """Return a note for the user if `settings.attention` cannot be had on a device; `dtype` is
+        that of matrix products."""
         return choose_backend(self.settings.attention, device, dtype, self.settings.head_dim)[1]
 
     # prototypes -----------------------------------------------------------------------------------
@@ -390,8 +390,8 @@ def project(prototypes: Tensor) -> Tensor:
 
 
 def _on_sphere(prototypes: Tensor) -> bool:
-    """Whether rows are as `project` leaves them, but for rounding: then a run goes on from the very
-    bits it saved."""
+    """Return whether rows are as `project` leaves them, but for rounding: then a run goes on from
+    the very bits it saved."""
     lengths = prototypes.float().norm(dim=-1)
     return bool((((lengths - 1.0).abs() < 1e-4) | (lengths == 0.0)).all())
 

@@ -87,7 +87,7 @@ class PolychromaticSettings(ModelSettings):
         return self.intermediate_size or 4 * self.hidden_size
 
     def activation_bytes(self, bf16: bool) -> int:
-        """What one position leaves for the backward pass on a GPU, all layers together: of
+        """Count what one position leaves for the backward pass on a GPU, all layers together: of
         attention and feed-forward layer their inputs before and after the norm; gate and up;
         queries, keys, values and their mix."""
         D, F, Q, KV = (
@@ -286,9 +286,9 @@ class PolychromaticLM(LanguageModel):
 
     @torch.no_grad()
     def report(self) -> dict[str, Tensor]:
-        """Return the temperature, and the routing's entropies in nats (ln 4 at most): `routing_entropy` of
-        alpha alone, `dynamic_routing_entropy` of alpha + beta f at up to 8 places of each row; both
-        without tau and noise."""
+        """Return the temperature, and the routing's entropies in nats (ln 4 at most):
+        `routing_entropy` of alpha alone, `dynamic_routing_entropy` of alpha + beta f at up to 8
+        places of each row; both without tau and noise."""
         if not self.routes:
             return {}
         layers = [layer for layer in self.modules() if isinstance(layer, PolyGLU)]
@@ -325,8 +325,8 @@ class PolychromaticLM(LanguageModel):
         )
 
     def _initialise(self) -> None:
-        """Draw weights from N(0, 0.02), biases 0; what adds to the residual stream is scaled by 1 / sqrt(2 L)
-        (specification 001)."""
+        """Draw weights from N(0, 0.02), biases 0; what adds to the residual stream is scaled by 1 /
+        sqrt(2 L) (specification 001)."""
         self.apply(draw_weights)
         for block in self.model_core:
             assert isinstance(block, TransformerBlock)

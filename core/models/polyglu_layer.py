@@ -1,5 +1,5 @@
-"""The feed-forward layers of PolychromaticLM (specification 001): PolyGLU, whose neurons choose among
-four activations, and its SwiGLU baseline.
+"""The feed-forward layers of PolychromaticLM (specification 001): PolyGLU, whose neurons choose
+among four activations, and its SwiGLU baseline.
 
 In:    hidden states; what the layers of a forward pass share
 Out:   hidden states; what the routing read, as f
@@ -33,7 +33,7 @@ GATE_WIDTH = 32
 
 
 class RoutingSettings(Settings):
-    """How the neurons of PolyGLU choose their activation."""
+    """The way in which the neurons of PolyGLU choose their activation."""
 
     pool: Literal["causal", "sequence"] = "causal"
     """What a position's routing depends on. causal: the mean over its document up to it. sequence:
@@ -103,8 +103,8 @@ class PolyGLU(SwiGLU):
             return self._routed(gate, up, f, shared, layer), f
 
     def _gates(self, x: Tensor, shared: Pass, layer: int) -> Tensor:
-        """Compute f of the mean over the row, or over the document so far; there the mean of W x is taken,
-        which is W of the mean."""
+        """Compute f of the mean over the row, or over the document so far; there the mean of W x is
+        taken, which is W of the mean."""
         first, second = self.gate_net[0], self.gate_net[2]
         assert isinstance(first, nn.Linear)
         if self.routing.pool == "sequence":

@@ -159,8 +159,8 @@ class SimpleLM(LanguageModel):
         return self.settings.hidden_size // self.settings.num_heads
 
     def attention_note(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """What to tell the user if `settings.attention` cannot be had on a device; `dtype` is that
-        of matrix products."""
+        """Return a note for the user if `settings.attention` cannot be had on a device; `dtype` is
+        that of matrix products."""
         return choose_backend(self.settings.attention, device, dtype, self._head_dim)[1]
 
     def forward(self, batch: Batch) -> ModelOutput:
