@@ -21,7 +21,7 @@ from core.environment import read_dotenv
 from core.errors import Interrupted, PresetError, UserError
 from core.file_names import slot_name
 from core.jobs import JOBS
-from core.metrics.log import LOG
+from core.metrics.events import LOG
 from core.parallel.ddp import DDP
 from core.parallel.single import Single
 from core.preset.base import PresetBase

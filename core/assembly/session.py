@@ -32,7 +32,8 @@ from core.data.validation import hide_one, shortfall
 from core.data.worker import stop_if
 from core.evaluation.held_out import Evaluator, HeldOut
 from core.generation.samples import build_samples
-from core.metrics.log import LOG, MetricsLog, View, evaluation_is_missing
+from core.metrics.events import LOG, evaluation_is_missing
+from core.metrics.log import MetricsLog, View
 from core.parallel.protocol import Parallel
 from core.parallel.ranks import on_rank_zero
 from core.preset.base import PresetBase

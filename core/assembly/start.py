@@ -19,7 +19,8 @@ from core.data.corpus import Corpus
 from core.data.tokenizer import SAMPLE_CHARACTERS, Tokenizer, build_tokenizer
 from core.errors import UserError
 from core.file_names import slot_name
-from core.metrics.log import LOG, check_log
+from core.metrics.events import LOG
+from core.metrics.log_file import check_log
 from core.parallel.protocol import Parallel
 from core.parallel.ranks import on_rank_zero, rank_zero_first
 from core.preset.base import PresetBase

@@ -12,7 +12,7 @@ from typing import Any
 from core.checkpoint.store import CheckpointStore
 from core.comparison.trials import Trial, plan, read_outcomes, trial_changes
 from core.errors import UserError
-from core.metrics.log import LOG, evaluation_is_missing
+from core.metrics.events import LOG, evaluation_is_missing
 from core.preset.base import PresetBase
 
 SHOWN_REASONS = 4

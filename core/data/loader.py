@@ -22,12 +22,12 @@ import numpy as np
 
 from core.contracts import Batch
 from core.data.mixing import SourceFailed
-from core.data.packing import Place, Row
+from core.data.packing import LanePosition, Row
 from core.data.pipeline import share_of_lanes
 from core.data.position import DataFacts, Position, linked, merged_state
 from core.data.reader import Item, Reader, collate
 from core.data.unlearned import Unlearned
-from core.data.worker import MakePipeline, ReadingBroke, Stopped, Worker, WorkerDied, broke_by
+from core.data.worker import DataWorker, MakePipeline, ReadingBroke, Stopped, WorkerDied, broke_by
 from core.errors import NoData, ReadingFailed
 from core.parallel.protocol import Parallel
 
@@ -102,7 +102,7 @@ class Loader:
         self._rows_per_step, self._num_lanes = layout.rows_per_step, layout.num_lanes
         self._lanes = share_of_lanes(layout.num_lanes, parallel.world_size, parallel.rank)
         self._num_workers = min(workers, len(self._lanes))
-        self._workers: list[Worker] = []
+        self._workers: list[DataWorker] = []
         self._snapshots: list[dict[str, Any]] = [position.snapshot] if position.snapshot else []
         self._reader: Reader | None = None
         self._held: Item | None = None  # read, but found no room in the step before
@@ -194,7 +194,7 @@ class Loader:
         local = [
             float(item is None),
             float(broke is not None),
-            float(sum(bool(row.pieces) for row in rows)),
+            float(sum(bool(row.segments) for row in rows)),
             *self._own_index(),
             *[float(failed is not None and failed.name == name) for name in self.source_names],
             *self._counts_of(batch, rows),
@@ -227,10 +227,10 @@ class Loader:
         total = 0 if batch is None else int((batch.source_ids >= 0).sum())
         tokens, documents, epochs = np.zeros((3, len(self.source_names)), dtype=np.int64)
         for row in rows:
-            for piece in row.pieces:
-                tokens[piece.source] += piece.length
-                documents[piece.source] += piece.start == 0
-                epochs[piece.source] += piece.opens_epoch
+            for segment in row.segments:
+                tokens[segment.source] += segment.length
+                documents[segment.source] += segment.start == 0
+                epochs[segment.source] += segment.opens_epoch
         return [targets, total, *tokens.tolist(), *documents.tolist(), *epochs.tolist()]
 
     def _step_of(self, groups: list[_Group]) -> StepRows | None:
@@ -240,7 +240,7 @@ class Loader:
         source_tokens, documents, epochs = np.reshape(by_source, (3, -1)).tolist()
         rows = [row for group in groups for row in group.rows]
         # each rank has one row at least
-        kept = [i for i, row in enumerate(rows) if row.pieces or not self._layout.fill] or [0]
+        kept = [i for i, row in enumerate(rows) if row.segments or not self._layout.fill] or [0]
         if targets == 0:
             if self._describe and self.unlearned.needs_example:
                 self.unlearned.show(self._describe(rows[kept[0]]))
@@ -325,12 +325,12 @@ class Loader:
         position.rows += self._rows_per_step
         for row in rows:
             position.lanes[row.lane] = row.after
-            position.receipts[row.lane] = linked(position.receipts.get(row.lane, ""), row.pieces)
+            position.receipts[row.lane] = linked(position.receipts.get(row.lane, ""), row.segments)
             self._snapshots += row.snapshots
             position.draws |= row.draws
             for each in row.skipped:
                 self.skipped.setdefault(each, False)
-        reached = min(position.lanes.get(lane, Place()).oldest for lane in self._lanes)
+        reached = min(position.lanes.get(lane, LanePosition()).oldest for lane in self._lanes)
         while len(self._snapshots) > 1 and self._snapshots[1]["index"] <= reached:
             self._snapshots.pop(0)
         position.snapshot = self._snapshots[0] if self._snapshots else None
@@ -349,8 +349,8 @@ class Loader:
         return self.position.snapshot["index"] if self.position.snapshot else 0
 
     def _replace_workers(self, died: WorkerDied) -> None:
-        """Start all of this rank's workers again, and read on from the consumed position. Only once:
-        a worker that dies again before a step is made would do so for ever."""
+        """Start all of this rank's workers again, and read on from the consumed position. Only
+        once: a worker that dies again before a step is made would do so for ever."""
         self._replaced_at = self.position.rows
         self._stop_reading(None)
         self._end_workers()
@@ -409,7 +409,9 @@ class Loader:
             yield from self._make_pipeline(start, self._lanes)
             return
         shares = [self._lanes[w :: self._num_workers] for w in range(self._num_workers)]
-        self._workers = self._workers or [Worker(self._make_pipeline, share) for share in shares]
+        self._workers = self._workers or [
+            DataWorker(self._make_pipeline, share) for share in shares
+        ]
         for worker in self._workers:
             worker.begin(start)
         owner = {lane: self._workers[i % self._num_workers] for i, lane in enumerate(self._lanes)}

@@ -10,7 +10,7 @@ import hashlib
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from core.data.packing import Piece, Place
+from core.data.packing import LanePosition, Segment
 
 
 @dataclass
@@ -21,7 +21,7 @@ class Position:
     """
 
     rows: int = 0  # global rows consumed
-    lanes: dict[int, Place] = field(default_factory=dict)
+    lanes: dict[int, LanePosition] = field(default_factory=dict)
     snapshot: dict[str, Any] | None = None  # the mixer, at an index no lane has yet to read before
     # failed sources, and from which draw on they are gone
     drops: dict[str, int] = field(default_factory=dict)
@@ -31,7 +31,7 @@ class Position:
     factors: dict[int, dict[str, float]] = field(default_factory=dict)
     # index: (source, tokens, epoch) since the snapshot
     draws: dict[int, tuple[int, ...]] = field(default_factory=dict)
-    # lane -> hash chain of all the pieces it has consumed
+    # lane -> hash chain of all the segments it has consumed
     receipts: dict[int, str] = field(default_factory=dict)
     passed_over: int = 0  # groups of rows in which no token was learned
 
@@ -59,7 +59,9 @@ class Position:
         """Read the `data` section of a checkpoint."""
         return cls(
             rows=saved["rows"],
-            lanes={int(lane): Place.of(place) for lane, place in saved["lanes"].items()},
+            lanes={
+                int(lane): LanePosition.from_json(place) for lane, place in saved["lanes"].items()
+            },
             snapshot=saved["snapshot"],
             drops=dict(saved["drops"]),
             renewals=list(saved["renewals"]),
@@ -117,12 +119,12 @@ class DataFacts:
     epoch_tokens: int | None = None  # tokens of one pass, where epochs end a run
 
 
-def linked(chain: str, pieces: list[Piece]) -> str:
+def linked(chain: str, segments: list[Segment]) -> str:
     """A lane's hash chain with one more link: equal exactly when the same text was consumed in the
     same order."""
-    if not pieces:
+    if not segments:
         return chain
-    content = repr([(p.index, p.digest, p.start, p.length) for p in pieces])
+    content = repr([(s.draw, s.digest, s.start, s.length) for s in segments])
     return hashlib.blake2b((chain + content).encode(), digest_size=8).hexdigest()
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from core.metrics.log import LOG
+from core.metrics.events import LOG
 from core.preset.settings import MASKED_TOKENS
 from core.reports.figure import (
     dress,

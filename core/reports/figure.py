@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from core.files import replacing
-from core.metrics.log import read_events
+from core.metrics.events import read_events
 from core.ui.plain import remark
 
 PLOTTED = 2000

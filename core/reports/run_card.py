@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from core.files import read_json, write_file
-from core.metrics.log import LOG
+from core.metrics.events import LOG
 from core.reports.curves import plot_losses
 from core.runtime import versions
 from core.ui.progress import FINISHED

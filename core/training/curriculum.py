@@ -57,8 +57,8 @@ def buckets_of(losses: np.ndarray, learned: np.ndarray, count: int) -> np.ndarra
 def choose(
     buckets: np.ndarray, learned: np.ndarray, weights: list[float], draws: np.ndarray
 ) -> np.ndarray:
-    """Choose the candidate of each group that is trained: (R,) in [0, c). Its chance is proportional
-    to its bucket's weight.
+    """Choose the candidate of each group that is trained: (R,) in [0, c). Chances are proportional
+    to the weights of the candidates' buckets.
 
     buckets, learned: (c, R); draws: (R,) in [0, 1). A row without targets is only taken where its
     whole group has none. Where all of a group weigh nothing, each has an equal chance.
@@ -132,8 +132,8 @@ class Curriculum:
         )
 
     def _table(self, rows: StepRows, losses: torch.Tensor) -> np.ndarray:
-        """Gather from all ranks what is known of the candidates, (c, R, 2 + sources): sum of losses;
-        targets; tokens of each source."""
+        """Gather the numbers of all ranks' candidates, (c, R, 2 + sources): sum of losses; targets;
+        tokens of each source."""
         targets = (rows.batch.labels >= 0).sum(1)
         tokens = [(rows.batch.source_ids == source).sum(1) for source in range(self._num_sources)]
         local = torch.stack([losses, targets, *tokens], dim=1).numpy()  # (n, 2 + sources) float64

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from core.preset.settings import TrainSettings
 
 NO_DECAY_NAMES = ("pos_embedding", "wpe", "alpha")
-"""Tables of positions: rows that are rarely visited would only shrink. And PolyGLU's preferences, as
-its authors have it."""
+"""Tables of positions: rows that are rarely visited would only shrink. And PolyGLU's preferences,
+as its authors have it."""
 Kind = TypeVar("Kind", bound=torch.optim.Optimizer)
 
 

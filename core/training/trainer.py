@@ -25,7 +25,8 @@ from core.data.loader import Loader, StepRows
 from core.data.worker import Stopped
 from core.errors import CheckpointError, Diverged, NoData, first_line
 from core.losses.stack import LossTerms
-from core.metrics.log import CUT_SHORT, MetricsLog
+from core.metrics.events import CUT_SHORT
+from core.metrics.log import MetricsLog
 from core.preset.settings import TrainSettings
 from core.runtime import uncompiled
 from core.schedules import learning_rate_schedule, value_at
@@ -389,7 +390,8 @@ class Trainer:
             self.reporter.emit(event, **fields)
 
     def _try_to(self, what: str, action: Callable[[], Any]) -> Any:
-        """Return the result of `action`; None if it fails, with one warning for each way to fail."""
+        """Return the result of `action`; None if it fails, with one warning for each kind of
+        error."""
         try:
             return action()
         except Stopped:
