@@ -4,11 +4,10 @@ In:    objects, through the constructor: nothing here knows a model's, a loss's 
 Out:   a trained model, events in the metrics log, checkpoints
 State: Progress, plus what its parts keep; `state()` is all of it
 
-One step: rows → positions of heads → curriculum → count → forward → losses → backward → clip → guard
-          → update → after_optimizer_step → report
+One step: rows → positions of heads → curriculum → count → forward → losses → backward → clip
+          → guard → update → after_optimizer_step → report
 """
 
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,15 +15,11 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from core.checkpoint.store import CheckpointStore
 from core.contracts import LanguageModel, call_if_defined
 from core.data.loader import Loader, StepRows
 from core.data.worker import Stopped
 from core.errors import CheckpointError, Diverged, NoData, first_line
-from core.losses.stack import LossTerms
 from core.metrics.events import CUT_SHORT
 from core.metrics.log import MetricsLog
 from core.preset.settings import TrainSettings
@@ -39,7 +34,8 @@ from core.training.progress import Budget, Progress
 from core.training.recovery import BAD_STEPS, Recovery
 from core.training.reporter import Reporter
 from core.training.saving import Saver
-from core.training.source_weights import SourceLoss, SourceWeights
+from core.training.source_weights import SourceWeights
+from core.training.step_report import StepReport, step_report
 
 
 @dataclass
@@ -86,21 +82,6 @@ class Inspection:
     evaluate: Callable[[LanguageModel, float], dict[str, Any] | None]
     # model, step -> events for people, after each evaluation
     show: Callable[[LanguageModel, int], Iterable[tuple[str, dict[str, Any]]]]
-
-
-@dataclass
-class StepReport:
-    """A step's numbers, over all micro-batches and ranks."""
-
-    loss: float
-    losses: dict[str, float]
-    grad_norm: float
-    by_source: list[SourceLoss]
-    model: dict[str, float]  # what the model reports of itself
-
-    @property
-    def is_finite(self) -> bool:
-        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
 class Trainer:
@@ -232,7 +213,15 @@ class Trainer:
             rows = self._with_positions(rows)  # the same positions, counted anew
         terms = self.passes.gradients(rows, progress, done.step)
         grad_norm = self.objective.clip(self.settings.max_grad_norm)
-        report = self._report(terms, grad_norm, rows, progress)
+        report = step_report(
+            self.objective,
+            terms,
+            grad_norm,
+            rows,
+            self.loader.source_names,
+            progress,
+            self.parallel,
+        )
         factor = value_at(self._factor, self.budget.middle(done, rows.num_tokens))
         if self._may_update(report):
             self._sound = False  # until the update is counted
@@ -252,36 +241,6 @@ class Trainer:
         counts = heads.count(batch)
         totals = self.parallel.sum([float(count) for count in counts.values()])
         return replace(rows, batch=batch, head_counts=dict(zip(counts, totals)))
-
-    def _report(
-        self, terms: list[LossTerms], grad_norm: Tensor, rows: StepRows, progress: float
-    ) -> StepReport:
-        """Add up the step's numbers, with the one read of the device that a step makes."""
-        names = list(terms[0].sums)
-        by_name = [torch.stack([t.sums[name] for name in names]) for t in terms]
-        sums = torch.stack(by_name).double().sum(0)
-        source_sums = torch.stack([t.source_sums for t in terms]).double().sum(0)
-        source_counts = torch.stack([t.source_counts for t in terms]).double().sum(0)
-        # of each rank's last micro-batch; the mean over ranks is reported
-        of_model: dict[str, Tensor] = call_if_defined(self.model, "report") or {}
-        packed = [grad_norm.double().reshape(1), sums, source_sums, source_counts]
-        packed += [value.double().reshape(1) for value in of_model.values()]
-        norm, *local = torch.cat(packed).tolist()  # the one wait for the device
-        numbers = iter(self.parallel.sum(local))
-        losses = {
-            name: next(numbers) / max(rows.head_counts.get(name, rows.num_targets), 1)
-            for name in names
-        }
-        sources = self.loader.source_names
-        loss_sums, counts = ([next(numbers) for _ in sources] for _ in range(2))
-        weights = self.objective.weights(progress)
-        return StepReport(
-            loss=sum(weights[name] * value for name, value in losses.items()),
-            losses=losses,
-            grad_norm=norm,
-            by_source=[SourceLoss(*each) for each in zip(sources, loss_sums, counts)],
-            model={name: next(numbers) / self.parallel.world_size for name in of_model},
-        )
 
     def _may_update(self, report: StepReport) -> bool:
         """Return whether the update may be made. Updates that may not are counted; when they pile
