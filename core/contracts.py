@@ -5,7 +5,7 @@ B batch rows, T seq_length, D hidden_size, V vocab_size, n some positions. What 
 answers: core/losses/base.py."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -48,18 +48,15 @@ class Batch:
         return self._each(lambda tensor: tensor.pin_memory())
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        positions = self.head_positions
-        if positions is not None:
-            positions = {name: change(tensor) for name, tensor in positions.items()}
-        return Batch(
-            input_ids=change(self.input_ids),
-            labels=change(self.labels),
-            position_ids=change(self.position_ids),
-            document_ids=change(self.document_ids),
-            source_ids=change(self.source_ids),
-            packed=self.packed,
-            head_positions=positions,
-        )
+        changed: dict[str, Any] = {
+            key: change(value) if isinstance(value, Tensor) else value
+            for key, value in vars(self).items()
+        }
+        if self.head_positions is not None:
+            changed["head_positions"] = {
+                name: change(positions) for name, positions in self.head_positions.items()
+            }
+        return replace(self, **changed)
 
 
 def plain_batch(input_ids: Tensor) -> Batch:
@@ -76,19 +73,25 @@ class Readout(Protocol):
     every forward costs nothing and adds nothing to the state dict.
     """
 
-    provides: str  # what a score is: "logits", or "distances": squared, between unit vectors
-    table: Tensor  # (V, D) the input embedding table, for losses that compare with embeddings
-    linear: tuple[Tensor, Tensor | None] | None
-    """(weight (V, D), bias (V,)), where logits are hidden @ weight.T + bias, or distances are those
-    of hidden to the rows of weight. None for any other readout, which is differentiated by
-    autograd."""
+    provides: str
+    """The kind of a score: "logits", or "distances": squared, between unit vectors."""
+    table: Tensor
+    """(V, D) the input embedding table, for losses that compare with embeddings."""
 
-    def __call__(self, hidden: Tensor) -> Tensor: ...  # (n, D) -> (n, V)
+    @property
+    def linear(self) -> tuple[Tensor, Tensor | None] | None:
+        """(weight (V, D), bias (V,)), where logits are hidden @ weight.T + bias, or distances are
+        those of hidden to the rows of weight. None for any other readout, which is differentiated
+        by autograd."""
 
-    def parameters(self) -> list[Tensor]: ...  # every tensor the scores depend on besides hidden
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Compute scores: (n, D) -> (n, V)."""
 
-    # the same scores, and no gradient for any of these tensors
-    def detached(self) -> "Readout": ...
+    def parameters(self) -> list[Tensor]:
+        """Return every tensor the scores depend on besides `hidden`."""
+
+    def detached(self) -> "Readout":
+        """Return a readout of the same scores, without gradient for any of these tensors."""
 
 
 @dataclass

@@ -152,7 +152,7 @@ def open_file(url: str) -> IO[bytes]:
         return open(url, "rb")
     from huggingface_hub import HfFileSystem
 
-    return HfFileSystem().open(url, "rb")  # type: ignore[return-value]
+    return HfFileSystem().open(url, "rb")
 
 
 def fetch_file(repo: str, file: str) -> Path:

@@ -87,7 +87,8 @@ class Runtime:
         if self.device.type == "cuda":
             torch.use_deterministic_algorithms(deterministic)
             # a debugging aid that writes everything twice
-            torch.utils.deterministic.fill_uninitialized_memory = False
+            # torch publishes no types for this module
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
             torch.backends.cudnn.deterministic = deterministic
             if not deterministic:
                 return (
@@ -227,7 +228,7 @@ def versions() -> dict[str, Any]:
     """What a result depends on, for the run card."""
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {
+    found: dict[str, str | None] = {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "torch": torch.__version__,

@@ -7,6 +7,7 @@ State: Position
 """
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -55,7 +56,7 @@ class Position:
         )
 
     @classmethod
-    def of(cls, saved: dict[str, Any]) -> "Position":
+    def of(cls, saved: Mapping[str, Any]) -> "Position":
         """Read the `data` section of a checkpoint."""
         return cls(
             rows=saved["rows"],
@@ -129,7 +130,7 @@ def linked(chain: str, segments: list[Segment]) -> str:
 
 
 def resumed_position(
-    saved: dict[str, Any] | None,
+    saved: Mapping[str, Any] | None,
     fingerprint: str,
     contents: dict[str, str],
     max_epochs: int | None = None,

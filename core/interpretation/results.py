@@ -79,7 +79,7 @@ def interpret_routing(
         else {name: [s for _, s in reading.rows] for name, reading in readings.items()}
     )
     categories = [
-        _category(name, len(documents[name]), texts[name], reading.neurons)
+        _category(name, len(documents[name]), texts[name], np.asarray(reading.neurons))
         for name, reading in readings.items()
     ]
     tokens = [np.array([sums.tokens for sums in each]) for each in texts.values()]
@@ -94,14 +94,26 @@ def _category(name: str, documents: int, texts: list[Sums], neurons: np.ndarray)
     def spread(of: str) -> Spread:
         sums = np.stack([getattr(each, of) for each in texts])  # (D, ...)
         between = intervals(tokens, sums.reshape(len(texts), -1))
-        bounds = [each.reshape(sums.shape[1:]) for each in between] if between else [None, None]
-        return Spread(sums.sum(0) / total, *bounds)
+        mean = sums.sum(0) / total
+        if not between:
+            return Spread(mean, None, None)
+        low, high = (each.reshape(sums.shape[1:]) for each in between)
+        return Spread(mean, low, high)
 
     gates = spread("gates")
     variance = np.sum([sums.squares for sums in texts], axis=0) / total - gates.mean**2
     deviation = np.sqrt(np.maximum(variance, 0.0))
-    rest = spread("weights"), spread("entropy"), spread("tempered")
-    return Category(name, documents, total, gates, deviation, *rest, neurons / total)
+    return Category(
+        name,
+        documents,
+        total,
+        gates,
+        deviation,
+        spread("weights"),
+        spread("entropy"),
+        spread("tempered"),
+        neurons / total,
+    )
 
 
 # files --------------------------------------------------------------------------------------------

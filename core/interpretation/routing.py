@@ -17,15 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from core.models.polyglu import entropy
+
 THRESHOLD = 0.01
 """A neuron prefers an activation whose probability is ahead of the next by more than this. Closer
 than that, the largest of the four is an accident of training."""
-
-
-def entropy(logits: Tensor) -> Tensor:
-    """-sum p log(p + 1e-10) of p = softmax(logits), in nats: (..., K) -> (...)."""
-    p = torch.softmax(logits.float(), dim=-1)
-    return -(p * torch.log(p + 1e-10)).sum(-1)
 
 
 # by themselves ------------------------------------------------------------------------------------
@@ -70,10 +66,14 @@ class Static:
 
 
 def static_routing(alpha: Tensor) -> Static:
-    """alpha (L, F, K)."""
+    """Compute what alpha (L, F, K) alone says of each neuron."""
     top = torch.softmax(alpha.double(), dim=-1).topk(2, dim=-1).values  # (L, F, 2)
-    found = alpha.argmax(-1), top[..., 0] - top[..., 1], entropy(alpha).double()
-    return Static(*(each.cpu().numpy() for each in found), alpha.shape[-1])
+    return Static(
+        preferred=alpha.argmax(-1).cpu().numpy(),
+        margin=(top[..., 0] - top[..., 1]).cpu().numpy(),
+        entropy=entropy(alpha).double().cpu().numpy(),
+        num_activations=alpha.shape[-1],
+    )
 
 
 # given a text -------------------------------------------------------------------------------------

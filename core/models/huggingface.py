@@ -175,8 +175,9 @@ class HuggingFaceLM(LanguageModel):
         return kind(transformers().DynamicCache(config=self.get_submodule(self._trunk).config))
 
     def _readout(self) -> LinearReadout:
-        head, table = self.get_submodule(self._head), self.get_submodule(self._embedding).weight
-        return LinearReadout(head.weight, head.bias, table)
+        head: Any = self.get_submodule(self._head)  # the library's linear layer
+        table: Any = self.get_submodule(self._embedding)
+        return LinearReadout(head.weight, head.bias, table.weight)
 
 
 class LibraryCache:

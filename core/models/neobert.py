@@ -144,7 +144,7 @@ class NeoBERTSettings(ModelSettings):
             refuse_new_tokenizer(self.name, tokenizer, 'no "name"')
 
 
-class RMSNorm(nn.Module):
+class NeoBERTNorm(nn.Module):
     """rms_norm, whose gain the published weights call weight."""
 
     def __init__(self, width: int, eps: float):
@@ -172,7 +172,7 @@ def rotate(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:  # (B, T, H, Dh) -
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
 
 
-class SwiGLU(nn.Module):
+class NeoBERTFeedForward(nn.Module):
     """w3(SiLU(gate) * up), gate the first half of what w12 gives (Shazeer 2020)."""
 
     def __init__(self, settings: NeoBERTSettings):
@@ -185,7 +185,7 @@ class SwiGLU(nn.Module):
         return self.w3(functional.silu(gate) * up)
 
 
-class Block(nn.Module):
+class NeoBERTBlock(nn.Module):
     """x + attention(norm(x)), then the same with the feed-forward layer."""
 
     def __init__(self, settings: NeoBERTSettings):
@@ -193,11 +193,9 @@ class Block(nn.Module):
         D = settings.hidden_size
         self.num_heads = settings.num_heads
         self.qkv, self.wo = nn.Linear(D, 3 * D, bias=False), nn.Linear(D, D, bias=False)
-        self.ffn = SwiGLU(settings)
-        self.attention_norm, self.ffn_norm = (
-            RMSNorm(D, settings.norm_eps),
-            RMSNorm(D, settings.norm_eps),
-        )
+        self.ffn = NeoBERTFeedForward(settings)
+        self.attention_norm = NeoBERTNorm(D, settings.norm_eps)
+        self.ffn_norm = NeoBERTNorm(D, settings.norm_eps)
 
     # (B, T, D) -> (B, T, D)
     def forward(self, x: Tensor, mask: DocumentMask, turn: tuple[Tensor, Tensor]) -> Tensor:
@@ -210,7 +208,8 @@ class Block(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (self.num_heads, -1)).chunk(3, dim=-1)
         # a view of v would keep all of qkv for the backward pass
         q, k, v = rotate(q, turn), rotate(k, turn), v.contiguous()
-        mixed = attend(*(heads.transpose(1, 2) for heads in (q, k, v)), mask)  # (B, H, T, Dh)
+        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))  # each (B, H, T, Dh)
+        mixed = attend(q, k, v, mask)  # (B, H, T, Dh)
         return self.wo(mixed.transpose(1, 2).flatten(2))
 
 
@@ -222,9 +221,9 @@ class Encoder(nn.Module):
         self.settings = settings
         self.encoder = nn.Embedding(vocab_size, settings.hidden_size)
         self.transformer_encoder = nn.ModuleList(
-            Block(settings) for _ in range(settings.num_layers)
+            NeoBERTBlock(settings) for _ in range(settings.num_layers)
         )
-        self.layer_norm = RMSNorm(settings.hidden_size, settings.norm_eps)
+        self.layer_norm = NeoBERTNorm(settings.hidden_size, settings.norm_eps)
 
     def forward(self, batch: Batch) -> Tensor:
         """Hidden states of every position (B, T, D); each sees all of its document."""
@@ -268,6 +267,7 @@ class NeoBERT(LanguageModel):
         return self._decoder_readout()
 
     def _decoder_readout(self) -> LinearReadout:
+        assert self.decoder is not None
         return LinearReadout(self.decoder.weight, self.decoder.bias, self.model.encoder.weight)
 
     def baseline_readout(self) -> LinearReadout | None:
@@ -283,7 +283,9 @@ class NeoBERT(LanguageModel):
 
     @torch.no_grad()
     def _begin_prototypes(self) -> None:
-        """A decoder that is not kept would be drawn as they are already."""
+        """Begin the prototypes as rows of a table; a decoder that is not kept would be drawn as
+        they are already."""
+        assert self.dist_head is not None
         if self.settings.prototypes == "embedding":
             self.dist_head.weight.copy_(self.model.encoder.weight)
         elif self.decoder is not None:
