@@ -135,10 +135,11 @@ def resumed_position(
     contents: dict[str, str],
     max_epochs: int | None = None,
 ) -> tuple[Position, list[str]]:
-    """Decide where to go on reading.
+    """Decide where to go on reading; return it, and notes.
 
-    After a change of the data section the mix begins anew, and each source goes on behind the last document that any lane has used: nothing is trained on twice, and
-    what slower lanes still held waiting is left out.
+    After a change of the data section the mix begins anew, and each source goes on behind the last
+    document that any lane has used: nothing is trained on twice, and what slower lanes still held
+    waiting is left out.
 
     contents  of each source, see Corpus.contents: one whose files have changed begins its next
               epoch, over all of them, where max_epochs leaves it one
