@@ -119,12 +119,13 @@ def _epoch_tokens(
     train = preset.train
     if train.max_epochs is None:
         return None
-    kept = start.saved["data"] if start.saved is not None and progress.horizon_step > 0 else None
-    if kept is not None and (tokens := kept.get("epoch_tokens")):
-        same = (kept.get("fingerprint"), kept.get("contents"))
-        if same == (facts.fingerprint, facts.contents):
+    if start.saved is not None and progress.horizon_step > 0:
+        saved = start.saved["data"]
+        saved_facts = (saved.get("fingerprint"), saved.get("contents"))
+        same = saved_facts == (facts.fingerprint, facts.contents)
+        if same and (tokens := saved.get("epoch_tokens")):
             return tokens
-    # with more tokens, epochs do not end it
+    # with more tokens than this, epochs do not end the run
     limit = -(-RUN_TOKENS * train.runs * train.candidates // train.max_epochs)
     tokens, notes = on_rank_zero(machine.parallel, lambda: corpus.epoch_tokens(tokenizer, limit))
     remarks.notes += notes
@@ -164,13 +165,13 @@ def _factory(
     budget: Budget,
     tokens_per_step: int,
 ) -> PipelineFactory:
-    """Make what makes pipelines of rows, with the mix spread over the budget."""
+    """Return the factory of pipelines, with the mix spread over the budget."""
     snapshot = position.snapshot
     begins = snapshot is None or "rates" not in snapshot or position.renewals
     rates: tuple[float, ...] = ()
     if begins and corpus.needs_rates:
-        own = corpus.rates(tokenizer) if machine.parallel.rank == 0 else ()
-        rates = machine.parallel.broadcast(own)
+        measured = corpus.rates(tokenizer) if machine.parallel.rank == 0 else ()
+        rates = machine.parallel.broadcast(measured)
     tokens = budget.schedule_tokens
     if budget.schedule_steps is not None:
         tokens = min(tokens, budget.schedule_steps * tokens_per_step)

@@ -48,7 +48,7 @@ class Start:
 
     @property
     def init_from(self) -> str | None:
-        """The weights that the lineage began with, in words."""
+        """The weights that the lineage began with, as text."""
         if self.saved is not None:
             return self.saved.get("init_from")
         return str(self.weights) if self.weights is not None else None
@@ -98,7 +98,7 @@ def find_start(preset: PresetBase, root: Path, parallel: Parallel, remarks: Rema
 def note_changed_sources(
     preset: PresetBase, start: Start, corpus: Corpus, remarks: Remarks
 ) -> None:
-    """Tell which sources are others than those the checkpoint was trained on."""
+    """Remark on sources that differ from those that the checkpoint was trained on."""
     if start.saved is None:
         return
     notes = changed_sources(start.saved, preset, corpus.failed)
