@@ -1,4 +1,4 @@
-"""Where a run starts from: a checkpoint of its lineage, other weights, or nothing.
+"""The start of a run: a checkpoint of its lineage, other weights, or nothing.
 
 In:    a preset, the checkpoints on the disk
 Out:   Start; the tokenizer; the run's progress
@@ -24,12 +24,13 @@ from core.metrics.log_file import check_log
 from core.parallel.protocol import Parallel
 from core.parallel.ranks import on_rank_zero, rank_zero_first
 from core.preset.base import PresetBase
+from core.preset.settings import TokenizerSettings
 from core.training.progress import Progress, begin_next_run
 
 
 @dataclass
 class Remarks:
-    """What a person should know before training starts."""
+    """Notes and warnings for a person, before training starts."""
 
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -37,7 +38,8 @@ class Remarks:
 
 @dataclass
 class Start:
-    """What a run goes on from. `weights` are those of `saved`, where there is a checkpoint."""
+    """The state that a run goes on from. `weights` are those of `saved`, where there is a
+    checkpoint."""
 
     store: CheckpointStore
     saved: CheckpointState | None
@@ -122,7 +124,7 @@ def choose_tokenizer(
 
     def make() -> dict[str, Any]:
         if weights is not None:
-            return weights.tokenizer_state(preset.tokenizer, corpus.root)
+            return tokenizer_state_of(weights, preset.tokenizer, corpus.root)
         needs_text = preset.tokenizer.type == "bpe"
         if needs_text and all(section.type == "tokens" for section in corpus.sections):
             beside = Path(corpus.sections[0].path).parent / "tokenizer.json"
@@ -134,6 +136,20 @@ def choose_tokenizer(
         return build_tokenizer(preset.tokenizer, texts, corpus.markers, root=corpus.root).state()
 
     return Tokenizer.from_state(on_rank_zero(parallel, make))
+
+
+def tokenizer_state_of(weights: Weights, settings: TokenizerSettings, root: Path) -> dict[str, Any]:
+    """Return the tokenizer whose tokens the weights mean: the file's, or else the preset's. Raises
+    UserError."""
+    if weights.tokenizer is not None:
+        return weights.tokenizer
+    if settings.type == "bpe":
+        raise UserError(
+            f'{weights.where} has no tokenizer with it, and a "bpe" trained here would give its '
+            "tokens other meanings. Name the one the weights were trained with: "
+            '"tokenizer": "Qwen/Qwen3-0.6B-Base", or {"type": "file", "path": "..."}.'
+        )
+    return build_tokenizer(settings, [], root=root).state()
 
 
 def progress_of(

@@ -7,6 +7,7 @@ State: Position
 """
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -55,7 +56,7 @@ class Position:
         )
 
     @classmethod
-    def of(cls, saved: dict[str, Any]) -> "Position":
+    def of(cls, saved: Mapping[str, Any]) -> "Position":
         """Read the `data` section of a checkpoint."""
         return cls(
             rows=saved["rows"],
@@ -129,14 +130,16 @@ def linked(chain: str, segments: list[Segment]) -> str:
 
 
 def resumed_position(
-    saved: dict[str, Any] | None,
+    saved: Mapping[str, Any] | None,
     fingerprint: str,
     contents: dict[str, str],
     max_epochs: int | None = None,
 ) -> tuple[Position, list[str]]:
-    """Decide where to go on reading. After a change of the data section the mix begins anew, and each
-    source goes on behind the last document that any lane has used: nothing is trained on twice, and
-    what slower lanes still held waiting is left out.
+    """Decide where to go on reading; returns notes as well.
+
+    After a change of the data section the mix begins anew, and each source goes on behind the last
+    document that any lane has used: nothing is trained on twice, and what slower lanes still held
+    waiting is left out.
 
     contents  of each source, see Corpus.contents: one whose files have changed begins its next
               epoch, over all of them, where max_epochs leaves it one
