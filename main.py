@@ -37,7 +37,8 @@ def main() -> int:
 
 
 def launcher() -> Callable[[float], None]:
-    """What starts a run. Raises UserError where a package of requirements.txt is not there."""
+    """Import what starts a run. Raises UserError where a package of requirements.txt is not
+    there."""
     from core.errors import UserError
 
     try:

@@ -1,5 +1,5 @@
-"""What a curriculum adds to one training step: more rows to read, and a forward pass over all of
-them.
+"""The cost that a curriculum adds to one training step: more rows to read, and a forward pass over
+all of them.
 
     python benchmarks/curriculum.py [rounds]
 

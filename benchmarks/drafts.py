@@ -1,4 +1,4 @@
-"""What a draft head is worth in generation: a small model is trained with one, and then speaks with
+"""The worth of a draft head in generation: a small model is trained with one, and then speaks with
 it and without.
 
     python benchmarks/drafts.py [FOLDER]

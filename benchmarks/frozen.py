@@ -1,4 +1,4 @@
-"""What freezing saves: NeoBERT's last block and head trained, against all of it, in one run.
+"""The savings of freezing: NeoBERT's last block and head trained, against all of it, in one run.
 
     python benchmarks/frozen.py [rows] [seq_length]
 
@@ -10,6 +10,7 @@ what of it is kept for the backward pass, and the median seconds of a step."""
 import statistics
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,7 +24,9 @@ from core.models.neobert import NeoBERT, NeoBERTSettings
 from core.runtime import detect_runtime
 from core.training.freezing import train_only
 
-SIZES = sized({}, {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64})
+SIZES: dict[str, Any] = sized(
+    {}, {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64}
+)
 LAST = sized(27, 1)
 SIDES = {
     "everything": None,

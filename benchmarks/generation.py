@@ -1,4 +1,4 @@
-"""What a cache of keys and values is worth in generation on a CPU, and what a batch is.
+"""The worth of a cache of keys and values, and of a batch, in generation on a CPU.
 
     python benchmarks/generation.py
 

@@ -1,4 +1,4 @@
-"""What the auxiliary heads add to one training step.
+"""The time that auxiliary heads add to one training step.
 
     python benchmarks/heads.py [gpt2]
 
@@ -36,7 +36,9 @@ ON = {
 
 ROUNDS, WARM_UP = sized((12, 2), (1, 1))
 ROWS, SEQ_LENGTH, DOCUMENT = sized((32, 256, 100), (2, 128, 100))
-SIZES = sized({}, {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "seq_length": 128})
+SIZES: dict[str, Any] = sized(
+    {}, {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "seq_length": 128}
+)
 AFTER = 32  # tokens behind a summary: twice as many fit into a document
 VOCAB_SIZES = {"default": sized(8192, 257), "gpt2": 50257}
 

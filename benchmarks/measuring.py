@@ -1,5 +1,5 @@
-"""What the benchmarks measure with: time that waits for the device, memory at its peak, a process
-of its own, and sizes.
+"""Tools that the benchmarks measure with: time that waits for the device, memory at its peak, a
+process of its own, and sizes.
 
 Used by scripts that have put the project's folder on sys.path. Each of them takes `--short`: the
 same at sizes that take seconds, to see that it runs (tests/test_benchmarks.py); its numbers mean
@@ -26,7 +26,7 @@ if "--short" in sys.argv:
 
 
 def sized(usual: T, short: T) -> T:
-    """What a benchmark takes, or takes under `--short`."""
+    """Choose the size of a benchmark: the full one, or that of `--short`."""
     return short if os.environ.get("BENCHMARK_SHORT") else usual
 
 
@@ -38,7 +38,7 @@ def now() -> float:
 
 
 def in_a_process(function: Callable, *arguments: Any) -> Any:
-    """What `function` returns in a new process, so that neither side sees the other's heap; under
+    """Call `function` in a new process, so that neither side sees the other's heap; under
     `--short` in this one."""
     if sized(False, True):
         return function(*arguments)

@@ -1,4 +1,4 @@
-"""What the memory head is worth beyond the context: in speed, and in nats on long documents.
+"""The worth of the memory head beyond the context: in speed, and in nats on long documents.
 
     python benchmarks/memory.py speed
     python benchmarks/memory.py 62_memory_cpu

@@ -1,4 +1,5 @@
-"""How well a mix of text knows how many tokens it has drawn, which it counts from characters.
+"""The accuracy with which a mix of text knows how many tokens it has drawn, which it counts from
+characters.
 
     python benchmarks/mixing.py [--short]
 

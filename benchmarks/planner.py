@@ -1,4 +1,4 @@
-"""What a planner's looking ahead is worth, and what it costs in generation.
+"""The worth of a planner's looking ahead, and its cost in generation.
 
     python benchmarks/planner.py [59_planner_cpu]
 
@@ -45,13 +45,10 @@ REPETITIONS, NEW_TOKENS, PROMPT = sized((5, 100, 16), (1, 4, 16))
 
 
 def read(trained: Trained, documents: list[np.ndarray]) -> dict[str, Tensor]:
-    """Of every position: features (N, C, f), log p of the candidates (N, C), which of them came
-    (N,) or -1, the document (N,)."""
-    heads, guide, length = (
-        trained.heads(),
-        build_generator(trained).planner,
-        trained.preset.model.seq_length,
-    )
+    """Collect for every position: features (N, C, f), log p of the candidates (N, C), which of them
+    came (N,) or -1, the document (N,)."""
+    heads, guide = trained.heads(), build_generator(trained).planner
+    length = trained.preset.model.seq_length
     assert heads is not None and guide is not None, "this model has no planner"
     found: dict[str, list[Tensor]] = {
         "features": [],

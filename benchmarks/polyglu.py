@@ -22,7 +22,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +34,15 @@ from benchmarks.measuring import in_a_process, now, peak_bytes, sized
 from core.contracts import Batch
 from core.losses.cross_entropy import CrossEntropy, CrossEntropySettings
 from core.losses.stack import LossStack
-from core.models import polychromatic
-from core.models.polychromatic import PolychromaticLM, PolychromaticSettings, PolyGLU, gumbel
+from core.models.attention import DocumentMask, compute_dtype
+from core.models.polychromatic import (
+    PolychromaticLM,
+    PolychromaticSettings,
+    RMSNorm,
+    TransformerBlock,
+    rotate,
+)
+from core.models.polyglu_layer import Pass, PolyGLU, RoutingSettings, gumbel
 from core.runtime import detect_runtime, keep_freed_memory
 
 VOCAB_SIZE = 2048
@@ -54,7 +62,7 @@ REPETITIONS = sized(5, 1)
 @dataclass(frozen=True)
 class Case:
     name: str  # "the mixture" (with W_down), "a block" or "a model"
-    pool: str
+    pool: Literal["causal", "sequence"]
     precision: str = "fp32"
     rows: int = 16
     seq_length: int = 256
@@ -87,20 +95,20 @@ def plain_routed(
     return nn.functional.linear(mixed, self.W_down.weight.to(gate.dtype))
 
 
-def plain_norm(norm: polychromatic.RMSNorm, x: Tensor) -> Tensor:
+def plain_norm(norm: RMSNorm, x: Tensor) -> Tensor:
     return x / torch.sqrt(x.square().mean(-1, keepdim=True) + norm.eps) * norm.gama
 
 
 def plain_block(
-    self: polychromatic.TransformerBlock, x: Tensor, shared: Any, layer: int
+    self: TransformerBlock, x: Tensor, shared: Any, layer: int
 ) -> tuple[Tensor, Tensor]:
-    """A block by its formulas; takes the place of `TransformerBlock.forward`."""
-    gqa, glu, T = self.gqa, self.polyglu, x.shape[1]
+    """Compute a block by its formulas; takes the place of `TransformerBlock.forward`."""
+    gqa, glu, T = self.gqa, self.feed_forward, x.shape[1]
+    assert isinstance(glu, PolyGLU)
     h = plain_norm(self.rmsnorm_1, x)
     q, k, v = (W(h).unflatten(-1, (-1, gqa.head_dim)) for W in (gqa.W_q, gqa.W_k, gqa.W_v))
     q, k = (
-        polychromatic.rotate(plain_norm(n, y), shared.turn)
-        for n, y in ((gqa.rmsnorm_q, q), (gqa.rmsnorm_k, k))
+        rotate(plain_norm(n, y), shared.turn) for n, y in ((gqa.rmsnorm_q, q), (gqa.rmsnorm_k, k))
     )
     groups = q.shape[2] // k.shape[2]
     # (B, H, T, Dh)
@@ -124,13 +132,13 @@ def plain_block(
 @contextmanager
 def as_side(side: str) -> Iterator[None]:
     """ "ours", "compiled", "stacked" or "plain" """
-    routed, forward = PolyGLU._routed, polychromatic.TransformerBlock.forward
-    PolyGLU._routed = plain_routed if side in ("stacked", "plain") else routed
-    polychromatic.TransformerBlock.forward = plain_block if side == "plain" else forward
-    try:
+    routed = plain_routed if side in ("stacked", "plain") else PolyGLU._routed
+    forward = plain_block if side == "plain" else TransformerBlock.forward
+    with (
+        mock.patch.object(PolyGLU, "_routed", routed),
+        mock.patch.object(TransformerBlock, "forward", forward),
+    ):
         yield
-    finally:
-        PolyGLU._routed, polychromatic.TransformerBlock.forward = routed, forward
 
 
 def build(case: Case, side: str = "ours") -> tuple[PolychromaticLM, Callable[[], Tensor]]:
@@ -143,7 +151,7 @@ def build(case: Case, side: str = "ours") -> tuple[PolychromaticLM, Callable[[],
         num_heads=heads,
         num_kv_heads=heads // 2,
         seq_length=case.seq_length,
-        routing={"pool": case.pool, "tau": 0.5},
+        routing=RoutingSettings(pool=case.pool, tau=0.5),
     )
     torch.manual_seed(0)
     vocab_size = 151_669 if case is FULL else VOCAB_SIZE
@@ -182,24 +190,20 @@ def _part(
 ) -> Tensor:
     """A scalar that depends on all of the one block's output, or on all of its mixture's."""
     x = model.embeddings(batch.input_ids)
-    mask = polychromatic.DocumentMask.of(
-        batch, polychromatic.compute_dtype(x), model.settings.head_dim
-    )
-    shared = polychromatic.Pass(mask, batch.position_ids, model.rope(batch.position_ids), model.tau)
+    mask = DocumentMask.of(batch, compute_dtype(x), model.settings.head_dim)
+    shared = Pass(mask, batch.position_ids, model.rope(batch.position_ids), model.tau)
     block = model.model_core[0]
+    assert isinstance(block, TransformerBlock) and isinstance(block.feed_forward, PolyGLU)
     if name == "a block":
         return block(x, shared, 0)[0].square().mean()
     gate, up = (t.detach().to(mask.dtype).requires_grad_() for t in gate_up)
     with torch.autocast(x.device.type, enabled=False):
-        return (
-            block.polyglu._routed(gate, up, block.polyglu._gates(x, shared, 0), shared, 0)
-            .square()
-            .mean()
-        )
+        layer = block.feed_forward
+        return layer._routed(gate, up, layer._gates(x, shared, 0), shared, 0).square().mean()
 
 
 def kept_bytes(case: Case, side: str) -> int:
-    """What a forward pass keeps for the backward pass, parameters left out."""
+    """Count what a forward pass keeps for the backward pass, parameters left out."""
     model, run = build(case, side)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, Tensor] = {}

@@ -108,7 +108,7 @@ def measure(case: Case, repetitions: int) -> Result:
     hidden, weight, labels = _tensors(case)
     runs: dict[str, Callable] = {"plain": plain, "chunked": chunked}
     seconds: dict[str, list[float]] = {"plain": [], "chunked": []}
-    found = {}
+    found: dict[str, Any] = {}
     for repetition in range(repetitions + 1):
         for side in ("plain", "chunked") if repetition % 2 else ("chunked", "plain"):
             hidden.grad = weight.grad = None
@@ -117,6 +117,7 @@ def measure(case: Case, repetitions: int) -> Result:
             if repetition:  # the first warms up, and is compared
                 seconds[side].append(now() - began)
             else:
+                assert hidden.grad is not None and weight.grad is not None
                 found[side] = (loss.detach(), hidden.grad, weight.grad)
             del loss
     (loss, *gradients), (chunked_loss, *chunked_gradients) = found["plain"], found["chunked"]
@@ -239,9 +240,7 @@ def cost_of_one_more(vocab_size: int, repetitions: int) -> dict[str, float]:
 
 
 def _built(losses: list[dict]) -> list[Any]:
-    return [
-        LOSSES[each["type"]][1](LOSSES[each["type"]][0].model_validate(each)) for each in losses
-    ]
+    return [LOSSES[each["type"]][1](LOSSES[each["type"]][0](**each)) for each in losses]
 
 
 def _tensors(case: Case) -> tuple[Tensor, Tensor, Tensor]:

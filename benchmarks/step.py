@@ -1,4 +1,4 @@
-"""What single choices are worth in one training step on a CPU: kept memory, explicit attention,
+"""The worth of single choices in one training step on a CPU: kept memory, explicit attention,
 torch.compile.
 
     python benchmarks/step.py
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -23,7 +24,9 @@ ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = ("as shipped", "memory returned", "SDPA's flash kernel", *sized(("compiled",), ()))
 REPETITIONS, STEPS, WARM_UP = sized((3, 6, 2), (1, 1, 1))
 ROWS, SEQ_LENGTH, VOCAB_SIZE = sized((32, 256, 8192), (2, 32, 300))
-SIZES = sized({}, {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "seq_length": 32})
+SIZES: dict[str, Any] = sized(
+    {}, {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "seq_length": 32}
+)
 
 
 def step_seconds(variant: str) -> float:

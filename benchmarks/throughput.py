@@ -134,7 +134,7 @@ def trainer(vocab_size: int, folder: Path, best: bool) -> list[float]:
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             ends.append(time.time())
 
-    settings = {"bf16": True, "torch_compile": True} if best else {}
+    settings: dict[str, Any] = {"bf16": True, "torch_compile": True} if best else {}
     arguments = TrainingArguments(
         output_dir=str(folder / "trainer"),
         per_device_train_batch_size=ROWS,

@@ -1,11 +1,11 @@
-"""What the parts of the program promise each other: the batch, the model's output, and the
+"""Contracts between the parts of the program: the batch, the model's output, and the
 protocols.
 
 B batch rows, T seq_length, D hidden_size, V vocab_size, n some positions. What a loss sees and
 answers: core/losses/base.py."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -43,8 +43,12 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
+    def pinned(self) -> "Batch":
+        """A copy in memory that a GPU reads while the program goes on."""
+        return self._each(lambda tensor: tensor.pin_memory())
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        changed = {
+        changed: dict[str, Any] = {
             key: change(value) if isinstance(value, Tensor) else value
             for key, value in vars(self).items()
         }
@@ -52,7 +56,7 @@ class Batch:
             changed["head_positions"] = {
                 name: change(positions) for name, positions in self.head_positions.items()
             }
-        return Batch(**changed)
+        return replace(self, **changed)
 
 
 def plain_batch(input_ids: Tensor) -> Batch:
@@ -69,24 +73,30 @@ class Readout(Protocol):
     every forward costs nothing and adds nothing to the state dict.
     """
 
-    provides: str  # what a score is: "logits", or "distances": squared, between unit vectors
-    table: Tensor  # (V, D) the input embedding table, for losses that compare with embeddings
-    linear: tuple[Tensor, Tensor | None] | None
-    """(weight (V, D), bias (V,)), where logits are hidden @ weight.T + bias, or distances are those
-    of hidden to the rows of weight. None for any other readout, which is differentiated by
-    autograd."""
+    provides: str
+    """The kind of a score: "logits", or "distances": squared, between unit vectors."""
+    table: Tensor
+    """(V, D) the input embedding table, for losses that compare with embeddings."""
 
-    def __call__(self, hidden: Tensor) -> Tensor: ...  # (n, D) -> (n, V)
+    @property
+    def linear(self) -> tuple[Tensor, Tensor | None] | None:
+        """(weight (V, D), bias (V,)), where logits are hidden @ weight.T + bias, or distances are
+        those of hidden to the rows of weight. None for any other readout, which is differentiated
+        by autograd."""
 
-    def parameters(self) -> list[Tensor]: ...  # every tensor the scores depend on besides hidden
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Compute scores: (n, D) -> (n, V)."""
 
-    # the same scores, and no gradient for any of these tensors
-    def detached(self) -> "Readout": ...
+    def parameters(self) -> list[Tensor]:
+        """Return every tensor the scores depend on besides `hidden`."""
+
+    def detached(self) -> "Readout":
+        """Return a readout of the same scores, without gradient for any of these tensors."""
 
 
 @dataclass
 class ModelOutput:
-    """What a trunk returns: hidden states, and the readout that would turn them into scores."""
+    """The output of a trunk: hidden states, and the readout that would turn them into scores."""
 
     hidden: Tensor  # (B, T, D)
     readout: Readout

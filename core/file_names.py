@@ -1,7 +1,7 @@
 """Names that become files and folders, on every disk.
 
-In:    what a person calls something
-Out:   whether that may be a lineage; a name for a file
+In:    a name that a person chose
+Out:   a name for a file; whether a file may be called so
 State: none
 """
 
@@ -14,19 +14,19 @@ LONGEST = 150
 and disks take 255 bytes."""
 NAME = re.compile(r"[A-Za-z0-9_-]([A-Za-z0-9._-]*[A-Za-z0-9_-])?")
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
-"""What Windows keeps for devices."""
+"""Names that Windows keeps for devices."""
 
 SLOTS = ("current", "prev", "prev2")
-"""What a lineage's checkpoints are called, the newest first."""
+"""Names of a lineage's checkpoints, the newest first."""
 
 
 def slot_name(lineage: str, slot: str = SLOTS[0]) -> str:
-    """The file of a lineage's checkpoint; with "*" a pattern."""
+    """Return the file name of a lineage's checkpoint; with the slot "*" a pattern of all."""
     return f"{lineage}_{slot}.pth"
 
 
 def is_file_name(name: str) -> bool:
-    """Whether a file may be called so everywhere: never hidden, never a way up, never a device."""
+    """Tell whether a file may be called so on every system: not hidden, no way up, no device."""
     return (
         len(name) <= LONGEST
         and NAME.fullmatch(name) is not None
@@ -35,8 +35,8 @@ def is_file_name(name: str) -> bool:
 
 
 def file_name(text: str, longest: int = 60) -> str:
-    """The text, where a file may be called so; else what it has of letters, digits and . _ - with a
-    hash: two never share one."""
+    """Return the text, where a file may be called so; else its letters, digits and . _ - with a
+    hash, so that no two texts share a name."""
     text = unicodedata.normalize("NFC", text)  # systems write one name in several ways
     if is_file_name(text):
         return text

@@ -30,7 +30,7 @@ _ASIDE = re.compile(r"\.{1,2}(?P<of>.+)\.[0-9a-f]{16}\.tmp")
 
 
 def own_path(path: str, root: Path) -> Path:
-    """Where a path of a preset leads: relative to the project, "~" at a user's home. "~name"
+    """Resolve a path of a preset: relative to the project, "~" at a user's home. "~name"
     without such a user is a folder."""
     return root / os.path.expanduser(path)
 
@@ -185,7 +185,7 @@ def read_text(path: Path, encoding: str = "utf-8") -> str:
 
 
 def read_json(path: Path) -> Any:
-    """What stands in a JSON file. Raises OSError; ValueError whatever else is wrong with it."""
+    """Read a JSON file. Raises OSError; ValueError whatever else is wrong with it."""
     try:
         return json.loads(read_bytes(path))
     except RecursionError:
@@ -214,8 +214,8 @@ def open_lock(path: Path) -> int:
 
 
 def cause(error: OSError, path: Path) -> str:
-    """Why a file cannot be written, and what to do about it: one or two sentences, the first
-    without its end."""
+    """Explain why a file cannot be written, and what to do about it: one or two sentences, the
+    first without its end."""
     for part in [*reversed(path.parents), path]:
         if part.is_symlink() and not part.exists():
             return (

@@ -60,8 +60,8 @@ def check_reachable() -> None:
 
 
 def why_unreachable() -> str:
-    """What `check_reachable` says, for whoever has a local cache to turn to; "" where the Hub can
-    be reached."""
+    """Return what `check_reachable` says, for whoever has a local cache to turn to; "" where the
+    Hub can be reached."""
     try:
         check_reachable()
     except SourceUnavailable as error:
@@ -152,7 +152,7 @@ def open_file(url: str) -> IO[bytes]:
         return open(url, "rb")
     from huggingface_hub import HfFileSystem
 
-    return HfFileSystem().open(url, "rb")  # type: ignore[return-value]
+    return HfFileSystem().open(url, "rb")
 
 
 def fetch_file(repo: str, file: str) -> Path:
@@ -192,8 +192,8 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _root(error: BaseException) -> BaseException:
-    """What the Hub answered, or how the line broke; the error itself when it tells of neither. The
-    first one found decides: what it happened after, such as a missing README, says nothing."""
+    """Find what the Hub answered, or how the line broke; the error itself when it tells of neither.
+    The first one found decides: what it happened after, such as a missing README, says nothing."""
     chain = list(_chain(error))
     told = (
         e for e in chain if getattr(e, "response", None) is not None or _is_a(e, "TransportError")
@@ -219,7 +219,7 @@ def _status(error: BaseException) -> int:
 
 
 def _is_refusal(root: BaseException) -> bool:
-    """Whether the Hub said no, and would say it again."""
+    """Return whether the Hub said no, and would say it again."""
     missing = (
         "RepositoryNotFoundError",
         "RevisionNotFoundError",
@@ -230,7 +230,7 @@ def _is_refusal(root: BaseException) -> bool:
 
 
 def is_passing(error: Exception) -> bool:
-    """Whether trying again may help: a broken line, too many requests, trouble on the Hub's
+    """Return whether trying again may help: a broken line, too many requests, trouble on the Hub's
     side."""
     root = _root(error)
     return not _is_refusal(root) and (
@@ -239,14 +239,15 @@ def is_passing(error: Exception) -> bool:
 
 
 def is_of_the_line(error: Exception) -> bool:
-    """Whether the Hub, or the way to it, has to do with an error; else it is what the bytes say."""
+    """Return whether the Hub, or the way to it, has to do with an error; else it is what the bytes
+    say."""
     root = _root(error)
     return _is_broken_line(root) or getattr(root, "response", None) is not None
 
 
 def is_permanent(error: Exception) -> bool:
-    """Whether trying again is useless. A bare 401 or 403 is not: storage behind the Hub answers so
-    in passing, too."""
+    """Return whether trying again is useless. A bare 401 or 403 is not: storage behind the Hub
+    answers so in passing, too."""
     lost = isinstance(error, FileNotFoundError | PermissionError) and not is_passing(error)
     return lost or _is_refusal(_root(error)) or "invalid credentials" in str(_root(error)).lower()
 

@@ -1,4 +1,4 @@
-"""From a bare process to a running job: who asks, who listens, and what the menu shows.
+"""From a bare process to a running job: rank 0 asks for a preset, the other ranks listen.
 
 In:    standard input (a terminal, or one line naming a preset), torchrun's variables, .env,
        configs/*.json
@@ -10,18 +10,21 @@ import json
 import os
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch.distributed as dist
+from torch.distributed import (  # type: ignore[attr-defined]  # torch does not declare these
+    PrefixStore,
+    TCPStore,
+)
 
 from core.environment import read_dotenv
 from core.errors import Interrupted, PresetError, UserError
 from core.file_names import slot_name
 from core.jobs import JOBS
-from core.metrics.log import LOG
+from core.metrics.events import LOG
 from core.parallel.ddp import DDP
 from core.parallel.single import Single
 from core.preset.base import PresetBase
@@ -34,15 +37,21 @@ from core.terminal import tell
 from core.ui.menu import PresetCard, can_pick, choose
 from core.ui.resume import offer_fresh
 
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT, SCHEMA = "00_best_general", "preset.schema.json"
 PATIENCE = timedelta(days=7)
-"""How long the other ranks wait for a person at the menu."""
+"""Time that the other ranks wait for a person at the menu."""
 
 
 def launch(started: float) -> None:
-    """Run what is chosen. Raises UserError, Interrupted or KeyboardInterrupt; every rank ends with
-    the same outcome."""
+    """Ask for a preset and run its job. Raises UserError, Interrupted or KeyboardInterrupt; every
+    rank ends with the same outcome.
+
+    started   time.time() when the program began
+    """
     runtime = detect_runtime()
     prepare(runtime)
     # on every rank, and before any library looks for a token
@@ -51,7 +60,7 @@ def launch(started: float) -> None:
             tell(note)
     if runtime.world_size == 1:
         return _run_until_one_starts(runtime, started)
-    store = _store()
+    store = _rendezvous_store()
     preset = _agree_on_preset(runtime, store)
     if preset is None:  # rank 0 has said why
         sys.exit(2)
@@ -63,23 +72,23 @@ def launch(started: float) -> None:
 
 
 def _run_until_one_starts(runtime: Runtime, started: float) -> None:
-    """Run what is chosen. Where a menu is open, what is refused before it has done anything leads
-    back to it."""
-    refused: tuple[str, str] | None = None
+    """Run the chosen preset. If it is refused before it has done anything, show the menu again,
+    where there is one."""
+    refused: Refused | None = None
     while True:
         stem, preset = _ask(runtime, refused)
-        before = _work_of(preset)
+        before = _files_of(preset)
         try:
             _offer_fresh(preset)
             return JOBS[preset.job].run(preset, runtime, Single(), ROOT, started, sys.stdout)
         except UserError as error:
-            if isinstance(error, Interrupted) or not can_pick() or _work_of(preset) != before:
+            if isinstance(error, Interrupted) or not can_pick() or _files_of(preset) != before:
                 raise
             tell(f"\n{error}")
-            refused, started = (stem, str(error)), time.time()
+            refused, started = Refused(stem, str(error)), time.time()
 
 
-def _work_of(preset: PresetBase) -> dict[Path, int]:
+def _files_of(preset: PresetBase) -> dict[Path, int]:
     """Return the files that runs of a preset have left, and when each was last written."""
     checkpoints, job = ROOT / "checkpoints", JOBS[preset.job]
     files = [
@@ -91,9 +100,9 @@ def _work_of(preset: PresetBase) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in files if path.is_file()}
 
 
-def _agree_on_preset(runtime: Runtime, store: dist.Store) -> PresetBase | None:
-    """Rank 0 asks; the others get the JSON text through the rendezvous store, before any process
-    group has a clock running."""
+def _agree_on_preset(runtime: Runtime, store: "Store") -> PresetBase | None:
+    """Ask on rank 0 and return its preset on every rank; None where rank 0 has failed. The preset
+    travels as JSON through the rendezvous store, so no process group's timeout is running yet."""
     if runtime.rank == 0:
         try:
             _, preset = _ask(runtime)
@@ -104,62 +113,64 @@ def _agree_on_preset(runtime: Runtime, store: dist.Store) -> PresetBase | None:
         store.set("zeroarg/preset", json.dumps(preset_json(preset)))
         return preset
     text = store.get("zeroarg/preset").decode()
-    return (
-        decode_preset(json.loads(text), Preset, "the preset from rank 0", "preset")
-        if text
-        else None
-    )
+    if not text:
+        return None
+    return decode_preset(json.loads(text), Preset, "the preset from rank 0", "preset")
 
 
-def _store() -> dist.Store:
-    """torchrun's rendezvous store: no process group and no watchdog yet."""
+def _rendezvous_store() -> "Store":
+    """Open torchrun's rendezvous store; no process group, and so no watchdog. Raises UserError."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     agent_has_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     is_host = not agent_has_it and os.environ["RANK"] == "0"
     try:
-        store: Any = dist.TCPStore(
-            address, port, int(os.environ["WORLD_SIZE"]), is_host, timeout=timedelta(minutes=5)
-        )
+        world_size, timeout = int(os.environ["WORLD_SIZE"]), timedelta(minutes=5)
+        tcp_store = TCPStore(address, port, world_size, is_host, timeout=timeout)
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"the processes cannot meet at {address}:{port} (MASTER_ADDR, MASTER_PORT): "
-            f"{str(error).splitlines()[0][:200]}. "
-            "Start all of them, with the address of the machine that has RANK 0, and a port that "
-            "is free there."
+            f"{str(error).splitlines()[0][:200]}. Start all of them, with the address of the "
+            "machine that has RANK 0, and a port that is free there."
         ) from None
-    store = dist.PrefixStore(f"zeroarg/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+    store = PrefixStore(f"zeroarg/{restart}", tcp_store)
     store.set_timeout(PATIENCE)
     return store
 
 
-def _ask(runtime: Runtime, refused: tuple[str, str] | None = None) -> tuple[str, PresetBase]:
-    """File stem and preset that a person, or the first line of standard input, chooses.
+@dataclass(frozen=True)
+class Refused:
+    """A preset that was chosen and could not start."""
 
-    refused   a preset that was chosen before and could not start, and why
-    """
+    stem: str
+    reason: str  # empty where the menu knows it
+
+
+def _ask(runtime: Runtime, refused: Refused | None = None) -> tuple[str, PresetBase]:
+    """Return file stem and preset that a person, or the first line of standard input, chooses.
+    Raises UserError, and KeyboardInterrupt when the user leaves the menu."""
     while True:
         presets, cards = _read_presets(runtime)
-        default = DEFAULT if refused is None else refused[0]
+        default = DEFAULT
         if refused is not None:
-            cards = [
-                replace(card, refusal=refused[1]) if card.stem == default else card
-                for card in cards
-            ]
+            default = refused.stem
+            for card in cards:
+                card.refusal = refused.reason if card.stem == default else ""
         stem = choose(cards, default)
         if stem in presets:
             return stem, presets[stem]
-        # it has a problem, which the menu shows: perhaps it is mended meanwhile
-        refused = (stem, "")
+        refused = Refused(stem, "")  # the file has a problem; it may have been mended meanwhile
 
 
 def _offer_fresh(preset: PresetBase) -> None:
-    """Where the chosen preset would go on from a checkpoint, ask whether it shall."""
+    """Ask whether to resume or to start fresh, if the chosen preset has been trained before."""
     if JOBS[preset.job].trains:
         offer_fresh(ROOT, preset.lineage, lambda: standing_lines(preset, ROOT))
 
 
 def _read_presets(runtime: Runtime) -> tuple[dict[str, PresetBase], list[PresetCard]]:
-    """Every preset that can be read, and a card for each file."""
+    """Return every preset that can be read, by its stem, and a card for each file. Raises UserError
+    where there is no file."""
     paths = [
         path
         for path in sorted((ROOT / "configs").glob("*.json"))
@@ -173,12 +184,10 @@ def _read_presets(runtime: Runtime) -> tuple[dict[str, PresetBase], list[PresetC
         try:
             preset = read_preset(path, Preset)
         except Exception as error:  # whatever is wrong with one file, the others can be chosen
-            why = (
-                str(error)
-                if isinstance(error, PresetError)
-                else f"{path} cannot be read: {type(error).__name__}: {error}"
-            )
-            cards.append(PresetCard(path.stem, NO_GROUP, path.stem, "", problem=why))
+            problem = str(error)
+            if not isinstance(error, PresetError):
+                problem = f"{path} cannot be read: {type(error).__name__}: {error}"
+            cards.append(PresetCard(path.stem, NO_GROUP, path.stem, "", problem=problem))
         else:
             presets[path.stem] = preset
             cards.append(preset_card(path.stem, preset, runtime, ROOT))

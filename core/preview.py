@@ -20,7 +20,7 @@ from core.data.tokenizer import KNOWN_VOCABULARIES, tokenizer_facts
 from core.errors import UserError
 from core.files import own_path
 from core.jobs import JOBS
-from core.metrics.log import LOG, evaluation_is_missing
+from core.metrics.events import LOG, evaluation_is_missing
 from core.preset.base import PresetBase
 from core.preset.settings import RUN_TOKENS, TokenizerSettings
 from core.reports.run_card import is_positive, read_card

@@ -34,7 +34,7 @@ hardware."""
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where this process runs."""
+    """The machine and the ranks that this process runs on."""
 
     device: torch.device
     rank: int
@@ -43,8 +43,8 @@ class Runtime:
 
     @property
     def bf16_is_native(self) -> bool:
-        """Whether the device multiplies bf16 matrices in hardware (not emulated, which is slower
-        than fp32)."""
+        """Return whether the device multiplies bf16 matrices in hardware (not emulated, which is
+        slower than fp32)."""
         if self.device.type == "cuda":
             return torch.cuda.get_device_capability(self.device)[0] >= 8
         if (
@@ -65,8 +65,8 @@ class Runtime:
         return torch.bfloat16 if bf16 else torch.float32
 
     def memory_bytes(self) -> int:
-        """What the device has: a GPU its own; a CPU the machine's, or what this container may use
-        of it."""
+        """Return the memory of the device: a GPU its own; a CPU the machine's, or what this
+        container may use of it."""
         if self.device.type == "cuda":
             return torch.cuda.get_device_properties(self.device).total_memory
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -87,7 +87,8 @@ class Runtime:
         if self.device.type == "cuda":
             torch.use_deterministic_algorithms(deterministic)
             # a debugging aid that writes everything twice
-            torch.utils.deterministic.fill_uninitialized_memory = False
+            # torch publishes no types for this module
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
             torch.backends.cudnn.deterministic = deterministic
             if not deterministic:
                 return (
@@ -224,10 +225,10 @@ def forget_peak_memory(runtime: Runtime) -> bool:
 
 
 def versions() -> dict[str, Any]:
-    """What a result depends on, for the run card."""
+    """List what a result depends on, for the run card."""
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {
+    found: dict[str, str | None] = {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "torch": torch.__version__,

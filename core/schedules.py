@@ -50,6 +50,7 @@ class Piece(Bounded):
         return self
 
     def at(self, progress: float) -> float:
+        """Return the value at `progress`; that of the nearer end outside the stretch."""
         last = self.start if self.shape == "constant" or self.to is None else self.to
         if progress >= self.end:
             return last
@@ -62,14 +63,17 @@ class Piece(Bounded):
 
 
 def _kind(value: object) -> str | None:
+    """Return the form of a schedule, as the tags below name it; None: it is none."""
     if isinstance(value, bool):
         return None
     if isinstance(value, int | float):
         return "number"
-    return {dict: "piece", Piece: "piece", list: "pieces"}.get(type(value))
+    kinds: dict[type, str] = {dict: "piece", Piece: "piece", list: "pieces"}
+    return kinds.get(type(value))
 
 
 def _in_order(pieces: list[Piece]) -> list[Piece]:
+    """Return the pieces. Raises ValueError where one begins before the end of the one before."""
     for before, after in zip(pieces, pieces[1:]):
         if after.begin < before.end:
             raise ValueError(
@@ -93,7 +97,7 @@ holds before it, and the last value reached holds in a gap and at the end."""
 
 
 def value_at(schedule: Schedule, progress: float) -> float:
-    """The value of a schedule at `progress` in [0, 1]; clamped outside."""
+    """Return the value of a schedule at `progress` in [0, 1]; clamped outside."""
     progress = min(max(progress, 0.0), 1.0)
     if isinstance(schedule, Piece):
         return schedule.at(progress)
@@ -104,19 +108,19 @@ def value_at(schedule: Schedule, progress: float) -> float:
 
 
 def changes(value: object) -> bool:
-    """Whether a setting is a schedule that is more than a number."""
+    """Tell whether a setting is a schedule that is more than a number."""
     pieces = value if isinstance(value, list) else [value]
     return bool(pieces) and all(isinstance(piece, Piece) for piece in pieces)
 
 
 def turns(schedule: Schedule) -> list[float]:
-    """The moments between which a schedule only rises or only falls."""
+    """Return the moments between which a schedule only rises or only falls."""
     pieces = schedule if isinstance(schedule, list) else [schedule]
     return [moment for p in pieces if isinstance(p, Piece) for moment in (p.begin, p.end)]
 
 
 def limits(schedule: Schedule) -> tuple[float, float]:
-    """The lowest and the highest value a schedule takes."""
+    """Return the lowest and the highest value that a schedule takes."""
     values = [value_at(schedule, moment) for moment in (0.0, 1.0, *turns(schedule))]
     return min(values), max(values)
 
@@ -128,7 +132,7 @@ def learning_rate_schedule(
     floor: float,
     decay_shape: Literal["linear", "cosine"] = "linear",
 ) -> list[Piece]:
-    """The three usual shapes, as factors of the peak learning rate.
+    """Make one of the three usual shapes, in factors of the peak learning rate.
 
     kind     "wsd" warm-up, stable, decay (arXiv 2405.18392); "cosine" warm-up, cosine decay;
              "constant" warm-up, then 1
@@ -141,11 +145,8 @@ def learning_rate_schedule(
     if kind == "wsd":
         decays = max(warmup, 1.0 - decay)  # 1.0 - 0.9 is a little less than 0.1
         pieces += [Piece(start=1.0, shape="constant", begin=warmup, end=decays)]
-        pieces += (
-            [Piece(start=1.0, to=floor, shape=decay_shape, begin=decays, end=1.0)]
-            if decay > 0
-            else []
-        )
+        if decay > 0:
+            pieces.append(Piece(start=1.0, to=floor, shape=decay_shape, begin=decays, end=1.0))
     elif kind == "cosine":
         pieces += [Piece(start=1.0, to=floor, shape="cosine", begin=warmup, end=1.0)]
     else:

@@ -1,4 +1,4 @@
-"""What asks the program to stop: Ctrl-C, SIGTERM, and SIGHUP, which a closed terminal or a lost
+"""Requests to stop: Ctrl-C, SIGTERM, and SIGHUP, which a closed terminal or a lost
 connection sends.
 
 In:    signals, to this process or to its whole group

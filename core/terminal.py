@@ -102,7 +102,7 @@ def never_fails(stream: TextIO | None, descriptor: int) -> TextIO:
     binary = io.BufferedWriter(_Unbreakable(descriptor, "w", closefd=False))
     if stream is None:
         return io.TextIOWrapper(binary, "utf-8", "replace")
-    by_lines = stream.line_buffering or getattr(stream, "write_through", False)
+    by_lines = bool(stream.line_buffering or getattr(stream, "write_through", False))
     return io.TextIOWrapper(binary, stream.encoding, stream.errors, line_buffering=by_lines)
 
 

@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
+from core.assembly.start import tokenizer_state_of
 from core.checkpoint.weights import Weights, find_weights, newest_weights
 from core.contracts import LanguageModel, call_if_defined
 from core.data.tokenizer import Tokenizer
@@ -79,7 +80,7 @@ def load_trained(preset: P, root: Path, runtime: Runtime) -> Trained[P]:
     else:
         weights = newest_weights(preset.lineage, root)
     preset, notes = _as_made(preset, weights)
-    tokenizer = Tokenizer.from_state(weights.tokenizer_state(preset.tokenizer, root))
+    tokenizer = Tokenizer.from_state(tokenizer_state_of(weights, preset.tokenizer, root))
     model = build_model(preset, tokenizer.vocab_size)
     notes += weights.load_into(model)
     model.to(runtime.device).eval()

@@ -55,7 +55,7 @@ def comparison(folder: Path) -> list[str]:
 
 
 def mistakes(folder: Path) -> list[str]:
-    """What a preset with mistakes is answered."""
+    """Show the answer to a preset with mistakes."""
     path = folder / "configs" / "t_bad.json"
     path.write_text(json.dumps(BAD_PRESET))
     lines, _ = show("echo t_bad | python main.py", folder)
@@ -90,7 +90,7 @@ def ended(shown: tuple[list[str], int | None]) -> list[str]:
 
 
 def copy_of_the_project(folder: Path) -> Path:
-    """What the program needs, as a fresh checkout has it."""
+    """Copy what the program needs, as a fresh checkout has it."""
     for name in ("core", "configs", "pdfs", "benchmarks"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy2(ROOT / "main.py", folder / "main.py")
@@ -114,8 +114,8 @@ def with_block(text: str, name: str, lines: list[str]) -> str:
 
 
 def shape(lines: list[str]) -> list[str]:
-    """What does not depend on time, machine or luck: the words, without numbers, bars, curves and
-    what a model says."""
+    """Reduce a screen to what does not depend on time, machine or luck: the words, without numbers,
+    bars, curves and what a model says."""
     sections: list[list[str]] = [[]]
     said = False  # by a model: below a prompt, or a heading of samples
     for line in lines:

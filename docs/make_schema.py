@@ -9,6 +9,7 @@ current."""
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ Json = dict[str, Any]
 
 
 def preset_schema() -> Json:
-    """The JSON Schema of a preset *file*: unlike the class, which is a whole preset, it may leave
-    things to what it extends."""
+    """Make the JSON Schema of a preset *file*: unlike the class, which is a whole preset, it may
+    leave things to what it extends."""
     from core.data.sources import SOURCES
     from core.losses import LOSSES
     from core.preset.variants import NOT_IN_VARIANTS
@@ -30,8 +31,8 @@ def preset_schema() -> Json:
     schema = _tidied(Preset.model_json_schema(by_alias=True))
     definitions = schema["$defs"]
     # in lists nothing is merged: each entry says what it is
-    for settings, _ in [*SOURCES.values(), *LOSSES.values()]:
-        definition = definitions[settings.__name__]
+    for name in _names(SOURCES) + _names(LOSSES):
+        definition = definitions[name]
         definition["required"] = ["type", *definition.get("required", [])]
     del schema["required"], definitions["DataSettings"]["required"]
     variant = definitions["VariantSettings"]["properties"]["set"]
@@ -41,18 +42,33 @@ def preset_schema() -> Json:
     variant["additionalProperties"] = False
     whole = {"required": ["data"], "properties": {"data": {"required": ["sources"]}}}
     about = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "zeroarg preset"}
-    return (
-        about
-        | schema
-        | {"title": about["title"], "if": {"not": {"required": ["extends"]}}, "then": whole}
-    )
+    schema |= {"title": about["title"], "if": {"not": {"required": ["extends"]}}, "then": whole}
+    return about | schema
+
+
+def _names(table: Mapping[str, tuple[type, Any]]) -> list[str]:
+    """Return the names of the classes that configure the entries of a table."""
+    return [settings.__name__ for settings, _ in table.values()]
+
+
+def _job_sections() -> list[tuple[str, str]]:
+    """Return the name of the class and the key of each section that belongs to a job."""
+    from core.jobs import JOBS
+    from core.preset.base import PresetBase
+
+    fields = {key: field for job in JOBS.values() for key, field in job.preset.model_fields.items()}
+    return [
+        (getattr(field.annotation, "__name__", key), key)
+        for key, field in fields.items()
+        if key not in PresetBase.model_fields
+    ]
 
 
 def _tidied(node: Any, names: bool = False) -> Any:
-    """Without generated titles, nested defaults and the bounds that every number has; `anyOf` for
-    `oneOf`, as a section that extends another may omit its `type`.
+    """Leave out generated titles, nested defaults and the bounds that every number has; write
+    `anyOf` for `oneOf`, as a section that extends another may omit its `type`.
 
-    `names`: the keys of this object are names of fields, not words of JSON Schema.
+    names   whether the keys of this object are names of fields, not words of JSON Schema
     """
     if isinstance(node, list):
         return [_tidied(item) for item in node]
@@ -72,7 +88,7 @@ def _tidied(node: Any, names: bool = False) -> Any:
 
 
 def _is_usual(key: str, value: Any) -> bool:
-    """Whether this is a bound that no field states: told once in the guide, and by the program."""
+    """Tell whether this is a bound that no field states: the guide and the program tell it once."""
     from core.bounds import LARGEST_WHOLE
 
     return (
@@ -83,7 +99,7 @@ def _is_usual(key: str, value: Any) -> bool:
 
 
 def presets() -> str:
-    """The presets of configs/, as the menu tells of them."""
+    """Return the table of the presets in configs/, with the menu's words."""
     from core.preset.decode import read_preset
     from core.registry import Preset
 
@@ -95,7 +111,7 @@ def presets() -> str:
 
 
 def reference() -> str:
-    """The key reference of docs/guide.md: a table for each section, in the order of a preset."""
+    """Return the key reference of docs/guide.md: a table for each section."""
     from core.data.sources import SOURCES
     from core.losses import LOSSES
     from core.models import MODELS
@@ -114,9 +130,7 @@ def reference() -> str:
         ("DataSettings", "data"),
         ("data.sources", SOURCES),
         ("GenerateSettings", "generate"),
-        ("TokenizeSettings", "tokenize"),
-        ("EvaluateSettings", "evaluate"),
-        ("InterpretSettings", "interpret"),
+        *_job_sections(),
         ("VariantSettings", "variants"),
         ("CompareSettings", "compare"),
         ("LoggingSettings", "logging"),
@@ -130,7 +144,7 @@ def reference() -> str:
                 for name, (settings, _) in sections.items()
             }
     titles |= {name: name for name in schema["$defs"] if name not in titles}
-    listed = {settings.__name__ for settings, _ in [*LOSSES.values(), *SOURCES.values()]}
+    listed = _names(LOSSES) + _names(SOURCES)
     tables = [
         _table(f"`{title}`", schema["$defs"][name], name in listed)
         for name, title in titles.items()
@@ -139,15 +153,14 @@ def reference() -> str:
 
 
 def _table(title: str, node: Json, listed: bool) -> str:
-    """One section. `listed`: it is an entry of a list, and so must state its `type`."""
+    """Write one section. `listed`: it is an entry of a list, and so must state its `type`."""
     rows = ["| Key | Value | Default | Meaning |", "|---|---|---|---|"]
     for key, field in node["properties"].items():
         needed = key in node.get("required", []) or (listed and key == "type")
         meaning = field.get("description") or ("Names this kind." if key == "type" else "")
         cells = [f"`{key}`", _value(field), "needed" if needed else _default(field), meaning]
-        rows.append(
-            "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
-        )
+        escaped = [cell.replace("|", "\\|").replace("\n", " ") for cell in cells]
+        rows.append(f"| {' | '.join(escaped)} |")
     about = node.get("description", "").strip()
     return "\n\n".join(part for part in (f"#### {title}", about, "\n".join(rows)) if part)
 
@@ -160,19 +173,17 @@ def _default(field: Json) -> str:
 
 
 def _value(field: Json) -> str:
-    """What may stand there, in words."""
+    """Say in words what may stand there."""
     if options := field.get("anyOf") or field.get("oneOf"):
         if any(option.get("$ref", "").endswith("/Piece") for option in options):
             return "number or schedule"
-        return " or ".join(
-            dict.fromkeys(_value(option) for option in options if option.get("type") != "null")
-        )
+        words = [_value(option) for option in options if option.get("type") != "null"]
+        return " or ".join(dict.fromkeys(words))
     if "$ref" in field:
         return "section"
     if "const" in field or "enum" in field:
-        return ", ".join(
-            f"`{json.dumps(value)}`" for value in field.get("enum", [field.get("const")])
-        )
+        values = field.get("enum", [field.get("const")])
+        return ", ".join(f"`{json.dumps(value)}`" for value in values)
     if "prefixItems" in field:
         return f"list of {len(field['prefixItems'])} numbers"
     if field["type"] == "array":
@@ -184,8 +195,8 @@ def _value(field: Json) -> str:
             "section": "sections",
         }
         return "list of " + plural.get(of, of)
-    words = {"integer": "whole number", "boolean": "`true` or `false`", "object": "section"}
-    word = words.get(field["type"], field["type"])
+    plain = {"integer": "whole number", "boolean": "`true` or `false`", "object": "section"}
+    word: str = plain.get(field["type"], field["type"])
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
     limits = [
         f"{sign} {_plain(field[key])}"
@@ -204,7 +215,7 @@ def schema_text() -> str:
 
 
 def guide_text(guide: str) -> str:
-    """The guide with its list of presets and its reference made anew."""
+    """Return the guide with its list of presets and its reference made anew."""
     for what, made in (("list", presets()), ("reference", reference())):
         begin, end = (mark.format(what) for mark in MARKS)
         before, rest = guide.split(begin)

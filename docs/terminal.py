@@ -1,4 +1,4 @@
-"""What a program shows on a terminal, as lines of text: for captures of the real screen, and for
+"""The screen of a program on a terminal, as lines of text: for captures of the real screen, and for
 the tests that hold them true.
 
 In:    a command, the size of the terminal, keys to press
@@ -44,7 +44,7 @@ class Screen:
                 self._write(found[0])
 
     def lines(self) -> list[str]:
-        """What is on the screen, without blank lines at its end."""
+        """Return what is on the screen, without blank lines at its end."""
         return "\n".join("".join(line).rstrip() for line in self.cells).rstrip().split("\n")
 
     def _write(self, character: str) -> None:

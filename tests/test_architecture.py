@@ -26,7 +26,6 @@ FLOORS = [
     "core.schedules",
     "core.hf_hub",
     "core.metrics",
-    "core.interpretation",
     "core.parallel",
     "core.preset",
     "core.losses",
@@ -34,6 +33,7 @@ FLOORS = [
     "core.checkpoint",
     "core.comparison",
     "core.models",
+    "core.interpretation",
     "core.heads",
     "core.generation",
     "core.training",
@@ -183,6 +183,18 @@ print(json.dumps({{"loaded": loaded}}))
     loaded = in_fresh_python(code, tmp_path)["loaded"]
     assert "core.data.pipeline" in loaded and "core.data.sources" in loaded
     assert {module: names for module, names in loaded.items() if names} == {}
+
+
+def test_models_import_no_data(tmp_path: Path) -> None:
+    """Nobody who wants a model alone waits for what reads data or compares runs."""
+    code = """
+import json, sys
+import core.models
+heavy = ("pandas", "pyarrow", "datasets", "transformers", "tokenizers")
+ours = ("core.data", "core.comparison", "core.interpretation", "core.training", "core.jobs")
+print(json.dumps({"loaded": [name for name in (*heavy, *ours) if name in sys.modules]}))
+"""
+    assert in_fresh_python(code, tmp_path) == {"loaded": []}
 
 
 def test_importing_does_nothing(tmp_path: Path) -> None:

@@ -352,7 +352,7 @@ def test_processes_that_cannot_meet_say_where(monkeypatch: pytest.MonkeyPatch) -
         for name, value in zip(LAUNCHER, ("0", "2", "0", "127.0.0.1", str(taken.getsockname()[1]))):
             monkeypatch.setenv(name, value)
         with pytest.raises(UserError, match="cannot meet at "):
-            launch._store()
+            launch._rendezvous_store()
 
 
 # sizes --------------------------------------------------------------------------------------------

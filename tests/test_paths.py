@@ -45,15 +45,18 @@ def test_no_other_place_decides_where_a_path_leads() -> None:
 
 
 @pytest.mark.parametrize(
-    "name, place",
-    [('"metrics.jsonl"', "log.py"), ('"prev2"', "file_names.py"), ('_current.pth"', None)],
+    ("name", "places"),
+    [
+        ('"metrics.jsonl"', ["core/metrics/events.py"]),
+        ('"prev2"', ["core/file_names.py"]),
+        ('_current.pth"', []),
+    ],
 )
 def test_the_names_of_files_that_many_look_for_stand_in_one_place(
-    name: str, place: str | None
+    name: str, places: list[str]
 ) -> None:
-    assert [path.name for path in (ROOT / "core").rglob("*.py") if name in path.read_text()] == (
-        [place] if place else []
-    )
+    files = [path for path in (ROOT / "core").rglob("*.py") if name in path.read_text()]
+    assert [path.relative_to(ROOT).as_posix() for path in files] == places
 
 
 @pytest.mark.parametrize(
@@ -101,7 +104,7 @@ def test_the_menu_and_a_start_stand_paths_at_the_home_of_nobody(
     changes = {"tokenize": {"output": NOBODY}, "tokenizer": {"type": "file", "path": NOBODY}}
     preset = decode_preset(json.loads(json.dumps(tiny_preset() | changes)), Preset, "t", "t")
     assert (
-        launch._work_of(preset) == {}
+        launch._files_of(preset) == {}
         and preview.known_vocab_size(preset.tokenizer, tmp_path) == 50_257
     )
     assert (

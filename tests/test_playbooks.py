@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from core.metrics.log import LOG
+from core.metrics.events import LOG
 from tests.documents import fenced
 from tests.project import ROOT, Project
 

@@ -1,4 +1,5 @@
-"""What is trained: the model with its weights, losses, auxiliary heads, and their optimizer.
+"""The network that is trained: the model with its weights, losses, auxiliary heads, and their
+optimizer.
 
 In:    a preset, the weights to start from
 Out:   Network

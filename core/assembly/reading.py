@@ -1,11 +1,13 @@
-"""What is read: how far it goes, in which mix, from which position, as the rows of steps.
+"""The data of a run: how far it goes, in which mix and from which position it is read.
 
 In:    a preset, an opened corpus, the checkpoint's position
 Out:   Budget and Rows
 State: none
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from core.assembly.start import Remarks, Start
 from core.data.agreement import agreed_contents
@@ -137,7 +139,7 @@ def _position(
     remarks: Remarks,
 ) -> Position:
     """Decide where in the data to go on."""
-    state = start.saved["data"] if start.saved is not None else None
+    state: Mapping[str, Any] | None = start.saved["data"] if start.saved is not None else None
     all_failed = state is not None and set(corpus.names) <= set(state["drops"])
     if state is not None and state["drops"] and (progress.run_step == 0 or all_failed):
         # a new run, or one that had none left, gives failed sources another chance

@@ -23,6 +23,7 @@ from core.assembly.start import (
     note_changed_sources,
     progress_of,
 )
+from core.checkpoint.state import held_out_of
 from core.checkpoint.store import FORMAT
 from core.contracts import call_if_defined
 from core.data.corpus import Corpus, open_corpus
@@ -32,7 +33,8 @@ from core.data.validation import hide_one, shortfall
 from core.data.worker import stop_if
 from core.evaluation.held_out import Evaluator, HeldOut
 from core.generation.samples import build_samples
-from core.metrics.log import LOG, MetricsLog, View, evaluation_is_missing
+from core.metrics.events import LOG, evaluation_is_missing
+from core.metrics.log import MetricsLog, View
 from core.parallel.protocol import Parallel
 from core.parallel.ranks import on_rank_zero
 from core.preset.base import PresetBase
@@ -63,7 +65,7 @@ class MakeViews(Protocol):
 
 @dataclass
 class Parts:
-    """Everything that a training is put together from."""
+    """The parts that a training is put together from."""
 
     preset: PresetBase
     machine: Machine
@@ -164,7 +166,7 @@ def _check(preset: PresetBase, machine: Machine) -> list[str]:
 def _open_corpus(
     preset: PresetBase, root: Path, parallel: Parallel, start: Start, remarks: Remarks
 ) -> Corpus:
-    held_out = start.saved["data"].get("held_out") if start.saved is not None else None
+    held_out = held_out_of(start.saved) if start.saved is not None else None
     corpus = open_corpus(preset, root, parallel, held_out)
     remarks.warnings += [
         f"source {name} dropped, the others go on: {reason}"

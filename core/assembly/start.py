@@ -1,4 +1,4 @@
-"""Where a run starts from: a checkpoint of its lineage, other weights, or nothing.
+"""The start of a run: a checkpoint of its lineage, other weights, or nothing.
 
 In:    a preset, the checkpoints on the disk
 Out:   Start; the tokenizer; the run's progress
@@ -12,23 +12,25 @@ from typing import Any, Literal
 
 from core.checkpoint.lineage import changed_sources
 from core.checkpoint.slots import load_slot
-from core.checkpoint.state import CheckpointState
+from core.checkpoint.state import CheckpointState, NewestState
 from core.checkpoint.store import CheckpointStore, store_of
 from core.checkpoint.weights import Weights, find_weights
 from core.data.corpus import Corpus
 from core.data.tokenizer import SAMPLE_CHARACTERS, Tokenizer, build_tokenizer
 from core.errors import UserError
 from core.file_names import slot_name
-from core.metrics.log import LOG, check_log
+from core.metrics.events import LOG
+from core.metrics.log_file import check_log
 from core.parallel.protocol import Parallel
 from core.parallel.ranks import on_rank_zero, rank_zero_first
 from core.preset.base import PresetBase
+from core.preset.settings import TokenizerSettings
 from core.training.progress import Progress, begin_next_run
 
 
 @dataclass
 class Remarks:
-    """What a person should know before training starts."""
+    """Notes and warnings for a person, before training starts."""
 
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -36,7 +38,8 @@ class Remarks:
 
 @dataclass
 class Start:
-    """What a run goes on from. `weights` are those of `saved`, where there is a checkpoint."""
+    """The state that a run goes on from. `weights` are those of `saved`, where there is a
+    checkpoint."""
 
     store: CheckpointStore
     saved: CheckpointState | None
@@ -121,7 +124,7 @@ def choose_tokenizer(
 
     def make() -> dict[str, Any]:
         if weights is not None:
-            return weights.tokenizer_state(preset.tokenizer, corpus.root)
+            return tokenizer_state_of(weights, preset.tokenizer, corpus.root)
         needs_text = preset.tokenizer.type == "bpe"
         if needs_text and all(section.type == "tokens" for section in corpus.sections):
             beside = Path(corpus.sections[0].path).parent / "tokenizer.json"
@@ -133,6 +136,20 @@ def choose_tokenizer(
         return build_tokenizer(preset.tokenizer, texts, corpus.markers, root=corpus.root).state()
 
     return Tokenizer.from_state(on_rank_zero(parallel, make))
+
+
+def tokenizer_state_of(weights: Weights, settings: TokenizerSettings, root: Path) -> dict[str, Any]:
+    """Return the tokenizer whose tokens the weights mean: the file's, or else the preset's. Raises
+    UserError."""
+    if weights.tokenizer is not None:
+        return weights.tokenizer
+    if settings.type == "bpe":
+        raise UserError(
+            f'{weights.where} has no tokenizer with it, and a "bpe" trained here would give its '
+            "tokens other meanings. Name the one the weights were trained with: "
+            '"tokenizer": "Qwen/Qwen3-0.6B-Base", or {"type": "file", "path": "..."}.'
+        )
+    return build_tokenizer(settings, [], root=root).state()
 
 
 def progress_of(
@@ -171,7 +188,7 @@ def progress_of(
 
 
 def what_goes_on(
-    preset: PresetBase, saved: CheckpointState, is_missing: Callable[[], bool]
+    preset: PresetBase, saved: CheckpointState | NewestState, is_missing: Callable[[], bool]
 ) -> Literal["run", "evaluation", "next run"]:
     """Decide what a start does with a lineage's checkpoint.
 

@@ -11,7 +11,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 from core.errors import UserError
 from core.file_names import SLOTS, slot_name
 from core.files import cause, open_lock
+from core.preset.base import PresetBase
 
 try:
     import fcntl
@@ -92,12 +93,14 @@ def _held(descriptor: int) -> bool:
             pass
     owner = _owner(descriptor, patience=0.0)
     process = owner.get("process")
-    here = owner.get("host") == socket.gethostname() and type(process) is int and process > 0
-    return not here or _began(process) in (None, "") or _began(process) != owner.get("began")
+    if type(process) is not int or process <= 0 or owner.get("host") != socket.gethostname():
+        return True
+    began = _began(process)
+    return not began or began != owner.get("began")
 
 
 def _owner(descriptor: int, patience: float = PATIENCE_SECONDS) -> dict[str, Any]:
-    """What the file says of its owner; {} where it says nothing."""
+    """Read what the file says of its owner; {} where it says nothing."""
     end = time.monotonic() + patience
     while not (text := os.pread(descriptor, 4096, 0)) and time.monotonic() < end:
         time.sleep(0.05)
@@ -109,8 +112,8 @@ def _owner(descriptor: int, patience: float = PATIENCE_SECONDS) -> dict[str, Any
 
 
 def _began(process: int) -> str | None:
-    """When a process began, as the system counts: a number that goes round comes back with another.
-    None: it does not run."""
+    """Return when a process began, as the system counts, or None if it does not run: a number that
+    goes round comes back with another beginning."""
     try:
         state, *fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except (OSError, ValueError):
@@ -141,47 +144,43 @@ def _refusal(lineage: str, owner: dict[str, Any]) -> str:
 
 
 def changed_sources(
-    found: dict[str, Any], preset: Any, unreachable: Collection[str] = ()
+    saved: Mapping[str, Any], preset: PresetBase, unreachable: Collection[str] = ()
 ) -> list[str]:
-    """What a person should know before going on from a checkpoint whose sources were not this
-    preset's.
+    """Tell how the sources of a checkpoint differ from those of the preset that goes on from it.
 
-    found         "progress", "preset" and "data" of the checkpoint
+    saved         "progress", "preset" and "data" of the checkpoint
     unreachable   sources that cannot be read now either
     """
     before = {
-        s["name"]: s
-        for s in found["preset"]["data"].get("sources", [])
-        if isinstance(s, dict) and "name" in s
+        section["name"]: section
+        for section in saved["preset"]["data"].get("sources", [])
+        if isinstance(section, dict) and "name" in section
     }
     now = {section.name: section.model_dump(mode="json") for section in preset.data.sources}
-    read = set(found["data"].get("contents", before)) - set(found["data"]["drops"])
-    told = []
+    read = set(saved["data"].get("contents", before)) - set(saved["data"]["drops"])
+    changes = []
     for name in now.keys() - set(unreachable):
         if name not in before:
-            told.append(f"without {name}, which is new")
+            changes.append(f"without {name}, which is new")
         elif name not in read:
-            told.append(f"without {name}, which could not be read then")
+            changes.append(f"without {name}, which could not be read then")
         elif others := [
             key for key in now[name] if now[name][key] != before[name].get(key, now[name][key])
         ]:
-            told.append(f"with another {name} ({', '.join(others)} changed)")
-    told += [
+            changes.append(f"with another {name} ({', '.join(others)} changed)")
+    changes += [
         f"with {name}, which the preset no longer names"
         for name in before
         if name in read and name not in now
     ]
-    if not told or not found["progress"]["step"]:
+    if not changes or not saved["progress"]["step"]:
         return []
-    what = (
-        "the weights and the tokenizer"
-        if found["preset"]["tokenizer"].get("type") == "bpe"
-        else "the weights"
-    )
+    bpe = saved["preset"]["tokenizer"].get("type") == "bpe"
+    what = "the weights and the tokenizer" if bpe else "the weights"
     return [
-        f"{what} of step {found['progress']['step']:,} were learned {'; '.join(sorted(told))}. To "
-        "begin anew, choose "
-        '"start fresh" in the menu, or give the preset another "lineage": what is there is kept'
+        f"{what} of step {saved['progress']['step']:,} were learned {'; '.join(sorted(changes))}. "
+        'To begin anew, choose "start fresh" in the menu, or give the preset another "lineage": '
+        "what is there is kept"
     ]
 
 
@@ -189,8 +188,8 @@ def changed_sources(
 
 
 def has_checkpoints(root: Path, lineage: str) -> bool:
-    """Whether a start would go on from something: a run's checkpoints, or those of a comparison's
-    trials."""
+    """Return whether a start would go on from something: a run's checkpoints, or those of a
+    comparison's trials."""
     folder = root / "checkpoints"
     slots = [folder / slot_name(lineage, slot) for slot in SLOTS]
     return (
@@ -200,7 +199,7 @@ def has_checkpoints(root: Path, lineage: str) -> bool:
 
 
 def name_aside(root: Path, lineage: str) -> str:
-    """What a lineage that is put aside today would be called."""
+    """Return the name of a lineage that is put aside today."""
     folders, number = (root / "checkpoints", root / "logs"), 2
     name = begun = f"{lineage}.before-{time.strftime('%Y-%m-%d')}"
     while any(

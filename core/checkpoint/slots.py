@@ -6,19 +6,20 @@ State: none
 """
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from core.checkpoint.store import CheckpointStore
+from core.checkpoint.state import CheckpointState
+from core.checkpoint.store import CheckpointStore, LoadedSlot
+from core.parallel.protocol import Parallel
 from core.parallel.ranks import on_rank_zero
 
 
 def load_slot(
-    store: CheckpointStore, parallel: Any, skip: int = 0, settled: bool = False
-) -> tuple[dict[str, Any] | None, Path | None, list[str]]:
-    """`store.load` on every rank; rank 0 alone judges slots and moves damaged ones aside."""
-    state: dict[str, Any] | None = None
+    store: CheckpointStore, parallel: Parallel, skip: int = 0, settled: bool = False
+) -> LoadedSlot:
+    """Load a slot on every rank; rank 0 alone judges slots and moves damaged ones aside."""
+    state: CheckpointState | None = None
 
     def judge() -> tuple[Path | None, list[str]]:
         nonlocal state
@@ -28,4 +29,4 @@ def load_slot(
     path, notes = on_rank_zero(parallel, judge)
     if path is not None and state is None:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    return state, path, notes
+    return LoadedSlot(state, path, notes)

@@ -1,5 +1,5 @@
-"""What a checkpoint holds: every key with its type, and what must be true between them; each slot
-is held against it.
+"""The content of a checkpoint: every key with its type, and what must be true between them; each
+slot is held against it.
 
 In:    what `torch.load` gave
 Out:   why that is no state of a training run, in words
@@ -8,6 +8,8 @@ State: none
 
 import json
 import reprlib
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
 import torch
@@ -162,28 +164,43 @@ class CheckpointState(TypedDict):
     compile_failed: NotRequired[bool]
 
 
+class NewestState(TypedDict):
+    """The parts of the newest checkpoint that a preview needs, and its file."""
+
+    path: Path
+    progress: ProgressState
+    preset: PresetState
+    data: DataState
+
+
 OPTIMIZERS = ({"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"})
 """What AdamW and Muon keep of a parameter."""
 _SCHEMA = TypeAdapter(CheckpointState)
 
 
+def held_out_of(state: CheckpointState) -> dict[str, Any] | None:
+    """Return what the lineage held out from training, see HoldOut.state; None where an older
+    version did not write it."""
+    held_out = state["data"].get("held_out")
+    return None if held_out is None else dict(held_out)
+
+
 def problem_of(state: Any) -> str | None:
-    """Why this is no state that a run can go on from; None where it is one. No tensor's content is
-    looked at but step counts; see `not_finite`."""
+    """Return why this is no state that a run can go on from; None where it is one. No tensor's
+    content is looked at but step counts; see `not_finite`."""
     try:
         _SCHEMA.validate_python(state, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "it"
         value = "" if first["type"] == "missing" else f" is {reprlib.repr(first['input'])}"
-        told = first["msg"].removeprefix("Value error, ")
-        return f"{where}{value}: {told[0].lower()}{told[1:]}"
-    checks = (_counts_problem, _tensors_problem, _optimizer_problem)
-    return next((told for check in checks if (told := check(state)) is not None), None)
+        message = first["msg"].removeprefix("Value error, ")
+        return f"{where}{value}: {message[0].lower()}{message[1:]}"
+    return _counts_problem(state) or _tensors_problem(state) or _optimizer_problem(state)
 
 
 def tensor_problem(tensor: Tensor) -> str | None:
-    """Why a tensor cannot be loaded as a weight; None where it can be."""
+    """Return why a tensor cannot be loaded as a weight; None where it can be."""
     if tensor.is_nested or tensor.is_quantized or tensor.layout is not torch.strided:
         return "is sparse, nested or quantized; weights are dense"
     if tensor.device.type != "cpu":
@@ -192,22 +209,23 @@ def tensor_problem(tensor: Tensor) -> str | None:
 
 
 def not_finite(tensors: dict[str, Tensor]) -> list[str]:
-    """The names of those that hold NaN or infinity. One pass over all of them."""
-    # no test of 8 bits
+    """Return the names of the tensors that hold NaN or infinity, in one pass over all of them."""
+    # torch cannot test numbers of 8 bits
     computed = {
         name: tensor.float() if tensor.itemsize == 1 else tensor for name, tensor in tensors.items()
     }
     return [name for name, tensor in computed.items() if not bool(torch.isfinite(tensor).all())]
 
 
-def _parameters(state: dict[str, Any]) -> dict[str, Tensor]:
-    """Of the model and of heads, by the names that the optimizer knows them by. Buffers are among
-    them."""
+def _parameters(state: CheckpointState) -> dict[str, Tensor]:
+    """Return the tensors of model and heads by the names that the optimizer knows them by. Buffers
+    are among them."""
     return state["model"] | {f"heads.{name}": tensor for name, tensor in state["heads"].items()}
 
 
-def _tensors_problem(state: dict[str, Any]) -> str | None:
-    """Dense, here, and real; floating what is trained, as a buffer may count or mask."""
+def _tensors_problem(state: CheckpointState) -> str | None:
+    """Check that tensors are dense, in memory and real, and that those which are trained are
+    floating-point; a buffer may count or mask."""
     trained = state["optimizer"]
     for name, tensor in _parameters(state).items():
         if (problem := tensor_problem(tensor)) is not None:
@@ -223,10 +241,10 @@ def _tensors_problem(state: dict[str, Any]) -> str | None:
     return None
 
 
-def _counts_problem(state: dict[str, Any]) -> str | None:
-    """Each update trains at least one token; a run and a horizon are parts of the lineage's
-    life."""
-    done = state["progress"]
+def _counts_problem(state: CheckpointState) -> str | None:
+    """Check that no count is larger than a count it is part of: each update trains at least one
+    token; a run, and the runs that share their schedules, are parts of the lineage's life."""
+    done: Mapping[str, Any] = state["progress"]
     if state["rng"]["step"] != done["step"]:
         return f"progress.step is {done['step']}, rng.step {state['rng']['step']}"
     for less, more in (
@@ -243,8 +261,8 @@ def _counts_problem(state: dict[str, Any]) -> str | None:
     return None
 
 
-def _optimizer_problem(state: dict[str, Any]) -> str | None:
-    """Each entry must be of a parameter that is there, of its shape, and no older than the
+def _optimizer_problem(state: CheckpointState) -> str | None:
+    """Check that each entry is of a parameter that is there, of its shape, and no older than the
     lineage."""
     parameters = _parameters(state)
     for name, entry in state["optimizer"].items():

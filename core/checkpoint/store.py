@@ -20,11 +20,11 @@ import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from core.checkpoint.state import problem_of
+from core.checkpoint.state import CheckpointState, NewestState, problem_of
 from core.errors import CheckpointError, first_line
 from core.file_names import SLOTS, slot_name
 from core.files import (
@@ -48,7 +48,7 @@ class Damaged(Exception):
     """A file that is no whole checkpoint; says why."""
 
 
-def read_checkpoint(path: Path, mmap: bool = False, whole: bool = True) -> dict[str, Any]:
+def read_checkpoint(path: Path, mmap: bool = False, whole: bool = True) -> CheckpointState:
     """The state in a file that a CheckpointStore wrote, held against what a state must be.
 
     mmap    leave tensors on the disk until they are used
@@ -86,6 +86,14 @@ MIRRORS = {"lm": "simple_lm_trained.pth"}
 """Lineages whose newest checkpoint has another name as well (specification 003)."""
 
 
+class LoadedSlot(NamedTuple):
+    """A slot that was read; without state and path where no slot can be read."""
+
+    state: CheckpointState | None
+    path: Path | None
+    notes: list[str]  # what a person should know of the slots
+
+
 class CheckpointStore:
     """The slots of one lineage. Only rank 0 saves."""
 
@@ -100,11 +108,8 @@ class CheckpointStore:
 
     # reading --------------------------------------------------------------------------------------
 
-    def load(
-        self, skip: int = 0, read_only: bool = False, settled: bool = False
-    ) -> tuple[dict[str, Any] | None, Path | None, list[str]]:
-        """(state, its file, remarks) of the newest readable slot; (None, None, remarks) when there
-        is none.
+    def load(self, skip: int = 0, read_only: bool = False, settled: bool = False) -> LoadedSlot:
+        """Load the newest readable slot.
 
         skip        how many of the newest slots to leave out
         read_only   for a lineage that somebody else trains: nothing is renamed, and tensors stay on
@@ -114,20 +119,20 @@ class CheckpointStore:
         A damaged slot is renamed to `*.damaged`, never deleted. Raises CheckpointError when a slot
         exists but this program may not or cannot read it: starting afresh would overwrite
         somebody's work."""
-        notes = []
+        notes: list[str] = []
         for path in self.slots[skip + (settled and _amid_bad_steps(self.slots[0])) :]:
             if not path.exists():
                 continue
             try:
-                return read_checkpoint(path, mmap=read_only), path, notes
+                return LoadedSlot(read_checkpoint(path, mmap=read_only), path, notes)
             except Damaged as reason:
-                told = f"{path.name} is damaged ({reason})"
+                note = f"{path.name} is damaged ({reason})"
             if not read_only:
-                told += f"; it is now {_set_aside(path).name}"
-            notes.append(f"{told}, and an older slot is taken")
-        return None, None, notes
+                note += f"; it is now {_set_aside(path).name}"
+            notes.append(f"{note}, and an older slot is taken")
+        return LoadedSlot(None, None, notes)
 
-    def peek(self) -> dict[str, Any] | None:
+    def peek(self) -> NewestState | None:
         """Progress, preset and place in the data of the newest slot, without its tensors; None when
         there is none to read."""
         for path in self.slots:
@@ -137,7 +142,12 @@ class CheckpointStore:
                 except (Damaged, CheckpointError):
                     # a preview judges no slot: loading it for real will say what is wrong
                     continue
-                return {"path": path, **{key: state[key] for key in ("progress", "preset", "data")}}
+                return {
+                    "path": path,
+                    "progress": state["progress"],
+                    "preset": state["preset"],
+                    "data": state["data"],
+                }
         return None
 
     # writing --------------------------------------------------------------------------------------
@@ -276,14 +286,14 @@ class CheckpointStore:
 
 
 def _set_aside(path: Path) -> Path:
-    """Where a slot that cannot be used is kept from now on."""
+    """Rename a slot that cannot be used; returns its new path."""
     aside = free_name(path.with_name(path.name + ".damaged"))
     os.replace(path, aside)
     return aside
 
 
 def _amid_bad_steps(path: Path) -> bool:
-    """Whether the updates before a checkpoint were skipped as not finite."""
+    """Return whether the updates before a checkpoint were skipped as not finite."""
     try:
         return read_checkpoint(path, mmap=True, whole=False)["progress"].get("bad_in_a_row", 0) > 0
     except (Damaged, CheckpointError):  # or not there
@@ -296,7 +306,8 @@ def store_of(preset: PresetBase, root: Path) -> CheckpointStore:
 
 
 def stored_bytes(*modules: torch.nn.Module | None) -> int:
-    """What the tensors of modules take in a checkpoint, those with several names counted once."""
+    """Count the bytes that the tensors of modules take in a checkpoint, those with several names
+    counted once."""
     tensors = {
         _place(t): t.nbytes
         for module in modules

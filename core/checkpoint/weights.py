@@ -20,15 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from core.checkpoint.state import not_finite, tensor_problem
+from core.checkpoint.state import CheckpointState, held_out_of, not_finite, tensor_problem
 from core.checkpoint.store import CheckpointStore, Damaged, load_model, read_checkpoint
 from core.contracts import call_if_defined
-from core.data.tokenizer import build_tokenizer
 from core.errors import UserError
 from core.file_names import slot_name
 from core.files import own_path
 from core.preset.merge import changed
-from core.preset.settings import Settings, TokenizerSettings
+from core.preset.settings import Settings
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
 """What makes a name that of a file."""
@@ -62,26 +61,23 @@ class Weights:
 
     @classmethod
     def of(
-        cls, state: dict[str, Any], path: Path, where: str, notes: list[str] | None = None
+        cls, state: CheckpointState, path: Path, where: str, notes: list[str] | None = None
     ) -> "Weights":
-        """Of one of our own checkpoints. Older ones do not say how far schedules had come."""
+        """Take the weights of one of our own checkpoints. Older ones do not say how far schedules
+        had come."""
         progress = state["progress"]
-        fraction = progress.get("fraction", float(progress.get("finished", False)))
-        past = (
-            progress["step"],
-            fraction,
-            state["tokenizer"],
-            state["preset"],
-            notes or [],
-            progress["tokens"],
-        )
         return cls(
-            state["model"],
-            path,
-            where,
-            *past,
-            state["data"].get("held_out"),
-            state.get("heads", {}),
+            model=state["model"],
+            path=path,
+            where=where,
+            step=progress["step"],
+            fraction=progress.get("fraction", float(progress.get("finished", False))),
+            tokenizer=dict(state["tokenizer"]),
+            preset=dict(state["preset"]),
+            notes=notes or [],
+            tokens=progress["tokens"],
+            held_out=held_out_of(state),
+            heads=state.get("heads", {}),
         )
 
     def __str__(self) -> str:
@@ -123,44 +119,30 @@ class Weights:
                 )
 
     def other_settings(self, model: Settings) -> list[str]:
-        """What their `model` section said otherwise than this one: "model.seq_length was 128, is
-        256"."""
+        """Tell what their `model` section said otherwise than this one: "model.seq_length was 128,
+        is 256"."""
         return (
             changed(self.preset["model"], model.model_dump(mode="json"), "model.")
             if self.preset is not None
             else []
         )
 
-    def tokenizer_state(self, settings: TokenizerSettings, root: Path) -> dict[str, Any]:
-        """The tokenizer whose tokens the weights mean: the file's, or else the preset's. Raises
-        UserError."""
-        if self.tokenizer is not None:
-            return self.tokenizer
-        if settings.type == "bpe":
-            raise UserError(
-                f'{self.where} has no tokenizer with it, and a "bpe" trained here would give its '
-                "tokens other meanings. Name the "
-                'one the weights were trained with: "tokenizer": "Qwen/Qwen3-0.6B-Base", or '
-                '{"type": "file", "path": "..."}.'
-            )
-        return build_tokenizer(settings, [], root=root).state()
-
 
 def is_file(origin: str) -> bool:
-    """Whether `init_from` names a file; else it is a lineage."""
+    """Return whether `init_from` names a file; else it is a lineage."""
     return "/" in origin or origin.endswith(SUFFIXES)
 
 
 def find_weights(origin: str, root: Path) -> Weights:
-    """What `init_from` names. Raises UserError saying what there is, or what to run first."""
+    """Find what `init_from` names. Raises UserError saying what there is, or what to run first."""
     if is_file(origin):
         return read_weights(own_path(origin, root), origin)
     return newest_weights(origin, root)
 
 
 def preview_weights(origin: str, root: Path) -> str:
-    """What the menu calls the weights that `init_from` names; quick, as nothing but the step is
-    read. Raises UserError."""
+    """Return what the menu calls the weights that `init_from` names; quick, as nothing but the step
+    is read. Raises UserError."""
     path = own_path(origin, root)
     if is_file(origin):
         if not path.is_file():
@@ -219,7 +201,7 @@ def read_weights(path: Path, where: str) -> Weights:
 
 
 def fraction_of(tau: float) -> float:
-    """How far a run of PolychromaticLM had come: its tau falls from 1 to 0.1 (specification
+    """Compute how far a run of PolychromaticLM had come: its tau falls from 1 to 0.1 (specification
     001)."""
     return min(max((1.0 - tau) / 0.9, 0.0), 1.0)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from core.comparison.trials import Trial
-from core.metrics.log import LOG, read_events
+from core.metrics.events import LOG, read_events
 from core.metrics.table import HEAD, HELD_OUT, LOSS, READ
 from core.preset.settings import NEXT_TOKEN
 

@@ -9,10 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from core.checkpoint.state import NewestState
 from core.checkpoint.store import CheckpointStore
 from core.comparison.trials import Trial, plan, read_outcomes, trial_changes
 from core.errors import UserError
-from core.metrics.log import LOG, evaluation_is_missing
+from core.metrics.events import LOG, evaluation_is_missing
 from core.preset.base import PresetBase
 
 SHOWN_REASONS = 4
@@ -34,7 +35,7 @@ def standing_trials(preset: PresetBase, root: Path, world_size: int | None = Non
     for trial in plan(preset, root):
         newest = trial_store(root, trial).peek()
         outcome = outcomes.trials.get(trial.key)
-        trained = outcome["preset"] if outcome else newest["preset"] if newest else None
+        trained: Any = outcome["preset"] if outcome else newest["preset"] if newest else None
         if trained is not None and (changes := trial_changes(trained, trial.preset)):
             changed.append((trial, "; ".join(changes)))
         if outcome and _still_holds(outcome, preset):
@@ -86,12 +87,12 @@ def _still_holds(outcome: dict[str, Any], preset: PresetBase) -> bool:
     return outcome["status"] == "diverged" or preset.compare.stop_worse_by is not None
 
 
-def _is_trained(newest: Any, trial: Trial) -> bool:
+def _is_trained(newest: NewestState, trial: Trial) -> bool:
     progress = newest["progress"]
     return progress["finished"] and progress["horizon_runs"] >= trial.preset["train"]["runs"]
 
 
-def _lacks_evaluation(newest: Any, log_file: Path) -> bool:
+def _lacks_evaluation(newest: NewestState, log_file: Path) -> bool:
     progress = newest["progress"]
     return progress.get("evaluation_due", False) and evaluation_is_missing(
         log_file, progress["step"]

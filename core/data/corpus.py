@@ -19,16 +19,16 @@ import numpy as np
 from core.data.amount import counter, tokens_of_pass, too_often
 from core.data.chat import MARKERS, chat_note
 from core.data.documents import Document, Source
-from core.data.encoding import Remembering, encode
+from core.data.encoding import MemoizedEncoder, encode
 from core.data.mixing import USUAL_RATE, Mixer, MixSettings, SourceFailed
 from core.data.objectives import build_objective, next_token
 from core.data.packing import Row
 from core.data.pipeline import Pipeline, PipelineSettings
 from core.data.position import Position
-from core.data.shuffle import Shuffled
+from core.data.shuffle import ShuffledSource
 from core.data.sources import build_source, is_own_path, open_sources
 from core.data.sources.shards import ShardSource, ShardView
-from core.data.token_cache import Cached, TokenCache
+from core.data.token_cache import CachedSource, TokenCache
 from core.data.tokenizer import MASK, Tokenizer
 from core.data.validation import (
     HoldOut,
@@ -295,10 +295,10 @@ class PipelineFactory:
     cache_gigabytes: float = 0.0
     sources: list[Source] | None = None
     tokenizer: Tokenizer | None = None
-    remembering: Remembering | None = None
+    encode: MemoizedEncoder | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "sources": None, "tokenizer": None, "remembering": None}
+        return {**vars(self), "sources": None, "tokenizer": None, "encode": None}
 
     def __call__(self, position: Position, lanes: list[int]) -> Pipeline:
         if self.sources is None or self.tokenizer is None:
@@ -317,12 +317,12 @@ class PipelineFactory:
         sources = cached(self.sources, self.root, self.cache_gigabytes, self.tokenizer)
         if self.shuffle == "documents":
             sources = [
-                Shuffled(s, self.seed) if isinstance(s, ShardSource | ShardView) else s
+                ShuffledSource(s, self.seed) if isinstance(s, ShardSource | ShardView) else s
                 for s in sources
             ]
-        self.remembering = self.remembering or Remembering(self.tokenizer)
+        self.encode = self.encode or MemoizedEncoder(self.tokenizer)
         return Pipeline(
-            sources, self.tokenizer, self.remembering, self.hold_out, self.settings, position, lanes
+            sources, self.tokenizer, self.encode, self.hold_out, self.settings, position, lanes
         )
 
     def fingerprint(self) -> str:
@@ -377,7 +377,7 @@ def cached(
         return sources
     cache = TokenCache(root, int(gigabytes * 1e9))
     return [
-        Cached(source, cache, tokenizer) if isinstance(source, ShardSource) else source
+        CachedSource(source, cache, tokenizer) if isinstance(source, ShardSource) else source
         for source in sources
     ]
 

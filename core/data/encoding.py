@@ -2,7 +2,7 @@
 
 In:    texts, conversations, and documents that are tokens already
 Out:   Encoded, one for each
-State: none, but for what a Remembering keeps
+State: none, but for what a MemoizedEncoder keeps
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from core.data.documents import Document, Encoded, num_bytes_of
 from core.data.tokenizer import Tokenizer
 
 KEPT_TOKENS = 4_000_000
-"""What a Remembering keeps: 16 megabytes, more than is usually read ahead."""
+"""What a MemoizedEncoder keeps: 16 megabytes, more than is usually read ahead."""
 
 
 def encode(tokenizer: Tokenizer, documents: Sequence[Document]) -> list[Encoded]:
@@ -61,7 +61,7 @@ def encode_each(
     return found
 
 
-class Remembering:
+class MemoizedEncoder:
     """`encode`, with a memory of what it gave last: who goes back to read on from another position
     need not wait for it again."""
 

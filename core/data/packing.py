@@ -2,7 +2,7 @@
 
 In:    documents as (inputs, labels), in their lane's order
 Out:   Row: arrays of T positions; attention and positions stay inside each document
-State: Place: which documents are still to be used, and from which position on
+State: LanePosition: which documents are still to be used, and from which position on
 
     documents  end to end; one that reaches the row's end goes on in the next row:
                |aaaab|bbbcc|cccdd|
@@ -28,10 +28,10 @@ POOL_ROWS = 8
 
 SHORTEST_PIECE = 32
 """What may be cut anyway fills a row's rest where that is at least a 32nd of the row: shorter
-pieces teach little."""
+segments teach little."""
 
 
-class Place(NamedTuple):
+class LanePosition(NamedTuple):
     """Where a lane stands: all documents before `next` are used up but those waiting, which go on
     at a position."""
 
@@ -44,18 +44,18 @@ class Place(NamedTuple):
         return self.waiting[0][0] if self.waiting else self.next
 
     @classmethod
-    def of(cls, saved: Any) -> "Place":
+    def from_json(cls, saved: Any) -> "LanePosition":
         """From JSON."""
         return cls(saved[0], tuple((index, start) for index, start in saved[1]))
 
 
-class Piece(NamedTuple):
+class Segment(NamedTuple):
     """What a row holds of a document."""
 
-    index: int  # of the draw
+    draw: int  # its index
     source: int
     digest: int
-    start: int  # positions of the document before this piece
+    start: int  # positions of the document before this segment
     length: int
     opens_epoch: bool  # whether an epoch of its source begins with this document
 
@@ -71,8 +71,8 @@ class Row:
     # (T,) int32: 0, 1, ... inside the row; padding is a document of its own
     document_ids: np.ndarray
     source_ids: np.ndarray  # (T,) int32: -1 on padding
-    after: Place
-    pieces: list[Piece]
+    after: LanePosition
+    segments: list[Segment]
     # of the mixer, taken since the row before
     snapshots: list[dict[str, Any]] = field(default_factory=list)
     # index: (source, tokens, epoch), made since the row before
@@ -104,7 +104,7 @@ class _Item:
 class Packer:
     """One lane's documents on their way into rows, end to end."""
 
-    def __init__(self, lane: int, seq_length: int, pad_id: int, place: Place):
+    def __init__(self, lane: int, seq_length: int, pad_id: int, place: LanePosition):
         self.lane, self.seq_length, self.pad_id = lane, seq_length, pad_id
         self._next = place.next
         self._resumed = dict(place.waiting)  # documents in use, not yet read again
@@ -156,17 +156,17 @@ class Packer:
         document_ids = np.zeros(T, dtype=np.int32)
         source_ids = np.full(T, -1, dtype=np.int32)
         filled = num_bytes = 0
-        pieces: list[Piece] = []
+        segments: list[Segment] = []
         while filled < T and (item := self._take(T - filled)) is not None:
             start, stop = item.start, min(item.start + T - filled, len(item.inputs))
             end = filled + stop - start
             input_ids[filled:end] = item.inputs[start:stop]
             labels[filled:end] = item.labels[start:stop]
             position_ids[filled:end] = np.arange(stop - start)
-            document_ids[filled:end] = len(pieces)
+            document_ids[filled:end] = len(segments)
             source_ids[filled:end] = item.source
-            pieces.append(
-                Piece(
+            segments.append(
+                Segment(
                     item.index,
                     item.source,
                     item.digest,
@@ -180,9 +180,9 @@ class Packer:
             num_bytes += item.num_bytes if item.left == 0 else 0
         if filled < T:
             position_ids[filled:] = np.arange(T - filled)
-            document_ids[filled:] = len(pieces)
+            document_ids[filled:] = len(segments)
         found = input_ids, labels, position_ids, document_ids, source_ids
-        return Row(self.lane, *found, self._place(), pieces, num_bytes=num_bytes)
+        return Row(self.lane, *found, self._place(), segments, num_bytes=num_bytes)
 
     def _take(self, room: int) -> _Item | None:
         """The document that the next `room` positions of the row begin with; None leaves them
@@ -197,12 +197,12 @@ class Packer:
         if item.left == 0:
             self._items.popleft()
 
-    def _place(self) -> Place:
+    def _place(self) -> LanePosition:
         begun = self._items[0] if self._items and self._items[0].start > 0 else None
-        return Place(self._next, ((begun.index, begun.start),) if begun is not None else ())
+        return LanePosition(self._next, ((begun.index, begun.start),) if begun is not None else ())
 
 
-class OnePiece(Packer):
+class PaddingPacker(Packer):
     """One piece of one document a row."""
 
     @property
@@ -213,7 +213,7 @@ class OnePiece(Packer):
         return self._items[0] if self._items and room == self.seq_length else None
 
 
-class BestFit(Packer):
+class BestFitPacker(Packer):
     """Every row begins with the oldest document in a pool and is filled with the longest ones that
     still fit whole.
 
@@ -221,7 +221,7 @@ class BestFit(Packer):
     Nothing waits for ever, as each row takes the oldest. After best-fit packing (arXiv 2404.10830),
     on a stream."""
 
-    def __init__(self, lane: int, seq_length: int, pad_id: int, place: Place):
+    def __init__(self, lane: int, seq_length: int, pad_id: int, place: LanePosition):
         super().__init__(lane, seq_length, pad_id, place)
         self._pool: dict[int, _Item] = {}  # by index, oldest first
         # (positions it would take whole, -index) of the pool, sorted
@@ -278,8 +278,10 @@ class BestFit(Packer):
         else:
             insort(self._sizes, (self._size(item), -item.index))
 
-    def _place(self) -> Place:
-        return Place(self._next, tuple((item.index, item.start) for item in self._pool.values()))
+    def _place(self) -> LanePosition:
+        return LanePosition(
+            self._next, tuple((item.index, item.start) for item in self._pool.values())
+        )
 
 
-PACKERS = {"documents": Packer, "best_fit": BestFit, "padding": OnePiece}
+PACKERS = {"documents": Packer, "best_fit": BestFitPacker, "padding": PaddingPacker}

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from core.data.documents import Document, Encoded, Source, shorter_than
-from core.data.encoding import Remembering, encode_each
+from core.data.encoding import MemoizedEncoder, encode_each
 from core.data.mixing import Draw, Mixer, MixSettings, SourceFailed
 from core.data.objectives import build_objective
-from core.data.packing import PACKERS, Packer, Place, Row
+from core.data.packing import PACKERS, LanePosition, Packer, Row
 from core.data.position import Position
 from core.data.sources.skips import at_least
 from core.data.tokenizer import Tokenizer
@@ -86,7 +86,7 @@ class Pipeline:
         self,
         sources: list[Source],
         tokenizer: Tokenizer,
-        encode: Remembering,
+        encode: MemoizedEncoder,
         hold_out: HoldOut,
         settings: PipelineSettings,
         position: Position,
@@ -111,7 +111,10 @@ class Pipeline:
         pack = PACKERS[settings.packing]
         self._packers: dict[int, Packer] = {
             lane: pack(
-                lane, settings.seq_length, tokenizer.eos_id, position.lanes.get(lane, Place())
+                lane,
+                settings.seq_length,
+                tokenizer.eos_id,
+                position.lanes.get(lane, LanePosition()),
             )
             for lane in lanes
         }

@@ -7,10 +7,11 @@ State: Position
 """
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from core.data.packing import Piece, Place
+from core.data.packing import LanePosition, Segment
 
 
 @dataclass
@@ -21,7 +22,7 @@ class Position:
     """
 
     rows: int = 0  # global rows consumed
-    lanes: dict[int, Place] = field(default_factory=dict)
+    lanes: dict[int, LanePosition] = field(default_factory=dict)
     snapshot: dict[str, Any] | None = None  # the mixer, at an index no lane has yet to read before
     # failed sources, and from which draw on they are gone
     drops: dict[str, int] = field(default_factory=dict)
@@ -31,7 +32,7 @@ class Position:
     factors: dict[int, dict[str, float]] = field(default_factory=dict)
     # index: (source, tokens, epoch) since the snapshot
     draws: dict[int, tuple[int, ...]] = field(default_factory=dict)
-    # lane -> hash chain of all the pieces it has consumed
+    # lane -> hash chain of all the segments it has consumed
     receipts: dict[int, str] = field(default_factory=dict)
     passed_over: int = 0  # groups of rows in which no token was learned
 
@@ -55,11 +56,13 @@ class Position:
         )
 
     @classmethod
-    def of(cls, saved: dict[str, Any]) -> "Position":
+    def of(cls, saved: Mapping[str, Any]) -> "Position":
         """Read the `data` section of a checkpoint."""
         return cls(
             rows=saved["rows"],
-            lanes={int(lane): Place.of(place) for lane, place in saved["lanes"].items()},
+            lanes={
+                int(lane): LanePosition.from_json(place) for lane, place in saved["lanes"].items()
+            },
             snapshot=saved["snapshot"],
             drops=dict(saved["drops"]),
             renewals=list(saved["renewals"]),
@@ -117,24 +120,26 @@ class DataFacts:
     epoch_tokens: int | None = None  # tokens of one pass, where epochs end a run
 
 
-def linked(chain: str, pieces: list[Piece]) -> str:
+def linked(chain: str, segments: list[Segment]) -> str:
     """A lane's hash chain with one more link: equal exactly when the same text was consumed in the
     same order."""
-    if not pieces:
+    if not segments:
         return chain
-    content = repr([(p.index, p.digest, p.start, p.length) for p in pieces])
+    content = repr([(s.draw, s.digest, s.start, s.length) for s in segments])
     return hashlib.blake2b((chain + content).encode(), digest_size=8).hexdigest()
 
 
 def resumed_position(
-    saved: dict[str, Any] | None,
+    saved: Mapping[str, Any] | None,
     fingerprint: str,
     contents: dict[str, str],
     max_epochs: int | None = None,
 ) -> tuple[Position, list[str]]:
-    """Decide where to go on reading. After a change of the data section the mix begins anew, and each
-    source goes on behind the last document that any lane has used: nothing is trained on twice, and
-    what slower lanes still held waiting is left out.
+    """Decide where to go on reading; returns notes as well.
+
+    After a change of the data section the mix begins anew, and each source goes on behind the last
+    document that any lane has used: nothing is trained on twice, and what slower lanes still held
+    waiting is left out.
 
     contents  of each source, see Corpus.contents: one whose files have changed begins its next
               epoch, over all of them, where max_epochs leaves it one

@@ -19,7 +19,7 @@ from core.errors import SourceUnavailable
 from core.randomness import derive_seed
 
 
-class Shuffled(ShardView):
+class ShuffledSource(ShardView):
     """A source with its documents shuffled. A resume reads one window again, at most. Its shards
     are (epoch, place in the epoch's order, the source's shard)."""
 

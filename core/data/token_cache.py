@@ -126,7 +126,7 @@ class TokenCache:
             total -= size
 
 
-class Cached(ShardView):
+class CachedSource(ShardView):
     """A source seen through the cache."""
 
     def __init__(self, source: Any, cache: TokenCache, tokenizer: Tokenizer):
@@ -142,7 +142,7 @@ class Cached(ShardView):
             return
         facts = f"{content}\n{self._fingerprint}\n{BLOCK}\n{VERSION}"
         address = hashlib.blake2b(facts.encode(*NAMES), digest_size=20).hexdigest()
-        maker = _Maker(self._source, shard, self._tokenizer)
+        maker = _BlockMaker(self._source, shard, self._tokenizer)
         number, last, first = start // BLOCK, False, True
         while not last:
             patient = not first and not maker.stands_at(number)
@@ -157,7 +157,7 @@ class Cached(ShardView):
             number, first = number + 1, False
 
     def _block(
-        self, address: str, number: int, maker: "_Maker", patience: float
+        self, address: str, number: int, maker: "_BlockMaker", patience: float
     ) -> tuple[Block, bool, Exception | None]:
         """A block, from the cache, from another process that is making it, or made here; and what
         broke it off."""
@@ -179,7 +179,7 @@ class Cached(ShardView):
             time.sleep(POLL_SECONDS)
 
 
-class _Maker:
+class _BlockMaker:
     """Reads one shard and tokenizes it block by block; goes on from the block before where it
     can."""
 

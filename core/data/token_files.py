@@ -6,7 +6,7 @@ A chunk is raw little-endian uint32, `chunk_size` tokens, fewer in the last. Eve
 followed by the end-of-document token. A chunk is cut where it is full: a document may begin in one
 and end in the next.
 
-In:    tokens of whole documents (ChunkWriter), or a folder (Chunks)
+In:    tokens of whole documents (ChunkWriter), or a folder (ChunkReader)
 Out:   the folder; documents, or plain tokens in any order of chunks
 State: the manifest, which never records a token that is not safely on the disk: whoever was killed
 goes on from it"""
@@ -48,7 +48,7 @@ class DamagedChunk(Exception):
 
 
 @dataclass
-class Chunk:
+class TokenChunk:
     """One file."""
 
     file: str
@@ -76,7 +76,7 @@ class Manifest:
     # of the tokens' names: the same for every version of the tokenizers library
     vocabulary_sha256: str | None = None
     tokenizer_sha256: str | None = None  # of the whole tokenizer, as the library writes it
-    chunks: list[Chunk] = field(default_factory=list)
+    chunks: list[TokenChunk] = field(default_factory=list)
     writer: dict[str, Any] = field(default_factory=dict)  # what the tokenize job needs to go on
 
     def save(self, folder: Path) -> None:
@@ -95,7 +95,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         found = read_json(path)
         manifest = _made(Manifest, found)
-        manifest.chunks = [_made(Chunk, chunk) for chunk in manifest.chunks]
+        manifest.chunks = [_made(TokenChunk, chunk) for chunk in manifest.chunks]
     except FileNotFoundError:
         raise BadChunks(f"{folder} holds no {MANIFEST}") from None
     except OSError as error:
@@ -123,7 +123,7 @@ def read_manifest(folder: Path) -> Manifest:
                     "of uint32 tokens: "
                     "it was cut off or is not a token chunk; copy it again, or tokenize anew"
                 )
-            manifest.chunks.append(Chunk(chunk_name(index), size // TOKEN.itemsize))
+            manifest.chunks.append(TokenChunk(chunk_name(index), size // TOKEN.itemsize))
     return manifest
 
 
@@ -147,7 +147,7 @@ def _made(kind: type, found: Any) -> Any:
     return kind(**{key: value for key, value in found.items() if key in types})
 
 
-class Chunks:
+class ChunkReader:
     """A folder of chunks, read."""
 
     def __init__(self, folder: Path):
@@ -310,7 +310,7 @@ class ChunkWriter:
         self.documents += int(np.count_nonzero(tokens == self.manifest.eos_token_id))
         while len(tokens):
             if self._file is None:
-                chunk = Chunk(chunk_name(len(self.manifest.chunks)), 0, 0)
+                chunk = TokenChunk(chunk_name(len(self.manifest.chunks)), 0, 0)
                 self.manifest.chunks.append(chunk)
                 self._open(chunk)
             chunk = self.manifest.chunks[-1]
@@ -345,7 +345,7 @@ class ChunkWriter:
                 os.close(descriptor)
         self._file = self._lock = None
 
-    def _open(self, chunk: Chunk) -> None:
+    def _open(self, chunk: TokenChunk) -> None:
         """Go on in a chunk behind what is recorded of it: anything after that was not yet saved,
         and comes again."""
         path, recorded = self.folder / chunk.file, chunk.tokens * TOKEN.itemsize

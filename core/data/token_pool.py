@@ -29,7 +29,7 @@ POLL_SECONDS, CLOSE_SECONDS = 0.2, 2.0
 
 
 @dataclass
-class Batch:
+class TextBatch:
     """Some texts in a row."""
 
     texts: list[str]
@@ -37,7 +37,7 @@ class Batch:
 
 
 @dataclass
-class Tokens:
+class TokenBatch:
     """A batch, tokenized."""
 
     tokens: np.ndarray  # (n,) uint32
@@ -80,8 +80,8 @@ class TokenPool:
             process.kill()
 
     def run(
-        self, batches: Iterable[Batch], stop: Callable[[], bool] = lambda: False
-    ) -> Iterator[Tokens]:
+        self, batches: Iterable[TextBatch], stop: Callable[[], bool] = lambda: False
+    ) -> Iterator[TokenBatch]:
         """Each batch tokenized. What `batches` raises is raised here, after everything that came
         before it. Ends early, between two batches, where it waits and `stop` says so.
 
@@ -103,7 +103,7 @@ class TokenPool:
                     while not wait([future], POLL_SECONDS).done:
                         if stop():
                             return
-                    yield Tokens(*future.result(), cursors)
+                    yield TokenBatch(*future.result(), cursors)
                 elif batch is None:
                     break
         except BrokenProcessPool:

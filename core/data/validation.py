@@ -16,7 +16,7 @@ import numpy as np
 from core.data.documents import Document, Encoded, Source, held_out_by_hash, shorter_than
 from core.data.encoding import encode
 from core.data.objectives import IGNORE_INDEX, Objective
-from core.data.packing import Packer, Place, Row
+from core.data.packing import LanePosition, Packer, Row
 from core.data.tokenizer import MASK, Tokenizer
 from core.errors import SourceUnavailable
 
@@ -228,7 +228,7 @@ def validation_rows(
     between   called after each document that is read; may raise, to stop
     """
     numbers = range(len(sources))
-    packers = [Packer(number, seq_length, tokenizer.eos_id, Place()) for number in numbers]
+    packers = [Packer(number, seq_length, tokenizer.eos_id, LanePosition()) for number in numbers]
     documents = [
         held_out_documents(source, hold_out, tokenizer, min_text_length, between)
         for source in sources

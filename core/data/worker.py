@@ -32,7 +32,7 @@ CLOSE_SECONDS = 2.0
 MakePipeline = Callable[[Position, list[int]], Pipeline]
 
 
-class Worker:
+class DataWorker:
     """The process, seen from the rank's reading thread. It lives on when reading goes on from
     another position."""
 

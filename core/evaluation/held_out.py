@@ -1,7 +1,7 @@
-"""Quality on held-out documents: cross-entropy, perplexity, bits per byte, token accuracy, how
-sharp and how well aimed the predictions are, and whether the embedding table collapses. Of a model
-that predicts masked tokens also pseudo-perplexity (Salazar et al. 2020, arXiv 1910.14659), the
-original decoder as a baseline, and how prototypes lie.
+"""Quality on held-out documents: cross-entropy, perplexity, bits per byte, token accuracy,
+sharpness and calibration of the predictions, and collapse of the embedding table. For a model that
+predicts masked tokens also pseudo-perplexity (Salazar et al. 2020, arXiv 1910.14659), the original
+decoder as a baseline, and the geometry of the prototypes.
 
 In:    a model, the loss stack, held-out rows (made when first asked for)
 Out:   a dict of numbers, the same on every rank and for any batch size (but where a head compares
@@ -11,7 +11,7 @@ State: the rows
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -36,30 +36,42 @@ PSEUDO = {
     "nll_h4": "pseudo_perplexity_h4",
     "decoder_cross_entropy": "decoder_pseudo_perplexity",
 }
-"""Pseudo-perplexity is the exponential of these, each position hidden alone."""
+"""Pseudo-perplexity is the exponential of these means, each position hidden alone."""
 OF_DECODER = {
     "cross_entropy": "decoder_cross_entropy",
     "token_accuracy": "decoder_accuracy",
     "top5_accuracy": "decoder_top5_accuracy",
 }
-"""What is told of a model's second readout, which nobody trains."""
+"""The metrics of a model's second readout, which nobody trains."""
+Sums = dict[str, float]
+"""Sums over targets by name; "count" is the number of targets."""
 
 
 @dataclass(frozen=True)
 class HeldOut:
     """The rows that are measured.
 
-    make_rows   -> held-out rows, each with the bytes of text in it: bits per byte can be compared
+    make_rows   returns the rows, each with the bytes of its text: bits per byte can be compared
                 between tokenizers, loss per token cannot; called once, at the first evaluation
     sources     names, by the rows' numbers: where there are several, the first loss is given for
                 each
-    hide_one    of a model that predicts masked tokens: those rows -> rows in each of which one
-                token is hidden
+    hide_one    for a model that predicts masked tokens: makes of these rows others, in each of
+                which one token is hidden
     """
 
     make_rows: Callable[[], list[Row]]
     sources: Sequence[str] = ()
     hide_one: Callable[[list[Row]], list[Row]] | None = None
+
+
+@dataclass
+class _Local:
+    """What one rank has measured."""
+
+    sums: Sums = field(default_factory=dict)
+    singles: Sums = field(default_factory=dict)  # over the rows in which one token is hidden
+    heads: dict[str, Tensor] = field(default_factory=dict)  # (2,) each: sum and number of rows
+    tables: dict[str, float] = field(default_factory=dict)  # empty where a rank has no rows
 
 
 class Evaluator:
@@ -85,103 +97,122 @@ class Evaluator:
         self._baseline = LossStack([CrossEntropy(CrossEntropySettings())])
         self._batches: list[Batch] | None = None
         self._singles: list[Batch] = []
-        self._of_heads: dict[str, Tensor] = {}  # (2,) each: sum and number of rows
 
     def run(
         self,
         model: LanguageModel,
         progress: float,
-        told: Callable[[int, int], None] = lambda done, total: None,
+        on_batch: Callable[[int, int], None] = lambda done, total: None,
     ) -> dict[str, Any] | None:
-        """The numbers of an `eval` event; None when nothing is held out. Every rank must call it;
-        what fails on one fails on all.
+        """Return the numbers of an `eval` event; None when nothing is held out. Every rank must
+        call it; an error of one is raised on all.
 
-        told   called with how many of how many batches are done; may raise, to stop
+        on_batch   called with how many of how many batches are done; may raise, to stop
         """
-        was_training, failure = model.training, None  # type: ignore[attr-defined]
+        was_training, failure, local = model.training, None, _Local()
         try:
-            sums, singles, of_tables = self._of_own_rows(model, progress, told)
+            local = self._measure_rows(model, progress, on_batch)
         except Exception as error:  # raised once no other rank waits for this one
             failure = error
         finally:
-            model.train(was_training)  # type: ignore[attr-defined]
-        told_by_all = self._parallel.gather(
+            model.train(was_training)
+        failures = self._parallel.gather(
             None if failure is None else (isinstance(failure, Stopped), first_line(failure))
         )
-        if failures := [each for each in told_by_all if each is not None]:
-            stopped, line = max(failures)
+        if any(failures):
+            stopped, line = max(each for each in failures if each is not None)
             raise Stopped if stopped else failure or RuntimeError(f"on another process: {line}")
-        means, count = self._means(sums)
-        of_heads = self._means_of_heads()
+        means, count = self._means(local.sums)
+        heads = self._means_of_heads(local.heads)
         if not count:
             return None
-        of_sources = {}
-        for i, name in enumerate(self._sources):
-            total, share = means.pop(f"sources/{i}", 0.0), means.pop(f"targets/{i}", 0.0)
-            of_sources |= {name: {"loss": total / share}} if share else {}
-        of_losses = {loss.name: means.pop(f"losses/{loss.name}") for loss in self._stack.losses}
-        numbers: dict[str, Any] = {}
-        if "cross_entropy" in means:
-            numbers["cross_entropy"] = cross_entropy = means.pop("cross_entropy")
-            if self._hide_one is None:
-                # the token-weighted mean; perplexity is its exponential, never a mean of
-                # exponentials
-                numbers["perplexity"] = _perplexity(cross_entropy)
-                bits = cross_entropy * count / math.log(2)
-                numbers["bits_per_byte"] = bits / self._num_bytes if self._num_bytes else None
-        alone, _ = self._means(singles)
+        sources = self._losses_by_source(means)
+        losses = {loss.name: means.pop(f"losses/{loss.name}") for loss in self._stack.losses}
+        numbers = self._of_cross_entropy(means, count)
+        hidden_alone, _ = self._means(local.singles)
         numbers |= {
-            PSEUDO[name]: _perplexity(value) for name, value in alone.items() if name in PSEUDO
+            PSEUDO[name]: _perplexity(value)
+            for name, value in hidden_alone.items()
+            if name in PSEUDO
         }
         return {
             **numbers,
             **means,
-            # a rank may have had no rows
-            **next(found for found in self._parallel.gather(of_tables) if found),
-            "losses": of_losses,
-            **({"sources": of_sources} if of_sources else {}),
-            **({"heads": of_heads} if of_heads else {}),
+            **next(tables for tables in self._parallel.gather(local.tables) if tables),
+            "losses": losses,
+            **({"sources": sources} if sources else {}),
+            **({"heads": heads} if heads else {}),
             "causal": model.is_causal,
             "objective": MASKED_TOKENS if self._hide_one else NEXT_TOKEN,
             "eval_tokens": int(count),
         }
 
-    def _of_own_rows(
-        self, model: LanguageModel, progress: float, told: Callable[[int, int], None]
-    ) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
-        """Sums over this rank's rows, those over the rows in each of which one token is hidden, and
-        what the tables are like."""
+    def _losses_by_source(self, means: dict[str, float]) -> dict[str, dict[str, float]]:
+        """Take the sources' sums out of `means`; returns the loss of each source that has
+        targets."""
+        losses = {}
+        for i, name in enumerate(self._sources):
+            total, share = means.pop(f"sources/{i}", 0.0), means.pop(f"targets/{i}", 0.0)
+            if share:
+                losses[name] = {"loss": total / share}
+        return losses
+
+    def _of_cross_entropy(self, means: dict[str, float], count: float) -> dict[str, Any]:
+        """Take the cross-entropy out of `means`, where it is; returns it with what follows from
+        it."""
+        if "cross_entropy" not in means:
+            return {}
+        cross_entropy = means.pop("cross_entropy")
+        if self._hide_one is not None:
+            return {"cross_entropy": cross_entropy}
+        bits = cross_entropy * count / math.log(2)
+        return {
+            "cross_entropy": cross_entropy,
+            # of the token-weighted mean: never a mean of exponentials
+            "perplexity": _perplexity(cross_entropy),
+            "bits_per_byte": bits / self._num_bytes if self._num_bytes else None,
+        }
+
+    def _measure_rows(
+        self, model: LanguageModel, progress: float, on_batch: Callable[[int, int], None]
+    ) -> _Local:
+        """Measure this rank's rows."""
+        batches = self._made_batches()
+        total, local = len(batches) + len(self._singles), _Local()
+        model.eval()
+        readout = None
+        for done, batch in enumerate(batches, 1):
+            readout = self._measure(model, batch, progress, local.sums, local.heads)
+            on_batch(done, total)
+        if readout is not None:
+            local.tables = _of_tables(readout)
+        for done, batch in enumerate(self._singles, len(batches) + 1):
+            self._measure(model, batch, progress, local.singles, local.heads)
+            on_batch(done, total)
+        return local
+
+    def _made_batches(self) -> list[Batch]:
+        """Make this rank's batches, the first time; those in which one token is hidden beside
+        them."""
         if self._batches is None:
             rows = self._make_rows()
             self._num_bytes = sum(row.num_bytes for row in rows)
-            batches = [
-                self._with_positions(batch, i)
-                for i, batch in enumerate(self._share(rows, self._batch_rows))
-            ]
+            batches = enumerate(self._share(rows, self._batch_rows))
+            positioned = [self._with_positions(batch, i) for i, batch in batches]
             # shorter: as many tokens at once as in the others
             if self._hide_one and (singles := self._hide_one(rows)):
                 longer = len(rows[0].input_ids) // len(singles[0].input_ids)
                 self._singles = self._share(singles, self._batch_rows * max(1, longer))
-            self._batches = batches
-        total = len(self._batches) + len(self._singles)
-        model.eval()  # type: ignore[attr-defined]
-        self._of_heads = {}
-        sums, readout = self._sums(model, self._batches, progress, lambda done: told(done, total))
-        singles, _ = self._sums(
-            model,
-            self._singles,
-            progress,
-            lambda done: told(len(self._batches or []) + done, total),
-        )
-        return sums, singles, {} if readout is None else _of_tables(readout)
+            self._batches = positioned
+        return self._batches
 
     def _share(self, rows: list[Row], at_once: int) -> list[Batch]:
-        """This rank's."""
+        """Collate this rank's share of the rows."""
         own = rows[self._parallel.rank :: self._parallel.world_size]
         return [collate(own[i : i + at_once], packed=True) for i in range(0, len(own), at_once)]
 
     def _with_positions(self, batch: Batch, number: int) -> Batch:
-        """Of this rank's batch of that number, with where heads look: the same for any number of
+        """Choose where heads look in this rank's batch of that number: the same for any number of
         ranks."""
         if self._heads is None:
             return batch
@@ -192,51 +223,39 @@ class Evaluator:
         ]
         return self._heads.choose(batch, self._seed, 0, rows)
 
-    def _means_of_heads(self) -> dict[str, float]:
-        """Over the rows of all ranks in which a head has a place."""
-        everyones = self._parallel.gather(
-            {name: found.tolist() for name, found in self._of_heads.items()}
-        )
-        names = dict.fromkeys(name for sums in everyones for name in sums)
-        totals = {
-            name: [sum(column) for column in zip(*(s[name] for s in everyones if name in s))]
-            for name in names
-        }
-        return {name: total / count for name, (total, count) in totals.items() if count}
+    def _means_of_heads(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        """Average over the rows of all ranks in which a head has a position."""
+        by_rank = self._parallel.gather({name: pair.tolist() for name, pair in sums.items()})
+        means = {}
+        for name in dict.fromkeys(name for pairs in by_rank for name in pairs):
+            pairs = [each[name] for each in by_rank if name in each]
+            total, count = (sum(column) for column in zip(*pairs))
+            if count:
+                means[name] = total / count
+        return means
 
-    def _sums(
-        self,
-        model: LanguageModel,
-        batches: list[Batch],
-        progress: float,
-        told: Callable[[int], None],
-    ) -> tuple[dict[str, float], Readout | None]:
-        sums: dict[str, float] = {}
-        readout = None
-        for done, batch in enumerate(batches, 1):
-            found, readout = self._measure(model, batch, progress)
-            sums = {name: sums.get(name, 0.0) + value for name, value in found.items()}
-            told(done)
-        return sums, readout
-
-    def _means(self, sums: dict[str, float]) -> tuple[dict[str, float], float]:
-        """Over all ranks: per target; the number of targets."""
-        everyones = self._parallel.gather(sums)
-        names = dict.fromkeys(name for sums in everyones for name in sums)
-        totals = {name: sum(sums.get(name, 0.0) for sums in everyones) for name in names}
+    def _means(self, sums: Sums) -> tuple[dict[str, float], float]:
+        """Add up over all ranks; returns the means over targets, and the number of targets."""
+        by_rank = self._parallel.gather(sums)
+        names = dict.fromkeys(name for sums in by_rank for name in sums)
+        totals = {name: sum(sums.get(name, 0.0) for sums in by_rank) for name in names}
         count = totals.pop("count", 0.0)
         return {name: value / count for name, value in totals.items()} if count else {}, count
 
     @torch.no_grad()
     def _measure(
-        self, model: LanguageModel, batch: Batch, progress: float
-    ) -> tuple[dict[str, float], Readout]:
-        """Sums over the targets of one batch; the readout."""
+        self,
+        model: LanguageModel,
+        batch: Batch,
+        progress: float,
+        totals: Sums,
+        of_heads: dict[str, Tensor],
+    ) -> Readout:
+        """Add the sums over one batch to `totals` and `of_heads`; returns the readout."""
         moved = batch.to(self._device)
         num_sources = max(len(self._sources), 1 + int(batch.source_ids.max()))
-        with torch.autocast(
-            self._device.type, dtype=self._dtype, enabled=self._dtype != torch.float32
-        ):
+        low = self._dtype != torch.float32
+        with torch.autocast(self._device.type, dtype=self._dtype, enabled=low):
             output = model(moved)
             measures = self._stack.measure(output, moved, progress, num_sources)
             sums = {"count": measures.terms.count, **measures.facts}
@@ -244,13 +263,13 @@ class Evaluator:
                 nll = partial(self._stack.nll_at, output, moved, measures.terms)
                 cross_entropy = partial(self._stack.cross_entropy, output.readout)
                 inputs = self._heads.inputs(model, output, moved, nll, cross_entropy)
-                for name, found in self._heads.measure(inputs).items():
-                    self._of_heads[name] = found.double() + self._of_heads.get(name, 0.0)
+                for name, pair in self._heads.measure(inputs).items():
+                    of_heads[name] = pair.double() + of_heads.get(name, 0.0)
             if (decoder := call_if_defined(model, "baseline_readout")) is not None:
                 facts = self._baseline.measure(
                     ModelOutput(output.hidden, decoder), moved, progress, num_sources
                 ).facts
-                sums |= {told: facts[name] for name, told in OF_DECODER.items()}
+                sums |= {key: facts[name] for name, key in OF_DECODER.items()}
         sums |= {f"losses/{name}": value for name, value in measures.terms.sums.items()}
         for i in range(len(self._sources)):
             sums |= {
@@ -258,16 +277,19 @@ class Evaluator:
                 f"targets/{i}": measures.terms.source_counts[i],
             }
         numbers = torch.stack([value.double() for value in sums.values()]).tolist()
-        return dict(zip(sums, numbers)), output.readout
+        for name, number in zip(sums, numbers):
+            totals[name] = totals.get(name, 0.0) + number
+        return output.readout
 
 
 def _of_tables(readout: Readout) -> dict[str, float]:
-    found = {"table_cosine": mean_pairwise_cosine(readout.table)}
+    """Measure how the rows of the embedding table, and the prototypes, lie to each other."""
+    numbers = {"table_cosine": mean_pairwise_cosine(readout.table)}
     if readout.provides == "distances" and readout.linear is not None:
-        found |= geometry(readout.linear[0], readout.table)
-    return found
+        numbers |= geometry(readout.linear[0], readout.table)
+    return numbers
 
 
 def _perplexity(nats: float) -> float | None:
-    """None beyond what a float holds."""
+    """Return the exponential; None beyond what a float holds."""
     return math.exp(nats) if nats < 709.0 else None

@@ -1,2 +1,2 @@
-"""What the neurons of a PolyGLU model choose: numbers of its routing, and which of them are more
+"""The choices of a PolyGLU model's neurons: numbers of its routing, and which of them are more
 than noise."""

@@ -1,4 +1,4 @@
-"""What is noise: how far numbers of a category would be off with other texts of it, and how far
+"""Noise: how far numbers of a category would be off with other texts of it, and how far
 categories would differ if their texts were shuffled among them.
 
 In:    for each text, a document or a row of one, its tokens, and sums over them
@@ -41,7 +41,7 @@ def intervals(tokens: np.ndarray, sums: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 @dataclass(frozen=True)
 class Shift:
-    """How far the mean gate output lies apart between categories, at each layer and activation."""
+    """The distance of mean gate outputs between categories, at each layer and activation."""
 
     value: np.ndarray  # (L, K) highest minus lowest mean of a category
     highest: np.ndarray  # (L, K) which category that is
@@ -61,7 +61,7 @@ class Shift:
 
 
 def shift_of(tokens: list[np.ndarray], gates: list[np.ndarray]) -> Shift | None:
-    """Of categories' texts; None of fewer than two categories.
+    """Measure the shift between categories; None for fewer than two of them.
 
     tokens   C x (D,)
     gates    C x (D, L, K) sums of the gate output

@@ -1,4 +1,4 @@
-"""Everything that is found in a model's routing, and its two files of numbers.
+"""The results of looking into a model's routing, and its two files of numbers.
 
 In:    Static, and the Reading of each category
 Out:   Interpretation; entropy_stats.json and interpret.json
@@ -29,7 +29,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Category:
-    """What a data source makes of the routing: means over its tokens."""
+    """One data source's routing: means over its tokens."""
 
     name: str
     documents: int
@@ -44,7 +44,7 @@ class Category:
 
 @dataclass(frozen=True)
 class Interpretation:
-    """What is told of a model's routing."""
+    """All results of a model's routing."""
 
     about: dict[str, Any]  # what was looked at, and how
     activations: tuple[str, ...]  # names of the K
@@ -79,7 +79,7 @@ def interpret_routing(
         else {name: [s for _, s in reading.rows] for name, reading in readings.items()}
     )
     categories = [
-        _category(name, len(documents[name]), texts[name], reading.neurons)
+        _category(name, len(documents[name]), texts[name], np.asarray(reading.neurons))
         for name, reading in readings.items()
     ]
     tokens = [np.array([sums.tokens for sums in each]) for each in texts.values()]
@@ -94,21 +94,33 @@ def _category(name: str, documents: int, texts: list[Sums], neurons: np.ndarray)
     def spread(of: str) -> Spread:
         sums = np.stack([getattr(each, of) for each in texts])  # (D, ...)
         between = intervals(tokens, sums.reshape(len(texts), -1))
-        bounds = [each.reshape(sums.shape[1:]) for each in between] if between else [None, None]
-        return Spread(sums.sum(0) / total, *bounds)
+        mean = sums.sum(0) / total
+        if not between:
+            return Spread(mean, None, None)
+        low, high = (each.reshape(sums.shape[1:]) for each in between)
+        return Spread(mean, low, high)
 
     gates = spread("gates")
     variance = np.sum([sums.squares for sums in texts], axis=0) / total - gates.mean**2
     deviation = np.sqrt(np.maximum(variance, 0.0))
-    rest = spread("weights"), spread("entropy"), spread("tempered")
-    return Category(name, documents, total, gates, deviation, *rest, neurons / total)
+    return Category(
+        name,
+        documents,
+        total,
+        gates,
+        deviation,
+        spread("weights"),
+        spread("entropy"),
+        spread("tempered"),
+        neurons / total,
+    )
 
 
 # files --------------------------------------------------------------------------------------------
 
 
 def entropies(prefix: str, per_layer: np.ndarray) -> dict[str, float]:
-    """As training tells them: "<prefix>/layer_0" and so on, and "<prefix>/mean"."""
+    """Name entropies as training does: "<prefix>/layer_0" and so on, and "<prefix>/mean"."""
     layers = {f"{prefix}/layer_{i}": float(value) for i, value in enumerate(per_layer)}
     return {**layers, f"{prefix}/mean": float(per_layer.mean())}
 

@@ -1,4 +1,4 @@
-"""What a routing is: how neurons weigh the activations, by themselves and given what a text makes
+"""A routing: how neurons weigh the activations, by themselves and given what a text makes
 of them, and how undecided.
 
 In:    alpha (L, F, K), beta (L, K), gate outputs f (L, n, K), the temperature
@@ -17,15 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from core.models.polyglu import entropy
+
 THRESHOLD = 0.01
 """A neuron prefers an activation whose probability is ahead of the next by more than this. Closer
 than that, the largest of the four is an accident of training."""
-
-
-def entropy(logits: Tensor) -> Tensor:
-    """-sum p log(p + 1e-10) of p = softmax(logits), in nats: (..., K) -> (...)."""
-    p = torch.softmax(logits.float(), dim=-1)
-    return -(p * torch.log(p + 1e-10)).sum(-1)
 
 
 # by themselves ------------------------------------------------------------------------------------
@@ -33,7 +29,7 @@ def entropy(logits: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Static:
-    """What alpha alone says of each neuron."""
+    """The routing of each neuron by alpha alone."""
 
     preferred: np.ndarray  # (L, F): the activation of the largest alpha
     margin: np.ndarray  # (L, F): by how much its probability is ahead of the next one's
@@ -70,10 +66,14 @@ class Static:
 
 
 def static_routing(alpha: Tensor) -> Static:
-    """alpha (L, F, K)."""
+    """Compute what alpha (L, F, K) alone says of each neuron."""
     top = torch.softmax(alpha.double(), dim=-1).topk(2, dim=-1).values  # (L, F, 2)
-    found = alpha.argmax(-1), top[..., 0] - top[..., 1], entropy(alpha).double()
-    return Static(*(each.cpu().numpy() for each in found), alpha.shape[-1])
+    return Static(
+        preferred=alpha.argmax(-1).cpu().numpy(),
+        margin=(top[..., 0] - top[..., 1]).cpu().numpy(),
+        entropy=entropy(alpha).double().cpu().numpy(),
+        num_activations=alpha.shape[-1],
+    )
 
 
 # given a text -------------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ class Sums:
 
 @dataclass
 class Reading:
-    """What a category's documents made of the routing, as far as they are read."""
+    """A category's routing: what its documents made of the routing, as far as they are read."""
 
     # (which document, what a row of it gave)
     rows: list[tuple[int, Sums]] = field(default_factory=list)
@@ -109,7 +109,7 @@ class Reading:
 
     @property
     def documents(self) -> list[Sums]:
-        """Of each document, over all its rows."""
+        """Return the sums of each document, over all its rows."""
         found: dict[int, Sums] = {}
         for document, sums in self.rows:
             found[document] = found[document] + sums if document in found else sums
@@ -126,9 +126,9 @@ class Router:
 
     @torch.no_grad()
     def read(self, gates: Tensor, tokens: int, positions: int) -> tuple[Sums, np.ndarray]:
-        """What a text of so many tokens makes of it, and the entropy of each neuron (L, F), summed
-        like the rest. The neurons are looked at in `positions` places, evenly spaced: at every
-        token there would be (L, T, F, K) numbers.
+        """Add up what a text of so many tokens makes of the routing, and the entropy of each neuron
+        (L, F), summed like the rest. The neurons are looked at in `positions` places, evenly
+        spaced: at every token there would be (L, T, F, K) numbers.
 
         gates   (L, T, K) f at each token, or (L, 1, K) for all of them
         """

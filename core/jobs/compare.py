@@ -28,7 +28,7 @@ from core.comparison.trials import Trial, plan, read_outcomes, write_json, write
 from core.errors import Diverged, Interrupted, UserError
 from core.files import cause, read_json
 from core.jobs.train import train_to_the_end, views_of
-from core.metrics.log import LOG, read_events
+from core.metrics.events import LOG, read_events
 from core.parallel.protocol import Parallel
 from core.parallel.ranks import on_rank_zero
 from core.preset.base import PresetBase

@@ -246,7 +246,7 @@ class EvaluationRunner:
                 TextGenerator(model, tokenizer, self._context), *how, self._preset.train.seed
             )  # type: ignore[arg-type]
             begun = time.monotonic()
-            with self._view.turn(name):
+            with self._view.task(name):
                 model = as_harness_model(scorer, writer, tokenizer, self._told)
                 found = run_task(
                     model, loaded.pop(name), self._wanted.limit, self._wanted.num_fewshot
@@ -301,7 +301,7 @@ class EvaluationRunner:
         for name in corpus.names:
             if name in self._findings.sources:
                 continue
-            with self._view.turn(f"held-out documents of {name}"):
+            with self._view.task(f"held-out documents of {name}"):
                 found = perplexity(
                     trained.model, rows[name], self._wanted.batch_size, self._machine, self._told
                 )

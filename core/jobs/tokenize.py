@@ -22,7 +22,7 @@ from pydantic import AfterValidator, Field
 from core.data.corpus import Corpus, open_corpus
 from core.data.documents import Cursor, DocumentStream, Source, shorter_than
 from core.data.token_files import MANIFEST, BadChunks, ChunkWriter, Manifest, read_manifest
-from core.data.token_pool import Batch, TokenPool, usable_cores
+from core.data.token_pool import TextBatch, TokenPool, usable_cores
 from core.data.tokenizer import (
     SAMPLE_CHARACTERS,
     Tokenizer,
@@ -413,7 +413,7 @@ def _write(
     view.tell(f"{name}: {_told(task)} in {task.folder}")
 
 
-def _batches(stream: DocumentStream, min_text_length: int, short: list[int]) -> Iterator[Batch]:
+def _batches(stream: DocumentStream, min_text_length: int, short: list[int]) -> Iterator[TextBatch]:
     """The texts of a stream, some at a time. Blank ones are passed over, and those too short for
     training, which are counted in `short`."""
     texts, cursors, size = [], [], 0
@@ -431,14 +431,14 @@ def _batches(stream: DocumentStream, min_text_length: int, short: list[int]) -> 
             cursors.append(stream.cursor())
             size += len(document.text)
             if size >= BATCH_CHARACTERS or len(texts) >= BATCH_DOCUMENTS:
-                yield Batch(texts, cursors)
+                yield TextBatch(texts, cursors)
                 texts, cursors, size = [], [], 0
     except SourceUnavailable:
         if texts:
-            yield Batch(texts, cursors)
+            yield TextBatch(texts, cursors)
         raise
     if texts:
-        yield Batch(texts, cursors)
+        yield TextBatch(texts, cursors)
 
 
 def _share(source: Source, limit: int) -> Callable[[int, Cursor], float | None]:

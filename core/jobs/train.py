@@ -1,5 +1,4 @@
-"""The `train` job: assemble, tell what is about to happen, train run after run, leave the files of
-a run.
+"""The `train` job: build everything, train run after run, leave the files of a run.
 
 In:    a preset, the runtime, the ranks
 Out:   checkpoints/<lineage>_*.pth and logs/<lineage>/
@@ -9,12 +8,15 @@ State: none
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from core.assembly.session import TrainingSession, build_training
+from core.assembly.session import MakeViews, TrainingSession, build_training
 from core.checkpoint.lineage import owned
 from core.errors import Interrupted
+from core.metrics.log import View
+from core.parallel.protocol import Parallel
 from core.parallel.ranks import on_rank_zero
+from core.preset.base import PresetBase
 from core.reports.curves_masked import MaskedPlot
 from core.reports.run_card import LossPlot, RunCard
 from core.runtime import Runtime
@@ -24,7 +26,12 @@ from core.ui.dashboard import view_for
 
 
 def train(
-    preset: Any, runtime: Runtime, parallel: Any, root: Path, started: float, console: Any
+    preset: PresetBase,
+    runtime: Runtime,
+    parallel: Parallel,
+    root: Path,
+    started: float,
+    console: TextIO,
 ) -> None:
     """Train to the end of the preset's runs. Raises Interrupted after Ctrl-C, SIGTERM or SIGHUP,
     with everything saved."""
@@ -40,22 +47,32 @@ def train(
 
 
 def views_of(
-    preset: Any, root: Path, started: float, on_screen: Callable[[], list[Any]]
-) -> Callable[..., list[Any]]:
-    """What `build_training` makes the views of a run with: its files, wandb if the preset asks for
-    it, and those `on_screen`."""
+    preset: PresetBase, root: Path, started: float, on_screen: Callable[[], list[View]]
+) -> MakeViews:
+    """Return what makes the views of a run: its files, wandb if the preset asks for it, and those
+    on the screen.
+
+    started   unix time at which the program was started
+    """
 
     def make_views(
-        folder: Path, start_event: dict, resolved: dict, wandb_id: str, notes: list[str]
-    ) -> list[Any]:
-        views = [RunCard(folder, resolved, started, root), LossPlot(folder), MaskedPlot(folder)]
+        folder: Path,
+        start_event: dict[str, Any],
+        resolved: dict[str, Any],
+        wandb_id: str,
+        notes: list[str],
+    ) -> list[View]:
+        views: list[View] = [
+            RunCard(folder, resolved, started, root),
+            LossPlot(folder),
+            MaskedPlot(folder),
+        ]
         if preset.logging.wandb:
             from core.reports.wandb_mirror import open_wandb
 
-            mirror, told = open_wandb(
-                preset.logging.wandb_project, wandb_id, preset.name, resolved, folder
-            )
-            notes.append(told)
+            project = preset.logging.wandb_project
+            mirror, note = open_wandb(project, wandb_id, preset.name, resolved, folder)
+            notes.append(note)
             views += [mirror] if mirror is not None else []
         return [*views, *on_screen()]
 
@@ -63,35 +80,26 @@ def views_of(
 
 
 def train_to_the_end(session: TrainingSession, runs: int) -> str:
-    """Train run after run and close everything; returns why the last one ended."""
-    trainer, log, done = session.trainer, session.log, session.trainer.progress
+    """Train run after run and close everything; returns the reason that the last one ended.
+
+    runs   runs that share their schedules
+    """
+    trainer, done = session.trainer, session.trainer.progress
     try:
         for warning in session.warnings:
-            log.emit("warning", step=done.step, tokens=done.tokens, message=warning)
-        log.emit(
-            "run_start",
-            step=done.step,
-            tokens=done.tokens,
-            **session.start_event,
-            notes=session.notes,
-        )
+            trainer.reporter.warn(warning)
+        trainer.reporter.emit("run_start", **session.start_event, notes=session.notes)
         while (reason := trainer.train()) != "interrupted" and done.horizon_runs < runs:
             begin_next_run(done, runs)
-            now = {
+            changed = {
                 "run": done.run,
                 "run_tokens": 0,
                 "run_step": 0,
                 "end_tokens": trainer.budget.run_end(done),
             }
-            log.emit(
-                "run_start",
-                step=done.step,
-                tokens=done.tokens,
-                **session.start_event | now,
-                notes=[],
-            )
+            trainer.reporter.emit("run_start", **session.start_event | changed, notes=[])
         return reason
     finally:
         trainer.store.wait()
         trainer.loader.close()
-        log.close()
+        session.log.close()

@@ -31,26 +31,30 @@ backward pass is slow on short rows. On longer ones the T x T scores cost more t
 
 
 def choose_backend(
-    wish: Attention, device: torch.device, dtype: torch.dtype, head_dim: int
+    requested: Attention, device: torch.device, dtype: torch.dtype, head_dim: int
 ) -> tuple[Backend, str | None]:
-    """What computes attention here, and a sentence for the user where that is not what was wished
-    for."""
-    if wish in ("auto", "sdpa"):
+    """Choose what computes attention here; returns it, and a sentence for the user where that is
+    not what was requested."""
+    if requested == "auto" or requested == "sdpa":
         # auto stays with SDPA, which runs everywhere, until another backend is measured to be
         # faster
         return "sdpa", None
-    obstacle = _obstacle(wish, device, dtype, head_dim)
+    obstacle = _obstacle(requested, device, dtype, head_dim)
     if obstacle is None:
-        return wish, None
-    return "sdpa", f'attention "{wish}": {obstacle}; torch\'s SDPA is used instead'
+        return requested, None
+    return "sdpa", f'attention "{requested}": {obstacle}; torch\'s SDPA is used instead'
 
 
-def _obstacle(wish: Backend, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why a backend cannot train here; None if it can."""
-    name = {"flex": "FlexAttention", "varlen": "torch's varlen_attn", "flash": "flash-attn"}[wish]
+def _obstacle(
+    requested: Backend, device: torch.device, dtype: torch.dtype, head_dim: int
+) -> str | None:
+    """Return why a backend cannot train here; None if it can."""
+    name = {"flex": "FlexAttention", "varlen": "torch's varlen_attn", "flash": "flash-attn"}[
+        requested
+    ]
     if device.type != "cuda":
         return f"{name} trains on CUDA GPUs only, and this is a {device.type.upper()}"
-    if wish == "flex":
+    if requested == "flex":
         if find_spec("triton") is None:
             return "FlexAttention needs the package triton, which is not installed"
         return (
@@ -59,12 +63,12 @@ def _obstacle(wish: Backend, device: torch.device, dtype: torch.dtype, head_dim:
             else None
         )
     try:
-        function = _ragged_function(wish)
+        function = _ragged_function(requested)
     except ImportError as error:
-        if wish == "flash":
+        if requested == "flash":
             return f"the package flash-attn cannot be imported ({error}); pip install flash-attn"
         return f"torch {torch.__version__} has no torch.nn.attention.varlen"
-    if wish == "varlen" and "enable_gqa" not in inspect.signature(function).parameters:
+    if requested == "varlen" and "enable_gqa" not in inspect.signature(function).parameters:
         return (
             f"varlen_attn of torch {torch.__version__} is an early one, without windows and "
             "grouped heads"
@@ -103,8 +107,8 @@ def document_starts(document_ids: Tensor) -> Tensor:
 
 
 def document_lengths(document_ids: Tensor) -> tuple[Tensor, int]:
-    """Where each document starts in the rows laid end to end, the total last: (n + 1,) int32; and
-    the longest one's length.
+    """Find where each document starts in the rows laid end to end, the total last: (n + 1,) int32;
+    and the longest one's length.
 
     Waits for the device: the number of documents is the size of a tensor.
     """

@@ -1,5 +1,5 @@
-"""How the vectors of a table lie: whether they point the same way, how many directions they use,
-which are near each other.
+"""The geometry of a table of vectors: whether they point the same way, how many directions they
+use, which are near each other.
 
 In:    tables (V, D), one vector a row; only the direction of a row counts
 Out:   numbers
@@ -31,8 +31,8 @@ def mean_pairwise_cosine(table: Tensor) -> float:
 
 @torch.no_grad()
 def geometry(weight: Tensor, table: Tensor) -> dict[str, float]:
-    """How the prototypes, rows of `weight` (V, D), lie among themselves and against the rows of
-    `table` (V, D) they began as.
+    """Measure how the prototypes, rows of `weight` (V, D), lie among themselves and against the
+    rows of `table` (V, D) they began as.
 
     prototype_cosine       mean cosine of two different prototypes: 1 when they have collapsed to
                            one direction

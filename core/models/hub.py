@@ -40,7 +40,7 @@ class HubSettings(ModelSettings):
 
     @property
     def folder(self) -> Path | None:
-        """Where the model lies if it is not on the Hub."""
+        """The folder where the model lies if it is not on the Hub."""
         return folder_of(self.name)
 
     @property
@@ -57,7 +57,7 @@ class HubSettings(ModelSettings):
         """Not known before the config is there, and the menu downloads nothing."""
 
     def summary(self) -> str:
-        """What the menu says in place of a number of parameters."""
+        """Return what the menu says in place of a number of parameters."""
         what = self.name if self.pretrained else f"{self.name}'s architecture"
         return f"{what} from the Hub" if self.folder is None else what
 
@@ -69,7 +69,7 @@ class HubSettings(ModelSettings):
 
 
 class Hub(HuggingFaceLM):
-    """What AutoModelForCausalLM knows and `obstacle` finds nothing wrong with."""
+    """A model that AutoModelForCausalLM knows and `obstacle` finds nothing wrong with."""
 
     def __init__(self, settings: HubSettings, vocab_size: int):
         config = configure(_config(settings), settings.dropout)
@@ -167,8 +167,8 @@ def _build(settings: HubSettings, config: Any) -> Any:
 
 
 def _fetch(settings: HubSettings, what: str, load: Callable[..., Any]) -> Any:
-    """What `load` makes of a repository or a folder; from the local cache where the Hub is out of
-    reach. Raises UserError."""
+    """Fetch what `load` makes of a repository or a folder; from the local cache where the Hub is
+    out of reach. Raises UserError."""
     name, folder = settings.name, settings.folder
     if folder is not None and not (folder / "config.json").is_file():
         raise UserError(

@@ -114,7 +114,7 @@ class HuggingFaceLM(LanguageModel):
         return ModelOutput(hidden, self._readout())
 
     def attention_note(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """What to tell the user about how packed rows are computed."""
+        """Return a note for the user about how packed rows are computed."""
         if self.packs:
             return None
         return (
@@ -141,9 +141,9 @@ class HuggingFaceLM(LanguageModel):
 
     @torch.no_grad()
     def _try(self, pieces: list[tuple[int, int]], kind: "type[LibraryCache]") -> bool:
-        """Whether a few tokens, read in pieces, come out as they do at once: not where a state is
-        kept in another way. A piece that begins before the end of the one before has the cache cut
-        first."""
+        """Return whether a few tokens, read in pieces, come out as they do at once: not where a
+        state is kept in another way. A piece that begins before the end of the one before has the
+        cache cut first."""
         positions = getattr(self.get_submodule(self._trunk).config, "max_position_embeddings", None)
         # on a GPU, trying would end the process
         if positions is not None and positions < PROBE_TOKENS:
@@ -175,8 +175,9 @@ class HuggingFaceLM(LanguageModel):
         return kind(transformers().DynamicCache(config=self.get_submodule(self._trunk).config))
 
     def _readout(self) -> LinearReadout:
-        head, table = self.get_submodule(self._head), self.get_submodule(self._embedding).weight
-        return LinearReadout(head.weight, head.bias, table)
+        head: Any = self.get_submodule(self._head)  # the library's linear layer
+        table: Any = self.get_submodule(self._embedding)
+        return LinearReadout(head.weight, head.bias, table.weight)
 
 
 class LibraryCache:
@@ -246,8 +247,8 @@ def probe_ids(vocab_size: int) -> Tensor:
 
 @torch.no_grad()
 def obstacle(model: Any) -> str | None:
-    """Why a transformers model cannot be trunk and linear readout here; None if it can. Tried out
-    on a few tokens."""
+    """Return why a transformers model cannot be trunk and linear readout here; None if it can.
+    Tried out on a few tokens."""
     training = model.training
     model.eval()
     try:

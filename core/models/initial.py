@@ -1,4 +1,4 @@
-"""How the weights of our own models begin: N(0, 0.02), biases 0 (Radford et al. 2019, section 2.3).
+"""Initial weights of our own models: N(0, 0.02), biases 0 (Radford et al. 2019, section 2.3).
 
 In:    a module
 Out:   its own parameters, drawn from torch's generator

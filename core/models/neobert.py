@@ -120,7 +120,7 @@ class NeoBERTSettings(ModelSettings):
         return -(-(2 * self.intermediate_size // 3) // 8) * 8
 
     def activation_bytes(self, bf16: bool) -> int:
-        """What one position leaves for the backward pass on a GPU, all layers together: of
+        """Count what one position leaves for the backward pass on a GPU, all layers together: of
         attention and feed-forward layer their inputs before and after the norm; queries, keys,
         values and their mix; gate, SiLU of it, up and the product."""
         D, F = self.hidden_size, self.inner_size
@@ -134,7 +134,7 @@ class NeoBERTSettings(ModelSettings):
         return encoder + decoder + (vocab_size * D if self.head == "distance" else 0)
 
     def num_frozen(self, vocab_size: int) -> int:
-        """Of them, those that no preset can train."""
+        """Count the parameters that no preset can train."""
         return vocab_size * (self.hidden_size + 1) if self.keep_decoder else 0
 
     def check_tokenizer_section(self, tokenizer: Any) -> None:
@@ -144,7 +144,7 @@ class NeoBERTSettings(ModelSettings):
             refuse_new_tokenizer(self.name, tokenizer, 'no "name"')
 
 
-class RMSNorm(nn.Module):
+class NeoBERTNorm(nn.Module):
     """rms_norm, whose gain the published weights call weight."""
 
     def __init__(self, width: int, eps: float):
@@ -172,7 +172,7 @@ def rotate(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:  # (B, T, H, Dh) -
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
 
 
-class SwiGLU(nn.Module):
+class NeoBERTFeedForward(nn.Module):
     """w3(SiLU(gate) * up), gate the first half of what w12 gives (Shazeer 2020)."""
 
     def __init__(self, settings: NeoBERTSettings):
@@ -185,7 +185,7 @@ class SwiGLU(nn.Module):
         return self.w3(functional.silu(gate) * up)
 
 
-class Block(nn.Module):
+class NeoBERTBlock(nn.Module):
     """x + attention(norm(x)), then the same with the feed-forward layer."""
 
     def __init__(self, settings: NeoBERTSettings):
@@ -193,11 +193,9 @@ class Block(nn.Module):
         D = settings.hidden_size
         self.num_heads = settings.num_heads
         self.qkv, self.wo = nn.Linear(D, 3 * D, bias=False), nn.Linear(D, D, bias=False)
-        self.ffn = SwiGLU(settings)
-        self.attention_norm, self.ffn_norm = (
-            RMSNorm(D, settings.norm_eps),
-            RMSNorm(D, settings.norm_eps),
-        )
+        self.ffn = NeoBERTFeedForward(settings)
+        self.attention_norm = NeoBERTNorm(D, settings.norm_eps)
+        self.ffn_norm = NeoBERTNorm(D, settings.norm_eps)
 
     # (B, T, D) -> (B, T, D)
     def forward(self, x: Tensor, mask: DocumentMask, turn: tuple[Tensor, Tensor]) -> Tensor:
@@ -210,7 +208,8 @@ class Block(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (self.num_heads, -1)).chunk(3, dim=-1)
         # a view of v would keep all of qkv for the backward pass
         q, k, v = rotate(q, turn), rotate(k, turn), v.contiguous()
-        mixed = attend(*(heads.transpose(1, 2) for heads in (q, k, v)), mask)  # (B, H, T, Dh)
+        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))  # each (B, H, T, Dh)
+        mixed = attend(q, k, v, mask)  # (B, H, T, Dh)
         return self.wo(mixed.transpose(1, 2).flatten(2))
 
 
@@ -222,9 +221,9 @@ class Encoder(nn.Module):
         self.settings = settings
         self.encoder = nn.Embedding(vocab_size, settings.hidden_size)
         self.transformer_encoder = nn.ModuleList(
-            Block(settings) for _ in range(settings.num_layers)
+            NeoBERTBlock(settings) for _ in range(settings.num_layers)
         )
-        self.layer_norm = RMSNorm(settings.hidden_size, settings.norm_eps)
+        self.layer_norm = NeoBERTNorm(settings.hidden_size, settings.norm_eps)
 
     def forward(self, batch: Batch) -> Tensor:
         """Hidden states of every position (B, T, D); each sees all of its document."""
@@ -268,6 +267,7 @@ class NeoBERT(LanguageModel):
         return self._decoder_readout()
 
     def _decoder_readout(self) -> LinearReadout:
+        assert self.decoder is not None
         return LinearReadout(self.decoder.weight, self.decoder.bias, self.model.encoder.weight)
 
     def baseline_readout(self) -> LinearReadout | None:
@@ -275,15 +275,17 @@ class NeoBERT(LanguageModel):
         return self._decoder_readout() if self.settings.keep_decoder else None
 
     def attention_note(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """What to tell the user if `settings.attention` cannot be had on a device; `dtype` is that
-        of matrix products."""
+        """Return a note for the user if `settings.attention` cannot be had on a device; `dtype` is
+        that of matrix products."""
         return choose_backend(self.settings.attention, device, dtype, self.settings.head_dim)[1]
 
     # prototypes -----------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _begin_prototypes(self) -> None:
-        """A decoder that is not kept would be drawn as they are already."""
+        """Begin the prototypes as rows of a table; a decoder that is not kept would be drawn as
+        they are already."""
+        assert self.dist_head is not None
         if self.settings.prototypes == "embedding":
             self.dist_head.weight.copy_(self.model.encoder.weight)
         elif self.decoder is not None:
@@ -388,8 +390,8 @@ def project(prototypes: Tensor) -> Tensor:
 
 
 def _on_sphere(prototypes: Tensor) -> bool:
-    """Whether rows are as `project` leaves them, but for rounding: then a run goes on from the very
-    bits it saved."""
+    """Return whether rows are as `project` leaves them, but for rounding: then a run goes on from
+    the very bits it saved."""
     lengths = prototypes.float().norm(dim=-1)
     return bool((((lengths - 1.0).abs() < 1e-4) | (lengths == 0.0)).all())
 

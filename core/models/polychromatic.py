@@ -12,17 +12,14 @@ State: parameters and buffers named as the published ones (`embeddings`, `model_
 B batch, T time, D hidden_size, H num_heads, K num_kv_heads, Dh head_dim, F intermediate_size, L
 num_layers, G gate width"""
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from core.contracts import Batch, LanguageModel, ModelOutput
-from core.interpretation.routing import entropy
 from core.models.attention import (
     Attention,
     DocumentMask,
@@ -34,41 +31,11 @@ from core.models.attention import (
 from core.models.initial import draw_residual, draw_weights
 from core.models.kv_cache import KeyValueCache
 from core.models.norm import rms_norm
-from core.models.polyglu import (
-    NUM_ACTIVATIONS,
-    neuron_factors,
-    pick_activation,
-    polyglu,
-    position_factors,
-)
+from core.models.polyglu import NUM_ACTIVATIONS, entropy
+from core.models.polyglu_layer import GATE_WIDTH, Pass, PolyGLU, RoutingSettings, SwiGLU
 from core.models.readout import LinearReadout
-from core.preset.settings import ModelSettings, Settings
-from core.schedules import Piece, Schedule, limits, value_at
-
-GATE_WIDTH = 32
-"""Hidden width of the network that reads what the routing depends on."""
-
-
-class RoutingSettings(Settings):
-    """How the neurons of PolyGLU choose their activation."""
-
-    pool: Literal["causal", "sequence"] = "causal"
-    """What a position's routing depends on. causal: the mean over its document up to it. sequence:
-    the mean over the row, the future, neighbours and padding included: as published, and its loss
-    is not a language model's."""
-    tau: Schedule = Piece(start=1.0, to=0.1)
-    """Temperature of the choice: high mixes the four activations, low takes one."""
-    noise: bool = True
-    """Gumbel noise on the choice in training, one draw per row and neuron."""
-    evaluate: Literal["soft", "argmax", "sample"] = "soft"
-    """Outside training. soft: no noise. argmax: the likeliest activation alone. sample: noise as in
-    training, as published."""
-
-    @model_validator(mode="after")
-    def _tau_is_positive(self) -> "RoutingSettings":
-        if (lowest := limits(self.tau)[0]) <= 0:
-            raise ValueError(f"tau comes down to {lowest:g}; it divides, so keep it above 0")
-        return self
+from core.preset.settings import ModelSettings
+from core.schedules import value_at
 
 
 class PolychromaticSettings(ModelSettings):
@@ -120,7 +87,7 @@ class PolychromaticSettings(ModelSettings):
         return self.intermediate_size or 4 * self.hidden_size
 
     def activation_bytes(self, bf16: bool) -> int:
-        """What one position leaves for the backward pass on a GPU, all layers together: of
+        """Count what one position leaves for the backward pass on a GPU, all layers together: of
         attention and feed-forward layer their inputs before and after the norm; gate and up;
         queries, keys, values and their mix."""
         D, F, Q, KV = (
@@ -168,6 +135,8 @@ class RoPE(nn.Module):
 
     def __init__(self, head_dim: int, seq_length: int, theta: float):
         super().__init__()
+        self.cosines: Tensor
+        self.sins: Tensor
         # (Dh / 2,)
         frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
         angles = torch.arange(seq_length, dtype=torch.float64)[:, None] * frequencies  # (T, Dh / 2)
@@ -184,17 +153,6 @@ def rotate(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:  # (B, T, H, Dh) -
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
 
 
-@dataclass
-class Pass:
-    """What the layers of one forward pass share."""
-
-    mask: DocumentMask
-    position_ids: Tensor  # (B, T), from 0 at the start of each document
-    turn: tuple[Tensor, Tensor]  # RoPE's cosines and sines of these positions
-    tau: Tensor  # ()
-    cache: KeyValueCache | None = None
-
-
 class GQA(nn.Module):
     """Grouped-query attention; queries and keys are normalised per head, before they are turned."""
 
@@ -202,10 +160,8 @@ class GQA(nn.Module):
         super().__init__()
         D, Dh = settings.hidden_size, settings.head_dim
         self.head_dim = Dh
-        self.rmsnorm_q, self.rmsnorm_k = (
-            RMSNorm(Dh, settings.norm_eps),
-            RMSNorm(Dh, settings.norm_eps),
-        )
+        self.rmsnorm_q = RMSNorm(Dh, settings.norm_eps)
+        self.rmsnorm_k = RMSNorm(Dh, settings.norm_eps)
         self.W_q = nn.Linear(D, settings.num_heads * Dh, bias=False)
         self.W_k = nn.Linear(D, settings.num_kv_heads * Dh, bias=False)
         self.W_v = nn.Linear(D, settings.num_kv_heads * Dh, bias=False)
@@ -213,124 +169,15 @@ class GQA(nn.Module):
 
     def forward(self, x: Tensor, shared: Pass, layer: int) -> Tensor:  # (B, T, D) -> (B, T, D)
         # (B, T, H or K, Dh)
-        q, k, v = (
-            W(x).view(*x.shape[:2], -1, self.head_dim) for W in (self.W_q, self.W_k, self.W_v)
-        )
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q, k, v = (W(x).view(heads) for W in (self.W_q, self.W_k, self.W_v))
         q, k = rotate(self.rmsnorm_q(q), shared.turn), rotate(self.rmsnorm_k(k), shared.turn)
-        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))  # (B, H or K, T, Dh)
+        q, k, v = (each.transpose(1, 2) for each in (q, k, v))  # (B, H or K, T, Dh)
         if shared.cache is None:
             mixed = attend(q, k, v, shared.mask)  # (B, H, T, Dh)
         else:
             mixed = attend_to_past(q, *shared.cache.extend(layer, k, v), shared.mask.dtype)
         return self.W_o(mixed.transpose(1, 2).flatten(2))
-
-
-class SwiGLU(nn.Module):
-    """The baseline: SiLU for every neuron (Shazeer 2020)."""
-
-    def __init__(self, settings: PolychromaticSettings):
-        super().__init__()
-        D, F = settings.hidden_size, settings.neurons
-        self.W_gate, self.W_up = nn.Linear(D, F, bias=False), nn.Linear(D, F, bias=False)
-        self.W_down = nn.Linear(F, D, bias=False)
-
-    # (B, T, D) -> (B, T, D)
-    def forward(self, x: Tensor, shared: Pass, layer: int) -> tuple[Tensor, None]:
-        return self.W_down(functional.silu(self.W_gate(x)) * self.W_up(x)), None
-
-
-class PolyGLU(SwiGLU):
-    """State-conditional activation routing: each neuron mixes four activations by softmax((alpha +
-    beta f(m) + noise) / tau), where m is a mean over what was read and f a small network. Routing
-    is computed in fp32."""
-
-    def __init__(self, settings: PolychromaticSettings):
-        super().__init__(settings)
-        self.routing = settings.routing
-        self.alpha = nn.Parameter(torch.zeros(settings.neurons, NUM_ACTIVATIONS))
-        self.beta = nn.Parameter(torch.ones(NUM_ACTIVATIONS))
-        self.gate_net = nn.Sequential(
-            nn.Linear(settings.hidden_size, GATE_WIDTH),
-            nn.ReLU(),
-            nn.Linear(GATE_WIDTH, NUM_ACTIVATIONS),
-        )
-
-    def forward(self, x: Tensor, shared: Pass, layer: int) -> tuple[Tensor, Tensor]:
-        """(B, T, D) -> (B, T, D), and f of every position, (B, T, 4), or of the row, (B, 1, 4)."""
-        gate, up = self.W_gate(x), self.W_up(x)  # (B, T, F)
-        with torch.autocast(x.device.type, enabled=False):
-            f = self._gates(x.to(torch.promote_types(x.dtype, torch.float32)), shared, layer)
-            return self._routed(gate, up, f, shared, layer), f
-
-    def _gates(self, x: Tensor, shared: Pass, layer: int) -> Tensor:
-        """f of the mean over the row, or over the document so far; there the mean of W x is taken,
-        which is W of the mean."""
-        first, relu, second = self.gate_net
-        if self.routing.pool == "sequence":
-            return second(relu(first(x.mean(1, keepdim=True))))  # (B, 1, 4)
-        sums = running_sum(functional.linear(x, first.weight), shared.position_ids)  # (B, T, G)
-        count = shared.position_ids[..., None] + 1
-        if shared.cache is not None:
-            name = f"pool.{layer}"
-            if name in shared.cache.state:
-                sums = sums + shared.cache.state[name][:, -1:]
-            shared.cache.state[name] = sums
-        return second(relu(sums / count + first.bias))  # (B, T, 4)
-
-    def _routed(self, gate: Tensor, up: Tensor, f: Tensor, shared: Pass, layer: int) -> Tensor:
-        """(B, T, F), f (B, T or 1, 4) -> (B, T, D)."""
-        down = self.W_down.weight
-        neuron, position = self.alpha[None], self.beta * f  # (1, F, 4), (B, T or 1, 4)
-        how = (
-            "sample"
-            if self.training and self.routing.noise
-            else "soft"
-            if self.training
-            else self.routing.evaluate
-        )
-        if how == "argmax":
-            return functional.linear(
-                pick_activation(gate, up, neuron, position), down.to(gate.dtype)
-            )
-        if how == "sample":
-            neuron = neuron + gumbel(len(gate), *self.alpha.shape, like=self.alpha)  # (B, F, 4)
-        if self.routing.pool == "sequence":
-            return polyglu(
-                gate,
-                up,
-                down,
-                torch.softmax((neuron + position) / shared.tau, dim=-1).transpose(1, 2),
-            )
-        fixed, name = {} if shared.cache is None else shared.cache.fixed, f"factors.{layer}"
-        if name not in fixed:
-            fixed[name] = neuron_factors(neuron / shared.tau)
-        return polyglu(
-            gate,
-            up,
-            down,
-            fixed[name].expand(len(gate), -1, -1),
-            position_factors(position / shared.tau),
-        )
-
-
-def gumbel(*shape: int, like: Tensor) -> Tensor:
-    """-log of exponential draws, from torch's generator: the trainer seeds it for each step, as for
-    dropout."""
-    return -torch.empty(shape, dtype=like.dtype, device=like.device).exponential_().log()
-
-
-def running_sum(x: Tensor, position_ids: Tensor) -> Tensor:
-    """The sum of x (B, T, C) over each position's document up to it, in log2 T additions of whole
-    tensors.
-
-    A document's sums never touch another document's numbers, which a difference of cumulative sums
-    would by its rounding."""
-    T, shift = x.shape[1], 1
-    while shift < T:
-        before = functional.pad(x, (0, 0, shift, 0))[:, :T]
-        x = x + torch.where((position_ids >= shift)[..., None], before, 0.0)
-        shift *= 2
-    return x
 
 
 class TransformerBlock(nn.Module):
@@ -340,15 +187,18 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.rmsnorm_1 = RMSNorm(settings.hidden_size, settings.norm_eps)
         self.rmsnorm_2 = RMSNorm(settings.hidden_size, settings.norm_eps)
-        self.add_module(
-            settings.feed_forward,
-            {"polyglu": PolyGLU, "swiglu": SwiGLU}[settings.feed_forward](settings),
-        )
+        D, F = settings.hidden_size, settings.neurons
+        routes = settings.feed_forward == "polyglu"
+        layer = PolyGLU(D, F, settings.routing) if routes else SwiGLU(D, F)
+        self.add_module(settings.feed_forward, layer)
         self.gqa = GQA(settings)
 
     @property
-    def feed_forward(self) -> nn.Module:
-        return self.polyglu if hasattr(self, "polyglu") else self.swiglu
+    def feed_forward(self) -> SwiGLU:
+        """The layer, which is called `polyglu` or `swiglu` in the published weights."""
+        layer = self.polyglu if hasattr(self, "polyglu") else self.swiglu
+        assert isinstance(layer, SwiGLU)
+        return layer
 
     # (B, T, D) -> (B, T, D), f
     def forward(self, x: Tensor, shared: Pass, layer: int) -> tuple[Tensor, Tensor | None]:
@@ -381,6 +231,7 @@ class PolychromaticLM(LanguageModel):
         self.register_buffer(
             "tau", torch.tensor(float(value_at(settings.routing.tau, 0.0))), persistent=False
         )
+        self.tau: Tensor
         self.gates: Tensor | None = None
         """f of the last forward pass, (L, B, T or 1, 4), without gradient: what the routing made of
         what it read."""
@@ -388,8 +239,8 @@ class PolychromaticLM(LanguageModel):
     # the forward pass -----------------------------------------------------------------------------
 
     def forward(self, batch: Batch) -> ModelOutput:
-        """Hidden states of every position; attention, and the causal pool, stay inside each
-        document."""
+        """Compute the hidden states of every position (B, T, D); attention, and the causal pool,
+        stay inside each document."""
         x = self.embeddings(batch.input_ids)  # (B, T, D)
         mask = DocumentMask.of(
             batch, compute_dtype(x), self.settings.head_dim, self.settings.attention
@@ -402,12 +253,10 @@ class PolychromaticLM(LanguageModel):
         gates = []
         again = self.settings.activation_checkpointing and self.training and torch.is_grad_enabled()
         for layer, block in enumerate(self.model_core):
-            # the second computation draws the same noise: checkpoint() keeps the generator's state
-            x, f = (
-                checkpoint(block, x, shared, layer, use_reentrant=False)
-                if again
-                else block(x, shared, layer)
-            )
+            if again:  # the second computation draws the same noise: checkpoint() sees to it
+                x, f = checkpoint(block, x, shared, layer, use_reentrant=False)
+            else:
+                x, f = block(x, shared, layer)
             gates.append(f)
         self.gates = torch.stack([f.detach() for f in gates]) if self.routes else None
         return ModelOutput(
@@ -415,17 +264,17 @@ class PolychromaticLM(LanguageModel):
         )
 
     def new_cache(self) -> KeyValueCache | None:
-        """None where a later token changes what was computed for earlier ones, or noise does."""
+        """Return an empty cache; None where a later token changes what was computed for earlier
+        ones, or noise does."""
         if self.routes and (not self.is_causal or self.settings.routing.evaluate == "sample"):
             return None
         return KeyValueCache(len(self.model_core))
 
     def extend(self, input_ids: Tensor, cache: KeyValueCache) -> ModelOutput:
-        """The next t tokens (B, t) of texts of which `cache` holds the beginning."""
+        """Compute the next t tokens (B, t) of texts of which `cache` holds the beginning."""
         x, begin = self.embeddings(input_ids), cache.length
-        position_ids = torch.arange(begin, begin + input_ids.shape[1], device=x.device).expand(
-            input_ids.shape
-        )
+        time = torch.arange(begin, begin + input_ids.shape[1], device=x.device)
+        position_ids = time.expand(input_ids.shape)
         mask = DocumentMask("sdpa", compute_dtype(x), causal=True)
         return self._layers(x, Pass(mask, position_ids, self.rope(position_ids), self.tau, cache))
 
@@ -437,12 +286,12 @@ class PolychromaticLM(LanguageModel):
 
     @torch.no_grad()
     def report(self) -> dict[str, Tensor]:
-        """The temperature, and the routing's entropies in nats (ln 4 at most): `routing_entropy` of
-        alpha alone, `dynamic_routing_entropy` of alpha + beta f at up to 8 places of each row; both
-        without tau and noise."""
+        """Return the temperature, and the routing's entropies in nats (ln 4 at most):
+        `routing_entropy` of alpha alone, `dynamic_routing_entropy` of alpha + beta f at up to 8
+        places of each row; both without tau and noise."""
         if not self.routes:
             return {}
-        layers: list[PolyGLU] = [block.polyglu for block in self.model_core]
+        layers = [layer for layer in self.modules() if isinstance(layer, PolyGLU)]
         found = {
             "tau": self.tau,
             "routing_entropy/mean": torch.stack([entropy(p.alpha).mean() for p in layers]).mean(),
@@ -460,13 +309,13 @@ class PolychromaticLM(LanguageModel):
         return found
 
     def attention_note(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """What to tell the user if `settings.attention` cannot be had on a device; `dtype` is that
-        of matrix products."""
+        """Return a note for the user if `settings.attention` cannot be had on a device; `dtype` is
+        that of matrix products."""
         return choose_backend(self.settings.attention, device, dtype, self.settings.head_dim)[1]
 
     def prepare_load(self, saved: dict[str, Tensor], notes: list[str]) -> None:
-        """Tables of rotary positions are computed, never loaded: published ones have another
-        length, or bf16's precision."""
+        """Keep the tables of rotary positions: they are computed, never loaded, as published ones
+        have another length, or bf16's precision."""
         own = {"rope.cosines": self.rope.cosines, "rope.sins": self.rope.sins}
         if any(name in saved and saved[name].shape != table.shape for name, table in own.items()):
             notes.append(f"rotary positions are computed for {self.settings.seq_length} tokens")
@@ -476,9 +325,10 @@ class PolychromaticLM(LanguageModel):
         )
 
     def _initialise(self) -> None:
-        """N(0, 0.02), biases 0; what adds to the residual stream is scaled by 1 / sqrt(2 L)
-        (specification 001)."""
+        """Draw weights from N(0, 0.02), biases 0; what adds to the residual stream is scaled by 1 /
+        sqrt(2 L) (specification 001)."""
         self.apply(draw_weights)
         for block in self.model_core:
+            assert isinstance(block, TransformerBlock)
             for projection in (block.gqa.W_o, block.feed_forward.W_down):
                 draw_residual(projection, len(self.model_core))

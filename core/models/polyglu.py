@@ -86,13 +86,21 @@ def pick_activation(gate: Tensor, up: Tensor, neuron: Tensor, position: Tensor) 
     neuron      (B or 1, F, 4) and position (B, T or 1, 4): the logits' two parts
     """
     values, _ = _activations(gate.to(neuron.dtype))
-    best = picked = None
-    for k, value in enumerate(values):
-        score = neuron[:, None, :, k] + position[:, :, None, k]  # (B, T or 1, F)
-        better = score > best if best is not None else None
-        picked = value if better is None else torch.where(better, value, picked)
-        best = score if better is None else torch.maximum(score, best)
+
+    def score_of(k: int) -> Tensor:
+        return neuron[:, None, :, k] + position[:, :, None, k]  # (B, T or 1, F)
+
+    picked, best = values[0], score_of(0)
+    for k, value in enumerate(values[1:], 1):
+        score = score_of(k)
+        picked, best = torch.where(score > best, value, picked), torch.maximum(score, best)
     return (picked * up).to(gate.dtype)
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Compute -sum p log(p + 1e-10) of p = softmax(logits), in nats: (..., K) -> (...)."""
+    p = torch.softmax(logits.float(), dim=-1)
+    return -(p * torch.log(p + 1e-10)).sum(-1)
 
 
 class _PolyGLU(torch.autograd.Function):
@@ -132,14 +140,14 @@ def _by_device(x: Tensor, blocks: Any, formula: Any) -> Any:
     return blocks if x.device.type == "cpu" else partial(_in_parts, compiled(formula))
 
 
-def _in_parts(formula: Any, *tensors: Tensor | None) -> Any:
-    """A formula over some rows of the batch at a time: what a compiler writes out between its
-    kernels is of that size then."""
-    rows = max(1, PART // tensors[0][0].numel())
-    if rows >= len(tensors[0]):
-        return formula(*tensors)
-    slices = [slice(b, b + rows) for b in range(0, len(tensors[0]), rows)]
-    parts = [formula(*(None if t is None else t[b] for t in tensors)) for b in slices]
+def _in_parts(formula: Any, first: Tensor, *others: Tensor | None) -> Any:
+    """Compute a formula for some rows of the batch at a time: what a compiler writes out between
+    its kernels is of that size then."""
+    rows = max(1, PART // first[0].numel())
+    if rows >= len(first):
+        return formula(first, *others)
+    slices = [slice(b, b + rows) for b in range(0, len(first), rows)]
+    parts = [formula(first[b], *(None if t is None else t[b] for t in others)) for b in slices]
     if isinstance(parts[0], Tensor):
         return torch.cat(parts)
     return tuple(None if of_rows[0] is None else torch.cat(of_rows) for of_rows in zip(*parts))
@@ -286,7 +294,7 @@ def _backward_blocks(
         torch.mul(mixed, dy, out=of_up[b, t])
         scratch = torch.empty_like(a)
         for k, value in enumerate(values):
-            if at is None:
+            if at is None or of_position is None:
                 of_neuron[b, k] += torch.mul(value, of_mix, out=scratch).sum(1)
             else:
                 torch.sub(value, mixed, out=scratch).mul_(of_mix)

@@ -1,4 +1,4 @@
-"""Where published weights lie, by the `name` that a preset gives, and which tokenizer they were
+"""The files of published weights, by the `name` that a preset gives, and which tokenizer they were
 trained with.
 
 In:    a repository of the Hub, or a folder, relative to the project, which begins with ".", "/" or
@@ -18,7 +18,7 @@ PROJECT = Path(__file__).resolve().parent.parent.parent
 
 
 def folder_of(name: str) -> Path | None:
-    """Where a model lies if it is not on the Hub."""
+    """Return the folder where a model lies if it is not on the Hub."""
     return own_path(name, PROJECT) if name.startswith((".", "/", "~")) else None
 
 

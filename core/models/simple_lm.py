@@ -101,7 +101,7 @@ class SelfAttention(nn.MultiheadAttention):
         return self.out_proj(mixed.transpose(1, 2).reshape(B, T, D))
 
 
-class Block(nn.Module):
+class SimpleBlock(nn.Module):
     """One transformer block, pre-norm or post-norm."""
 
     def __init__(self, settings: SimpleLMSettings):
@@ -142,7 +142,7 @@ class SimpleLM(LanguageModel):
         self.settings, self.vocab_size = settings, vocab_size
         self.embedding = nn.Embedding(vocab_size, D)
         self.pos_embedding = nn.Embedding(settings.seq_length, D)
-        self.layers = nn.ModuleList(Block(settings) for _ in range(settings.num_layers))
+        self.layers = nn.ModuleList(SimpleBlock(settings) for _ in range(settings.num_layers))
         self.norm = nn.LayerNorm(D) if settings.norm == "pre" else nn.Identity()
         self.dropout = nn.Dropout(settings.dropout)
         self.lm_head = nn.Linear(D, vocab_size, bias=not settings.tie_embeddings)
@@ -159,8 +159,8 @@ class SimpleLM(LanguageModel):
         return self.settings.hidden_size // self.settings.num_heads
 
     def attention_note(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """What to tell the user if `settings.attention` cannot be had on a device; `dtype` is that
-        of matrix products."""
+        """Return a note for the user if `settings.attention` cannot be had on a device; `dtype` is
+        that of matrix products."""
         return choose_backend(self.settings.attention, device, dtype, self._head_dim)[1]
 
     def forward(self, batch: Batch) -> ModelOutput:
@@ -227,5 +227,6 @@ class SimpleLM(LanguageModel):
                 nn.init.normal_(module.in_proj_weight, std=STD)
         if self.settings.norm == "pre":
             for layer in self.layers:
+                assert isinstance(layer, SimpleBlock)
                 for projection in (layer.self_attn.out_proj, layer.linear2):
                     draw_residual(projection, len(self.layers))

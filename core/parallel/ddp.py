@@ -10,12 +10,14 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from core.parallel.protocol import T
+
 HOST_TIMEOUT = timedelta(hours=2)
 """Rank 0 may train a tokenizer or open slow sources while the others wait."""
 
 
 class DDP:
-    """The interface of core/parallel (see `Single`) over a process group."""
+    """Many processes that each hold the whole model; see core/parallel/protocol.py."""
 
     def __init__(self, device: torch.device, store: Any, rank: int, world_size: int):
         self.rank, self.world_size, self._device = rank, world_size, device
@@ -28,7 +30,8 @@ class DDP:
         ids = [self._device.index] if self._device.type == "cuda" else None
         return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
 
-    def accumulate(self, module: nn.Module, last: bool) -> AbstractContextManager:
+    def accumulate(self, module: nn.Module, last: bool) -> AbstractContextManager[None]:
+        assert isinstance(module, DistributedDataParallel)
         return nullcontext() if last else module.no_sync()
 
     def sum(self, numbers: list[float]) -> list[float]:
@@ -36,12 +39,12 @@ class DDP:
         dist.all_reduce(total)
         return total.tolist()
 
-    def gather(self, value: Any) -> list[Any]:
-        values: list[Any] = [None] * self.world_size
+    def gather(self, value: T) -> list[T]:
+        values: list[T] = [value] * self.world_size
         dist.all_gather_object(values, value)
         return values
 
-    def broadcast(self, value: Any) -> Any:
+    def broadcast(self, value: T) -> T:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]

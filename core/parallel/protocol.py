@@ -1,4 +1,4 @@
-"""What training asks of the ranks it runs on: one small interface over one process and many.
+"""The ranks that training runs on: one small interface over one process and many.
 
 In:    nothing
 Out:   the Parallel protocol, which Single and DDP fulfil
@@ -25,7 +25,7 @@ class Parallel(Protocol):
 
     @property
     def world_size(self) -> int:
-        """How many processes there are."""
+        """The number of processes."""
 
     def wrap(self, module: "nn.Module") -> "nn.Module":
         """Return the module to call in training; its gradients are averaged over the ranks when

@@ -1,5 +1,4 @@
-"""What rank 0 does first or alone, and what it means for the others: a user's mistake it meets is
-everybody's.
+"""Actions of rank 0, first or alone; a user's mistake that it meets is raised on every rank.
 
 In:    the ranks (Single or DDP), an action
 Out:   its result, on every rank; or its UserError, on every rank
@@ -7,31 +6,40 @@ State: none
 """
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 from core.errors import UserError
+from core.parallel.protocol import Parallel, T
 
 
-def on_rank_zero(parallel: Any, action: Callable[[], Any]) -> Any:
-    """What `action` gives on rank 0, which alone runs it; sent to the others."""
-    result, error = _tried(action) if parallel.rank == 0 else (None, None)
-    result, error = parallel.broadcast((result, error))
-    if error is not None:
+@dataclass
+class Attempt:
+    """The result of an action, or the UserError that it met."""
+
+    result: Any = None
+    error: UserError | None = None
+
+
+def on_rank_zero(parallel: Parallel, action: Callable[[], T]) -> T:
+    """Run `action` on rank 0 alone; returns its result, or raises its UserError, on every rank."""
+    attempt = parallel.broadcast(_attempt(action) if parallel.rank == 0 else Attempt())
+    if attempt.error is not None:
+        raise attempt.error
+    return cast(T, attempt.result)
+
+
+def rank_zero_first(parallel: Parallel, action: Callable[[], T]) -> T:
+    """Run `action` on every rank, where its result cannot be sent; rank 0 runs it first, so that
+    files are fetched once. Raises rank 0's UserError on every rank."""
+    attempt = _attempt(action) if parallel.rank == 0 else Attempt()
+    if (error := parallel.broadcast(attempt.error)) is not None:
         raise error
-    return result
+    return cast(T, attempt.result) if parallel.rank == 0 else action()
 
 
-def rank_zero_first(parallel: Any, action: Callable[[], Any]) -> Any:
-    """What `action` gives on each rank, where that cannot be sent; rank 0 runs it first, so that
-    files are fetched once."""
-    result, error = _tried(action) if parallel.rank == 0 else (None, None)
-    if (error := parallel.broadcast(error)) is not None:
-        raise error
-    return result if parallel.rank == 0 else action()
-
-
-def _tried(action: Callable[[], Any]) -> tuple[Any, UserError | None]:
+def _attempt(action: Callable[[], Any]) -> Attempt:
     try:
-        return action(), None
+        return Attempt(result=action())
     except UserError as error:
-        return None, error
+        return Attempt(error=error)

@@ -1,7 +1,7 @@
-"""What every preset has, as code may rely on it: PresetBase, and the bases of its sections.
+"""The base class of presets: what every preset has, whatever the tables hold.
 
 In:    nothing
-Out:   PresetBase, whose model, losses and sources are narrowed by the tables that registry.py has
+Out:   PresetBase; registry.py narrows its model, losses, heads and sources, and adds jobs' sections
 State: none
 """
 
@@ -27,8 +27,10 @@ from core.preset.settings import (
 
 
 def _is_lineage(name: str) -> str:
-    """Raises ValueError. A trial of a comparison has a folder for itself:
-    <lineage>/<variant>/<seed>."""
+    """Return the name of a lineage. Raises ValueError where files cannot be called so.
+
+    A trial of a comparison has a folder for itself: <lineage>/<variant>/<seed>.
+    """
     if name and not all(is_file_name(part) for part in name.split("/")):
         raise ValueError(
             f"names files: at most {LONGEST} letters, digits and . _ -, no dot at either end, and "

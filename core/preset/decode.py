@@ -8,6 +8,7 @@ State: none
 import difflib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,72 +28,77 @@ P = TypeVar("P", bound=PresetBase)
 
 NOT_INHERITED = ("name", "description", "group", "lineage")
 """Keys that a preset does not take from the one it extends."""
+NO_OBJECT = "a preset is a JSON object: { ... }"
 
 
 def read_preset(path: Path, cls: type[P]) -> P:
-    """The preset in a file, with what it extends merged in.
+    """Read the preset in a file, with what it extends merged in.
 
     Raises PresetError with every problem: JSON syntax with line and column, unknown keys with the
     nearest known one, wrong values with path, value and what would be right.
     """
     if UNREADABLE.search(path.stem):
-        told = path.with_name(UNREADABLE.sub("?", path.name))
+        shown_path = path.with_name(UNREADABLE.sub("?", path.name))
         raise PresetError(
-            str(told), ["the file's name holds bytes that are no UTF-8 text; rename the file"]
+            str(shown_path), ["the file's name holds bytes that are no UTF-8 text; rename the file"]
         )
     data, problems = read_json(path)
-    seen = {os.path.realpath(path): path.stem}
-    while isinstance(data, dict) and isinstance(parent := data.get("extends"), str):
-        stem = parent.removesuffix(".json")
-        parent_path = path.parent / f"{stem}.json"
-        if not os.path.exists(parent_path):
-            near = difflib.get_close_matches(
-                parent, [p.stem for p in path.parent.glob("*.json")], n=1
-            )
-            hint = f'; did you mean "{near[0]}"?' if near else ""
-            raise PresetError(
-                str(path),
-                [*problems, f"extends  {shown(parent)} is no preset in {path.parent}{hint}"],
-            )
-        if (real := os.path.realpath(parent_path)) in seen:
-            raise PresetError(
-                str(path), [f"extends  goes in a circle: {' -> '.join([*seen.values(), stem])}"]
-            )
-        seen[real] = stem
-        base, of_base = read_json(parent_path)
-        if not isinstance(base, dict):
-            raise PresetError(str(parent_path), ["a preset is a JSON object: { ... }"])
-        if of_base:
-            raise PresetError(str(parent_path), of_base)
-        own = {key: value for key, value in data.items() if key != "extends"}
-        data = merge(
-            {key: value for key, value in base.items() if key not in NOT_INHERITED},
-            own,
-        )
+    data = _extended(path, data, problems)
     if isinstance(data, dict) and "/" in str(lineage := data.get("lineage", "")):
         problems.append(f"lineage  {json.dumps(lineage)}: letters, digits and . _ - only")
         data = {**data, "lineage": ""}
     return decode_preset(data, cls, str(path), path.stem, problems)
 
 
+def _extended(path: Path, data: Any, problems: list[str]) -> Any:
+    """Merge a file's JSON over that of the presets it extends. Raises PresetError."""
+    chain = {os.path.realpath(path): path.stem}
+    while isinstance(data, dict) and isinstance(name := data.get("extends"), str):
+        stem = name.removesuffix(".json")
+        parent = path.parent / f"{stem}.json"
+        if not os.path.exists(parent):
+            stems = [each.stem for each in path.parent.glob("*.json")]
+            near = difflib.get_close_matches(name, stems, n=1)
+            hint = f'; did you mean "{near[0]}"?' if near else ""
+            problem = f"extends  {shown(name)} is no preset in {path.parent}{hint}"
+            raise PresetError(str(path), [*problems, problem])
+        real = os.path.realpath(parent)
+        if real in chain:
+            circle = " -> ".join([*chain.values(), stem])
+            raise PresetError(str(path), [f"extends  goes in a circle: {circle}"])
+        chain[real] = stem
+        base, base_problems = read_json(parent)
+        if not isinstance(base, dict):
+            raise PresetError(str(parent), [NO_OBJECT])
+        if base_problems:
+            raise PresetError(str(parent), base_problems)
+        inherited = {key: value for key, value in base.items() if key not in NOT_INHERITED}
+        data = merge(inherited, {key: value for key, value in data.items() if key != "extends"})
+    return data
+
+
 def decode_preset(
-    data: Any, cls: type[P], where: str, stem: str, found: list[str] | None = None
+    data: Any, cls: type[P], where: str, stem: str, problems_before: Sequence[str] = ()
 ) -> P:
-    """A preset from decoded JSON; `stem` names it and its lineage where it does not itself. Raises
-    PresetError, for what was `found` before as well.
+    """Make a preset from decoded JSON. Raises PresetError with every problem.
+
+    where             the file, or whatever `data` came from, in messages
+    stem              names the preset and its lineage where `data` does not
+    problems_before   found in the file already
 
     What a variant sets comes out as the difference it makes to the resolved preset, so that a
-    resolved preset decodes to itself."""
+    resolved preset decodes to itself.
+    """
     if not isinstance(data, dict):
-        raise PresetError(where, ["a preset is a JSON object: { ... }"])
+        raise PresetError(where, [NO_OBJECT])
     filled = {
         **data,
         "name": data.get("name") or stem,
         "lineage": data.get("lineage") or file_name(stem),
     }
     preset, problems = _validated(filled, cls)
-    variants, of_variants = _variants(filled, cls, known=problems)
-    problems += compare_problems(filled) + of_variants
+    variants, variant_problems = _variants(filled, cls, known=problems)
+    problems += compare_problems(filled) + variant_problems
     if variants and preset is not None:
         problems += metric_problems(preset.compare.metric, variants)
     if filled.get("init_from") == filled["lineage"]:
@@ -100,88 +106,88 @@ def decode_preset(
             f'init_from  "{filled["lineage"]}" is its own lineage, which a preset goes on with '
             "anyway; leave it out"
         )
-    if problems := [*(found or []), *problems]:
+    problems = [*problems_before, *problems]
+    if problems or preset is None:
         raise PresetError(where, problems)
-    if not variants:
-        return preset
-    base = preset_json(preset)
-    sets = [
-        {
-            key: value
-            for key, value in difference(base, preset_json(variant)).items()
-            if key not in NOT_IN_VARIANTS
-        }
-        for variant in variants
-    ]
-    return preset.model_copy(
-        update={
-            "variants": [
-                VariantSettings(name=v.name, set=own) for v, own in zip(preset.variants, sets)
-            ]
-        }
-    )
+    return _with_least_variants(preset, variants) if variants else preset
 
 
-def _validated(data: dict, cls: type[P]) -> tuple[P | None, list[str]]:
-    """The preset, or every problem."""
+def _with_least_variants(preset: P, variants: list[P]) -> P:
+    """Let each variant set only what it changes in the resolved preset."""
+    base, least = preset_json(preset), []
+    for settings, variant in zip(preset.variants, variants):
+        changes = difference(base, preset_json(variant))
+        allowed = {key: value for key, value in changes.items() if key not in NOT_IN_VARIANTS}
+        least.append(VariantSettings(name=settings.name, set=allowed))
+    return preset.model_copy(update={"variants": least})
+
+
+def _validated(data: dict[str, Any], cls: type[P]) -> tuple[P | None, list[str]]:
+    """Return the preset, or None and every problem."""
     try:
         preset = cls.model_validate_json(json.dumps(data))
     except ValidationError as error:
-        return None, [explain(e, data, cls) for e in error.errors()]
-    problems = _relations(preset)
+        return None, [explain(each, data, cls) for each in error.errors()]
+    problems = _relation_problems(preset)
     return None if problems else preset, problems
 
 
-def _relations(preset: PresetBase) -> list[str]:
-    """What each section allows, but not beside the others."""
-    train, found = preset.train, []
-    tokens = train.per_gpu_batch_size * train.accumulation_steps * preset.model.seq_length
-    if tokens > train.runs * RUN_TOKENS:
-        rows, times, T = train.per_gpu_batch_size, train.accumulation_steps, preset.model.seq_length
-        found.append(
+def _relation_problems(preset: PresetBase) -> list[str]:
+    """Find what a section allows, but not beside the others."""
+    train, problems = preset.train, []
+    rows, times, T = train.per_gpu_batch_size, train.accumulation_steps, preset.model.seq_length
+    if rows * times * T > train.runs * RUN_TOKENS:
+        problems.append(
             f"train.per_gpu_batch_size  {rows:,}: with accumulation_steps {times:,} and "
-            f"model.seq_length {T:,} one step would be "
-            f"{tokens:,} tokens, and the whole run has {train.runs * RUN_TOKENS:,}; make one of "
-            "them smaller"
+            f"model.seq_length {T:,} one step would be {rows * times * T:,} tokens, and the whole "
+            f"run has {train.runs * RUN_TOKENS:,}; make one of them smaller"
         )
     heads = [
         getattr(preset.auxiliary, f"{key.removeprefix('enable_')}_weight", 0.0)
         for key in preset.auxiliary.heads
     ]
-    if all(limits(weight)[1] <= 0 for weight in [*(loss.weight for loss in preset.losses), *heads]):
-        found.append(
+    weights = [*(loss.weight for loss in preset.losses), *heads]
+    if all(limits(weight)[1] <= 0 for weight in weights):
+        problems.append(
             "losses  none of them has a weight above 0 at any moment of the run: nothing would be "
-            "learned; give one of them a "
-            "weight, or leave it out"
+            "learned; give one of them a weight, or leave it out"
         )
-    return found
+    return problems
 
 
-def _variants(data: dict, cls: type[P], known: list[str]) -> tuple[list[P], list[str]]:
-    """Each variant's whole preset, and the problems that variants have of their own."""
-    found: list[P] = []
+def _variants(data: dict[str, Any], cls: type[P], known: list[str]) -> tuple[list[P], list[str]]:
+    """Return each variant's whole preset, and the problems of variants that are not `known` of the
+    preset itself."""
+    presets: list[P] = []
     problems: list[str] = []
     listed = data.get("variants")
+    base = {key: value for key, value in data.items() if key not in ("variants", "job")}
     for i, variant in enumerate(listed if isinstance(listed, list) else []):
-        own = variant.get("set", {}) if isinstance(variant, dict) else None
-        if not isinstance(own, dict):
-            continue  # said already
+        changes = variant.get("set", {}) if isinstance(variant, dict) else None
+        if not isinstance(changes, dict):
+            continue  # the class has said so
         where = f"variants[{i}].set"
-        for path, why in NOT_IN_VARIANTS.items():
-            section, _, key = path.partition(".")
-            if section in own and (
-                not key or (isinstance(own[section], dict) and key in own[section])
-            ):
-                problems.append(f"{where}.{path}  a variant may not set this: {why}")
-        preset, wrong = _validated(
-            merge({k: v for k, v in data.items() if k not in ("variants", "job")}, own), cls
-        )
+        problems += [
+            f"{where}.{path}  a variant may not set this: {why}"
+            for path, why in NOT_IN_VARIANTS.items()
+            if _sets(changes, path)
+        ]
+        preset, wrong = _validated(merge(base, changes), cls)
         problems += [f"{where}.{line}" for line in wrong if line not in known]
-        if preset is not None and preset.train.eval_tokens == 0:
+        if preset is None:
+            continue
+        if preset.train.eval_tokens == 0:
             problems.append(
                 f"{where}.train.eval_tokens  0: what is never evaluated cannot be compared; set "
                 "it above 0"
             )
-        if preset is not None:
-            found.append(preset)
-    return found, problems
+        presets.append(preset)
+    return presets, problems
+
+
+def _sets(changes: dict[str, Any], path: str) -> bool:
+    """Tell whether a variant sets a key, or a key of a section: "train.seed"."""
+    section, _, key = path.partition(".")
+    if section not in changes:
+        return False
+    return not key or (isinstance(changes[section], dict) and key in changes[section])

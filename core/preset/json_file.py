@@ -1,5 +1,4 @@
-"""A JSON file that a person wrote: read strictly, and every mistake told with its place and what to
-write instead.
+"""Read JSON that a person wrote: strictly, and with every mistake's place and what to write instead.
 
 In:    a path
 Out:   what the file says, and what is wrong with it
@@ -21,7 +20,7 @@ MOST_DIGITS = 400
 BYTE_ORDER_MARKS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 """What Windows editors save as "Unicode"."""
 UNREADABLE = re.compile("[\x00\ud800-\udfff]")
-"""What no path, prompt or name can hold: NUL, and halves of a surrogate pair."""
+"""Characters that no path, prompt or name can hold: NUL, and halves of a surrogate pair."""
 
 
 class Endless(int):
@@ -44,14 +43,13 @@ class _Repeating(dict):
 
 
 def read_json(path: Path) -> tuple[Any, list[str]]:
-    """(what the file says, what is wrong with keys and texts in it). Raises PresetError for a file
-    that is no JSON."""
+    """Return what the file says, and the problems with keys and texts in it. Raises PresetError
+    for a file that is no JSON."""
     text = _text(path)
     try:
+        value = json.loads(text, object_pairs_hook=_object, parse_int=_whole)
         problems: list[str] = []
-        return _looked_through(
-            json.loads(text, object_pairs_hook=_object, parse_int=_whole), "", problems
-        ), problems
+        return _checked(value, "", problems), problems
     except json.JSONDecodeError as error:
         where = f"line {error.lineno} column {error.colno}: {error.msg}"
         raise PresetError(
@@ -62,7 +60,7 @@ def read_json(path: Path) -> tuple[Any, list[str]]:
 
 
 def shown(value: Any) -> str:
-    """A value as a person should see it again: in JSON, and short."""
+    """Return a value as a person should see it again: in JSON, and short."""
     if isinstance(value, Endless):
         return f"{value.digits[:12]}... ({len(value.digits.lstrip('-')):,} digits)"
     text = json.dumps(value, default=str)
@@ -70,8 +68,8 @@ def shown(value: Any) -> str:
 
 
 def _text(path: Path) -> str:
-    """Raises PresetError. Nothing but a plain file is opened: a pipe or a device would never
-    end."""
+    """Read the file's text. Raises PresetError. Nothing but a plain file is opened: a pipe or a
+    device would never end."""
     try:
         about = path.stat()
         if not stat.S_ISREG(about.st_mode):
@@ -80,13 +78,8 @@ def _text(path: Path) -> str:
                 str(path), [f"cannot be read: it is {kind}; move it out of {path.parent.name}/"]
             )
         if about.st_size > MOST_BYTES:
-            raise PresetError(
-                str(path),
-                [
-                    f"cannot be read: {about.st_size:,} bytes are too many for one "
-                    f"({MOST_BYTES:,} at most)"
-                ],
-            )
+            size = f"{about.st_size:,} bytes are too many for one ({MOST_BYTES:,} at most)"
+            raise PresetError(str(path), [f"cannot be read: {size}"])
         content = path.read_bytes()
         return content.decode(BYTE_ORDER_MARKS.get(content[:2], "utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -107,18 +100,18 @@ def _whole(digits: str) -> int:
     return int(digits) if len(digits) <= MOST_DIGITS else Endless(digits)
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict:
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     keys = [key for key, _ in pairs]
     if len(set(keys)) == len(keys):
         return dict(pairs)
-    found = _Repeating(pairs)
-    found.twice = sorted({key for key in keys if keys.count(key) > 1})
-    return found
+    repeating = _Repeating(pairs)
+    repeating.twice = sorted({key for key in keys if keys.count(key) > 1})
+    return repeating
 
 
-def _looked_through(value: Any, path: str, problems: list[str]) -> Any:
-    """The value with "?" for what no text can hold; each such place, and each key that stands
-    twice, is a problem."""
+def _checked(value: Any, path: str, problems: list[str]) -> Any:
+    """Return the value with "?" for what no text can hold; add each such place, and each key that
+    stands twice, to the problems."""
     if isinstance(value, str):
         if UNREADABLE.search(value):
             problems.append(
@@ -127,7 +120,7 @@ def _looked_through(value: Any, path: str, problems: list[str]) -> Any:
             )
         return UNREADABLE.sub("?", value)
     if isinstance(value, list):
-        return [_looked_through(item, f"{path}[{i}]", problems) for i, item in enumerate(value)]
+        return [_checked(item, f"{path}[{i}]", problems) for i, item in enumerate(value)]
     if not isinstance(value, dict):
         return value
     under = f"{path}." if path else ""
@@ -137,13 +130,13 @@ def _looked_through(value: Any, path: str, problems: list[str]) -> Any:
             "one of them"
         )
     return {
-        UNREADABLE.sub("?", key): _looked_through(each, f"{under}{key}", problems)
+        UNREADABLE.sub("?", key): _checked(each, f"{under}{key}", problems)
         for key, each in value.items()
     }
 
 
 def _advice(text: str, error: json.JSONDecodeError) -> str:
-    """What a person most probably meant at the place where reading stopped."""
+    """Guess what a person meant at the place where reading stopped."""
     before, here = text[: error.pos].rstrip(), text[error.pos :].lstrip()
     if not text.strip():
         return "It is empty."

@@ -12,32 +12,35 @@ from typing import Any
 from core.preset.base import PresetBase
 
 
-def preset_json(preset: PresetBase) -> dict:
-    """The resolved preset as plain JSON: what is broadcast, logged and kept in checkpoints."""
+def preset_json(preset: PresetBase) -> dict[str, Any]:
+    """Return the resolved preset as plain JSON, as it is broadcast, logged and kept in
+    checkpoints."""
     return preset.model_dump(mode="json", by_alias=True, exclude={"schema_", "extends"})
 
 
-def merge(base: Any, own: Any) -> Any:
-    """`own` over `base`: objects are merged key by key (unless their `type` changes), everything
-    else is replaced."""
-    if not (isinstance(base, dict) and isinstance(own, dict)) or own.get(
-        "type", base.get("type")
-    ) != base.get("type"):
-        return own
-    return {**base, **{key: merge(base.get(key), value) for key, value in own.items()}}
+def merge(base: Any, changes: Any) -> Any:
+    """Lay `changes` over `base`: objects are merged key by key (unless their `type` changes),
+    everything else is replaced."""
+    if not (isinstance(base, dict) and isinstance(changes, dict)):
+        return changes
+    if changes.get("type", base.get("type")) != base.get("type"):
+        return changes
+    return {**base, **{key: merge(base.get(key), value) for key, value in changes.items()}}
 
 
-def difference(base: dict, other: dict) -> dict:
-    """The least that merged over `base` gives `other`; both are resolved."""
-    found = {}
+def difference(base: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Return the least that merged over `base` gives `other`; both are resolved."""
+    changes: dict[str, Any] = {}
     for key, value in other.items():
         before = base.get(key)
         if value == before and key in base:
             continue
-        both = isinstance(before, dict) and isinstance(value, dict)
-        alike = both and before.keys() <= value.keys() and before.get("type") == value.get("type")
-        found[key] = difference(before, value) if alike else value
-    return found
+        changes[key] = value
+        if not (isinstance(before, dict) and isinstance(value, dict)):
+            continue
+        if before.keys() <= value.keys() and before.get("type") == value.get("type"):
+            changes[key] = difference(before, value)
+    return changes
 
 
 def changed(
@@ -50,17 +53,17 @@ def changed(
     A key that one of them lacks came with another version of this program, with a default that
     changed nothing.
     """
-    found = []
+    lines: list[str] = []
     for key in now.keys() & before.keys():
         where = f"{path}{key}"
         if where in free or now[key] == before[key]:
             continue
         if isinstance(now[key], dict) and isinstance(before[key], dict):
-            found += changed(before[key], now[key], f"{where}.", free)
+            lines += changed(before[key], now[key], f"{where}.", free)
         else:
             was, is_now = (_short(json.dumps(value)) for value in (before[key], now[key]))
-            found.append(f"{where} was {was}, is {is_now}")
-    return sorted(found)
+            lines.append(f"{where} was {was}, is {is_now}")
+    return sorted(lines)
 
 
 def _short(text: str) -> str:

@@ -1,5 +1,4 @@
-"""What a person is told of a mistake in a preset: its path, what stands there, and what would be
-right.
+"""Mistakes in a preset, in words: the path, what stands there, and what would be right.
 
 In:    an error of pydantic, what was decoded, the class it was decoded to
 Out:   one line
@@ -13,6 +12,7 @@ import re
 from typing import Any
 
 from pydantic import BaseModel
+from pydantic_core import ErrorDetails
 
 from core.preset.json_file import shown
 
@@ -33,16 +33,21 @@ ELSEWHERE = {
     "max_seq_length": "seq_length",
     "max_new_tokens": "max_tokens",
 }
-"""What other programs call a key of ours."""
-
-
+"""Keys of other programs, and ours."""
 NUMBER = r"-?(0|[1-9]\d{0,14})(\.\d{1,20})?([eE][+-]?\d\d?)?"
 """As JSON writes one, of no absurd length."""
+Location = tuple[int | str, ...]
+Node = dict[str, Any]
+"""A part of a JSON Schema."""
 
 
-def explain(error: Any, data: Any, cls: type[BaseModel]) -> str:
-    """One line: path, value, what is wrong and what would be right."""
-    path, node, missing = [], data, error["type"] == "missing"
+def explain(error: ErrorDetails, data: Any, cls: type[BaseModel]) -> str:
+    """Return one line: path, value, what is wrong and what would be right.
+
+    error   pydantic's, of decoding `data` to `cls`
+    """
+    path: list[str] = []
+    node, missing = data, error["type"] == "missing"
     for depth, part in enumerate(error["loc"]):  # union tags in loc are not part of the user's path
         if isinstance(part, int) and isinstance(node, list) and part < len(node):
             path[-1:] = [f"{path[-1]}[{part}]"]
@@ -59,17 +64,14 @@ def explain(error: Any, data: Any, cls: type[BaseModel]) -> str:
         known = _known_keys(cls, error["loc"][:-1])
         return f"{where}  unknown key; {_meant(str(error['loc'][-1]), known, cls)}"
     message = error["msg"].removeprefix("Value error, ")
-    fix = (
-        _limits(cls, error["loc"])
-        if isinstance(node, float) and not math.isfinite(node)
-        else _fix(error["type"], node)
-    )
+    endless = isinstance(node, float) and not math.isfinite(node)
+    fix = _limits(cls, error["loc"]) if endless else _fix(error["type"], node)
     return f"{where}  {shown(node)}: {message[0].lower() + message[1:]}{fix}"
 
 
 def _meant(key: str, known: list[str], cls: type[BaseModel]) -> str:
-    """Which key was meant: by what others call it, by its letters, or by the section it belongs
-    to."""
+    """Guess the key that was meant: by its name in other programs, by its letters, or by the
+    section it belongs to."""
     ours = ELSEWHERE.get(key, key)
     meant = [ours] if ours in known else difflib.get_close_matches(key, known, n=1, cutoff=0.7)
     meant = meant or [
@@ -80,12 +82,9 @@ def _meant(key: str, known: list[str], cls: type[BaseModel]) -> str:
 
 
 def _fix(kind: str, value: Any) -> str:
-    """What to write instead, where that is plain."""
-    if (
-        kind in ("int_type", "float_type")
-        and isinstance(value, str)
-        and re.fullmatch(NUMBER, value)
-    ):
+    """Say what to write instead, where that is plain."""
+    is_number = isinstance(value, str) and re.fullmatch(NUMBER, value)
+    if kind in ("int_type", "float_type") and is_number:
         whole = kind == "int_type" and float(value).is_integer()
         return f"; write {int(float(value)) if whole else value}, without quotes"
     if kind == "bool_type" and value in ("true", "false"):
@@ -97,13 +96,13 @@ def _fix(kind: str, value: Any) -> str:
     return ""
 
 
-def _known_keys(cls: type[BaseModel], loc: tuple) -> list[str]:
-    """The keys allowed where an unknown one was found."""
+def _known_keys(cls: type[BaseModel], loc: Location) -> list[str]:
+    """Return the keys allowed where an unknown one was found."""
     return sorted({key for node in _schema_at(cls, loc) for key in node.get("properties", {})})
 
 
-def _limits(cls: type[BaseModel], loc: tuple) -> str:
-    """Between which numbers the value at a place has to be."""
+def _limits(cls: type[BaseModel], loc: Location) -> str:
+    """Say between which numbers the value at a place has to be."""
     words = {
         "minimum": "at least",
         "exclusiveMinimum": "above",
@@ -111,42 +110,42 @@ def _limits(cls: type[BaseModel], loc: tuple) -> str:
         "exclusiveMaximum": "below",
     }
     nodes = [node for node in _schema_at(cls, loc) if node.get("type") in ("integer", "number")]
-    found = [
-        f"{told} {nodes[0][key]:,}" for key, told in words.items() if nodes and key in nodes[0]
-    ]
-    return f", {' and '.join(found)}" if found else ""
+    if not nodes:
+        return ""
+    limits = [f"{word} {nodes[0][key]:,}" for key, word in words.items() if key in nodes[0]]
+    return f", {' and '.join(limits)}" if limits else ""
 
 
-def _schema_at(cls: type[BaseModel], loc: tuple) -> list[dict]:
-    """What the JSON Schema says of a place: one node for each kind that may stand there."""
+def _schema_at(cls: type[BaseModel], loc: Location) -> list[Node]:
+    """Return what the JSON Schema says of a place: one node for each kind that may stand there."""
     schema = _schema_of(cls)
     nodes = [schema]
     for part in loc:
-        found = []
-        for node in _resolved(nodes, schema):
-            if isinstance(part, int):
-                found += (
-                    [node["items"]]
-                    if "items" in node
-                    else node.get("prefixItems", [])[part : part + 1]
-                )
-            elif part in node.get("properties", {}):
-                found.append(node["properties"][part])
-            else:  # a union tag: keep the members of that type
-                kinds = node.get("properties", {}).get("type", {})
-                found += [node] if kinds.get("const") in (part, None) else []
-        nodes = found or nodes
+        inner = [each for node in _resolved(nodes, schema) for each in _step_into(node, part)]
+        nodes = inner or nodes
     return _resolved(nodes, schema)
 
 
+def _step_into(node: Node, part: int | str) -> list[Node]:
+    """Return the nodes at a key or an index of a node."""
+    if isinstance(part, int):
+        items = node.get("prefixItems", [])[part : part + 1]
+        return [node["items"]] if "items" in node else items
+    properties = node.get("properties", {})
+    if part in properties:
+        return [properties[part]]
+    # a union tag: keep the members of that type
+    return [node] if properties.get("type", {}).get("const") in (part, None) else []
+
+
 @functools.cache
-def _schema_of(cls: type[BaseModel]) -> dict:
+def _schema_of(cls: type[BaseModel]) -> Node:
     return cls.model_json_schema(by_alias=True)
 
 
-def _resolved(nodes: list[dict], schema: dict) -> list[dict]:
-    """Nodes with `$ref` followed and unions opened."""
-    out = []
+def _resolved(nodes: list[Node], schema: Node) -> list[Node]:
+    """Return the nodes with `$ref` followed and unions opened."""
+    out: list[Node] = []
     for node in nodes:
         if "$ref" in node:
             out += _resolved([schema["$defs"][node["$ref"].rsplit("/", 1)[1]]], schema)

@@ -49,12 +49,13 @@ def preset_class(
     auxiliary                 the keys of all auxiliary heads
     """
     # subclasses first, as Python wants the bases of a class; fields come in the table's order
-    bases = [cls for cls in reversed(jobs.values()) if cls is not PresetBase] or [PresetBase]
-    loss = _union(losses, "loss", default=None)
+    bases = [cls for cls in reversed([*jobs.values()]) if cls is not PresetBase] or [PresetBase]
+    loss: Any = _union(losses, "loss", default=None)
+    job: Any = Literal[tuple(jobs)]
     return create_model(
         "Preset",
         __base__=tuple(bases),
-        job=(Literal[tuple(jobs)], Field(next(iter(jobs)), description="What to do.")),
+        job=(job, Field(next(iter(jobs)), description="What to do.")),
         model=(
             _union(models, "model", default="simple_lm"),
             Field(default_factory=_first(models), description="The architecture."),
@@ -83,7 +84,7 @@ def _data_class(
 ) -> type[DataSettingsBase]:
     """Make the class of the `data` section."""
     named = partial(_named_source, source_names)
-    source = _union(sources, "source", None, text_is=named, names=tuple(source_names))
+    source: Any = _union(sources, "source", None, text_is=named, names=tuple(source_names))
     about = Field(min_length=1, description="Where text comes from: names or sections.")
     return create_model(
         "DataSettings", __base__=DataSettingsBase, sources=(Annotated[list[source], about], ...)

@@ -1,5 +1,4 @@
-"""The variants of a comparison: what they may set, what does not fit together, and which metrics may
-decide.
+"""The variants of a comparison: keys they may not set, mistakes among them, metrics that may decide.
 
 In:    a preset file's JSON; the whole preset of each variant
 Out:   problems, one line each
@@ -8,6 +7,8 @@ State: none
 
 import difflib
 import json
+from collections.abc import Sequence
+from typing import Any
 
 from core.metrics.table import HEAD, HELD_OUT, LOSS, METRICS, READ, GivenBy
 from core.preset.base import PresetBase
@@ -24,11 +25,11 @@ NOT_IN_VARIANTS = {
     ),
     **dict.fromkeys(("extends", "group", "$schema"), "it stands at the top of a file only"),
 }
-"""What a variant may not set, and why."""
+"""Keys that a variant may not set, and the reasons."""
 
 
 def metrics_of(preset: PresetBase) -> set[str]:
-    """Every metric that evaluations of a preset may give."""
+    """Return every metric that evaluations of a preset may give."""
     model, sources = preset.model, [source.name for source in preset.data.sources]
     givers: set[GivenBy] = {"every model"}
     if getattr(model, "head", None) == "distance":
@@ -47,8 +48,8 @@ def metrics_of(preset: PresetBase) -> set[str]:
     }
 
 
-def metric_problems(metric: str, variants: list[PresetBase]) -> list[str]:
-    """A metric that no evaluation of any variant gives would be missed only after the last
+def metric_problems(metric: str, variants: Sequence[PresetBase]) -> list[str]:
+    """Find a metric that no evaluation of any variant gives: it would be missed only after the last
     trial."""
     known = sorted(set().union(*map(metrics_of, variants)))
     if metric in known:
@@ -61,34 +62,33 @@ def metric_problems(metric: str, variants: list[PresetBase]) -> list[str]:
     ]
 
 
-def compare_problems(data: dict) -> list[str]:
-    """What does not fit together in job, variants and seeds."""
-    found = []
+def compare_problems(data: dict[str, Any]) -> list[str]:
+    """Find what does not fit together in job, variants and seeds."""
+    problems = []
     listed = data.get("variants")
     variants = [v for v in listed if isinstance(v, dict)] if isinstance(listed, list) else []
     if data.get("job") == "compare" and isinstance(listed, list | None) and len(listed or []) < 2:
-        found.append(
+        problems.append(
             f"variants  {len(variants)} of them: the compare job needs at least two; the first is "
             "the baseline"
         )
     if variants and data.get("job") != "compare":
-        found.append(
+        problems.append(
             'variants  only the compare job reads them: set "job": "compare", or "variants": [] '
             "to train one model"
         )
     names = [v.get("name") for v in variants]
-    for name in dict.fromkeys(
-        name for name in names if isinstance(name, str) and names.count(name) > 1
-    ):
-        found.append(
+    twice = [name for name in names if isinstance(name, str) and names.count(name) > 1]
+    for name in dict.fromkeys(twice):
+        problems.append(
             f"variants  {names.count(name)} of them are called {json.dumps(name)}; give each a "
             "name of its own"
         )
     listed = data.get("seeds")
     seeds = [seed for seed in listed if isinstance(seed, int)] if isinstance(listed, list) else []
-    if twice := [seed for seed in dict.fromkeys(seeds) if seeds.count(seed) > 1]:
-        found.append(
-            f"seeds  {', '.join(map(str, twice))} stands there twice; every seed is one run of "
+    if repeated := [seed for seed in dict.fromkeys(seeds) if seeds.count(seed) > 1]:
+        problems.append(
+            f"seeds  {', '.join(map(str, repeated))} stands there twice; every seed is one run of "
             "each variant"
         )
-    return found
+    return problems

@@ -1,4 +1,4 @@
-"""The picture of a run: losses, learning rate and gradient norm over the tokens trained on.
+"""The figure of a run: losses, learning rate and gradient norm over the tokens trained on.
 
 In:    a metrics log, finished or still being written
 Out:   a PNG
@@ -21,8 +21,8 @@ from core.reports.figure import (
 
 
 def plot_losses(metrics_path: Path, out: Path) -> None:
-    """Draw `metrics_path` into `out`, replaced whole or not at all. Draws nothing when the log
-    holds no step yet."""
+    """Draw a log into the PNG `out`, which is replaced whole or not at all. Draws nothing while the
+    log holds no step."""
     events = events_of(metrics_path)
     steps = [
         event
@@ -53,31 +53,15 @@ def _draw_losses(axes: Any, steps: list[dict], evals: list[dict]) -> None:
         if (value := number(event.get("cross_entropy"))) is not None
     ]
     if points:
-        axes.plot(
-            *zip(*points),
-            color="#d95f02",
-            linewidth=1.2,
-            marker="o",
-            markersize=4.5,
-            label="evaluation cross-entropy",
-        )
-        last, value = points[-1]
-        axes.annotate(
-            f"{value:.3f}",
-            (last, value),
-            xytext=(0, 8),
-            textcoords="offset points",
-            color="#d95f02",
-            ha="right",
-            fontsize=9,
-        )
-    # The first few updates are so much higher than everything after them that they would flatten
-    # the rest of the curve.
+        orange = "#d95f02"
+        look = {"color": orange, "linewidth": 1.2, "marker": "o", "markersize": 4.5}
+        axes.plot(*zip(*points), **look, label="evaluation cross-entropy")
+        above = {"xytext": (0, 8), "textcoords": "offset points", "ha": "right"}
+        axes.annotate(f"{points[-1][1]:.3f}", points[-1], **above, color=orange, fontsize=9)
+    # the first few updates are so much higher that they would flatten the rest of the curve
     shown = sorted(smooth + [value for _, value in points])
-    low, high = (
-        min(shown[0], sorted(raw)[len(raw) // 100]),
-        shown[min(len(shown) - 1, int(0.99 * len(shown)))],
-    )
+    low = min(shown[0], sorted(raw)[len(raw) // 100])
+    high = shown[min(len(shown) - 1, int(0.99 * len(shown)))]
     margin = max(0.05 * (high - low), 1e-3 * abs(high), 1e-9)
     axes.set_ylim(low - margin, high + 2 * margin)
     axes.set_ylabel("loss (nats per token)")
@@ -86,34 +70,26 @@ def _draw_losses(axes: Any, steps: list[dict], evals: list[dict]) -> None:
 
 def _draw_rates(axes: Any, steps: list[dict]) -> None:
     tokens = [event["tokens"] for event in steps]
-    rate = [number(event.get("learning_rate")) for event in steps]
-    norm = [number(event.get("grad_norm")) for event in steps]
-    nan = float("nan")
-    lines = axes.plot(
-        tokens,
-        [nan if v is None else v for v in rate],
-        color="#1b9e77",
-        linewidth=1.8,
-        label="learning rate",
-    )
+    rates = [number(event.get("learning_rate")) for event in steps]
+    norms = [number(event.get("grad_norm")) for event in steps]
+    lines = axes.plot(tokens, _gaps(rates), color="#1b9e77", linewidth=1.8, label="learning rate")
     axes.set_ylabel("learning rate")
     axes.set_ylim(bottom=0)
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     other = axes.twinx()
-    lines += other.plot(
-        tokens,
-        [nan if v is None else v for v in norm],
-        color="#7570b3",
-        linewidth=0.6,
-        alpha=0.7,
-        label="grad norm",
-    )
-    known = sorted(v for v in norm if v is not None)
+    look = {"color": "#7570b3", "linewidth": 0.6, "alpha": 0.7}
+    lines += other.plot(tokens, _gaps(norms), **look, label="grad norm")
+    known = sorted(norm for norm in norms if norm is not None)
     if known:  # one spike must not hide every other value
         other.set_ylim(0, max(1.4 * known[int(0.99 * (len(known) - 1))], 1e-9))
     other.set_ylabel("grad norm")
     other.spines["top"].set_visible(False)
     _dress(axes, lines)
+
+
+def _gaps(values: list[float | None]) -> list[float]:
+    """Replace None by NaN, which leaves a gap in a line."""
+    return [float("nan") if value is None else value for value in values]
 
 
 def _dress(axes: Any, lines: list | None = None) -> None:
@@ -123,10 +99,11 @@ def _dress(axes: Any, lines: list | None = None) -> None:
 
 
 def _smoothed(values: list[float]) -> list[float]:
-    """Exponential mean over about a hundredth of the curve, without the bias towards its start."""
-    keep = 1 - 1 / min(50, max(3, len(values) / 100))
-    out, total, weight = [], 0.0, 0.0
+    """Compute the exponential mean over about a hundredth of the curve, without the bias towards
+    its start."""
+    decay = 1 - 1 / min(50, max(3, len(values) / 100))
+    smoothed, total, weight = [], 0.0, 0.0
     for value in values:
-        total, weight = keep * total + value, keep * weight + 1.0
-        out.append(total / weight)
-    return out
+        total, weight = decay * total + value, decay * weight + 1.0
+        smoothed.append(total / weight)
+    return smoothed

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from core.metrics.log import LOG
+from core.metrics.events import LOG
 from core.preset.settings import MASKED_TOKENS
 from core.reports.figure import (
     dress,
@@ -212,9 +212,8 @@ def _draw(axes: Any, panel: Panel, lines: list[tuple[Line, Points]], legend_rows
         )
         look |= {"marker": "o", "markersize": 4.5} if line.marks and len(points) <= FEW else {}
         look = {"color": line.color, "linewidth": 1.8 if line.marks else 1.2, "zorder": 3} | look
-        handles += (other if line.right else axes).plot(
-            *zip(*points), label=_label(line, points), **look
-        )
+        where = other if line.right and other is not None else axes
+        handles += where.plot(*zip(*points), label=_label(line, points), **look)
     axes.set_ylabel(panel.unit)
     if panel.logarithmic:
         _logarithmic(axes, [value for _, points in lines for _, value in points])

@@ -1,4 +1,4 @@
-"""What the pictures of a run share: reading its log, the frame of a figure, its title, and writing
+"""Common parts of the figures of a run: reading its log, an empty figure, its title, and writing
 it.
 
 In:    a metrics log, finished or still being written
@@ -11,22 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from core.files import replacing
-from core.metrics.log import read_events
+from core.metrics.events import read_events
 from core.ui.plain import remark
 
 PLOTTED = 2000
-"""Events of each kind that a picture shows, about as many as it has columns: the memory that
-drawing takes does not grow with the log. All of a log decoded were 170 MB more at 16 MB of it
-(docs/LOG.md)."""
+"""Events of each kind that a figure shows, about as many as it has columns, so that the memory for
+drawing does not grow with the log. Decoding a whole log of 16 MB took 170 MB more (docs/LOG.md)."""
 
 
 def events_of(metrics_path: Path) -> list[dict]:
-    """The events of a log, but of a long one not every one."""
+    """Read the events of a log; of a long log, evenly spaced ones."""
     return list(read_events(metrics_path, PLOTTED))
 
 
 def new_figure(width: float, height: float) -> Any:
-    """An empty figure, in inches, which needs no screen."""
+    """Make an empty figure that needs no screen. `width` and `height` are in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -36,22 +35,23 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def title_of(events: list[dict]) -> str:
-    """ "Best general · lineage", and what there is to remark."""
-    start = next((event for event in reversed(events) if event["event"] == "run_start"), {})
+    """Return "Best general · lineage", with the remark on its model, if any."""
+    start: dict = next((event for event in reversed(events) if event["event"] == "run_start"), {})
     parts = [str(start[key]) for key in ("preset", "lineage") if start.get(key)]
-    title = " · ".join([*parts, remark(start)] if remark(start) else parts)
+    title = " · ".join(part for part in (*parts, remark(start)) if part)
     return title.replace("$", r"\$")  # matplotlib reads text between dollar signs as mathematics
 
 
 def dress(axes: Any) -> None:
-    """A grid behind, no line on top; the right side stays, it may be another scale's."""
+    """Draw a grid behind the axes, and no line at their top; the right side may have a second
+    scale."""
     axes.grid(True, color="0.92", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines["top"].set_visible(False)
 
 
 def mark_beginnings(panels: list[Any], events: list[dict]) -> None:
-    """A dotted line where the second and later runs of the lineage began."""
+    """Draw a dotted line where the second and later runs of the lineage began."""
     first: dict[Any, int] = {}
     for event in events:
         if event["event"] == "run_start":
@@ -63,7 +63,7 @@ def mark_beginnings(panels: list[Any], events: list[dict]) -> None:
 
 
 def save(figure: Any, out: Path) -> None:
-    """As a PNG, replaced whole or not at all."""
+    """Write a figure as a PNG, whole or not at all."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as file, warnings.catch_warnings():
         # a letter that the font lacks is drawn as a box
@@ -72,11 +72,12 @@ def save(figure: Any, out: Path) -> None:
 
 
 def number(value: Any) -> float | None:
+    """Return a value of the log as a float; None if it is no number."""
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
 def engineering() -> Any:
-    """Ticks such as "1.5M"."""
+    """Return a formatter for ticks such as "1.5M"."""
     from matplotlib.ticker import EngFormatter
 
     return EngFormatter(sep="")

@@ -1,4 +1,4 @@
-"""What reports are made of: one HTML file that needs nothing else, no network, no script, no other
+"""HTML pages of reports. Each is one file that needs nothing else: no network, no script, no other
 file.
 
 In:    text that may hold anything, tables, the body of a page
@@ -16,15 +16,15 @@ from core.ui.text import clean
 
 @dataclass(frozen=True)
 class Table:
-    """`words`: how many columns at the left hold words; those after it hold numbers."""
+    """A table of strings. `words`: number of columns at the left that hold words, not numbers."""
 
     head: list[str]
     rows: list[list[str]]
     words: int = 1
 
 
-def page(title: str, body: Iterable[str]) -> str:
-    """A whole document; `body` is HTML, `title` is not."""
+def html_page(title: str, body: Iterable[str]) -> str:
+    """Return a whole document; `body` is HTML, `title` is not."""
     head = (
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{html_text(title)}</title>\n<style>{STYLE}</style>"
@@ -36,24 +36,27 @@ def page(title: str, body: Iterable[str]) -> str:
     )
 
 
-def html_table(shown: Table, strong: bool = False) -> str:
-    """`strong`: the first row stands out."""
+def html_table(table: Table, strong: bool = False) -> str:
+    """Return a table as HTML; `strong`: the first row stands out."""
 
     def cell(tag: str, i: int, words: str) -> str:
-        return f'<{tag} class="{"w" if i < shown.words else "n"}">{html_text(words)}</{tag}>'
+        return f'<{tag} class="{"w" if i < table.words else "n"}">{html_text(words)}</{tag}>'
 
-    head = "".join(cell("th", i, words) for i, words in enumerate(shown.head))
-    rows = ["".join(cell("td", i, words) for i, words in enumerate(row)) for row in shown.rows]
+    head = "".join(cell("th", i, words) for i, words in enumerate(table.head))
+    rows = ["".join(cell("td", i, words) for i, words in enumerate(row)) for row in table.rows]
     first = '<tr class="primary">' if strong else "<tr>"
     body = "".join(f"{'<tr>' if n else first}{row}</tr>" for n, row in enumerate(rows))
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return (
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+        "</div>"
+    )
 
 
 def html_text(words: str) -> str:
-    """Foreign text as one line of HTML, also inside of quotes."""
+    """Escape any text as one line of HTML, also for use inside quotes."""
     return escape(clean(words))
 
 
 def html_lines(words: str) -> str:
-    """Foreign text of several lines."""
+    """Escape any text of several lines."""
     return "\n".join(html_text(line) for line in words.split("\n"))

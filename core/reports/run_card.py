@@ -1,4 +1,4 @@
-"""The files a run leaves beside its metrics: the resolved preset, the run card, the curves.
+"""The files that a run leaves beside its metrics: the resolved preset, the run card, the curves.
 
 In:    events
 Out:   logs/<lineage>/preset.json, run.json, loss.png
@@ -10,19 +10,19 @@ import statistics
 import subprocess
 from collections import deque
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from core.files import read_json, write_file
-from core.metrics.log import LOG
+from core.metrics.events import LOG
 from core.reports.curves import plot_losses
 from core.runtime import versions
 from core.ui.progress import FINISHED
 
 RECENT_STEPS = 10_000
-"""Of which the card tells the median speed: a long run keeps no more."""
+"""Number of steps whose median speed the card gives; a long run remembers no more."""
 
 SAME_RUNS = ("preset", "device", "world_size")
-"""What two runs have in common of which one takes as long as the other."""
+"""Keys that are equal in two runs if one takes as long as the other."""
 
 
 class RunCard:
@@ -30,30 +30,22 @@ class RunCard:
     evaluations and at the end."""
 
     def __init__(self, folder: Path, preset: dict[str, Any], started: float, root: Path):
-        """`started`: unix time at which main.py began, so that `seconds_to_first_step` counts
-        everything."""
+        """
+        folder    the lineage's folder in logs/
+        preset    resolved, as JSON
+        started   unix time at which main.py began; `seconds_to_first_step` counts from there
+        root      the project, whose git commit is written down
+        """
         self._folder, self._preset, self._started, self._root = folder, preset, started, root
         self._card: dict[str, Any] = {}
         self._speeds: deque[float] = deque(maxlen=RECENT_STEPS)
-        self._begun: float | None = None  # when the run began, where this process has seen that
-        self._run_tokens = 0
+        self._began: float | None = None  # when the run began, if this process has seen that
+        self._run_tokens: int | None = 0
 
     def update(self, event: dict[str, Any]) -> None:
         kind = event["event"]
         if kind == "run_start":
-            facts = {k: v for k, v in event.items() if k not in ("event", "time", "step", "tokens")}
-            self._begun = event["time"] if facts.get("run_step") == 0 else None
-            self._card = {
-                **facts,
-                "started": self._started,
-                "git_commit": _git_commit(self._root),
-                "versions": versions(),
-            }
-            before = read_card(self._folder)
-            if "whole_run" in before and all(
-                before.get(key) == facts.get(key) for key in SAME_RUNS
-            ):
-                self._card["whole_run"] = before["whole_run"]
+            self._begin(event)
         elif kind == "step":
             self._speeds.append(event["tokens_per_second"])
             self._run_tokens = event.get("run_tokens")
@@ -61,35 +53,47 @@ class RunCard:
                 return
             self._card["seconds_to_first_step"] = round(event["time"] - self._started, 2)
         elif kind == "eval":
-            self._card["last_eval"] = {
-                k: v for k, v in event.items() if k not in ("event", "losses")
-            }
+            left_out = ("event", "losses")
+            self._card["last_eval"] = {k: v for k, v in event.items() if k not in left_out}
         elif kind == "run_end":
-            self._card |= {
-                "reason": event["reason"],
-                "step": event["step"],
-                "tokens": event["tokens"],
-                "ended": event["time"],
-            }
-            if event["reason"] in FINISHED and self._begun is not None:
-                self._card["whole_run"] = {
-                    "seconds": round(event["time"] - self._begun, 2),
-                    "tokens": self._run_tokens,
-                }
+            self._end(event)
         else:
             return
         if self._speeds:
-            # a slow one is not 0
+            # significant digits, not decimals: a slow speed is not 0
             self._card["tokens_per_second"] = float(f"{statistics.median(self._speeds):.4g}")
         _write(self._folder / "run.json", self._card)
         # the folder may have been removed since
         if kind == "run_start" or not (self._folder / "preset.json").exists():
             _write(self._folder / "preset.json", self._preset)
 
+    def _begin(self, event: dict[str, Any]) -> None:
+        left_out = ("event", "time", "step", "tokens")
+        facts = {key: value for key, value in event.items() if key not in left_out}
+        self._began = event["time"] if facts.get("run_step") == 0 else None
+        self._card = {
+            **facts,
+            "started": self._started,
+            "git_commit": _git_commit(self._root),
+            "versions": versions(),
+        }
+        before = read_card(self._folder)
+        same_run = all(before.get(key) == facts.get(key) for key in SAME_RUNS)
+        if "whole_run" in before and same_run:
+            self._card["whole_run"] = before["whole_run"]
+
+    def _end(self, event: dict[str, Any]) -> None:
+        for key in ("reason", "step", "tokens"):
+            self._card[key] = event[key]
+        self._card["ended"] = event["time"]
+        if event["reason"] in FINISHED and self._began is not None:
+            seconds = round(event["time"] - self._began, 2)
+            self._card["whole_run"] = {"seconds": seconds, "tokens": self._run_tokens}
+
 
 def read_card(folder: Path) -> dict[str, Any]:
-    """The run card that an earlier run left; {} where there is none that can be read. Its values
-    may be anything."""
+    """Return the run card that an earlier run left; {} where none can be read. Its values may be
+    anything."""
     try:
         card = read_json(folder / "run.json")
     except (OSError, ValueError):
@@ -97,8 +101,8 @@ def read_card(folder: Path) -> dict[str, Any]:
     return card if isinstance(card, dict) else {}
 
 
-def is_positive(value: Any) -> bool:
-    """Whether it is a number above zero that can be reckoned with."""
+def is_positive(value: Any) -> TypeGuard[float]:
+    """Tell whether a value is a number above zero that can be calculated with."""
     return isinstance(value, int | float) and 1e-9 < value < 1e18
 
 
@@ -118,14 +122,10 @@ def _write(path: Path, value: dict[str, Any]) -> None:
 
 
 def _git_commit(root: Path) -> str | None:
-    """The commit this program is at, with a "+" when files were changed since."""
+    """Return the commit of the program, with a "+" if files were changed since."""
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty=+"]
     try:
-        run = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty=+"]
-        return (
-            subprocess.run(
-                run, capture_output=True, text=True, timeout=5, check=True
-            ).stdout.strip()
-            or None
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+        return done.stdout.strip() or None
     except (OSError, subprocess.SubprocessError):
         return None

@@ -1,7 +1,7 @@
-"""How reports look: colours for light and dark, the style sheet, and matplotlib's settings.
+"""The style of reports: colours for light and dark, the style sheet, and matplotlib's settings.
 
 In:    nothing
-Out:   STYLE, the colours that figures are drawn in, and what to draw them inside of
+Out:   STYLE, the colours and dashes of figures, a context to draw them in
 State: none
 """
 
@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from typing import Any
 
 INK, GRID, PAPER = "#1f2328", "#d8dbe0", "#fefefe"
-"""What figures are drawn in; in the report each becomes a variable that dark mode sets to something
-else."""
+"""Colours that figures are drawn in. In a report each becomes a variable that dark mode sets to
+another colour."""
 
 SERIES = ["#4d4d4d", "#0072b2", "#d55e00", "#009e73", "#b4578f", "#8a6d00", "#3f9fd0", "#7a4fc9"]
-"""The baseline's grey, then colours after Okabe and Ito, told apart with any colour vision; each
-also has its own dashes."""
+"""Grey for the baseline, then colours after Okabe and Ito, which can be told apart with any colour
+vision; each also has its own dashes."""
 _DARK_SERIES = [
     "#c4c9d0",
     "#56b4e9",
@@ -27,7 +27,7 @@ _DARK_SERIES = [
     "#9bd3f5",
     "#b497f0",
 ]
-DASHES = [
+DASHES: list[str | tuple[int, tuple[float, ...]]] = [
     "solid",
     (0, (5, 1.5)),
     (0, (1.5, 1)),
@@ -97,22 +97,21 @@ figure,tr,.answer{{break-inside:avoid}}h2{{break-after:avoid}}.figures{{grid-tem
 
 
 @contextmanager
-def drawing(**own: Any) -> Iterator[None]:
-    """matplotlib with the reports' letters and colours, and `own` settings over them."""
+def drawing(**settings: Any) -> Iterator[None]:
+    """Draw with the reports' fonts and colours; `settings` of matplotlib override them."""
     import matplotlib
 
-    ink = dict.fromkeys(
-        ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK
-    )
-    plain = {"font.size": 9, "font.family": "sans-serif", "axes.linewidth": 0.8}
-    with matplotlib.rc_context({**ink, **plain, **own}), warnings.catch_warnings():
+    inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    plain: dict[str, Any] = {"font.size": 9, "font.family": "sans-serif", "axes.linewidth": 0.8}
+    style: Any = {**dict.fromkeys(inked, INK), **plain, **settings}  # keys are a huge Literal
+    with matplotlib.rc_context(style), warnings.catch_warnings():
         # a letter that the font lacks is drawn as a box
         warnings.simplefilter("ignore", UserWarning)
         yield
 
 
 def dress(axes: Any) -> None:
-    """No box around it; a grid behind."""
+    """Draw a grid behind the axes, and no line at their top and right."""
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     axes.grid(True, color=GRID, linewidth=0.7)

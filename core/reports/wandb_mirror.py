@@ -51,7 +51,7 @@ class WandbMirror:
             name=name,
             config=config,
             dir=str(directory),
-            mode=mode,  # type: ignore[arg-type]
+            mode=mode,
             resume="allow",
             settings=settings,
         )

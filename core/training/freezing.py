@@ -1,4 +1,4 @@
-"""Which parameters a run trains: those a preset names, or all.
+"""The parameters that a run trains: those a preset names, or all.
 
 In:    a module, patterns over parameter names (`train.trainable`)
 Out:   `requires_grad` of its parameters
@@ -17,8 +17,8 @@ def train_only(model: nn.Module, patterns: list[str] | None) -> None:
     """Freeze every parameter that no pattern names; None freezes nothing.
 
     A pattern is one or more whole parts of a name, between dots, anywhere in it:
-    "transformer_encoder.27" stands for "model.transformer_encoder.27.qkv.weight" and all its
-    neighbours, and never for block 2. "*" and "?" stand for letters of a part. Raises UserError for
+    "transformer_encoder.27" stands for "model.transformer_encoder.27.qkv.weight" and the rest of
+    block 27, and never for block 2. "*" and "?" stand for letters of a part. Raises UserError for
     patterns that name nothing, or only what the model itself never trains."""
     if patterns is None:
         return
@@ -33,28 +33,26 @@ def train_only(model: nn.Module, patterns: list[str] | None) -> None:
         else:
             problems.append(f'"{pattern}" names no parameter{_hint(pattern, free)}')
     if problems:
+        outline = ", ".join(_outline(free))
         raise UserError(
-            "train.trainable: "
-            + "; ".join(problems)
-            + f".\nThe model's parameters are {', '.join(_outline(free))}."
+            f"train.trainable: {'; '.join(problems)}.\nThe model's parameters are {outline}."
         )
     for name in free:
         parameters[name].requires_grad_(any(names(pattern, name) for pattern in patterns))
 
 
 def names(pattern: str, name: str) -> bool:
-    """Whether the parts of `pattern` stand side by side among those of `name`."""
+    """Return whether the parts of `pattern` stand side by side among those of `name`."""
     wanted, parts = pattern.split("."), name.split(".")
-    places = range(len(parts) - len(wanted) + 1)
     return any(
-        all(fnmatchcase(part, want) for want, part in zip(wanted, parts[place:]))
-        for place in places
+        all(fnmatchcase(part, want) for want, part in zip(wanted, parts[start:]))
+        for start in range(len(parts) - len(wanted) + 1)
     )
 
 
 def share_with_graph(model: nn.Module) -> float:
-    """The share of a model's layers that leave something for the backward pass: those from the
-    first trained one on.
+    """Return the share of a model's layers that keep activations for the backward pass: those from
+    the first trained one on.
 
     Layers are counted by the numbers in parameter names, as blocks of a stack have them; what comes
     before the first block (embeddings) needs them all.
@@ -78,15 +76,14 @@ def _hint(pattern: str, free: list[str]) -> str:
     wrong = [
         part for part in pattern.split(".") if not any(fnmatchcase(each, part) for each in parts)
     ]
-    # numbers are all alike
-    near = (
-        difflib.get_close_matches(wrong[0], parts, n=1) if wrong and not wrong[0].isdigit() else []
-    )
+    if not wrong or wrong[0].isdigit():  # numbers are all alike
+        return ""
+    near = difflib.get_close_matches(wrong[0], parts, n=1)
     return f'; did you mean "{near[0]}"?' if near else ""
 
 
 def _outline(free: list[str]) -> list[str]:
-    """The names without what is the same in every block: "transformer_encoder.0..27"."""
+    """Shorten the names to one for all blocks of a stack: "transformer_encoder.0..27"."""
     numbered: dict[str, list[int]] = {}
     for name in free:
         parts = name.split(".")
@@ -96,5 +93,6 @@ def _outline(free: list[str]) -> list[str]:
         if at is not None:
             numbered[key].append(int(parts[at]))
     return [
-        f"{key}.{min(found)}..{max(found)}" if found else key for key, found in numbered.items()
+        f"{key}.{min(numbers)}..{max(numbers)}" if numbers else key
+        for key, numbers in numbered.items()
     ]

@@ -1,8 +1,8 @@
-"""Model, losses and auxiliary heads as one: what a step minimises, and what is clipped and told of
-it.
+"""Model, losses and auxiliary heads as one: the loss that a step minimises, and the clipping of its
+gradient.
 
 In:    a batch, the counts of the whole step, progress
-Out:   the loss to go back from, the terms it is made of; the gradient's norm
+Out:   the loss to call backward on, the terms it is made of; the gradient's norm
 State: that of its parts
 """
 
@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from core.contracts import Batch
+from core.contracts import Batch, LanguageModel
 from core.heads.stack import HeadStack
 from core.losses.stack import LossStack, LossTerms
 from core.schedules import value_at
@@ -23,7 +23,11 @@ class Objective(nn.Module):
     and backward pass whole."""
 
     def __init__(
-        self, model: nn.Module, stack: LossStack, num_sources: int, heads: HeadStack | None = None
+        self,
+        model: LanguageModel,
+        stack: LossStack,
+        num_sources: int,
+        heads: HeadStack | None = None,
     ):
         super().__init__()
         self.model, self.stack, self.num_sources, self.heads = model, stack, num_sources, heads
@@ -35,8 +39,11 @@ class Objective(nn.Module):
         progress: float,
         head_counts: dict[str, float] | None = None,
     ) -> tuple[Tensor, LossTerms]:
-        """`count` and `head_counts`: the targets, and the rows of each head, that this rank's share
-        of a step is divided by."""
+        """Compute the loss of a micro-batch, and the terms it is made of.
+
+        count         targets that this rank's share of a step is divided by
+        head_counts   the same for each head, in rows
+        """
         output = self.model(batch)
         total, terms = self.stack(output, batch, count, progress, self.num_sources)
         if self.heads is None:
@@ -49,26 +56,27 @@ class Objective(nn.Module):
         return total + added, replace(terms, sums={**terms.sums, **sums})
 
     def clip(self, max_norm: float) -> Tensor:
-        """Clip the gradient to a global norm; returns what it was, or what is not finite if
-        anything is not. Heads that the model learns nothing from are clipped each alone: their size
-        is no matter of the model's."""
-        apart = (
-            [list(head.parameters()) for head in self.heads.apart()]
-            if self.heads is not None
-            else []
-        )
-        others = {id(p) for group in apart for p in group}
-        groups = [[p for p in self.parameters() if id(p) not in others], *apart]
-        norm, *norms = [torch.nn.utils.clip_grad_norm_(group, max_norm) for group in groups]
+        """Clip the gradient to a global norm.
+
+        Returns the norm before clipping: not finite where any gradient is not. Heads that the model
+        learns nothing from are clipped separately, so that their gradients do not shrink the
+        model's.
+        """
+        apart = [] if self.heads is None else self.heads.apart()
+        separate = [list(head.parameters()) for head in apart]
+        separate_ids = {id(p) for group in separate for p in group}
+        together = [p for p in self.parameters() if id(p) not in separate_ids]
+        norm, *norms = [
+            torch.nn.utils.clip_grad_norm_(group, max_norm) for group in (together, *separate)
+        ]
         return norm + 0.0 * sum(norms)
 
     def weights(self, progress: float) -> dict[str, float]:
-        """Of all losses, those of heads included."""
-        of_losses = {loss.name: value_at(loss.weight, progress) for loss in self.stack.losses}
-        return of_losses | (self.heads.weights(progress) if self.heads is not None else {})
+        """Return the weight of each loss now, those of heads included."""
+        weights = {loss.name: value_at(loss.weight, progress) for loss in self.stack.losses}
+        return weights if self.heads is None else weights | self.heads.weights(progress)
 
     def scheduled(self, progress: float) -> dict[str, float]:
-        """What changes over the run, as it is now."""
-        return self.stack.scheduled(progress) | (
-            self.heads.scheduled(progress) if self.heads is not None else {}
-        )
+        """Return the present value of each number that changes over the run."""
+        values = self.stack.scheduled(progress)
+        return values if self.heads is None else values | self.heads.scheduled(progress)

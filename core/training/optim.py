@@ -3,10 +3,12 @@
 In:    a module's named parameters, the train section
 Out:   Optimizer: one object over one or two torch optimizers
 State: per-parameter tensors, saved under parameter names so that a changed model loads what still
-fits"""
+       fits
+"""
 
+from collections.abc import Iterator, Mapping
 from inspect import unwrap
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +18,14 @@ from core.preset.settings import TrainSettings
 NO_DECAY_NAMES = ("pos_embedding", "wpe", "alpha")
 """Tables of positions: rows that are rarely visited would only shrink. And PolyGLU's preferences,
 as its authors have it."""
+Kind = TypeVar("Kind", bound=torch.optim.Optimizer)
 
 
-def _eager(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
-    """A torch optimizer without the wrappers that keep its methods out of compiled code, where ours
-    never are.
+def _eager(kind: type[Kind]) -> type[Kind]:
+    """Return a torch optimizer without the wrappers that keep its methods out of compiled code.
 
-    They do nothing else, and the first call of one imports the compiler: over a second of a start
-    that compiles nothing."""
+    They do nothing else, ours are never compiled, and the first call of one imports the compiler:
+    over a second of a start that compiles nothing."""
     methods = {
         "add_param_group": unwrap(kind.add_param_group),
         "step": torch.no_grad()(unwrap(kind.step)),
@@ -38,67 +40,51 @@ class Optimizer:
     """AdamW, or Muon for the trunk's matrices and AdamW for the rest.
 
     Matrices decay; biases, norms (ndim < 2) and position tables do not. Every trainable parameter
-    is in exactly one group."""
+    is in exactly one group.
+
+    no_muon   names of embedding and readout tables, which Muon must not take (its update is for
+              linear maps); and of auxiliary heads, which are no part of the trunk
+    """
 
     def __init__(
         self,
         named_parameters: list[tuple[str, nn.Parameter]],
-        embeddings: set[str],
+        no_muon: set[str],
         settings: TrainSettings,
     ):
-        """`embeddings`: names of embedding and readout tables, which Muon must not take (its update
-        is for linear maps); and of auxiliary heads, which are no part of the trunk."""
         trainable = [(name, p) for name, p in named_parameters if p.requires_grad]
-        muon = {
-            name
-            for name, p in trainable
-            if settings.optimizer == "muon"
-            and p.ndim == 2
-            and name not in embeddings
-            and not _no_decay(name, p)
-        }
-        decay = [p for name, p in trainable if name not in muon and not _no_decay(name, p)]
-        plain = [p for name, p in trainable if name not in muon and _no_decay(name, p)]
         self._names = {id(p): name for name, p in trainable}
-        self._peaks: list[tuple[dict, float]] = []
-        groups = [
+        matrices, decay, plain = [], [], []
+        for name, p in trainable:
+            if p.ndim < 2 or any(part in NO_DECAY_NAMES for part in name.split(".")):
+                plain.append(p)
+            elif settings.optimizer == "muon" and p.ndim == 2 and name not in no_muon:
+                matrices.append(p)
+            else:
+                decay.append(p)
+        self._peaks: list[tuple[dict[str, Any], float]] = []  # a group, its peak learning rate
+        self._optimizers: list[torch.optim.Optimizer] = []
+        groups: list[dict[str, Any]] = [
             {"params": decay, "weight_decay": settings.weight_decay},
             {"params": plain, "weight_decay": 0.0},
         ]
-        self._optimizers: list[torch.optim.Optimizer] = []
         if groups := [group for group in groups if group["params"]]:
-            how = {
-                "lr": settings.learning_rate,
-                "betas": settings.betas,
-                "eps": settings.eps,
-                "fused": True,
-            }
-            self._optimizers.append(AdamW(groups, **how))
-            self._peaks += [
-                (group, settings.learning_rate) for group in self._optimizers[-1].param_groups
-            ]
-        if muon:
-            matrices = [p for name, p in trainable if name in muon]
-            self._optimizers.append(
-                Muon(
-                    matrices,
-                    lr=settings.muon_learning_rate,
-                    weight_decay=settings.weight_decay,
-                    momentum=0.95,
-                )
-            )
-            self._peaks += [
-                (group, settings.muon_learning_rate) for group in self._optimizers[-1].param_groups
-            ]
-        grouped = [
-            id(p) for o in self._optimizers for group in o.param_groups for p in group["params"]
-        ]
+            rate, betas = settings.learning_rate, settings.betas
+            self._add(AdamW(groups, lr=rate, betas=betas, eps=settings.eps, fused=True), rate)
+        if matrices:
+            rate, decay_rate = settings.muon_learning_rate, settings.weight_decay
+            self._add(Muon(matrices, lr=rate, weight_decay=decay_rate, momentum=0.95), rate)
+        grouped = [id(p) for group, _ in self._peaks for p in group["params"]]
         assert sorted(grouped) == sorted(self._names), (
             f"{len(grouped)} parameters in groups, {len(self._names)} trainable"
         )
 
+    def _add(self, optimizer: torch.optim.Optimizer, peak: float) -> None:
+        self._optimizers.append(optimizer)
+        self._peaks += [(group, peak) for group in optimizer.param_groups]
+
     def step(self, learning_rate_factor: float) -> None:
-        """One update, at this fraction of each group's peak learning rate."""
+        """Make one update, at this fraction of each group's peak learning rate."""
         for group, peak in self._peaks:
             group["lr"] = peak * learning_rate_factor
         for optimizer in self._optimizers:
@@ -110,7 +96,7 @@ class Optimizer:
                 p.grad = None
 
     def state(self) -> dict[str, dict[str, Any]]:
-        """{parameter name: its tensors and numbers}."""
+        """Return the tensors and numbers of each parameter, by its name."""
         return {
             self._names[id(p)]: dict(state)
             for o in self._optimizers
@@ -118,41 +104,43 @@ class Optimizer:
         }
 
     def state_bytes(self) -> int:
-        """What `state()` takes once every parameter has been updated."""
-        tables = [
-            (1 if isinstance(o, Muon) else 2, group["params"])
-            for o in self._optimizers
-            for group in o.param_groups
-        ]
-        return sum(count * p.numel() * p.element_size() for count, params in tables for p in params)
+        """Return the bytes that `state()` takes once every parameter has been updated."""
+        return sum(
+            (1 if isinstance(optimizer, Muon) else 2) * p.numel() * p.element_size()
+            for optimizer, p in self._parameters()
+        )
 
-    def load(self, saved: dict[str, dict[str, Any]]) -> list[str]:
-        """Take what fits by name and shape; returns the parameters that start with fresh state."""
+    def load(self, saved: Mapping[str, Mapping[str, Tensor | float]]) -> list[str]:
+        """Take the state that fits by name and shape; returns the names of the parameters that
+        start with fresh state."""
         fresh = []
+        for optimizer, p in self._parameters():
+            name = self._names[id(p)]
+            state = saved.get(name, {})
+            if not _fits(optimizer, p, state):
+                fresh.append(name)
+                optimizer.state.pop(p, None)
+                continue
+            optimizer.state[p] = {
+                # `step` stays where fused AdamW wants it: with the parameter, in fp32
+                key: value.to(p.device).clone() if isinstance(value, Tensor) else value
+                for key, value in state.items()
+            }
+        return fresh
+
+    def _parameters(self) -> Iterator[tuple[torch.optim.Optimizer, nn.Parameter]]:
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 for p in group["params"]:
-                    state = saved.get(self._names[id(p)], {})
-                    kind = (
-                        {"momentum_buffer"}
-                        if isinstance(optimizer, Muon)
-                        else {"step", "exp_avg", "exp_avg_sq"}
-                    )
-                    if set(state) != kind or any(
-                        t.shape != p.shape
-                        for t in state.values()
-                        if isinstance(t, Tensor) and t.ndim
-                    ):
-                        fresh.append(self._names[id(p)])
-                        optimizer.state.pop(p, None)
-                        continue
-                    optimizer.state[p] = {
-                        # `step` stays where fused AdamW wants it: with the parameter, in fp32
-                        key: value.to(p.device).clone() if isinstance(value, Tensor) else value
-                        for key, value in state.items()
-                    }
-        return fresh
+                    yield optimizer, p
 
 
-def _no_decay(name: str, parameter: nn.Parameter) -> bool:
-    return parameter.ndim < 2 or any(part in NO_DECAY_NAMES for part in name.split("."))
+def _fits(
+    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, state: Mapping[str, Tensor | float]
+) -> bool:
+    """Return whether a saved state is of this kind of optimizer, and of the parameter's shape."""
+    muon, adamw = {"momentum_buffer"}, {"step", "exp_avg", "exp_avg_sq"}
+    tensors = [t for t in state.values() if isinstance(t, Tensor) and t.ndim]
+    return set(state) == (muon if isinstance(optimizer, Muon) else adamw) and all(
+        t.shape == parameter.shape for t in tensors
+    )

@@ -1,5 +1,5 @@
-"""Forward and backward of a step's rows: so many at once as fit, compiled from some step on, and
-another way where that fails.
+"""Forward and backward of a step's rows: as many at once as fit, compiled from some step on, with
+fewer rows or without the compiler where that fails.
 
 In:    the rows of a step, progress
 Out:   gradients in the parameters; the terms of the losses
@@ -46,7 +46,9 @@ class Passes:
         warn: Callable[[str], None],
         note_failure: Callable[[], None],
     ):
-        """compile_from_step   the first step of the lineage that is compiled; None: none is
+        """Wrap the objective for the ranks.
+
+        compile_from_step   the first step of the lineage that is compiled; None: none is
         note_failure        called when the compiler fails, so that a resumed run leaves it out
         """
         self._module = machine.parallel.wrap(objective)  # as the ranks share it
@@ -59,7 +61,7 @@ class Passes:
         self.fitted = self._device.type != "cuda"
 
     def micro_batches(self, batch: Batch) -> Iterator[tuple[Batch, bool]]:
-        """Cut the step's rows into pieces that fit the device; each comes with whether it is the
+        """Cut the step's rows into pieces that fit the device, each with True where it is the
         last."""
         total, size = len(batch.labels), self.rows_at_once
         for start in range(0, total, size):
@@ -67,8 +69,8 @@ class Passes:
             yield rows.to(self._device), start + size >= total
 
     def gradients(self, rows: StepRows, progress: float, step: int) -> list[LossTerms]:
-        """Compute the gradients of all micro-batches; all of them once more where memory runs out,
-        or a compiler fails, only now."""
+        """Compute the gradients of all micro-batches; all of them once more if memory runs out, or
+        a compiler fails, only now."""
         while True:
             torch.manual_seed(derive_seed(self._seed, "dropout", step, self._parallel.rank))
             try:
@@ -83,7 +85,7 @@ class Passes:
             self._give_way([failure])
 
     def rehearse(self, rows: StepRows, progress: float, step: int) -> None:
-        """Try one micro-batch without an update, where something may fail: before a GPU's first
+        """Try one micro-batch without an update where something may fail: before a GPU's first
         step, and when compiling is due.
 
         Out of memory halves the micro-batch (and so doubles accumulation) on all ranks; a compiler
@@ -136,7 +138,7 @@ class Passes:
             return OUT_OF_MEMORY
         if not self._is_compiled:
             return None
-        # the first line says little of it
+        # the first line says little
         return " ".join(str(error).split("\n")[:2]).strip()[:300] or type(error).__name__
 
     def _give_way(self, failures: list[str]) -> None:
@@ -172,8 +174,8 @@ def compile_plan(
     budget: Budget,
     failed: bool,
 ) -> CompilePlan:
-    """Decide from which step of the lineage on to compile. Decided once per lineage: a resumed run
-    keeps it.
+    """Decide from which step of the lineage on to compile, once per lineage: a resumed run keeps
+    it.
 
     failed   the compiler failed earlier in this run
     """

@@ -1,10 +1,11 @@
 """Where a lineage stands, and how far its run and its schedules go.
 
 In:    tokens and steps, as the trainer counts them
-Out:   the progress that schedules are asked with; why a run is over
+Out:   the fraction that schedules are asked with; the reason that a run is over
 State: Progress, kept in the checkpoint
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -13,8 +14,10 @@ from core.preset.settings import RUN_TOKENS
 
 @dataclass
 class Progress:
-    """Where a lineage stands. `step` and `tokens` count its whole life; a horizon is what the
-    schedules span."""
+    """Where a lineage stands, as its checkpoints keep it.
+
+    `step` and `tokens` count its whole life; those of a run, and of a horizon (what the schedules
+    span: one run, or several that share them), begin anew with each."""
 
     step: int = 0
     tokens: int = 0
@@ -33,16 +36,13 @@ class Progress:
     ledger: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, saved: dict[str, Any]) -> "Progress":
-        """From a checkpoint. Older ones counted the sources' tokens only; newer ones may count
-        more."""
-        counted = {
-            name: {"tokens": count} for name, count in saved.get("source_tokens", {}).items()
-        }
+    def of(cls, saved: Mapping[str, Any]) -> "Progress":
+        """Read the `progress` section of a checkpoint. Older ones counted the sources' tokens only;
+        newer ones may count more."""
+        counted = saved.get("source_tokens", {})
+        ledger = {name: {"tokens": count} for name, count in counted.items()}
         known = {each.name for each in fields(cls)}
-        return cls(
-            **{"ledger": counted, **{key: value for key, value in saved.items() if key in known}}
-        )
+        return cls(**{"ledger": ledger} | {k: v for k, v in saved.items() if k in known})
 
     def advance(self, fraction: float, tokens: int) -> None:
         """Count one update of `tokens` tokens over all ranks, made at `fraction` of the
@@ -76,16 +76,17 @@ class Budget:
     schedule_steps: int | None = None
 
     def progress(self, done: Progress, step_tokens: int) -> float:
-        """Progress of this update through the horizon: 0 at the first, exactly 1 at the last."""
+        """Return how far through the schedules this update is: 0 at the first, exactly 1 at the
+        last."""
         by_tokens = done.horizon_tokens / max(self.schedule_tokens - step_tokens, 1)
-        by_steps = (
-            done.horizon_step / max(self.schedule_steps - 1, 1) if self.schedule_steps else 0.0
-        )
+        by_steps = 0.0
+        if self.schedule_steps:
+            by_steps = done.horizon_step / max(self.schedule_steps - 1, 1)
         return min(max(by_tokens, by_steps), 1.0)
 
     def middle(self, done: Progress, step_tokens: int) -> float:
-        """The middle of this update, for the learning rate: neither the first nor the last update
-        is wasted on a zero."""
+        """Return how far the middle of this update is, for the learning rate: neither the first nor
+        the last update is wasted on a zero."""
         # the last update may reach beyond the end
         left = min(step_tokens, self.schedule_tokens - done.horizon_tokens)
         by_tokens = (done.horizon_tokens + left / 2) / self.schedule_tokens
@@ -93,28 +94,30 @@ class Budget:
         return min(max(by_tokens, by_steps), 1.0)
 
     def run_end(self, done: Progress) -> int:
-        """Tokens at which this run ends, as far as is known: where the horizon does, if that is
-        before its budget."""
-        return max(
-            1, min(self.run_tokens, self.schedule_tokens - done.horizon_tokens + done.run_tokens)
-        )
+        """Return the tokens at which this run ends, as far as is known: where the schedules do, if
+        that is before its budget."""
+        by_schedules = self.schedule_tokens - done.horizon_tokens + done.run_tokens
+        return max(1, min(self.run_tokens, by_schedules))
 
     def end(self, done: Progress) -> str | None:
-        """Why the run is over, or None."""
+        """Return the reason that the run is over; None while it is not."""
         if done.run_tokens >= self.run_tokens:
             return "budget"
-        return (
-            "max_steps" if self.run_steps is not None and done.run_step >= self.run_steps else None
-        )
+        if self.run_steps is not None and done.run_step >= self.run_steps:
+            return "max_steps"
+        return None
 
 
 def begin_next_run(progress: Progress, runs: int) -> None:
-    """Count on: a run of its own, and a horizon of its own unless `runs` of them share one."""
+    """Begin the next run, and a new horizon unless this one has runs left.
+
+    runs   runs that share a horizon
+    """
     progress.run += 1
     progress.run_step = progress.run_tokens = 0
     progress.finished = progress.evaluation_due = False
     if progress.horizon_runs >= runs or runs == 1:
         progress.horizon_step = progress.horizon_tokens = progress.horizon_runs = 0
-    # each run ends a little beyond its budget; added up, the last updates of a long chain would
-    # find no learning rate left
+    # each run ends a little beyond its budget; added up, that would leave no learning rate for the
+    # last updates of a long chain
     progress.horizon_tokens = min(progress.horizon_tokens, progress.horizon_runs * RUN_TOKENS)

@@ -1,26 +1,36 @@
-"""What share of the mix each source has as a run goes on: its weight, and, where a preset adapts
-them, a factor on it.
+"""Each source's share of the mix as a run goes on: its weight, and, where a preset adapts them, a
+factor on it.
 
     each source's loss over an interval ──► over their mean, clipped ──► smoothed ──► the factor
     (specification 003, tier 1)
 
-In:    of every step each source's summed loss and its targets, and the tokens of the step, over all
+In:    each source's summed loss and targets of every step, and the tokens of the step, over all
        ranks
 Out:   once an interval is full, a factor for each source; the loader makes the mix follow
-State: the factors, and what was counted since they last changed; `state()` is all of it
+State: the factors, and the sums since they last changed; `state()` is all of it
 """
 
 import math
 from collections.abc import Collection, Iterable
-from typing import Any
+from typing import NamedTuple
 
+from core.checkpoint.state import AdaptiveState
 from core.errors import UserError
+from core.preset.base import PresetBase
 from core.preset.settings import AuxiliarySettingsBase
 from core.schedules import Schedule, value_at
 
 DIGITS = 3
-"""Of a factor that is handed on: runs whose losses differ in their last bits, as on one rank and on
-two, draw the same."""
+"""Digits of a factor that is handed on: runs whose losses differ in their last bits, as on one rank
+and on two, draw the same."""
+
+
+class SourceLoss(NamedTuple):
+    """A source's part of a step, over all ranks."""
+
+    name: str
+    total: float  # summed loss: nats, or the first loss's unit
+    targets: float
 
 
 class SourceWeights:
@@ -28,17 +38,17 @@ class SourceWeights:
     and nothing is counted.
 
     schedules   {name: weight}
-    saved       `state()` of an earlier start: sources go on by their names, new ones begin at 1,
-                absent ones are kept
+    saved       `state()` of an earlier start: sources are found by their names, new ones begin at
+                1, absent ones are kept
     """
 
     def __init__(
         self,
         schedules: dict[str, Schedule],
         settings: AuxiliarySettingsBase,
-        saved: dict[str, Any] | None = None,
+        saved: AdaptiveState | None = None,
     ):
-        saved = saved or {}
+        saved = saved or AdaptiveState()
         self._schedules, self._settings = schedules, settings
         self._exact: dict[str, float] = dict.fromkeys(schedules, 1.0) | saved.get("factors", {})
         self._sums: dict[str, float] = dict(saved.get("sums", {}))
@@ -47,13 +57,16 @@ class SourceWeights:
 
     @property
     def factors(self) -> dict[str, float]:
-        """On the weights, from the last change on; none where they are not adapted."""
-        adapted = self._schedules if self._settings.enable_adaptive_sources else ()
-        return {name: float(f"{self._exact[name]:.{DIGITS}g}") for name in adapted}
+        """The factors on the weights since the last change; none where they are not adapted."""
+        names = self._schedules if self._settings.enable_adaptive_sources else ()
+        return {name: float(f"{self._exact[name]:.{DIGITS}g}") for name in names}
 
     def shares(self, progress: float, gone: Collection[str]) -> dict[str, dict[str, float]]:
-        """Of each source "weight", its share among those that are left, and "factor" where there
-        are factors."""
+        """Return the "weight" of each source, which is its share among those that are left, and
+        its "factor" where there are factors.
+
+        gone   sources from which nothing more is read
+        """
         factors = self.factors
         weights = {
             name: value_at(schedule, progress) * factors.get(name, 1.0)
@@ -61,25 +74,24 @@ class SourceWeights:
         }
         weights |= {name: 0.0 for name in weights if name in gone}
         total = sum(weights.values()) or 1.0
-        told = {name: {"factor": factors[name]} if factors else {} for name in weights}
-        return {name: {"weight": weight / total, **told[name]} for name, weight in weights.items()}
+        shares = {name: {"weight": weight / total} for name, weight in weights.items()}
+        for name, factor in factors.items():
+            shares[name]["factor"] = factor
+        return shares
 
-    def after_step(
-        self, by_source: Iterable[tuple[str, float, float]], tokens: int
-    ) -> dict[str, float] | None:
-        """Count a step of (source, summed loss, targets); where that fills an interval, change the
-        factors.
+    def after_step(self, by_source: Iterable[SourceLoss], tokens: int) -> dict[str, float] | None:
+        """Count a step; where that fills an interval, change the factors.
 
-        Returns the mean losses (nats, or the first loss's unit) that changed them, None where the
+        Returns the mean losses (nats, or the first loss's unit) that changed them; None where the
         interval goes on. A loss that is not finite is left out: an update that was skipped says
-        nothing of a source."""
+        nothing about a source."""
         if not self._settings.enable_adaptive_sources:
             return None
         self._tokens += tokens
-        for name, loss, count in by_source:
-            if count and math.isfinite(loss):
-                self._sums[name] = self._sums.get(name, 0.0) + loss
-                self._counts[name] = self._counts.get(name, 0) + int(count)
+        for name, total, targets in by_source:
+            if targets and math.isfinite(total):
+                self._sums[name] = self._sums.get(name, 0.0) + total
+                self._counts[name] = self._counts.get(name, 0) + int(targets)
         if self._tokens < self._settings.adaptive_interval_tokens:
             return None
         losses = {name: total / self._counts[name] for name, total in self._sums.items()}
@@ -88,8 +100,9 @@ class SourceWeights:
         self._tokens %= self._settings.adaptive_interval_tokens
         return losses
 
-    def state(self) -> dict[str, Any]:
-        """All of it, as JSON, the same on every rank; nothing where weights are not adapted."""
+    def state(self) -> AdaptiveState:
+        """Return the whole state as JSON, the same on every rank; empty where weights are not
+        adapted."""
         if not self._settings.enable_adaptive_sources:
             return {}
         return {
@@ -103,40 +116,34 @@ class SourceWeights:
 def adapted(
     factors: dict[str, float], losses: dict[str, float], settings: AuxiliarySettingsBase
 ) -> dict[str, float]:
-    """New factors for the sources that have a loss (specification 003, tier 1).
+    """Return new factors for the sources that have a loss (specification 003, tier 1).
 
     w = clip(loss / mean of the losses, min, max); factor = smoothing * old + (1 - smoothing) * w.
-    None where all losses are 0."""
+    Empty where all losses are 0."""
     mean = sum(losses.values()) / len(losses) if losses else 0.0
     if mean <= 0:
         return {}
-    low, high, keep = (
-        settings.adaptive_min_weight,
-        settings.adaptive_max_weight,
-        settings.adaptive_smoothing,
-    )
+    low, high = settings.adaptive_min_weight, settings.adaptive_max_weight
+    keep = settings.adaptive_smoothing
     return {
         name: keep * factors[name] + (1 - keep) * min(max(loss / mean, low), high)
         for name, loss in losses.items()
     }
 
 
-def check_adaptive(preset: Any) -> list[str]:
-    """Remarks on what adapting means for a preset's sources. Raises UserError where its mix has no
-    weights to adapt."""
+def check_adaptive(preset: PresetBase) -> list[str]:
+    """Return notes on what adapting means for a preset's sources. Raises UserError where its mix
+    has no weights to adapt."""
     if not preset.auxiliary.enable_adaptive_sources:
         return []
     strategy, count = preset.data.mix_strategy, len(preset.data.sources)
     if strategy != "weighted":
         raise UserError(
             "auxiliary.enable_adaptive_sources adapts data.source_weights, which "
-            f'data.mix_strategy "{strategy}" does not use. '
-            'Set it to "weighted", with weights to begin with, such as "source_weights": '
-            f"{[1] * count}; or set "
-            "enable_adaptive_sources to false."
+            f'data.mix_strategy "{strategy}" does not use. Set it to "weighted", with weights to '
+            f'begin with, such as "source_weights": {[1] * count}; or set enable_adaptive_sources '
+            "to false."
         )
-    return (
-        ["auxiliary.enable_adaptive_sources changes nothing: there is one source only"]
-        if count == 1
-        else []
-    )
+    if count == 1:
+        return ["auxiliary.enable_adaptive_sources changes nothing: there is one source only"]
+    return []

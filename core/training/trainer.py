@@ -4,11 +4,10 @@ In:    objects, through the constructor: nothing here knows a model's, a loss's 
 Out:   a trained model, events in the metrics log, checkpoints
 State: Progress, plus what its parts keep; `state()` is all of it
 
-One step: rows → positions of heads → curriculum → count → forward → losses → backward → clip → guard
-          → update → after_optimizer_step → report
+One step: rows → positions of heads → curriculum → count → forward → losses → backward → clip
+          → guard → update → after_optimizer_step → report
 """
 
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,16 +15,13 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from core.checkpoint.store import CheckpointStore
 from core.contracts import LanguageModel, call_if_defined
 from core.data.loader import Loader, StepRows
 from core.data.worker import Stopped
 from core.errors import CheckpointError, Diverged, NoData, first_line
-from core.losses.stack import LossTerms
-from core.metrics.log import CUT_SHORT, MetricsLog
+from core.metrics.events import CUT_SHORT
+from core.metrics.log import MetricsLog
 from core.preset.settings import TrainSettings
 from core.runtime import uncompiled
 from core.schedules import learning_rate_schedule, value_at
@@ -39,6 +35,7 @@ from core.training.recovery import BAD_STEPS, Recovery
 from core.training.reporter import Reporter
 from core.training.saving import Saver
 from core.training.source_weights import SourceWeights
+from core.training.step_report import StepReport, step_report
 
 
 @dataclass
@@ -85,21 +82,6 @@ class Inspection:
     evaluate: Callable[[LanguageModel, float], dict[str, Any] | None]
     # model, step -> events for people, after each evaluation
     show: Callable[[LanguageModel, int], Iterable[tuple[str, dict[str, Any]]]]
-
-
-@dataclass
-class StepReport:
-    """A step's numbers, over all micro-batches and ranks."""
-
-    loss: float
-    losses: dict[str, float]
-    grad_norm: float
-    by_source: list[tuple[str, float, float]]  # name, summed loss, number of targets
-    model: dict[str, float]  # what the model reports of itself
-
-    @property
-    def is_finite(self) -> bool:
-        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
 class Trainer:
@@ -150,13 +132,12 @@ class Trainer:
     def train(self) -> str:
         """Train until the run's end, an interruption or the end of the data; returns the reason.
 
-        However it stops, it is saved first; only weights at fault are not, nor what an update was
-        half made of. Raises CheckpointError where the end could not be saved.
+        However it stops, the run is saved first, except with weights that are not finite or after
+        half an update. Raises CheckpointError where the end could not be saved.
         """
         self.model.train()
         self._step_started = time.monotonic()
-        # and saved as such, but the program was ended before it was evaluated
-        if self.progress.finished:
+        if self.progress.finished:  # and saved, but the program ended before it was evaluated
             return self._close(self.budget.end(self.progress) or "max_epochs")
         try:
             reason = self._train_on()
@@ -180,8 +161,8 @@ class Trainer:
         return reason
 
     def _train_on(self) -> str:
-        """Take step after step; returns why that is over."""
-        # an end waits for a finite step, or a roll-back: until then nobody knows whether the
+        """Take step after step; returns the reason that ended it."""
+        # the end waits for a finite step, or a roll-back: until then nobody knows whether the
         # weights are at fault
         while (reason := self.budget.end(self.progress)) is None or self.progress.bad_in_a_row:
             if self.progress.evaluation_due and not self.progress.bad_in_a_row:
@@ -191,7 +172,7 @@ class Trainer:
             rows = self._next_rows()
             if rows is None:
                 return "max_epochs"
-            # of several ranks one that fails is alone: they cannot save together
+            # where there are several ranks, one that fails is alone: they cannot save together
             self._sound = self.parallel.world_size == 1
             try:
                 trained_tokens = self._train_step(rows)
@@ -232,7 +213,15 @@ class Trainer:
             rows = self._with_positions(rows)  # the same positions, counted anew
         terms = self.passes.gradients(rows, progress, done.step)
         grad_norm = self.objective.clip(self.settings.max_grad_norm)
-        report = self._report(terms, grad_norm, rows, progress)
+        report = step_report(
+            self.objective,
+            terms,
+            grad_norm,
+            rows,
+            self.loader.source_names,
+            progress,
+            self.parallel,
+        )
         factor = value_at(self._factor, self.budget.middle(done, rows.num_tokens))
         if self._may_update(report):
             self._sound = False  # until the update is counted
@@ -253,39 +242,9 @@ class Trainer:
         totals = self.parallel.sum([float(count) for count in counts.values()])
         return replace(rows, batch=batch, head_counts=dict(zip(counts, totals)))
 
-    def _report(
-        self, terms: list[LossTerms], grad_norm: Tensor, rows: StepRows, progress: float
-    ) -> StepReport:
-        """Add up the step's numbers, with the one read of the device that a step makes."""
-        names = list(terms[0].sums)
-        by_name = [torch.stack([t.sums[name] for name in names]) for t in terms]
-        sums = torch.stack(by_name).double().sum(0)
-        source_sums = torch.stack([t.source_sums for t in terms]).double().sum(0)
-        source_counts = torch.stack([t.source_counts for t in terms]).double().sum(0)
-        # means of the ranks' numbers, each of its last micro-batch
-        of_model: dict[str, Tensor] = call_if_defined(self.model, "report") or {}
-        packed = [grad_norm.double().reshape(1), sums, source_sums, source_counts]
-        packed += [value.double().reshape(1) for value in of_model.values()]
-        norm, *local = torch.cat(packed).tolist()  # the one wait for the device
-        numbers = iter(self.parallel.sum(local))
-        losses = {
-            name: next(numbers) / max(rows.head_counts.get(name, rows.num_targets), 1)
-            for name in names
-        }
-        sources = self.loader.source_names
-        loss_sums, counts = ([next(numbers) for _ in sources] for _ in range(2))
-        weights = self.objective.weights(progress)
-        return StepReport(
-            loss=sum(weights[name] * value for name, value in losses.items()),
-            losses=losses,
-            grad_norm=norm,
-            by_source=list(zip(sources, loss_sums, counts)),
-            model={name: next(numbers) / self.parallel.world_size for name in of_model},
-        )
-
     def _may_update(self, report: StepReport) -> bool:
-        """Return whether the update may be made. Counts those that may not, and goes back to a
-        checkpoint when they pile up."""
+        """Return whether the update may be made. Updates that may not are counted; when they pile
+        up, weights and optimizer go back to a checkpoint."""
         if report.is_finite:
             self.progress.bad_in_a_row = 0
             return True
@@ -308,8 +267,8 @@ class Trainer:
         shares = self.source_weights.shares(progress, self.loader.position.gone)
         sources = {}
         read = zip(rows.source_tokens, rows.documents, rows.epochs)
-        for (name, total, count), (tokens, documents, epochs) in zip(report.by_source, read):
-            loss = total / count if count else None
+        for (name, total, targets), (tokens, documents, epochs) in zip(report.by_source, read):
+            loss = total / targets if targets else None
             account = done.expose(name, tokens, documents, epochs, loss)
             sources[name] = {**account, "loss": loss, **shares[name]}
         self.reporter.emit(
@@ -347,7 +306,7 @@ class Trainer:
 
     def _look_after(self, step_tokens: int) -> bool:
         """Save when it is time, before anything is evaluated; returns whether to stop. The ranks
-        agree on it in one sum."""
+        agree in one sum."""
         every = self.settings.eval_every_tokens
         if self.progress.run_tokens // every > (self.progress.run_tokens - step_tokens) // every:
             self.progress.evaluation_due = True
@@ -367,8 +326,8 @@ class Trainer:
         return False
 
     def evaluate_and_sample(self) -> None:
-        """Log an evaluation and samples. Where that fails, a warning is logged and the run goes on;
-        where it is stopped, it stays due."""
+        """Log an evaluation and samples. If they fail, a warning is logged and the run goes on; if
+        they are interrupted, they stay due."""
         self.progress.evaluation_due = False
         if self.settings.eval_tokens == 0:
             return
@@ -390,8 +349,8 @@ class Trainer:
             self.reporter.emit(event, **fields)
 
     def _try_to(self, what: str, action: Callable[[], Any]) -> Any:
-        """Return what `action` gives; None where it fails, with one warning for each way to
-        fail."""
+        """Return the result of `action`; None if it fails, with one warning for each kind of
+        error."""
         try:
             return action()
         except Stopped:
@@ -404,7 +363,8 @@ class Trainer:
 
     @contextmanager
     def _not_timed(self) -> Iterator[None]:
-        """Leave the time of this block out of the step's: tokens per second are of training."""
+        """Leave the time of this block out of the step's: tokens per second are those of
+        training."""
         started = time.monotonic()
         yield
         self._step_started += time.monotonic() - started
@@ -432,8 +392,8 @@ class Trainer:
     # the end --------------------------------------------------------------------------------------
 
     def _end(self, reason: str) -> tuple[str, str | None]:
-        """Save, then evaluate unless the run goes on at the next start; returns why it stops, and
-        why it could not be saved."""
+        """Save, then evaluate unless the run goes on at the next start; returns the reason that it
+        stops, and the reason that it could not be saved."""
         done = self.progress
         if reason not in CUT_SHORT:
             done.evaluation_due = True
@@ -446,7 +406,7 @@ class Trainer:
         return reason, failure and self.saver.save_and_wait()  # there may be room by now
 
     def _close(self, reason: str) -> str:
-        """Make the evaluation of a run that is over, and log the last event; returns why it
+        """Evaluate a run that is over, and log its last event; returns the reason that it
         stops."""
         if reason not in CUT_SHORT:
             self.evaluate_and_sample()
@@ -456,8 +416,8 @@ class Trainer:
         return reason
 
     def _enter_passed_over(self) -> None:
-        """Enter in the ledger what began in steps that taught nothing: it was read, though its
-        tokens were not trained."""
+        """Enter in the ledger the documents and epochs that began in steps without a target: they
+        were read, though their tokens were not trained."""
         while self.loader.begun:
             name, documents, epochs = self.loader.begun.pop()
             if documents or epochs:
@@ -469,7 +429,7 @@ class Trainer:
 
 
 def _reason_of(error: Exception) -> str:
-    """Name the end that an error makes, as `run_end` events do."""
+    """Return the reason of a run's end that an error stands for, as `run_end` events name it."""
     if isinstance(error, NoData):
         return "no_data"
     return "diverged" if isinstance(error, Diverged) else "failed"

@@ -1,15 +1,15 @@
 """How an evaluation goes on, and what it found, as tables.
 
 In:    what the evaluate job tells
-Out:   a WorkView's lines and bar; tables
+Out:   a ProgressLine's lines and bar; tables
 State: none
 """
 
 from core.ui import text
-from core.ui.progress_line import WorkView
+from core.ui.progress_line import ProgressLine
 
 
-class EvaluateView(WorkView):
+class EvaluateView(ProgressLine):
     """The view of the evaluate job."""
 
     def update(self, done: int, total: int) -> None:

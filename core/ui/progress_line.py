@@ -1,8 +1,9 @@
-"""How a job goes on that is no training: a bar on a terminal, a line every few seconds elsewhere.
+"""The progress of a job that does not train: a bar on a terminal, a line every few seconds
+elsewhere.
 
-In:    what the job tells
+In:    messages and counts of the job
 Out:   lines, and on a terminal a bar below them
-State: what is being worked on, and when that began
+State: the task that is worked on, and when it began
 """
 
 import time
@@ -17,14 +18,14 @@ from core.ui.dashboard import can_draw
 LINE_SECONDS = 5.0
 
 
-class WorkView:
-    """Lines that stay, and one place that changes. Close it on every way out: it gives the cursor
+class ProgressLine:
+    """Lines that stay, and one line that changes. Close it on every way out: it gives the cursor
     back."""
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic):
         self._stream, self._clock = stream, clock
         self._bar: Any = None
-        self._task: Any = None
+        self._task_id: Any = None
         self._name, self._began_at, self._shown_at = "", 0.0, 0.0
         if can_draw(stream):
             from rich.console import Console
@@ -40,23 +41,23 @@ class WorkView:
             )
 
     def tell(self, line: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         if self._bar is not None:
             self._bar.console.print(text.clean(line), markup=False, soft_wrap=True)
         else:
             write_line(self._stream, text.clean(line))
 
     def start(self, name: str) -> None:
-        """Its turn begins."""
+        """Begin a task."""
         self._name = text.clean(name)
         self._began_at = self._shown_at = self._clock()
         if self._bar is not None:
             self._bar.start()
-            self._task = self._bar.add_task(self._name, total=None, about="")
+            self._task_id = self._bar.add_task(self._name, total=None, about="")
 
     @contextmanager
-    def turn(self, name: str) -> Iterator[None]:
-        """From `start` to `end`."""
+    def task(self, name: str) -> Iterator[None]:
+        """Begin a task, and end it on the way out."""
         self.start(name)
         try:
             yield
@@ -65,33 +66,33 @@ class WorkView:
 
     @property
     def seconds(self) -> float:
-        """Since its turn began."""
+        """Return the time since the task began."""
         return self._clock() - self._began_at
 
     @property
     def due(self) -> bool:
-        """Whether it is time to show something: lines are not for every moment."""
+        """Tell whether it is time to show the progress: a bar always, lines only now and then."""
         return self._bar is not None or self._clock() - self._shown_at >= LINE_SECONDS
 
     def show(self, parts: list[str], fraction: float | None) -> None:
-        """How far it is. `fraction` of it that is done; None where nobody knows its size."""
+        """Show the progress of the task; `fraction` is None where nobody knows its size."""
         self._shown_at = self._clock()
         if self._bar is None:
             self.tell("  ".join([self._name, *parts]))
         else:
             self._bar.update(
-                self._task,
+                self._task_id,
                 completed=fraction or 0,
                 total=1 if fraction else None,
                 about="  ".join(parts),
             )
 
     def end(self) -> None:
-        """Its turn is over."""
-        if self._bar is not None and self._task is not None:
-            self._bar.remove_task(self._task)
+        """End the task."""
+        if self._bar is not None and self._task_id is not None:
+            self._bar.remove_task(self._task_id)
             self._bar.stop()
-            self._task = None
+            self._task_id = None
 
     def __enter__(self) -> Self:
         return self

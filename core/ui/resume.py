@@ -1,8 +1,8 @@
-"""The question after the menu, where the chosen preset has been trained before: resume, or start
+"""The question after the menu, if the chosen preset has been trained before: resume, or start
 fresh?
 
-In:    the chosen preset's lineage, and what would be resumed, in words
-Out:   a lineage that goes on, or one that was put aside
+In:    the chosen preset's lineage, and a description of what would be resumed
+Out:   the lineage as it was, or put aside under another name
 State: none
 """
 
@@ -15,16 +15,16 @@ from core.ui.menu import STYLE, can_pick
 
 
 def offer_fresh(root: Path, lineage: str, resumes: Callable[[], list[str]]) -> None:
-    """Put a lineage aside if it has checkpoints and the person at the terminal says so; where there
-    is nobody, it goes on.
+    """Ask whether a lineage that has checkpoints shall be put aside, and do so. Without a terminal,
+    nobody is asked and the lineage goes on.
 
-    Raises KeyboardInterrupt when the user leaves, UserError where it is in use.
+    resumes   returns the description of what would be resumed
+
+    Raises KeyboardInterrupt when the user leaves, UserError where the lineage is in use.
     """
-    if (
-        can_pick()
-        and has_checkpoints(root, lineage)
-        and ask_fresh(resumes(), name_aside(root, lineage))
-    ):
+    if not can_pick() or not has_checkpoints(root, lineage):
+        return
+    if ask_fresh(resumes(), name_aside(root, lineage)):
         print(f'  what was there is the lineage "{put_aside(root, lineage)}" now')
 
 
@@ -38,7 +38,7 @@ def ask_fresh(resumes: list[str], kept_as: str) -> bool:
         questionary.Choice("resume", False),
         questionary.Choice(f'start fresh; what is there is kept as the lineage "{kept_as}"', True),
     ]
-    asked = questionary.select(
+    question = questionary.select(
         "go on where it stands?",
         choices,
         qmark="zeroarg",
@@ -47,4 +47,4 @@ def ask_fresh(resumes: list[str], kept_as: str) -> bool:
         use_jk_keys=False,
         style=questionary.Style.from_dict(STYLE),
     )
-    return asked.unsafe_ask()
+    return question.unsafe_ask()

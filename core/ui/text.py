@@ -15,7 +15,7 @@ BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
 def count(value: float | None) -> str:
-    """12 345 678 as "12.3M": three significant digits."""
+    """Format 12 345 678 as "12.3M": three significant digits."""
     if value is None:
         return "–"
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
@@ -28,7 +28,7 @@ def count(value: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """3840 as "1h 04m"."""
+    """Format 3840 seconds as "1h 04m"."""
     if seconds is None:
         return "–"
     whole = max(0, round(seconds))
@@ -42,8 +42,8 @@ def duration(seconds: float | None) -> str:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A loss or a norm: fixed point where that is readable, powers of ten elsewhere, a dash where
-    there is none."""
+    """Format a loss or a norm: fixed point where that is readable, else a power of ten; a dash for
+    None."""
     if value is None:
         return "–"
     if value == 0:
@@ -54,21 +54,22 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def change(now: float | None, before: float | None) -> str:
-    """ "−0.12" against the value before; empty where there is nothing to compare with."""
+    """Format the change against the value before as "−0.12"; "" where there is none."""
     if now is None or before is None:
         return ""
     return f"{now - before:+.3f}".replace("-", "−")
 
 
 def memory(megabytes: float | None) -> str:
+    """Format an amount of memory as "512 MB" or "1.5 GB"."""
     if megabytes is None:
         return "–"
     return f"{megabytes:.0f} MB" if megabytes < 1000 else f"{megabytes / 1024:.1f} GB"
 
 
 def chart(values: Sequence[float], width: int, rows: int = 1) -> list[str]:
-    """Columns of blocks, top row first. Longer series are averaged into `width` columns; the lowest
-    value is still one block high, so that it can be told from a column without value."""
+    """Draw values as columns of blocks, top row first. A longer series is averaged into `width`
+    columns. The lowest value is still one eighth of a row high, which tells it from no value."""
     if not values or width < 1:
         return [""] * rows
     columns = _binned(values, width)
@@ -90,8 +91,8 @@ def _binned(values: Sequence[float], width: int) -> list[float]:
 
 
 class History:
-    """A whole run's values in bounded memory: when full, neighbours are averaged and each place
-    stands for twice as many."""
+    """A whole run's values in bounded memory: when it is full, neighbours are averaged, and from
+    then on each place holds the mean of twice as many."""
 
     def __init__(self, capacity: int = 512):
         self.values: list[float] = []

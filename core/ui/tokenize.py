@@ -1,15 +1,15 @@
 """How a tokenization goes on: tokens, documents, speed and time left of the source that is read.
 
 In:    what the tokenize job tells
-Out:   a WorkView's lines and bar
+Out:   a ProgressLine's lines and bar
 State: tokens that were written before this process
 """
 
 from core.ui import text
-from core.ui.progress_line import WorkView
+from core.ui.progress_line import ProgressLine
 
 
-class TokenizeView(WorkView):
+class TokenizeView(ProgressLine):
     """The view of the tokenize job."""
 
     _began_tokens = 0

@@ -228,7 +228,7 @@ class History:
                 for n, row in self.rows.items()
             )
             and all(
-                (row.pieces, row.after) == (other.rows[n].pieces, other.rows[n].after)
+                (row.segments, row.after) == (other.rows[n].segments, other.rows[n].after)
                 for n, row in self.rows.items()
             )
         )
@@ -243,7 +243,7 @@ class History:
     @property
     def digests(self) -> set[int]:
         """Of every document of which anything was consumed."""
-        return {piece.digest for row in self.rows.values() for piece in row.pieces}
+        return {segment.digest for row in self.rows.values() for segment in row.segments}
 
 
 class Recorder(Loader):
@@ -332,7 +332,7 @@ def history(
         assert all(rank[1:3] == ranks[0][1:3] for rank in ranks), (
             "every rank must see the same ledger and the same merged state"
         )
-        found.rows |= {n: row for n, row in sorted(consumed.items()) if row.pieces}
+        found.rows |= {n: row for n, row in sorted(consumed.items()) if row.segments}
         ledger, state, _, _ = ranks[0][1:]
         for column, counts in enumerate((found.documents, found.epochs)):
             counts[:] = [
@@ -374,13 +374,15 @@ def check_accounts(
     used: Counter[int] = Counter()
     who: dict[int, tuple[int, int, int]] = {}
     for row in found.rows.values():
-        for piece in row.pieces:
-            assert piece.start == used[piece.index], (
-                f"draw {piece.index} goes on at {piece.start}, {used[piece.index]} were used"
+        for segment in row.segments:
+            assert segment.start == used[segment.draw], (
+                f"draw {segment.draw} goes on at {segment.start}, {used[segment.draw]} were used"
             )
-            used[piece.index] += piece.length
-            told = (piece.source, piece.digest, row.lane)
-            assert who.setdefault(piece.index, told) == told, f"draw {piece.index} is two documents"
+            used[segment.draw] += segment.length
+            told = (segment.source, segment.digest, row.lane)
+            assert who.setdefault(segment.draw, told) == told, (
+                f"draw {segment.draw} is two documents"
+            )
     places = {
         int(lane): (place[0], {i: at for i, at in place[1]})
         for lane, place in found.state["lanes"].items()

@@ -14,9 +14,9 @@ import tokenizers
 
 from core.data.chat import MARKERS, START, STOP, chat_note, encode_chat, render_chat
 from core.data.documents import Document, Encoded, Messages, SkipRow
-from core.data.encoding import Remembering, encode
+from core.data.encoding import MemoizedEncoder, encode
 from core.data.objectives import IGNORE_INDEX, next_token
-from core.data.packing import PACKERS, Place
+from core.data.packing import PACKERS, LanePosition
 from core.data.reader import collate
 from core.data.sources import build_source, open_sources
 from core.data.sources.chat import ChatSettings, conversation
@@ -122,7 +122,7 @@ def test_the_golden_batch() -> None:
         golden_tokenizer(),
     )
     width = len(golden["input_ids"][0])
-    packer = PACKERS["padding"](0, width + 1, tokenizer.eos_id, Place())
+    packer = PACKERS["padding"](0, width + 1, tokenizer.eos_id, LanePosition())
     for index, (ids, learned, _) in enumerate(
         encode_chat(tokenizer, [messages_of(example) for example in EXAMPLES[:2]])
     ):
@@ -472,7 +472,7 @@ def test_a_message_of_weight_0_is_read_and_not_learned(tokenizer: Tokenizer) -> 
         {"training": 0, "weight": 1},
     ):
         document = conversation([said[0], {**said[1], **mark}, *said[2:]], "k")
-        found = Remembering(tokenizer)([document_of({"messages": said}, "k"), document])[1]
+        found = MemoizedEncoder(tokenizer)([document_of({"messages": said}, "k"), document])[1]
         assert (
             found.ids.tolist() == every.ids.tolist()
             and found.learned is not None

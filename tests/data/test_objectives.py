@@ -352,10 +352,12 @@ def hidden_of(rows: dict[int, Row]) -> dict[int, dict[int, list[int]]]:
     found: dict[int, dict[int, list[int]]] = {}
     for row in rows.values():
         at = 0
-        for piece in row.pieces:
-            places = np.flatnonzero(row.labels[at : at + piece.length] >= 0) + piece.start
-            found.setdefault(piece.digest, {}).setdefault(piece.index, []).extend(places.tolist())
-            at += piece.length
+        for segment in row.segments:
+            places = np.flatnonzero(row.labels[at : at + segment.length] >= 0) + segment.start
+            found.setdefault(segment.digest, {}).setdefault(segment.draw, []).extend(
+                places.tolist()
+            )
+            at += segment.length
     return found
 
 

@@ -9,10 +9,10 @@ import pytest
 
 from core.data.documents import Encoded
 from core.data.objectives import IGNORE_INDEX, next_token
-from core.data.packing import PACKERS, Place, Row
+from core.data.packing import PACKERS, LanePosition, Row
 
 EOS, T = 99, 16
-BEGINNING = Place()
+BEGINNING = LanePosition()
 
 
 def random_documents(seed: int, count: int = 40) -> list[tuple[int, int, np.ndarray]]:
@@ -40,7 +40,7 @@ def framed(
 def pack(
     documents: list[tuple[int, int, np.ndarray]],
     packing: str,
-    place: Place = BEGINNING,
+    place: LanePosition = BEGINNING,
     ahead: int = 1,
 ) -> list[Row]:
     """All rows of some documents, from a place on, the last ones padded. `ahead`: documents that
@@ -53,7 +53,7 @@ def pack(
             packer.add(index, source, 1000 + index, index % 7 == 0, *framed(ids))
         while packer.ready:
             rows.append(packer.row())
-    while (row := packer.row()).pieces:
+    while (row := packer.row()).segments:
         rows.append(row)
     return rows
 
@@ -97,12 +97,12 @@ def test_no_token_is_lost_and_every_target_is_right(packing: str, seed: int) -> 
     rows = pack(documents, packing)
     found: dict[int, list[tuple[int, list, list, set]]] = {}
     for row in rows:
-        for piece, (a, b) in zip(row.pieces, inside(row)):
-            assert piece.length == b - a and piece.digest == 1000 + piece.index
-            assert piece.opens_epoch == (piece.index % 7 == 0 and piece.start == 0)
+        for segment, (a, b) in zip(row.segments, inside(row)):
+            assert segment.length == b - a and segment.digest == 1000 + segment.draw
+            assert segment.opens_epoch == (segment.draw % 7 == 0 and segment.start == 0)
             sources = set(row.source_ids[a:b].tolist())
-            found.setdefault(piece.index, []).append(
-                (piece.start, row.input_ids[a:b].tolist(), row.labels[a:b].tolist(), sources)
+            found.setdefault(segment.draw, []).append(
+                (segment.start, row.input_ids[a:b].tolist(), row.labels[a:b].tolist(), sources)
             )
     assert set(found) == {index for index, _, _ in documents}
     for index, source, ids in documents:
@@ -115,8 +115,8 @@ def test_no_token_is_lost_and_every_target_is_right(packing: str, seed: int) -> 
         assert [token for piece in pieces for token in piece[2]] == [*ids.tolist(), EOS]
         assert all(piece[3] == {source} for piece in pieces)
     if packing == "documents":
-        assert [piece.index for row in rows for piece in row.pieces] == sorted(
-            piece.index for row in rows for piece in row.pieces
+        assert [segment.draw for row in rows for segment in row.segments] == sorted(
+            segment.draw for row in rows for segment in row.segments
         )
         assert all((row.source_ids >= 0).all() for row in rows[:-1]), (
             "only the very last row may have padding"
@@ -131,7 +131,7 @@ def test_attention_and_positions_stay_inside_each_document(packing: str, seed: i
     for row in pack(random_documents(seed), packing):
         stretches = inside(row)
         padded = bool((row.source_ids < 0).any())
-        assert len(stretches) == len(row.pieces) + padded
+        assert len(stretches) == len(row.segments) + padded
         assert row.document_ids[[a for a, _ in stretches]].tolist() == list(range(len(stretches)))
         for number, (a, b) in enumerate(stretches):
             assert row.position_ids[a:b].tolist() == list(range(b - a))
@@ -141,7 +141,7 @@ def test_attention_and_positions_stay_inside_each_document(packing: str, seed: i
             # inside a document the target of one position is the input of the next
             assert is_padding or row.labels[a : b - 1].tolist() == row.input_ids[a + 1 : b].tolist()
         if packing == "padding":
-            assert len(row.pieces) == 1
+            assert len(row.segments) == 1
 
 
 @pytest.mark.parametrize("packing", PACKERS)
@@ -153,19 +153,22 @@ def test_a_lane_goes_on_from_any_row(packing: str, seed: int) -> None:
     rows = pack(documents, packing)
     for done, row in enumerate(rows):
         again = pack(
-            documents, packing, Place.of(json.loads(json.dumps(row.after))), ahead=1 + done % 5
+            documents,
+            packing,
+            LanePosition.from_json(json.loads(json.dumps(row.after))),
+            ahead=1 + done % 5,
         )
         assert len(again) == len(rows) - done - 1
         for one, other in zip(rows[done + 1 :], again):
             assert all(np.array_equal(a, b) for a, b in zip(fields(one), fields(other)))
-            assert (one.after, one.pieces) == (other.after, other.pieces)
+            assert (one.after, one.segments) == (other.after, other.segments)
 
 
 @pytest.mark.parametrize("packing", PACKERS)
 def test_how_many_documents_arrive_at_once_changes_nothing(packing: str) -> None:
     documents = random_documents(3)
     one, other = pack(documents, packing), pack(documents, packing, ahead=11)
-    assert [row.pieces for row in one] == [row.pieces for row in other] and [
+    assert [row.segments for row in one] == [row.segments for row in other] and [
         r.after for r in one
     ] == [r.after for r in other]
 
@@ -175,8 +178,11 @@ def test_best_fit_cuts_only_what_is_longer_than_a_row() -> None:
     documents = random_documents(5, 400)
     lengths = {index: len(ids) + 1 for index, _, ids in documents}
     rows = pack(documents, "best_fit")
-    for piece in (piece for row in rows for piece in row.pieces):
-        assert lengths[piece.index] > T or (piece.start, piece.length) == (0, lengths[piece.index])
+    for segment in (segment for row in rows for segment in row.segments):
+        assert lengths[segment.draw] > T or (segment.start, segment.length) == (
+            0,
+            lengths[segment.draw],
+        )
 
 
 @pytest.mark.parametrize("row_length", [256, 1024, 2048])
@@ -184,7 +190,7 @@ def test_best_fit_leaves_little_padding(row_length: int) -> None:
     """Mixed lengths, some much shorter and some longer than a row; the end of the data is not
     counted."""
     draw = random.Random(row_length)
-    packer = PACKERS["best_fit"](0, row_length, EOS, Place())
+    packer = PACKERS["best_fit"](0, row_length, EOS, LanePosition())
     real = []
     for index in range(3000):
         packer.add(
@@ -211,7 +217,7 @@ def test_a_document_that_cannot_be_read_again_costs_only_itself(packing: str) ->
     again = []
     for index, source, ids in documents[1:]:
         packer.add(index, source, 0, False, *framed(ids))
-    while packer.ready or (again and again[-1].pieces) or not again:
+    while packer.ready or (again and again[-1].segments) or not again:
         again.append(packer.row())
     learned = sorted(token for row in again for token in row.labels[row.source_ids >= 0].tolist())
     assert learned == sorted([*range(10), EOS, *range(30), EOS])

@@ -133,7 +133,7 @@ def test_no_document_is_on_two_ranks(tmp_path: Path) -> None:
         for rank in range(world_size):
             lanes = share_of_lanes(LANES, world_size, rank)
             rows = iter(make_factory(tmp_path, sections)(start(), lanes))
-            seen.append({piece.index for _ in range(60) for piece in next(rows).pieces})
+            seen.append({segment.draw for _ in range(60) for segment in next(rows).segments})
         assert all(len(documents) > 12 for documents in seen)
         assert not set.intersection(*seen) and len(set.union(*seen)) == sum(map(len, seen))
 

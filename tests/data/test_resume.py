@@ -32,7 +32,7 @@ from core.data.corpus import PipelineFactory
 from core.data.documents import Document, Encoded
 from core.data.mixing import MixSettings
 from core.data.position import Position
-from core.data.shuffle import Shuffled
+from core.data.shuffle import ShuffledSource
 from core.data.sources import SOURCES, build_source, text
 from core.data.sources.chat import ChatSettings
 from core.data.sources.hf import HfSettings
@@ -381,7 +381,7 @@ def test_shuffled_tokens_go_on_from_every_place(
     each comes whole, and once."""
     monkeypatch.setattr(TokensSource, "window", window)
     source = build_source(KINDS["tokens"], root, 1)
-    stream, found = Shuffled(source, 1).stream({}), []
+    stream, found = ShuffledSource(source, 1).stream({}), []
     while True:
         cursor = stream.cursor()
         try:
@@ -391,9 +391,9 @@ def test_shuffled_tokens_go_on_from_every_place(
     digests = [digest for _, digest in found]
     assert sorted(digests) == sorted(document.digest for document in source.stream({}))
     for done, (cursor, _) in enumerate(found):
-        assert [document.digest for document in Shuffled(source, 1).stream(cursor)] == digests[
-            done:
-        ]
+        assert [
+            document.digest for document in ShuffledSource(source, 1).stream(cursor)
+        ] == digests[done:]
 
 
 # the cache ----------------------------------------------------------------------------------------
@@ -575,7 +575,10 @@ def test_two_epochs_hold_everything_twice(
         for d in source.stream({"epoch": epoch})
     )
     begun = Counter(
-        piece.digest for row in found.rows.values() for piece in row.pieces if piece.start == 0
+        segment.digest
+        for row in found.rows.values()
+        for segment in row.segments
+        if segment.start == 0
     )
     assert begun == everything and set(everything.values()) == {2}
     assert not any(waiting for _, waiting in found.state["lanes"].values())
@@ -831,7 +834,7 @@ def test_validation_documents_never_occur_in_training(
     rows = validation_rows(
         factory.sources, plans[0], byte_tokenizer(), NEXT_TOKEN, SEQ_LENGTH, 10**9, 1
     )
-    read = {piece.digest for row in rows for piece in row.pieces}
+    read = {segment.digest for row in rows for segment in row.segments}
     assert read == held and not held & found.digests, (
         f"{len(held & found.digests)} of {len(held)} were trained on"
     )

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from core.data.documents import Document
-from core.data.shuffle import Shuffled
+from core.data.shuffle import ShuffledSource
 from core.data.sources.files import Damaged, Unit
 from core.data.sources.text import TextSettings, TextSource
-from core.data.token_cache import Cached, TokenCache
+from core.data.token_cache import CachedSource, TokenCache
 from tests.data.corpus import byte_tokenizer
 
 
@@ -34,8 +34,8 @@ def write_files(folder: Path) -> list[str]:
     return texts
 
 
-def shuffled(folder: Path, seed: int = 1) -> Shuffled:
-    return Shuffled(Small(TextSettings(path="*.jsonl", name="s"), folder, seed), seed)
+def shuffled(folder: Path, seed: int = 1) -> ShuffledSource:
+    return ShuffledSource(Small(TextSettings(path="*.jsonl", name="s"), folder, seed), seed)
 
 
 def test_an_epoch_is_a_permutation_and_none_is_like_another(tmp_path: Path) -> None:
@@ -74,8 +74,8 @@ def test_the_cache_changes_nothing(tmp_path: Path) -> None:
     found = [(d.key, d.digest, plain.cursor()) for d in plain]
     for _ in range(2):  # made, then read
         slow = Slow(TextSettings(path="*.jsonl", name="s"), tmp_path, 1)
-        source = Cached(slow, TokenCache(tmp_path, 1 << 30), byte_tokenizer())
-        cached = Shuffled(source, 1).stream({})
+        source = CachedSource(slow, TokenCache(tmp_path, 1 << 30), byte_tokenizer())
+        cached = ShuffledSource(source, 1).stream({})
         assert [(d.key, d.digest, cached.cursor()) for d in cached] == found
 
 
@@ -105,7 +105,7 @@ def test_a_broken_read_loses_nothing_before_it(broken_for: int | None, tmp_path:
             )
 
     source = Breaks(TextSettings(path="*.jsonl", name="s"), tmp_path, 1)
-    stream = Shuffled(source, 1).stream({})
+    stream = ShuffledSource(source, 1).stream({})
     found, cursors = [], []
     for document in stream:
         found.append(document.text)
@@ -120,7 +120,7 @@ def test_a_broken_read_loses_nothing_before_it(broken_for: int | None, tmp_path:
         and "skipped 1 damaged file: a.jsonl" in source.notes
     )
     for done in range(0, len(found), 7):
-        again = Shuffled(Breaks(TextSettings(path="*.jsonl", name="s"), tmp_path, 1), 1).stream(
-            cursors[done]
-        )
+        again = ShuffledSource(
+            Breaks(TextSettings(path="*.jsonl", name="s"), tmp_path, 1), 1
+        ).stream(cursors[done])
         assert [d.text for d in again] == found[done + 1 :]

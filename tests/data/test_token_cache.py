@@ -18,7 +18,7 @@ from core.data import token_cache as cache
 from core.data.documents import Document, Encoded
 from core.data.encoding import encode
 from core.data.sources.text import TextSettings, TextSource
-from core.data.token_cache import BLOCK, CACHE, Cached, TokenCache, packed, unpacked
+from core.data.token_cache import BLOCK, CACHE, CachedSource, TokenCache, packed, unpacked
 from tests.data.corpus import byte_tokenizer
 
 SHARDS = 3
@@ -46,8 +46,8 @@ def plain(folder: Path) -> TextSource:
     return TextSource(TextSettings(path="*.jsonl.gz", name="s"), folder, 1)
 
 
-def cached(folder: Path, limit: int = 1 << 30) -> Cached:
-    return Cached(plain(folder), TokenCache(folder, limit), byte_tokenizer())
+def cached(folder: Path, limit: int = 1 << 30) -> CachedSource:
+    return CachedSource(plain(folder), TokenCache(folder, limit), byte_tokenizer())
 
 
 def read(source: Any, cursor: dict | None = None) -> list[tuple]:
@@ -115,13 +115,13 @@ def test_several_readers_make_each_block_once(
 ) -> None:
     """Ranks and workers read the same stream side by side: what one has made, the others find."""
     made: list[tuple] = []
-    make = cache._Maker.make
+    make = cache._BlockMaker.make
 
     def counted(self: Any, number: int) -> Any:
         made.append((self._shard.label, number))
         return make(self, number)
 
-    monkeypatch.setattr(cache._Maker, "make", counted)
+    monkeypatch.setattr(cache._BlockMaker, "make", counted)
     expected = read(plain(corpus))
     results: list[list] = [[] for _ in range(4)]
 

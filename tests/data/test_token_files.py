@@ -14,7 +14,7 @@ import pytest
 from core.data import token_files as chunks_module
 from core.data.sources import SOURCES, build_source, open_sources
 from core.data.sources.tokens import TokensSettings, TokensSource
-from core.data.token_files import BadChunks, Chunks, ChunkWriter, Manifest, read_manifest
+from core.data.token_files import BadChunks, ChunkReader, ChunkWriter, Manifest, read_manifest
 from core.data.tokenizer import Tokenizer, build_tokenizer
 from core.errors import SourceUnavailable, UserError
 from core.preset.settings import TokenizerSettings
@@ -76,7 +76,7 @@ def stretches(tokens: Iterator[int], length: int) -> Iterator[list[int]]:
 
 def raw(name: str, order: list[int], start: int = 0) -> Iterator[int]:
     return chain.from_iterable(
-        block.tolist() for block in Chunks(GOLDEN / name).consecutive(order, start)
+        block.tolist() for block in ChunkReader(GOLDEN / name).consecutive(order, start)
     )
 
 
@@ -179,7 +179,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         and manifest["complete"] is True
     )
     assert {"dataset_id", "config", "chunk_size", "eos_token_id", "vocab_size"} <= set(manifest)
-    reader = Chunks(folder)
+    reader = ChunkReader(folder)
     read = [ids.tolist() for index in range(len(sizes)) for _, _, ids in reader.documents(index)]
     assert read == [ids.tolist() for ids in found] and reader.notes == []
 

@@ -19,9 +19,9 @@ from core.data.documents import Document
 from core.data.loader import Loader
 from core.data.sources.text import TextSource
 from core.data.token_cache import CACHE
-from core.data.token_pool import Batch, TokenPool
+from core.data.token_pool import TextBatch, TokenPool
 from core.data.tokenizer import Tokenizer
-from core.data.worker import CLOSE_SECONDS, Worker
+from core.data.worker import CLOSE_SECONDS, DataWorker
 from core.errors import ReadingFailed
 from tests.data.corpus import (
     LANES,
@@ -38,9 +38,9 @@ from tests.data.corpus import (
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import threading, time
-from core.data.worker import ROWS_PER_MESSAGE, Worker
+from core.data.worker import ROWS_PER_MESSAGE, DataWorker
 rows = list(range(ROWS_PER_MESSAGE))
-worker = Worker(zip, rows)
+worker = DataWorker(zip, rows)
 worker.begin(rows)
 worker.next_row(threading.Event())
 print(worker._process.pid, flush=True)
@@ -73,14 +73,14 @@ def test_a_worker_ends_with_a_program_that_was_killed() -> None:
 
 STARTING = """
 import os, signal, threading
-from core.data.token_pool import Batch, TokenPool
-from core.data.worker import ROWS_PER_MESSAGE, Worker
+from core.data.token_pool import TextBatch, TokenPool
+from core.data.worker import ROWS_PER_MESSAGE, DataWorker
 from tests.data.corpus import byte_tokenizer
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: None)
     signal.signal(signal.SIGHUP, lambda *_: None)
     rows = list(range(ROWS_PER_MESSAGE))
-    worker = Worker(zip, rows)
+    worker = DataWorker(zip, rows)
     for number in (signal.SIGINT, signal.SIGHUP):
         os.killpg(0, number)
     worker.begin(rows)
@@ -131,14 +131,14 @@ def test_a_worker_that_is_killed_is_started_again(tmp_path: Path) -> None:
     straight.next_step(), loader.next_step()
     assert loader.state()["receipts"] == straight.state()["receipts"]
 
-    kill = Worker.begin
+    kill = DataWorker.begin
 
-    def killed(self: Worker, position: Any) -> None:
+    def killed(self: DataWorker, position: Any) -> None:
         self._process.kill()
         kill(self, position)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Worker, "begin", killed)
+        patch.setattr(DataWorker, "begin", killed)
         loader._read_anew()
         with pytest.raises(
             ReadingFailed, match=r"(?s)was killed \(SIGKILL\).*Start again.*\"workers\": 0"
@@ -166,7 +166,7 @@ def test_a_frozen_worker_does_not_hold_up_the_end(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_frozen_tokenizing_process_does_not_hold_up_the_end(tmp_path: Path) -> None:
-    batches = (Batch(["some text"] * 8, [{}] * 8) for _ in range(50))
+    batches = (TextBatch(["some text"] * 8, [{}] * 8) for _ in range(50))
     stopping = threading.Event()
     with TokenPool(byte_tokenizer(), 1) as pool:
         results = pool.run(batches, stopping.is_set)

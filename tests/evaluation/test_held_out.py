@@ -38,7 +38,7 @@ def held_rows(folder: Path) -> list[Row]:
     factory = make_factory(
         folder, write_corpus(folder, {"a": 9, "b": 6}, low=3, high=90), max_epochs=1
     )
-    rows = [row for row, _ in zip(factory(start(), [0, 1, 2]), range(40)) if row.pieces]
+    rows = [row for row, _ in zip(factory(start(), [0, 1, 2]), range(40)) if row.segments]
     for row in rows:  # of the byte tokenizer every token is a byte, but the end of a document
         row.num_bytes = int(((row.labels >= 0) & (row.labels != factory.tokenizer.eos_id)).sum())
     return rows

@@ -11,7 +11,9 @@ import sys
 import pytest
 
 from core.errors import UserError
-from core.metrics.log import MetricsLog, check_log, read_events
+from core.metrics.events import read_events
+from core.metrics.log import MetricsLog
+from core.metrics.log_file import check_log
 from tests.project import Project, tiny_preset, train_here
 
 
@@ -221,7 +223,7 @@ def test_a_full_disk_stops_nothing_and_leaves_no_torn_line(tmp_path, capsys):
 
     path = tmp_path / "metrics.jsonl"
     log = MetricsLog(path)
-    log._file = disk = FillsUp(log._file)
+    log._file.raw = disk = FillsUp(log._file.raw)
     log.emit("step", step=1, tokens=1)
     disk.full = True
     log.emit("step", step=2, tokens=1)
@@ -397,7 +399,7 @@ def test_a_log_that_may_not_be_written_is_told_before_the_first_step(tmp_path):
     path.chmod(0o444)
     as_others = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
     program = (
-        "import sys; from pathlib import Path; from core.metrics.log import check_log; "
+        "import sys; from pathlib import Path; from core.metrics.log_file import check_log; "
         "check_log(Path(sys.argv[1]))"
     )
     ended = subprocess.run(

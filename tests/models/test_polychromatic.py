@@ -13,15 +13,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from core.checkpoint.store import load_model
-from core.models import polychromatic
+from core.models import polyglu_layer
 from core.models.norm import rms_norm
 from core.models.polychromatic import (
     PolychromaticLM,
     PolychromaticSettings,
     RMSNorm,
-    entropy,
-    running_sum,
 )
+from core.models.polyglu import entropy
+from core.models.polyglu_layer import running_sum
 from core.preset.settings import TrainSettings
 from core.schedules import learning_rate_schedule, value_at
 from core.training.optim import Optimizer
@@ -58,7 +58,7 @@ def logits_of(
 def given(monkeypatch: pytest.MonkeyPatch, noise: list[Tensor]) -> None:
     """Layer after layer, this noise instead of random draws."""
     draws = iter(noise)
-    monkeypatch.setattr(polychromatic, "gumbel", lambda *shape, like: next(draws).to(like.dtype))
+    monkeypatch.setattr(polyglu_layer, "gumbel", lambda *shape, like: next(draws).to(like.dtype))
 
 
 def noise() -> list[Tensor]:

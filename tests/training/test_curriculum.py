@@ -17,7 +17,9 @@ from core.models import build_model
 from core.preset.decode import decode_preset
 from core.preset.settings import CurriculumSettings, TrainSettings
 from core.registry import Preset
+from core.runtime import detect_runtime
 from core.training.curriculum import Curriculum, buckets_of, choose
+from core.training.machine import Machine
 from tests.data.corpus import (
     LANES,
     SEQ_LENGTH,
@@ -188,11 +190,12 @@ def test_any_number_of_ranks_trains_the_same_rows(tmp_path: Path) -> None:
     )
     preset = decode_preset(tiny_preset(), Preset, "t", "t")
     model = build_model(preset, 257)
-    device, rows_per_step = torch.device("cpu"), 2 * LANES
+    rows_per_step = 2 * LANES
 
     def job(parallel: Any) -> list[StepRows]:
         own = copy.deepcopy(model)
-        chooser, found = OneByOne(train, len(sections), parallel, device, torch.float32), []
+        machine = Machine(detect_runtime(), parallel, torch.float32)
+        chooser, found = OneByOne(train, len(sections), machine), []
         factory = make_factory(tmp_path, sections, packing="padding", max_epochs=1)
         loader = make_loader(factory, start(), 3 * rows_per_step, parallel, fill=False)
         while (rows := loader.next_step()) is not None:

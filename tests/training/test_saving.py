@@ -25,7 +25,7 @@ from core.data.pipeline import Dealer
 from core.data.unlearned import Unlearned
 from core.errors import NoData, UserError
 from core.evaluation.held_out import Evaluator
-from core.metrics.log import evaluation_is_missing
+from core.metrics.events import evaluation_is_missing
 from core.parallel.single import Single
 from core.preset.decode import decode_preset
 from core.preview import resume_lines

@@ -13,7 +13,7 @@ from rich.console import Console
 from core.comparison.results import Comparison, collect
 from core.comparison.trials import Trial
 from core.metrics.log import MetricsLog
-from core.ui.compare import Board, ComparisonDashboard, ComparisonLines
+from core.ui.compare import ComparisonDashboard, ComparisonLines, ComparisonState
 from tests.ui import stream
 from tests.ui.test_dashboard import FORBIDDEN
 
@@ -58,9 +58,9 @@ def step(tokens: int) -> dict:
     return {"event": "step", **numbers}
 
 
-def rows(board: Board, width: int = 100, variants: int = 9) -> dict[str, list[str]]:
+def rows(state: ComparisonState, width: int = 100, variants: int = 9) -> dict[str, list[str]]:
     """First word of each line -> the others."""
-    return {line.plain.split()[0]: line.plain.split()[1:] for line in board.table(width, variants)}
+    return {line.plain.split()[0]: line.plain.split()[1:] for line in state.table(width, variants)}
 
 
 def test_the_table_tells_how_each_trial_stands(tmp_path: Path) -> None:
@@ -71,12 +71,12 @@ def test_the_table_tells_how_each_trial_stands(tmp_path: Path) -> None:
         replace(trials[3], status="stopped early"),
     )
     trials[4] = ended(trials[4], 2.2)
-    board = Board("Names", lambda: 0.0)
-    board.show(compared(trials))
-    board.begin(trials[5], 6)
+    state = ComparisonState("Names", lambda: 0.0)
+    state.show(compared(trials))
+    state.begin(trials[5], 6)
     for event in (started(), step(100), step(340)):
-        board.update(event)
-    assert rows(board) == {
+        state.update(event)
+    assert rows(state) == {
         "──": [
             "cross-entropy",
             "seed",
@@ -94,28 +94,28 @@ def test_the_table_tells_how_each_trial_stands(tmp_path: Path) -> None:
         "wild": ["diverged", "·", "·"],
         "slow": ["stopped", "·", "·"],
     }
-    head = board.head(100, 9)
+    head = state.head(100, 9)
     assert "trial 6 of 12" in head[1].plain and f"{(5 + 0.34) / 12 * 100:.1f} %" in head[1].plain
 
 
 def test_the_time_left_counts_whole_trials(tmp_path: Path) -> None:
     now = [0.0]
     trials = trials_of(tmp_path, ["base", "other"], 2)
-    board = Board("Names", lambda: now[0])
-    board.show(compared(trials))
-    assert board._seconds_left(4) is None
-    board.begin(trials[0], 1)
+    state = ComparisonState("Names", lambda: now[0])
+    state.show(compared(trials))
+    assert state._seconds_left(4) is None
+    state.begin(trials[0], 1)
     for event in (started(), step(100), step(200)):
-        board.update(event)
-    assert board._seconds_left(4) == pytest.approx(80 + 3 * 100), "by the rate of the running one"
+        state.update(event)
+    assert state._seconds_left(4) == pytest.approx(80 + 3 * 100), "by the rate of the running one"
     now[0] = 120.0
     trials[0] = ended(trials[0], 2.0)
-    board.show(compared(trials))
-    assert board._seconds_left(3) == pytest.approx(3 * 120), (
+    state.show(compared(trials))
+    assert state._seconds_left(3) == pytest.approx(3 * 120), (
         "by what trials took, evaluation and all"
     )
-    board.begin(trials[1], 2)
-    assert board._seconds_left(3) == pytest.approx(3 * 120)
+    state.begin(trials[1], 2)
+    assert state._seconds_left(3) == pytest.approx(3 * 120)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_every_line_fits_the_screen(
     trials[0] = ended(trials[0], 2.0)
     console = Console(file=io.StringIO(), width=width, height=height, force_terminal=False)
     view = ComparisonDashboard(io.StringIO(), "Names", lambda: 1000.0, console)
-    view.board.show(compared(trials))
+    view.state.show(compared(trials))
     for events in ([], list(stream.run(steps=20))):
         view.begin(trials[-1], len(trials))
         for event in events:
@@ -147,7 +147,7 @@ def test_a_small_terminal_shows_table_and_dashboard(tmp_path: Path) -> None:
     trials = trials_of(tmp_path, ["base", "other"], 3)
     console = Console(file=io.StringIO(), width=80, height=24, force_terminal=False)
     view = ComparisonDashboard(io.StringIO(), "Names", lambda: 1000.0, console)
-    view.board.show(compared(trials))
+    view.state.show(compared(trials))
     view.begin(trials[0], 1)
     warned = {"event": "warning", "message": "told before the start", "step": 0, "tokens": 0}
     for event in [warned, *list(stream.run())[:60]]:

@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from core.data.documents import Document, Encoded, digest_of
 from core.data.sources.files import Damaged, FileSource, Unit
 from core.data.sources.text import named_by, path_name
-from core.data.token_files import MANIFEST, BadChunks, Chunks, DamagedChunk
+from core.data.token_files import MANIFEST, BadChunks, ChunkReader, DamagedChunk
 from core.errors import SourceUnavailable, UserError
 from core.files import own_path
 from core.preset.settings import SourceSettings
@@ -48,12 +48,12 @@ class TokensSource(FileSource):
         super().__init__(settings.name, seed if settings.seed is None else settings.seed)
         self._folder = own_path(settings.path, root)
         self._given_order = settings.seed is not None
-        self._chunks: Chunks | None = None
+        self._chunks: ChunkReader | None = None
         self._index: dict[str, int] = {}
 
     def list_units(self) -> list[Unit]:
         try:
-            self._chunks = Chunks(self._folder)
+            self._chunks = ChunkReader(self._folder)
         except BadChunks as error:
             raise SourceUnavailable(
                 str(error) if (self._folder / MANIFEST).exists() else self._missing()

@@ -13,7 +13,7 @@ from core.comparison.results import Comparison
 from core.comparison.verdict import percent
 from core.metrics.table import metric_of
 from core.reports.comparison import content, figures
-from core.reports.page import html_lines, html_table, html_text, page
+from core.reports.page import html_lines, html_page, html_table, html_text
 from core.reports.style import DASHES, SERIES
 from core.ui.text import clean
 
@@ -29,7 +29,7 @@ def html_report(comparison: Comparison) -> str:
         *(f"<p>{html_text(paragraph)}</p>" for paragraph in content.method(comparison)),
         *_presets(comparison),
     ]
-    return page(comparison.name, body)
+    return html_page(comparison.name, body)
 
 
 # sections -----------------------------------------------------------------------------------------
@@ -191,9 +191,11 @@ def _key(comparison: Comparison) -> str:
 
 
 def _swatch(i: int) -> str:
-    """A piece of a variant's line, as the figures draw it."""
+    """Draw a piece of a variant's line, as the figures do."""
     dashes = DASHES[i % len(DASHES)]
-    lengths = "" if dashes == "solid" else " ".join(f"{2.2 * length:.1f}" for length in dashes[1])
+    lengths = (
+        "" if isinstance(dashes, str) else " ".join(f"{2.2 * length:.1f}" for length in dashes[1])
+    )
     pattern = lengths and f' stroke-dasharray="{lengths}"'
     line = (
         f'<line x1="0" y1="5" x2="30" y2="5" stroke="var(--s{i % len(SERIES)})" '

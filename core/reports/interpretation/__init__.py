@@ -17,7 +17,7 @@ from core.interpretation.results import Interpretation, numbers
 def write_interpretation(found: Interpretation, folder: Path) -> None:
     """Write everything into `folder`, each file replaced whole, the page last. Raises OSError."""
     from core.reports.interpretation.figures import pictures
-    from core.reports.interpretation.html import html_page
+    from core.reports.interpretation.html import interpretation_page
 
     drawn = pictures(found)
     for name, picture in drawn.items():
@@ -27,4 +27,4 @@ def write_interpretation(found: Interpretation, folder: Path) -> None:
         ("interpret.json", numbers(found)),
     ):
         write_file(folder / name, json.dumps(values, indent=1, allow_nan=False) + "\n")
-    write_file(folder / "index.html", html_page(found, drawn))
+    write_file(folder / "index.html", interpretation_page(found, drawn))

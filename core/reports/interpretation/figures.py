@@ -228,10 +228,8 @@ def dynamic_routing_comparison(found: Interpretation) -> Any:
     layers = np.arange(len(found.static.entropy))
     for k, (axes, name) in enumerate(zip(panels, found.activations)):
         for i, category in enumerate(found.categories):
-            bounds = [
-                each if each is None else each[:, k] for each in vars(category.gates).values()
-            ]
-            _curve(axes, i, len(found.categories), layers, Spread(*bounds), short(category.name))
+            gates = _of_activation(category.gates, k)
+            _curve(axes, i, len(found.categories), layers, gates, short(category.name))
         axes.axhline(0, color=INK, linewidth=0.8)
         axes.set_title(title_of(name), loc="left", fontsize=10)
         _layers(axes, len(layers))
@@ -298,13 +296,20 @@ def _noise_marks(
     )
 
 
+def _of_activation(gates: Spread, k: int) -> Spread:
+    """Return one activation's column (layers,) of gate outputs (layers, activations)."""
+    low = None if gates.low is None else gates.low[:, k]
+    high = None if gates.high is None else gates.high[:, k]
+    return Spread(mean=gates.mean[:, k], low=low, high=high)
+
+
 # pieces -------------------------------------------------------------------------------------------
 
 
 def _curve(axes: Any, i: int, of: int, layers: np.ndarray, spread: Spread, name: str) -> None:
     """A category's line over the layers, with its interval as bars, beside those of the others."""
     at = layers + (i - (of - 1) / 2) * min(0.18, 0.6 / of)
-    look = {
+    look: dict[str, Any] = {
         "color": CATEGORY_COLOURS[i % len(CATEGORY_COLOURS)],
         "linestyle": DASHES[i % len(DASHES)],
     }

@@ -11,12 +11,12 @@ from collections.abc import Iterable
 
 from core.interpretation.results import Interpretation
 from core.reports.interpretation import content
-from core.reports.page import html_lines, html_table, html_text, page
+from core.reports.page import html_lines, html_page, html_table, html_text
 
 
-def html_page(found: Interpretation, pictures: dict[str, bytes]) -> str:
+def interpretation_page(found: Interpretation, pictures: dict[str, bytes]) -> str:
     """pictures   PNG by file name, one for each of content.CAPTIONS"""
-    return page(f"{found.about['preset']}: interpretation", _body(found, pictures))
+    return html_page(f"{found.about['preset']}: interpretation", _body(found, pictures))
 
 
 def _body(found: Interpretation, pictures: dict[str, bytes]) -> Iterable[str]:
