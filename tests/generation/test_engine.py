@@ -13,7 +13,14 @@ from core.data.chat import MARKERS, START, encode_chat, encode_turn, render_chat
 from core.data.tokenizer import Tokenizer
 from core.data.tokenizer_build import build_tokenizer
 from core.errors import UserError
-from core.generation.engine import GenerationRow, TextGenerator, advance, document_start, generate_text, stream_text
+from core.generation.engine import (
+    GenerationRow,
+    TextGenerator,
+    advance,
+    document_start,
+    generate_text,
+    stream_text,
+)
 from core.generation.sampling import NUCLEUS_TOP_K, SamplingParams, sample_top_p
 from core.models.readout import LinearReadout
 from core.models.simple_lm import SimpleLM, SimpleLMSettings
