@@ -36,7 +36,7 @@ from torch import Tensor
 from benchmarks.generation import Numbers
 from benchmarks.measuring import sized, trained_by
 from core.contracts import plain_batch
-from core.data.tokenizer import build_tokenizer
+from core.data.tokenizer_build import build_tokenizer
 from core.generation.engine import Row, Voice, Wish, advance, full_scores
 from core.heads import AuxiliarySettings
 from core.heads.memory import Memory, read

@@ -18,7 +18,7 @@ from core.data.sources.decode import COMPRESSIONS
 from core.data.sources.hf import LOCAL_BUILDERS
 from core.data.sources.tables import TABLES
 from core.data.sources.text import TextSource
-from core.data.tokenizer import build_tokenizer
+from core.data.tokenizer_build import build_tokenizer
 from core.environment import read_dotenv
 from core.heads import HEADS
 from core.jobs import JOBS

@@ -292,7 +292,7 @@ class Desk:
             return
         for note in [
             *notes,
-            *(told for kind in corpus.told_of(trained.tokenizer) for told in kind),
+            *(told for kind in corpus.tokenizer_remarks(trained.tokenizer) for told in kind),
         ]:
             self._note(note)
         rows = held_out_rows(corpus, trained.tokenizer, self._context, preset.train.eval_tokens)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from core.contracts import Batch, ModelOutput
 from core.data.chat import MARKERS, START, encode_chat, encode_turn, render_chat
-from core.data.tokenizer import Tokenizer, build_tokenizer
+from core.data.tokenizer import Tokenizer
+from core.data.tokenizer_build import build_tokenizer
 from core.errors import UserError
 from core.generation.engine import (
     FIRST_LOOK,

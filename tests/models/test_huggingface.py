@@ -650,7 +650,7 @@ def test_what_no_token_has_is_never_sampled() -> None:
     """A published table may have more rows than the tokenizer has tokens: they would decode to
     nothing."""
     from core.contracts import Batch, ModelOutput
-    from core.data.tokenizer import build_tokenizer
+    from core.data.tokenizer_build import build_tokenizer
     from core.generation.engine import Voice, generate
     from core.models.readout import LinearReadout
     from core.preset.settings import GenerateSettings, TokenizerSettings

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from core.data.tokenizer import read_tokenizer
+from core.data.tokenizer_build import read_tokenizer
 from core.evaluation.harness.scoring import Scorer
 from core.evaluation.harness.writing import Writer
 from core.generation.engine import Voice, Wish
