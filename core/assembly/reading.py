@@ -11,9 +11,10 @@ from typing import Any
 
 from core.assembly.start import Remarks, Start
 from core.data.agreement import agreed_contents
-from core.data.corpus import Corpus, PipelineFactory
+from core.data.corpus import Corpus
 from core.data.encoding import shown
 from core.data.loader import Layout, Loader
+from core.data.pipeline_factory import PipelineFactory
 from core.data.position import DataFacts, Position, resumed_position
 from core.data.tokenizer import Tokenizer
 from core.parallel.ranks import on_rank_zero
@@ -59,7 +60,7 @@ def build_reading(
     tokens_per_step = rows_per_step * preset.model.seq_length
     if parallel.rank == 0 and progress.run_step == 0 and train.max_epochs is None:
         tokens = min(budget.run_tokens, (budget.run_steps or budget.run_tokens) * tokens_per_step)
-        remarks.warnings += corpus.too_often(tokenizer, tokens * train.candidates)
+        remarks.warnings += corpus.repetition_warnings(tokenizer, tokens * train.candidates)
     position = _position(preset, start, progress, corpus, facts, remarks)
     factory = _factory(preset, machine, corpus, tokenizer, position, budget, tokens_per_step)
     adaptive = start.saved.get("adaptive") if start.saved is not None else None

@@ -174,7 +174,7 @@ def _open_corpus(
 
 def _check_tokenizer(corpus: Corpus, tokenizer: Tokenizer, remarks: Remarks) -> None:
     corpus.check_tokenizer(tokenizer)
-    notes, warnings = corpus.told_of(tokenizer)
+    notes, warnings = corpus.tokenizer_remarks(tokenizer)
     remarks.notes += notes
     remarks.warnings += warnings
 

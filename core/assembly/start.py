@@ -16,7 +16,8 @@ from core.checkpoint.state import CheckpointState, NewestState
 from core.checkpoint.store import CheckpointStore, store_of
 from core.checkpoint.weights import Weights, find_weights
 from core.data.corpus import Corpus
-from core.data.tokenizer import SAMPLE_CHARACTERS, Tokenizer, build_tokenizer
+from core.data.tokenizer import Tokenizer
+from core.data.tokenizer_build import SAMPLE_CHARACTERS, build_tokenizer
 from core.errors import UserError
 from core.file_names import slot_name
 from core.metrics.events import LOG

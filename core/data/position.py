@@ -135,7 +135,7 @@ def resumed_position(
     contents: dict[str, str],
     max_epochs: int | None = None,
 ) -> tuple[Position, list[str]]:
-    """Decide where to go on reading; returns notes as well.
+    """Decide where to go on reading; return it, and notes.
 
     After a change of the data section the mix begins anew, and each source goes on behind the last
     document that any lane has used: nothing is trained on twice, and what slower lanes still held

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from core.data.corpus import open_corpus
 from core.data.packing import Row
 from core.data.reader import collate
-from core.data.tokenizer import MASK, Tokenizer, build_tokenizer
+from core.data.tokenizer import MASK, Tokenizer
+from core.data.tokenizer_build import build_tokenizer
 from core.errors import UserError
 from core.jobs.evaluate import evaluate
 from core.jobs.interpret import interpret
