@@ -23,9 +23,9 @@ from core.data.corpus import Corpus, open_corpus
 from core.data.documents import Cursor, DocumentStream, Source, shorter_than
 from core.data.token_files import MANIFEST, BadChunks, ChunkWriter, Manifest, read_manifest
 from core.data.token_pool import TextBatch, TokenPool, usable_cores
-from core.data.tokenizer import (
+from core.data.tokenizer import Tokenizer
+from core.data.tokenizer_build import (
     SAMPLE_CHARACTERS,
-    Tokenizer,
     build_tokenizer,
     read_tokenizer,
     tokenizer_facts,
@@ -128,7 +128,7 @@ def tokenize(
         for name, reason in failed.items():
             view.tell(f"warning  source {name} left out, the others go on: {reason}")
         tokenizer = _tokenizer(preset, corpus, root, view)
-        notes, warnings = corpus.told_of(tokenizer)
+        notes, warnings = corpus.tokenizer_remarks(tokenizer)
         for line in [f"note  {note}" for note in notes] + [
             f"warning  {warning}" for warning in warnings
         ]:

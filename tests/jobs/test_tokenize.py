@@ -21,7 +21,7 @@ import pytest
 
 from core.data.sources import build_source
 from core.data.token_files import read_manifest
-from core.data.tokenizer import build_tokenizer, read_tokenizer
+from core.data.tokenizer_build import build_tokenizer, read_tokenizer
 from core.errors import Interrupted, NoData, SourceUnavailable, UserError
 from core.jobs import JOBS
 from core.parallel.single import Single

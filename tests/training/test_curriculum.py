@@ -30,7 +30,7 @@ from tests.data.corpus import (
     write_corpus,
 )
 from tests.project import Project, merged, tiny_preset, train_here
-from tests.training.test_trainer import UPHILL, equal, events, finish, session, weights
+from tests.training.runs import UPHILL, equal, events, finish, session, weights
 
 ANY = np.ones((3, 2), dtype=bool)
 

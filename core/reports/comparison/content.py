@@ -1,5 +1,4 @@
-"""What the report says, in sentences and tables of plain text: the same ones in HTML and in
-Markdown.
+"""The content of the report: sentences and tables of plain text, the same in HTML and in Markdown.
 
 In:    a Comparison
 Out:   strings, not escaped, and Tables
@@ -25,45 +24,39 @@ NONE = "–"
 
 
 def state(comparison: Comparison) -> str:
-    total, finished = (
-        len(comparison.outcomes),
-        sum(outcome.finished for outcome in comparison.outcomes),
-    )
+    """Return how many trials are finished."""
+    total = len(comparison.outcomes)
+    finished = sum(outcome.finished for outcome in comparison.outcomes)
     if finished == total:
         return f"All {total} trials are finished."
-    settled = sum(
-        outcome.trial.status in ("finished", "diverged", "stopped early")
-        for outcome in comparison.outcomes
-    )
-    told = f"{finished} of {total} trials are finished"
-    return (
-        f"{told}, {total - settled} are still to come: this is preliminary."
-        if settled < total
-        else f"{told}."
-    )
+    open_trials = sum(not outcome.trial.done for outcome in comparison.outcomes)
+    sentence = f"{finished} of {total} trials are finished"
+    if open_trials:
+        sentence += f", {open_trials} are still to come: this is preliminary"
+    return f"{sentence}."
 
 
 def unfinished(comparison: Comparison) -> list[str]:
-    """Each trial that is not finished, by name, and why."""
-    return [
-        f"{clean(trial.variant)}, seed {trial.seed}: {trial.status}"
-        + (f" ({clean(trial.note)})" if trial.note else "")
-        for trial in (outcome.trial for outcome in comparison.outcomes if not outcome.finished)
-    ]
+    """Return each trial that is not finished, and the reason."""
+    lines = []
+    for trial in (outcome.trial for outcome in comparison.outcomes if not outcome.finished):
+        note = f" ({clean(trial.note)})" if trial.note else ""
+        lines.append(f"{clean(trial.variant)}, seed {trial.seed}: {trial.status}{note}")
+    return lines
 
 
 # tables -------------------------------------------------------------------------------------------
 
 
 def verdict_table(comparison: Comparison) -> Table:
-    """The primary metric: differences, intervals and what follows."""
-    primary, rows = comparison.primary, []
+    """Return the differences in the primary metric: intervals, p-values and verdicts."""
+    rows = []
     for variant, verdict in zip(comparison.variants[1:], comparison.verdicts):
         difference = variant.differences.get(comparison.metric)
         if difference is None:
             rows.append([clean(variant.name), verdict.word, *[NONE] * 7])
             continue
-        amount = Amount(primary, difference)
+        amount = Amount(comparison.primary, difference)
         rows.append(
             [
                 clean(variant.name),
@@ -93,7 +86,7 @@ def verdict_table(comparison: Comparison) -> Table:
 
 
 def difference_table(comparison: Comparison) -> Table:
-    """Every metric: mean paired difference and interval."""
+    """Return the mean paired difference of every metric, with its interval."""
     rows = []
     for key in _primary_first(comparison):
         cells = []
@@ -111,10 +104,10 @@ def difference_table(comparison: Comparison) -> Table:
 
 
 def final_table(comparison: Comparison) -> Table:
-    """Final metrics: mean and deviation over the finished seeds."""
+    """Return the final metrics: mean and deviation over the finished seeds."""
     rows = [
         [metric_name(metric_of(key)), direction(metric_of(key))]
-        + [_spread(variant.metrics[key], metric_of(key)) for variant in comparison.variants]
+        + [_mean_and_sd(variant.metrics[key], metric_of(key)) for variant in comparison.variants]
         for key in _primary_first(comparison)
     ]
     seeds = ["finished seeds", "", *(str(len(variant.finished)) for variant in comparison.variants)]
@@ -126,7 +119,7 @@ def final_table(comparison: Comparison) -> Table:
 
 
 def cost_table(comparison: Comparison) -> Table:
-    """Speed and memory, themselves and against the baseline."""
+    """Return speed and memory, and their ratios to the baseline's."""
     rows = [
         [
             clean(variant.name),
@@ -154,6 +147,7 @@ def cost_table(comparison: Comparison) -> Table:
 
 
 def trial_table(comparison: Comparison) -> Table:
+    """Return the final numbers of every trial."""
     primary = comparison.primary
     rows = [
         [
@@ -182,7 +176,7 @@ def trial_table(comparison: Comparison) -> Table:
 
 
 def changes_table(comparison: Comparison) -> Table:
-    """What each variant sets."""
+    """Return the settings that each variant changes."""
     rows = [
         [clean(variant.name), clean(path), clean(_json(before)), clean(_json(after))]
         for variant in comparison.variants[1:]
@@ -195,8 +189,8 @@ def changes_table(comparison: Comparison) -> Table:
 
 
 def samples(comparison: Comparison) -> tuple[int | None, list[tuple[str, list[str]]]]:
-    """(seed, [(prompt, text of each variant)]): of the first seed that has any, so that every
-    column is the same seed's."""
+    """Return (seed, [(prompt, text of each variant)]) of the first seed that has samples; (None,
+    []) without any. All columns are of the same seed."""
     for seed in dict.fromkeys(outcome.trial.seed for outcome in comparison.outcomes):
         columns = [
             next((dict(o.samples) for o in variant.outcomes if o.trial.seed == seed), {})
@@ -210,88 +204,88 @@ def samples(comparison: Comparison) -> tuple[int | None, list[tuple[str, list[st
     return None, []
 
 
-# how it was done ----------------------------------------------------------------------------------
+# method -------------------------------------------------------------------------------------------
 
 
 def method(comparison: Comparison) -> list[str]:
-    """Paragraphs: pairing, test, what the words mean, noise."""
+    """Return paragraphs on the pairing, the test, the words of verdicts, and the noise."""
     label, level = comparison.primary.name, percent(1 - comparison.confidence)
     seeds = ", ".join(
         str(seed) for seed in dict.fromkeys(outcome.trial.seed for outcome in comparison.outcomes)
     )
-    return [
+    pairing = (
         f"Every variant is trained with the seeds {seeds}. Trials of one seed read the same data "
-        "in the same order, unless what "
-        "is compared changes that, and, where the model is the same, start from the same weights. "
-        "So the metric of the last "
-        "evaluation is compared seed by seed, variant minus baseline, which removes what a seed "
-        "does to both. Only seeds "
-        "finished in both are counted.",
+        "in the same order, unless what is compared changes that, and, where the model is the same, "
+        "start from the same weights. So the metric of the last evaluation is compared seed by "
+        "seed, variant minus baseline, which removes what a seed does to both. Only seeds finished "
+        "in both are counted."
+    )
+    test = (
         f"Only the primary metric, {label}, is judged. The mean of its differences is tested "
-        "against zero by a two-sided paired "
-        "t-test, and the p-values of the variants are adjusted by Holm's method, so that the "
-        "probability of even one false "
-        f"“better” or “worse” among them is at most {level}. Intervals are Student's t intervals "
-        "at "
+        "against zero by a two-sided paired t-test, and the p-values of the variants are adjusted "
+        "by Holm's method, so that the probability of even one false “better” or “worse” among "
+        f"them is at most {level}. Intervals are Student's t intervals at "
         f"{percent(comparison.confidence)}, each for itself; those of the other metrics describe "
-        "and are not tests. The t-test "
-        "takes the differences of seeds to be about normal, which a few seeds cannot show.",
+        "and are not tests. The t-test takes the differences of seeds to be about normal, which a "
+        "few seeds cannot show."
+    )
+    words = (
         f"“Not distinguishable” means that the adjusted p-value is {level} or more. It does not "
-        "mean equal: a difference below "
-        "the detectable one may well be there. Detectable is the smallest true difference which "
-        "this test "
-        f"would find with {percent(POWER)} probability if the differences vary between seeds as "
-        "they did here (noncentral t, at "
+        "mean equal: a difference below the detectable one may well be there. Detectable is the "
+        f"smallest true difference which this test would find with {percent(POWER)} probability if "
+        "the differences vary between seeds as they did here (noncentral t, at "
         f"{level} divided by the number of variants compared, which is what Holm's method asks of "
-        "the first). The test must be "
-        "read once all trials are finished: stopping when the result pleases makes false findings "
-        "more frequent.",
-        noise(comparison),
-    ]
+        "the first). The test must be read once all trials are finished: stopping when the result "
+        "pleases makes false findings more frequent."
+    )
+    return [pairing, test, words, noise(comparison)]
 
 
 def noise(comparison: Comparison) -> str:
-    """Deviation over seeds, of the baseline and of the paired differences."""
-    primary, found = comparison.primary, comparison.baseline.metrics.get(comparison.metric)
-    if found is None or found.sd is None:
+    """Return the deviation over seeds, of the baseline and of the paired differences."""
+    primary, stats = comparison.primary, comparison.baseline.metrics.get(comparison.metric)
+    if stats is None or stats.sd is None:
         return "Seed noise: not known, since the baseline has not finished with two seeds or more."
     unit = f" {primary.unit}" if primary.unit else ""
-    told = (
-        f"Seed noise: over {found.n} seeds the baseline's {primary.name} has a standard "
-        f"deviation of {_digits(found.sd)}{unit}"
+    sentence = (
+        f"Seed noise: over {stats.n} seeds the baseline's {primary.name} has a standard "
+        f"deviation of {_digits(stats.sd)}{unit}"
     )
     paired = [
         f"{_digits(difference.sd)} ({clean(variant.name)})"
         for variant in comparison.variants[1:]
         if (difference := variant.differences[comparison.metric]).sd is not None
     ]
-    return told + (f"; the paired differences one of {', '.join(paired)}." if paired else ".")
+    if paired:
+        sentence += f"; the paired differences have one of {', '.join(paired)}"
+    return f"{sentence}."
 
 
 # words and numbers --------------------------------------------------------------------------------
 
 
-def metric_name(known: Metric) -> str:
-    unit = f" ({known.unit})" if known.unit and known.unit != known.name else ""
-    return clean(known.name) + unit
+def metric_name(metric: Metric) -> str:
+    """Return a metric's name with its unit."""
+    unit = f" ({metric.unit})" if metric.unit and metric.unit != metric.name else ""
+    return clean(metric.name) + unit
 
 
-def direction(known: Metric) -> str:
-    return {-1: "lower", 1: "higher", 0: ""}[known.better]
+def direction(metric: Metric) -> str:
+    """Return which values of a metric are better: "lower", "higher" or ""."""
+    return {-1: "lower", 1: "higher", 0: ""}[metric.better]
 
 
 def _primary_first(comparison: Comparison) -> list[str]:
     return sorted(comparison.metrics, key=lambda key: key != comparison.metric)
 
 
-def _value(value: float | None, known: Metric, extra: int = 0) -> str:
-    return NONE if value is None else f"{value:.{known.digits + extra}f}".replace("-", "−")
+def _value(value: float | None, metric: Metric, extra: int = 0) -> str:
+    return NONE if value is None else f"{value:.{metric.digits + extra}f}".replace("-", "−")
 
 
-def _spread(found: SeedStats, known: Metric) -> str:
-    return _value(found.mean, known) + (
-        f" ± {_value(found.sd, known)}" if found.sd is not None else ""
-    )
+def _mean_and_sd(stats: SeedStats, metric: Metric) -> str:
+    sd = f" ± {_value(stats.sd, metric)}" if stats.sd is not None else ""
+    return _value(stats.mean, metric) + sd
 
 
 def _digits(value: float) -> str:

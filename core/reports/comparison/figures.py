@@ -1,7 +1,7 @@
-"""The figures: curves with bands over seeds, and paired differences with intervals.
+"""Figures of a comparison: curves with bands over seeds, and paired differences with intervals.
 
 In:    a Comparison
-Out:   SVG to stand inside HTML, one axes a figure, without legends: one key of colours serves all
+Out:   SVG for use inside HTML, one axes a figure, without legends: one key of colours serves all
        of them
 State: none
 """
@@ -13,23 +13,26 @@ from typing import Any
 
 import numpy as np
 
-from core.comparison.outcome import Curve, Outcome
+from core.comparison.outcome import Curve
 from core.comparison.results import Comparison
+from core.comparison.statistics import Difference
 from core.comparison.verdict import percent
 from core.reports.style import DASHES, INK, MARKERS, PAPER, SERIES, VARIABLES, drawing, dress
 from core.ui.text import clean
 
-# inches; small, so that letters are still read where a phone scales it down
 WIDTH, HEIGHT = 4.3, 2.9
-# of the run: what comes before is so much higher that it would flatten all the rest
+"""Inches; small, so that letters are legible where a phone scales the figure down."""
 SHOWN_FROM = 0.1
-SMOOTHED = 0.05  # of the run, the stretch a training curve is averaged over
+"""Share of the run that the limits of an axis ignore: the values there are so much higher that they
+would flatten the rest."""
+SMOOTHED = 0.05
+"""Share of the run that a point of a training curve is averaged over."""
 
 Draw = Callable[[Any], None]
 
 
 def evaluation_figure(comparison: Comparison, key: str, unit: str) -> str | None:
-    """A metric at every evaluation."""
+    """Draw a metric at every evaluation."""
     lines = [
         [outcome.curves.get(key, []) for outcome in variant.outcomes]
         for variant in comparison.variants
@@ -38,7 +41,7 @@ def evaluation_figure(comparison: Comparison, key: str, unit: str) -> str | None
 
 
 def training_figure(comparison: Comparison, unit: str) -> str | None:
-    """The training loss, smoothed."""
+    """Draw the training loss, smoothed."""
     lines = [
         [_smooth(outcome.training) for outcome in variant.outcomes]
         for variant in comparison.variants
@@ -46,17 +49,18 @@ def training_figure(comparison: Comparison, unit: str) -> str | None:
     return _curves(comparison, lines, unit, "training")
 
 
-def gap_figure(comparison: Comparison, unit: str) -> str | None:
-    """The paired difference to the baseline at every evaluation."""
-    key, baseline = (
-        comparison.metric,
-        {outcome.trial.seed: outcome for outcome in comparison.baseline.finished},
-    )
+def difference_figure(comparison: Comparison, unit: str) -> str | None:
+    """Draw the paired difference to the baseline at every evaluation."""
+    key = comparison.metric
+    baseline = {outcome.trial.seed: outcome for outcome in comparison.baseline.finished}
     lines: list[list[Curve]] = [[]]
     for variant in comparison.variants[1:]:
         pairs = [(o, baseline[o.trial.seed]) for o in variant.finished if o.trial.seed in baseline]
         lines.append(
-            [_gap(outcome.curves.get(key, []), base.curves.get(key, [])) for outcome, base in pairs]
+            [
+                _difference(outcome.curves.get(key, []), base.curves.get(key, []))
+                for outcome, base in pairs
+            ]
         )
     if not any(curve for group in lines for curve in group):
         return None
@@ -74,57 +78,21 @@ def gap_figure(comparison: Comparison, unit: str) -> str | None:
 
 
 def forest_figure(comparison: Comparison) -> str | None:
-    """The primary metric's paired differences: mean, interval, and each seed's dot."""
+    """Draw the paired differences in the primary metric: mean, interval, and a dot for each
+    seed."""
     metric = comparison.primary
-    found = [
-        (i, v, v.differences.get(comparison.metric)) for i, v in enumerate(comparison.variants) if i
-    ]
     rows = [
-        (i, variant, difference)
-        for i, variant, difference in found
-        if difference is not None and difference.values
+        (i, variant.name, difference)
+        for i, variant in enumerate(comparison.variants)
+        if i and (difference := variant.differences.get(comparison.metric)) and difference.values
     ]
     if not rows:
         return None
 
     def draw(axes: Any) -> None:
         axes.axvline(0, color=SERIES[0], linewidth=1.6)
-        for row, (i, variant, difference) in enumerate(rows):
-            look = _look(i)
-            axes.annotate(
-                _short(variant.name),
-                (0, -row),
-                xytext=(2, 12),
-                xycoords=("axes fraction", "data"),
-                textcoords="offset points",
-                fontsize=9,
-                parse_math=False,
-                bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 1},
-            )
-            if difference.low is not None:
-                axes.plot(
-                    [difference.low, difference.high],
-                    [-row, -row],
-                    color=look["color"],
-                    linewidth=2.2,
-                )
-                axes.plot(
-                    [difference.mean],
-                    [-row],
-                    color=look["color"],
-                    marker=MARKERS[i % len(MARKERS)],
-                    markersize=8,
-                )
-            axes.plot(
-                difference.values,
-                [-row - 0.2] * len(difference.values),
-                linestyle="none",
-                marker="o",
-                markersize=4.5,
-                markerfacecolor="none",
-                markeredgecolor=INK,
-                markeredgewidth=1,
-            )
+        for row, (i, name, difference) in enumerate(rows):
+            _draw_difference(axes, -row, i, name, difference)
         axes.set_ylim(-len(rows) + 0.5, 0.65)
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
@@ -135,10 +103,33 @@ def forest_figure(comparison: Comparison) -> str | None:
     return _svg(draw, "forest", WIDTH * 1.25, 0.9 + 0.65 * len(rows))
 
 
+def _draw_difference(axes: Any, y: float, i: int, name: str, difference: Difference) -> None:
+    """Draw one variant's difference at a height: its name above it, the seeds below it."""
+    color = _look(i)["color"]
+    axes.annotate(
+        _short(name),
+        (0, y),
+        xytext=(2, 12),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        fontsize=9,
+        parse_math=False,
+        bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 1},
+    )
+    if difference.interval is not None:
+        axes.plot(difference.interval, [y, y], color=color, linewidth=2.2)
+        marker = MARKERS[i % len(MARKERS)]
+        axes.plot([difference.mean], [y], color=color, marker=marker, markersize=8)
+    rings = {"marker": "o", "markersize": 4.5, "markerfacecolor": "none"}
+    rings |= {"markeredgecolor": INK, "markeredgewidth": 1}
+    below = [y - 0.2] * len(difference.values)
+    axes.plot(difference.values, below, linestyle="none", **rings)
+
+
 def forest_caption(comparison: Comparison) -> str:
-    side = {-1: " Left of zero is better.", 1: " Right of zero is better.", 0: ""}[
-        comparison.primary.better
-    ]
+    """Return the caption of `forest_figure`."""
+    sides = {-1: " Left of zero is better.", 1: " Right of zero is better.", 0: ""}
+    side = sides[comparison.primary.better]
     return (
         f"Mark and line: mean paired difference and its {percent(comparison.confidence)} "
         f"interval. Rings: the seeds.{side}"
@@ -149,37 +140,28 @@ def forest_caption(comparison: Comparison) -> str:
 
 
 def _curves(comparison: Comparison, lines: list[list[Curve]], unit: str, name: str) -> str | None:
-    """One mean and band a variant; what is not finished is drawn as a thin line of its own."""
+    """Draw mean and band of each variant; each trial that is not finished is a thin line."""
     if not any(curve for group in lines for curve in group):
         return None
 
     def draw(axes: Any) -> None:
         finished, others = [], []
         for i, (variant, group) in enumerate(zip(comparison.variants, lines)):
-            parts = _parted(variant.outcomes, group)
-            finished.append(_draw_band(axes, i, parts[True]))
-            for curve in parts[False]:
+            known = [(o.finished, curve) for o, curve in zip(variant.outcomes, group) if curve]
+            finished.append(_draw_band(axes, i, [curve for done, curve in known if done]))
+            for curve in [curve for done, curve in known if not done]:
                 axes.plot(*zip(*curve), **_look(i) | {"linewidth": 0.9, "alpha": 0.8})
                 others.append(np.array(curve, dtype=float).T)
-        # diverged trials may be anywhere: the finished ones, where there are any, decide what is
-        # shown
+        # diverged trials may be anywhere: the finished ones, if any, decide the limits
         _limit(axes, [shown for shown in finished if shown is not None] or others)
         _tokens(axes, unit)
 
     return _svg(draw, name)
 
 
-def _parted(outcomes: tuple[Outcome, ...], group: list[Curve]) -> dict[bool, list[Curve]]:
-    """{finished: curves}, without empty ones."""
-    return {
-        part: [c for o, c in zip(outcomes, group) if c and o.finished is part]
-        for part in (True, False)
-    }
-
-
 def _draw_band(axes: Any, i: int, curves: list[Curve]) -> Any:
-    """Mean line, and a band from the lowest to the highest seed. Returns (tokens, *values) of what
-    was drawn."""
+    """Draw the mean, and a band from the lowest to the highest seed. Return (tokens, *values) of
+    what was drawn; None where there is nothing."""
     if not curves:
         return None
     points = [np.array(curve, dtype=float).T for curve in curves]
@@ -199,8 +181,8 @@ def _draw_band(axes: Any, i: int, curves: list[Curve]) -> Any:
     return np.array([grid, *values])
 
 
-def _gap(curve: Curve, base: Curve) -> Curve:
-    """Difference of two curves where both are known, at the first one's tokens."""
+def _difference(curve: Curve, base: Curve) -> Curve:
+    """Return the difference of two curves where both are known, at the tokens of the first."""
     if not curve or not base:
         return []
     tokens, values = zip(*base)
@@ -209,7 +191,7 @@ def _gap(curve: Curve, base: Curve) -> Curve:
 
 
 def _smooth(curve: Curve) -> Curve:
-    """Centred means; towards the ends over what is there."""
+    """Average each point with its neighbours; towards the ends there are fewer."""
     reach = round(len(curve) * SMOOTHED / 2)
     values = [value for _, value in curve]
     return [
@@ -219,8 +201,11 @@ def _smooth(curve: Curve) -> Curve:
 
 
 def _limit(axes: Any, drawn: list[Any], from_both: bool = False) -> None:
-    """Limits by what is drawn after the first tenth of the run; `from_both`: the start may be far
-    off on either side."""
+    """Set the limits by what is drawn after the first tenth of the run.
+
+    drawn       (tokens, *values) of each variant
+    from_both   the start may be far off on either side
+    """
     if not drawn:
         return
     end = max(d[0].max() for d in drawn)
@@ -254,7 +239,7 @@ def _tokens(axes: Any, unit: str) -> None:
 
 
 def _short(name: str, length: int = 50) -> str:
-    """A name that fits into the figure; the full one stands in the tables."""
+    """Shorten a name to fit into the figure; the tables have the full one."""
     name = clean(name)
     return name if len(name) <= length else f"{name[: length - 1]}…"
 
@@ -271,31 +256,20 @@ def _svg(draw: Draw, name: str, width: float = WIDTH, height: float = HEIGHT) ->
         dress(axes)
         draw(axes)
         out = io.StringIO()
-        figure.savefig(
-            out,
-            format="svg",
-            transparent=True,
-            metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")),
-        )
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(out, format="svg", transparent=True, metadata=nothing)
     return _inline(out.getvalue(), name)
 
 
 def _inline(svg: str, name: str) -> str:
-    """The `<svg>` element alone: no addresses, identifiers of its own, colours as the page's
-    variables."""
+    """Return the `<svg>` element alone: without addresses, with identifiers of its own, and the
+    page's variables as colours."""
     svg = svg[svg.index("<svg") :]
-    svg = (
-        re.sub(
-            r' (xmlns|xmlns:xlink|version|width|height)="[^"]*"', "", svg[: (end := svg.index(">"))]
-        )
-        + svg[end:]
-    )
-    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
-    return (
-        re.sub(r'style="[^"]*"', lambda style: _themed(style[0]), svg)
-        .replace("<svg", '<svg role="img"', 1)
-        .strip()
-    )
+    end = svg.index(">")
+    tag = re.sub(r' (xmlns|xmlns:xlink|version|width|height)="[^"]*"', "", svg[:end])
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", tag + svg[end:])
+    svg = re.sub(r'style="[^"]*"', lambda style: _themed(style[0]), svg)
+    return svg.replace("<svg", '<svg role="img"', 1).strip()
 
 
 def _themed(style: str) -> str:

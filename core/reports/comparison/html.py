@@ -19,6 +19,7 @@ from core.ui.text import clean
 
 
 def html_report(comparison: Comparison) -> str:
+    """Return the whole page."""
     body = [
         *_answer(comparison),
         *_curves(comparison),
@@ -42,7 +43,8 @@ def _answer(comparison: Comparison) -> Iterable[str]:
     lines = [
         f"<li>{_swatch(i)}{html_text(verdict.sentence)}</li>"
         for i, verdict in enumerate(comparison.verdicts, 1)
-    ] or ["<li>There is only one variant: nothing to compare.</li>"]
+    ]
+    lines = lines or ["<li>There is only one variant: nothing to compare.</li>"]
     yield f'<ul class="answer">{"".join(lines)}</ul>'
     for warning in comparison.warnings:
         yield f'<p class="warn"><b>Warning.</b> {html_text(warning)}</p>'
@@ -57,51 +59,50 @@ def _answer(comparison: Comparison) -> Iterable[str]:
 def _curves(comparison: Comparison) -> Iterable[str]:
     primary = comparison.primary
     unit = primary.unit or primary.name
-    shown = comparison.metric in comparison.metrics
-    training = _figure(
-        "Training loss",
-        "Averaged over 5 % of the run.",
-        figures.training_figure(comparison, "nats per token"),
-    )
-    first = _figure(
-        _capital(primary.name),
-        "At each evaluation.",
-        figures.evaluation_figure(comparison, comparison.metric, unit) if shown else None,
-    )
-    about = f"{_capital(primary.name)}, variant − baseline, paired by seed."
-    gap = _figure(
-        "Difference to the baseline", about, figures.gap_figure(comparison, unit) if shown else None
-    )
-    if not (training or first):
+    evaluation = difference = None
+    if comparison.metric in comparison.metrics:
+        evaluation = figures.evaluation_figure(comparison, comparison.metric, unit)
+        difference = figures.difference_figure(comparison, unit)
+    training = figures.training_figure(comparison, "nats per token")
+    if not (training or evaluation):
         return
+    name = _capital(primary.name)
+    drawn = [
+        _figure(name, "At each evaluation.", evaluation),
+        _figure(
+            "Difference to the baseline",
+            f"{name}, variant − baseline, paired by seed.",
+            difference,
+        ),
+        _figure("Training loss", "Averaged over 5 % of the run.", training),
+    ]
     note = "Lines: mean over the finished seeds. Bands: lowest to highest seed. "
     if content.unfinished(comparison):
         note += "Thin lines: single trials that are not finished. "
     note += "What lies far off in the first tenth of the run is cut."
-    yield (
-        f'<h2>Curves</h2>{_key(comparison)}<p class="note">{note}</p><div '
-        f'class="figures">{first}{gap}{training}</div>'
-    )
-    others = []
+    yield f'<h2>Curves</h2>{_key(comparison)}<p class="note">{note}</p>'
+    yield f'<div class="figures">{"".join(drawn)}</div>'
+    if others := _other_metrics(comparison):
+        yield f"<h2>Other metrics</h2>{_key(comparison)}"
+        yield f'<div class="figures">{"".join(others)}</div>'
+
+
+def _other_metrics(comparison: Comparison) -> list[str]:
+    """Draw a curve of every metric that is not the primary one, or the same number again."""
+    # perplexity is the exponential of cross-entropy, and bits per byte a multiple of it
+    shown = {comparison.metric, "perplexity"}
+    shown |= {"bits_per_byte"} if comparison.metric == "cross_entropy" else set()
+    drawn = []
     for key in comparison.metrics:
-        known = metric_of(key)
-        # perplexity is the exponential of cross-entropy: its curve would show the same again
-        if key not in (
-            comparison.metric,
-            "perplexity",
-            *(("bits_per_byte",) if comparison.metric == "cross_entropy" else ()),
-        ):
-            better = (
-                f"{content.direction(known).capitalize()} is better."
-                if known.better
-                else "Neither direction is better."
-            )
-            svg = figures.evaluation_figure(comparison, key, known.unit or known.name)
-            others.append(_figure(_capital(known.name), better, svg))
-    if others:
-        yield (
-            f'<h2>Other metrics</h2>{_key(comparison)}<div class="figures">{"".join(others)}</div>'
-        )
+        if key in shown:
+            continue
+        metric = metric_of(key)
+        better = "Neither direction is better."
+        if metric.better:
+            better = f"{content.direction(metric).capitalize()} is better."
+        svg = figures.evaluation_figure(comparison, key, metric.unit or metric.name)
+        drawn.append(_figure(_capital(metric.name), better, svg))
+    return drawn
 
 
 def _verdict(comparison: Comparison) -> Iterable[str]:
@@ -109,71 +110,66 @@ def _verdict(comparison: Comparison) -> Iterable[str]:
     if not table.rows:
         return
     yield f"<h2>Paired differences in {html_text(content.metric_name(comparison.primary))}</h2>"
-    svg = figures.forest_figure(comparison)
-    yield f'<div class="figures">{_figure("", figures.forest_caption(comparison), svg)}</div>{html_table(table)}'
+    caption, svg = figures.forest_caption(comparison), figures.forest_figure(comparison)
+    yield f'<div class="figures">{_figure("", caption, svg)}</div>{html_table(table)}'
 
 
 def _tables(comparison: Comparison) -> Iterable[str]:
+    strong = comparison.metric in comparison.metrics
     if comparison.metrics:
-        yield (
-            '<h2>Final metrics</h2><p class="note">Mean ± standard deviation over the finished '
-            "seeds.</p>"
-        )
-        yield html_table(
-            content.final_table(comparison), strong=comparison.metric in comparison.metrics
-        )
+        yield "<h2>Final metrics</h2>"
+        yield '<p class="note">Mean ± standard deviation over the finished seeds.</p>'
+        yield html_table(content.final_table(comparison), strong)
         if len(comparison.variants) > 1:
             yield "<h2>Paired differences, every metric</h2>"
             yield (
                 f'<p class="note">Variant − baseline, with {percent(comparison.confidence)} '
-                "intervals. Only the first row is "
-                "judged; the others describe.</p>"
+                "intervals. Only the first row is judged; the others describe.</p>"
             )
-            yield html_table(
-                content.difference_table(comparison), strong=comparison.metric in comparison.metrics
-            )
+            yield html_table(content.difference_table(comparison), strong)
+    yield "<h2>Speed and memory</h2>"
     yield (
-        '<h2>Speed and memory</h2><p class="note">Medians over finished seeds. × baseline: '
-        "geometric mean of the ratios of "
+        '<p class="note">Medians over finished seeds. × baseline: geometric mean of the ratios of '
+        "trials with one seed, lowest to highest.</p>"
     )
-    yield (
-        f"trials with one seed, lowest to highest.</p>{html_table(content.cost_table(comparison))}"
-    )
-    yield f"<details><summary>Every trial</summary>{html_table(content.trial_table(comparison))}</details>"
+    yield html_table(content.cost_table(comparison))
+    yield _details("Every trial", html_table(content.trial_table(comparison)))
 
 
 def _samples(comparison: Comparison) -> Iterable[str]:
     seed, rows = content.samples(comparison)
     if seed is None:
         return
-    head = "".join(f"<th>{html_text(variant.name)}</th>" for variant in comparison.variants)
-    lines = [
-        f"<tr><th>{html_lines(prompt)}</th>{''.join(f'<td>{html_lines(text)}</td>' for text in texts)}</tr>"
-        for prompt, texts in rows
-    ]
     yield f"<h2>Samples</h2><p class='note'>At the last evaluation, seed {seed}.</p>"
-    yield (
-        f'<div class="scroll"><table class="samples"><thead><tr><th>prompt</th>{head}</tr></thead>'
-    )
-    yield f"<tbody>{''.join(lines)}</tbody></table></div>"
+    head = "".join(f"<th>{html_text(variant.name)}</th>" for variant in comparison.variants)
+    yield '<div class="scroll"><table class="samples">'
+    yield f"<thead><tr><th>prompt</th>{head}</tr></thead><tbody>"
+    for prompt, texts in rows:
+        cells = "".join(f"<td>{html_lines(text)}</td>" for text in texts)
+        yield f"<tr><th>{html_lines(prompt)}</th>{cells}</tr>"
+    yield "</tbody></table></div>"
 
 
 def _presets(comparison: Comparison) -> Iterable[str]:
     yield "<h2>Presets</h2>"
     if (table := content.changes_table(comparison)).rows:
         yield html_table(table)
-    yield f"<h3>Baseline in full: {html_text(comparison.baseline.name)}</h3>{_preset(comparison.baseline.preset)}"
-    for variant in comparison.variants[1:]:
-        yield (
-            f"<details><summary>{html_text(variant.name)} in "
-            f"full</summary>{_preset(variant.preset)}</details>"
-        )
+    baseline, *others = comparison.variants
+    yield f"<h3>Baseline in full: {html_text(baseline.name)}</h3>{_preset(baseline.preset)}"
+    for variant in others:
+        yield _details(f"{html_text(variant.name)} in full", _preset(variant.preset))
 
 
 # pieces -------------------------------------------------------------------------------------------
 
 
+def _details(summary: str, body: str) -> str:
+    """Return HTML that is folded until it is clicked."""
+    return f"<details><summary>{summary}</summary>{body}</details>"
+
+
 def _figure(title: str, caption: str, svg: str | None) -> str:
+    """Return a figure with its caption; "" without a figure."""
     if svg is None:
         return ""
     bold = f"<b>{html_text(title)}.</b> " if title else ""
@@ -183,6 +179,7 @@ def _figure(title: str, caption: str, svg: str | None) -> str:
 
 
 def _key(comparison: Comparison) -> str:
+    """Return the key of colours and dashes."""
     names = [
         f"<li>{_swatch(i)}{html_text(variant.name)}{'' if i else ' (baseline)'}</li>"
         for i, variant in enumerate(comparison.variants)
@@ -193,10 +190,10 @@ def _key(comparison: Comparison) -> str:
 def _swatch(i: int) -> str:
     """Draw a piece of a variant's line, as the figures do."""
     dashes = DASHES[i % len(DASHES)]
-    lengths = (
-        "" if isinstance(dashes, str) else " ".join(f"{2.2 * length:.1f}" for length in dashes[1])
-    )
-    pattern = lengths and f' stroke-dasharray="{lengths}"'
+    pattern = ""
+    if not isinstance(dashes, str):
+        lengths = " ".join(f"{2.2 * length:.1f}" for length in dashes[1])
+        pattern = f' stroke-dasharray="{lengths}"'
     line = (
         f'<line x1="0" y1="5" x2="30" y2="5" stroke="var(--s{i % len(SERIES)})" '
         f'stroke-width="2.5"{pattern}/>'

@@ -1,4 +1,4 @@
-"""The report as Markdown: answer, tables, method. The curves are in report.html.
+"""The report as Markdown: verdicts, tables, method. The curves are in report.html.
 
 In:    a Comparison
 Out:   report.md
@@ -16,34 +16,35 @@ from core.ui.text import clean
 
 
 def markdown_report(comparison: Comparison) -> str:
-    parts = [f"# {_text(comparison.name)}", _text(comparison.description)]
-    parts += ["\n".join(f"- {_text(verdict.sentence)}" for verdict in comparison.verdicts)]
-    parts += [
-        f"{_text(content.state(comparison))} Baseline: {_text(comparison.baseline.name)}. Curves: "
-        "[report.html](report.html)"
-    ]
-    parts += ["\n".join(f"- {_text(line)}" for line in content.unfinished(comparison))]
-    parts += [f"**Warning.** {_text(warning)}" for warning in comparison.warnings]
-    parts += [
+    """Return the whole report."""
+    name, baseline = _text(comparison.name), comparison.baseline
+    state = f"{_text(content.state(comparison))} Baseline: {_text(baseline.name)}."
+    parts = [
+        f"# {name}",
+        _text(comparison.description),
+        "\n".join(f"- {_text(verdict.sentence)}" for verdict in comparison.verdicts),
+        f"{state} Curves: [report.html](report.html)",
+        "\n".join(f"- {_text(line)}" for line in content.unfinished(comparison)),
+        *(f"**Warning.** {_text(warning)}" for warning in comparison.warnings),
         f"## Verdict: paired differences in {_text(comparison.primary.name)}",
         _table(content.verdict_table(comparison)),
-    ]
-    parts += [
         "## Final metrics",
         "Mean ± standard deviation over seeds.",
         _table(content.final_table(comparison)),
-    ]
-    parts += [
         "## Paired differences to the baseline, every metric",
         _table(content.difference_table(comparison)),
-    ]
-    parts += ["## Speed and memory", "Medians over seeds.", _table(content.cost_table(comparison))]
-    parts += ["## Every trial", _table(content.trial_table(comparison))]
-    parts += [*_samples(comparison), "## Method", *map(_text, content.method(comparison))]
-    parts += ["## Presets", _table(content.changes_table(comparison))]
-    parts += [
-        f"The baseline, {_text(comparison.baseline.name)}, in full:",
-        _code(_json(comparison.baseline.preset), "json"),
+        "## Speed and memory",
+        "Medians over seeds.",
+        _table(content.cost_table(comparison)),
+        "## Every trial",
+        _table(content.trial_table(comparison)),
+        *_samples(comparison),
+        "## Method",
+        *(_text(paragraph) for paragraph in content.method(comparison)),
+        "## Presets",
+        _table(content.changes_table(comparison)),
+        f"The baseline, {_text(baseline.name)}, in full:",
+        _code(json.dumps(baseline.preset, indent=2, ensure_ascii=False), "json"),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -69,18 +70,14 @@ def _table(table: Table) -> str:
 
 
 def _text(text: str) -> str:
-    """Foreign text as text: no markup of Markdown or HTML in it has any effect."""
+    """Escape any text, so that markup of Markdown or HTML in it has no effect."""
     escaped = clean(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_\[\]|#~$])", r"\\\1", escaped)
 
 
 def _code(text: str, language: str = "") -> str:
-    """A block of code whose fence is longer than any in the text."""
+    """Return a block of code whose fence is longer than any in the text."""
     lines = "\n".join(clean(line) for line in text.split("\n"))
     longest = max((len(list(run)) for tick, run in groupby(lines) if tick == "`"), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{lines}\n{fence}"
-
-
-def _json(preset: dict) -> str:
-    return json.dumps(preset, indent=2, ensure_ascii=False)

@@ -1,7 +1,7 @@
 """Every number of a comparison, for programs.
 
 In:    a Comparison
-Out:   metrics.json: standard JSON, what is not a finite number as null
+Out:   metrics.json: standard JSON; numbers that are not finite are null
 State: none
 """
 
@@ -18,6 +18,7 @@ FORMAT = 1
 
 
 def json_report(comparison: Comparison) -> str:
+    """Return the comparison as JSON. Its keys are an interface."""
     report = {
         "format": FORMAT,
         "name": comparison.name,
@@ -58,7 +59,7 @@ def _variant(variant: Variant) -> dict[str, Any]:
             path: {"baseline": before, "variant": after}
             for path, (before, after) in variant.changes.items()
         },
-        "metrics": {key: asdict(spread) for key, spread in variant.metrics.items()},
+        "metrics": {key: asdict(stats) for key, stats in variant.metrics.items()},
         "speed_ratio": variant.speed and asdict(variant.speed),
         "memory_ratio": variant.memory and asdict(variant.memory),
         "preset": variant.preset,
@@ -78,6 +79,7 @@ def _trial(outcome: Outcome) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
+    """Replace tuples by lists, and numbers that are not finite by None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
