@@ -82,7 +82,7 @@ class TokenizePreset(PresetBase):
     """A preset, as the tokenize job reads it."""
 
     tokenize: TokenizeSettings = TokenizeSettings()
-    """What the tokenize job writes."""
+    """The files of the tokenize job."""
 
 
 def tokenize(
