@@ -26,7 +26,8 @@ from core.registry import Preset
 from core.runtime import detect_runtime
 from core.ui.plain import PlainLines
 from core.ui.progress import RunProgress
-from tests.data.corpus import Ranks, byte_tokenizer
+from tests.data.corpus import byte_tokenizer
+from tests.data.ranks import Ranks
 from tests.data.test_hf import lines, parquet
 from tests.hub import Hub
 from tests.project import Project, differences, merged, story, tiny_preset, train_here
