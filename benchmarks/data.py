@@ -50,7 +50,7 @@ def write_corpus(folder: Path) -> None:
 
 
 def write_tokenizer(folder: Path) -> None:
-    from core.data.tokenizer import build_tokenizer
+    from core.data.tokenizer_build import build_tokenizer
     from core.preset.settings import TokenizerSettings
 
     with (folder / "corpus.jsonl").open() as lines:
@@ -67,10 +67,10 @@ def tokenizer_of(folder: Path) -> Any:
 
 def loader_of(folder: Path, packing: str, workers: int = 0) -> Any:
     """The loader as a training run makes it."""
-    from core.data.corpus import PipelineFactory
     from core.data.loader import Layout, Loader
     from core.data.mixing import MixSettings
     from core.data.pipeline import PipelineSettings
+    from core.data.pipeline_factory import PipelineFactory
     from core.data.position import Position
     from core.data.sources import build_source
     from core.data.sources.text import TextSettings

@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def main(short: bool) -> None:
     from core.data.corpus import open_corpus
     from core.data.mixing import Mixer
-    from core.data.tokenizer import SAMPLE_CHARACTERS, build_tokenizer
+    from core.data.position import Position
+    from core.data.tokenizer_build import SAMPLE_CHARACTERS, build_tokenizer
     from core.parallel.single import Single
     from core.preset.decode import decode_preset
     from core.registry import Preset
@@ -38,7 +39,7 @@ def main(short: bool) -> None:
     tokenizer = build_tokenizer(preset.tokenizer, texts, corpus.markers, ROOT)
     settings = replace(corpus.mix, rates=corpus.rates(tokenizer))
     mixer, draws, tokens = (
-        Mixer(corpus.sources, settings, corpus.may_train, {}),
+        Mixer(corpus.sources, settings, corpus.may_train, Position()),
         60 if short else 3000,
         0,
     )

@@ -69,7 +69,7 @@ def make_text(vocab_size: int, folder: Path) -> None:
     import numpy as np
 
     from core.data.corpus import open_corpus
-    from core.data.tokenizer import build_tokenizer
+    from core.data.tokenizer_build import build_tokenizer
     from core.parallel.single import Single
 
     preset = preset_of(vocab_size)

@@ -16,7 +16,7 @@ from core.checkpoint.lineage import changed_sources
 from core.checkpoint.store import store_of
 from core.checkpoint.weights import preview_weights
 from core.contracts import call_if_defined
-from core.data.tokenizer import KNOWN_VOCABULARIES, tokenizer_facts
+from core.data.tokenizer_build import KNOWN_VOCABULARIES, tokenizer_facts
 from core.errors import UserError
 from core.files import own_path
 from core.jobs import JOBS

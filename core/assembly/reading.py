@@ -11,9 +11,10 @@ from typing import Any
 
 from core.assembly.start import Remarks, Start
 from core.data.agreement import agreed_contents
-from core.data.corpus import Corpus, PipelineFactory
+from core.data.corpus import Corpus
 from core.data.encoding import shown
 from core.data.loader import Layout, Loader
+from core.data.pipeline_factory import PipelineFactory
 from core.data.position import DataFacts, Position, resumed_position
 from core.data.tokenizer import Tokenizer
 from core.parallel.ranks import on_rank_zero
@@ -59,7 +60,7 @@ def build_reading(
     tokens_per_step = rows_per_step * preset.model.seq_length
     if parallel.rank == 0 and progress.run_step == 0 and train.max_epochs is None:
         tokens = min(budget.run_tokens, (budget.run_steps or budget.run_tokens) * tokens_per_step)
-        remarks.warnings += corpus.too_often(tokenizer, tokens * train.candidates)
+        remarks.warnings += corpus.repetition_warnings(tokenizer, tokens * train.candidates)
     position = _position(preset, start, progress, corpus, facts, remarks)
     factory = _factory(preset, machine, corpus, tokenizer, position, budget, tokens_per_step)
     adaptive = start.saved.get("adaptive") if start.saved is not None else None
@@ -118,12 +119,13 @@ def _epoch_tokens(
     train = preset.train
     if train.max_epochs is None:
         return None
-    kept = start.saved["data"] if start.saved is not None and progress.horizon_step > 0 else None
-    if kept is not None and (tokens := kept.get("epoch_tokens")):
-        same = (kept.get("fingerprint"), kept.get("contents"))
-        if same == (facts.fingerprint, facts.contents):
+    if start.saved is not None and progress.horizon_step > 0:
+        saved = start.saved["data"]
+        saved_facts = (saved.get("fingerprint"), saved.get("contents"))
+        same = saved_facts == (facts.fingerprint, facts.contents)
+        if same and (tokens := saved.get("epoch_tokens")):
             return tokens
-    # with more tokens, epochs do not end it
+    # with more tokens than this, epochs do not end the run
     limit = -(-RUN_TOKENS * train.runs * train.candidates // train.max_epochs)
     tokens, notes = on_rank_zero(machine.parallel, lambda: corpus.epoch_tokens(tokenizer, limit))
     remarks.notes += notes
@@ -163,13 +165,13 @@ def _factory(
     budget: Budget,
     tokens_per_step: int,
 ) -> PipelineFactory:
-    """Make what makes pipelines of rows, with the mix spread over the budget."""
+    """Return the factory of pipelines, with the mix spread over the budget."""
     snapshot = position.snapshot
     begins = snapshot is None or "rates" not in snapshot or position.renewals
     rates: tuple[float, ...] = ()
     if begins and corpus.needs_rates:
-        own = corpus.rates(tokenizer) if machine.parallel.rank == 0 else ()
-        rates = machine.parallel.broadcast(own)
+        measured = corpus.rates(tokenizer) if machine.parallel.rank == 0 else ()
+        rates = machine.parallel.broadcast(measured)
     tokens = budget.schedule_tokens
     if budget.schedule_steps is not None:
         tokens = min(tokens, budget.schedule_steps * tokens_per_step)

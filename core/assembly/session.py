@@ -51,7 +51,7 @@ from core.training.trainer import Inspection, Learner, Plan, Records, Trainer
 
 
 class MakeViews(Protocol):
-    """Makes what listens to a run's events."""
+    """Makes the views that show or copy a run's events."""
 
     def __call__(
         self,
@@ -80,7 +80,7 @@ class Parts:
 
 @dataclass
 class TrainingSession:
-    """A trainer, ready to go, and what is told about it."""
+    """A trainer that is ready to start, with the notes and warnings for its user."""
 
     trainer: Trainer
     log: MetricsLog
@@ -135,22 +135,17 @@ def build_training(
 
     inspection = _inspection(parts, validation_seed, warn, should_stop, remarks)
     extra_state, start_event = _extra_state(parts), _start_event(parts, repeats)
-    views = []
     if parallel.rank == 0:
         wandb_id, resolved = extra_state["wandb_id"], extra_state["preset"]
         views = make_views(log_file.parent, start_event, resolved, wandb_id, remarks.notes)
-    log = MetricsLog(log_file if parallel.rank == 0 else None, views)
+        log = MetricsLog(log_file, views)
+    else:
+        log = MetricsLog(None)
     remarks.notes += log.rewind(progress.step, evaluation_due=progress.evaluation_due)
     objective = Objective(network.model, network.stack, len(corpus.names), network.heads)
-    trainer = Trainer(
-        machine,
-        Learner(objective, network.optimizer),
-        reading.rows,
-        Plan(preset.train, reading.budget, progress, compiling.from_step),
-        Records(log, start.store, extra_state),
-        inspection,
-        should_stop,
-    )
+    plan = Plan(preset.train, reading.budget, progress, compiling.from_step)
+    learner, records = Learner(objective, network.optimizer), Records(log, start.store, extra_state)
+    trainer = Trainer(machine, learner, reading.rows, plan, records, inspection, should_stop)
     return TrainingSession(trainer, log, start_event, remarks.notes, remarks.warnings)
 
 
@@ -179,7 +174,7 @@ def _open_corpus(
 
 def _check_tokenizer(corpus: Corpus, tokenizer: Tokenizer, remarks: Remarks) -> None:
     corpus.check_tokenizer(tokenizer)
-    notes, warnings = corpus.told_of(tokenizer)
+    notes, warnings = corpus.tokenizer_remarks(tokenizer)
     remarks.notes += notes
     remarks.warnings += warnings
 
@@ -203,7 +198,7 @@ def _inspection(
     should_stop: Callable[[], bool],
     remarks: Remarks,
 ) -> Inspection:
-    """Build what looks at the model between steps: the evaluation and the samples."""
+    """Build the evaluation and the samples that are made between steps."""
     preset, corpus, tokenizer = parts.preset, parts.corpus, parts.tokenizer
     train, seq_length = preset.train, preset.model.seq_length
     masked = corpus.objective == MASKED_TOKENS
@@ -238,7 +233,7 @@ def _inspection(
 
 
 def _extra_state(parts: Parts) -> dict[str, Any]:
-    """Return what a checkpoint holds that the trainer does not know."""
+    """Return the parts of a checkpoint that the trainer does not know."""
     start = parts.start
     saved_id = start.saved.get("wandb_id") if start.saved is not None else None
     return {

@@ -16,7 +16,8 @@ from core.checkpoint.state import CheckpointState, NewestState
 from core.checkpoint.store import CheckpointStore, store_of
 from core.checkpoint.weights import Weights, find_weights
 from core.data.corpus import Corpus
-from core.data.tokenizer import SAMPLE_CHARACTERS, Tokenizer, build_tokenizer
+from core.data.tokenizer import Tokenizer
+from core.data.tokenizer_build import SAMPLE_CHARACTERS, build_tokenizer
 from core.errors import UserError
 from core.file_names import slot_name
 from core.metrics.events import LOG
@@ -47,7 +48,7 @@ class Start:
 
     @property
     def init_from(self) -> str | None:
-        """The weights that the lineage began with, in words."""
+        """The weights that the lineage began with, as text."""
         if self.saved is not None:
             return self.saved.get("init_from")
         return str(self.weights) if self.weights is not None else None
@@ -97,7 +98,7 @@ def find_start(preset: PresetBase, root: Path, parallel: Parallel, remarks: Rema
 def note_changed_sources(
     preset: PresetBase, start: Start, corpus: Corpus, remarks: Remarks
 ) -> None:
-    """Tell which sources are others than those the checkpoint was trained on."""
+    """Remark on sources that differ from those that the checkpoint was trained on."""
     if start.saved is None:
         return
     notes = changed_sources(start.saved, preset, corpus.failed)

@@ -6,30 +6,32 @@ State: none; where a run stands is a Position
 """
 
 import copy
-import hashlib
-import json
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from core.data.amount import counter, tokens_of_pass, too_often
-from core.data.chat import MARKERS, chat_note
+from core.data.chat import chat_note
 from core.data.documents import Document, Source
-from core.data.encoding import MemoizedEncoder, encode
+from core.data.encoding import encode
 from core.data.mixing import USUAL_RATE, Mixer, MixSettings, SourceFailed
 from core.data.objectives import build_objective, next_token
 from core.data.packing import Row
-from core.data.pipeline import Pipeline, PipelineSettings
+from core.data.pipeline import PipelineSettings
+from core.data.pipeline_factory import PipelineFactory
 from core.data.position import Position
-from core.data.shuffle import ShuffledSource
+from core.data.source_size import (
+    Shares,
+    counter,
+    repetition_warnings,
+    sampled_documents,
+    tokens_of_pass,
+)
 from core.data.sources import build_source, is_own_path, open_sources
-from core.data.sources.shards import ShardSource, ShardView
-from core.data.token_cache import CachedSource, TokenCache
-from core.data.tokenizer import MASK, Tokenizer
+from core.data.token_cache import cached_sources
+from core.data.tokenizer import MARKERS, MASK, Tokenizer
 from core.data.validation import (
     HoldOut,
     held_out_documents,
@@ -37,15 +39,13 @@ from core.data.validation import (
     plan_hold_out,
     validation_rows,
 )
-from core.errors import NoData, SourceUnavailable, UserError
-from core.preset.settings import MASKED_TOKENS, NEXT_TOKEN, objective_of
+from core.errors import NoData, UserError
+from core.parallel.protocol import Parallel
+from core.preset.base import PresetBase
+from core.preset.data import DataSettingsBase
+from core.preset.settings import MASKED_TOKENS, NEXT_TOKEN, SourceSettings, objective_of
 from core.randomness import derive_seed
 from core.schedules import limits, value_at
-
-RATE_DOCUMENTS, RATE_FILES, RATE_STREAMS = 256, 64, 4
-"""What is read of a source to measure its tokens per character: so many documents, spread over so
-many files, or, of what comes over a network, so many shards. Neighbours are alike: the first 256
-documents of source code were 6 % off (docs/LOG.md)."""
 
 MUCH_UNREAD = 0.01
 """Share of a source's characters without a token that is no mishap of single characters any
@@ -60,10 +60,10 @@ OTHER_TOKENIZER = (
 class Corpus:
     """The sources of a run that every rank could open."""
 
-    settings: Any  # the data section
+    settings: DataSettingsBase
     root: Path
     seed: int
-    sections: list[Any]  # of the sources that opened
+    sections: list[SourceSettings]  # of the sources that opened
     sources: list[Source]
     failed: dict[str, str]  # name: why it could not be opened
     mix: MixSettings
@@ -72,30 +72,30 @@ class Corpus:
 
     @property
     def names(self) -> list[str]:
+        """The sources' names, in the preset's order."""
         return [source.name for source in self.sources]
 
     @property
     def notes(self) -> list[str]:
-        """What a person should know of it."""
-        told = [
-            note if s.name in note else f"{s.name}: {note}"
-            for s in self.sources
-            for note in s.notes
+        """Remarks of the sources and on the hold-out, for the screen."""
+        notes = [
+            note if source.name in note else f"{source.name}: {note}"
+            for source in self.sources
+            for note in source.notes
         ]
-        return told + self.hold_out.notes
+        return notes + self.hold_out.notes
 
     def may_train(self, document: Document) -> bool:
+        """Return whether a document is long enough, and not held out."""
         return may_train(self.hold_out, self.settings.min_text_length, document)
 
     def sample_texts(self, characters: int) -> list[str]:
-        """Training text in the run's own order and mix: what a tokenizer is trained on."""
-        drops: dict[str, int] = {}
+        """Read training text in the run's own order and mix, to train a tokenizer on."""
+        once, drops = replace(self.mix, max_epochs=1), dict[str, int]()
         while True:
             texts, length = [], 0
             try:
-                for draw in Mixer(
-                    self.sources, replace(self.mix, max_epochs=1), self.may_train, drops
-                ):
+                for draw in Mixer(self.sources, once, self.may_train, Position(drops=drops)):
                     if draw.document and draw.document.text:
                         texts.append(draw.document.text)
                         length += len(draw.document.text)
@@ -106,111 +106,102 @@ class Corpus:
                 drops[failure.name] = 0
 
     @property
+    def has_chat(self) -> bool:
+        """Whether a source gives conversations."""
+        return any(section.type == "chat" for section in self.sections)
+
+    @property
     def markers(self) -> tuple[str, ...]:
-        """Special tokens its documents need."""
-        chat = MARKERS if any(section.type == "chat" for section in self.sections) else ()
+        """Special tokens that its documents need."""
+        chat = MARKERS if self.has_chat else ()
         return (*chat, MASK) if self.objective == MASKED_TOKENS else chat
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Raises UserError if the objective or a source cannot do with it."""
+        """Raise UserError if the objective or a source cannot use this tokenizer."""
         build_objective(self.objective, tokenizer, self.settings.mask_fraction, self.seed)
         for source in self.sources:
             getattr(source, "check_tokenizer", lambda tokenizer: None)(tokenizer)
 
-    def told_of(self, tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
-        """(notes, warnings): what a person should know of its documents under this tokenizer.
+    def tokenizer_remarks(self, tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
+        """Return (notes, warnings) about its documents under this tokenizer.
 
-        Raises UserError where it has tokens for nothing that a source says.
+        Raises UserError if the tokenizer has no token for anything in a source.
         """
-        note = (
-            chat_note(tokenizer)
-            if any(section.type == "chat" for section in self.sections)
-            else None
-        )
-        notes, warnings = [note] if note else [], []
-        if chunks := [
-            s.name for s in self.sections if s.type == "tokens" and not tokenizer.is_lossless
-        ]:
+        notes, warnings = list[str](), list[str]()
+        if self.has_chat and (note := chat_note(tokenizer)) is not None:
+            notes.append(note)
+        tokenized = [section.name for section in self.sections if section.type == "tokens"]
+        if tokenized and not tokenizer.is_lossless:
             notes.append(
-                f"bits per byte of {', '.join(chunks)} are approximate: tokens under such a "
+                f"bits per byte of {', '.join(tokenized)} are approximate: tokens under such a "
                 "tokenizer do not say their bytes"
             )
         for source in self.sources if not tokenizer.is_complete else ():
-            unread = tokenizer.unread(
-                [document.text for document in _spread(source) if document.text]
-            )
-            told = f"{source.name}: {unread}. They are read as unknown: {OTHER_TOKENIZER}"
+            texts = [document.text for document in sampled_documents(source) if document.text]
+            unread = tokenizer.unread(texts)
             if unread.characters and unread.characters == unread.of:
                 raise UserError(
                     f"the tokenizer has no token for anything that {source.name} says ({unread}); "
                     f"{OTHER_TOKENIZER}."
                 )
             if unread.characters:
-                (warnings if unread.share >= MUCH_UNREAD else notes).append(told)
+                (warnings if unread.share >= MUCH_UNREAD else notes).append(
+                    f"{source.name}: {unread}. They are read as unknown: {OTHER_TOKENIZER}"
+                )
         return notes, warnings
 
     @property
     def needs_rates(self) -> bool:
-        """Whether the mix asks how many tokens have been drawn."""
+        """Whether the mix depends on how many tokens have been drawn."""
         scheduled = any(not isinstance(weight, int | float) for weight in self.mix.weights)
         return self.mix.strategy == "weighted" and (scheduled or self.mix.unit == "tokens")
 
     def rates(self, tokenizer: Tokenizer) -> tuple[float, ...]:
-        """Tokens per character of each source, measured on some of its documents; 0.25 where it has
+        """Measure tokens per character of each source on some of its documents; 0.25 where it has
         no text."""
-        found = []
+        rates = []
         for source in self.sources:
-            documents = [document for document in _spread(source) if document.text]
+            documents = [document for document in sampled_documents(source) if document.text]
             tokens = sum(len(encoded.ids) for encoded in encode(tokenizer, documents))
-            found.append(
-                tokens / sum(len(d.text) for d in documents) if documents and tokens else USUAL_RATE
-            )
-        return tuple(found)
+            characters = sum(len(document.text) for document in documents)
+            rates.append(tokens / characters if documents and tokens else USUAL_RATE)
+        return tuple(rates)
 
     def epoch_tokens(self, tokenizer: Tokenizer, limit: int) -> tuple[int, list[str]]:
-        """Training tokens of one pass over all sources, `limit` at most; remarks. What schedules
-        span under max_epochs."""
+        """Count the training tokens of one pass over all sources, `limit` at most: what schedules
+        span under max_epochs. Return them, and notes."""
         total = 0.0
         count = counter(tokenizer, self.may_train, 2 if self.objective == MASKED_TOKENS else 1)
         # through the cache: what is fetched to be counted is not fetched again to be read
-        for source, weight in zip(
-            cached(self.sources, self.root, self.settings.cache_gigabytes, tokenizer),
-            self.mix.weights,
-        ):
+        for source, weight in zip(self._cached(self.sources, tokenizer), self.mix.weights):
             if self.mix.strategy == "weighted" and limits(weight)[1] <= 0:
                 continue
-            held = tokens_of_pass(source, count, limit - total)
-            if held is None:
+            tokens = tokens_of_pass(source, count, limit - total)
+            if tokens is None:
                 return limit, [
                     f"nobody knows how large {source.name} is: schedules span {limit:,} tokens a "
                     "pass"
                 ]
-            total += held
+            total += tokens
             if total >= limit:
                 return limit, []
         return round(total), []
 
-    def too_often(self, tokenizer: Tokenizer, tokens: int) -> list[str]:
-        """Sentences on the sources that a run of so many tokens reads over and over."""
+    def repetition_warnings(self, tokenizer: Tokenizer, tokens: int) -> list[str]:
+        """Return a warning for each source that a run of `tokens` reads too many times."""
         strategy = self.mix.strategy
-        # over the run
-        weights = [sum(value_at(weight, x / 10) for x in range(11)) for weight in self.mix.weights]
-        given = (
-            None
-            if strategy == "sequential"
-            else weights
-            if strategy == "weighted"
-            else [1.0] * len(weights)
-        )
-        of_tokens = strategy == "weighted" and self.mix.unit == "tokens"
+        weights: list[float] | None = [1.0] * len(self.sources)
+        if strategy == "weighted":  # over the run
+            weights = [sum(value_at(each, x / 10) for x in range(11)) for each in self.mix.weights]
+        elif strategy == "sequential":
+            weights = None
         advice = {
             "weighted": "give it a smaller share in data.source_weights, ",
             "round_robin": 'give it a smaller share ("mix_strategy": "weighted", with '
             "source_weights), ",
         }.get(strategy if len(self.sources) > 1 else "", "")
-        return list(
-            too_often(self.sources, given, of_tokens, tokenizer, self.may_train, tokens, advice)
-        )
+        shares = Shares(weights, strategy == "weighted" and self.mix.unit == "tokens", advice)
+        return list(repetition_warnings(self.sources, shares, tokenizer, self.may_train, tokens))
 
     def validation_rows(
         self,
@@ -221,169 +212,85 @@ class Corpus:
         only: str | None = None,
         between: Callable[[], None] = lambda: None,
     ) -> list[Row]:
-        """Held-out rows, read in the order of `seed`; left out, the run's. Runs of several seeds
-        are measured on one text so.
+        """Return about `tokens` of held-out rows, read in the order of `seed`; None: the run's.
+        With one seed, runs of several seeds are measured on one text.
 
-        only      of this source
+        only      the source to read
         between   called after each document that is read; may raise, to stop
         """
         sources = [source for source in self.sources if only in (None, source.name)]
-        sources = (
-            sources
-            if seed in (None, self.seed)
-            else [_reordered(source, seed) for source in sources]
-        )
-        sources = cached(sources, self.root, self.settings.cache_gigabytes, tokenizer)
-        masks = derive_seed(self.seed if seed is None else seed, "validation")
-        objective = build_objective(self.objective, tokenizer, self.settings.mask_fraction, masks)
-        shortest = self.settings.min_text_length
+        if seed is None:
+            seed = self.seed
+        if seed != self.seed:
+            sources = [_reordered(source, seed) for source in sources]
+        masks = derive_seed(seed, "validation")
         return validation_rows(
-            sources, self.hold_out, tokenizer, objective, seq_length, tokens, shortest, between
+            self._cached(sources, tokenizer),
+            self.hold_out,
+            tokenizer,
+            build_objective(self.objective, tokenizer, self.settings.mask_fraction, masks),
+            seq_length,
+            tokens,
+            self.settings.min_text_length,
+            between,
         )
 
     def held_out_inputs(self, tokenizer: Tokenizer) -> dict[str, Iterator[np.ndarray]]:
-        """Of each source, its held-out documents one by one, as a model reads them: (its tokens,)
-        each, in the run's order."""
-        sources = cached(self.sources, self.root, self.settings.cache_gigabytes, tokenizer)
-        how = self.hold_out, tokenizer, self.settings.min_text_length
+        """Return, for each source, its held-out documents as a model reads them: (n,) int32 each,
+        in the run's order."""
+        shortest = self.settings.min_text_length
         return {
             source.name: (
                 next_token(encoded, tokenizer.eos_id)[0]
-                for _, encoded in held_out_documents(source, *how)
+                for _, encoded in held_out_documents(source, self.hold_out, tokenizer, shortest)
             )
-            for source in sources
+            for source in self._cached(self.sources, tokenizer)
         }
 
     def pipeline_factory(
         self, tokenizer: Tokenizer, seq_length: int, mix: MixSettings | None = None
-    ) -> "PipelineFactory":
+    ) -> PipelineFactory:
+        """Return what makes this run's pipelines. `mix`: in place of the preset's."""
         data = self.settings
-        predicts = self.objective, data.mask_fraction
         settings = PipelineSettings(
-            mix or self.mix, data.lanes, seq_length, data.packing, data.min_text_length, *predicts
+            mix=mix or self.mix,
+            lanes=data.lanes,
+            seq_length=seq_length,
+            packing=data.packing,
+            min_text_length=data.min_text_length,
+            objective=self.objective,
+            mask_fraction=data.mask_fraction,
         )
         return PipelineFactory(
-            self.sections,
-            self.root,
-            self.seed,
-            tokenizer.state(),
-            self.hold_out,
-            settings,
-            data.shuffle,
-            data.cache_gigabytes,
-            self.sources,
-            tokenizer,
+            sections=self.sections,
+            root=self.root,
+            seed=self.seed,
+            tokenizer_state=tokenizer.state(),
+            hold_out=self.hold_out,
+            settings=settings,
+            shuffle=data.shuffle,
+            cache_gigabytes=data.cache_gigabytes,
+            sources=self.sources,
+            tokenizer=tokenizer,
         )
 
     def contents(self) -> dict[str, str]:
-        """For each source, what changes when its files do."""
+        """Return, for each source, a text that changes when its files do."""
         return {source.name: source.contents() for source in self.sources}
 
-
-@dataclass
-class PipelineFactory:
-    """Makes a Pipeline, here or in a worker process; opened sources and the tokenizer do not
-    travel, they are made again."""
-
-    sections: list[Any]
-    root: Path
-    seed: int
-    tokenizer_state: dict[str, Any]
-    hold_out: HoldOut
-    settings: PipelineSettings
-    shuffle: str = "shards"  # or "documents"
-    cache_gigabytes: float = 0.0
-    sources: list[Source] | None = None
-    tokenizer: Tokenizer | None = None
-    encode: MemoizedEncoder | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "sources": None, "tokenizer": None, "encode": None}
-
-    def __call__(self, position: Position, lanes: list[int]) -> Pipeline:
-        if self.sources is None or self.tokenizer is None:
-            self.sources = [
-                build_source(section, self.root, self.seed) for section in self.sections
-            ]
-            for source in self.sources:
-                source.patient = True  # a Hub that is away for a moment costs no source in mid-run
-                try:
-                    source.open()
-                except SourceUnavailable as error:
-                    # a dropped one is only asked for turns it can no longer take
-                    if source.name not in position.drops:
-                        raise SourceFailed(source.name, str(error)) from None
-            self.tokenizer = Tokenizer.from_state(self.tokenizer_state)
-        sources = cached(self.sources, self.root, self.cache_gigabytes, self.tokenizer)
-        if self.shuffle == "documents":
-            sources = [
-                ShuffledSource(s, self.seed) if isinstance(s, ShardSource | ShardView) else s
-                for s in sources
-            ]
-        self.encode = self.encode or MemoizedEncoder(self.tokenizer)
-        return Pipeline(
-            sources, self.tokenizer, self.encode, self.hold_out, self.settings, position, lanes
-        )
-
-    def fingerprint(self) -> str:
-        """Equal exactly when the order and content of rows are, as long as the sources' contents
-        are."""
-        mix = replace(self.settings.mix, rates=(), horizon_tokens=0)  # kept in the checkpoint
-        order = asdict(self.settings) | {"mix": mix}
-        if order["objective"] == NEXT_TOKEN:
-            del order["objective"], order["mask_fraction"]
-        described = [
-            f"PipelineSettings({', '.join(f'{key}={value!r}' for key, value in order.items())})",
-            [section.model_dump(mode="json") for section in self.sections],
-            self.hold_out.fraction,
-            self.shuffle,
-            hashlib.sha256(self.tokenizer_state["json"].encode()).hexdigest(),
-        ]
-        return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
+    def _cached(self, sources: list[Source], tokenizer: Tokenizer) -> list[Source]:
+        return cached_sources(sources, self.root, self.settings.cache_gigabytes, tokenizer)
 
 
 def _reordered(source: Source, seed: int) -> Source:
-    """The source with the order that another seed gives it."""
+    """Return the source with the order that another seed gives it."""
     other = copy.copy(source)
     other.seed = seed  # type: ignore[attr-defined]  # every source of ours orders its shards by it
     return other
 
 
-def _spread(source: Any) -> list[Document]:
-    """Some documents from all over a source."""
-    if not isinstance(source, ShardSource):
-        return list(islice(source.stream({}), RATE_DOCUMENTS))
-    order = source.order(0)
-    step = max(1, len(order) // (RATE_FILES if source.finite else RATE_STREAMS))
-    found: list[Document] = []
-    for shard in order[::step]:
-        try:
-            found += [
-                document
-                for _, document in islice(
-                    source.read(shard, 0), max(1, RATE_DOCUMENTS * step // len(order))
-                )
-            ]
-        except Exception:  # training will meet the same error, and say what it means
-            continue
-    return found
-
-
-def cached(
-    sources: list[Source], root: Path, gigabytes: float, tokenizer: Tokenizer
-) -> list[Source]:
-    """The sources seen through the token cache."""
-    if gigabytes <= 0:
-        return sources
-    cache = TokenCache(root, int(gigabytes * 1e9))
-    return [
-        CachedSource(source, cache, tokenizer) if isinstance(source, ShardSource) else source
-        for source in sources
-    ]
-
-
 def open_corpus(
-    preset: Any, root: Path, parallel: Any, held_out: dict[str, Any] | None = None
+    preset: PresetBase, root: Path, parallel: Parallel, held_out: Mapping[str, Any] | None = None
 ) -> Corpus:
     """Open a preset's sources side by side, on every rank. Raises NoData, with every reason, when
     none is left.
@@ -392,51 +299,68 @@ def open_corpus(
     """
     data, seed = preset.data, preset.train.seed
     opened, failed = open_sources([build_source(section, root, seed) for section in data.sources])
-    for other in parallel.gather(failed):
-        failed = {**other, **failed}
+    for of_rank in parallel.gather(failed):
+        failed = {**of_rank, **failed}
     sources = [source for source in opened if source.name not in failed]
-    if not sources:
-        reasons = "\n".join(f"  {name}: {reason}" for name, reason in failed.items())
-        raise NoData(f"no source of preset {preset.name} could be opened:\n{reasons}")
-    if own := [
-        section for section in data.sources if section.name in failed and is_own_path(section, root)
-    ]:
-        reasons = "\n".join(f"  {section.name}: {failed[section.name]}" for section in own)
-        raise NoData(
-            f"preset {preset.name} names paths that give no text. Mend them, or take them out of "
-            f"it:\n{reasons}"
-        )
-    sections = [section for section in data.sources if section.name not in failed]
-    weights = dict(
-        zip(
-            (section.name for section in data.sources),
-            data.source_weights or [1.0] * len(data.sources),
-        )
+    _check_opened(preset, root, failed)
+    weights = data.source_weights or [1.0] * len(data.sources)
+    in_use = [i for i, section in enumerate(data.sources) if section.name not in failed]
+    mix = MixSettings(
+        strategy=data.mix_strategy,
+        weights=tuple(weights[i] for i in in_use),
+        seed=seed,
+        max_epochs=preset.train.max_epochs,
+        unit=data.weights_of,
     )
-    shares = tuple(weights[s.name] for s in sections)
-    mix = MixSettings(data.mix_strategy, shares, seed, preset.train.max_epochs, data.weights_of)
     # what fixes the order is found out once: a file or a line that fails one rank alone must not
     # give it another order
-    plan = (
-        plan_hold_out(sources, data.validation_fraction, data.min_text_length, held_out)
-        if parallel.rank == 0
-        else None
-    )
+    plan = None
+    if parallel.rank == 0:
+        plan = plan_hold_out(sources, data.validation_fraction, data.min_text_length, held_out)
     hold_out = parallel.broadcast(plan)
+    assert hold_out is not None, "rank 0 has made a plan"
     return Corpus(
-        data, root, seed, sections, sources, failed, mix, hold_out, objective_of(preset.model)
+        settings=data,
+        root=root,
+        seed=seed,
+        sections=[data.sources[i] for i in in_use],
+        sources=sources,
+        failed=failed,
+        mix=mix,
+        hold_out=hold_out,
+        objective=objective_of(preset.model),
     )
+
+
+def _check_opened(preset: PresetBase, root: Path, failed: dict[str, str]) -> None:
+    """Raise NoData where no source opened, or where a path on this machine did not."""
+
+    def reasons(sections: list[SourceSettings]) -> str:
+        return "\n".join(f"  {section.name}: {failed[section.name]}" for section in sections)
+
+    failing = [section for section in preset.data.sources if section.name in failed]
+    if len(failing) == len(preset.data.sources):
+        raise NoData(f"no source of preset {preset.name} could be opened:\n{reasons(failing)}")
+    if own := [section for section in failing if is_own_path(section, root)]:
+        raise NoData(
+            f"preset {preset.name} names paths that give no text. Mend them, or take them out of "
+            f"it:\n{reasons(own)}"
+        )
 
 
 def open_held_out(
-    preset: Any, root: Path, alone: Any, made_with: dict | None, held_out: dict | None
+    preset: PresetBase,
+    root: Path,
+    alone: Parallel,
+    made_with: dict[str, Any] | None,
+    held_out: Mapping[str, Any] | None,
 ) -> tuple[Corpus, list[str]]:
-    """The preset's data, split as it was for training; remarks. Raises NoData.
+    """Open the preset's data, split as it was for training; return it, and notes. Raises NoData.
 
     alone       the ranks: one process
     made_with   the preset of the training, as JSON: where it held out less than this one, so does
                 this
-    held_out    of the training's checkpoint
+    held_out    the split in the training's checkpoint
     """
     notes = []
     data = preset.data
@@ -448,6 +372,5 @@ def open_held_out(
         )
         data = data.model_copy(update={"validation_fraction": trained})
     corpus = open_corpus(preset.model_copy(update={"data": data}), root, alone, held_out)
-    return corpus, notes + [
-        f"source {name} left out: {reason}" for name, reason in corpus.failed.items()
-    ]
+    left_out = [f"source {name} left out: {reason}" for name, reason in corpus.failed.items()]
+    return corpus, notes + left_out

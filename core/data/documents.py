@@ -98,6 +98,7 @@ class Source(Protocol):
 
     name: str  # unique in a preset; the name in logs and cursors
     finite: bool  # whether an epoch is known to end
+    size_is_positions: bool  # whether `size` counts positions, as cursors do
 
     def open(self) -> None:
         """Make sure that documents can be read, within seconds.
@@ -111,6 +112,15 @@ class Source(Protocol):
 
     def contents(self) -> str:
         """Changes when its files do: the order of an epoch may be another then."""
+
+    def skipped(self) -> list[tuple[str, str]]:
+        """Return (file or row, why) of everything that was left out so far."""
+
+    def order(self, epoch: int) -> list[Any]:
+        """Return the shards in the order of one epoch."""
+
+    def size(self, shard: Any) -> int | None:
+        """Return how much is in a shard, in one unit for all of them; None if unknown."""
 
     def stream(self, cursor: Cursor) -> DocumentStream:
         """The documents of epoch `cursor.get("epoch", 0)` from the cursor on, in an order fixed by

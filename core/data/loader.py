@@ -65,7 +65,7 @@ class _Group:
 
 @dataclass(frozen=True)
 class Layout:
-    """How rows become steps; the same on every rank."""
+    """The division of rows into steps; the same on every rank."""
 
     rows_per_step: int  # over all ranks, whose number divides it
     num_lanes: int
@@ -116,9 +116,9 @@ class Loader:
         self.unlearned = Unlearned(
             position.rows > position.passed_over * layout.rows_per_step, of_chance=describe is None
         )
-        # (source, documents, epochs) in steps passed over, since last asked
+        # (source, documents, epochs) that began in steps passed over, since the last report
         self.begun: list[tuple[str, int, int]] = []
-        self.dropped: list[tuple[str, str]] = []  # (source, reason) since last asked: for the log
+        self.dropped: list[tuple[str, str]] = []  # (source, reason) since the last report
         self.warnings: list[str] = []
         # (source, file, why): whether it was logged
         self.skipped: dict[tuple[str, str, str], bool] = {}

@@ -3,16 +3,16 @@ source stands.
 
 In:    opened sources
 Out:   Draw(index, source, document), index 0, 1, 2 ... : the same on every rank and worker
-State: `snapshot()`: the next index, each source's cursor and what was drawn of it, as JSON; draws
-are counter-based: they
-       keep no state of their own
+State: `snapshot()`: the next index, each source's cursor and what was drawn of it, as JSON; the
+       random numbers follow from the index, and need no state
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from core.data.documents import Document, DocumentStream, Source
+from core.data.documents import Cursor, Document, DocumentStream, Source
+from core.data.position import Position
 from core.errors import SourceUnavailable
 from core.preset.settings import RUN_TOKENS
 from core.randomness import derive_seed, uniform
@@ -24,7 +24,8 @@ USUAL_RATE = 0.25
 
 
 class SourceFailed(Exception):
-    """A source failed for good in mid-run, at a draw. The loader drops it on all ranks at once."""
+    """A source failed for good during a run, at a draw. The loader drops it on all ranks at
+    once."""
 
     def __init__(self, name: str, reason: str):
         self.name, self.reason = name, reason
@@ -36,8 +37,8 @@ class SourceFailed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """One document of the global order; `document` is None where a dropped source's turn was
-    lost."""
+    """One document of the global order; `document` is None where a dropped source lost its
+    turn."""
 
     index: int
     source: int
@@ -61,19 +62,17 @@ class MixSettings:
 
 
 class Mixer:
-    """Iterates over the global order from a snapshot on.
+    """Iterates over the global order from a position's snapshot on.
 
-    wanted    whether a document may be drawn; what is not wanted is passed over and takes no draw
-    drops     {source name: index} sources that failed: they take no draw from that index on, and
-              turns of theirs before it that can no longer be read are lost
-    renewals  draws at which a new horizon begins
-    factors   {index: {source name: factor}} draws from which on the sources' weights have other
-              factors
-    known     {index: (source, tokens, epoch)} of draws made before: those of a dropped source count
-              as they did then
+    wanted     whether a document may be drawn; one that may not is passed over and takes no draw
+    position   besides the snapshot:
+               drops: failed sources take no draw from that index on, and their turns before it are
+               lost where they can no longer be read
+               draws: made before; those of a dropped source count as they did then
+               renewals and factors, which change the weights
 
-    A reader tokenizes its own lanes' documents only, so how many tokens have been drawn is
-    estimated from their characters, which every reader sees alike.
+    A reader tokenizes the documents of its own lanes only. So the number of tokens drawn is
+    estimated from characters, which every reader sees alike.
     """
 
     def __init__(
@@ -81,22 +80,15 @@ class Mixer:
         sources: list[Source],
         settings: MixSettings,
         wanted: Callable[[Document], bool],
-        drops: dict[str, int],
-        snapshot: dict[str, Any] | None = None,
-        renewals: Collection[int] = (),
-        known: Mapping[int, tuple[int, ...]] | None = None,
-        factors: Mapping[int, dict[str, float]] | None = None,
+        position: Position,
     ):
-        snapshot = snapshot or {}
+        snapshot = position.snapshot or {}
+        cursors = snapshot.get("cursors", {})
         self.sources, self.settings, self._wanted = sources, settings, wanted
         self.index: int = snapshot.get("index", 0)
-        self._cursors: dict[str, dict] = {
-            s.name: snapshot.get("cursors", {}).get(s.name, {}) for s in sources
-        }
+        self._cursors: dict[str, Cursor] = {s.name: cursors.get(s.name, {}) for s in sources}
         # sources not in this mix
-        self._parked = {
-            k: v for k, v in snapshot.get("cursors", {}).items() if k not in self._cursors
-        }
+        self._parked = {name: at for name, at in cursors.items() if name not in self._cursors}
         # documents behind its cursor that were drawn before
         self._passed: dict[str, int] = dict(snapshot.get("passed", {}))
         self._ended: set[str] = set(snapshot.get("ended", []))
@@ -113,16 +105,16 @@ class Mixer:
             list(snapshot.get("drawn", {}).get(s.name, (0, 0))) for s in sources
         ]
         self._origin: int = snapshot.get("origin", 0)  # tokens drawn before this horizon
-        self._renewals = frozenset(renewals)
+        self._renewals = frozenset(position.renewals)
         # of weights; 1 where none is named
-        self._changes, self._factors = factors or {}, dict(snapshot.get("factors", {}))
-        self._drop_at = [drops.get(s.name, NEVER) for s in sources]
+        self._changes, self._factors = position.factors or {}, dict(snapshot.get("factors", {}))
+        self._drop_at = [position.drops.get(s.name, NEVER) for s in sources]
         self._streams: dict[int, DocumentStream] = {}
         self._fresh: set[int] = set()  # sources of which this epoch has not given a document yet
         # dropped sources found unreadable: not tried (with all their retries) at every turn
         self._dead: set[int] = set()
-        self._known = known or {}
-        # as `known`: draws made since whoever reads it last emptied it
+        self._known = position.draws or {}
+        # draws made since the reader last emptied it
         self.made: dict[int, tuple[int, ...]] = {}
         self._seed = derive_seed(settings.seed, "mix")
         self._given_rates = settings.rates or (USUAL_RATE,) * len(sources)
@@ -135,7 +127,7 @@ class Mixer:
         self._shares = [float(limits(weight)[1]) for weight in self._levels]
 
     def snapshot(self) -> dict[str, Any]:
-        """Everything needed to go on from the next draw."""
+        """Return everything needed to go on from the next draw, as JSON."""
         cursors = {
             s.name: self._streams[i].cursor() if i in self._streams else self._cursors[s.name]
             for i, s in enumerate(self.sources)
@@ -155,7 +147,7 @@ class Mixer:
 
     @property
     def reading(self) -> tuple[str, int]:
-        """The source that `wanted` is asked of, and its epoch."""
+        """The source being read, and its epoch: of the document that `wanted` is asked about."""
         name = self.sources[self._current].name
         return name, self._cursors[name].get("epoch", 0)
 
@@ -200,7 +192,8 @@ class Mixer:
         return Draw(self.index - 1, choice, document, opens)
 
     def _ended_before(self, choice: int) -> None:
-        """A source that can no longer be read had come to an end here: its turn was another's."""
+        """Record that a source which can no longer be read had ended here: its turn was another
+        one's."""
         self._current = choice + 1
         if self.settings.strategy != "sequential":
             self._ended.add(self.sources[choice].name)
@@ -208,14 +201,12 @@ class Mixer:
     def _tokens_of(self, choice: int, document: Document) -> int:
         encoded = document.encoded
         characters = len(document.text) if encoded is None else encoded.size
-        return 1 + (
-            len(encoded.ids)
-            if encoded is not None and not characters
-            else round(characters * self._rates[choice])
-        )
+        if encoded is not None and not characters:
+            return 1 + len(encoded.ids)
+        return 1 + round(characters * self._rates[choice])
 
     def _choose(self) -> int | None:
-        """Which source the draw `self.index` belongs to; None when nothing is left."""
+        """Return the source that the draw `self.index` goes to; None when nothing is left."""
         active = [
             i
             for i, s in enumerate(self.sources)
@@ -238,7 +229,7 @@ class Mixer:
         return active[-1]
 
     def _shares_now(self, active: list[int]) -> list[float]:
-        """Of this draw, for each active source: not all zero."""
+        """Return this draw's share for each active source; never all zero."""
         if not self._fixed:
             drawn = sum(tokens for _, tokens in self._drawn) - self._origin
             progress = min(drawn / max(self._horizon_tokens, 1), 1.0)
@@ -257,8 +248,8 @@ class Mixer:
         return everything[1] / everything[0] if everything[0] else 1.0
 
     def _read(self, choice: int) -> Document | None:
-        """The next document of a source that was not drawn before the mix began anew; None as of
-        `_next_of`."""
+        """Return a source's next document that was not drawn before the mix began anew; None as
+        `_next_of` does."""
         name = self.sources[choice].name
         while (document := self._next_of(choice)) is not None and self._passed.get(name, 0) > 0:
             self._passed[name] -= 1
@@ -266,8 +257,8 @@ class Mixer:
         return document
 
     def _next_of(self, choice: int) -> Document | None:
-        """The next document of a source, going on into its next epoch; None when it has ended for
-        good."""
+        """Return a source's next document, going on into its next epoch; None when it has ended
+        for good."""
         name = self.sources[choice].name
         fresh = False
         while True:
@@ -300,5 +291,5 @@ class Mixer:
 
 
 def is_beginning(cursor: dict[str, Any]) -> bool:
-    """Whether a cursor stands before the first document of its epoch."""
+    """Return whether a cursor stands before the first document of its epoch."""
     return not any(value for key, value in cursor.items() if key != "epoch")

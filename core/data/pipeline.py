@@ -1,10 +1,5 @@
-"""From sources to rows, in an order that is a pure function of seed and position.
-
-               every L draws are dealt out, one to each lane     row n comes from lane n mod L
-    sources ──► Mixer ──────────┬──► lane 0: objective ──► Packer ──┐
-                (global order)  ├──► lane 1: ...                    ├──► rows, global order ──►
-                                Loader
-                                └──► lane L-1                       ┘
+"""From sources to rows, in an order that is a pure function of seed and position. The whole way is
+drawn in core/data/__init__.py.
 
 L lanes are fixed; ranks and workers share them out, each tokenizing only its own lanes' documents.
 So the rows, and their order, are the same for any number of ranks and workers.
@@ -12,7 +7,8 @@ So the rows, and their order, are the same for any number of ranks and workers.
 In:    opened sources, a tokenizer, a position
 Out:   rows of this reader's lanes, in global order
 State: carried by the rows: each says where its lane stands after it, and brings the mixer's
-snapshots"""
+       snapshots
+"""
 
 import random
 from collections.abc import Iterator
@@ -54,10 +50,10 @@ class PipelineSettings:
 
 
 class Dealer:
-    """Which lane each draw goes to: every L draws in a row go to the L lanes, in an order of chance
-    that follows from the seed.
+    """Deals draws to lanes: each L consecutive draws go to the L lanes, in a random order that
+    follows from the seed.
 
-    Not simply in turn: sources take turns as well, and a lane that met only the source with the
+    The order is random because sources take turns as well: a lane that met only the source with the
     longest documents would pile them up without end.
     """
 
@@ -66,6 +62,7 @@ class Dealer:
         self._block, self._order = -1, list(range(lanes))
 
     def lane(self, index: int) -> int:
+        """Return the lane of a draw."""
         block, place = divmod(index, self._lanes)
         if block != self._block:
             self._block, self._order = block, list(range(self._lanes))
@@ -74,13 +71,13 @@ class Dealer:
 
 
 def share_of_lanes(lanes: int, readers: int, reader: int) -> list[int]:
-    """The lanes of one rank (or of one worker among a rank's lanes)."""
+    """Return the lanes of one rank (or of one worker among a rank's lanes)."""
     return [lane for lane in range(lanes) if lane % readers == reader]
 
 
 class Pipeline:
-    """The rows of some lanes, from a position on. Endless, unless the mix ends: then padding rows
-    without any target."""
+    """The rows of some lanes, from a position on. It never ends: once the mix has ended, it gives
+    rows of padding, without any target."""
 
     def __init__(
         self,
@@ -99,25 +96,13 @@ class Pipeline:
         self._objective = build_objective(
             settings.objective, tokenizer, settings.mask_fraction, settings.mix.seed
         )
-        past = (
-            position.drops,
-            position.snapshot,
-            position.renewals,
-            position.draws,
-            position.factors,
-        )
-        self._mixer = Mixer(sources, settings.mix, self._wanted, *past)
+        self._mixer = Mixer(sources, settings.mix, self._wanted, position)
         self._dealer = Dealer(settings.lanes, settings.mix.seed)
-        pack = PACKERS[settings.packing]
-        self._packers: dict[int, Packer] = {
-            lane: pack(
-                lane,
-                settings.seq_length,
-                tokenizer.eos_id,
-                position.lanes.get(lane, LanePosition()),
-            )
-            for lane in lanes
-        }
+        self._packers: dict[int, Packer] = {}
+        for lane in lanes:
+            at = position.lanes.get(lane, LanePosition())
+            packer = PACKERS[settings.packing](lane, settings.seq_length, tokenizer.eos_id, at)
+            self._packers[lane] = packer
         self._snapshots: list[dict[str, Any]] = [self._mixer.snapshot()]
         # source: the first text that is too short, and how many are
         self._short: dict[str, tuple[str, int]] = {}
@@ -144,15 +129,12 @@ class Pipeline:
 
     def _wanted(self, document: Document) -> bool:
         ready = document.encoded
-        if (
-            ready is not None
-            and len(ready.ids)
-            and (largest := int(ready.ids.max())) >= self.tokenizer.vocab_size
-        ):
+        largest = int(ready.ids.max()) if ready is not None and len(ready.ids) else -1
+        if largest >= self.tokenizer.vocab_size:
             raise SourceUnavailable(
                 f"{document.key} holds token {largest}, beyond this preset's vocabulary of "
-                f"{self.tokenizer.vocab_size}: it was "
-                'made with another tokenizer; name that one in "tokenizer"'
+                f"{self.tokenizer.vocab_size}: it was made with another tokenizer; name that one "
+                'in "tokenizer"'
             )
         if document.is_shorter_than(self.settings.min_text_length):
             source, epoch = self._mixer.reading
@@ -167,14 +149,25 @@ class Pipeline:
 
     def _read_ahead(self) -> None:
         """Read, tokenize and hand out the next documents of own lanes."""
-        found: list[tuple[Packer, Draw, Document]] = []
         if self._failure is not None:
             raise self._failure
-        while len(found) < READ_AHEAD:
+        ahead = self._draw_documents()
+        self._note_skipped()
+        for (packer, draw, _), document in zip(ahead, self._encoded(ahead)):
+            if document is None:
+                packer.lose(draw.index)
+                continue
+            inputs, labels = self._objective(document, draw.index)
+            packer.add(draw.index, draw.source, document.digest, draw.opens_epoch, inputs, labels)
+
+    def _draw_documents(self) -> list[tuple[Packer, Draw, Document]]:
+        """Draw until there are READ_AHEAD documents for own lanes, or nothing is left."""
+        ahead: list[tuple[Packer, Draw, Document]] = []
+        while len(ahead) < READ_AHEAD:
             try:
                 draw = next(self._mixer, None)
             except SourceFailed as failure:
-                self._failure = failure  # told once what was read before it is used
+                self._failure = failure  # raised once what was read before it is used
                 break
             if draw is None:
                 self._ended = True
@@ -186,7 +179,11 @@ class Pipeline:
                 if draw.document is None:
                     packer.lose(draw.index)
                 else:
-                    found.append((packer, draw, draw.document))
+                    ahead.append((packer, draw, draw.document))
+        return ahead
+
+    def _note_skipped(self) -> None:
+        """Collect what the sources left out so far, and the texts that are too short."""
         for source in self._mixer.sources:
             for file, why in getattr(source, "skipped", list)():
                 self._skipped.setdefault((source.name, file, why), False)
@@ -194,20 +191,13 @@ class Pipeline:
             if count:
                 why = f"{at_least(count, 'text')}: {shorter_than(self.settings.min_text_length)}"
                 self._skipped.setdefault((name, first, why), False)
-        for (packer, draw, _), document in zip(found, self._encoded(found)):
-            if document is None:
-                packer.lose(draw.index)
-                continue
-            inputs, labels = self._objective(document, draw.index)
-            packer.add(draw.index, draw.source, document.digest, draw.opens_epoch, inputs, labels)
 
-    def _encoded(self, found: list[tuple[Packer, Draw, Document]]) -> list[Encoded | None]:
-        """The documents as tokens; None for one that the tokenizer cannot do with: it is named, and
-        left out."""
+    def _encoded(self, ahead: list[tuple[Packer, Draw, Document]]) -> list[Encoded | None]:
+        """Tokenize documents; None for one that the tokenizer cannot encode: it is left out, and
+        noted as skipped."""
         encoded: list[Encoded | None] = []
-        for (_, draw, document), each in zip(
-            found, encode_each(self._encode, [document for _, _, document in found])
-        ):
+        results = encode_each(self._encode, [document for _, _, document in ahead])
+        for (_, draw, document), each in zip(ahead, results):
             if isinstance(each, BaseException):
                 why = redacted(f"cannot be tokenized: {type(each).__name__}: {each}")
                 self._skipped.setdefault(

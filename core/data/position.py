@@ -1,4 +1,4 @@
-"""Where a run stands in its data: written into checkpoints, read from them, and what becomes of it
+"""The position of a run in its data: written into checkpoints, read from them, and carried over
 when the data has changed.
 
 In:    the consumed rows of each rank's lanes; the `data` section of a checkpoint
@@ -16,7 +16,7 @@ from core.data.packing import LanePosition, Segment
 
 @dataclass
 class Position:
-    """Where a run stands in its data: JSON, the same on any number of ranks once merged.
+    """The position of a run in its data, the same on any number of ranks once merged.
 
     `of_lanes` and `merged_state` write what `of` reads; core/checkpoint/state.py has its types.
     """
@@ -37,7 +37,7 @@ class Position:
     passed_over: int = 0  # groups of rows in which no token was learned
 
     def first_unused(self) -> int:
-        """The first draw of which no lane known here has used anything."""
+        """Return the first draw of which no lane known here has used anything."""
         return max((place.next for place in self.lanes.values()), default=0)
 
     @property
@@ -73,8 +73,8 @@ class Position:
         )
 
     def of_lanes(self, lanes: list[int]) -> "Position":
-        """Return what a rank knows of its own lanes only: after a resume it knows the others' as
-        they were then."""
+        """Return the position with a rank's own lanes only: it knows the lanes of other ranks as
+        they were when the run was resumed."""
         return replace(
             self,
             lanes={lane: self.lanes[lane] for lane in lanes if lane in self.lanes},
@@ -112,7 +112,7 @@ def merged_state(parts: list[Position]) -> dict[str, Any]:
 
 @dataclass
 class DataFacts:
-    """What rows follow from besides the position; kept beside it in a checkpoint."""
+    """The facts that rows follow from besides the position; kept beside it in a checkpoint."""
 
     fingerprint: str = ""  # of the data section, the tokenizer and the reachable sources
     contents: dict[str, str] = field(default_factory=dict)  # of each source's files
@@ -121,8 +121,8 @@ class DataFacts:
 
 
 def linked(chain: str, segments: list[Segment]) -> str:
-    """A lane's hash chain with one more link: equal exactly when the same text was consumed in the
-    same order."""
+    """Add a link to a lane's hash chain: two chains are equal exactly when the same text was
+    consumed in the same order."""
     if not segments:
         return chain
     content = repr([(s.draw, s.digest, s.start, s.length) for s in segments])
@@ -135,7 +135,7 @@ def resumed_position(
     contents: dict[str, str],
     max_epochs: int | None = None,
 ) -> tuple[Position, list[str]]:
-    """Decide where to go on reading; returns notes as well.
+    """Decide where to go on reading; return it, and notes.
 
     After a change of the data section the mix begins anew, and each source goes on behind the last
     document that any lane has used: nothing is trained on twice, and what slower lanes still held
@@ -184,10 +184,11 @@ def resumed_position(
 def _behind_all_draws(
     snapshot: dict[str, Any], names: list[str], draws: list[Any], now: list[str]
 ) -> dict[str, Any]:
-    """A mixer's beginning, each source behind what was drawn of it since the snapshot.
+    """Return a mixer's first snapshot, with each source after everything that was drawn from it
+    since `snapshot`.
 
-    names   of the sources that the draws number
-    now     of the sources there are now
+    names   the sources that the draws number
+    now     the sources there are now
     """
     cursors, passed = dict(snapshot.get("cursors", {})), dict(snapshot.get("passed", {}))
     current = snapshot.get("current", 0)

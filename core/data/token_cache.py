@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from core.data.documents import Document, Encoded
+from core.data.documents import Document, Encoded, Source
 from core.data.encoding import encode, encode_each
-from core.data.sources.shards import ShardView
+from core.data.sources.shards import ShardSource, ShardView
 from core.data.tokenizer import Tokenizer
 from core.files import check_regular, open_lock, write_file
 
@@ -124,6 +124,19 @@ class TokenCache:
             with suppress(OSError):
                 path.unlink(missing_ok=True)
             total -= size
+
+
+def cached_sources(
+    sources: list[Source], root: Path, gigabytes: float, tokenizer: Tokenizer
+) -> list[Source]:
+    """Put the token cache before each source; 0 gigabytes: return the sources as they are."""
+    if gigabytes <= 0:
+        return sources
+    cache = TokenCache(root, int(gigabytes * 1e9))
+    return [
+        CachedSource(source, cache, tokenizer) if isinstance(source, ShardSource) else source
+        for source in sources
+    ]
 
 
 class CachedSource(ShardView):

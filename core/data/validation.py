@@ -6,7 +6,7 @@ State: none; both are functions of the sources' content and the preset
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
@@ -83,7 +83,7 @@ def plan_hold_out(
     sources: list[Source],
     fraction: float,
     min_text_length: int,
-    before: dict[str, Any] | None = None,
+    before: Mapping[str, Any] | None = None,
 ) -> HoldOut:
     """Decide how each source is split. Finite sources are looked through, but no further than
     SMALL_CORPUS different texts.

@@ -66,7 +66,7 @@ class HeldOut:
 
 @dataclass
 class _Local:
-    """What one rank has measured."""
+    """The sums that one rank has measured."""
 
     sums: Sums = field(default_factory=dict)
     singles: Sums = field(default_factory=dict)  # over the rows in which one token is hidden

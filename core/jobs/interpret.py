@@ -60,7 +60,7 @@ class InterpretPreset(PresetBase):
     """A preset, as the interpret job reads it."""
 
     interpret: InterpretSettings = InterpretSettings()
-    """How much the interpret job reads."""
+    """The amount of text that the interpret job reads."""
 
 
 def interpret(

@@ -20,7 +20,7 @@ from core.data.loader import StepRows
 from core.errors import UserError
 from core.losses.stack import LossTerms
 from core.preset.base import PresetBase
-from core.preset.settings import TrainSettings
+from core.preset.train import TrainSettings
 from core.randomness import derive_seed
 from core.runtime import Runtime
 from core.signals import signals_held
@@ -160,7 +160,7 @@ class Passes:
 
 
 class CompilePlan(NamedTuple):
-    """When to compile, and why."""
+    """The decision when to compile, with its reason."""
 
     from_step: int | None
     note: str
@@ -193,9 +193,9 @@ def compile_plan(
         if seconds < COMPILE_PAYS_AFTER_SECONDS:
             note = f"not compiled: multiplying takes about {seconds:.0f} s of the run, too little "
             return CompilePlan(None, f"{note}for compiling to pay")
-    kept = saved.get("compile_from_step") if saved is not None else None
-    if kept is not None:
-        return CompilePlan(kept, f"compiled from step {kept + 1} on")
+    decided = saved.get("compile_from_step") if saved is not None else None
+    if decided is not None:
+        return CompilePlan(decided, f"compiled from step {decided + 1} on")
     first = 1 if saved is None else saved["progress"]["step"] + 1
     note = f"compiled from step {first + 1} on; the steps before it run at once"
     return CompilePlan(first, note)

@@ -1,4 +1,4 @@
-"""Where a lineage stands, and how far its run and its schedules go.
+"""The progress of a lineage, and the budget of its run and its schedules.
 
 In:    tokens and steps, as the trainer counts them
 Out:   the fraction that schedules are asked with; the reason that a run is over
@@ -14,7 +14,7 @@ from core.preset.settings import RUN_TOKENS
 
 @dataclass
 class Progress:
-    """Where a lineage stands, as its checkpoints keep it.
+    """The progress of a lineage, as its checkpoints keep it.
 
     `step` and `tokens` count its whole life; those of a run, and of a horizon (what the schedules
     span: one run, or several that share them), begin anew with each."""
@@ -68,7 +68,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Budget:
-    """How far a run and its schedules go."""
+    """The tokens, and the steps if they are limited, of a run and of its schedules."""
 
     run_tokens: int
     schedule_tokens: int

@@ -30,8 +30,8 @@ class Reporter:
         self._log.sync()
 
     def report_reading(self, loader: Loader) -> None:
-        """Log what the loader met since last asked: sources that failed, files that cannot be
-        read, and its warnings."""
+        """Log the loader's news since the last report: sources that failed, files that cannot be
+        read, and warnings."""
         while loader.warnings:
             self.warn(loader.warnings.pop(0))
         while loader.dropped:

@@ -22,7 +22,7 @@ from core.data.worker import Stopped
 from core.errors import CheckpointError, Diverged, NoData, first_line
 from core.metrics.events import CUT_SHORT
 from core.metrics.log import MetricsLog
-from core.preset.settings import TrainSettings
+from core.preset.train import TrainSettings
 from core.runtime import uncompiled
 from core.schedules import learning_rate_schedule, value_at
 from core.training.curriculum import Curriculum
@@ -40,7 +40,7 @@ from core.training.step_report import StepReport, step_report
 
 @dataclass
 class Learner:
-    """What is trained, and what updates it."""
+    """The objective that is trained, and the optimizer that updates it."""
 
     objective: Objective
     optimizer: Optimizer
@@ -48,7 +48,7 @@ class Learner:
 
 @dataclass
 class Rows:
-    """Where rows come from, in which mix, and what chooses among them."""
+    """The source of rows: the loader, the mix, and the curriculum that chooses among rows."""
 
     loader: Loader
     source_weights: SourceWeights
@@ -57,7 +57,7 @@ class Rows:
 
 @dataclass
 class Plan:
-    """The recipe, how far it goes, and where it stands."""
+    """The recipe, its budget and its progress."""
 
     settings: TrainSettings
     budget: Budget
@@ -67,7 +67,7 @@ class Plan:
 
 @dataclass
 class Records:
-    """What a run leaves behind."""
+    """The log and the checkpoints that a run writes."""
 
     log: MetricsLog
     store: CheckpointStore
@@ -76,7 +76,7 @@ class Records:
 
 @dataclass
 class Inspection:
-    """How the model is looked at between steps."""
+    """The evaluation and the samples that are made between steps."""
 
     # model, fraction of the schedules -> the numbers of an `eval` event
     evaluate: Callable[[LanguageModel, float], dict[str, Any] | None]

@@ -18,7 +18,7 @@ from core.checkpoint.weights import find_weights, fraction_of, preview_weights
 from core.comparison.fairness import unfairness
 from core.comparison.outcome import Outcome
 from core.comparison.trials import Trial, plan
-from core.data.tokenizer import build_tokenizer
+from core.data.tokenizer_build import build_tokenizer
 from core.errors import CheckpointError, PresetError, UserError
 from core.jobs.compare import preview_compare
 from core.models.simple_lm import SimpleLM

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from core.data.corpus import PipelineFactory
 from core.data.documents import Document
 from core.data.encoding import encode
 from core.data.loader import Layout, Loader, StepRows
@@ -21,10 +20,12 @@ from core.data.mixing import MixSettings
 from core.data.objectives import build_objective
 from core.data.packing import Row
 from core.data.pipeline import Dealer, PipelineSettings
+from core.data.pipeline_factory import PipelineFactory
 from core.data.position import DataFacts, Position, resumed_position
 from core.data.sources import build_source
 from core.data.sources.text import TextSettings
-from core.data.tokenizer import MASK, Tokenizer, build_tokenizer
+from core.data.tokenizer import MASK, Tokenizer
+from core.data.tokenizer_build import build_tokenizer
 from core.data.validation import HoldOut
 from core.errors import SourceUnavailable
 from core.parallel.single import Single

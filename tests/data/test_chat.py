@@ -20,7 +20,8 @@ from core.data.packing import PACKERS, LanePosition
 from core.data.reader import collate
 from core.data.sources import build_source, open_sources
 from core.data.sources.chat import ChatSettings, conversation
-from core.data.tokenizer import END, Tokenizer, build_tokenizer
+from core.data.tokenizer import END, Tokenizer
+from core.data.tokenizer_build import build_tokenizer
 from core.errors import PresetError, SourceUnavailable
 from core.preset.decode import decode_preset
 from core.preset.settings import TokenizerSettings

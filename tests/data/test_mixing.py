@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from core.data.mixing import Draw, Mixer, MixSettings, is_beginning
+from core.data.position import Position
 from core.data.sources import build_source
 from core.schedules import Piece
 from tests.data.corpus import write_corpus
@@ -28,7 +29,8 @@ def mixer(
     sections = write_corpus(folder, {"a": 400, "b": 400})
     sources = [build_source(section, folder, 1) for section in sections]
 
-    return Mixer(sources, settings, lambda _: True, {}, snapshot, renewals)
+    position = Position(snapshot=snapshot, renewals=list(renewals))
+    return Mixer(sources, settings, lambda _: True, position)
 
 
 def share_of_first(draws: list[Draw]) -> float:
@@ -102,7 +104,7 @@ def test_shares_of_tokens(tmp_path: Path) -> None:
     for unit in ("documents", "tokens"):
         sources = [build_source(section, tmp_path, 1) for section in sections]
         settings = MixSettings("weighted", (0.5, 0.5), 3, unit=unit, rates=(1.0, 1.0))
-        draws = taken(Mixer(sources, settings, lambda _: True, {}), 4000)
+        draws = taken(Mixer(sources, settings, lambda _: True, Position()), 4000)
         mine = [draw for draw in draws if draw.source == 0]
         share = tokens_of(mine) / tokens_of(draws)
         assert share == pytest.approx(0.5, abs=0.04) if unit == "tokens" else share < 0.2

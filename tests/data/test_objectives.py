@@ -13,12 +13,13 @@ import pytest
 from safetensors.numpy import load_file
 
 from core.data import pipeline
-from core.data.corpus import PipelineFactory
 from core.data.documents import Encoded
 from core.data.objectives import IGNORE_INDEX, MaskedTokens, build_objective, next_token
 from core.data.packing import Row
 from core.data.pipeline import PipelineSettings
-from core.data.tokenizer import MASK, Tokenizer, build_tokenizer
+from core.data.pipeline_factory import PipelineFactory
+from core.data.tokenizer import MASK, Tokenizer
+from core.data.tokenizer_build import build_tokenizer
 from core.data.validation import PSEUDO_CONTEXT, PSEUDO_TOKENS, HoldOut, hide_one, validation_rows
 from core.errors import UserError
 from core.preset.settings import TokenizerSettings

@@ -18,7 +18,13 @@ import pytest
 from core.data.documents import Document
 from core.data.sources import open_sources
 from core.data.sources.pdf import pool as pdf_pool
-from core.data.sources.pdf.cache import CACHE, EXTRACTOR_VERSION, Outcome, PdfCache, digest_of_file
+from core.data.sources.pdf.cache import (
+    CACHE,
+    EXTRACTOR_VERSION,
+    Extraction,
+    PdfCache,
+    digest_of_file,
+)
 from core.data.sources.pdf.messages import (
     CRASH,
     DAMAGED,
@@ -367,7 +373,7 @@ def test_the_folder_of_two_hundred(
     assert all_of(source) == documents
     assert time.monotonic() - begin < min(2.0, first / 4)
     again = make_source()
-    again._hopeless = dict(source._hopeless)  # only these are not in the cache
+    again._given_up = dict(source._given_up)  # only these are not in the cache
     cursors = []
     stream = source.stream({})
     for _ in documents:
@@ -533,7 +539,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     read: list[str] = []
     real = pdf_pool.Worker.read
 
-    def counting(worker: pdf_pool.Worker, path: Path, limits: pdf_pool.Limits) -> Outcome:
+    def counting(worker: pdf_pool.Worker, path: Path, limits: pdf_pool.Limits) -> Extraction:
         read.append(path.name)
         return real(worker, path, limits)
 
@@ -574,7 +580,7 @@ def test_the_cache_remembers_what_follows_from_the_file(
 def test_time_and_memory_are_not_cached(tmp_path: Path) -> None:
     cache = PdfCache(tmp_path)
     for kind in (SLOW, CRASH, "too large"):
-        cache.put("a" * 40, Outcome(kind, ""))
+        cache.put("a" * 40, Extraction(kind, ""))
         assert cache.get("a" * 40) is None
 
 

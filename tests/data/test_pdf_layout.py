@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from core.data.sources.pdf.boxes import Box, Page, rows, spans
+from core.data.sources.pdf.headers_footers import remove_headers_footers
 from core.data.sources.pdf.layout import (
     clean_block,
     document_text,
@@ -13,7 +14,6 @@ from core.data.sources.pdf.layout import (
     page_flow,
     reading_order,
 )
-from core.data.sources.pdf.margins import without_margins
 
 
 def lines_of(text: str, x: float, y: float, width: float = 200, step: float = 12) -> list[Box]:
@@ -195,7 +195,7 @@ def book(
 def kept(pages: list[Page]) -> list[str]:
     return [
         " ".join(box.text for group in page.groups for box in group)
-        for page in without_margins(pages)
+        for page in remove_headers_footers(pages)
     ]
 
 

@@ -18,7 +18,7 @@ from core.data.documents import Document
 from core.data.loader import Loader
 from core.data.mixing import Mixer, MixSettings
 from core.data.pipeline import share_of_lanes
-from core.data.position import resumed_position
+from core.data.position import Position, resumed_position
 from core.data.validation import HoldOut
 from core.errors import NoData
 from tests.data.corpus import (
@@ -446,7 +446,7 @@ def draws(
     drops: dict | None = None,
 ) -> list[int]:
     sources = make_factory(folder, write_corpus(folder, sizes)).sources
-    mixer = Mixer(sources, settings, lambda document: True, drops or {})
+    mixer = Mixer(sources, settings, lambda document: True, Position(drops=drops or {}))
     return [draw.source for draw, _ in zip(mixer, range(count))]
 
 

@@ -28,9 +28,9 @@ import pytest
 
 from core.data import pipeline
 from core.data import token_cache as cache
-from core.data.corpus import PipelineFactory
 from core.data.documents import Document, Encoded
 from core.data.mixing import MixSettings
+from core.data.pipeline_factory import PipelineFactory
 from core.data.position import Position
 from core.data.shuffle import ShuffledSource
 from core.data.sources import SOURCES, build_source, text

@@ -15,7 +15,8 @@ from core.data import token_files as chunks_module
 from core.data.sources import SOURCES, build_source, open_sources
 from core.data.sources.tokens import TokensSettings, TokensSource
 from core.data.token_files import BadChunks, ChunkReader, ChunkWriter, Manifest, read_manifest
-from core.data.tokenizer import Tokenizer, build_tokenizer
+from core.data.tokenizer import Tokenizer
+from core.data.tokenizer_build import build_tokenizer
 from core.errors import SourceUnavailable, UserError
 from core.preset.settings import TokenizerSettings
 from core.schedules import Piece, value_at

@@ -14,7 +14,8 @@ import tokenizers
 from pydantic import ValidationError
 
 from core.data.chat import MARKERS
-from core.data.tokenizer import END, Tokenizer, build_tokenizer
+from core.data.tokenizer import END, Tokenizer
+from core.data.tokenizer_build import build_tokenizer
 from core.preset.settings import TokenizerSettings
 from tests.project import NO_HUB, ROOT, story
 
@@ -97,7 +98,7 @@ def test_a_bpe_learns_merges_and_keeps_to_its_size() -> None:
 def test_a_hub_tokenizer_without_a_network_says_so_at_once(tmp_path: Path) -> None:
     """Within seconds and in words: what could not be had, why, and what to write instead."""
     code = """
-from core.data.tokenizer import build_tokenizer
+from core.data.tokenizer_build import build_tokenizer
 from core.errors import UserError
 from core.preset.settings import TokenizerSettings
 try:
@@ -175,7 +176,7 @@ def test_a_tokenizer_folder_needs_no_network(tmp_path: Path) -> None:
     base, chat = qwen_folder(tmp_path / "base", END), qwen_folder(tmp_path / "chat", MARKERS[1])
     code = """
 import json, sys
-from core.data.tokenizer import build_tokenizer
+from core.data.tokenizer_build import build_tokenizer
 from core.preset.settings import TokenizerSettings
 for name in ("own", "base", "chat"):
     t = build_tokenizer(TokenizerSettings(type="hub", name=f"{sys.argv[1]}/{name}"), [])

@@ -16,7 +16,8 @@ from core.data.chat import encode_chat
 from core.data.corpus import open_corpus
 from core.data.objectives import build_objective
 from core.data.token_files import read_manifest
-from core.data.tokenizer import END, MARKERS, MASK, Tokenizer, build_tokenizer, read_tokenizer
+from core.data.tokenizer import END, MARKERS, MASK, Tokenizer
+from core.data.tokenizer_build import build_tokenizer, read_tokenizer
 from core.data.validation import HoldOut, validation_rows
 from core.errors import UserError
 from core.jobs.tokenize import tokenize
@@ -262,9 +263,9 @@ def test_what_has_no_token_is_told(tmp_path: Path, letters: str, loud: int | Non
             UserError,
             match=r'no token for anything that x says \(100 % .*"abcdefgabcdefgabcdef"\).*"bpe"',
         ):
-            corpus.told_of(tokenizer)
+            corpus.tokenizer_remarks(tokenizer)
         return
-    notes, warnings = corpus.told_of(tokenizer)
+    notes, warnings = corpus.tokenizer_remarks(tokenizer)
     told = [[], [], []] if loud is None else [notes, warnings]
     if loud is None:
         assert not notes and not warnings

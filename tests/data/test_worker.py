@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from core.data.amount import counter
 from core.data.documents import Document
 from core.data.loader import Loader
+from core.data.source_size import counter
 from core.data.sources.text import TextSource
 from core.data.token_cache import CACHE
 from core.data.token_pool import TextBatch, TokenPool

@@ -11,7 +11,8 @@ import torch
 
 from core.comparison.standing import standing_trials
 from core.data.corpus import open_corpus
-from core.data.tokenizer import Tokenizer, build_tokenizer
+from core.data.tokenizer import Tokenizer
+from core.data.tokenizer_build import build_tokenizer
 from core.errors import Interrupted, UserError
 from core.parallel.single import Single
 from core.preset.decode import decode_preset

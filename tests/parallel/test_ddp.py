@@ -244,7 +244,7 @@ def test_rank_0_alone_measures_what_fixes_the_order(tmp_path: Path) -> None:
     trap = """
 import os
 if os.environ.get("RANK") == "1":
-    def _spread(source): return []
+    def sampled_documents(source): return []
     def plan_hold_out(*_): return HoldOut(0.5)
 """
     whole, broken = (

@@ -11,7 +11,7 @@ import pytest
 
 from core.bounds import Bounded
 from core.data.sources.hf import HfSettings, _formatted
-from core.data.tokenizer import build_tokenizer, read_tokenizer
+from core.data.tokenizer_build import build_tokenizer, read_tokenizer
 from core.errors import PresetError, UserError
 from core.file_names import file_name, is_file_name
 from core.jobs.compare import refuse_variants

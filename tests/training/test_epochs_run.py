@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from core.data import amount
-from core.data.amount import counter, tokens_of_pass
+from core.data import source_size
 from core.data.corpus import open_corpus
 from core.data.documents import Document
+from core.data.source_size import counter, tokens_of_pass
 from core.data.sources import build_source
 from core.data.sources.text import TextSettings
 from core.errors import UserError
@@ -106,7 +106,7 @@ def test_schedules_of_hub_sources_end_where_epochs_do(kind: str, hub: Hub, tmp_p
     for kills in (0, 1) if kind == "part" else (0,):
         project = Project.make(tmp_path / str(kills), {"t": preset})
         if kind == "part":
-            with (project.folder / "core" / "data" / "amount.py").open("a") as file:
+            with (project.folder / "core" / "data" / "source_size.py").open("a") as file:
                 file.write("\ntokens_of_pass.__defaults__ = (30_000, None)\n")
         env = {
             name: value for name, value in hub.env(project.folder / "hf").items() if name in names
@@ -254,7 +254,7 @@ def test_a_pass_is_counted_or_told_from_a_part(monkeypatch: pytest.MonkeyPatch) 
     exact = sum(len(document.text) + 1 for document in large.stream({}))
     found = tokens_of_pass(large, count, 10**9, counted=80_000)  # type: ignore
     assert found == pytest.approx(exact, rel=0.01) and large.read < 4000
-    monkeypatch.setattr(amount, "UNKNOWN_TOKENS", 90_000)
+    monkeypatch.setattr(source_size, "UNKNOWN_TOKENS", 90_000)
     assert tokens_of_pass(untold, count, 10**9, counted=80_000) is None and untold.read < 4000  # type: ignore
     untold.finite = True
     assert tokens_of_pass(untold, count, 10**9, counted=80_000) == exact  # type: ignore
@@ -285,7 +285,7 @@ def told_epochs(folder: Path, tokens: int, **data: Any) -> dict[str, int]:
     corpus = open_corpus(preset, folder, Single())
     told = [
         message.split(" times:")[0].split(" would be read about ")
-        for message in corpus.too_often(byte_tokenizer(), tokens)
+        for message in corpus.repetition_warnings(byte_tokenizer(), tokens)
     ]
     return {name: int(epochs.replace(",", "")) for name, epochs in told}
 
@@ -351,7 +351,9 @@ def test_what_is_advised_works(tmp_path: Path) -> None:
         ([few], {}, "but the text itself: add text"),
     ):
         preset = decode_preset(tiny_preset(data={"sources": sources, **how}), Preset, "t", "t")
-        told = open_corpus(preset, tmp_path, Single()).too_often(byte_tokenizer(), 5_000_000)
+        told = open_corpus(preset, tmp_path, Single()).repetition_warnings(
+            byte_tokenizer(), 5_000_000
+        )
         assert told and all(advice in message for message in told)
 
 

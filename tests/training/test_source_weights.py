@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from core.data.mixing import Mixer, MixSettings
+from core.data.position import Position
 from core.data.sources import build_source
 from core.errors import PresetError, UserError
 from core.preset.settings import AuxiliarySettingsBase
@@ -18,7 +19,7 @@ from core.schedules import Piece
 from core.training.source_weights import SourceWeights, adapted
 from tests.data.corpus import write_corpus
 from tests.project import Project, differences, merged
-from tests.training.test_trainer import events, finish, poison, session
+from tests.training.runs import events, finish, poison, session
 
 
 def settings(**changes: Any) -> AuxiliarySettingsBase:
@@ -120,7 +121,9 @@ def test_the_mix_follows_from_the_draw_on_and_from_any_snapshot(unit: str, tmp_p
 
     def mixer(snapshot: dict | None = None, factors: Any = changes) -> Mixer:
         sources = [build_source(section, tmp_path, 1) for section in sections]
-        return Mixer(sources, how, lambda _: True, {}, snapshot, factors=factors)
+        return Mixer(
+            sources, how, lambda _: True, Position(snapshot=snapshot, factors=factors or {})
+        )
 
     straight, snapshots, draws = mixer(), {}, []
     for at in range(1600):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from core.data.documents import SkipRow
 from core.data.sources import decode
 from core.data.sources.decode import Decoded, decoded
-from core.data.sources.skips import Damaged, NoColumn, Row
+from core.data.sources.skips import Damaged, NoColumn, RowValues
 
 FURTHER_FIELDS = 100
 """So many fields more than the header has, and the quotation marks of a row are out of step."""
@@ -34,7 +34,7 @@ def csv_rows(
     start: int,
     delimiters: str,
     tell: Callable[[Decoded], None],
-) -> Iterator[tuple[int, Row]]:
+) -> Iterator[tuple[int, RowValues]]:
     """Rows from `start` on. Windows-1252 is read too: many programs write it. Raises Damaged,
     NoColumn among them."""
     texts = _texts(lines, tell)

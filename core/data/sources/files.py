@@ -22,7 +22,7 @@ from core.data.sources.decode import (
     unpacked,
     wide_encoding,
 )
-from core.data.sources.finding import Found
+from core.data.sources.find_files import FoundFiles
 from core.data.sources.shards import ShardSource
 from core.data.sources.skips import Damaged
 
@@ -161,7 +161,7 @@ class FileSource(ShardSource):
     def skip(self, unit: Unit, kind: str) -> None:
         self.skips.file(unit.label, Damaged(kind))
 
-    def note_found(self, found: Found, root: Path, advice: str) -> None:
+    def note_unread(self, found: FoundFiles, root: Path, advice: str) -> None:
         """What a look for files met beside them."""
         self.skips.remarks |= dict.fromkeys(found.remarks(advice))
         for path, error in found.closed.items():

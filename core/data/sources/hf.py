@@ -28,7 +28,7 @@ from core.data.documents import Document, SkipRow
 from core.data.sources import tables
 from core.data.sources.decode import as_utf8, compression, unpacked
 from core.data.sources.files import file_size
-from core.data.sources.finding import Found, walk
+from core.data.sources.find_files import FoundFiles, walk
 from core.data.sources.shards import ShardSource
 from core.data.sources.skips import Damaged, NoColumn
 from core.data.sources.text import READER, TextSettings, TextSource, named_by, text_of
@@ -328,7 +328,7 @@ class HfSource(ShardSource):
     def _listed(self, folder: Path) -> list[str]:
         """The tables of a folder whose path `datasets` would take for a pattern: of those named for
         a split, its own."""
-        found = Found()
+        found = FoundFiles()
         names = {
             path.relative_to(folder).as_posix().lower(): str(path) for path in walk(folder, found)
         }

@@ -37,7 +37,7 @@ class ShardSource:
 
     def skipped(self) -> list[tuple[str, str]]:
         """(file or row, why) of everything that was left out so far."""
-        return self.skips.told()
+        return self.skips.log_entries()
 
     def open(self) -> None:
         """Make sure that documents can be read, within seconds. Raises SourceUnavailable."""

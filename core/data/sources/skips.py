@@ -13,7 +13,7 @@ from core.data.documents import Document, SkipRow
 _NAMES_SHOWN = 5
 _COLUMNS_SHOWN = 300  # characters
 
-Row = tuple | SkipRow
+RowValues = tuple | SkipRow
 """The values of a row in the order of the columns asked for, or why it has none."""
 
 
@@ -71,7 +71,7 @@ class Skips:
     def documents(
         self,
         shard: str,
-        rows: Iterator[tuple[int, Row]],
+        rows: Iterator[tuple[int, RowValues]],
         make: Callable[[tuple, str], Document | None],
         label: str = "",
     ) -> Iterator[tuple[int, Document]]:
@@ -138,7 +138,7 @@ class Skips:
             notes.append(f"read as Windows-1252, being no UTF-8: {_names(self._other_encoding)}")
         return notes + [self.lacking] * bool(self.lacking) + list(self.remarks)
 
-    def told(self) -> list[tuple[str, str]]:
+    def log_entries(self) -> list[tuple[str, str]]:
         """(file or row, why) for the log. Of a count, its power of ten: it is told again once it
         has grown tenfold."""
         told = [(label, kind) for kind, labels in self.files.items() for label in labels]

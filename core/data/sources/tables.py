@@ -18,7 +18,7 @@ from core.data.documents import SkipRow
 from core.data.sources import decode
 from core.data.sources.decode import Decoded, compression, lines
 from core.data.sources.delimited import check_columns, csv_rows, too_long, with_newlines
-from core.data.sources.skips import CutShort, Damaged, NoColumn, Row
+from core.data.sources.skips import CutShort, Damaged, NoColumn, RowValues
 from core.optional_packages import need
 
 JSON_LINES = (".jsonl", ".ndjson")
@@ -34,7 +34,7 @@ LONGEST = 2 * decode.RECORD_BYTES
 BATCH_ROWS, BATCH_BYTES = 256, 16 << 20
 """Rows of Parquet that are taken at once: so many, or fewer where they are long."""
 
-Rows = Iterator[tuple[int, Row]]
+Rows = Iterator[tuple[int, RowValues]]
 
 
 def kind_of(name: str) -> str:
@@ -309,7 +309,7 @@ def _is_damage(error: Exception) -> bool:
     )
 
 
-def _group(file: Any, group: int, columns: list[str]) -> Iterator[Row]:
+def _group(file: Any, group: int, columns: list[str]) -> Iterator[RowValues]:
     facts = file.metadata.row_group(group)
     chunks = [facts.column(i) for i in range(facts.num_columns)]
     size = sum(

@@ -21,7 +21,7 @@ from core.data.documents import Document, SkipRow, split_text
 from core.data.sources import decode, tables
 from core.data.sources.decode import blocks, compression, decoded, is_mostly_damage
 from core.data.sources.files import SEGMENT_BYTES, FileSource, Unit, label_of, split_into_units
-from core.data.sources.finding import Found, find
+from core.data.sources.find_files import FoundFiles, find_files
 from core.data.sources.skips import CutShort, Damaged
 from core.data.sources.tables import JSON_LINES, PARQUET, TABLES
 from core.data.sources.webpage import page_text
@@ -195,10 +195,12 @@ class TextSource(PlainSource):
     def _matches(self, pattern: str) -> dict[str, Path]:
         """The files a path, folder or pattern stands for, by their real places. Raises
         SourceUnavailable."""
-        found = Found()
-        path, what = find(pattern, self._root, lambda path: _kind(path) in self.readable, found)
+        found = FoundFiles()
+        path, what = find_files(
+            pattern, self._root, lambda path: _kind(path) in self.readable, found
+        )
         if what != "a file":
-            self.note_found(
+            self.note_unread(
                 found, self._root, 'convert them to text; PDFs are read by a source of type "pdf"'
             )
         if not found.paths:

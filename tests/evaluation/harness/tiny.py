@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from core.contracts import Batch
-from core.data.tokenizer import Tokenizer, build_tokenizer
+from core.data.tokenizer import Tokenizer
+from core.data.tokenizer_build import build_tokenizer
 from core.models import MODELS
 from core.preset.settings import NEXT_TOKEN, TokenizerSettings
 from tests.models.test_models import tiny_settings

@@ -2,7 +2,7 @@
 it reads no PDF again.
 
 In:    the digest of a file's bytes
-Out:   its Outcome, or None; a lock, so that two processes do not read the same file at the same
+Out:   its Extraction, or None; a lock, so that two processes do not read the same file at the same
        time
 State: <root>/.cache/pdf/<digest>-<version>.json.gz; may be deleted at any time, and an unwritable
 folder costs only time"""
@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from core.data.sources.pdf.messages import GOOD, LASTING
+from core.data.sources.pdf.messages import CACHEABLE, GOOD
 from core.files import check_regular, open_lock, sweep, write_file
 
 try:
@@ -36,7 +36,7 @@ _POLL = 0.05
 _ABANDONED = 3600.0  # seconds after which nobody is still writing a file
 
 
-class Outcome(NamedTuple):
+class Extraction(NamedTuple):
     """What came of reading a file."""
 
     kind: str  # GOOD, or why there is no text
@@ -60,7 +60,7 @@ class Lock:
     def __init__(self, file: int | None):
         self._file = file
 
-    def word(self) -> str:
+    def message(self) -> str:
         """What a holder before left; empty if there was none."""
         if self._file is None:
             return ""
@@ -80,26 +80,26 @@ class PdfCache:
         self._folder = root / CACHE
         sweep(self._folder, unused_seconds=_ABANDONED)
 
-    def get(self, digest: str) -> Outcome | None:
+    def get(self, digest: str) -> Extraction | None:
         try:
             check_regular(path := self._path(digest))
             found = json.loads(gzip.decompress(path.read_bytes()))
-            outcome = Outcome(found["kind"], found["text"], found["damaged"] is True)
+            extraction = Extraction(found["kind"], found["text"], found["damaged"] is True)
         except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError):
             # absent, or cut off, or not ours
             return None
         fits = (
-            outcome.kind in LASTING
-            and isinstance(outcome.text, str)
-            and bool(outcome.text) == (outcome.kind == GOOD)
+            extraction.kind in CACHEABLE
+            and isinstance(extraction.text, str)
+            and bool(extraction.text) == (extraction.kind == GOOD)
         )
-        return outcome if fits else None
+        return extraction if fits else None
 
-    def put(self, digest: str, outcome: Outcome) -> None:
-        if outcome.kind not in LASTING:
+    def put(self, digest: str, extraction: Extraction) -> None:
+        if extraction.kind not in CACHEABLE:
             return
         path = self._path(digest)
-        data = gzip.compress(json.dumps(outcome._asdict()).encode(), compresslevel=3, mtime=0)
+        data = gzip.compress(json.dumps(extraction._asdict()).encode(), compresslevel=3, mtime=0)
         with suppress(OSError):
             write_file(path, data)
 
@@ -121,7 +121,7 @@ class PdfCache:
                     break
             yield Lock(file if locked else None)
         finally:
-            # who waits for it finds the outcome in the cache, whoever comes later makes a new one
+            # who waits for it finds the result in the cache, whoever comes later makes a new one
             if locked:
                 with suppress(OSError):
                     self._lock_path(digest).unlink()

@@ -6,9 +6,9 @@ Out:   text: headers, footers and page numbers dropped, columns one after the ot
        paragraphs joined
 State: none; nothing here knows of PyMuPDF, and the same boxes give the same text
 
-    pages ─► without_margins ─► blocks ─► reading_order ─► clean_block ─► joined over columns and
+    pages ─► remove_headers_footers ─► blocks ─► reading_order ─► clean_block ─► joined over columns and
     pages
-             margins.py     └─ a recursive XY-cut over blocks; notes below a page's text come after
+       headers_footers.py └─ a recursive XY-cut over blocks; notes below a page's text come after
                             it
 """
 
@@ -18,7 +18,7 @@ from statistics import median
 from typing import NamedTuple
 
 from core.data.sources.pdf.boxes import Box, Page, line_height, rows, spans
-from core.data.sources.pdf.margins import without_margins
+from core.data.sources.pdf.headers_footers import remove_headers_footers
 
 CELL_GAP = 2.0
 """Line heights between two pieces of one row that make them cells of a table; justified text has
@@ -53,7 +53,7 @@ class Flow(NamedTuple):
 
 def document_text(pages: Sequence[Page]) -> str:
     """The text of a document, an empty line between paragraphs."""
-    pages = without_margins(pages)
+    pages = remove_headers_footers(pages)
     compounds = _compounds(box.text for page in pages for group in page.groups for box in group)
     flow = [piece for page in pages for piece in page_flow(page, compounds)]
     return "\n\n".join(join_paragraphs(flow, compounds))

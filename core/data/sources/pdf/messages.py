@@ -19,8 +19,8 @@ EMPTY, ENCRYPTED, DAMAGED, PAGELESS, SCANNED = (
 )
 """What can come of reading a file: text, or the kind of file it is in the notes."""
 
-LASTING = frozenset((GOOD, EMPTY, ENCRYPTED, DAMAGED, PAGELESS, SCANNED))
-PASSING = frozenset((CRASH, SLOW, LARGE))
+CACHEABLE = frozenset((GOOD, EMPTY, ENCRYPTED, DAMAGED, PAGELESS, SCANNED))
+TRANSIENT = frozenset((CRASH, SLOW, LARGE))
 """Outcomes that follow from the file alone; and others: time and memory run out on one machine and
 not on another."""
 

@@ -2,7 +2,7 @@
 through the cache.
 
 In:    paths
-Out:   a future Outcome for each
+Out:   a future Extraction for each
 State: threads, each with a worker process of its own from the first file on that is not in the
 cache; both end when idle
 
@@ -21,8 +21,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from core.data.sources.pdf.cache import Outcome, PdfCache, digest_of_file
-from core.data.sources.pdf.messages import CRASH, EMPTY, PASSING, SLOW, receive, send
+from core.data.sources.pdf.cache import Extraction, PdfCache, digest_of_file
+from core.data.sources.pdf.messages import CRASH, EMPTY, SLOW, TRANSIENT, receive, send
 from core.errors import SourceUnavailable
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -53,8 +53,8 @@ class Worker:
         self._lock = threading.Lock()
         self._closed = False
 
-    def read(self, path: Path, limits: Limits) -> Outcome:
-        """The outcome of one file; a reading that died is tried once more. Raises OSError,
+    def read(self, path: Path, limits: Limits) -> Extraction:
+        """The result of one file; a reading that died is tried once more. Raises OSError,
         SourceUnavailable."""
         message = {
             "path": os.path.abspath(path),
@@ -73,8 +73,8 @@ class Worker:
             elif "errno" in reply:
                 raise OSError(reply["errno"], os.strerror(reply["errno"] or 0), str(path))
             elif reply["kind"] != CRASH:
-                return Outcome(reply["kind"], reply["text"], reply.get("damaged") is True)
-        return Outcome(CRASH, "")
+                return Extraction(reply["kind"], reply["text"], reply.get("damaged") is True)
+        return Extraction(CRASH, "")
 
     def stop(self) -> None:
         """Ends the process, which takes whatever it is reading with it."""
@@ -143,24 +143,24 @@ class Worker:
         timer = threading.Timer(START_SECONDS, process.kill)
         timer.daemon = True
         timer.start()
-        hello = receive(process.stdout)
+        greeting = receive(process.stdout)
         timer.cancel()
-        if hello is None or not hello.get("ready"):
+        if greeting is None or not greeting.get("ready"):
             self.stop()
-            hello = hello or {"missing": "it ended at once"}
+            greeting = greeting or {"missing": "it ended at once"}
             raise SourceUnavailable(
                 "the package pymupdf is missing: pip install pymupdf"
-                if hello.get("absent")
-                else f"the process that reads PDFs cannot be started: {hello.get('missing')}"
+                if greeting.get("absent")
+                else f"the process that reads PDFs cannot be started: {greeting.get('missing')}"
             )
         return process
 
 
-def read_file(worker: Worker, cache: PdfCache, path: Path, limits: Limits) -> Outcome:
-    """The outcome of one file, from the cache if it is there. Raises OSError, SourceUnavailable."""
+def read_file(worker: Worker, cache: PdfCache, path: Path, limits: Limits) -> Extraction:
+    """The result of one file, from the cache if it is there. Raises OSError, SourceUnavailable."""
     before = path.stat()
     if before.st_size == 0:
-        return Outcome(EMPTY, "")
+        return Extraction(EMPTY, "")
     digest = digest_of_file(path)
     if (known := cache.get(digest)) is not None:
         return known
@@ -170,16 +170,16 @@ def read_file(worker: Worker, cache: PdfCache, path: Path, limits: Limits) -> Ou
         if (known := cache.get(digest)) is not None:
             return known
         # another process has just tried: its time is not spent again
-        if (word := lock.word()) in PASSING:
-            return Outcome(word, "")
-        outcome = worker.read(path, limits)
-        if outcome.kind in PASSING:
-            lock.leave(outcome.kind)
+        if (word := lock.message()) in TRANSIENT:
+            return Extraction(word, "")
+        extraction = worker.read(path, limits)
+        if extraction.kind in TRANSIENT:
+            lock.leave(extraction.kind)
         after = path.stat()
         # else that digest is of another text
         if (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns):
-            cache.put(digest, outcome)
-        return outcome
+            cache.put(digest, extraction)
+        return extraction
 
 
 class Pool:
@@ -199,12 +199,12 @@ class Pool:
     def workers(self) -> list[Worker]:
         return list(self._shared.workers)
 
-    def submit(self, path: Path, limits: Limits, urgent: bool = False) -> "Future[Outcome]":
-        return self._shared.submit(path, limits, urgent)
+    def submit(self, path: Path, limits: Limits, first: bool = False) -> "Future[Extraction]":
+        return self._shared.submit(path, limits, first)
 
-    def hurry(self, future: "Future[Outcome]") -> None:
+    def prioritize(self, future: "Future[Extraction]") -> None:
         """Puts a file that was to be read ahead before the others."""
-        self._shared.hurry(future)
+        self._shared.prioritize(future)
 
 
 class _Shared:
@@ -216,12 +216,12 @@ class _Shared:
         self._idle = 0
         self._closed = False
 
-    def submit(self, path: Path, limits: Limits, urgent: bool) -> Future:
+    def submit(self, path: Path, limits: Limits, first: bool) -> Future:
         future: Future = Future()
         with self._ready:
             if self._closed:
                 raise SourceUnavailable("it was closed")
-            (self._jobs.appendleft if urgent else self._jobs.append)((future, path, limits))
+            (self._jobs.appendleft if first else self._jobs.append)((future, path, limits))
             if len(self._jobs) > self._idle and len(self.workers) < self.size:
                 worker = Worker()
                 self.workers.append(worker)
@@ -231,7 +231,7 @@ class _Shared:
             self._ready.notify()
         return future
 
-    def hurry(self, future: Future) -> None:
+    def prioritize(self, future: Future) -> None:
         with self._ready:
             for job in self._jobs:
                 if job[0] is future:
@@ -260,11 +260,11 @@ class _Shared:
                 if not future.set_running_or_notify_cancel():
                     continue
                 try:
-                    outcome = read_file(worker, self.cache, path, limits)
+                    extraction = read_file(worker, self.cache, path, limits)
                 except BaseException as error:  # whoever waits for the file is to hear of it
                     future.set_exception(error)
                 else:
-                    future.set_result(outcome)
+                    future.set_result(extraction)
                 del job, future
         finally:
             worker.stop()

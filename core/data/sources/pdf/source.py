@@ -19,9 +19,9 @@ from pydantic import Field
 
 from core.data.documents import Document, split_text
 from core.data.sources.files import Damaged, FileSource, Unit, label_of
-from core.data.sources.finding import Found, walk
-from core.data.sources.pdf.cache import Outcome, PdfCache
-from core.data.sources.pdf.messages import CRASH, GOOD, LARGE, PASSING, SLOW
+from core.data.sources.find_files import FoundFiles, walk
+from core.data.sources.pdf.cache import Extraction, PdfCache
+from core.data.sources.pdf.messages import CRASH, GOOD, LARGE, SLOW, TRANSIENT
 from core.data.sources.pdf.pool import Limits, Pool
 from core.data.sources.skips import CutShort
 from core.errors import SourceUnavailable
@@ -74,18 +74,18 @@ class PdfSource(FileSource):
         self._lock = threading.Lock()  # a source may have several readers
         # what comes after each file in the order asked for last
         self._following: dict[Unit, tuple[Unit, ...]] = {}
-        self._begun: dict[Unit, Future[Outcome]] = {}
+        self._reading: dict[Unit, Future[Extraction]] = {}
         # took too long or too much here: not tried again at every epoch
-        self._hopeless: dict[Unit, str] = {}
+        self._given_up: dict[Unit, str] = {}
 
     def list_units(self) -> list[Unit]:
         if self._folder.is_file():
             return [Unit(self._folder, self._folder.name)]
-        found = Found()
+        found = FoundFiles()
         for path in walk(self._folder, found):
             if path.name not in self._leave_out:
                 found.add(path, lambda path: path.suffix.lower() == ".pdf")
-        self.note_found(
+        self.note_unread(
             found, self._folder, 'a source of type "text" reads text, web pages and tables'
         )
         if not found.paths:
@@ -120,7 +120,7 @@ class PdfSource(FileSource):
                 if kind == SLOW:
                     slow.append(unit)  # not condemned: it has all of its time when its turn comes
                 elif kind != GOOD:
-                    self.skip(unit, self._told(kind))
+                    self.skip(unit, self._describe(kind))
                 if found and (asked >= CHECKED_AT_OPEN or time.monotonic() > begin + CHECK_SECONDS):
                     return
             if found:
@@ -129,45 +129,45 @@ class PdfSource(FileSource):
         raise SourceUnavailable(self._nothing_yet(units) if slow or over else self.nothing(units))
 
     def read(self, unit: Unit, start: int) -> Iterator[tuple[int, Document]]:
-        outcome = self._outcome(unit)
-        if outcome.kind != GOOD:
-            raise Damaged(self._told(outcome.kind))
-        for index, piece in enumerate(split_text(outcome.text, LOW, HIGH)):
+        extraction = self._extraction(unit)
+        if extraction.kind != GOOD:
+            raise Damaged(self._describe(extraction.kind))
+        for index, piece in enumerate(split_text(extraction.text, LOW, HIGH)):
             if index >= start:
                 yield index + 1, Document(piece, f"{unit.key}#{index}")
-        if outcome.damaged:
+        if extraction.damaged:
             raise CutShort("the damage, as far as that could be repaired")
 
-    def _outcome(self, unit: Unit) -> Outcome:
+    def _extraction(self, unit: Unit) -> Extraction:
         """What a file holds; while it is read and used, the files after it are read ahead. Raises
         OSError, SourceUnavailable."""
         limits = Limits(self._seconds, self.MEMORY)
         with self._lock:
-            if unit in self._hopeless:
-                return Outcome(self._hopeless[unit], "")
-            following = [u for u in self._following.get(unit, ()) if u not in self._hopeless]
-            future = self._begun.pop(unit, None)
+            if unit in self._given_up:
+                return Extraction(self._given_up[unit], "")
+            following = [u for u in self._following.get(unit, ()) if u not in self._given_up]
+            future = self._reading.pop(unit, None)
             if future is None or future.cancelled():
-                future = self._pool.submit(unit.path, limits, urgent=True)
+                future = self._pool.submit(unit.path, limits, first=True)
             else:
-                self._pool.hurry(future)
+                self._pool.prioritize(future)
             # another reader's, or of a list that was left
-            for other in [u for u in self._begun if u not in following]:
-                self._begun.pop(other).cancel()
+            for other in [u for u in self._reading if u not in following]:
+                self._reading.pop(other).cancel()
             for other in following:
-                if other not in self._begun:
-                    self._begun[other] = self._pool.submit(other.path, limits)
-        outcome = future.result()
-        if outcome.kind in PASSING:
+                if other not in self._reading:
+                    self._reading[other] = self._pool.submit(other.path, limits)
+        extraction = future.result()
+        if extraction.kind in TRANSIENT:
             with self._lock:
-                self._hopeless[unit] = outcome.kind
-        return outcome
+                self._given_up[unit] = extraction.kind
+        return extraction
 
     def _peek(self, units: list[Unit], limits: Limits, end: float) -> Iterator[tuple[Unit, str]]:
         """(file, kind) of files looked into side by side, as they answer, until the time is over or
         nobody asks any more."""
         waiting = iter(units)
-        running: dict[Future[Outcome], Unit] = {}
+        running: dict[Future[Extraction], Unit] = {}
         try:
             while time.monotonic() < end:
                 while (
@@ -183,7 +183,7 @@ class PdfSource(FileSource):
             for future in running:
                 future.cancel()
 
-    def _told(self, kind: str) -> str:
+    def _describe(self, kind: str) -> str:
         """A kind as the notes tell it: it completes "skipped 2 ... files"."""
         texts = {
             SLOW: f"slow (over {self._seconds:g} s)",
@@ -200,8 +200,8 @@ class PdfSource(FileSource):
         )
 
 
-def _kind(future: "Future[Outcome]") -> str:
-    """The kind of a file's outcome. Raises SourceUnavailable."""
+def _kind(future: "Future[Extraction]") -> str:
+    """The kind of a file's extraction. Raises SourceUnavailable."""
     try:
         return future.result().kind
     except FileNotFoundError:

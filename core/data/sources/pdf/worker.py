@@ -49,7 +49,7 @@ _LOST = re.compile(r"repairing|zlib error|cannot load object|not a stream|broken
 _GRACE = 5  # seconds after which a fork that nobody ended ends itself
 
 
-class Refused(Exception):
+class Unreadable(Exception):
     """A file that gives no text."""
 
 
@@ -159,8 +159,8 @@ def extract(path: str, peek: bool) -> dict[str, Any]:
             return {"kind": GOOD, "text": _has_text(path)}
         text, damaged = _text(path)
         return {"kind": GOOD, "text": text, "damaged": damaged}
-    except Refused as refused:
-        return {"kind": str(refused), "text": ""}
+    except Unreadable as unreadable:
+        return {"kind": str(unreadable), "text": ""}
     except MemoryError:
         return {"kind": LARGE, "text": ""}
     except OSError as error:
@@ -182,7 +182,7 @@ def _text(path: str) -> tuple[str, bool]:
         )
         text = document_text(pages)
     if not text.strip():
-        raise Refused(SCANNED)
+        raise Unreadable(SCANNED)
     return text, damaged
 
 
@@ -191,15 +191,15 @@ def _has_text(path: str) -> str:
         for page in _pages(document):
             if any(box.text.strip() for group in page.groups for box in group):
                 return "yes"
-    raise Refused(SCANNED)
+    raise Unreadable(SCANNED)
 
 
 def _open(path: str) -> Any:
-    """The open PDF. Raises Refused; OSError where the file cannot be read."""
+    """The open PDF. Raises Unreadable; OSError where the file cannot be read."""
     pymupdf = importlib.import_module("pymupdf")
     with open(path, "rb") as file:  # tells a file that may not be read from one that is broken
         if not file.read(1):
-            raise Refused(EMPTY)
+            raise Unreadable(EMPTY)
     try:
         if path.isprintable():
             document = pymupdf.open(path, filetype="pdf")
@@ -210,16 +210,16 @@ def _open(path: str) -> Any:
     except Exception as error:
         # FileDataError, MuPDF's own errors, and what PyMuPDF makes of answers it does not expect
         _raise_memory(error)
-        raise Refused(DAMAGED) from None
+        raise Unreadable(DAMAGED) from None
     if locked:
-        raise Refused(ENCRYPTED)
+        raise Unreadable(ENCRYPTED)
     if pages == 0:
-        raise Refused(DAMAGED if repaired else PAGELESS)
+        raise Unreadable(DAMAGED if repaired else PAGELESS)
     return document
 
 
 def _pages(document: Any) -> Any:
-    """The boxes of every page that can be read: a broken one does not cost the rest. Raises Refused
+    """The boxes of every page that can be read: a broken one does not cost the rest. Raises Unreadable
     when none can."""
     failed = 0
     for number in range(document.page_count):
@@ -236,7 +236,7 @@ def _pages(document: Any) -> Any:
         ]
         yield Page(height, groups)
     if failed == document.page_count:
-        raise Refused(DAMAGED)
+        raise Unreadable(DAMAGED)
 
 
 def _box(line: dict[str, Any]) -> Box:

@@ -19,7 +19,7 @@ _KINDS_SHOWN = 6
 
 
 @dataclass
-class Found:
+class FoundFiles:
     """Files, by the real place of each, and what else was there."""
 
     paths: dict[str, Path] = field(default_factory=dict)
@@ -63,8 +63,8 @@ class Found:
         return notes
 
 
-def find(
-    pattern: str, root: Path, readable: Callable[[Path], bool], found: Found
+def find_files(
+    pattern: str, root: Path, readable: Callable[[Path], bool], found: FoundFiles
 ) -> tuple[Path, str]:
     """Adds what `pattern` stands for. Returns the place that was looked at, and what that is.
 
@@ -85,7 +85,7 @@ def find(
     return path, "a pattern"
 
 
-def walk(folder: Path, found: Found) -> Iterator[Path]:
+def walk(folder: Path, found: FoundFiles) -> Iterator[Path]:
     """All that is not hidden under a folder, behind links too; what is behind links comes last, so
     that a file that stands here goes by its own name. No folder comes twice."""
     seen, folders, links, linked = set(), [folder], [], []
@@ -112,7 +112,7 @@ def walk(folder: Path, found: Found) -> Iterator[Path]:
     yield from linked
 
 
-def _matches(path: Path, found: Found) -> Iterable[Path]:
+def _matches(path: Path, found: FoundFiles) -> Iterable[Path]:
     """What matches a pattern. Only what comes after its longest part that exists is one: brackets
     may stand in real names."""
     depth = next(d for d in range(len(path.parts), 0, -1) if Path(*path.parts[:d]).exists())

@@ -49,7 +49,7 @@ class _Line(NamedTuple):
     numbers: tuple[int, ...]
 
 
-def without_margins(pages: Sequence[Page]) -> list[Page]:
+def remove_headers_footers(pages: Sequence[Page]) -> list[Page]:
     edges = [(_rows_at(page, top=True), _rows_at(page, top=False)) for page in pages]
     repeated = _repeated(pages, edges)
     apart: set[tuple[int, str]] = (
