@@ -30,7 +30,7 @@ class Job(Generic[P]):
     preview: Callable[[P, Path], list[str]] | None = None
     """Preset and root folder to the lines that the menu shows; None: those of training."""
     trains: bool = False
-    """Whether it trains: the menu then also tells of size and memory, and offers a fresh start."""
+    """A job that trains: the menu also tells of size and memory, and offers a fresh start."""
     files: Callable[[P, Path], Iterable[Path]] | None = None
     """Preset and root folder to the files that it leaves, beside checkpoints and logs."""
 
