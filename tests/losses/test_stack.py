@@ -166,7 +166,8 @@ def test_no_target_gives_zero_gradients(readout: str, dtype: torch.dtype) -> Non
         assert tensor.grad is not None and not tensor.grad.any()
     measured = stack.measure(output, setup.batch, 0.0, 2)
     assert (
-        float(measured.token_stats["cross_entropy"]) == 0.0 and int(measured.token_stats["token_accuracy"]) == 0
+        float(measured.token_stats["cross_entropy"]) == 0.0
+        and int(measured.token_stats["token_accuracy"]) == 0
     )
 
 
