@@ -90,7 +90,7 @@ class EvaluatePreset(PresetBase):
     """A preset, as the evaluate job reads it."""
 
     evaluate: EvaluateSettings = EvaluateSettings()
-    """What the evaluate job measures."""
+    """The measurements of the evaluate job."""
 
 
 def evaluate(
