@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from core.data.documents import Document
 from core.data.sources import open_sources
 from core.data.sources.pdf.messages import (
     DAMAGED,
