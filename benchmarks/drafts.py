@@ -24,7 +24,8 @@ import torch
 
 from benchmarks.measuring import sized
 from core.data.sources import PythonStdlibSettings, build_source
-from core.generation.engine import Row, Voice, Wish, advance
+from core.generation.engine import GenerationRow, TextGenerator, advance
+from core.generation.sampling import SamplingParams
 from core.generation.speculative import Drafter
 from core.jobs.train import train
 from core.parallel.single import Single
@@ -82,13 +83,16 @@ def prompts_of(trained: Trained) -> list[list[int]]:
 
 
 def speak(
-    voice: Voice, prompts: list[list[int]], wish: Wish, at_once: int
+    generator: TextGenerator, prompts: list[list[int]], params: SamplingParams, at_once: int
 ) -> tuple[float, list[list[int]]]:
     """Seconds of this process, and the tokens."""
-    rows = [Row(voice.tokenizer, prompt, wish, seed) for seed, prompt in enumerate(prompts)]
+    rows = [
+        GenerationRow(generator.tokenizer, prompt, params, seed)
+        for seed, prompt in enumerate(prompts)
+    ]
     began = time.process_time()
     for first in range(0, len(rows), at_once):
-        for _ in advance(voice, rows[first : first + at_once]):
+        for _ in advance(generator, rows[first : first + at_once]):
             pass
     return time.process_time() - began, [row.ids for row in rows]
 
@@ -98,21 +102,23 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     heads: Any = trained.heads()
     prompts = prompts_of(trained)
-    plain = Voice(trained.model, trained.tokenizer, CONTEXT)  # type: ignore[arg-type]
-    speak(plain, prompts[:1], Wish(max_tokens=20), 1)  # warm
+    plain = TextGenerator(trained.model, trained.tokenizer, CONTEXT)  # type: ignore[arg-type]
+    speak(plain, prompts[:1], SamplingParams(max_tokens=20), 1)  # warm
     for temperature, top_p in ((0.0, 1.0), (0.9, 0.95)):
-        wish = Wish(max_tokens=NEW_TOKENS, temperature=temperature, top_p=top_p)
+        params = SamplingParams(max_tokens=NEW_TOKENS, temperature=temperature, top_p=top_p)
         for at_once in (1, 4):
             ratios: dict[int, list[float]] = {length: [] for length in LENGTHS}
             speeds, drafters = [], {length: Drafter(heads["draft"]) for length in LENGTHS}
             for length, drafter in drafters.items():
                 drafter.tokens = length
             for _ in range(ROUNDS):
-                seconds, texts = speak(plain, prompts, wish, at_once)
+                seconds, texts = speak(plain, prompts, params, at_once)
                 speeds.append(sum(len(ids) - PROMPT for ids in texts) / seconds)
                 for length, drafter in drafters.items():
-                    voice = Voice(trained.model, trained.tokenizer, CONTEXT, drafter=drafter)  # type: ignore[arg-type]
-                    took, others = speak(voice, prompts, wish, at_once)
+                    generator = TextGenerator(
+                        trained.model, trained.tokenizer, CONTEXT, drafter=drafter
+                    )  # type: ignore[arg-type]
+                    took, others = speak(generator, prompts, params, at_once)
                     ratios[length].append(
                         sum(map(len, others)) / sum(map(len, texts)) * seconds / took
                     )
@@ -127,8 +133,8 @@ def main(folder: Path) -> None:
                 print(
                     f"  drafts of {length}: x {statistics.median(own):.2f} ({min(own):.2f} to "
                     f"{max(own):.2f}), "
-                    f"{drafter.right / max(drafter.guessed, 1):.0%} of guesses right, "
-                    f"{drafter.said / max(drafter.passes, 1):.2f} tokens a pass, {different} of "
+                    f"{drafter.accepted / max(drafter.proposed, 1):.0%} of guesses right, "
+                    f"{drafter.emitted / max(drafter.passes, 1):.2f} tokens a pass, {different} of "
                     f"{TEXTS} texts differ",
                     flush=True,
                 )

@@ -22,7 +22,8 @@ import torch
 from benchmarks.measuring import sized
 from core.data.tokenizer import Tokenizer
 from core.data.tokenizer_build import build_tokenizer
-from core.generation.engine import Row, Voice, Wish, advance
+from core.generation.engine import GenerationRow, TextGenerator, advance
+from core.generation.sampling import SamplingParams
 from core.models.polychromatic import PolychromaticLM, PolychromaticSettings
 from core.models.simple_lm import SimpleLM, SimpleLMSettings
 from core.preset.settings import TokenizerSettings
@@ -55,25 +56,25 @@ class Numbers:
         return self._decode([token % 256 for token in ids])
 
 
-def rows_of(tokenizer: Any, count: int) -> list[Row]:
+def rows_of(tokenizer: Any, count: int) -> list[GenerationRow]:
     # random weights give flat scores; at this temperature a few tokens share most of the
     # probability, as in trained models
-    wish = Wish(max_tokens=NEW_TOKENS, temperature=0.05, top_p=0.95, no_repeat_ngram=3)
+    params = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.05, top_p=0.95, no_repeat_ngram=3)
     return [
-        Row(tokenizer, [(7 * i + number) % 251 for i in range(PROMPT)], wish, number)
+        GenerationRow(tokenizer, [(7 * i + number) % 251 for i in range(PROMPT)], params, number)
         for number in range(count)
     ]
 
 
-def seconds(model: Any, tokenizer: Any, batches: list[list[Row]]) -> float:
+def seconds(model: Any, tokenizer: Any, batches: list[list[GenerationRow]]) -> float:
     began = time.process_time()
     for rows in batches:
-        for _ in advance(Voice(model, tokenizer, CONTEXT), rows):
+        for _ in advance(TextGenerator(model, tokenizer, CONTEXT), rows):
             pass
     return time.process_time() - began
 
 
-def new_tokens(rows: list[Row]) -> int:
+def new_tokens(rows: list[GenerationRow]) -> int:
     return sum(len(row.ids) - PROMPT for row in rows)
 
 

@@ -37,7 +37,8 @@ from benchmarks.generation import Numbers
 from benchmarks.measuring import sized, trained_by
 from core.contracts import plain_batch
 from core.data.tokenizer_build import build_tokenizer
-from core.generation.engine import Row, Voice, Wish, advance, full_scores
+from core.generation.engine import GenerationRow, TextGenerator, advance, full_scores
+from core.generation.sampling import SamplingParams
 from core.heads import AuxiliarySettings
 from core.heads.memory import Memory, read
 from core.models.simple_lm import SimpleLM, SimpleLMSettings
@@ -57,10 +58,12 @@ def speed() -> None:
     for repetition in range(1 + REPETITIONS):
         found = []
         for own in (None, memory):
-            wish = Wish(max_tokens=NEW_TOKENS, temperature=0.05, top_p=0.95, no_repeat_ngram=3)
-            row = Row(tokenizer, [(7 * i) % 251 for i in range(CONTEXT)], wish, 0)
+            params = SamplingParams(
+                max_tokens=NEW_TOKENS, temperature=0.05, top_p=0.95, no_repeat_ngram=3
+            )
+            row = GenerationRow(tokenizer, [(7 * i) % 251 for i in range(CONTEXT)], params, 0)
             began = time.process_time()
-            for _ in advance(Voice(model, tokenizer, CONTEXT, memory=own), [row]):
+            for _ in advance(TextGenerator(model, tokenizer, CONTEXT, memory=own), [row]):
                 pass
             found.append((len(row.ids) - CONTEXT) / (time.process_time() - began))
         speeds += [found] if repetition else []  # the first warms up

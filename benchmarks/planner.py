@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from benchmarks.measuring import sized, trained_by
 from core.contracts import plain_batch
 from core.data.corpus import open_held_out
-from core.generation.engine import Row, Voice, Wish, advance
+from core.generation.engine import GenerationRow, TextGenerator, advance
+from core.generation.sampling import SamplingParams
 from core.heads.planner import WIDTH, look_ahead
 from core.parallel.single import Single
-from core.trained import Trained
-from core.voice import voice_of
+from core.trained import Trained, build_generator
 
 ROOT = Path(__file__).resolve().parent.parent
 # N positions, C candidates, f features
@@ -47,7 +47,8 @@ REPETITIONS, NEW_TOKENS, PROMPT = sized((5, 100, 16), (1, 4, 16))
 def read(trained: Trained, documents: list[np.ndarray]) -> dict[str, Tensor]:
     """Collect for every position: features (N, C, f), log p of the candidates (N, C), which of them
     came (N,) or -1, the document (N,)."""
-    heads, guide, length = trained.heads(), voice_of(trained)[1], trained.preset.model.seq_length
+    heads, guide = trained.heads(), build_generator(trained).planner
+    length = trained.preset.model.seq_length
     assert heads is not None and guide is not None, "this model has no planner"
     found: dict[str, list[Tensor]] = {
         "features": [],
@@ -125,19 +126,21 @@ def told(gains: Tensor, documents: Tensor) -> str:
 
 
 def speeds(trained: Trained) -> None:
-    voices: dict[str, Any] = {"without": None, "with": voice_of(trained)[1]}
-    found: dict[str, list[float]] = {name: [] for name in voices}
+    generators: dict[str, Any] = {"without": None, "with": build_generator(trained).planner}
+    found: dict[str, list[float]] = {name: [] for name in generators}
     for number in range(REPETITIONS + 1):
-        for name, guide in voices.items():
-            voice = Voice(trained.model, trained.tokenizer, trained.preset.model.seq_length, guide)  # type: ignore[arg-type]
-            row = Row(
+        for name, guide in generators.items():
+            generator = TextGenerator(
+                trained.model, trained.tokenizer, trained.preset.model.seq_length, guide
+            )  # type: ignore[arg-type]
+            row = GenerationRow(
                 trained.tokenizer,
                 list(range(PROMPT)),
-                Wish(max_tokens=NEW_TOKENS, temperature=0.9, top_p=0.95),
+                SamplingParams(max_tokens=NEW_TOKENS, temperature=0.9, top_p=0.95),
                 number,
             )
             began = time.process_time()
-            for _ in advance(voice, [row]):
+            for _ in advance(generator, [row]):
                 pass
             if number:
                 found[name].append((len(row.ids) - PROMPT) / (time.process_time() - began))

@@ -40,7 +40,6 @@ FLOORS = [
     "core.evaluation",
     "core.assembly",
     "core.trained",
-    "core.voice",
     "core.ui",
     "core.reports",
     "core.jobs",

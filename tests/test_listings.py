@@ -22,7 +22,7 @@ from core.data.tokenizer_build import build_tokenizer
 from core.environment import read_dotenv
 from core.heads import HEADS
 from core.jobs import JOBS
-from core.jobs.generate import DRAFT, KNOBS, OTHERS, PLANNER
+from core.jobs.generate import ACTIONS, COMMANDS, DRAFT_COMMAND, PLANNER_COMMAND
 from core.losses import LOSSES
 from core.losses.sharpness import SharpnessSettings
 from core.models import MODELS
@@ -164,7 +164,7 @@ def test_commands_of_a_conversation() -> None:
     (said,) = re.findall(r"\*\*In a terminal\*\*(.*?)\*\*Through a pipe\*\*", GUIDE, re.DOTALL)
     said = re.sub("```.*?```", "", said, flags=re.DOTALL)
     commands = {name for quoted in named(said) for name in re.findall(r"^/(\w+)", quoted)}
-    assert commands == {*KNOBS, *OTHERS, PLANNER.field, DRAFT.field}
+    assert commands == {*COMMANDS, *ACTIONS, PLANNER_COMMAND.setting, DRAFT_COMMAND.setting}
 
 
 # blocks -------------------------------------------------------------------------------------------

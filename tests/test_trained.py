@@ -7,16 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from core.generation.engine import Voice
-from core.generation.engine import generate as sample
+from core.generation.engine import TextGenerator
+from core.generation.engine import generate_text as sample
 from core.heads.memory import Memory
 from core.jobs import JOBS
-from core.jobs.generate import obey, speaker_of
+from core.jobs.generate import open_session, run_command
 from core.randomness import derive_seed
 from core.runtime import detect_runtime
-from core.trained import load_trained
+from core.trained import build_generator, load_trained
 from core.ui.text import clean_lines
-from core.voice import voice_of
 from tests.jobs.test_generate import TRAINED, piped, preset_of
 from tests.project import merged, train_here
 
@@ -49,18 +48,21 @@ def test_a_model_with_a_draft_head_says_the_same_in_fewer_passes(
         r"drafts: \d+ of \d+ guesses were right \(\d+%\); [\d.]+ tokens a pass of the model",
         drafted[-1],
     )
-    speaker = speaker_of(load_trained(preset_of(), tmp_path, detect_runtime()))
-    text = "".join(speaker.answer("In year"))
-    drafter = speaker._voice.drafter
-    assert drafter.guessed > 0 and drafter.said > 0
-    assert obey(speaker, "/draft") == "draft is 3; /draft takes a whole number from 0 up"
+    session = open_session(load_trained(preset_of(), tmp_path, detect_runtime()))
+    text = "".join(session.answer("In year"))
+    drafter = session._generator.drafter
+    assert drafter.proposed > 0 and drafter.emitted > 0
+    assert run_command(session, "/draft") == "draft is 3; /draft takes a whole number from 0 up"
     assert (
-        obey(speaker, "/draft -1") == '/draft takes a whole number from 0 up, not "-1"; it stays 3'
+        run_command(session, "/draft -1")
+        == '/draft takes a whole number from 0 up, not "-1"; it stays 3'
     )
-    assert obey(speaker, "/draft 0") == "draft is 0 now" and "/draft 2" in obey(speaker, "/help")
-    before = drafter.guessed
-    obey(speaker, "/seed 42")
-    assert "".join(speaker.answer("In year")) == text and drafter.guessed == before
+    assert run_command(session, "/draft 0") == "draft is 0 now" and "/draft 2" in run_command(
+        session, "/help"
+    )
+    before = drafter.proposed
+    run_command(session, "/seed 42")
+    assert "".join(session.answer("In year")) == text and drafter.proposed == before
 
 
 def test_a_memory_is_used_where_the_model_has_one(
@@ -90,9 +92,9 @@ def test_a_memory_is_used_where_the_model_has_one(
     short, long, plain, cropped = said
     assert short == plain and short[1] == cropped[1] == [] and set(long[1]) == {16}
     trained = load_trained(preset_of(generate={"chat": "always"}), tmp_path, detect_runtime())
-    speaker = speaker_of(trained)
-    texts = [list(speaker.answer(f"question {number}")) for number in range(3)]
-    assert len(texts) == 3 and "question 0" in trained.tokenizer.decode(speaker._fitted())
+    session = open_session(trained)
+    texts = [list(session.answer(f"question {number}")) for number in range(3)]
+    assert len(texts) == 3 and "question 0" in trained.tokenizer.decode(session._fitting_ids())
 
 
 @pytest.fixture(scope="module")
@@ -114,28 +116,31 @@ def test_a_planner_guides_where_the_preset_says_so(
     seed = derive_seed(42, "generate", number)
     own, guided = (
         sample(
-            Voice(trained.model, trained.tokenizer, 32, guide),
+            TextGenerator(trained.model, trained.tokenizer, 32, guide),
             "In year",
             trained.preset.generate,
             seed,
         )  # type: ignore[arg-type]
-        for guide in (None, voice_of(trained)[1])
+        for guide in (None, build_generator(trained).planner)
     )
     assert own != guided
     for on, text in ((False, own), (True, guided)):
-        speaker = speaker_of(
+        session = open_session(
             load_trained(preset_of(generate={"planner": on}), planned, detect_runtime())
         )
-        assert ("its planner weighs 8 tokens, 3 steps ahead" in speaker.about) == on
-        assert "".join(speaker.alone("In year", number)) == text
+        assert ("its planner weighs 8 tokens, 3 steps ahead" in session.description) == on
+        assert "".join(session.answer_prompt("In year", number)) == text
     for line, said, text in (
         ("/planner", "planner is on; /planner takes on or off", guided),
         ("/planner off", "planner is off now", own),
         ("/planner maybe", '/planner takes on or off, not "maybe"; it stays off', own),
         ("/planner on", "planner is on now", guided),
     ):
-        assert obey(speaker, line) == said and "".join(speaker.alone("In year", number)) == text
-    assert "/planner on" in obey(speaker, "/help")
+        assert (
+            run_command(session, line) == said
+            and "".join(session.answer_prompt("In year", number)) == text
+        )
+    assert "/planner on" in run_command(session, "/help")
     lines = piped(planned, monkeypatch, "The\nIn year\n", generate={"planner": True})
     assert lines[1].startswith("continues what you type; its planner")
     assert "\n".join(lines).endswith(f"> In year\n{clean_lines(guided).strip()}")

@@ -26,7 +26,7 @@ Table = tuple[list[str], list[list[str]]]
 
 
 @dataclass
-class Findings:
+class EvaluationResults:
     """Everything that is known of one preset's evaluation."""
 
     about: dict[str, Any]  # what was evaluated, and how
@@ -39,7 +39,7 @@ class Findings:
         return self.about.get("not_causal")
 
 
-def read_findings(folder: Path, about: dict[str, Any]) -> Findings:
+def read_results(folder: Path, about: dict[str, Any]) -> EvaluationResults:
     """What earlier starts found that still stands: `made_from` says of what model, data and
     settings each number is."""
     try:
@@ -48,17 +48,17 @@ def read_findings(folder: Path, about: dict[str, Any]) -> Findings:
             {k: v for k, v in found[key].items() if isinstance(v, dict)}
             for key in ("tasks", "domain_perplexity")
         )
-        return Findings(about, tasks, sources)
+        return EvaluationResults(about, tasks, sources)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return Findings(about)
+        return EvaluationResults(about)
 
 
-def write_findings(findings: Findings, folder: Path) -> None:
+def write_results(results: EvaluationResults, folder: Path) -> None:
     """Both files; whoever reads one never sees half of it. Raises OSError."""
-    whole = {**findings.about, "tasks": findings.tasks, "domain_perplexity": findings.sources}
+    whole = {**results.about, "tasks": results.tasks, "domain_perplexity": results.sources}
     for name, text in (
         ("evaluate.json", json.dumps(plain(whole), indent=2)),
-        ("evaluate.md", markdown(findings)),
+        ("evaluate.md", markdown(results)),
     ):
         write_file(folder / name, text + "\n")
 
@@ -117,10 +117,10 @@ def of_harness(found: dict[str, Any]) -> dict[str, Any]:
 # tables -------------------------------------------------------------------------------------------
 
 
-def task_table(findings: Findings) -> Table:
+def task_table(results: EvaluationResults) -> Table:
     """A row for each metric; groups before their parts."""
     rows = []
-    for entry in findings.tasks.values():
+    for entry in results.tasks.values():
         for name, found in sorted(
             entry["results"].items(), key=lambda item: item[1]["part_of"] is not None
         ):
@@ -142,24 +142,24 @@ def task_table(findings: Findings) -> Table:
                         *map(_shown, facts),
                     ]
                 )
-    return _marked(findings, TASK_HEADER, rows)
+    return _marked(results, TASK_HEADER, rows)
 
 
-def source_table(findings: Findings) -> Table:
+def source_table(results: EvaluationResults) -> Table:
     """A row for each source."""
     rows = []
-    for name, found in findings.sources.items():
+    for name, found in results.sources.items():
         numbers = [
             _number(found[key])
             for key in ("cross_entropy", "perplexity", "bits_per_byte", "token_accuracy")
         ]
         rows.append([name, *numbers, f"{found['tokens']:,}"])
-    return _marked(findings, SOURCE_HEADER, rows)
+    return _marked(results, SOURCE_HEADER, rows)
 
 
-def markdown(findings: Findings) -> str:
+def markdown(results: EvaluationResults) -> str:
     """Both tables, and what they are of."""
-    about = findings.about
+    about = results.about
     model = about["model"]
     facts = {
         "weights": model["weights"]
@@ -181,10 +181,10 @@ def markdown(findings: Findings) -> str:
         "",
         *(f"- {key}: {value}" for key, value in facts.items() if value is not None),
     ]
-    lines += ["", f"**{findings.note}**"] if findings.note else []
+    lines += ["", f"**{results.note}**"] if results.note else []
     for title, (header, rows) in (
-        ("Tasks", task_table(findings)),
-        ("Held-out documents", source_table(findings)),
+        ("Tasks", task_table(results)),
+        ("Held-out documents", source_table(results)),
     ):
         lines += (
             ["", f"## {title}", "", _line(header), _line(["---"] * len(header)), *map(_line, rows)]
@@ -193,15 +193,15 @@ def markdown(findings: Findings) -> str:
         )
     notes = [
         *about["notes"],
-        *(note for entry in findings.tasks.values() for note in entry["notes"]),
+        *(note for entry in results.tasks.values() for note in entry["notes"]),
     ]
     lines += ["", "## Notes", "", *(f"- {note}" for note in dict.fromkeys(notes))] if notes else []
     return "\n".join(lines)
 
 
-def _marked(findings: Findings, header: list[str], rows: list[list[str]]) -> Table:
+def _marked(results: EvaluationResults, header: list[str], rows: list[list[str]]) -> Table:
     """Each number of a model that is not causal says so."""
-    if not findings.note:
+    if not results.note:
         return header, rows
     return [*header, "note"], [[*row, "not causal"] for row in rows]
 

@@ -1,25 +1,25 @@
-"""Text from a causal model: a batch of prompts of any length, each continued in its own way. The
+"""The text generation engine: continues a batch of prompts of any length with a causal model. The
 only code that does it.
 
-In:    a voice: a model and its tokenizer; rows: prompts as tokens, with what is wanted after them
-       and a seed
+In:    a TextGenerator (a model and its tokenizer); rows: prompts as tokens, each with its sampling
+       parameters and its seed
 Out:   the text after each prompt, whole or piece by piece
 State: none beyond the rows; the same seed gives the same text, whatever the other rows of the batch
-are
+       are
 
-    read    scores of each row's next token     a cache reads each token once, as long as the text
-            fits the context
-    choose  block, temperature, nucleus         of the row's own, drawn with its own generator
-    say     the token joins the row             its text ends at a stop string, an end token or the
-            limit
+    read     scores of each row's next token      a cache reads each token once, as long as the text
+             fits the context
+    choose   core/generation/sampling.py          with the row's own parameters and random numbers
+    append   the token joins the row              the text ends at a stop string, an end token or
+             max_tokens
 
 A cache holds rows of one length. Prompts differ, so a batch is first read as far as its shortest
-prompt goes, and the others follow with their own tokens from there: nothing is padded, and each row
-sees exactly its tokens. Beyond the context, and without a cache, the whole context is read for each
-new token: what falls out of it changes what every position in it has seen. With a memory, half a
-context at a time becomes a summary instead, which stands before the rest and is cached with it.
-Guesses (core/generation/speculative.py) are read as a longer prompt is, and the cache is cut where
-the first one was wrong in any row."""
+prompt goes, and from there the other rows follow with their own tokens: nothing is padded, and each
+row sees exactly its tokens. Beyond the context, and without a cache, the whole context is read for
+each new token: what falls out of it changes what every position in it has seen. With a memory, half
+a context at a time becomes a summary instead, which stands before the rest and is cached with it.
+Drafted tokens (core/generation/speculative.py) are read as a longer prompt is, and the cache is cut
+at the first one that any row rejects."""
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
@@ -29,196 +29,166 @@ import torch
 from torch import Tensor
 
 from core.contracts import LanguageModel, ModelOutput, call_if_defined, plain_batch
-from core.data.chat import MARKERS, STOP, encode_turn, read_turn
-from core.data.tokenizer import Tokenizer
+from core.data.chat import STOP, encode_turn, read_turn
+from core.data.tokenizer import MARKERS, Tokenizer
 from core.errors import UserError
-from core.generation.speculative import Drafter, Drafts
-from core.generation.text_stream import Continuation
+from core.generation.sampling import NoRepeatNgram, SamplingParams, sample_draft, sample_top_p
+from core.generation.speculative import DraftBatch, Drafter
+from core.generation.text_stream import TextStream
 from core.heads.memory import Memory, Summary, read
 from core.models.readout import full_scores
 from core.preset.settings import GenerateSettings
 
 Guide = Callable[[Tensor, Tensor], Tensor]
-"""hidden (n, D), the model's scores (n, V) of the tokens after them -> scores (n, V) to draw from
-instead."""
+"""hidden (n, D), the model's scores (n, V) of the tokens after them -> the scores (n, V) to draw
+from instead."""
 
 
 @dataclass(frozen=True)
-class Voice:
-    """What speaks."""
+class TextGenerator:
+    """A causal model in evaluation mode, its tokenizer, and what helps it to generate."""
 
     model: LanguageModel
     tokenizer: Tokenizer
     context: int
-    """Tokens the model can see; the oldest are left out beyond it."""
+    """Tokens that the model can see; the oldest are left out beyond it."""
     guide: Guide | None = None
-    """What changes its scores."""
+    """Changes the model's scores."""
     drafter: Drafter | None = None
-    """What guesses tokens ahead, where the model's cache can forget them again; it changes no
-    text."""
+    """Drafts tokens ahead, where the model's cache can be cut; it changes no text."""
     memory: Memory | None = None
-    """What compresses the oldest tokens, where they would be left out."""
-
-
-COLDEST, HOTTEST = 1e-20, 1e20
-"""Scores divided by less or more are not finite in fp32; long before, the likeliest token is
-certain, or all are alike."""
-
-
-@dataclass(frozen=True)
-class Wish:
-    """What is wanted after a prompt."""
-
-    until: tuple[str, ...] = ()
-    """Strings that end the text; they do not belong to it."""
-    max_tokens: int = 256
-    temperature: float = 0.0
-    """0: always the likeliest token."""
-    top_p: float = 1.0
-    no_repeat_ngram: int = 0
-    """No sequence of so many tokens twice, the prompt's included; 0: no block."""
-
-    @classmethod
-    def of(cls, settings: GenerateSettings) -> "Wish":
-        return cls(
-            tuple(settings.stop),
-            settings.max_tokens,
-            settings.temperature,
-            settings.top_p,
-            settings.no_repeat_ngram,
-        )
+    """Compresses the oldest tokens where they would be left out."""
 
     @property
-    def is_greedy(self) -> bool:
-        return self.temperature < COLDEST
-
-    def tempered(self, scores: Tensor) -> Tensor:
-        return scores / min(self.temperature, HOTTEST)
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
 
 
-class Row:
-    """One prompt and what is said after it."""
+class GenerationRow:
+    """One prompt and the text after it."""
 
     def __init__(
         self,
         tokenizer: Tokenizer,
         prompt: list[int],
-        wish: Wish,
+        params: SamplingParams,
         seed: int,
         ends: Collection[int] = (),
     ):
-        """ends   tokens that end the text besides the end of the document; they do not belong to
-        it, and are never blocked"""
+        """`ends`: tokens that end the text, besides the end of the document. They are not part of
+        it, and are never blocked."""
         assert prompt, "a model needs a token to begin with"
         self.ids = list(prompt)
-        self.continuation = Continuation(tokenizer, wish.until)
-        self._wish, self._left = wish, wish.max_tokens
+        self.stream = TextStream(tokenizer, params.until)
+        self._params, self._remaining = params, params.max_tokens
         self._random = torch.Generator().manual_seed(seed)
-        self._ends, self._known = {tokenizer.eos_id, *ends}, tokenizer.vocab_size
-        self._repeats = Repeats(wish.no_repeat_ngram, self.ids)
+        self._ends, self._vocab_size = {tokenizer.eos_id, *ends}, tokenizer.vocab_size
+        self._ngrams = NoRepeatNgram(params.no_repeat_ngram, self.ids)
 
     @property
     def text(self) -> str:
-        """What was said so far, without what ended it."""
-        return self.continuation.text
+        """The text so far, without what ended it."""
+        return self.stream.text
 
     @property
-    def over(self) -> bool:
-        return self.continuation.over
+    def finished(self) -> bool:
+        return self.stream.finished
 
     @property
-    def left(self) -> int:
-        """Tokens it may still say."""
-        return self._left
+    def remaining(self) -> int:
+        """How many tokens may still come."""
+        return self._remaining
 
     def choose(self, scores: Tensor) -> int:
-        """The next token. scores (V,), which are changed."""
+        """Return the next token. scores (V,), which are changed. Raises UserError where they are
+        not finite."""
         if not torch.isfinite(scores.max()):
             raise UserError(
                 "the model's scores are not finite: its weights are damaged, or its training "
                 "diverged"
             )
-        self._block(scores, self._repeats)
-        if self._wish.is_greedy:
+        self._block(scores, self._ngrams)
+        if self._params.is_greedy:
             return int(scores.argmax())
-        return sample_top_p(self._wish.tempered(scores), self._wish.top_p, self._random)
+        tempered = self._params.apply_temperature(scores)
+        return sample_top_p(tempered, self._params.top_p, self._random)
 
-    def foresee(self) -> Callable[[Tensor], int]:
-        """Chooses as the row will, one token after the other, from scores (V,) that are changed;
-        nothing is said. It looks at few tokens, as one that is far from likely is hardly the row's
-        choice, too."""
-        random, repeats = torch.Generator(), self._repeats.fork()
+    def draft_sampler(self) -> Callable[[Tensor], int]:
+        """Return a function that chooses as the row will, one token after the other, from scores
+        (V,) that are changed. The row stays as it is."""
+        random, ngrams = torch.Generator(), self._ngrams.fork()
         random.set_state(self._random.get_state())
 
         def choose(scores: Tensor) -> int:
-            self._block(scores, repeats)
-            if self._wish.is_greedy:
+            self._block(scores, ngrams)
+            if self._params.is_greedy:
                 token = int(scores.argmax())
             else:
-                best, ids = scores.topk(min(LIKELY, len(scores)))
-                shares = torch.softmax(self._wish.tempered(best), dim=-1)
-                token = race(shares, ids, self._wish.top_p, len(scores), random)
-            repeats.add(token)
+                token = sample_draft(scores, self._params, random)
+            ngrams.add(token)
             return token
 
         return choose
 
-    def _block(self, scores: Tensor, repeats: "Repeats") -> None:
-        scores[self._known :] = float("-inf")  # rows of a published table that no token has
-        if blocked := [token for token in repeats.blocked() if token not in self._ends]:
+    def _block(self, scores: Tensor, ngrams: NoRepeatNgram) -> None:
+        scores[self._vocab_size :] = float("-inf")  # rows of a published table without a token
+        if blocked := [token for token in ngrams.blocked() if token not in self._ends]:
             scores[blocked] = float("-inf")
 
-    def follow(self, text: list[int], scores: Tensor) -> None:
-        """Say what follows from scores (t, V) of the tokens after the last t of `text`. That begins
-        as the row does, and may go on with guesses: the row says on for as long as what it has said
-        stands there."""
-        first = len(text) - len(scores)
+    def accept(self, ids: list[int], scores: Tensor) -> None:
+        """Append what follows from scores (t, V) after each of the last t of `ids`. These begin as
+        the row does, and may go on with drafted tokens: the row grows for as long as the tokens it
+        chooses are the drafted ones, and by one token more."""
+        first = len(ids) - len(scores)
         while (
-            not self.over and len(self.ids) <= len(text) and self.ids[-1] == text[len(self.ids) - 1]
+            not self.finished
+            and len(self.ids) <= len(ids)
+            and self.ids[-1] == ids[len(self.ids) - 1]
         ):
-            self.say(self.choose(scores[len(self.ids) - 1 - first]))
+            self.append(self.choose(scores[len(self.ids) - 1 - first]))
 
-    def say(self, token: int) -> None:
-        """It joins the text, or ends it."""
+    def append(self, token: int) -> None:
+        """Add a token to the text, or end the text with it."""
         if token not in self._ends:
             self.ids.append(token)
-            self._repeats.add(token)
-            self.continuation.add(token)
-            self._left -= 1
-        if token in self._ends or self._left <= 0:
-            self.continuation.finish()
+            self._ngrams.add(token)
+            self.stream.add(token)
+            self._remaining -= 1
+        if token in self._ends or self._remaining <= 0:
+            self.stream.finish()
 
 
 @torch.no_grad()
-def advance(voice: Voice, rows: list[Row]) -> Iterator[None]:
-    """Continue rows until all are over; comes back after each pass of the model, for whoever shows
-    them or wants to stop."""
-    reader, eos = Reader(voice), voice.tokenizer.eos_id
-    drafts = Drafts(voice.drafter if reader.forgets else None, rows, voice.context)
-    while waiting := [i for i, row in enumerate(rows) if not row.over]:
+def advance(generator: TextGenerator, rows: list[GenerationRow]) -> Iterator[None]:
+    """Continue rows until all are finished. Yields after each pass of the model, so that the caller
+    can show them or stop."""
+    runner, eos = ModelRunner(generator), generator.tokenizer.eos_id
+    drafter = generator.drafter if runner.can_cut else None
+    drafts = DraftBatch(drafter, rows, generator.context)
+    while waiting := [i for i, row in enumerate(rows) if not row.finished]:
         length = min(len(rows[i].ids) for i in waiting)
-        texts = drafts.continued(length)
+        texts = drafts.extended(length)
         end = min(len(texts[i]) for i in waiting)
-        # a row that is over goes on with any token: the cache keeps its rows
+        # a finished row goes on with any token: the cache keeps its rows
         texts = [text[:end] + [eos] * (end - len(text)) for text in texts]
-        output, scores = reader.read(texts, end - length + 1)
+        output, scores = runner.read(texts, end - length + 1)
         scores = scores.cpu()  # (B, t, V)
         for i in waiting:
-            rows[i].follow(texts[i], scores[i])
-        drafts.verified(output, length)
+            rows[i].accept(texts[i], scores[i])
+        drafts.record(output, length)
         yield
 
 
-def stream(voice: Voice, row: Row) -> Iterator[str]:
-    """A row's text in pieces, as they are settled: never half a character, nor what a stop string
-    cuts off."""
-    for _ in advance(voice, [row]):
-        if piece := row.continuation.take():
+def stream_text(generator: TextGenerator, row: GenerationRow) -> Iterator[str]:
+    """Yield a row's text in pieces, as soon as they are final: never half a character, nor what a
+    stop string cuts off."""
+    for _ in advance(generator, [row]):
+        if piece := row.stream.take():
             yield piece
 
 
-def generate(
-    voice: Voice,
+def generate_text(
+    generator: TextGenerator,
     prompt: str,
     settings: GenerateSettings,
     seed: int,
@@ -230,140 +200,64 @@ def generate(
     A prompt that is a conversation written out (ChatML) is answered: encoded as in training, to the
     end of the assistant's turn. `between`: called after each pass of the model; may raise, to stop.
     """
-    row = _row_of_prompt(voice.tokenizer, prompt, Wish.of(settings), seed)
-    for _ in advance(voice, [row]):
+    params = SamplingParams.from_settings(settings)
+    row = _row_of_prompt(generator.tokenizer, prompt, params, seed)
+    for _ in advance(generator, [row]):
         between()
     return row.text
 
 
 def document_start(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """The tokens of a text that begins a document, as in training: after the end of the one before.
-    Markers in it are text."""
+    """Return the tokens of a text that begins a document, as in training: after the end of the
+    document before. Markers in it are text."""
     return [tokenizer.eos_id, *tokenizer.encode_batch([prompt])[0].tolist()]
 
 
-def _row_of_prompt(tokenizer: Tokenizer, prompt: str, wish: Wish, seed: int) -> Row:
+def _row_of_prompt(
+    tokenizer: Tokenizer, prompt: str, params: SamplingParams, seed: int
+) -> GenerationRow:
     turn = read_turn(prompt)
     if turn is None:
-        return Row(tokenizer, document_start(tokenizer, prompt), wish, seed)
-    if (stop := tokenizer.special_id(STOP)) is None:  # spelled out
-        wish = replace(wish, until=(*wish.until, *MARKERS))
+        return GenerationRow(tokenizer, document_start(tokenizer, prompt), params, seed)
+    if (stop := tokenizer.special_id(STOP)) is None:  # the markers are spelled out
+        params = replace(params, until=(*params.until, *MARKERS))
     ids = [tokenizer.eos_id, *encode_turn(tokenizer, turn)]
-    return Row(tokenizer, ids, wish, seed, () if stop is None else (stop,))
+    return GenerationRow(tokenizer, ids, params, seed, () if stop is None else (stop,))
 
 
-# choosing -----------------------------------------------------------------------------------------
+class ModelRunner:
+    """Runs the model on texts that grow at their ends, all of one length."""
 
-
-FIRST_LOOK = 1024
-"""So many tokens are looked at before all of a vocabulary are sorted: that takes longer than a
-small model's pass."""
-
-
-LIKELY = 256
-"""So many tokens of a draft's scores are looked at: of 16, far fewer guesses were right where much
-is possible (docs/LOG.md)."""
-
-
-def sample_top_p(scores: Tensor, top_p: float, random: torch.Generator) -> int:
-    """One draw from the smallest set of most probable tokens that reaches `top_p`, the one that
-    crosses it included (Holtzman et al. 2020). scores (V,).
-
-    A race: each token arrives after a time drawn for it, and the sooner the more probable it is. So
-    two distributions that are near each other, a draft's and the model's, mostly draw the same
-    token from the same random numbers (Daliri et al. 2024, arXiv 2408.07978): with a probability of
-    (1 - d) / (1 + d) at least where d is their total variation distance."""
-    probabilities = torch.softmax(scores, dim=-1)  # (V,)
-    best, ids = probabilities.topk(min(FIRST_LOOK, len(probabilities)))
-    if len(best) < len(probabilities) and best.sum() < top_p:
-        best, ids = probabilities.sort(descending=True, stable=True)
-    return race(best, ids, top_p, len(scores), random)
-
-
-def race(best: Tensor, ids: Tensor, top_p: float, vocab_size: int, random: torch.Generator) -> int:
-    """The winner among the nucleus of `best` (n,), probabilities in order, and their `ids`. Every
-    token has a draw of its own."""
-    # of fp32's draws, one in 16 million would be 0
-    draws = torch.rand(vocab_size, generator=random, dtype=torch.float64)
-    kept = (best.cumsum(-1) - best < top_p) & (best > 0)
-    times = -torch.log1p(-draws[ids[kept]]) / best[kept]  # (n,)
-    return int(ids[kept][times.argmin()])
-
-
-class Repeats:
-    """Which tokens would say a sequence of `n` tokens a second time; none for n = 0."""
-
-    def __init__(self, n: int, ids: list[int], known: "Repeats | None" = None):
-        """`known`: what is before the first of these tokens."""
-        self._n, self._tail = n, () if known is None else known._tail
-        self._known = known
-        # of each n - 1 tokens, those that came after them
-        self._followers: dict[tuple[int, ...], list[int]] = {}
-        for token in ids if n else ():
-            self.add(token)
-
-    def add(self, token: int) -> None:
-        if self._n == 0:
-            return
-        if len(self._tail) == self._n - 1:
-            self._followers.setdefault(self._tail, []).append(token)
-        self._tail = (*self._tail, token)[-self._n + 1 :] if self._n > 1 else ()
-
-    def blocked(self) -> list[int]:
-        return self._after(self._tail)
-
-    def fork(self) -> "Repeats":
-        """One that knows all of this one, and goes its own way from here."""
-        return Repeats(self._n, [], self)
-
-    def _after(self, tail: tuple[int, ...]) -> list[int]:
-        return self._followers.get(tail, []) + (
-            self._known._after(tail) if self._known is not None else []
-        )
-
-
-# reading ------------------------------------------------------------------------------------------
-
-
-class Reader:
-    """Reads texts that grow at their ends, all of one length."""
-
-    def __init__(self, voice: Voice):
-        self._model, self._context, self._guide, self._memory = (
-            voice.model,
-            voice.context,
-            voice.guide,
-            voice.memory,
-        )
-        self._device = next(voice.model.parameters()).device  # type: ignore[attr-defined]
-        self._cache = call_if_defined(voice.model, "new_cache")
-        self._read = 0  # tokens that are in the cache, or in the summary
+    def __init__(self, generator: TextGenerator):
+        memory = generator.memory
+        assert memory is None or memory.slots < generator.context // 2, "no room for a summary"
+        self._model, self._context = generator.model, generator.context
+        self._guide, self._memory = generator.guide, memory
+        self._device = generator.device
+        self._cache = call_if_defined(generator.model, "new_cache")
+        self._cached = 0  # tokens that are in the cache, or in the summary
         self._summary: Summary | None = None
-        self._begin = 0  # tokens that are seen through it only
-        assert voice.memory is None or voice.memory.slots < voice.context // 2, (
-            "no room for a summary"
-        )
-        self.forgets = hasattr(self._cache, "cut")
-        """Whether a text may become another one at its end, as long as all of it fits into the
-        context."""
+        self._summarised = 0  # tokens that are seen through the summary only
+        self.can_cut = hasattr(self._cache, "cut")
+        """Whether a text may change at its end, as long as all of it fits into the context."""
 
     def read(self, rows: list[list[int]], count: int) -> tuple[ModelOutput, Tensor]:
-        """What the model makes of the last `count` tokens of each row, and scores (B, count, V) of
-        those that follow them.
+        """Return the model's output for the last `count` tokens of each row, and scores
+        (B, count, V) of the tokens after them.
 
-        Each row begins with what it was before, up to these.
+        Up to these tokens, each row is as it was in the call before.
         """
         length = len(rows[0])
         if self._memory is not None:
-            self._compress(rows, length)
-        if self._cache is not None and self._begin + self._room >= length:
-            if self._read > length - count:
-                self._read = length - count
-                self._cache.cut(self._read)
-            output = self._pass(rows, self._read, length, self._cache)
-            self._read = length
+            self._compress(self._memory, rows, length)
+        if self._cache is not None and self._summarised + self._room >= length:
+            if self._cached > length - count:
+                self._cached = length - count
+                self._cache.cut(self._cached)
+            output = self._forward(rows, self._cached, length, self._cache)
+            self._cached = length
         else:
-            output = self._pass(rows, max(self._begin, length - self._context), length)
+            output = self._forward(rows, max(self._summarised, length - self._context), length)
         hidden = output.hidden[:, -count:]  # (B, count, D)
         scores = full_scores(output.readout, hidden.flatten(0, 1))  # (B * count, V)
         if self._guide is not None:
@@ -375,30 +269,30 @@ class Reader:
         """Tokens that fit into the context."""
         return self._context - (0 if self._summary is None else self._summary.vectors.shape[1])
 
-    def _compress(self, rows: list[list[int]], length: int) -> None:
-        """Until the rest fits: the oldest half context becomes one summary with what is in it
-        already.
+    def _compress(self, memory: Memory, rows: list[list[int]], length: int) -> None:
+        """Compress the oldest half context, together with the summary so far, into one summary,
+        until the rest fits.
 
-        Where it begins depends on the length alone, so a text that is read at once is read as one
-        that grew."""
-        while length - self._begin > self._room:
-            end = self._begin + self._context // 2
-            self._summary = self._memory.compress(
-                self._model, self._tokens(rows, self._begin, end), self._summary
-            )  # type: ignore[union-attr]
-            self._cache, self._begin, self._read = (
-                call_if_defined(self._model, "new_cache"),
-                end,
-                end,
-            )
+        Where a half begins depends on the length alone, so a text that is read at once is read as
+        one that grew."""
+        while length - self._summarised > self._room:
+            end = self._summarised + self._context // 2
+            ids = self._tokens(rows, self._summarised, end)
+            self._summary = memory.compress(self._model, ids, self._summary)
+            self._cache = call_if_defined(self._model, "new_cache")
+            self._summarised = self._cached = end
 
-    def _pass(self, rows: list[list[int]], begin: int, end: int, cache: Any = None) -> ModelOutput:
-        """Of the tokens from `begin` to `end`; behind the summary, where these are the first after
+    def _forward(
+        self, rows: list[list[int]], begin: int, end: int, cache: Any = None
+    ) -> ModelOutput:
+        """Run the tokens from `begin` to `end`; behind the summary, where they are the first after
         it."""
         ids = self._tokens(rows, begin, end)
-        if self._summary is not None and begin == self._begin:
+        if self._summary is not None and begin == self._summarised:
             return read(self._model, ids, self._summary, cache)
-        return self._model(plain_batch(ids)) if cache is None else self._model.extend(ids, cache)  # type: ignore[attr-defined]
+        if cache is None:
+            return self._model(plain_batch(ids))
+        return call_if_defined(self._model, "extend", ids, cache)
 
     def _tokens(self, rows: list[list[int]], begin: int, end: int) -> Tensor:
         return torch.tensor([row[begin:end] for row in rows], device=self._device)  # (B, t)

@@ -13,7 +13,7 @@ Specification 003, near-term 3: "learned rolling summary token & reconstruction 
 through s1 only, and B sees both through s2 only, which is computed from hidden states that saw s1:
 so a summary is carried on, however long the text is (AutoCompressors, Chevalier et al. 2023, arXiv
 2305.14788; recurrent memory, Bulatov et al. 2022, arXiv 2207.06881). The gradient reaches the
-compressor and the model, which learns to read what it never saw. `Reader` in
+compressor and the model, which learns to read what it never saw. `ModelRunner` in
 core/generation/engine.py uses it.
 
 The reconstruction is of the bag of tokens summarised so far (what Compressive Transformers, arXiv

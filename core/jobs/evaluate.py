@@ -35,13 +35,13 @@ from core.evaluation.perplexity import held_out_rows, perplexity
 from core.evaluation.results import (
     NOT_CAUSAL,
     of_harness,
-    read_findings,
+    read_results,
     source_table,
     task_table,
-    write_findings,
+    write_results,
 )
 from core.files import cause, own_path
-from core.generation.engine import Voice
+from core.generation.engine import TextGenerator
 from core.parallel.single import Single
 from core.preset.base import PresetBase
 from core.preset.merge import preset_json
@@ -82,7 +82,7 @@ class EvaluatePreset(PresetBase):
     """A preset, as the evaluate job reads it."""
 
     evaluate: EvaluateSettings = EvaluateSettings()
-    """What the evaluate job measures."""
+    """The measurements of the evaluate job."""
 
 
 def evaluate(
@@ -111,7 +111,7 @@ def evaluate(
         trained = load_trained(preset, root, runtime)
         for note in trained.notes:
             view.tell(f"note  {note}")
-        desk = Desk(trained, runtime, root, view, stop)
+        desk = EvaluationRunner(trained, runtime, root, view, stop)
         desk.tasks()
         if wanted.domain_perplexity:
             desk.held_out()
@@ -140,7 +140,7 @@ def preview_evaluate(preset: EvaluatePreset, root: Path) -> list[str]:
     ]
 
 
-class Desk:
+class EvaluationRunner:
     """One evaluation: what it measures, and what it has found."""
 
     def __init__(
@@ -162,7 +162,7 @@ class Desk:
         self._context = self._preset.model.seq_length
         self._precision = "bf16, scores in fp32" if self._dtype == torch.bfloat16 else "fp32"
         self._weights = _fingerprint(trained)
-        self._findings, self._measured = read_findings(self._folder, self._about(runtime)), 0
+        self._findings, self._measured = read_results(self._folder, self._about(runtime)), 0
         with torch.no_grad():
             provides = trained.model(
                 plain_batch(torch.zeros(1, 1, dtype=torch.int64, device=self._device))
@@ -242,7 +242,9 @@ class Desk:
             model, tokenizer = self._trained.model, self._trained.tokenizer
             how = self._wanted.batch_size, self._dtype
             scorer = Scorer(model, self._context, *how)
-            writer = Writer(Voice(model, tokenizer, self._context), *how, self._preset.train.seed)  # type: ignore[arg-type]
+            writer = Writer(
+                TextGenerator(model, tokenizer, self._context), *how, self._preset.train.seed
+            )  # type: ignore[arg-type]
             begun = time.monotonic()
             with self._view.task(name):
                 model = as_harness_model(scorer, writer, tokenizer, self._told)
@@ -355,7 +357,7 @@ class Desk:
 
     def _write(self) -> None:
         try:
-            write_findings(self._findings, self._folder)
+            write_results(self._findings, self._folder)
         except OSError as error:
             place = self._folder / "evaluate.json"
             raise UserError(

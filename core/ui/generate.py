@@ -1,5 +1,4 @@
-"""A person who types and a model that answers: a prompt line on a terminal, one line after the
-other from a pipe.
+"""The view of the generate job: a prompt line on a terminal, one line after the other from a pipe.
 
 In:    standard input, the console; pieces of answers
 Out:   lines that were typed; answers, as they are made
@@ -18,27 +17,26 @@ from core.ui import text
 PROMPT = "> "
 
 
-class TalkView:
-    """The view of the generate job."""
+class GenerateView:
+    """Reads prompts from standard input and shows answers."""
 
     def __init__(self, console: TextIO):
         self._console = console
         self._amid_line = False
-        given = sys.stdin if sys.stdin is not None and not sys.stdin.closed else None
-        self._given = given
-        self.interactive = bool(given is not None and given.isatty())
-        """Whether somebody types at a terminal."""
+        self._stdin = sys.stdin if sys.stdin is not None and not sys.stdin.closed else None
+        self.interactive = self._stdin is not None and self._stdin.isatty()
+        """Whether a user types at a terminal."""
         if self.interactive:
             with contextlib.suppress(ImportError):  # not on Windows
                 import readline  # noqa: F401  # `input` then edits its line, and knows the lines before
 
     def tell(self, line: str) -> None:
-        """A line of the program's own."""
+        """Show a line of the program's own."""
         self.end_line()
         write_line(self._console, text.clean(line))
 
     def ask(self) -> str | None:
-        """What is typed next; None when nothing more comes (Ctrl-D)."""
+        """Return the next line that is typed; None when nothing more comes (Ctrl-D)."""
         self.end_line()
         try:
             return input(PROMPT)
@@ -49,15 +47,15 @@ class TalkView:
             self.tell("that is no text in this terminal's encoding")
             return ""
 
-    def given(self) -> Iterator[str]:
-        """The lines of a pipe that are not empty, each shown as if it were typed. Raises UserError
-        for what is no text."""
-        while self._given is not None:
+    def piped_lines(self) -> Iterator[str]:
+        """Yield the lines of a pipe that are not empty, each shown as if it were typed. Raises
+        UserError for what is no text."""
+        while self._stdin is not None:
             try:
-                line = self._given.readline()
+                line = self._stdin.readline()
             except UnicodeDecodeError:
                 raise UserError(
-                    f"standard input holds a line that is not text in {self._given.encoding}"
+                    f"standard input holds a line that is not text in {self._stdin.encoding}"
                 ) from None
             if not line:
                 return
@@ -67,11 +65,11 @@ class TalkView:
                 yield line
 
     def echo(self, line: str) -> None:
-        """A prompt nobody typed here."""
+        """Show a prompt that was not typed here."""
         self.tell(f"{PROMPT}{line}")
 
     def show(self, piece: str) -> None:
-        """A piece of an answer, at once. What a terminal would obey is left out."""
+        """Show a piece of an answer at once, without control characters."""
         piece = text.clean_lines(piece)
         if piece:
             encoding = getattr(self._console, "encoding", None) or "utf-8"
@@ -80,12 +78,12 @@ class TalkView:
             self._amid_line = not piece.endswith("\n")
 
     def interrupted(self, line: str) -> None:
-        """A line after Ctrl-C, which the terminal has written somewhere itself."""
+        """Show a line after Ctrl-C, which the terminal has echoed somewhere itself."""
         self._amid_line = True
         self.tell(line)
 
     def end_line(self) -> None:
-        """Whatever comes next begins a line."""
+        """Finish the line on the screen, if one was begun."""
         if self._amid_line:
             self._console.write("\n")
             self._console.flush()

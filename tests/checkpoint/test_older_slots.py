@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.project import Project
-from tests.training.test_trainer import finish, session
+from tests.training.runs import finish, session
 
 SLOT = Path(__file__).resolve().parents[1] / "golden" / "slot"
 EXPECTED = json.loads((SLOT / "expected.json").read_text())

@@ -21,7 +21,7 @@ from tests.data.corpus import (
 )
 from tests.data.corpus import steps as as_they_were_read
 from tests.project import Project, differences, tiny_preset, train_here
-from tests.training.test_trainer import finish, session
+from tests.training.runs import finish, session
 
 # lanes, rows of a step, documents
 CASES = [(24, 16, 5), (24, 8, 1), (6, 4, 9), (6, 6, 2), (4, 16, 3), (12, 8, 20)]

@@ -14,16 +14,14 @@ from core.data.tokenizer import Tokenizer
 from core.data.tokenizer_build import build_tokenizer
 from core.errors import UserError
 from core.generation.engine import (
-    FIRST_LOOK,
-    Row,
-    Voice,
-    Wish,
+    GenerationRow,
+    TextGenerator,
     advance,
     document_start,
-    generate,
-    sample_top_p,
-    stream,
+    generate_text,
+    stream_text,
 )
+from core.generation.sampling import NUCLEUS_TOP_K, SamplingParams, sample_top_p
 from core.models.readout import LinearReadout
 from core.models.simple_lm import SimpleLM, SimpleLMSettings
 from core.preset.settings import GenerateSettings, TokenizerSettings
@@ -97,7 +95,7 @@ def test_temperature_divides_the_scores(tokenizer: Tokenizer) -> None:
     """Two tokens whose scores differ by 2: at temperature 2 they come in shares of e to 1."""
     model = Scripted(lambda ids: scores(a=2.0, b=0.0))
     settings = GenerateSettings(max_tokens=3000, temperature=2.0, top_p=1.0, no_repeat_ngram=0)
-    text = generate(Voice(model, tokenizer, 4), "", settings, seed=3)
+    text = generate_text(TextGenerator(model, tokenizer, 4), "", settings, seed=3)
     assert text.count("a") + text.count("b") == 3000
     assert text.count("a") / 3000 == pytest.approx(0.7311, abs=0.03)
 
@@ -107,7 +105,7 @@ def test_no_ngram_appears_twice(tokenizer: Tokenizer) -> None:
     for n in (1, 2, 3):
         model = Scripted(lambda ids: scores(a=5.0, b=4.0, c=3.0, d=2.0))
         settings = GenerateSettings(max_tokens=40, top_p=1.0, no_repeat_ngram=n)
-        generate(Voice(model, tokenizer, 64), "ab", settings, seed=1)
+        generate_text(TextGenerator(model, tokenizer, 64), "ab", settings, seed=1)
         tokens = model.seen[-1][0][1:]
         ngrams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
         assert len(tokens) == 41 and len(ngrams) == len(set(ngrams))
@@ -116,7 +114,7 @@ def test_no_ngram_appears_twice(tokenizer: Tokenizer) -> None:
 def test_without_the_block_it_repeats_itself(tokenizer: Tokenizer) -> None:
     model = Scripted(lambda ids: scores(a=100.0))
     settings = GenerateSettings(max_tokens=10, no_repeat_ngram=0)
-    assert generate(Voice(model, tokenizer, 64), "x", settings, seed=1) == "a" * 10
+    assert generate_text(TextGenerator(model, tokenizer, 64), "x", settings, seed=1) == "a" * 10
 
 
 def test_the_end_of_the_document_ends_the_text(tokenizer: Tokenizer) -> None:
@@ -128,7 +126,9 @@ def test_the_end_of_the_document_ends_the_text(tokenizer: Tokenizer) -> None:
         return out
 
     settings = GenerateSettings(max_tokens=50, no_repeat_ngram=0)
-    assert generate(Voice(Scripted(say), tokenizer, 64), "xyz", settings, seed=1) == "aa"
+    assert (
+        generate_text(TextGenerator(Scripted(say), tokenizer, 64), "xyz", settings, seed=1) == "aa"
+    )
 
 
 @pytest.mark.parametrize("marked", [True, False])
@@ -150,8 +150,8 @@ def test_a_conversation_in_a_preset_is_answered(marked: bool) -> None:
     model = Scripted(say, tokenizer.vocab_size)
     settings = GenerateSettings(max_tokens=50, no_repeat_ngram=0)
     assert (
-        generate(
-            Voice(model, tokenizer, 200),
+        generate_text(
+            TextGenerator(model, tokenizer, 200),
             f"{render_chat(messages)}{START}assistant\n",
             settings,
             seed=1,
@@ -165,8 +165,11 @@ def test_the_context_is_cropped_to_what_the_model_knows(tokenizer: Tokenizer) ->
     """It starts from the end-of-document token; beyond the context the oldest tokens fall away and
     positions start at 0."""
     model = Scripted(lambda ids: scores(a=1.0, b=1.0, c=1.0))
-    generate(
-        Voice(model, tokenizer, 8), "xy", GenerateSettings(max_tokens=20, no_repeat_ngram=0), seed=1
+    generate_text(
+        TextGenerator(model, tokenizer, 8),
+        "xy",
+        GenerateSettings(max_tokens=20, no_repeat_ngram=0),
+        seed=1,
     )
     assert model.seen[0][0] == [tokenizer.eos_id, *tokenizer.encode_batch(["xy"])[0].tolist()]
     assert [len(ids) for ids, _ in model.seen] == [min(3 + i, 8) for i in range(20)]
@@ -186,7 +189,7 @@ def test_the_same_seed_gives_the_same_text(tokenizer: Tokenizer) -> None:
     for seed in (5, 5, 6):
         torch.manual_seed(len(texts))
         before = torch.get_rng_state()
-        texts.append(generate(Voice(model, tokenizer, 8), "an", settings, seed=seed))
+        texts.append(generate_text(TextGenerator(model, tokenizer, 8), "an", settings, seed=seed))
         assert torch.equal(torch.get_rng_state(), before), (
             "the run's own randomness must not be touched"
         )
@@ -198,18 +201,19 @@ def test_a_temperature_that_no_float_can_divide_by(
     temperature: float, winners: set[int], tokenizer: Tokenizer
 ) -> None:
     """The likeliest token, as with 0; and any that is not blocked."""
-    row = Row(tokenizer, [3], Wish(temperature=temperature), 0)
+    row = GenerationRow(tokenizer, [3], SamplingParams(temperature=temperature), 0)
     for number in range(50):
         found = torch.linspace(-1, 1, tokenizer.vocab_size)
         found[7], found[200:] = 5.0, float("-inf")
-        assert (row.choose if number % 2 else row.foresee())(found) in winners
+        assert (row.choose if number % 2 else row.draft_sampler())(found) in winners
 
 
 def test_a_temperature_of_zero_takes_the_likeliest(tokenizer: Tokenizer) -> None:
     model = Scripted(lambda ids: scores(a=1.0, b=1.01))
     settings = GenerateSettings(max_tokens=20, temperature=0.0, no_repeat_ngram=0)
     assert {
-        generate(Voice(model, tokenizer, 64), "x", settings, seed=seed) for seed in range(3)
+        generate_text(TextGenerator(model, tokenizer, 64), "x", settings, seed=seed)
+        for seed in range(3)
     } == {"b" * 20}
 
 
@@ -218,7 +222,7 @@ def test_stop_strings_of_the_settings_end_a_sample(tokenizer: Tokenizer) -> None
     model = Scripted(lambda ids: scores(**{"abc"[(len(ids) - 2) % 3]: 50.0}))
     for stop, text in ((["ca"], "ab"), (["zz", "cab"], "ab"), ([], "abcabcab")):
         settings = GenerateSettings(max_tokens=8, no_repeat_ngram=0, stop=stop)
-        assert generate(Voice(model, tokenizer, 64), "x", settings, seed=1) == text
+        assert generate_text(TextGenerator(model, tokenizer, 64), "x", settings, seed=1) == text
 
 
 @pytest.mark.parametrize("top_p", [0.3, 0.95, 1.0])
@@ -226,7 +230,7 @@ def test_looking_at_a_few_tokens_first_changes_no_draw(top_p: float) -> None:
     """A vocabulary larger than that, flat or peaked: only tokens of the nucleus, in their
     shares."""
     for spread in (0.1, 3.0, 8.0):
-        logits = spread * torch.randn(4 * FIRST_LOOK, generator=torch.Generator().manual_seed(1))
+        logits = spread * torch.randn(4 * NUCLEUS_TOP_K, generator=torch.Generator().manual_seed(1))
         probabilities, order = torch.softmax(logits, -1).sort(descending=True)
         nucleus = set(order[probabilities.cumsum(-1) - probabilities < top_p + 1e-5].tolist())
         random = torch.Generator().manual_seed(2)
@@ -245,14 +249,14 @@ def test_what_ends_a_text_is_never_blocked(tokenizer: Tokenizer) -> None:
         out[bar] = 9.0 if len(ids) > 6 else -1e4
         return out
 
-    row = Row(
+    row = GenerationRow(
         tokenizer,
         document_start(tokenizer, "aa|a|"),
-        Wish(max_tokens=10, no_repeat_ngram=1),
+        SamplingParams(max_tokens=10, no_repeat_ngram=1),
         1,
         ends=[bar],
     )
-    for _ in advance(Voice(Scripted(say), tokenizer, 64), [row]):
+    for _ in advance(TextGenerator(Scripted(say), tokenizer, 64), [row]):
         pass
     assert row.text == "b"
 
@@ -260,7 +264,7 @@ def test_what_ends_a_text_is_never_blocked(tokenizer: Tokenizer) -> None:
 def test_scores_that_are_no_numbers_are_told(tokenizer: Tokenizer) -> None:
     model = Scripted(lambda ids: scores(a=1.0) * float("nan"))
     with pytest.raises(UserError, match="not finite"):
-        generate(Voice(model, tokenizer, 64), "x", GenerateSettings(), seed=1)
+        generate_text(TextGenerator(model, tokenizer, 64), "x", GenerateSettings(), seed=1)
 
 
 # batches and caches -------------------------------------------------------------------------------
@@ -268,32 +272,37 @@ def test_scores_that_are_no_numbers_are_told(tokenizer: Tokenizer) -> None:
 RAGGED = ["In year 31", "a", "", "the river of", "The stone met", "x" * 60, "a"]
 
 
-def written(model: nn.Module, rows: list[Row]) -> list[list[int]]:
-    for _ in advance(Voice(model, byte_tokenizer(), CONTEXT), rows):  # type: ignore[arg-type]
+def written(model: nn.Module, rows: list[GenerationRow]) -> list[list[int]]:
+    for _ in advance(TextGenerator(model, byte_tokenizer(), CONTEXT), rows):  # type: ignore[arg-type]
         pass
     return [row.ids for row in rows]
 
 
-def rows_of(wish: Wish) -> list[Row]:
+def rows_of(params: SamplingParams) -> list[GenerationRow]:
     return [
-        Row(byte_tokenizer(), document_start(byte_tokenizer(), text), wish, seed)
+        GenerationRow(byte_tokenizer(), document_start(byte_tokenizer(), text), params, seed)
         for seed, text in enumerate(RAGGED)
     ]
 
 
 @pytest.mark.parametrize("kind", OF_TEXT)
 @pytest.mark.parametrize(
-    "wish",
-    [Wish(max_tokens=20), Wish(max_tokens=20, temperature=1.5, top_p=0.9, no_repeat_ngram=2)],
+    "params",
+    [
+        SamplingParams(max_tokens=20),
+        SamplingParams(max_tokens=20, temperature=1.5, top_p=0.9, no_repeat_ngram=2),
+    ],
 )
-def test_a_batch_is_each_row_alone_with_a_cache_or_without(kind: str, wish: Wish) -> None:
+def test_a_batch_is_each_row_alone_with_a_cache_or_without(
+    kind: str, params: SamplingParams
+) -> None:
     """Token for token, for prompts of any length, beyond the context too."""
     model = build(kind, byte_tokenizer().vocab_size)
-    together = written(model, rows_of(wish))
-    assert [written(model, [row])[0] for row in rows_of(wish)] == together
+    together = written(model, rows_of(params))
+    assert [written(model, [row])[0] for row in rows_of(params)] == together
     model.new_cache = lambda: None
-    assert written(model, rows_of(wish)) == together
-    assert len({tuple(row) for row in together}) == len(RAGGED) - (wish.temperature == 0.0), (
+    assert written(model, rows_of(params)) == together
+    assert len({tuple(row) for row in together}) == len(RAGGED) - (params.temperature == 0.0), (
         "a prompt stands there twice"
     )
 
@@ -302,7 +311,9 @@ def test_a_batch_is_each_row_alone_with_a_cache_or_without(kind: str, wish: Wish
 def test_the_likeliest_tokens_are_those_found_by_hand(kind: str) -> None:
     """Within the context, where one plain pass over everything before gives each token."""
     model = build(kind, byte_tokenizer().vocab_size)
-    row = Row(byte_tokenizer(), document_start(byte_tokenizer(), "The"), Wish(max_tokens=15), 0)
+    row = GenerationRow(
+        byte_tokenizer(), document_start(byte_tokenizer(), "The"), SamplingParams(max_tokens=15), 0
+    )
     begin = list(row.ids)
     assert written(model, [row])[0][4:] == continue_by_hand(
         model, begin, 15, stop=byte_tokenizer().eos_id
@@ -323,9 +334,12 @@ def test_a_model_of_the_hub_generates_the_same_in_batches() -> None:
     for batches in ([prompts], [[prompt] for prompt in prompts]):
         for batch in batches:
             rows = [
-                Row(Numbers(), ids, Wish(max_tokens=12, temperature=1.0), len(ids)) for ids in batch
+                GenerationRow(
+                    Numbers(), ids, SamplingParams(max_tokens=12, temperature=1.0), len(ids)
+                )
+                for ids in batch
             ]  # type: ignore[arg-type]
-            for _ in advance(Voice(model, Numbers(), CONTEXT), rows):  # type: ignore[arg-type]
+            for _ in advance(TextGenerator(model, Numbers(), CONTEXT), rows):  # type: ignore[arg-type]
                 pass
             found += [row.ids for row in rows]
     assert found[:3] == found[3:] and "hub" in KINDS
@@ -335,18 +349,18 @@ def test_pieces_of_a_stream_join_to_the_text() -> None:
     """Of a model that says bytes which are no characters; one that is left amid its text has said
     what was shown."""
     tokenizer, model = byte_tokenizer(), build("simple_lm", byte_tokenizer().vocab_size)
-    wish = Wish(max_tokens=60, temperature=2.0, until=("qq",))
+    params = SamplingParams(max_tokens=60, temperature=2.0, until=("qq",))
     pieces = list(
-        stream(
-            Voice(model, tokenizer, CONTEXT),
-            row := Row(tokenizer, document_start(tokenizer, "a"), wish, 5),
+        stream_text(
+            TextGenerator(model, tokenizer, CONTEXT),
+            row := GenerationRow(tokenizer, document_start(tokenizer, "a"), params, 5),
         )
     )
-    assert "".join(pieces) == row.text and row.over and len(pieces) > 10 and "" not in pieces
-    begun = stream(
-        Voice(model, tokenizer, CONTEXT),
-        again := Row(tokenizer, document_start(tokenizer, "a"), wish, 5),
+    assert "".join(pieces) == row.text and row.finished and len(pieces) > 10 and "" not in pieces
+    begun = stream_text(
+        TextGenerator(model, tokenizer, CONTEXT),
+        again := GenerationRow(tokenizer, document_start(tokenizer, "a"), params, 5),
     )
     first = [next(begun) for _ in range(5)]
     begun.close()
-    assert first == pieces[:5] and not again.over and again.text.startswith("".join(first))
+    assert first == pieces[:5] and not again.finished and again.text.startswith("".join(first))

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from core.contracts import plain_batch
-from core.generation.engine import Row, Voice, Wish, advance, document_start
+from core.generation.engine import GenerationRow, TextGenerator, advance, document_start
+from core.generation.sampling import SamplingParams
 from core.generation.speculative import Drafter, can_draft
 from core.heads import AuxiliarySettings
 from core.heads.draft import Draft
@@ -21,10 +22,10 @@ from tests.evaluation.harness.tiny import CONTEXT, OF_TEXT, build, byte_tokenize
 from tests.models import test_huggingface
 
 RAGGED = ["In year 31", "a", "", "The stone met", "x" * 60]
-WISHES = [
-    Wish(max_tokens=20),
-    Wish(max_tokens=20, temperature=1.5, top_p=0.9, no_repeat_ngram=2),
-    Wish(max_tokens=9, temperature=2.0, until=("e", "qq", "\x00")),
+PARAMS = [
+    SamplingParams(max_tokens=20),
+    SamplingParams(max_tokens=20, temperature=1.5, top_p=0.9, no_repeat_ngram=2),
+    SamplingParams(max_tokens=9, temperature=2.0, until=("e", "qq", "\x00")),
 ]
 
 
@@ -33,9 +34,9 @@ class Foretold(Drafter):
 
     def __init__(self, texts: dict[int, list[int]], wrong_every: int, tokens: int = 3):
         self._texts, self._wrong = texts, wrong_every
-        self.tokens, self.passes, self.said, self.guessed, self.right = tokens, 0, 0, 0, 0
+        self.tokens, self.passes, self.emitted, self.proposed, self.accepted = tokens, 0, 0, 0, 0
 
-    def guesses(self, states: Tensor, rows: list[Any], readout: Any, count: int) -> list[list[int]]:
+    def propose(self, states: Tensor, rows: list[Any], readout: Any, count: int) -> list[list[int]]:
         assert states.shape[0] == len(rows) and torch.isfinite(states).all()
         return [[self._guess(row, len(row.ids) + i) for i in range(count)] for row in rows]
 
@@ -53,9 +54,11 @@ def head_for(hidden_size: int, tokens: int = 3) -> Draft:
 
 
 def rows_of(
-    tokenizer: Any, prompts: list[list[int]], wish: Wish, ends: tuple[int, ...] = ()
+    tokenizer: Any, prompts: list[list[int]], params: SamplingParams, ends: tuple[int, ...] = ()
 ) -> list[Any]:
-    rows = [Row(tokenizer, prompt, wish, seed, ends) for seed, prompt in enumerate(prompts)]
+    rows = [
+        GenerationRow(tokenizer, prompt, params, seed, ends) for seed, prompt in enumerate(prompts)
+    ]
     for number, row in enumerate(rows):
         row.number, row.eos = number, tokenizer.eos_id  # type: ignore[attr-defined]
     return rows
@@ -65,43 +68,49 @@ def written(
     model: nn.Module, rows: list[Any], drafter: Drafter | None = None, tokenizer: Any = None
 ) -> tuple[list[Any], int]:
     """What the rows said, and in how many passes."""
-    voice = Voice(model, tokenizer or byte_tokenizer(), CONTEXT, drafter=drafter)  # type: ignore[arg-type]
-    passes = sum(1 for _ in advance(voice, rows))
+    generator = TextGenerator(model, tokenizer or byte_tokenizer(), CONTEXT, drafter=drafter)  # type: ignore[arg-type]
+    passes = sum(1 for _ in advance(generator, rows))
     return [(row.ids, row.text) for row in rows], passes
 
 
 @pytest.mark.parametrize(
     "kind", [kind for kind in OF_TEXT if kind not in ("post-norm", "not causal")]
 )
-@pytest.mark.parametrize("wish", WISHES)
-def test_drafts_change_no_text(kind: str, wish: Wish) -> None:
+@pytest.mark.parametrize("params", PARAMS)
+def test_drafts_change_no_text(kind: str, params: SamplingParams) -> None:
     """Of prompts of any length, up to the context's end and beyond it; with a block, stop strings
     and ends amid a draft. Right guesses, mistakes here and there, and nothing but mistakes; alone
     and together."""
     tokenizer = byte_tokenizer()
     model = build(kind, tokenizer.vocab_size)
-    ends = tuple(range(97, 123, 4)) if wish.until else ()
+    ends = tuple(range(97, 123, 4)) if params.until else ()
     prompts = [document_start(tokenizer, text) for text in RAGGED]
-    plain, passes = written(model, rows_of(tokenizer, prompts, wish, ends))
+    plain, passes = written(model, rows_of(tokenizer, prompts, params, ends))
     known = {number: ids for number, (ids, _) in enumerate(plain)}
     for wrong_every in (10**9, 3, 1):
         drafter = Foretold(known, wrong_every)
-        found, needed = written(model, rows_of(tokenizer, prompts, wish, ends), drafter)
-        assert found == plain and drafter.guessed > 0 and (drafter.right == 0) == (wrong_every == 1)
+        found, needed = written(model, rows_of(tokenizer, prompts, params, ends), drafter)
+        assert (
+            found == plain
+            and drafter.proposed > 0
+            and (drafter.accepted == 0) == (wrong_every == 1)
+        )
         assert needed < passes or wrong_every < 10**9
     assert [
         written(model, [row], Foretold(known, 3))[0][0]
-        for row in rows_of(tokenizer, prompts, wish, ends)
+        for row in rows_of(tokenizer, prompts, params, ends)
     ] == plain
 
 
 def test_a_model_without_a_cache_is_read_as_ever() -> None:
     """None is drafted where every pass reads everything."""
-    tokenizer, wish = byte_tokenizer(), WISHES[1]
+    tokenizer, params = byte_tokenizer(), PARAMS[1]
     model, prompts = build("not causal", tokenizer.vocab_size), [document_start(tokenizer, "ab")]
-    plain, passes = written(model, rows_of(tokenizer, prompts, wish))
+    plain, passes = written(model, rows_of(tokenizer, prompts, params))
     drafter = Foretold({0: plain[0][0]}, 10**9)
-    assert not can_draft(model) and written(model, rows_of(tokenizer, prompts, wish), drafter) == (
+    assert not can_draft(model) and written(
+        model, rows_of(tokenizer, prompts, params), drafter
+    ) == (
         plain,
         passes,
     )
@@ -111,14 +120,14 @@ def test_a_model_without_a_cache_is_read_as_ever() -> None:
 def test_right_guesses_save_passes() -> None:
     """k right guesses give k + 1 tokens a pass. The first pass has nothing to guess from; the last
     token needs no guess."""
-    tokenizer, wish = byte_tokenizer(), Wish(max_tokens=17)
+    tokenizer, params = byte_tokenizer(), SamplingParams(max_tokens=17)
     model = build("simple_lm", tokenizer.vocab_size)
     prompt = [document_start(tokenizer, "abc")]
-    plain, passes = written(model, rows_of(tokenizer, prompt, wish))
+    plain, passes = written(model, rows_of(tokenizer, prompt, params))
     assert passes == 17
     drafter = Foretold({0: plain[0][0]}, 10**9)
-    assert written(model, rows_of(tokenizer, prompt, wish), drafter) == (plain, 1 + 4)
-    assert (drafter.said, drafter.guessed, drafter.right, drafter.passes) == (17, 12, 12, 5)
+    assert written(model, rows_of(tokenizer, prompt, params), drafter) == (plain, 1 + 4)
+    assert (drafter.emitted, drafter.proposed, drafter.accepted, drafter.passes) == (17, 12, 12, 5)
 
 
 @pytest.mark.parametrize(
@@ -137,37 +146,37 @@ def test_models_of_the_library_draft_where_their_cache_keeps_every_position(
         def decode(self, ids: list[int]) -> str:
             return "".join(chr(65 + i) for i in ids)
 
-    numbers, prompts, wish = (
+    numbers, prompts, params = (
         Numbers(),
         [[1, 2], [3], list(range(5, 20))],
-        Wish(max_tokens=12, temperature=1.0),
+        SamplingParams(max_tokens=12, temperature=1.0),
     )
-    plain, passes = written(model, rows_of(numbers, prompts, wish), tokenizer=numbers)
+    plain, passes = written(model, rows_of(numbers, prompts, params), tokenizer=numbers)
     drafter = Foretold({number: ids for number, (ids, _) in enumerate(plain)}, 4)
-    found, needed = written(model, rows_of(numbers, prompts, wish), drafter, numbers)
+    found, needed = written(model, rows_of(numbers, prompts, params), drafter, numbers)
     assert found == plain and (
-        needed < passes and drafter.right > 0
+        needed < passes and drafter.accepted > 0
         if drafts
-        else needed == passes and drafter.guessed == 0
+        else needed == passes and drafter.proposed == 0
     )
 
 
-def test_foreseeing_is_choosing_and_leaves_the_row_as_it_was() -> None:
+def test_drafting_is_choosing_and_leaves_the_row_as_it_was() -> None:
     """With the row's own random numbers and its block, of the guesses among themselves, too."""
-    wish = Wish(temperature=1.0, top_p=0.9, no_repeat_ngram=2)
-    one, other = (Row(byte_tokenizer(), [1, 2, 3], wish, 7) for _ in range(2))
+    params = SamplingParams(temperature=1.0, top_p=0.9, no_repeat_ngram=2)
+    one, other = (GenerationRow(byte_tokenizer(), [1, 2, 3], params, 7) for _ in range(2))
     scores = torch.randn(30, 260, generator=torch.Generator().manual_seed(1))
     scores[:, 50:55] += 6.0
     scores[:, byte_tokenizer().eos_id] = -9.0
-    foreseen = []
+    drafted = []
     for _ in range(2):
-        choose = one.foresee()
-        foreseen.append([choose(own.clone()) for own in scores])
+        choose = one.draft_sampler()
+        drafted.append([choose(own.clone()) for own in scores])
     said = []
     for own in scores:
         said.append(other.choose(own.clone()))
-        other.say(said[-1])
-    assert foreseen[0] == foreseen[1] == said and one.ids == [1, 2, 3] and max(said) < 257
+        other.append(said[-1])
+    assert drafted[0] == drafted[1] == said and one.ids == [1, 2, 3] and max(said) < 257
     pairs = list(itertools.pairwise([1, 2, 3, *said]))
     assert len(pairs) == len(set(pairs))
 
@@ -225,16 +234,16 @@ def ignorant_head() -> Draft:
     return head
 
 
-def probabilities(model: nn.Module, wish: Wish) -> dict[tuple[int, ...], float]:
+def probabilities(model: nn.Module, params: SamplingParams) -> dict[tuple[int, ...], float]:
     """Of every text that can be said after token 0, from the model's scores alone: one plain pass
     for each beginning."""
     found, open_ = {}, {(): 1.0}
     for _ in range(TOKENS):
         longer = {}
         for said, so_far in open_.items():
-            p = (logs_of(model, [0, *said])[-1] / wish.temperature).softmax(-1)
+            p = (logs_of(model, [0, *said])[-1] / params.temperature).softmax(-1)
             best, ids = p.sort(descending=True)
-            kept = best * (best.cumsum(-1) - best < wish.top_p)
+            kept = best * (best.cumsum(-1) - best < params.top_p)
             for token, share in zip(ids.tolist(), (kept / kept.sum()).tolist()):
                 if share > 0:
                     (found if token == Letters.eos_id else longer)[*said, token] = so_far * share
@@ -245,15 +254,18 @@ def probabilities(model: nn.Module, wish: Wish) -> dict[tuple[int, ...], float]:
 def test_texts_come_as_often_as_the_model_has_it(small: nn.Module) -> None:
     """Chi-squared of thousands of texts against their exact probabilities: with a head that knows
     nothing, and a good one."""
-    wish, tokenizer = Wish(max_tokens=TOKENS, temperature=0.9, top_p=0.95), Letters()
-    exact = probabilities(small, wish)
+    params, tokenizer = SamplingParams(max_tokens=TOKENS, temperature=0.9, top_p=0.95), Letters()
+    exact = probabilities(small, params)
     assert abs(sum(exact.values()) - 1) < 1e-9
     rates = []
     for head in (ignorant_head(), trained_head(small)):
         drafter, counted = Drafter(head), Counter()
         for first in range(0, TEXTS, PER_BATCH):
-            rows = [Row(tokenizer, [0], wish, seed) for seed in range(first, first + PER_BATCH)]  # type: ignore[arg-type]
-            for _ in advance(Voice(small, tokenizer, CONTEXT, drafter=drafter), rows):  # type: ignore[arg-type]
+            rows = [
+                GenerationRow(tokenizer, [0], params, seed)
+                for seed in range(first, first + PER_BATCH)
+            ]  # type: ignore[arg-type]
+            for _ in advance(TextGenerator(small, tokenizer, CONTEXT, drafter=drafter), rows):  # type: ignore[arg-type]
                 pass
             ended = [(*row.ids[1:], *[Letters.eos_id] * (len(row.ids) <= TOKENS)) for row in rows]
             counted.update(ended)
@@ -265,5 +277,5 @@ def test_texts_come_as_often_as_the_model_has_it(small: nn.Module) -> None:
         assert freedom > 25 and chi2 < freedom + 4 * (2 * freedom) ** 0.5, (
             "chance passes this about once in ten thousand"
         )
-        rates.append(drafter.right / drafter.guessed)
+        rates.append(drafter.accepted / drafter.proposed)
     assert rates[1] > 1.5 * rates[0] > 0, f"the good head guesses better: {rates}"

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from core.data.tokenizer import Tokenizer
-from core.generation.text_stream import Continuation, first_stop
+from core.generation.text_stream import TextStream, first_stop
 from tests.evaluation.harness.tiny import bpe_tokenizer, byte_tokenizer
 
 TOKENIZERS = [byte_tokenizer, bpe_tokenizer]
@@ -16,11 +16,11 @@ def told(
     tokenizer: Tokenizer, ids: list[int], stops: tuple[str, ...] = ()
 ) -> tuple[list[str], str]:
     """(what `take` gives after each token and at the end, the text)."""
-    continuation, pieces = Continuation(tokenizer, stops), []
+    continuation, pieces = TextStream(tokenizer, stops), []
     for token in ids:
         continuation.add(token)
         pieces.append(continuation.take())
-        if continuation.over:
+        if continuation.finished:
             break
     continuation.finish()
     return [*pieces, continuation.take()], continuation.text

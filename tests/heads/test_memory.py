@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from core.contracts import IGNORE_INDEX, Batch, plain_batch
-from core.generation.engine import Reader, Row, Voice, Wish, advance, document_start
+from core.generation.engine import (
+    GenerationRow,
+    ModelRunner,
+    TextGenerator,
+    advance,
+    document_start,
+)
+from core.generation.sampling import SamplingParams
 from core.generation.speculative import Drafter
 from core.heads.memory import Memory, Summary, read
 from core.models.simple_lm import SimpleLM, SimpleLMSettings
@@ -168,14 +175,14 @@ PROMPTS = ["import os", "x" * (CONTEXT - 2), "def long(): " * 6]
 
 
 def continued(
-    voice: Voice, prompts: list[str], max_tokens: int, temperature: float = 0.0
+    generator: TextGenerator, prompts: list[str], max_tokens: int, temperature: float = 0.0
 ) -> list[list[int]]:
-    wish = Wish(max_tokens=max_tokens, temperature=temperature, no_repeat_ngram=0)
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, no_repeat_ngram=0)
     rows = [
-        Row(voice.tokenizer, document_start(voice.tokenizer, text), wish, seed)
+        GenerationRow(generator.tokenizer, document_start(generator.tokenizer, text), params, seed)
         for seed, text in enumerate(prompts)
     ]
-    for _ in advance(voice, rows):
+    for _ in advance(generator, rows):
         pass
     return [row.ids for row in rows]
 
@@ -215,37 +222,42 @@ def test_beyond_the_context_a_text_goes_on_behind_its_summary(kind: str, slots: 
     memory = memory_for(tokenizer.vocab_size, width, memory_slots=slots).double()
     with torch.no_grad():
         memory.say.weight.mul_(4.0)  # loud enough to be heard in random weights
-    voice = Voice(model, tokenizer, CONTEXT, memory=memory)
-    together, drawn = continued(voice, PROMPTS, 30), continued(voice, PROMPTS, 30, temperature=1.0)
+    generator = TextGenerator(model, tokenizer, CONTEXT, memory=memory)
+    together, drawn = (
+        continued(generator, PROMPTS, 30),
+        continued(generator, PROMPTS, 30, temperature=1.0),
+    )
     for prompt, ids in zip(PROMPTS, together):
         for length in range(len(document_start(tokenizer, prompt)), len(ids)):
             assert ids[length] == likeliest(model, memory, ids[:length])
-    assert [continued(voice, [prompt], 30)[0] for prompt in PROMPTS] == together
+    assert [continued(generator, [prompt], 30)[0] for prompt in PROMPTS] == together
     drafter = Drafter(
         heads_for(width, tokenizer.vocab_size, enable_draft=True, draft_tokens=3)["draft"].double()
     )
     for own, text in (
-        (voice, together),
-        (guided := replace(voice, guide=backwards), continued(guided, PROMPTS, 30)),
+        (generator, together),
+        (guided := replace(generator, guide=backwards), continued(guided, PROMPTS, 30)),
     ):
         assert continued(replace(own, drafter=drafter), PROMPTS, 30) == text, (
             "a memory, a guide and drafts go together"
         )
-    assert drafter.guessed > 0 and text != together
+    assert drafter.proposed > 0 and text != together
     model.new_cache = lambda: None
     assert (
-        continued(voice, PROMPTS, 30) == together
-        and continued(voice, PROMPTS, 30, temperature=1.0) == drawn
+        continued(generator, PROMPTS, 30) == together
+        and continued(generator, PROMPTS, 30, temperature=1.0) == drawn
     )
-    for own, counts in ((voice, True), (replace(voice, memory=None), False)):
-        found = [Reader(own).read([[first, *range(100)]], 1)[1] for first in (1, 2)]
+    for own, counts in ((generator, True), (replace(generator, memory=None), False)):
+        found = [ModelRunner(own).read([[first, *range(100)]], 1)[1] for first in (1, 2)]
         assert torch.equal(*found) != counts
 
 
 def test_within_the_context_a_memory_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Memory, "compress", lambda *_: pytest.fail("nothing had to be compressed"))
     model, memory = build("simple_lm", 40), memory_for(40).double()
-    voices = [Voice(model, byte_tokenizer(), CONTEXT, memory=own) for own in (None, memory)]
+    generators = [
+        TextGenerator(model, byte_tokenizer(), CONTEXT, memory=own) for own in (None, memory)
+    ]
     for rows in ([[7] * CONTEXT, list(range(CONTEXT))], [[1, 2, 3]]):
-        scores = [Reader(voice).read(rows, 1)[1] for voice in voices]
+        scores = [ModelRunner(generator).read(rows, 1)[1] for generator in generators]
         assert torch.equal(*scores)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from core.contracts import Batch, plain_batch
 from core.data.tokenizer import Tokenizer
-from core.generation.engine import Guide, Row, Voice, Wish, advance, document_start
+from core.generation.engine import GenerationRow, Guide, TextGenerator, advance, document_start
+from core.generation.sampling import SamplingParams
 from core.heads.inputs import HeadInputs
 from core.heads.stack import HeadStack
 from core.models.readout import LinearReadout
@@ -135,9 +136,9 @@ def test_it_learns_what_values_foretell_and_nothing_where_they_do_not(planted: b
 def written(
     model: nn.Module, prompts: list[list[int]], tokenizer: Tokenizer, guide: Guide | None
 ) -> list[list[int]]:
-    wish = Wish(max_tokens=20, temperature=1.0, top_p=0.9, no_repeat_ngram=2)
-    rows = [Row(tokenizer, ids, wish, len(ids)) for ids in prompts]
-    for _ in advance(Voice(model, tokenizer, CONTEXT, guide), rows):  # type: ignore[arg-type]
+    params = SamplingParams(max_tokens=20, temperature=1.0, top_p=0.9, no_repeat_ngram=2)
+    rows = [GenerationRow(tokenizer, ids, params, len(ids)) for ids in prompts]
+    for _ in advance(TextGenerator(model, tokenizer, CONTEXT, guide), rows):  # type: ignore[arg-type]
         pass
     return [row.ids for row in rows]
 

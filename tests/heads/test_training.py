@@ -21,7 +21,7 @@ from core.trained import load_trained
 from tests.heads.setup import ALL
 from tests.parallel.test_ddp import assert_ended, on_two
 from tests.project import Project, differences, merged, tiny_preset, train_here
-from tests.training.test_trainer import (
+from tests.training.runs import (
     UPHILL,
     assert_close,
     equal,

@@ -261,7 +261,7 @@ def test_gpt2_has_the_published_number_of_parameters() -> None:
 
 
 def test_position_tables_do_not_decay() -> None:
-    from core.preset.settings import TrainSettings
+    from core.preset.train import TrainSettings
     from core.training.optim import Optimizer
 
     model = build("gpt2")
@@ -651,7 +651,7 @@ def test_what_no_token_has_is_never_sampled() -> None:
     nothing."""
     from core.contracts import Batch, ModelOutput
     from core.data.tokenizer_build import build_tokenizer
-    from core.generation.engine import Voice, generate
+    from core.generation.engine import TextGenerator, generate_text
     from core.models.readout import LinearReadout
     from core.preset.settings import GenerateSettings, TokenizerSettings
 
@@ -669,7 +669,10 @@ def test_what_no_token_has_is_never_sampled() -> None:
     seen: list[Tensor] = []
     model = Wide()
     model.register_forward_pre_hook(lambda _, args: seen.append(args[0].input_ids))
-    generate(
-        Voice(model, tokenizer, 64), "a", GenerateSettings(max_tokens=40, no_repeat_ngram=0), seed=1
+    generate_text(
+        TextGenerator(model, tokenizer, 64),
+        "a",
+        GenerateSettings(max_tokens=40, no_repeat_ngram=0),
+        seed=1,
     )  # type: ignore[arg-type]
     assert len(seen) > 2 and int(torch.cat(seen, dim=1).max()) < tokenizer.vocab_size

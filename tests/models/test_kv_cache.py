@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from core.contracts import call_if_defined
-from core.generation.engine import Voice, generate
+from core.generation.engine import TextGenerator, generate_text
 from core.models import MODELS
 from core.models.attention import DocumentMask, attend, attend_to_past
 from core.models.huggingface import LibraryCache
@@ -186,9 +186,9 @@ def test_generation_says_the_same_with_a_cache(name: str) -> None:
     extend = getattr(model, "extend", None)
     if call_if_defined(model, "new_cache") is not None:
         model.extend = lambda ids, cache: read.append(ids.shape[1]) or extend(ids, cache)
-    texts = [generate(Voice(model, Small(), 24), "abc", settings, seed=3)]  # type: ignore[arg-type]
+    texts = [generate_text(TextGenerator(model, Small(), 24), "abc", settings, seed=3)]  # type: ignore[arg-type]
     if read:
         assert read == [4] + [1] * 20
     model.new_cache = lambda: None
-    texts.append(generate(Voice(model, Small(), 24), "abc", settings, seed=3))  # type: ignore[arg-type]
+    texts.append(generate_text(TextGenerator(model, Small(), 24), "abc", settings, seed=3))  # type: ignore[arg-type]
     assert texts[0] == texts[1] and len(texts[0].split()) > 10

@@ -15,7 +15,7 @@ from core.runtime import detect_runtime
 from core.ui.plain import NOT_CAUSAL, describe
 from core.ui.run_state import RunState
 from tests.project import TINY_SIZES, tiny_preset
-from tests.training.test_trainer import events, finish, session, weights
+from tests.training.runs import events, finish, session, weights
 
 MODEL = {"type": "polychromatic", "seq_length": 32, **TINY_SIZES}
 

@@ -15,7 +15,7 @@ from core.data.loader import StepRows
 from core.errors import PresetError, UserError
 from core.models import build_model
 from core.preset.decode import decode_preset
-from core.preset.settings import CurriculumSettings, TrainSettings
+from core.preset.train import CurriculumSettings, TrainSettings
 from core.registry import Preset
 from core.runtime import detect_runtime
 from core.training.curriculum import Curriculum, buckets_of, choose
@@ -30,7 +30,7 @@ from tests.data.corpus import (
     write_corpus,
 )
 from tests.project import Project, merged, tiny_preset, train_here
-from tests.training.test_trainer import UPHILL, equal, events, finish, session, weights
+from tests.training.runs import UPHILL, equal, events, finish, session, weights
 
 ANY = np.ones((3, 2), dtype=bool)
 

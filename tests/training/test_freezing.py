@@ -21,7 +21,7 @@ from core.training.freezing import names, share_with_graph, train_only
 from core.training.memory import memory_estimate, size_of
 from tests.parallel.test_ddp import assert_ended, on_two
 from tests.project import ROOT, TINY_SIZES, Project, differences, tiny_preset
-from tests.training.test_trainer import SAME, assert_close, events, finish, session, weights
+from tests.training.runs import SAME, assert_close, events, finish, session, weights
 
 NEOBERT = {"type": "neobert", "head": "distance", "keep_decoder": True, "intermediate_size": 64}
 HARMONIC = {"losses": [{"type": "harmonic"}]}

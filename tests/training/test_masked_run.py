@@ -8,7 +8,6 @@ import io
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,43 +19,18 @@ from core.data.corpus import open_corpus
 from core.data.packing import Row
 from core.data.reader import collate
 from core.data.tokenizer import MASK, Tokenizer
-from core.data.tokenizer_build import build_tokenizer
 from core.errors import UserError
 from core.jobs.evaluate import evaluate
 from core.jobs.interpret import interpret
 from core.models import build_model
 from core.parallel.single import Single
 from core.preset.decode import decode_preset
-from core.preset.settings import TokenizerSettings
 from core.registry import Preset
 from core.runtime import detect_runtime
-from tests.parallel.test_ddp import assert_ended
-from tests.project import Project, differences, merged, story, tiny_preset, train_here
-from tests.training.test_trainer import finish, session
+from tests.project import Project, merged
+from tests.training.masked import PRESET, STEPS, masked_run, of_kind
+from tests.training.runs import session
 
-STEPS = 8
-MODEL = {"type": "neobert", "head": "distance", "keep_decoder": True, "intermediate_size": 64}
-PRESET = tiny_preset(
-    model=MODEL,
-    losses=[{"type": "harmonic"}],
-    train={
-        "max_steps": STEPS,
-        "eval_tokens": 300,
-        "eval_every_tokens": 500,
-        "eval_at_start": True,
-        "precision": "fp32",
-    },
-    data={
-        "sources": [{"type": "text", "path": "short"}, {"type": "text", "path": "shorter"}],
-        "mix_strategy": "weighted",
-        "source_weights": [0.7, 0.3],
-        "mask_fraction": 0.3,
-    },
-    generate={
-        "prompts": [f"In year {MASK} the {MASK}iver", "no blank"],
-        "neighbors_of": ["e", "river", "1"],
-    },
-)
 OF_DISTANCES = {
     "token_accuracy",
     "top5_accuracy",
@@ -65,12 +39,16 @@ OF_DISTANCES = {
     "pseudo_perplexity_h12",
     "pseudo_perplexity_h4",
 }
+
+
 OF_DECODER = {
     "decoder_accuracy",
     "decoder_top5_accuracy",
     "decoder_cross_entropy",
     "decoder_pseudo_perplexity",
 }
+
+
 OF_PROTOTYPES = {
     "prototype_cosine",
     "prototype_spread",
@@ -78,6 +56,8 @@ OF_PROTOTYPES = {
     "prototype_drift",
     "table_cosine",
 }
+
+
 OF_ALL = {
     "event",
     "step",
@@ -92,32 +72,12 @@ OF_ALL = {
 }
 
 
-def write_texts(root: Path) -> None:
-    """Two sources that hold so little out that each of its tokens is hidden in its turn."""
-    for name, sentences in (("short", 5), ("shorter", 3)):
-        (root / name).mkdir(parents=True, exist_ok=True)
-        for number in range(100, 130):
-            (root / name / f"{number + 30 * sentences}.txt").write_text(
-                story(number + 30 * sentences, sentences)
-            )
-
-
-def masked_run(root: Path, stem: str = "t", **changes: Any) -> list[dict]:
-    """All events of a run of PRESET with these changes."""
-    write_texts(root)
-    return train_here(merged(PRESET, changes), root, stem)
-
-
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project whose lineage "t" is PRESET, trained to its end; nobody may change it."""
     root = tmp_path_factory.mktemp("masked")
     masked_run(root)
     return root
-
-
-def of_kind(root: Path, kind: str, lineage: str = "t") -> list[dict]:
-    return Project(root).events(kind, lineage)
 
 
 # what a run tells ---------------------------------------------------------------------------------
@@ -320,58 +280,8 @@ def test_pseudo_perplexity_hides_one_token_at_a_time(root: Path) -> None:
     assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-4)
 
 
-# resuming -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("head", ["distance", "decoder"])
-def test_resuming_equals_not_stopping(head: str, tmp_path: Path) -> None:
-    """Weights, optimizer, data and every number told, to the bit; prototypes are on the sphere; the
-    evaluation at the start is made once."""
-    own = (
-        {}
-        if head == "distance"
-        else {
-            "model": {"head": "decoder", "keep_decoder": False},
-            "losses": [{"type": "cross_entropy"}],
-        }
-    )
-    preset = merged(PRESET, own)
-    for name in ("whole", "halves"):
-        write_texts(tmp_path / name)
-    finish(session(tmp_path / "whole", **preset))
-    half = session(tmp_path / "halves", **preset)
-    half.trainer.should_stop = lambda: half.trainer.progress.step == 3
-    assert finish(half) == "interrupted"
-    assert [event["step"] for event in of_kind(tmp_path / "halves", "eval")] == [0]
-    rest = session(tmp_path / "halves", **preset)
-    assert rest.trainer.progress.step == 3
-    assert finish(rest) == "max_steps"
-    whole, halves = (Project(tmp_path / name) for name in ("whole", "halves"))
-    assert differences(whole.checkpoint(), halves.checkpoint()) == []
-    assert [event["step"] for event in halves.events("eval")] == [0, 4, 8]
-    for kind in ("step", "eval", "sample", "neighbors"):
-        changing = ("time", "seconds", "tokens_per_second", "data_seconds", "memory_mb")
-        one, other = (
-            [{k: v for k, v in e.items() if k not in changing} for e in each.events(kind)]
-            for each in (whole, halves)
-        )
-        assert one == other, kind
-    if head == "distance":
-        lengths = whole.checkpoint()["model"]["dist_head.weight"].double().norm(dim=-1)
-        assert float((lengths - 1.0).abs().max()) < 1e-6
-
-
-@pytest.mark.slow
-def test_the_next_run_begins_without_an_evaluation_of_its_own(tmp_path: Path) -> None:
-    """eval_at_start is of the lineage's beginning: the second run's weights were just evaluated."""
-    train = {"max_steps": 2, "eval_every_tokens": 10_000}
-    for _ in range(2):
-        masked_run(tmp_path, train=train)
-    assert [event["step"] for event in of_kind(tmp_path, "eval")] == [0, 2, 4]
-
-
 # the weights elsewhere ----------------------------------------------------------------------------
+
 
 DECODER = {
     "model": {"head": "decoder", "keep_decoder": False},
@@ -462,43 +372,3 @@ def test_jobs_that_ask_for_next_tokens_refuse_it(
     with pytest.raises(UserError, match=told) as refused:
         run(preset, detect_runtime(), Single(), folder, 0.0, io.StringIO())
     assert refused.value.exit_code == 2
-
-
-@pytest.mark.slow
-def test_from_the_outside(make_project: Callable[..., Project]) -> None:
-    """A run by its name with its pictures, then the jobs that refuse it: exit code 2, no
-    traceback."""
-    jobs = {job: {**PRESET, "job": job, "init_from": "t"} for job in ("evaluate", "interpret")}
-    project = make_project({"t": PRESET, **jobs})
-    write_texts(project.folder)
-    assert_ended(project.run("t"))
-    saved = {path.name for path in (project.folder / "logs" / "t").iterdir()}
-    assert saved == {"metrics.jsonl", "preset.json", "run.json", "loss.png", "masked.png"}
-    for job in jobs:
-        result = project.run(job)
-        assert_ended(result, 2)
-        assert "t_current.pth holds a neobert, which" in result.err
-
-
-def test_a_step_in_which_chance_masks_nothing_is_passed_over(tmp_path: Path) -> None:
-    """Short rows, one at a time, and few masked tokens: some steps have none, and the run goes on
-    to its end all the same."""
-    few = {
-        "train": {"per_gpu_batch_size": 1, "max_steps": 30, "eval_tokens": 0},
-        "data": {"mask_fraction": 0.05},
-    }
-    events = masked_run(tmp_path, model={"seq_length": 8}, **few)
-    steps = [event for event in events if event["event"] == "step"]
-    assert len(steps) == 30 and all(event["loss"] > 0 for event in steps)
-    assert Project(tmp_path).checkpoint()["data"]["rows"] > 60, (
-        "most rows of eight tokens have none masked"
-    )
-
-
-def test_a_tokenizer_without_a_mask_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    tokenizer = build_tokenizer(TokenizerSettings(type="bpe", vocab_size=300), ["some text"])
-    (tmp_path / "made").mkdir()
-    tokenizer.save(tmp_path / "made" / "tokenizer.json")
-    with pytest.raises(UserError, match=r"no \[MASK\] among its special tokens"):
-        masked_run(tmp_path, tokenizer={"type": "file", "path": "made/tokenizer.json"})
-    assert not (tmp_path / "logs").exists() and not (tmp_path / "checkpoints").exists()

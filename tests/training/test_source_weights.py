@@ -19,7 +19,7 @@ from core.schedules import Piece
 from core.training.source_weights import SourceWeights, adapted
 from tests.data.corpus import write_corpus
 from tests.project import Project, differences, merged
-from tests.training.test_trainer import events, finish, poison, session
+from tests.training.runs import events, finish, poison, session
 
 
 def settings(**changes: Any) -> AuxiliarySettingsBase:

@@ -17,7 +17,7 @@ from core.errors import UserError
 from core.evaluation.harness.library import harness
 from core.evaluation.harness.scoring import Pair, Scorer, Told
 from core.evaluation.harness.writing import Writer
-from core.generation.engine import Wish
+from core.generation.sampling import SamplingParams
 
 KNOWN = {"until", "do_sample", "temperature", "top_p"}
 LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -69,7 +69,10 @@ def as_harness_model(scorer: Scorer, writer: Writer, tokenizer: Tokenizer, told:
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
             return writer.write(
-                [(request.args[0], wish_of(request.args[1], writer.notes)) for request in requests],
+                [
+                    (request.args[0], sampling_params(request.args[1], writer.notes))
+                    for request in requests
+                ],
                 told,
             )
 
@@ -93,7 +96,7 @@ def as_harness_model(scorer: Scorer, writer: Writer, tokenizer: Tokenizer, told:
     return Model()
 
 
-def wish_of(kwargs: dict[str, Any], notes: list[str]) -> Wish:
+def sampling_params(kwargs: dict[str, Any], notes: list[str]) -> SamplingParams:
     """A task's generation_kwargs as we understand them. What this program does not have is told in
     `notes`."""
     if unknown := sorted(set(kwargs) - KNOWN - set(LIMITS)):
@@ -118,4 +121,4 @@ def wish_of(kwargs: dict[str, Any], notes: list[str]) -> Wish:
         temperature = 0.0
     elif kwargs.get("temperature") is None:
         temperature = 1.0
-    return Wish(tuple(until), limit, temperature, float(kwargs.get("top_p") or 1.0))
+    return SamplingParams(tuple(until), limit, temperature, float(kwargs.get("top_p") or 1.0))

@@ -14,10 +14,11 @@ from core.evaluation.harness import tasks as tasks_module
 from core.evaluation.harness.library import harness
 from core.evaluation.harness.scoring import Scorer
 from core.evaluation.harness.tasks import open_tasks, run_task
-from core.evaluation.harness.wrapper import as_harness_model, wish_of
+from core.evaluation.harness.wrapper import as_harness_model, sampling_params
 from core.evaluation.harness.writing import Writer
-from core.evaluation.results import Findings, of_harness, read_findings
-from core.generation.engine import Voice, Wish
+from core.evaluation.results import EvaluationResults, of_harness, read_results
+from core.generation.engine import TextGenerator
+from core.generation.sampling import SamplingParams
 from tests.evaluation.harness.tiny import (
     CONTEXT,
     EXACT,
@@ -42,7 +43,7 @@ def quiet(done: int, total: int) -> None:
 def wrapped(model: Any, tokenizer: Tokenizer, batch_size: int = 4, context: int = CONTEXT) -> Any:
     return as_harness_model(
         Scorer(model, context, batch_size),
-        Writer(Voice(model, tokenizer, context), batch_size),
+        Writer(TextGenerator(model, tokenizer, context), batch_size),
         tokenizer,
         quiet,
     )
@@ -133,19 +134,27 @@ def test_rolling_scores_every_token_once_in_the_harness_windows(kind: str) -> No
 
 def test_what_a_task_wants_of_a_text() -> None:
     notes: list[str] = []
-    assert wish_of(
+    assert sampling_params(
         {"until": "\n", "max_gen_toks": 5, "do_sample": False, "temperature": 0.7}, notes
-    ) == Wish(("\n",), 5)
-    assert wish_of({"until": ["a", "b"], "max_new_tokens": "9"}, notes) == Wish(("a", "b"), 9)
-    assert wish_of({}, notes) == Wish() and wish_of({"temperature": 0.5}, notes) == Wish(
-        temperature=0.5
+    ) == SamplingParams(("\n",), 5)
+    assert sampling_params({"until": ["a", "b"], "max_new_tokens": "9"}, notes) == SamplingParams(
+        ("a", "b"), 9
     )
-    assert wish_of({"do_sample": True, "top_p": 0.9}, notes) == Wish(temperature=1.0, top_p=0.9)
+    assert sampling_params({}, notes) == SamplingParams() and sampling_params(
+        {"temperature": 0.5}, notes
+    ) == SamplingParams(temperature=0.5)
+    assert sampling_params({"do_sample": True, "top_p": 0.9}, notes) == SamplingParams(
+        temperature=1.0, top_p=0.9
+    )
     assert notes == []
-    assert wish_of({"num_beams": 4}, notes) == wish_of({"num_beams": 2}, notes) == Wish()
+    assert (
+        sampling_params({"num_beams": 4}, notes)
+        == sampling_params({"num_beams": 2}, notes)
+        == SamplingParams()
+    )
     assert len(notes) == 1 and "num_beams" in notes[0]
     with pytest.raises(UserError, match="limit of tokens"):
-        wish_of({"max_gen_toks": 0}, notes)
+        sampling_params({"max_gen_toks": 0}, notes)
 
 
 # whole tasks --------------------------------------------------------------------------------------
@@ -396,4 +405,4 @@ def test_the_tasks_of_the_presets_are_the_harness_own() -> None:
 )
 def test_findings_that_are_none_are_measured_anew(content: str, tmp_path: Path) -> None:
     (tmp_path / "evaluate.json").write_text(content)
-    assert read_findings(tmp_path, {}) == Findings({})
+    assert read_results(tmp_path, {}) == EvaluationResults({})

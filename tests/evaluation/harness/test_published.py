@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from core.data.tokenizer_build import read_tokenizer
 from core.evaluation.harness.scoring import Scorer
 from core.evaluation.harness.writing import Writer
-from core.generation.engine import Voice, Wish
+from core.generation.engine import TextGenerator
+from core.generation.sampling import SamplingParams
 from core.models.polychromatic import PolychromaticLM, PolychromaticSettings
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden"
@@ -85,9 +86,12 @@ def test_generation() -> None:
     model, tokenizer, expected, context = published()
     cases = expected["generate_until"]
     asked = [
-        (c["context"], Wish(tuple(c["gen_kwargs"]["until"]), c["gen_kwargs"]["max_gen_toks"]))
+        (
+            c["context"],
+            SamplingParams(tuple(c["gen_kwargs"]["until"]), c["gen_kwargs"]["max_gen_toks"]),
+        )
         for c in cases
     ]
-    assert Writer(Voice(model, tokenizer, context), 4).write(asked) == [
+    assert Writer(TextGenerator(model, tokenizer, context), 4).write(asked) == [
         case["result"] for case in cases
     ]

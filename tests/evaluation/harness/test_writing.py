@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from core.contracts import Batch, ModelOutput, call_if_defined
 from core.evaluation.harness.writing import Writer
-from core.generation.engine import Voice, Wish
+from core.generation.engine import TextGenerator
+from core.generation.sampling import SamplingParams
 from core.generation.text_stream import first_stop
 from core.models.readout import LinearReadout
 from tests.evaluation.harness.tiny import CONTEXT, OF_TEXT, build, byte_tokenizer, continue_by_hand
@@ -32,8 +33,10 @@ def test_greedy_is_the_likeliest_token_each_time(kind: str) -> None:
         ids = (ids_of(prompt) or [EOS])[-(CONTEXT - 6) :]
         expected.append(tokenizer.decode(continue_by_hand(model, ids, 6, stop=EOS)))
     for batch_size in (1, 3, 16):
-        writer = Writer(Voice(model, tokenizer, CONTEXT), batch_size)
-        assert writer.write([(prompt, Wish(max_tokens=6)) for prompt in PROMPTS]) == expected
+        writer = Writer(TextGenerator(model, tokenizer, CONTEXT), batch_size)
+        assert (
+            writer.write([(prompt, SamplingParams(max_tokens=6)) for prompt in PROMPTS]) == expected
+        )
         assert writer.notes == []
     assert len(set(expected)) > 1
 
@@ -61,10 +64,10 @@ class Script(nn.Module):
 
 
 def say(
-    text: str, batch_size: int = 4, prompts: tuple[str, ...] = ("|",), **wish: Any
+    text: str, batch_size: int = 4, prompts: tuple[str, ...] = ("|",), **params: Any
 ) -> list[str]:
-    writer = Writer(Voice(Script(text), byte_tokenizer(), 64), batch_size)
-    return writer.write([(prompt, Wish(**wish)) for prompt in prompts])
+    writer = Writer(TextGenerator(Script(text), byte_tokenizer(), 64), batch_size)
+    return writer.write([(prompt, SamplingParams(**params)) for prompt in prompts])
 
 
 def test_a_text_ends_where_the_first_stop_string_begins() -> None:
@@ -89,12 +92,12 @@ def test_every_row_has_its_own_wish() -> None:
     own tokens."""
     model = Script("0123456789")
     asked = [
-        ("||||", Wish(until=("4",))),
-        ("a|", Wish(max_tokens=2)),
-        ("abc|", Wish()),
-        ("ab|", Wish(until=("89", "7"))),
+        ("||||", SamplingParams(until=("4",))),
+        ("a|", SamplingParams(max_tokens=2)),
+        ("abc|", SamplingParams()),
+        ("ab|", SamplingParams(until=("89", "7"))),
     ]
-    assert Writer(Voice(model, byte_tokenizer(), 64), 4).write(asked) == [
+    assert Writer(TextGenerator(model, byte_tokenizer(), 64), 4).write(asked) == [
         "0123",
         "01",
         "0123456789",
@@ -111,11 +114,15 @@ def test_prompt_and_text_fit_into_the_context() -> None:
     """The prompt's end is what stays. A task that wants more than half of a small context gets
     less, and it is told."""
     model = Script("x" * 200)
-    writer = Writer(Voice(model, byte_tokenizer(), 16), 4)
+    writer = Writer(TextGenerator(model, byte_tokenizer(), 16), 4)
     prompt = "abcdefghijklmnopqrstuvw|"
-    assert writer.write([(prompt, Wish(max_tokens=4))]) == ["x" * 4] and writer.notes == []
+    assert (
+        writer.write([(prompt, SamplingParams(max_tokens=4))]) == ["x" * 4] and writer.notes == []
+    )
     assert model.seen[0][0] == ids_of(prompt)[-12:] and max(len(ids[0]) for ids in model.seen) <= 16
-    assert writer.write([(prompt, Wish(max_tokens=256)), ("ab|", Wish(max_tokens=256))]) == [
+    assert writer.write(
+        [(prompt, SamplingParams(max_tokens=256)), ("ab|", SamplingParams(max_tokens=256))]
+    ) == [
         "x" * 8,
         "x" * 13,
     ]
@@ -126,18 +133,22 @@ def test_prompt_and_text_fit_into_the_context() -> None:
 def test_draws_depend_on_the_prompt_and_not_on_its_batch() -> None:
     """The same prompt asked again is drawn anew; the nucleus keeps out what is unlikely."""
     model = build("simple_lm", byte_tokenizer().vocab_size)
-    asked = [(prompt, Wish(max_tokens=8, temperature=1.5)) for prompt in PROMPTS]
+    asked = [(prompt, SamplingParams(max_tokens=8, temperature=1.5)) for prompt in PROMPTS]
     texts = [
-        Writer(Voice(model, byte_tokenizer(), CONTEXT), size, seed=2).write(asked)
+        Writer(TextGenerator(model, byte_tokenizer(), CONTEXT), size, seed=2).write(asked)
         for size in (1, 4, 16)
     ]
     assert texts[0] == texts[1] == texts[2] and texts[0][1] != texts[0][-1]
-    assert Writer(Voice(model, byte_tokenizer(), CONTEXT), 4, seed=3).write(asked) != texts[0]
-    greedy = Writer(Voice(model, byte_tokenizer(), CONTEXT), 4).write(
-        [(prompt, Wish(max_tokens=8)) for prompt in PROMPTS]
+    assert (
+        Writer(TextGenerator(model, byte_tokenizer(), CONTEXT), 4, seed=3).write(asked) != texts[0]
     )
-    narrow = [(prompt, Wish(max_tokens=8, temperature=1.5, top_p=1e-6)) for prompt in PROMPTS]
-    assert Writer(Voice(model, byte_tokenizer(), CONTEXT), 4).write(narrow) == greedy
+    greedy = Writer(TextGenerator(model, byte_tokenizer(), CONTEXT), 4).write(
+        [(prompt, SamplingParams(max_tokens=8)) for prompt in PROMPTS]
+    )
+    narrow = [
+        (prompt, SamplingParams(max_tokens=8, temperature=1.5, top_p=1e-6)) for prompt in PROMPTS
+    ]
+    assert Writer(TextGenerator(model, byte_tokenizer(), CONTEXT), 4).write(narrow) == greedy
 
 
 def test_rows_that_no_token_has_are_never_said() -> None:
@@ -150,7 +161,9 @@ def test_rows_that_no_token_has_are_never_said() -> None:
             return output
 
     model = Wide("fine", vocab_size=300)
-    assert Writer(Voice(model, byte_tokenizer(), 64), 1).write([("|", Wish())]) == ["fine"]
+    assert Writer(TextGenerator(model, byte_tokenizer(), 64), 1).write(
+        [("|", SamplingParams())]
+    ) == ["fine"]
 
 
 def test_it_can_be_stopped_between_tokens() -> None:
@@ -163,7 +176,9 @@ def test_it_can_be_stopped_between_tokens() -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Writer(Voice(Script("x" * 50), byte_tokenizer(), 64), 1).write([("|", Wish())] * 2, stop)
+        Writer(TextGenerator(Script("x" * 50), byte_tokenizer(), 64), 1).write(
+            [("|", SamplingParams())] * 2, stop
+        )
     assert told == [(0, 2)] * 3
 
 
@@ -180,7 +195,7 @@ def test_with_a_cache_each_token_is_read_once() -> None:
 
         model.forward = lambda batch, run=forward, read=read: read(batch, run=run)
         model.extend = lambda ids, cache, run=extend, read=read: read(ids, cache, run=run)
-        Writer(Voice(model, byte_tokenizer(), CONTEXT), 2).write(
-            [("abc", Wish(max_tokens=4)), ("abcd", Wish(max_tokens=4))]
+        Writer(TextGenerator(model, byte_tokenizer(), CONTEXT), 2).write(
+            [("abc", SamplingParams(max_tokens=4)), ("abcd", SamplingParams(max_tokens=4))]
         )
         assert widths == expected
