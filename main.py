@@ -1,7 +1,7 @@
 """zeroarg: run `python main.py`, choose a preset with the arrow keys, and it trains.
 
 `torchrun --nproc_per_node=N main.py` does the same on many GPUs. There are no arguments: all
-settings are in configs/*.json. """
+settings are in configs/*.json."""
 
 import sys
 import time
@@ -21,8 +21,8 @@ def main() -> int:
     try:
         if arguments := sys.argv[1:]:
             raise UserError(
-                f"main.py takes no arguments, but was given {' '.join(arguments)!r}. Settings are in "
-                "configs/*.json."
+                f"main.py takes no arguments, but was given {' '.join(arguments)!r}. Settings are "
+                "in configs/*.json."
             )
         launcher()(STARTED)
     except UserError as error:
