@@ -9,10 +9,10 @@ import difflib
 import functools
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel
-from pydantic_core import ErrorDetails
 
 from core.preset.json_file import shown
 
@@ -41,7 +41,7 @@ Node = dict[str, Any]
 """A part of a JSON Schema."""
 
 
-def explain(error: ErrorDetails, data: Any, cls: type[BaseModel]) -> str:
+def explain(error: Mapping[str, Any], data: Any, cls: type[BaseModel]) -> str:
     """Return one line: path, value, what is wrong and what would be right.
 
     error   pydantic's, of decoding `data` to `cls`
