@@ -9,6 +9,7 @@ State: none
 """
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag, model_validator
@@ -117,6 +118,12 @@ def turns(schedule: Schedule) -> list[float]:
     """Return the moments between which a schedule only rises or only falls."""
     pieces = schedule if isinstance(schedule, list) else [schedule]
     return [moment for p in pieces if isinstance(p, Piece) for moment in (p.begin, p.end)]
+
+
+def values_at_turns(schedules: Sequence[Schedule]) -> list[tuple[float, list[float]]]:
+    """Return the moments between which none of the schedules turns, with all their values there."""
+    moments = {0.0, 1.0, *(moment for schedule in schedules for moment in turns(schedule))}
+    return [(at, [value_at(schedule, at) for schedule in schedules]) for at in sorted(moments)]
 
 
 def limits(schedule: Schedule) -> tuple[float, float]:

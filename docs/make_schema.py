@@ -119,7 +119,7 @@ def reference() -> str:
 
     schema = Preset.model_json_schema(by_alias=True)
     titles: dict[str, str] = {}
-    for kind, sections in (
+    order: list[tuple[str, Any]] = [
         ("model", MODELS),
         ("TokenizerSettings", "tokenizer"),
         ("TrainSettings", "train"),
@@ -135,7 +135,8 @@ def reference() -> str:
         ("CompareSettings", "compare"),
         ("LoggingSettings", "logging"),
         ("Piece", "a piece of a schedule"),
-    ):
+    ]
+    for kind, sections in order:
         if isinstance(sections, str):
             titles[kind] = sections
         else:
@@ -177,8 +178,8 @@ def _value(field: Json) -> str:
     if options := field.get("anyOf") or field.get("oneOf"):
         if any(option.get("$ref", "").endswith("/Piece") for option in options):
             return "number or schedule"
-        words = [_value(option) for option in options if option.get("type") != "null"]
-        return " or ".join(dict.fromkeys(words))
+        kinds = [_value(option) for option in options if option.get("type") != "null"]
+        return " or ".join(dict.fromkeys(kinds))
     if "$ref" in field:
         return "section"
     if "const" in field or "enum" in field:
@@ -196,7 +197,8 @@ def _value(field: Json) -> str:
         }
         return "list of " + plural.get(of, of)
     plain = {"integer": "whole number", "boolean": "`true` or `false`", "object": "section"}
-    word: str = plain.get(field["type"], field["type"])
+    kind = str(field["type"])
+    word = plain.get(kind, kind)
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
     limits = [
         f"{sign} {_plain(field[key])}"

@@ -42,13 +42,8 @@ from core.data.validation import (
 from core.errors import NoData, UserError
 from core.parallel.protocol import Parallel
 from core.preset.base import PresetBase
-from core.preset.settings import (
-    MASKED_TOKENS,
-    NEXT_TOKEN,
-    DataSettingsBase,
-    SourceSettings,
-    objective_of,
-)
+from core.preset.data import DataSettingsBase
+from core.preset.settings import MASKED_TOKENS, NEXT_TOKEN, SourceSettings, objective_of
 from core.randomness import derive_seed
 from core.schedules import limits, value_at
 

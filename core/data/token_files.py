@@ -315,7 +315,7 @@ class ChunkWriter:
                 self._open(chunk)
             chunk = self.manifest.chunks[-1]
             piece, tokens = np.split(tokens, [self.manifest.chunk_size - chunk.tokens])
-            left = memoryview(piece).cast("B")
+            left = piece.data.cast("B")
             self._hash.update(left)
             while left:  # a disk that is getting full takes a part
                 left = left[os.write(self._file, left) :]  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -81,7 +81,7 @@ class TokenPool:
 
     def run(
         self, batches: Iterable[TextBatch], stop: Callable[[], bool] = lambda: False
-    ) -> Iterator[TokenBatch]:
+    ) -> Generator[TokenBatch]:
         """Each batch tokenized. What `batches` raises is raised here, after everything that came
         before it. Ends early, between two batches, where it waits and `stop` says so.
 
@@ -103,7 +103,8 @@ class TokenPool:
                     while not wait([future], POLL_SECONDS).done:
                         if stop():
                             return
-                    yield TokenBatch(*future.result(), cursors)
+                    tokens, ends = future.result()
+                    yield TokenBatch(tokens, ends, cursors)
                 elif batch is None:
                     break
         except BrokenProcessPool:

@@ -193,7 +193,7 @@ def _byte_level(sample: Iterable[str], vocab_size: int, markers: tuple[str, ...]
         show_progress=False,
     )
     backend.train_from_iterator(map(without_surrogates, sample), trainer)
-    return Tokenizer(backend, backend.token_to_id(END))
+    return Tokenizer(backend, _end_of(backend))
 
 
 def _from_hub(name: str) -> Tokenizer:

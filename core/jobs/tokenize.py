@@ -4,25 +4,21 @@ beside them.
 In:    a preset: its sources, its tokenizer, its section `tokenize`
 Out:   <output>/<source>/manifest.json and chunk_*.bin (core/data/token_files.py),
        <output>/tokenizer.json
-State: each manifest holds the source's cursor: whoever was stopped or killed goes on there, and the
-files come out the same"""
+State: each manifest holds the source's cursor: after a stop or a kill, the next start goes on
+       there, and the files come out the same
+"""
 
 import hashlib
 import re
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Annotated, Any
+from typing import Annotated, TextIO
 
-import numpy as np
 from pydantic import AfterValidator, Field
 
 from core.data.corpus import Corpus, open_corpus
-from core.data.documents import Cursor, DocumentStream, Source, shorter_than
-from core.data.token_files import MANIFEST, BadChunks, ChunkWriter, Manifest, read_manifest
-from core.data.token_pool import TextBatch, TokenPool, usable_cores
+from core.data.token_files import BadChunks, Manifest, read_manifest
+from core.data.token_pool import TokenPool, usable_cores
+from core.data.tokenize_source import NO_LIMIT, TokenizeTask
 from core.data.tokenizer import Tokenizer
 from core.data.tokenizer_build import (
     SAMPLE_CHARACTERS,
@@ -30,21 +26,16 @@ from core.data.tokenizer_build import (
     read_tokenizer,
     tokenizer_facts,
 )
-from core.errors import Interrupted, NoData, SourceUnavailable, UserError
+from core.errors import NoData, SourceUnavailable, UserError
 from core.file_names import file_name, is_file_name
 from core.files import cause, own_path
+from core.parallel.protocol import Parallel
 from core.parallel.single import Single
 from core.preset.base import PresetBase
 from core.preset.settings import Settings
 from core.runtime import Runtime
 from core.signals import StopRequest
 from core.ui.tokenize import TokenizeView
-
-SAVE_SECONDS = 5.0
-"""How much work a kill may cost."""
-
-BATCH_CHARACTERS = 250_000
-BATCH_DOCUMENTS = 1024
 
 THREADS_SUFFICE = 2
 """Cores up to which the tokenizers library's own threads are used, not processes. On two, both
@@ -54,21 +45,7 @@ would set their pace: 0.12 s of Python for each million tokens."""
 MOST_PROCESSES = 32
 """One process reads for all of them: 0.03 s for each million tokens."""
 
-COUNTED_UNITS = 20
-"""A source of fewer files than this shows no share done: they may differ much in length."""
-
-NO_LIMIT = 1 << 62
 NO_TEXT = {"chat": "which tokens of it are learned would be lost", "tokens": "it is tokens already"}
-
-
-@dataclass
-class Task:
-    """One source and its folder."""
-
-    source: Source
-    folder: Path
-    manifest: Manifest
-    limit: int  # tokens
 
 
 def _below_a_folder(output: str) -> str:
@@ -105,22 +82,21 @@ class TokenizePreset(PresetBase):
     """A preset, as the tokenize job reads it."""
 
     tokenize: TokenizeSettings = TokenizeSettings()
-    """What the tokenize job writes."""
+    """The files of the tokenize job."""
 
 
 def tokenize(
     preset: TokenizePreset,
     runtime: Runtime,
-    parallel: Any,
+    parallel: Parallel,
     root: Path,
     started: float,
-    console: Any,
+    console: TextIO,
 ) -> None:
     """Write every source, one after the other. Raises Interrupted after Ctrl-C, SIGTERM or SIGHUP,
     with everything saved."""
     if parallel.rank != 0:  # one process does it all; its own helpers are no ranks
         return
-    wanted = preset.tokenize
     with TokenizeView(console) as view, StopRequest() as stop:
         _refuse(preset, root)
         corpus = open_corpus(preset, root, Single())
@@ -129,19 +105,15 @@ def tokenize(
             view.tell(f"warning  source {name} left out, the others go on: {reason}")
         tokenizer = _tokenizer(preset, corpus, root, view)
         notes, warnings = corpus.tokenizer_remarks(tokenizer)
-        for line in [f"note  {note}" for note in notes] + [
-            f"warning  {warning}" for warning in warnings
-        ]:
-            view.tell(line)
+        for note in notes:
+            view.tell(f"note  {note}")
+        for warning in warnings:
+            view.tell(f"warning  {warning}")
         tasks = _tasks(preset, corpus, tokenizer, root)
-        cores = usable_cores()
-        workers = wanted.workers
-        if workers is None:
-            workers = 0 if cores <= THREADS_SUFFICE else min(cores, MOST_PROCESSES)
-        with TokenPool(tokenizer, workers) as pool:
+        with TokenPool(tokenizer, _num_workers(preset.tokenize)) as pool:
             for task in tasks:
                 try:
-                    _write(task, preset, pool, view, stop)
+                    task.run(pool, view, stop)
                 except SourceUnavailable as error:
                     failed[task.source.name] = str(error)
                     view.tell(
@@ -155,24 +127,33 @@ def tokenize(
         view.tell(f"to train on it: {_how_to_use(preset, tasks)}")
 
 
+def _num_workers(settings: TokenizeSettings) -> int:
+    """Return how many processes tokenize; 0: the threads of this one."""
+    if settings.workers is not None:
+        return settings.workers
+    cores = usable_cores()
+    return 0 if cores <= THREADS_SUFFICE else min(cores, MOST_PROCESSES)
+
+
 def token_files(preset: TokenizePreset, root: Path) -> list[Path]:
     """Return the chunks that are there."""
     return list(folder_of(preset, root).glob("*/*.bin"))
 
 
 def preview_tokenize(preset: TokenizePreset, root: Path) -> list[str]:
-    """What the menu tells before the job is chosen."""
+    """Return the lines that the menu shows of this job."""
     wanted, kind = preset.tokenize, preset.tokenizer
     what = {
         "bpe": f"a BPE of {kind.vocab_size:,} tokens trained on them",
         "byte": "bytes",
         "hub": str(kind.name),
     }
-    limit = (
-        f", at most {wanted.max_tokens:,} of a source" if isinstance(wanted.max_tokens, int) else ""
-    )
-    if isinstance(wanted.max_tokens, list):
-        limit = f", at most {', '.join(f'{limit:,} of {name}' for name, limit in limits_of(preset).items())}"
+    limit = ""
+    if isinstance(wanted.max_tokens, int):
+        limit = f", at most {wanted.max_tokens:,} of a source"
+    elif wanted.max_tokens is not None:
+        each = [f"{tokens:,} of {name}" for name, tokens in limits_of(preset).items()]
+        limit = f", at most {', '.join(each)}"
     lines = [
         f"tokenizes {', '.join(source.name for source in preset.data.sources)}; tokenizer: "
         f"{what.get(kind.type, str(kind.path))}",
@@ -190,7 +171,7 @@ def preview_tokenize(preset: TokenizePreset, root: Path) -> list[str]:
 
 
 def limits_of(preset: TokenizePreset) -> dict[str, int]:
-    """{source: tokens after which it is left}."""
+    """Return {source: tokens after which it is left}."""
     limits, sources = preset.tokenize.max_tokens or NO_LIMIT, preset.data.sources
     return dict(
         zip(
@@ -201,7 +182,7 @@ def limits_of(preset: TokenizePreset) -> dict[str, int]:
 
 
 def folder_of(preset: TokenizePreset, root: Path, source: str = "") -> Path:
-    """The output folder, or a source's folder in it."""
+    """Return the output folder, or a source's folder in it."""
     plain = re.sub(r"[^A-Za-z0-9._-]+", "_", source).lstrip(".")
     name = plain if is_file_name(plain) and source.isascii() else file_name(source)
     return own_path(preset.tokenize.output, root) / (name if source else "")
@@ -211,7 +192,7 @@ def folder_of(preset: TokenizePreset, root: Path, source: str = "") -> Path:
 
 
 def _refuse(preset: TokenizePreset, root: Path) -> None:
-    """Raises UserError for what cannot be tokenized."""
+    """Raise UserError for what cannot be tokenized."""
     output, project = folder_of(preset, root).resolve(), root.resolve()
     if project.is_relative_to(output):
         raise UserError(
@@ -243,8 +224,8 @@ def _refuse(preset: TokenizePreset, root: Path) -> None:
 
 
 def _tokenizer(preset: TokenizePreset, corpus: Corpus, root: Path, view: TokenizeView) -> Tokenizer:
-    """The one that stands in the output folder, if this preset put it there; else a new one,
-    written there."""
+    """Return the tokenizer in the output folder, if this preset made it; else make one, and write
+    it there."""
     output, asked = folder_of(preset, root), preset.tokenizer.model_dump(mode="json")
     path = output / "tokenizer.json"
     made_from = tokenizer_facts(path).get("made_from")
@@ -279,9 +260,11 @@ def _tokenizer(preset: TokenizePreset, corpus: Corpus, root: Path, view: Tokeniz
     return tokenizer
 
 
-def _tasks(preset: TokenizePreset, corpus: Corpus, tokenizer: Tokenizer, root: Path) -> list[Task]:
-    """What is to do. Raises UserError when a folder holds something else than this preset would
-    write."""
+def _tasks(
+    preset: TokenizePreset, corpus: Corpus, tokenizer: Tokenizer, root: Path
+) -> list[TokenizeTask]:
+    """Return a task for each source. Raises UserError when a folder holds something else than this
+    preset would write."""
     sha = hashlib.sha256(tokenizer.state()["json"].encode()).hexdigest()
     vocabulary = tokenizer.vocabulary_sha256(tokenizer.vocab_size)
     tasks = []
@@ -308,12 +291,13 @@ def _tasks(preset: TokenizePreset, corpus: Corpus, tokenizer: Tokenizer, root: P
         )
         folder = folder_of(preset, root, section.name)
         limit = limits_of(preset)[section.name]
-        tasks.append(Task(source, folder, _existing(folder, manifest) or manifest, limit))
+        at = _existing(folder, manifest) or manifest
+        tasks.append(TokenizeTask(source, folder, at, limit, preset.data.min_text_length))
     return tasks
 
 
 def _existing(folder: Path, wanted: Manifest) -> Manifest | None:
-    """The manifest to go on from; None where there is none."""
+    """Return the manifest to go on from; None where there is none."""
     if not (folder / "manifest.json").exists():
         if any(folder.glob("chunk_*.bin")):
             raise UserError(
@@ -344,148 +328,8 @@ def _existing(folder: Path, wanted: Manifest) -> Manifest | None:
     return found
 
 
-# the work -----------------------------------------------------------------------------------------
-
-
-def _write(
-    task: Task,
-    preset: TokenizePreset,
-    pool: TokenPool,
-    view: TokenizeView,
-    stop: Callable[[], bool],
-) -> None:
-    """One source, from where its manifest stands to its end. Raises Interrupted, SourceUnavailable;
-    all is saved then."""
-    manifest, limit, name = task.manifest, task.limit, task.source.name
-    if manifest.complete and (manifest.writer["ended"] or manifest.total_tokens >= limit):
-        view.tell(f"{name}: {_told(task)} already; nothing to do")
-        return
-    if manifest.total_tokens:
-        view.tell(f"{name}: goes on after {_told(task)}")
-    share, failure = _share(task.source, limit), None
-    with _writing(task) as writer:
-        with _disk(task):
-            writer.save()  # before the first chunk: a folder of chunks always has a manifest
-        view.begin(name, writer.tokens)
-        cursor, saved, outcome = manifest.writer["cursor"], time.monotonic(), "end"
-        length, short = preset.data.min_text_length, [0]
-        results = pool.run(_batches(task.source.stream(cursor), length, short), stop)
-        try:
-            for batch in results:
-                kept = len(batch.ends)
-                if writer.tokens + len(batch.tokens) >= limit:
-                    # up to the document that reaches it
-                    kept = int(np.searchsorted(batch.ends, limit - writer.tokens)) + 1
-                    outcome = "limit"
-                with _disk(task):
-                    writer.add(batch.tokens[: batch.ends[kept - 1]])
-                    cursor = batch.cursors[kept - 1]
-                    if time.monotonic() - saved >= SAVE_SECONDS:
-                        writer.save(cursor=cursor)
-                        saved = time.monotonic()
-                view.update(writer.tokens, writer.documents, share(writer.tokens, cursor))
-                if outcome == "end" and stop():
-                    outcome = "stopped"
-                if outcome != "end":
-                    break
-            if outcome == "end" and stop():
-                outcome = "stopped"
-        except SourceUnavailable as error:
-            failure, outcome = error, "failed"
-        finally:
-            results.close()
-            view.end()
-        with _disk(task):
-            writer.save(complete=outcome in ("end", "limit"), cursor=cursor, ended=outcome == "end")
-    told = (
-        [f"{short[0]:,} of the texts read are {shorter_than(length)} and left out"]
-        if short[0]
-        else []
-    )
-    for note in [*task.source.notes, *told]:
-        view.tell(f"note  {name}: {note}")
-    if failure is not None:
-        raise failure
-    if outcome == "stopped":
-        raise Interrupted(
-            f"interrupted after {_told(task)} of {name}; everything is saved, start again to go on"
-        )
-    view.tell(f"{name}: {_told(task)} in {task.folder}")
-
-
-def _batches(stream: DocumentStream, min_text_length: int, short: list[int]) -> Iterator[TextBatch]:
-    """The texts of a stream, some at a time. Blank ones are passed over, and those too short for
-    training, which are counted in `short`."""
-    texts, cursors, size = [], [], 0
-    try:
-        for document in stream:
-            if document.messages is not None or document.encoded is not None:
-                raise UserError(
-                    f"{document.key} is no plain text and cannot be tokenized; take its source "
-                    "out of this preset"
-                )
-            short[0] += document.is_shorter_than(min_text_length)
-            if not document.text.strip() or document.is_shorter_than(min_text_length):
-                continue
-            texts.append(document.text)
-            cursors.append(stream.cursor())
-            size += len(document.text)
-            if size >= BATCH_CHARACTERS or len(texts) >= BATCH_DOCUMENTS:
-                yield TextBatch(texts, cursors)
-                texts, cursors, size = [], [], 0
-    except SourceUnavailable:
-        if texts:
-            yield TextBatch(texts, cursors)
-        raise
-    if texts:
-        yield TextBatch(texts, cursors)
-
-
-def _share(source: Source, limit: int) -> Callable[[int, Cursor], float | None]:
-    """(tokens, cursor) -> the part of the source that is done; None where its files are too few to
-    tell."""
-    units = len(shards()) if (shards := getattr(source, "shards", None)) is not None else 0
-
-    def share(tokens: int, cursor: Cursor) -> float | None:
-        parts = [cursor.get("unit", 0) / units] if units >= COUNTED_UNITS else []
-        parts += [tokens / limit] if limit < NO_LIMIT else []
-        return min(1.0, max(parts)) if parts else None
-
-    return share
-
-
-@contextmanager
-def _writing(task: Task) -> Iterator[ChunkWriter]:
-    with _disk(task):
-        writer = ChunkWriter(task.folder, task.manifest)
-    try:
-        yield writer
-    finally:
-        writer.close()
-
-
-@contextmanager
-def _disk(task: Task) -> Iterator[None]:
-    """Around everything that writes: a full disk is told, with what is safe."""
-    try:
-        yield
-    except BadChunks as error:
-        raise UserError(str(error)) from None
-    except OSError as error:
-        raise UserError(
-            f"{task.folder} cannot be written: {cause(error, task.folder / MANIFEST)} "
-            f"{task.manifest.total_tokens:,} tokens of {task.source.name} are safe: start again "
-            "to go on."
-        ) from None
-
-
-def _told(task: Task) -> str:
-    """ "1,234 tokens, 5 documents" """
-    return f"{task.manifest.total_tokens:,} tokens, {task.manifest.documents or 0:,} documents"
-
-
-def _how_to_use(preset: TokenizePreset, tasks: list[Task]) -> str:
-    """The lines for a preset that trains on what was written."""
+def _how_to_use(preset: TokenizePreset, tasks: list[TokenizeTask]) -> str:
+    """Return the lines of a preset that trains on what was written."""
     output = preset.tokenize.output.rstrip("/")
     sources = ", ".join(
         f'{{"type": "tokens", "path": "{output}/{task.folder.name}"}}' for task in tasks

@@ -16,7 +16,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from core.losses.base import Chunk, Gradient, Softmax, TokenLoss
+from core.losses.base import Chunk, Gradient, TokenLoss
+from core.losses.softmax import Softmax
 from core.preset.settings import LossSettings
 from core.schedules import Schedule, limits, value_at
 
@@ -53,7 +54,7 @@ class Harmonic(TokenLoss):
             chunk.labels
         )
 
-    def facts(self) -> dict[str, Callable[[Chunk], Tensor]]:
+    def token_stats(self) -> dict[str, Callable[[Chunk], Tensor]]:
         return {
             name: lambda chunk, h=h: self._softmax(chunk, h)[0].nll(chunk.labels)
             for name, h in FIXED.items()

@@ -4,7 +4,7 @@ readout.
 In:    hidden states (n, D), chunk after chunk; the gradient of each chunk's scores (n, V)
 Out:   scores (n, V) with a place for their gradient; gradients of hidden (n, D), and of the
        readout's parameters, added up
-State: one buffer of scores and the sums, for as long as a walk
+State: one buffer of scores and the sums, for as long as the chunks of a pass
 """
 
 import contextlib
@@ -63,7 +63,7 @@ class LinearScores:
         self.wants_hidden, self.wants_weight = wanted[:2]
         self.wants_bias = self.bias is not None and wanted[2]
         self.dtype = compute_dtype(hidden, self.weight)
-        # (V, D) once per walk, not per chunk
+        # (V, D) once per pass, not per chunk
         self.compute_weight = self.weight.detach().to(self.dtype)
         self.compute_bias = None if self.bias is None else self.bias.detach().to(self.dtype)
         self.buffer: Tensor | None = None

@@ -16,9 +16,9 @@ from functools import partial
 from typing import Literal
 
 LOSS = "loss: "
-"""What stands before the name of a loss among the metrics."""
+"""Before the name of a loss: its value."""
 HEAD = "head: "
-"""The same for what an auxiliary head measures of held-out rows: its loss, or "<head>.<what>"."""
+"""Before the name of an auxiliary head: its loss, or with ".<what>" another number of it."""
 HELD_OUT = "held out of: "
 """Before the name of a source: the first loss on what is held out of it."""
 READ = "read of: "
@@ -27,8 +27,8 @@ READ = "read of: "
 GivenBy = Literal[
     "every model", "logits", "next-token logits", "masked logits", "distances", "decoder", "heads"
 ]
-"""Which evaluations give a metric: by what the model's readout gives and predicts; of the original
-decoder, where the model keeps it; of auxiliary heads."""
+"""The evaluations that give a metric: by what the model's readout gives and predicts; those of a
+model that keeps its original decoder, or has auxiliary heads."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ SCORES = (
         given_by="decoder",
     ),
 )
-"""What says how good predictions are."""
+"""Numbers that say how good predictions are."""
 
 BESIDE = (
     # A sharper distribution is a property of a model, good or bad only together with its
@@ -160,7 +160,7 @@ BESIDE = (
     ),
     _geometry("prototype_drift", "drift of the prototypes", short="drift", given_by="distances"),
 )
-"""What the dashboard shows beside the scores, and lines of text leave out."""
+"""Numbers that the dashboard shows beside the scores, and plain lines leave out."""
 
 _RELATIVE = "relative to the hidden state’s square"
 

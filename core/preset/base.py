@@ -10,10 +10,10 @@ from typing import Annotated
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from core.file_names import LONGEST, NAME, file_name, is_file_name
+from core.preset.data import DataSettingsBase
 from core.preset.settings import (
     AuxiliarySettingsBase,
     CompareSettings,
-    DataSettingsBase,
     GenerateSettings,
     LoggingSettings,
     LossSettings,
@@ -21,9 +21,9 @@ from core.preset.settings import (
     Seed,
     Settings,
     TokenizerSettings,
-    TrainSettings,
     VariantSettings,
 )
+from core.preset.train import TrainSettings
 
 
 def _is_lineage(name: str) -> str:
@@ -63,7 +63,7 @@ class PresetBase(Settings):
     extends: str | None = None
     """Another preset; this one states only what differs."""
     job: str
-    """What to do."""
+    """The job to do."""
     lineage: Lineage = Field("", json_schema_extra={"pattern": f"^({NAME.pattern})?$"})
     """Name of the checkpoints; left out, the file's."""
     init_from: str | None = Field(None, min_length=1)
@@ -80,14 +80,14 @@ class PresetBase(Settings):
     auxiliary: AuxiliarySettingsBase = AuxiliarySettingsBase()
     """Auxiliary heads."""
     data: DataSettingsBase
-    """What to read, and how."""
+    """The texts to read, and the order and shape to read them in."""
     generate: GenerateSettings = GenerateSettings()
     """Sampling."""
     variants: list[VariantSettings] = Field([])
-    """What the compare job compares; the first is the baseline."""
+    """The sides of a comparison; the first is the baseline."""
     seeds: list[Seed] = Field([42, 43, 44], min_length=1)
     """Seeds that each variant is trained with."""
     compare: CompareSettings = CompareSettings()
-    """How the compare job decides."""
+    """The compare job's decision."""
     logging: LoggingSettings = LoggingSettings()
-    """Where metrics go besides logs/."""
+    """Places that metrics go to besides logs/."""

@@ -1,4 +1,4 @@
-"""Read JSON that a person wrote: strictly, and with every mistake's place and what to write instead.
+"""Read JSON that a person wrote: strictly, and with every mistake's place and its remedy.
 
 In:    a path
 Out:   what the file says, and what is wrong with it
@@ -18,7 +18,7 @@ MOST_BYTES = 1_000_000
 MOST_DIGITS = 400
 """Python reads no whole number of more than 4,300 digits; no setting has a tenth of them."""
 BYTE_ORDER_MARKS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
-"""What Windows editors save as "Unicode"."""
+"""Of the encodings that Windows editors call "Unicode"."""
 UNREADABLE = re.compile("[\x00\ud800-\udfff]")
 """Characters that no path, prompt or name can hold: NUL, and halves of a surrogate pair."""
 

@@ -44,7 +44,7 @@ Node = dict[str, Any]
 def explain(error: Mapping[str, Any], data: Any, cls: type[BaseModel]) -> str:
     """Return one line: path, value, what is wrong and what would be right.
 
-    error   pydantic's, of decoding `data` to `cls`
+    error   one of pydantic's, of decoding `data` to `cls`
     """
     path: list[str] = []
     node, missing = data, error["type"] == "missing"

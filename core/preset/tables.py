@@ -16,9 +16,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, create_model
 
 from core.preset.base import PresetBase
+from core.preset.data import DataSettingsBase
 from core.preset.settings import (
     AuxiliarySettingsBase,
-    DataSettingsBase,
     LossSettings,
     ModelSettings,
     Settings,
@@ -26,7 +26,7 @@ from core.preset.settings import (
 )
 
 PLAIN_HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-"""What may be a repository of the Hub, as well as a path."""
+"""Names that may be a repository of the Hub as well as a path."""
 
 Table = Mapping[str, tuple[type[Settings], Any]]
 """{type: (its Settings class, the class that is built from it)}."""
@@ -55,7 +55,7 @@ def preset_class(
     return create_model(
         "Preset",
         __base__=tuple(bases),
-        job=(job, Field(next(iter(jobs)), description="What to do.")),
+        job=(job, Field(next(iter(jobs)), description="The job to do.")),
         model=(
             _union(models, "model", default="simple_lm"),
             Field(default_factory=_first(models), description="The architecture."),
@@ -70,7 +70,7 @@ def preset_class(
         auxiliary=(auxiliary, Field(default_factory=auxiliary, description="Auxiliary heads.")),
         data=(
             _data_class(sources, source_names),
-            Field(description="What to read, and how."),
+            Field(description="The texts to read, and the order and shape to read them in."),
         ),
     )
 

@@ -30,7 +30,8 @@ from core.data.loader import StepRows
 from core.errors import UserError
 from core.losses.cross_entropy import CrossEntropy, CrossEntropySettings
 from core.losses.stack import LossStack
-from core.preset.settings import MASKED_TOKENS, TrainSettings
+from core.preset.settings import MASKED_TOKENS
+from core.preset.train import TrainSettings
 from core.randomness import derive_seed, uniform
 from core.runtime import uncompiled
 from core.schedules import value_at

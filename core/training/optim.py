@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from core.preset.settings import TrainSettings
+from core.preset.train import TrainSettings
 
 NO_DECAY_NAMES = ("pos_embedding", "wpe", "alpha")
 """Tables of positions: rows that are rarely visited would only shrink. And PolyGLU's preferences,

@@ -20,7 +20,7 @@ from core.data.loader import StepRows
 from core.errors import UserError
 from core.losses.stack import LossTerms
 from core.preset.base import PresetBase
-from core.preset.settings import TrainSettings
+from core.preset.train import TrainSettings
 from core.randomness import derive_seed
 from core.runtime import Runtime
 from core.signals import signals_held

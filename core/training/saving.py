@@ -11,7 +11,7 @@ from typing import Any
 
 from core.checkpoint.store import CheckpointStore
 from core.parallel.protocol import Parallel
-from core.preset.settings import TrainSettings
+from core.preset.train import TrainSettings
 from core.training.reporter import Reporter
 
 FIRST_SAVE_SECONDS = 30.0

@@ -22,7 +22,7 @@ from core.data.worker import Stopped
 from core.errors import CheckpointError, Diverged, NoData, first_line
 from core.metrics.events import CUT_SHORT
 from core.metrics.log import MetricsLog
-from core.preset.settings import TrainSettings
+from core.preset.train import TrainSettings
 from core.runtime import uncompiled
 from core.schedules import learning_rate_schedule, value_at
 from core.training.curriculum import Curriculum

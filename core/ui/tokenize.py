@@ -1,6 +1,6 @@
-"""How a tokenization goes on: tokens, documents, speed and time left of the source that is read.
+"""The progress of a tokenization: tokens, documents, speed and time left of the current source.
 
-In:    what the tokenize job tells
+In:    messages and counts of the tokenize job
 Out:   a ProgressLine's lines and bar
 State: tokens that were written before this process
 """
@@ -15,13 +15,12 @@ class TokenizeView(ProgressLine):
     _began_tokens = 0
 
     def begin(self, name: str, tokens: int) -> None:
-        """A source's turn: `tokens` of it were written by an earlier process."""
+        """Begin a source, of which an earlier process wrote `tokens`."""
         self._began_tokens = tokens
         self.start(name)
 
     def update(self, tokens: int, documents: int, fraction: float | None) -> None:
-        """So much is written. `fraction` of the source that is done; None where nobody knows its
-        size."""
+        """Show what is written; `fraction` of the source is done, None if unknown."""
         if not self.due:
             return
         spent, new = self.seconds, tokens - self._began_tokens

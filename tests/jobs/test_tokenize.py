@@ -35,6 +35,7 @@ from tests.documents import GUIDE, block_of, files_named
 from tests.project import ROOT, Project, merged, story, train_here
 
 job = importlib.import_module("core.jobs.tokenize")
+tokenize_source = importlib.import_module("core.data.tokenize_source")
 pool = importlib.import_module("core.data.token_pool")
 chunks = importlib.import_module("core.data.token_files")
 
@@ -76,8 +77,8 @@ def files(folder: Path) -> dict[str, bytes]:
 @pytest.fixture
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many batches, each saved at once."""
-    monkeypatch.setattr(job, "BATCH_CHARACTERS", 2500)
-    monkeypatch.setattr(job, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(tokenize_source, "BATCH_CHARACTERS", 2500)
+    monkeypatch.setattr(tokenize_source, "SAVE_SECONDS", 0.0)
 
 
 # what comes out -----------------------------------------------------------------------------------
@@ -280,16 +281,16 @@ def test_a_source_that_fails_for_good_keeps_what_it_had_and_the_others_go_on(
     broke off."""
     sources = [{"type": "text", "path": "texts", "name": name} for name in ("a", "b")] + ["pdf"]
     preset = preset_of(data={"sources": sources})
-    real = job._batches
+    real = tokenize_source._batches
 
-    def breaks(stream: Any, low: int, short: list[int]) -> Any:
-        for number, batch in enumerate(real(stream, low, short)):
+    def breaks(stream: Any, task: Any) -> Any:
+        for number, batch in enumerate(real(stream, task)):
             if number == 4 and stream._source.name == "a":
                 raise SourceUnavailable("the network is gone")
             yield batch
 
     with monkeypatch.context() as patch:
-        patch.setattr(job, "_batches", breaks)
+        patch.setattr(tokenize_source, "_batches", breaks)
         told = tokenize_here(preset, tmp_path)
     assert (
         "warning  source pdf left out" in told

@@ -261,7 +261,7 @@ def test_gpt2_has_the_published_number_of_parameters() -> None:
 
 
 def test_position_tables_do_not_decay() -> None:
-    from core.preset.settings import TrainSettings
+    from core.preset.train import TrainSettings
     from core.training.optim import Optimizer
 
     model = build("gpt2")

@@ -22,7 +22,7 @@ from core.losses.scores import SphereScores
 from core.losses.stack import LossStack
 from core.models import neobert, polychromatic
 from core.models.neobert import NeoBERT, NeoBERTSettings
-from core.preset.settings import TrainSettings
+from core.preset.train import TrainSettings
 from core.training.optim import Optimizer
 from tests.models.test_models import GOLDEN, golden, make_batch
 

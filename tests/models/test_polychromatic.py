@@ -22,7 +22,7 @@ from core.models.polychromatic import (
 )
 from core.models.polyglu import entropy
 from core.models.polyglu_layer import running_sum
-from core.preset.settings import TrainSettings
+from core.preset.train import TrainSettings
 from core.schedules import learning_rate_schedule, value_at
 from core.training.optim import Optimizer
 from tests.models.test_models import GOLDEN, golden, make_batch, random_ids

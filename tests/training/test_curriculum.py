@@ -15,7 +15,7 @@ from core.data.loader import StepRows
 from core.errors import PresetError, UserError
 from core.models import build_model
 from core.preset.decode import decode_preset
-from core.preset.settings import CurriculumSettings, TrainSettings
+from core.preset.train import CurriculumSettings, TrainSettings
 from core.registry import Preset
 from core.runtime import detect_runtime
 from core.training.curriculum import Curriculum, buckets_of, choose

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from core.models import MODELS
 from core.models.simple_lm import SimpleLM, SimpleLMSettings
-from core.preset.settings import TrainSettings
+from core.preset.train import TrainSettings
 from core.training.optim import Optimizer
 from tests.models.test_models import tiny_settings
 
