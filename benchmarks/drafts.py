@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks.measuring import sized
-from core.data.sources import PythonStdlibSettings, build_source
+from core.data.sources import build_source
+from core.data.sources.text import PythonStdlibSettings
 from core.generation.engine import GenerationRow, TextGenerator, advance
 from core.generation.sampling import SamplingParams
 from core.generation.speculative import Drafter
@@ -102,7 +103,7 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     heads: Any = trained.heads()
     prompts = prompts_of(trained)
-    plain = TextGenerator(trained.model, trained.tokenizer, CONTEXT)  # type: ignore[arg-type]
+    plain = TextGenerator(trained.model, trained.tokenizer, CONTEXT)
     speak(plain, prompts[:1], SamplingParams(max_tokens=20), 1)  # warm
     for temperature, top_p in ((0.0, 1.0), (0.9, 0.95)):
         params = SamplingParams(max_tokens=NEW_TOKENS, temperature=temperature, top_p=top_p)
@@ -117,7 +118,7 @@ def main(folder: Path) -> None:
                 for length, drafter in drafters.items():
                     generator = TextGenerator(
                         trained.model, trained.tokenizer, CONTEXT, drafter=drafter
-                    )  # type: ignore[arg-type]
+                    )
                     took, others = speak(generator, prompts, params, at_once)
                     ratios[length].append(
                         sum(map(len, others)) / sum(map(len, texts)) * seconds / took

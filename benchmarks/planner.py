@@ -29,7 +29,7 @@ from core.contracts import plain_batch
 from core.data.corpus import open_held_out
 from core.generation.engine import GenerationRow, TextGenerator, advance
 from core.generation.sampling import SamplingParams
-from core.heads.planner import WIDTH, look_ahead
+from core.heads.planner import WIDTH, Planner, look_ahead
 from core.parallel.single import Single
 from core.trained import Trained, build_generator
 
@@ -50,6 +50,8 @@ def read(trained: Trained, documents: list[np.ndarray]) -> dict[str, Tensor]:
     heads, guide = trained.heads(), build_generator(trained).planner
     length = trained.preset.model.seq_length
     assert heads is not None and guide is not None, "this model has no planner"
+    planner = heads["planner"]
+    assert isinstance(planner, Planner)
     found: dict[str, list[Tensor]] = {
         "features": [],
         "log_p": [],
@@ -67,10 +69,10 @@ def read(trained: Trained, documents: list[np.ndarray]) -> dict[str, Tensor]:
             output = trained.model(plain_batch(rows))
             hidden = output.hidden.flatten(0, 1)
             scores = output.readout(hidden)
-            log_p, tokens = scores.log_softmax(-1), scores.topk(heads["planner"].candidates)[1]  # type: ignore[arg-type]
+            log_p, tokens = scores.log_softmax(-1), scores.topk(planner.candidates)[1]
             came = tokens == targets[:, None]
             found["features"].append(
-                look_ahead(hidden, scores, tokens, heads, output.readout.table)
+                look_ahead(hidden, scores, tokens, heads.heads, output.readout.table)
             )
             found["gain"].append(
                 (guide(hidden, scores).log_softmax(-1) - log_p).gather(1, targets[:, None])[:, 0]
@@ -99,9 +101,10 @@ def fitted(
 
     features, random = seen(fit), torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    router = nn.Sequential(nn.Linear(features.shape[-1], WIDTH), nn.GELU(), nn.Linear(WIDTH, 1))
-    nn.init.normal_(router[0].weight, std=features.shape[-1] ** -0.5)
-    for p in router[2].parameters():
+    first, last = nn.Linear(features.shape[-1], WIDTH), nn.Linear(WIDTH, 1)
+    router = nn.Sequential(first, nn.GELU(), last)
+    nn.init.normal_(first.weight, std=features.shape[-1] ** -0.5)
+    for p in last.parameters():
         nn.init.zeros_(p)
     optimizer = torch.optim.AdamW(router.parameters(), lr=LEARNING_RATE, weight_decay=0.1)
     decay = torch.optim.lr_scheduler.LambdaLR(
@@ -132,7 +135,7 @@ def speeds(trained: Trained) -> None:
         for name, guide in generators.items():
             generator = TextGenerator(
                 trained.model, trained.tokenizer, trained.preset.model.seq_length, guide
-            )  # type: ignore[arg-type]
+            )
             row = GenerationRow(
                 trained.tokenizer,
                 list(range(PROMPT)),

@@ -27,8 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.measuring import in_a_process, now, peak_bytes, sized
 from core.contracts import Batch, ModelOutput
 from core.losses import LOSSES
-from core.losses.base import Chunk, Gradient, Scratch
+from core.losses.base import Chunk, Gradient
 from core.losses.chunked import BLOCK_BYTES
+from core.losses.softmax import Scratch
 from core.losses.stack import LossStack
 from core.models.readout import DistanceReadout, LinearReadout
 from core.runtime import keep_freed_memory

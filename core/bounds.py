@@ -1,5 +1,5 @@
-"""Bounds of every number in a preset, where a field says nothing narrower: finite, and no larger than
-what computes with it can take.
+"""Bounds of every number in a preset, where a field says nothing narrower: finite, and no larger
+than what computes with it can take.
 
 In:    the schema that pydantic makes of a class
 Out:   Bounded, the base of every section and of the pieces of schedules: a new field cannot forget

@@ -22,6 +22,7 @@ from core.generation.engine import Guide, TextGenerator
 from core.generation.speculative import Drafter, can_draft
 from core.heads.build import build_heads, load_heads, output_of_one_token
 from core.heads.draft import Draft
+from core.heads.head import Head
 from core.heads.memory import Memory
 from core.heads.planner import Planner, PlannerSettings
 from core.heads.stack import HeadStack
@@ -134,17 +135,19 @@ def build_generator(trained: Trained[Any]) -> GeneratorOptions:
     Raises UserError where that is a planner that was not trained."""
     settings, model = trained.preset.generate, trained.model
     stack = trained.heads()
-    heads = {} if stack is None else stack.heads
-    planner, drafter, memory, notes = _planner(trained, heads), None, heads.get("memory"), []
+    heads: dict[str, Head] = {} if stack is None else stack.heads
+    planner = _planner(trained, heads)
+    notes: list[str] = []
     if settings.planner:
         notes.append(_planner_note(trained, planner))
-    draft = heads.get("draft")
+    drafter, draft = None, heads.get("draft")
     if isinstance(draft, Draft) and settings.draft == "auto":
         if can_draft(model):
             drafter = Drafter(draft)
             notes.append(f"drafts up to {drafter.tokens} tokens at a time, and verifies them")
         else:
             notes.append("without drafts: this model's cache cannot forget what was guessed wrong")
+    memory = heads.get("memory")
     if not isinstance(memory, Memory) or not settings.memory:
         memory = None
     else:
@@ -160,7 +163,7 @@ def build_generator(trained: Trained[Any]) -> GeneratorOptions:
     return GeneratorOptions(generator, planner, notes)
 
 
-def _planner(trained: Trained[Any], heads: dict[str, Any]) -> Guide | None:
+def _planner(trained: Trained[Any], heads: dict[str, Head]) -> Guide | None:
     planner = heads.get("planner")
     if not isinstance(planner, Planner):
         return None

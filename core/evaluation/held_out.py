@@ -258,7 +258,7 @@ class Evaluator:
         with torch.autocast(self._device.type, dtype=self._dtype, enabled=low):
             output = model(moved)
             measures = self._stack.measure(output, moved, progress, num_sources)
-            sums = {"count": measures.terms.count, **measures.facts}
+            sums = {"count": measures.terms.count, **measures.token_stats}
             if self._heads is not None:
                 nll = partial(self._stack.nll_at, output, moved, measures.terms)
                 cross_entropy = partial(self._stack.cross_entropy, output.readout)
@@ -266,10 +266,10 @@ class Evaluator:
                 for name, pair in self._heads.measure(inputs).items():
                     of_heads[name] = pair.double() + of_heads.get(name, 0.0)
             if (decoder := call_if_defined(model, "baseline_readout")) is not None:
-                facts = self._baseline.measure(
+                stats = self._baseline.measure(
                     ModelOutput(output.hidden, decoder), moved, progress, num_sources
-                ).facts
-                sums |= {key: facts[name] for name, key in OF_DECODER.items()}
+                ).token_stats
+                sums |= {key: stats[name] for name, key in OF_DECODER.items()}
         sums |= {f"losses/{name}": value for name, value in measures.terms.sums.items()}
         for i in range(len(self._sources)):
             sums |= {

@@ -1,16 +1,20 @@
-"""What an evaluation found: kept in a file after each task, so that a start after an interruption
-goes on; told as tables.
+"""What an evaluation measured: kept in a file after each task, so that an interrupted evaluation
+goes on where it was; shown as tables.
 
 In:    the harness's results of each task, numbers of each source
 Out:   evaluate.json, evaluate.md, and the same tables for a terminal
 State: evaluate.json
 """
 
+import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from core.files import read_json, write_file
 
@@ -22,50 +26,158 @@ NOT_CAUSAL = (
 TASK_HEADER = ["task", "metric", "value", "±", "examples", "shots", "version"]
 SOURCE_HEADER = ["source", "nats/token", "perplexity", "bits/byte", "accuracy", "tokens"]
 
-Table = tuple[list[str], list[list[str]]]
+
+# what is measured ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MetricValue:
+    """One number of a task.
+
+    filter   how an answer was taken out of the text; None where the text is the answer
+    value    a number, as a rule: a task may return whatever it likes
+    stderr   of the mean over the examples, where the harness can tell
+    """
+
+    metric: str
+    filter: str | None
+    value: Any
+    stderr: float | None
+    higher_is_better: bool | None
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """A task or a group of tasks, as the harness measured it. `part_of` names its group."""
+
+    metrics: list[MetricValue]
+    examples: int | None
+    num_fewshot: int | None
+    version: Any  # the harness takes anything that a task's file says
+    part_of: str | None
+
+
+@dataclass(frozen=True)
+class TaskMeasurement:
+    """All that one requested name stands for.
+
+    made_from    a fingerprint of model, data and settings: with any of it changed, it is measured
+                 anew
+    not_causal   why its numbers are not a language model's; None where they are
+    """
+
+    made_from: str
+    date: str
+    seconds: float
+    not_causal: str | None
+    notes: list[str]
+    results: dict[str, TaskScore]
+
+
+@dataclass(frozen=True)
+class SourceMeasurement:
+    """The held-out documents of one source; `made_from` and `not_causal` as above.
+
+    cross_entropy    in nats per token; perplexity is its exponential
+    bits_per_byte    of text
+    tokens           how many were measured
+    """
+
+    made_from: str
+    date: str
+    not_causal: str | None
+    cross_entropy: float | None
+    perplexity: float | None
+    bits_per_byte: float | None
+    token_accuracy: float | None
+    tokens: int
+
+
+@dataclass(frozen=True)
+class EvaluatedModel:
+    """The model of an evaluation. `tokens`: that it was trained on; `fingerprint`: of its
+    weights."""
+
+    weights: str
+    step: int | None
+    tokens: int | None
+    type: str
+    parameters: int
+    context: int
+    settings: dict[str, Any]
+    causal: bool
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class About:
+    """What was evaluated, and how. `settings`: the preset's section `evaluate`."""
+
+    preset: str
+    lineage: str
+    model: EvaluatedModel
+    not_causal: str | None
+    precision: str
+    device: str
+    harness: dict[str, str] | None
+    date: str
+    settings: dict[str, Any]
+    notes: list[str]
 
 
 @dataclass
 class EvaluationResults:
     """Everything that is known of one preset's evaluation."""
 
-    about: dict[str, Any]  # what was evaluated, and how
-    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
-    sources: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    @property
-    def note(self) -> str | None:
-        """What makes its numbers other than a language model's."""
-        return self.about.get("not_causal")
+    tasks: dict[str, TaskMeasurement] = field(default_factory=dict)
+    sources: dict[str, SourceMeasurement] = field(default_factory=dict)
 
 
-def read_results(folder: Path, about: dict[str, Any]) -> EvaluationResults:
-    """What earlier starts found that still stands: `made_from` says of what model, data and
-    settings each number is."""
+# evaluate.json ------------------------------------------------------------------------------------
+
+M = TypeVar("M")
+
+
+def read_results(folder: Path) -> EvaluationResults:
+    """Return what is in evaluate.json; whatever is not a whole measurement is left out."""
     try:
-        found = read_json(folder / "evaluate.json")
-        tasks, sources = (
-            {k: v for k, v in found[key].items() if isinstance(v, dict)}
-            for key in ("tasks", "domain_perplexity")
-        )
-        return EvaluationResults(about, tasks, sources)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return EvaluationResults(about)
+        content = read_json(folder / "evaluate.json")
+    except (OSError, ValueError):
+        return EvaluationResults()
+    if not isinstance(content, dict):
+        return EvaluationResults()
+    return EvaluationResults(
+        tasks=_measurements(content.get("tasks"), TypeAdapter(TaskMeasurement)),
+        sources=_measurements(content.get("domain_perplexity"), TypeAdapter(SourceMeasurement)),
+    )
 
 
-def write_results(results: EvaluationResults, folder: Path) -> None:
-    """Both files; whoever reads one never sees half of it. Raises OSError."""
-    whole = {**results.about, "tasks": results.tasks, "domain_perplexity": results.sources}
-    for name, text in (
-        ("evaluate.json", json.dumps(plain(whole), indent=2)),
-        ("evaluate.md", markdown(results)),
-    ):
-        write_file(folder / name, text + "\n")
+def _measurements(section: Any, adapter: TypeAdapter[M]) -> dict[str, M]:
+    valid: dict[str, M] = {}
+    for name, entry in section.items() if isinstance(section, dict) else ():
+        try:
+            valid[name] = adapter.validate_python(entry)
+        except ValidationError:
+            continue
+    return valid
+
+
+def write_results(about: About, results: EvaluationResults, folder: Path) -> None:
+    """Write evaluate.json and evaluate.md, each as a whole. Raises OSError."""
+    content = {
+        **dataclasses.asdict(about),
+        "tasks": {name: dataclasses.asdict(task) for name, task in results.tasks.items()},
+        "domain_perplexity": {
+            name: dataclasses.asdict(source) for name, source in results.sources.items()
+        },
+    }
+    write_file(folder / "evaluate.json", json.dumps(plain(content), indent=2) + "\n")
+    write_file(folder / "evaluate.md", markdown(about, results) + "\n")
 
 
 def plain(value: Any) -> Any:
-    """As JSON can hold it: the harness gives numbers of numpy, functions and values that are no
-    number."""
+    """Return a value as JSON can hold it: the harness gives numbers of numpy, functions and values
+    that are no number."""
     if isinstance(value, dict):
         return {str(key): plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple | set):
@@ -77,133 +189,132 @@ def plain(value: Any) -> Any:
     return value if value is None or isinstance(value, str | int | float | bool) else str(value)
 
 
-def of_harness(found: dict[str, Any]) -> dict[str, Any]:
-    """What is kept of the harness's results: for each task and group its metrics, examples, shots
-    and version."""
-    kept: dict[str, Any] = {}
-    for name, numbers in {**found["results"], **found.get("groups", {})}.items():
-        metrics = []
-        for key, value in numbers.items():
-            metric, comma, how = key.partition(",")
-            if not comma or metric.endswith("_stderr"):
-                continue
-            error = numbers.get(f"{metric}_stderr,{how}")
-            metrics.append(
-                {
-                    "metric": metric,
-                    "filter": None if how == "none" else how,
-                    "value": value,
-                    "stderr": error if isinstance(error, float) and math.isfinite(error) else None,
-                    "higher_is_better": found["higher_is_better"].get(name, {}).get(metric),
-                }
+def task_scores(results: Mapping[str, Any]) -> dict[str, TaskScore]:
+    """Return, for each task and group in the harness's results, what is kept of them."""
+    scores: dict[str, TaskScore] = {}
+    groups = results.get("group_subtasks", {})
+    for name, numbers in {**results["results"], **results.get("groups", {})}.items():
+        scores[name] = TaskScore(
+            metrics=_metric_values(numbers, results["higher_is_better"].get(name, {})),
+            examples=plain(numbers.get("sample_len")),
+            num_fewshot=plain(results["n-shot"].get(name)),
+            version=plain(results["versions"].get(name)),
+            part_of=next((group for group, parts in groups.items() if name in parts), None),
+        )
+    return scores
+
+
+def _metric_values(
+    numbers: Mapping[str, Any], higher_is_better: Mapping[str, bool]
+) -> list[MetricValue]:
+    """Collect the metrics from the harness's keys: "acc,none", "acc_stderr,none", "sample_len"."""
+    metrics = []
+    for key, value in numbers.items():
+        metric, comma, how = key.partition(",")
+        if not comma or metric.endswith("_stderr"):
+            continue
+        error = numbers.get(f"{metric}_stderr,{how}")
+        finite = isinstance(error, float) and math.isfinite(error)
+        metrics.append(
+            MetricValue(
+                metric=metric,
+                filter=None if how == "none" else how,
+                value=plain(value),
+                stderr=plain(error) if finite else None,
+                higher_is_better=plain(higher_is_better.get(metric)),
             )
-        kept[name] = {
-            "metrics": metrics,
-            "examples": numbers.get("sample_len"),
-            "num_fewshot": found["n-shot"].get(name),
-            "version": found["versions"].get(name),
-            "part_of": next(
-                (
-                    group
-                    for group, parts in found.get("group_subtasks", {}).items()
-                    if name in parts
-                ),
-                None,
-            ),
-        }
-    return plain(kept)
+        )
+    return metrics
 
 
 # tables -------------------------------------------------------------------------------------------
 
 
-def task_table(results: EvaluationResults) -> Table:
-    """A row for each metric; groups before their parts."""
+class Table(NamedTuple):
+    """A table of text."""
+
+    header: list[str]
+    rows: list[list[str]]
+
+
+def task_table(about: About, results: EvaluationResults) -> Table:
+    """Return a row for each metric; groups stand before their parts."""
     rows = []
-    for entry in results.tasks.values():
-        for name, found in sorted(
-            entry["results"].items(), key=lambda item: item[1]["part_of"] is not None
-        ):
-            for i, each in enumerate(found["metrics"]):
-                label = ("  " if found["part_of"] else "") + name if i == 0 else ""
-                how = f" ({each['filter']})" if each["filter"] else ""
-                facts = (
-                    [found["examples"], found["num_fewshot"], found["version"]]
-                    if i == 0
-                    else ["", "", ""]
-                )
-                value, error = each["value"], each["stderr"]
-                rows.append(
-                    [
-                        label,
-                        each["metric"] + how,
-                        _number(value),
-                        _number(error),
-                        *map(_shown, facts),
-                    ]
-                )
-    return _marked(results, TASK_HEADER, rows)
+    for task in results.tasks.values():
+        groups_first = sorted(task.results.items(), key=lambda item: item[1].part_of is not None)
+        for name, score in groups_first:
+            rows += _score_rows(name, score)
+    return _marked(about, TASK_HEADER, rows)
 
 
-def source_table(results: EvaluationResults) -> Table:
-    """A row for each source."""
+def _score_rows(name: str, score: TaskScore) -> list[list[str]]:
+    """Return a row for each metric; only the first says of which task."""
     rows = []
-    for name, found in results.sources.items():
-        numbers = [
-            _number(found[key])
-            for key in ("cross_entropy", "perplexity", "bits_per_byte", "token_accuracy")
-        ]
-        rows.append([name, *numbers, f"{found['tokens']:,}"])
-    return _marked(results, SOURCE_HEADER, rows)
+    label = f"  {name}" if score.part_of else name
+    facts = [_text(score.examples), _text(score.num_fewshot), _text(score.version)]
+    for each in score.metrics:
+        metric = f"{each.metric} ({each.filter})" if each.filter else each.metric
+        rows.append([label, metric, _number(each.value), _number(each.stderr), *facts])
+        label, facts = "", ["", "", ""]
+    return rows
 
 
-def markdown(results: EvaluationResults) -> str:
-    """Both tables, and what they are of."""
-    about = results.about
-    model = about["model"]
-    facts = {
-        "weights": model["weights"]
-        + (f", step {model['step']:,}" if model["step"] is not None else ""),
-        "trained on": None if model["tokens"] is None else f"{model['tokens']:,} tokens",
-        "model": f"{model['type']}, {model['parameters']:,} parameters, context of "
-        f"{model['context']:,} tokens",
-        "precision": about["precision"],
-        "device": about["device"],
-        "harness": about["harness"]
-        and f"{about['harness']['package']} {about['harness']['version']}",
-        "limit": None
-        if about["settings"]["limit"] is None
-        else f"{about['settings']['limit']} examples of each task",
-        "date": about["date"],
-    }
-    lines = [
-        f"# {about['preset']}",
-        "",
-        *(f"- {key}: {value}" for key, value in facts.items() if value is not None),
-    ]
-    lines += ["", f"**{results.note}**"] if results.note else []
-    for title, (header, rows) in (
-        ("Tasks", task_table(results)),
-        ("Held-out documents", source_table(results)),
-    ):
-        lines += (
-            ["", f"## {title}", "", _line(header), _line(["---"] * len(header)), *map(_line, rows)]
-            if rows
-            else []
+def source_table(about: About, results: EvaluationResults) -> Table:
+    """Return a row for each source."""
+    rows = []
+    for name, source in results.sources.items():
+        numbers = (
+            source.cross_entropy,
+            source.perplexity,
+            source.bits_per_byte,
+            source.token_accuracy,
         )
-    notes = [
-        *about["notes"],
-        *(note for entry in results.tasks.values() for note in entry["notes"]),
-    ]
-    lines += ["", "## Notes", "", *(f"- {note}" for note in dict.fromkeys(notes))] if notes else []
+        rows.append([name, *map(_number, numbers), f"{source.tokens:,}"])
+    return _marked(about, SOURCE_HEADER, rows)
+
+
+def markdown(about: About, results: EvaluationResults) -> str:
+    """Return both tables, and what they are of, as Markdown."""
+    lines = [f"# {about.preset}", ""]
+    lines += [f"- {key}: {value}" for key, value in _facts(about).items() if value is not None]
+    if about.not_causal:
+        lines += ["", f"**{about.not_causal}**"]
+    tables = {
+        "Tasks": task_table(about, results),
+        "Held-out documents": source_table(about, results),
+    }
+    for title, table in tables.items():
+        if table.rows:
+            rule = ["---"] * len(table.header)
+            lines += ["", f"## {title}", "", *map(_line, [table.header, rule, *table.rows])]
+    notes = [*about.notes, *(note for task in results.tasks.values() for note in task.notes)]
+    if notes:
+        lines += ["", "## Notes", "", *(f"- {note}" for note in dict.fromkeys(notes))]
     return "\n".join(lines)
 
 
-def _marked(results: EvaluationResults, header: list[str], rows: list[list[str]]) -> Table:
-    """Each number of a model that is not causal says so."""
-    if not results.note:
-        return header, rows
-    return [*header, "note"], [[*row, "not causal"] for row in rows]
+def _facts(about: About) -> dict[str, str | None]:
+    model, limit = about.model, about.settings["limit"]
+    step = "" if model.step is None else f", step {model.step:,}"
+    harness = about.harness
+    shape = f"{model.type}, {model.parameters:,} parameters, context of {model.context:,} tokens"
+    return {
+        "weights": model.weights + step,
+        "trained on": None if model.tokens is None else f"{model.tokens:,} tokens",
+        "model": shape,
+        "precision": about.precision,
+        "device": about.device,
+        "harness": None if harness is None else f"{harness['package']} {harness['version']}",
+        "limit": None if limit is None else f"{limit} examples of each task",
+        "date": about.date,
+    }
+
+
+def _marked(about: About, header: list[str], rows: list[list[str]]) -> Table:
+    """Mark each number of a model that is not causal."""
+    if not about.not_causal:
+        return Table(header, rows)
+    return Table([*header, "note"], [[*row, "not causal"] for row in rows])
 
 
 def _line(cells: list[str]) -> str:
@@ -212,9 +323,9 @@ def _line(cells: list[str]) -> str:
 
 def _number(value: Any) -> str:
     if not isinstance(value, int | float):
-        return _shown(value)
+        return _text(value)
     return f"{value:.4f}" if abs(value) < 100 else f"{value:,.1f}"
 
 
-def _shown(value: Any) -> str:
+def _text(value: Any) -> str:
     return "" if value is None else str(value)

@@ -1,4 +1,4 @@
-"""The table of jobs: what a preset can ask for. Adding one: its file, its line here."""
+"""The table of jobs that a preset can ask for. Adding one: its file, its line here."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -23,16 +23,16 @@ class Job(Generic[P]):
     """One thing that a preset can ask for."""
 
     run: Callable[[P, Runtime, Parallel, Path, float, TextIO], None]
-    """Preset, runtime, ranks, root folder, when the program was started (time.time()), and the
-    stream to show on. Every rank calls it. Raises UserError."""
+    """The job itself, called on every rank: with the preset, the runtime, the ranks, the root
+    folder, the time at which the program was started, and the stream to show on."""
     preset: type[P]
-    """PresetBase, or a subclass with a section of the job's own."""
+    """PresetBase, or a subclass that adds the job's section."""
     preview: Callable[[P, Path], list[str]] | None = None
-    """Preset and root folder to the lines that the menu shows; None: those of training."""
+    """Lines of the menu, from the preset and the root folder; None: those of training."""
     trains: bool = False
-    """A job that trains: the menu also tells of size and memory, and offers a fresh start."""
+    """The menu also shows size and memory, and offers a fresh start."""
     files: Callable[[P, Path], Iterable[Path]] | None = None
-    """Preset and root folder to the files that it leaves, beside checkpoints and logs."""
+    """Files that the job leaves beside checkpoints and logs, from the preset and the root folder."""
 
 
 JOBS: dict[str, Job[Any]] = {

@@ -1,10 +1,10 @@
-"""The `evaluate` job: a trained model on tasks of lm-evaluation-harness, and on the text its
+"""The `evaluate` job: a trained model on tasks of lm-evaluation-harness, and on the text that its
 training held out.
 
 In:    a preset: its `init_from` or its lineage's newest checkpoint, its section `evaluate`, its
        data
 Out:   logs/<lineage>/evaluate.json and evaluate.md, and their tables on the screen
-State: evaluate.json: whoever was stopped goes on with the tasks that are not in it
+State: evaluate.json: an interrupted evaluation goes on with what is not in it
 
     weights --> tasks, one after the other --> held-out documents, source by source --> tables
 
@@ -14,16 +14,19 @@ Under torchrun rank 0 does it alone.
 import hashlib
 import json
 import time
+from collections.abc import Iterable
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import torch
 from pydantic import Field
 
 from core.checkpoint.weights import preview_weights
 from core.contracts import plain_batch
-from core.data.corpus import open_held_out
+from core.data.corpus import Corpus, open_held_out
+from core.data.packing import Row
 from core.data.validation import shortfall
 from core.errors import Interrupted, NoData, UserError
 from core.evaluation.harness.library import version
@@ -31,17 +34,22 @@ from core.evaluation.harness.scoring import Scorer
 from core.evaluation.harness.tasks import open_tasks, run_task
 from core.evaluation.harness.wrapper import as_harness_model
 from core.evaluation.harness.writing import Writer
-from core.evaluation.perplexity import held_out_rows, perplexity
+from core.evaluation.perplexity import held_out_rows, measure_perplexity
 from core.evaluation.results import (
     NOT_CAUSAL,
-    of_harness,
+    About,
+    EvaluatedModel,
+    SourceMeasurement,
+    TaskMeasurement,
     read_results,
     source_table,
+    task_scores,
     task_table,
     write_results,
 )
 from core.files import cause, own_path
 from core.generation.engine import TextGenerator
+from core.parallel.protocol import Parallel
 from core.parallel.single import Single
 from core.preset.base import PresetBase
 from core.preset.merge import preset_json
@@ -53,7 +61,7 @@ from core.training.machine import Machine
 from core.ui.evaluate import EvaluateView
 
 SAMPLED = 1024
-"""Numbers of each tensor that tell these weights from others."""
+"""Numbers of each tensor that go into the fingerprint of the weights."""
 
 
 class EvaluateSettings(Settings):
@@ -88,17 +96,17 @@ class EvaluatePreset(PresetBase):
 def evaluate(
     preset: EvaluatePreset,
     runtime: Runtime,
-    parallel: Any,
+    parallel: Parallel,
     root: Path,
     started: float,
-    console: Any,
+    console: TextIO,
 ) -> None:
     """Measure what is not measured yet. Raises Interrupted after Ctrl-C, SIGTERM or SIGHUP, with
-    every finished task kept."""
+    every finished measurement kept."""
     if parallel.rank != 0:
         return
-    wanted = preset.evaluate
-    if not wanted.tasks and not wanted.domain_perplexity:
+    settings = preset.evaluate
+    if not settings.tasks and not settings.domain_perplexity:
         raise UserError(
             'there is nothing to evaluate: name some "evaluate.tasks", or set "domain_perplexity" '
             "to true"
@@ -106,240 +114,207 @@ def evaluate(
     if runtime.device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = False  # scores are promised in fp32
     with EvaluateView(console) as view, StopRequest() as stop:
-        if wanted.tasks:
-            version()  # a package that is missing is told before gigabytes are read
+        if settings.tasks:
+            version()  # a missing package is reported before gigabytes are read
         trained = load_trained(preset, root, runtime)
         for note in trained.notes:
             view.tell(f"note  {note}")
-        desk = EvaluationRunner(trained, runtime, root, view, stop)
-        desk.tasks()
-        if wanted.domain_perplexity:
-            desk.held_out()
-        desk.finish()
+        runner = EvaluationRunner(trained, runtime, root, view, stop)
+        runner.run_tasks()
+        if settings.domain_perplexity:
+            runner.measure_held_out()
+        runner.finish()
 
 
 def preview_evaluate(preset: EvaluatePreset, root: Path) -> list[str]:
-    """What the menu tells before the job is chosen."""
-    wanted = preset.evaluate
+    """Return the menu's lines on the job."""
+    settings = preset.evaluate
     try:
         first = f"evaluates {preview_weights(preset.init_from or preset.lineage, root)}"
     except UserError as error:
         first = f"cannot start yet: {str(error).splitlines()[0]}"
-    what = []
-    if wanted.tasks:
-        limit = f" (at most {wanted.limit:,} examples of each)" if wanted.limit else ""
-        what.append(f"the tasks {', '.join(wanted.tasks)}{limit}")
-    if wanted.domain_perplexity:
-        what.append(
-            f"held-out documents of {', '.join(source.name for source in preset.data.sources)}"
-        )
+    measured = []
+    if settings.tasks:
+        limit = f" (at most {settings.limit:,} examples of each)" if settings.limit else ""
+        measured.append(f"the tasks {', '.join(settings.tasks)}{limit}")
+    if settings.domain_perplexity:
+        sources = ", ".join(source.name for source in preset.data.sources)
+        measured.append(f"held-out documents of {sources}")
     return [
         first,
-        f"on {'; '.join(what) or 'nothing: name some tasks'}",
+        f"on {'; '.join(measured) or 'nothing: name some tasks'}",
         f"writes logs/{preset.lineage}/evaluate.md and evaluate.json",
     ]
 
 
 class EvaluationRunner:
-    """One evaluation: what it measures, and what it has found."""
+    """One evaluation: a trained model, and what has been measured of it."""
 
     def __init__(
-        self, trained: Trained, runtime: Runtime, root: Path, view: EvaluateView, stop: StopRequest
+        self,
+        trained: Trained[EvaluatePreset],
+        runtime: Runtime,
+        root: Path,
+        view: EvaluateView,
+        stop: StopRequest,
     ):
-        self._trained, self._preset, self._root, self._view, self._stop = (
-            trained,
-            trained.preset,
-            root,
-            view,
-            stop,
-        )
-        self._wanted = self._preset.evaluate
-        self._machine = Machine(
-            runtime, Single(), runtime.compute_dtype(self._preset.train.precision)
-        )
-        self._device, self._dtype = self._machine.device, self._machine.dtype
-        self._folder = root / "logs" / self._preset.lineage
-        self._context = self._preset.model.seq_length
-        self._precision = "bf16, scores in fp32" if self._dtype == torch.bfloat16 else "fp32"
-        self._weights = _fingerprint(trained)
-        self._findings, self._measured = read_results(self._folder, self._about(runtime)), 0
-        with torch.no_grad():
-            provides = trained.model(
-                plain_batch(torch.zeros(1, 1, dtype=torch.int64, device=self._device))
-            ).readout.provides
-        if objective_of(self._preset.model) != NEXT_TOKEN:
-            raise UserError(
-                f"{trained.where} holds a {self._preset.model.type}, which fills in masked tokens "
-                "and continues no text: tasks "
-                "and perplexities ask for next tokens. Its own scores stand in its training's "
-                "logs: metrics.jsonl and masked.png."
-            )
-        if provides != "logits":
-            raise UserError(
-                "this model's readout gives distances, which are no probabilities of a next "
-                "token: it has no such scores"
-            )
-        if self._findings.note:
-            view.tell(f"warning  {self._findings.note}")
+        """Raises UserError where the model gives no probabilities of next tokens."""
+        preset = trained.preset
+        self._trained, self._preset, self._settings = trained, preset, preset.evaluate
+        self._root, self._view, self._stop = root, view, stop
+        dtype = runtime.compute_dtype(preset.train.precision)
+        self._machine = Machine(runtime, Single(), dtype)
+        self._context = preset.model.seq_length
+        self._folder = root / "logs" / preset.lineage
+        self._about = _about(trained, self._machine)
+        self._results, self._measured = read_results(self._folder), 0
+        _check_next_token_model(trained, runtime.device)
+        if self._about.not_causal:
+            view.tell(f"warning  {self._about.not_causal}")
 
-    def _about(self, runtime: Runtime) -> dict[str, Any]:
-        """What is evaluated, and how."""
-        trained, preset = self._trained, self._preset
-        causal = bool(trained.model.is_causal)  # type: ignore[arg-type]
-        return {
-            "preset": preset.name,
-            "lineage": preset.lineage,
-            "model": {
-                "weights": trained.where,
-                "step": trained.step,
-                "tokens": trained.tokens,
-                "type": preset.model.type,
-                "parameters": sum(p.numel() for p in trained.model.parameters()),
-                "context": self._context,
-                "settings": preset.model.model_dump(mode="json"),
-                "causal": causal,
-                "fingerprint": self._weights,
-            },
-            "not_causal": None if causal else NOT_CAUSAL,
-            "precision": self._precision,
-            "device": runtime.device_name,
-            "harness": {"package": "lm_eval", "version": version()} if self._wanted.tasks else None,
-            "date": _now(),
-            "settings": self._wanted.model_dump(mode="json"),
-            "notes": list(trained.notes),
-        }
-
-    def _mark(self, **facts: Any) -> str:
-        """What a number is made from, in short: with any of it changed, it is measured anew."""
-        made_from = {
-            "weights": self._weights,
-            "precision": self._precision,
-            "context": self._context,
-            **facts,
-        }
-        return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
-
-    def tasks(self) -> None:
-        """Run every task that is not done, one name after the other."""
-        names = list(dict.fromkeys(self._wanted.tasks))
-        folder = own_path(self._wanted.task_path, self._root) if self._wanted.task_path else None
-        mark = self._mark(
-            limit=self._wanted.limit,
-            num_fewshot=self._wanted.num_fewshot,
-            harness=self._findings.about["harness"],
+    def run_tasks(self) -> None:
+        """Run every task that is not measured yet, one after the other."""
+        settings, tasks = self._settings, self._results.tasks
+        names = list(dict.fromkeys(settings.tasks))
+        folder = own_path(settings.task_path, self._root) if settings.task_path else None
+        made_from = self._made_from(
+            limit=settings.limit,
+            num_fewshot=settings.num_fewshot,
+            harness=self._about.harness,
             files=_files_of(folder),
             seed=self._preset.train.seed,
         )
-        kept = self._findings.tasks
-        self._findings.tasks = {
-            name: kept[name] for name in names if kept.get(name, {}).get("made_from") == mark
+        self._results.tasks = {
+            name: tasks[name]
+            for name in names
+            if name in tasks and tasks[name].made_from == made_from
         }
-        missing = [name for name in names if name not in self._findings.tasks]
+        missing = [name for name in names if name not in self._results.tasks]
         if not missing:
             return
         loaded = open_tasks(missing, folder, self._view.tell)
         for name in missing:
-            model, tokenizer = self._trained.model, self._trained.tokenizer
-            how = self._wanted.batch_size, self._dtype
-            scorer = Scorer(model, self._context, *how)
-            writer = Writer(
-                TextGenerator(model, tokenizer, self._context), *how, self._preset.train.seed
-            )  # type: ignore[arg-type]
-            begun = time.monotonic()
-            with self._view.task(name):
-                model = as_harness_model(scorer, writer, tokenizer, self._told)
-                found = run_task(
-                    model, loaded.pop(name), self._wanted.limit, self._wanted.num_fewshot
-                )
-            self._findings.tasks[name] = {
-                "made_from": mark,
-                "date": _now(),
-                "seconds": round(time.monotonic() - begun, 1),
-                "not_causal": self._findings.note,
-                "notes": [f"{name}: {note}" for note in writer.notes],
-                "results": of_harness(found),
-            }
-            self._findings.tasks = {
-                each: self._findings.tasks[each] for each in names if each in self._findings.tasks
-            }
-            self._keep()
+            measured = {**self._results.tasks, name: self._run(name, loaded.pop(name), made_from)}
+            self._results.tasks = {name: measured[name] for name in names if name in measured}
+            self._save()
 
-    def held_out(self) -> None:
-        """Measure every source that is not measured."""
+    def _run(self, name: str, loaded: Any, made_from: str) -> TaskMeasurement:
+        """Run one task; `loaded`: the harness's own objects."""
+        trained, settings, dtype = self._trained, self._settings, self._machine.dtype
+        scorer = Scorer(trained.model, self._context, settings.batch_size, dtype)
+        generator = TextGenerator(trained.model, trained.tokenizer, self._context)
+        writer = Writer(generator, settings.batch_size, dtype, self._preset.train.seed)
+        begun = time.monotonic()
+        with self._view.task(name):
+            model = as_harness_model(scorer, writer, trained.tokenizer, self._progress)
+            results = run_task(model, loaded, settings.limit, settings.num_fewshot)
+        return TaskMeasurement(
+            made_from=made_from,
+            date=_now(),
+            seconds=round(time.monotonic() - begun, 1),
+            not_causal=self._about.not_causal,
+            notes=[f"{name}: {note}" for note in writer.notes],
+            results=task_scores(results),
+        )
+
+    def measure_held_out(self) -> None:
+        """Measure the held-out documents of every source that is not measured yet."""
         preset, trained = self._preset, self._trained
-        if preset.train.eval_tokens == 0:
+        tokens = preset.train.eval_tokens
+        if tokens == 0:
             self._note("train.eval_tokens is 0: no held-out documents are measured")
             return
-        # not of each token alone
-        how = {
-            "tokens": preset.train.eval_tokens,
-            "seed": preset.train.seed,
-            "bytes": "of the text",
+        made_from = self._made_from(
+            data=preset_json(preset)["data"],
+            tokens=tokens,
+            seed=preset.train.seed,
+            bytes="of the text",  # not of each token alone
+        )
+        self._results.sources = {
+            name: source
+            for name, source in self._results.sources.items()
+            if source.made_from == made_from
         }
-        mark = self._mark(data=preset_json(preset)["data"], **how)
-        kept = self._findings.sources
-        self._findings.sources = {
-            name: found for name, found in kept.items() if found.get("made_from") == mark
-        }
-        if {source.name for source in preset.data.sources} <= set(self._findings.sources):
+        if {source.name for source in preset.data.sources} <= set(self._results.sources):
             return
+        corpus = self._open_held_out()
+        if corpus is None:
+            return
+        rows = held_out_rows(corpus, trained.tokenizer, self._context, tokens)
+        for name in corpus.names:
+            if name not in self._results.sources:
+                self._measure_source(name, rows[name], made_from)
+
+    def _open_held_out(self) -> Corpus | None:
+        """Open the data as training split them. Where there are none, raises NoData, or returns
+        None after tasks."""
+        trained = self._trained
         try:
             corpus, notes = open_held_out(
-                preset, self._root, Single(), trained.made_with, trained.held_out
+                self._preset, self._root, Single(), trained.made_with, trained.held_out
             )
         except NoData as error:
-            if not self._wanted.tasks:
+            if not self._settings.tasks:
                 raise
             self._note(f"no held-out documents: {' '.join(str(error).split())}")
-            return
-        for note in [
-            *notes,
-            *(told for kind in corpus.tokenizer_remarks(trained.tokenizer) for told in kind),
-        ]:
+            return None
+        remarks, warnings = corpus.tokenizer_remarks(trained.tokenizer)
+        for note in [*notes, *remarks, *warnings]:
             self._note(note)
-        rows = held_out_rows(corpus, trained.tokenizer, self._context, preset.train.eval_tokens)
-        for name in corpus.names:
-            if name in self._findings.sources:
-                continue
-            with self._view.task(f"held-out documents of {name}"):
-                found = perplexity(
-                    trained.model, rows[name], self._wanted.batch_size, self._machine, self._told
-                )
-            if found is None:
-                self._note(f"{name} holds no document out; nothing to measure there")
-                continue
-            if message := shortfall(rows[name], preset.train.eval_tokens):
-                self._note(f"{name}: {message}")
-            self._findings.sources[name] = {
-                "made_from": mark,
-                "date": _now(),
-                "not_causal": self._findings.note,
-                **found,
-            }
-            self._keep()
+        return corpus
+
+    def _measure_source(self, name: str, rows: list[Row], made_from: str) -> None:
+        with self._view.task(f"held-out documents of {name}"):
+            score = measure_perplexity(
+                self._trained.model,
+                rows,
+                self._settings.batch_size,
+                self._machine,
+                self._progress,
+            )
+        if score is None:
+            self._note(f"{name} holds no document out; nothing to measure there")
+            return
+        if message := shortfall(rows, self._preset.train.eval_tokens):
+            self._note(f"{name}: {message}")
+        self._results.sources[name] = SourceMeasurement(
+            made_from=made_from, date=_now(), not_causal=self._about.not_causal, **asdict(score)
+        )
+        self._save()
 
     def finish(self) -> None:
-        """Show everything that is known."""
-        if not self._findings.tasks and not self._findings.sources:
-            raise NoData(
-                "nothing could be measured:\n"
-                + "\n".join(f"  {note}" for note in self._findings.about["notes"])
-            )
+        """Write and show everything that is known. Raises NoData where that is nothing."""
+        about, results, view = self._about, self._results, self._view
+        if not results.tasks and not results.sources:
+            notes = "\n".join(f"  {note}" for note in about.notes)
+            raise NoData(f"nothing could be measured:\n{notes}")
         if not self._measured:
             file = (self._folder / "evaluate.json").relative_to(self._root)
-            self._view.tell(f"all of it was measured already; delete {file} to measure anew")
+            view.tell(f"all of it was measured already; delete {file} to measure anew")
         self._write()  # notes may be new
-        for title, (header, rows) in (
-            ("tasks", task_table(self._findings)),
-            ("held-out documents", source_table(self._findings)),
-        ):
-            if rows:
-                self._view.table(title, header, rows)
-        if self._findings.note:
-            self._view.tell(self._findings.note)
-        self._view.tell(f"report: {(self._folder / 'evaluate.md').relative_to(self._root)}")
+        tables = {
+            "tasks": task_table(about, results),
+            "held-out documents": source_table(about, results),
+        }
+        for title, table in tables.items():
+            if table.rows:
+                view.table(title, table.header, table.rows)
+        if about.not_causal:
+            view.tell(about.not_causal)
+        view.tell(f"report: {(self._folder / 'evaluate.md').relative_to(self._root)}")
 
-    def _told(self, done: int, total: int) -> None:
+    def _made_from(self, **parts: Any) -> str:
+        """Return a fingerprint of what a number is made from: with any of it changed, it is
+        measured anew."""
+        made_from = {
+            "weights": self._about.model.fingerprint,
+            "precision": self._about.precision,
+            "context": self._context,
+            **parts,
+        }
+        return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
+
+    def _progress(self, done: int, total: int) -> None:
         if self._stop():
             raise Interrupted(
                 f"interrupted after {self._measured} measurements; they are kept, start again to "
@@ -349,15 +324,15 @@ class EvaluationRunner:
 
     def _note(self, note: str) -> None:
         self._view.tell(f"note  {note}")
-        self._findings.about["notes"].append(note)
+        self._about.notes.append(note)
 
-    def _keep(self) -> None:
+    def _save(self) -> None:
         self._measured += 1
         self._write()
 
     def _write(self) -> None:
         try:
-            write_results(self._findings, self._folder)
+            write_results(self._about, self._results, self._folder)
         except OSError as error:
             place = self._folder / "evaluate.json"
             raise UserError(
@@ -365,31 +340,78 @@ class EvaluationRunner:
             ) from None
 
 
+def _check_next_token_model(trained: Trained[Any], device: torch.device) -> None:
+    """Raise UserError where the model predicts masked tokens, or gives distances."""
+    model = trained.preset.model
+    if objective_of(model) != NEXT_TOKEN:
+        raise UserError(
+            f"{trained.where} holds a {model.type}, which fills in masked tokens and continues no "
+            "text: tasks and perplexities ask for next tokens. Its own scores are in its "
+            "training's logs: metrics.jsonl and masked.png."
+        )
+    one_token = plain_batch(torch.zeros(1, 1, dtype=torch.int64, device=device))
+    with torch.no_grad():
+        provides = trained.model(one_token).readout.provides
+    if provides != "logits":
+        raise UserError(
+            "this model's readout gives distances, which are no probabilities of a next token: it "
+            "has no such scores"
+        )
+
+
+def _about(trained: Trained[EvaluatePreset], machine: Machine) -> About:
+    """Return what is evaluated, and how."""
+    preset, model, settings = trained.preset, trained.model, trained.preset.evaluate
+    causal = bool(model.is_causal)
+    return About(
+        preset=preset.name,
+        lineage=preset.lineage,
+        model=EvaluatedModel(
+            weights=trained.where,
+            step=trained.step,
+            tokens=trained.tokens,
+            type=preset.model.type,
+            parameters=sum(p.numel() for p in model.parameters()),
+            context=preset.model.seq_length,
+            settings=preset.model.model_dump(mode="json"),
+            causal=causal,
+            fingerprint=_fingerprint(trained),
+        ),
+        not_causal=None if causal else NOT_CAUSAL,
+        precision="bf16, scores in fp32" if machine.dtype == torch.bfloat16 else "fp32",
+        device=machine.runtime.device_name,
+        harness={"package": "lm_eval", "version": version()} if settings.tasks else None,
+        date=_now(),
+        settings=settings.model_dump(mode="json"),
+        notes=list(trained.notes),
+    )
+
+
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _fingerprint(trained: Trained) -> str:
-    """Tells these weights, their tokenizer and the state of their schedules from others."""
-    digest = hashlib.sha256(
-        json.dumps([trained.preset.model.model_dump(mode="json"), trained.step]).encode()
-    )
+def _fingerprint(trained: Trained[Any]) -> str:
+    """Return a fingerprint of the weights, their tokenizer and the state of their schedules."""
+    settings = trained.preset.model.model_dump(mode="json")
+    digest = hashlib.sha256(json.dumps([settings, trained.step]).encode())
     digest.update(trained.tokenizer.fingerprint().encode())
     for name, tensor in sorted(trained.model.state_dict().items()):
         flat = tensor.detach().flatten()
-        digest.update(
-            name.encode() + flat[:: max(1, len(flat) // SAMPLED)].float().cpu().numpy().tobytes()
-        )
+        sample = flat[:: max(1, len(flat) // SAMPLED)].float().cpu().numpy()
+        digest.update(name.encode() + sample.tobytes())
     return digest.hexdigest()[:16]
 
 
 def _files_of(folder: Path | None) -> list[list[Any]]:
-    """The files of a folder, their sizes and dates: changed tasks are run anew."""
-    paths = (
-        sorted(
-            path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts
-        )
-        if folder
-        else []
-    )
-    return [[str(path), (found := path.stat()).st_size, found.st_mtime_ns] for path in paths]
+    """Return the files of a folder, their sizes and dates: changed tasks are run anew."""
+    files = []
+    for path in _sorted_files(folder) if folder else ():
+        status = path.stat()
+        files.append([str(path), status.st_size, status.st_mtime_ns])
+    return files
+
+
+def _sorted_files(folder: Path) -> Iterable[Path]:
+    paths = (path for path in folder.rglob("*") if "__pycache__" not in path.parts)
+    return sorted(path for path in paths if path.is_file())

@@ -1,5 +1,5 @@
-"""The `interpret` job: what the neurons of a PolyGLU model choose, by themselves and given text of
-each data source.
+"""The `interpret` job: show which activations the neurons of a PolyGLU model choose, by themselves
+and given text of each data source.
 
 In:    a preset: its `init_from` or its lineage's newest checkpoint, its data, its section
        `interpret`
@@ -16,7 +16,7 @@ Under torchrun rank 0 does it alone.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from core.files import cause
 from core.interpretation.results import Interpretation, interpret_routing
 from core.interpretation.routing import Reading, Router, static_routing
 from core.models.polyglu import NAMES
+from core.parallel.protocol import Parallel
 from core.parallel.single import Single
 from core.preset.base import PresetBase
 from core.preset.settings import Settings
@@ -65,21 +66,21 @@ class InterpretPreset(PresetBase):
 def interpret(
     preset: InterpretPreset,
     runtime: Runtime,
-    parallel: Any,
+    parallel: Parallel,
     root: Path,
     started: float,
-    console: Any,
+    console: TextIO,
 ) -> None:
-    """Look into the model and write the report. Raises Interrupted after Ctrl-C, SIGTERM or SIGHUP;
-    nothing is written then."""
-    if parallel.rank != 0:  # nor does it wait: a collective operation has a clock running
+    """Examine the model and write the report. Raises Interrupted after Ctrl-C, SIGTERM or SIGHUP,
+    with nothing written."""
+    if parallel.rank != 0:  # without waiting for rank 0: a collective operation would time out
         return
     with StopRequest() as stop, EvaluateView(console) as view:
         _interpret(preset, runtime, root, view, stop)
 
 
 def preview_interpret(preset: InterpretPreset, root: Path) -> list[str]:
-    """What the menu tells before the job is chosen."""
+    """Return what the menu shows before the job is chosen."""
     try:
         weights = preview_weights(preset.init_from or preset.lineage, root)
     except UserError as error:
@@ -101,24 +102,19 @@ def _interpret(
     trained = load_trained(preset, root, runtime)
     _refuse(trained)
     notes = [*trained.notes, *_switch_noise_off(trained)]
-    corpus, told = open_held_out(
+    corpus, held_out_notes = open_held_out(
         trained.preset, root, Single(), trained.made_with, trained.held_out
     )
     corpus.check_tokenizer(trained.tokenizer)
-    reader = Reader(trained, runtime, view, stop)
+    reader = RoutingReader(trained, runtime, view, stop)
     readings = {
         name: reader.read(name, documents)
         for name, documents in corpus.held_out_inputs(trained.tokenizer).items()
     }
-    notes += [
-        *told,
-        *(
-            f"{name} holds no document out, and is left out"
-            for name, found in readings.items()
-            if not found.rows
-        ),
-    ]
-    readings = {name: found for name, found in readings.items() if found.rows}
+    notes += held_out_notes
+    for name in [name for name, reading in readings.items() if not reading.rows]:
+        notes.append(f"{name} holds no document out, and is left out")
+        del readings[name]
     for note in notes:
         view.tell(f"note  {note}")
     if not readings:
@@ -126,40 +122,43 @@ def _interpret(
             "no source holds a document out, so there is no text to route: add documents to one "
             "of data.sources"
         )
-    found = _found(trained, reader, readings, notes)
+    results = _results(trained, reader.router, readings, notes)
     folder = root / "logs" / preset.lineage / FOLDER
     try:
-        write_interpretation(found, folder)
+        write_interpretation(results, folder)
     except OSError as error:
         raise UserError(
             f"{folder} cannot be written: {cause(error, folder / 'index.html')} Then start again."
         ) from None
-    table = layer_table(found)
+    table = layer_table(results)
     view.table("entropy in nats, and shift between categories", table.head, table.rows)
-    for line in [*findings(found), *(f"caution  {warning}" for warning in warnings(found))]:
+    for line in findings(results):
         view.tell(line)
+    for warning in warnings(results):
+        view.tell(f"caution  {warning}")
     view.tell(f"page: {(folder / 'index.html').relative_to(root)}")
 
 
 def _refuse(trained: Trained) -> None:
-    """Raises UserError of a model that does not route."""
+    """Raise UserError if the model does not route."""
     if not getattr(trained.model, "routes", False):
         raise UserError(
             f"{trained.where} holds a {_named(trained.preset.model)}, which routes nothing: only "
-            "models of type polychromatic, "
-            'with feed_forward "polyglu", can be interpreted. Name one by "init_from".'
+            'models of type polychromatic, with feed_forward "polyglu", can be interpreted. Name '
+            'one by "init_from".'
         )
 
 
 def _switch_noise_off(trained: Trained) -> list[str]:
-    """What is told of how the model is evaluated; in evaluation it may draw noise, as published."""
-    how = trained.preset.model.routing.evaluate
-    if how == "argmax":
+    """Switch off the noise that a model may draw in evaluation, as published. Return a note on how
+    it is evaluated, if that is not by soft weights anyway."""
+    evaluate = trained.preset.model.routing.evaluate
+    if evaluate == "argmax":
         return [
             'routing.evaluate is "argmax": the model takes the likeliest activation alone, of the '
-            "weights that are told here"
+            "weights that are shown here"
         ]
-    if how == "soft":
+    if evaluate == "soft":
         return []
     for block in trained.model.model_core:  # type: ignore[union-attr]
         block.polyglu.routing = block.polyglu.routing.model_copy(update={"evaluate": "soft"})
@@ -167,17 +166,14 @@ def _switch_noise_off(trained: Trained) -> list[str]:
 
 
 def _named(model: Any) -> str:
-    return (
-        f"{model.type} with {feed_forward}"
-        if (feed_forward := getattr(model, "feed_forward", None))
-        else model.type
-    )
+    feed_forward = getattr(model, "feed_forward", None)
+    return f"{model.type} with {feed_forward}" if feed_forward else model.type
 
 
-def _found(
-    trained: Trained, reader: "Reader", readings: dict[str, Reading], notes: list[str]
+def _results(
+    trained: Trained, router: Router, readings: dict[str, Reading], notes: list[str]
 ) -> Interpretation:
-    preset, wanted = trained.preset, trained.preset.interpret
+    preset, settings = trained.preset, trained.preset.interpret
     about = {
         "preset": preset.name,
         "description": preset.description,
@@ -188,28 +184,21 @@ def _found(
         "pool": preset.model.routing.pool,
         "evaluate": preset.model.routing.evaluate,
         "seq_length": preset.model.seq_length,
-        "tokens_per_category": wanted.tokens_per_category,
-        "positions_per_row": wanted.positions_per_row,
+        "tokens_per_category": settings.tokens_per_category,
+        "positions_per_row": settings.positions_per_row,
         "notes": notes,
     }
-    router = reader.router
-    return interpret_routing(
-        about,
-        NAMES,
-        router.tau,
-        bool(trained.model.is_causal),
-        static_routing(router.alpha),
-        readings,
-    )
+    causal, static = bool(trained.model.is_causal), static_routing(router.alpha)
+    return interpret_routing(about, NAMES, router.tau, causal, static, readings)
 
 
 # reading ------------------------------------------------------------------------------------------
 
 
 @dataclass
-class Reader:
-    """Sends held-out documents through the model, each in rows of its own: nothing else is pooled
-    with it, and no padding."""
+class RoutingReader:
+    """Sends held-out documents through the model, each in rows of its own, so that neither other
+    text nor padding is pooled with it."""
 
     trained: Trained
     runtime: Runtime
@@ -218,50 +207,43 @@ class Reader:
 
     def __post_init__(self) -> None:
         layers = [block.polyglu for block in self.trained.model.model_core]  # type: ignore[union-attr]
-        alpha, beta = (
-            torch.stack([getattr(layer, name).detach().float() for layer in layers])
-            for name in ("alpha", "beta")
-        )
+        alpha = torch.stack([layer.alpha.detach().float() for layer in layers])
+        beta = torch.stack([layer.beta.detach().float() for layer in layers])
         self.router = Router(alpha, beta, float(self.trained.model.tau))  # type: ignore[arg-type]
 
     def read(self, name: str, documents: Iterator[np.ndarray]) -> Reading:
-        """What a category's documents, (its tokens,) each, make of the routing."""
-        wanted, seq_length = self.trained.preset.interpret, self.trained.preset.model.seq_length
-        found, tokens = Reading(), 0
+        """Route one category's documents: arrays of tokens (n,). Raises Interrupted."""
+        preset = self.trained.preset
+        settings, most = preset.interpret, preset.interpret.tokens_per_category
+        reading, tokens = Reading(), 0
         self.view.start(name)
-        for document, row in rows_of(
-            self._watched(documents), seq_length, wanted.tokens_per_category
-        ):
-            sums, neurons = self.router.read(self._gates(row), len(row), wanted.positions_per_row)
-            found.add(document, sums, neurons)
+        for document, row in rows_of(self._stoppable(documents), preset.model.seq_length, most):
+            sums, neurons = self.router.read(self._gates(row), len(row), settings.positions_per_row)
+            reading.add(document, sums, neurons)
             tokens += len(row)
-            self._watch()
-            self.view.update(tokens, max(tokens, wanted.tokens_per_category))
+            self._stop_if_asked()
+            self.view.update(tokens, max(tokens, most))
         self.view.end()
-        return found
+        return reading
 
     @torch.no_grad()
     def _gates(self, row: np.ndarray) -> Tensor:
-        """(T,) -> f of every layer, (L, T or 1, K)."""
-        device, dtype = (
-            self.runtime.device,
-            self.runtime.compute_dtype(self.trained.preset.train.precision),
-        )
+        """Return the gate outputs f of every layer, (L, T or 1, K), for a row of tokens (T,)."""
+        device = self.runtime.device
+        dtype = self.runtime.compute_dtype(self.trained.preset.train.precision)
         batch = plain_batch(torch.from_numpy(row).long().to(device)[None])
-        # rows of every length come: compiled, each would be compiled anew
-        with (
-            uncompiled(device),
-            torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32),
-        ):
+        autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+        # rows have many lengths, and a compiled model would be compiled anew for each
+        with uncompiled(device), autocast:
             self.trained.model(batch)
         return self.trained.model.gates[:, 0]  # type: ignore[index]
 
-    def _watched(self, documents: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    def _stoppable(self, documents: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
         for document in documents:
-            self._watch()
+            self._stop_if_asked()
             yield document
 
-    def _watch(self) -> None:
+    def _stop_if_asked(self) -> None:
         if self.stop():
             raise Interrupted("interrupted before anything was written; start again to begin anew")
 
@@ -269,9 +251,9 @@ class Reader:
 def rows_of(
     documents: Iterator[np.ndarray], seq_length: int, tokens: int
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """(which document, row of at most seq_length tokens), until there are so many tokens: first the
-    beginning of every document, so that as many as can be are heard; then their second rows, and so
-    on."""
+    """Yield (number of the document, row of at most seq_length tokens) until there are so many
+    tokens. First comes the beginning of every document, so that as many as possible are read; then
+    the second row of each, and so on."""
     read: list[np.ndarray] = []
     taken = 0
     for number, document in enumerate(documents):

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from core.losses.base import Chunk, Gradient, Softmax, TokenLoss
+from core.losses.base import Chunk, Gradient, TokenLoss
+from core.losses.softmax import Softmax
 from core.preset.settings import LossSettings
 from core.schedules import Schedule, limits, value_at
 

@@ -1,6 +1,6 @@
-"""The whole walk as one node of the autograd graph.
+"""Scores, losses and gradients fused into one node of the autograd graph.
 
-In:    Work, the losses with their scales, and the tensors that may need gradients: hidden, the
+In:    ChunkPlan, the losses with their scales, and the tensors that may need gradients: hidden, the
        readout's, the table
 Out:   the scaled sum of the losses; every loss's value at every scored position
 State: none
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from core.losses.base import Chunk, Gradient, TokenLoss
-from core.losses.chunked import Block, Work, walk
+from core.losses.chunked import ChunkPlan, ScoreBlock, score_blocks
 from core.losses.scores import scores_of
 
 # P positions of the batch, N those with a target, n of them in one block, D hidden_size, V
@@ -25,29 +25,29 @@ from core.losses.scores import scores_of
 
 
 @dataclass
-class Scaled:
-    """A loss at work."""
+class WeightedLoss:
+    """A loss with its factor in the total, and its values."""
 
     loss: TokenLoss
     scale: float | Tensor  # its weight / the step's count
-    values: Tensor  # (N,) filled by the walk
+    values: Tensor  # (N,) filled block by block
     active: bool  # whether its weight is not 0
 
 
-def walked_total(work: Work, losses: list[Scaled], hidden: Tensor) -> Tensor:
-    """The sum over losses of scale * sum of values: () with a graph if anything here needs a
-    gradient. Fills the values."""
-    inputs = [hidden, *work.readout.parameters(), work.readout.table]
+def fused_total(plan: ChunkPlan, losses: list[WeightedLoss], hidden: Tensor) -> Tensor:
+    """Compute the sum over losses of scale * sum of values: () with a graph if anything here needs
+    a gradient. Fills the values."""
+    inputs = [hidden, *plan.readout.parameters(), plan.readout.table]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
-        return _Walked.apply(work, losses, *inputs)
-    return _forward(work, losses, inputs, [False] * len(inputs))[0]
+        return _FusedTotal.apply(plan, losses, *inputs)
+    return _forward(plan, losses, inputs, [False] * len(inputs))[0]
 
 
-class _Walked(torch.autograd.Function):
+class _FusedTotal(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, work: Work, losses: list[Scaled], *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, plan: ChunkPlan, losses: list[WeightedLoss], *inputs: Tensor) -> Tensor:
         total, ctx.gradients = _forward(
-            work, losses, inputs, [tensor.requires_grad for tensor in inputs]
+            plan, losses, inputs, [tensor.requires_grad for tensor in inputs]
         )
         return total
 
@@ -66,17 +66,17 @@ class _Walked(torch.autograd.Function):
 
 
 def _forward(
-    work: Work, losses: list[Scaled], inputs: Any, wanted: list[bool]
+    plan: ChunkPlan, losses: list[WeightedLoss], inputs: Any, wanted: list[bool]
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """The total, and its gradients by the inputs that want one."""
-    hidden, table = inputs[0].detach(), work.readout.table
+    """Compute the total, and its gradients by the inputs that want one."""
+    hidden, table = inputs[0].detach(), plan.readout.table
     wants_scores, wants_table = any(wanted[:-1]), wanted[-1]
-    scores = scores_of(hidden, work.readout, wanted[:-1])
+    scores = scores_of(hidden, plan.readout, wanted[:-1])
     tables = _Table(table) if wants_table and not scores.shared_with(table) else None
     into = None if not wants_table else scores.table_gradient if tables is None else tables.gradient
     # positions without a target keep the 0
     hidden_gradient = torch.zeros_like(hidden) if wanted[0] else None
-    for block in walk(work, hidden, scores, hidden_gradient):
+    for block in score_blocks(plan, hidden, scores, hidden_gradient):
         # losses are exact: scores come in fp32 and stay so
         with torch.autocast(hidden.device.type, enabled=False):
             _answer(block, losses, wants_scores, into)
@@ -103,9 +103,12 @@ class _Table:
 
 
 def _answer(
-    block: Block, losses: list[Scaled], wants_scores: bool, table: Callable[[], Tensor] | None
+    block: ScoreBlock,
+    losses: list[WeightedLoss],
+    wants_scores: bool,
+    table: Callable[[], Tensor] | None,
 ) -> None:
-    """Fills every loss's values, and gives the block its gradient; `table` gives the buffer for the
+    """Fill every loss's values, and gives the block its gradient; `table` gives the buffer for the
     table's."""
     chunk = block.chunk
     gradient = Gradient(chunk, table)
@@ -129,9 +132,9 @@ def _values(loss: TokenLoss, chunk: Chunk) -> Tensor:
 
 
 def _differentiate(
-    block: Block, losses: list[Scaled], wants_scores: bool, gradient: Gradient
+    block: ScoreBlock, losses: list[WeightedLoss], wants_scores: bool, gradient: Gradient
 ) -> None:
-    """Values and gradients of losses that have none of their own."""
+    """Compute values and gradients of losses that have no gradient of their own."""
     chunk = block.chunk
     scores = chunk.scores.detach().requires_grad_(wants_scores)
     table = chunk.table.detach().requires_grad_(gradient.wants_table)
@@ -150,5 +153,5 @@ def _differentiate(
     by_table = found.pop(0) if table.requires_grad else None
     if by_scores is not None:
         gradient.add_dense(by_scores.contiguous())
-    if by_table is not None:
+    if by_table is not None and gradient.table is not None:
         gradient.table.add_(by_table)

@@ -27,8 +27,8 @@ READ = "read of: "
 GivenBy = Literal[
     "every model", "logits", "next-token logits", "masked logits", "distances", "decoder", "heads"
 ]
-"""The evaluations that give a metric: by what the model's readout gives and predicts; those of a model
-that keeps its original decoder, or has auxiliary heads."""
+"""The evaluations that give a metric: by what the model's readout gives and predicts; those of a
+model that keeps its original decoder, or has auxiliary heads."""
 
 
 @dataclass(frozen=True)

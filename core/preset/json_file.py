@@ -1,4 +1,4 @@
-"""Read JSON that a person wrote: strictly, and with every mistake's place and what to write instead.
+"""Read JSON that a person wrote: strictly, and with every mistake's place and its remedy.
 
 In:    a path
 Out:   what the file says, and what is wrong with it

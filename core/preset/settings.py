@@ -1,5 +1,5 @@
-"""Sections of a preset: the bases of all, and those that belong to no part of the program alone. Each
-key has its default, its limits and its meaning.
+"""Sections of a preset: the bases of all, and those that belong to no part of the program alone.
+Each key has its default, its limits and its meaning.
 
 In:    nothing; the sections of models, heads, losses, sources and jobs stand beside their code
 Out:   frozen pydantic classes, from which tables.py makes the Preset and its JSON Schema

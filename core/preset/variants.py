@@ -1,4 +1,4 @@
-"""The variants of a comparison: keys they may not set, mistakes among them, metrics that may decide.
+"""Variants of a comparison: keys they may not set, mistakes among them, metrics that may decide.
 
 In:    a preset file's JSON; the whole preset of each variant
 Out:   problems, one line each

@@ -1,9 +1,9 @@
-"""The picture of a masked-token run: likelihoods, hits, pseudo-perplexities and the lie of the
-prototypes, by tokens trained on.
+"""The figure of a masked-token run: likelihoods, accuracies, pseudo-perplexities and prototypes, by
+tokens trained on.
 
 In:    a metrics log, finished or still being written
 Out:   masked.png
-State: of the view, whether the run is one of masked tokens
+State: of the view, the objective of the run
 """
 
 import math
@@ -31,20 +31,21 @@ GREY, BLUE, ORANGE, GREEN, PINK = SERIES[:5]
 PANEL_WIDTH, PANEL_HEIGHT = 6.2, 4.3  # inches
 LEGEND_COLUMNS, LEGEND_ROW = 2, 15  # of the legend over each panel: columns, and points of a row
 FEW = 25
-"""Up to so many evaluations each has its mark."""
+"""Each evaluation has a mark where there are at most so many."""
 
 Points = list[tuple[int, float]]  # (tokens, value)
 
 
 @dataclass(frozen=True)
 class Line:
-    """
+    """A line of a panel.
+
     key        of an `eval` event
     digits     after the point, of the last value in the legend
-    scale      what its values are multiplied by
-    baseline   of the decoder kept beside: dashed
+    scale      factor of its values
+    baseline   of the original decoder, which the model keeps: dashed
     right      on an axis of its own, on the right
-    marks      whether each value has one, where there are few
+    marks      whether values have marks, where there are few
     """
 
     key: str
@@ -59,6 +60,8 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
+    """One of the figure's axes."""
+
     title: str
     unit: str
     lines: tuple[Line, ...]
@@ -113,11 +116,11 @@ PANELS = (
 
 
 class MaskedPlot:
-    """Redraws masked.png at evaluations and at the end, where what is learned are masked tokens."""
+    """Redraws masked.png at evaluations and at the end of a run that predicts masked tokens."""
 
     def __init__(self, folder: Path):
         self._folder = folder
-        self._masked = True  # until an event says otherwise: the log decides then
+        self._masked = True  # until an event says otherwise, the log decides
 
     def update(self, event: dict[str, Any]) -> None:
         kind = event["event"]
@@ -128,91 +131,80 @@ class MaskedPlot:
 
 
 def plot_masked(metrics_path: Path, out: Path) -> None:
-    """Draw `metrics_path` into `out`, replaced whole or not at all. Draws nothing when the log
-    holds no evaluation of masked tokens; a panel without numbers is left out."""
+    """Draw a log into the PNG `out`, which is replaced whole or not at all. Draws nothing without
+    an evaluation of masked tokens; a panel without numbers is left out."""
     events = events_of(metrics_path)
     evals = [
         event
         for event in events
         if event["event"] == "eval" and event.get("objective") == MASKED_TOKENS
     ]
-    panels = [(panel, drawn) for panel in PANELS if (drawn := _drawn(panel.lines, evals))]
+    panels = [(panel, lines) for panel in PANELS if (lines := _with_points(panel.lines, evals))]
     if not panels:
         return
-    first, drawn = panels[0]
+    first, lines = panels[0]
     if first is PANELS[0] and (scheduled := _scheduled(events)):
         unit = ", ".join(line.label.removesuffix(" (right)") for line, _ in scheduled)
-        panels[0] = (replace(first, right_unit=unit), drawn + scheduled)
+        panels[0] = (replace(first, right_unit=unit), lines + scheduled)
 
     columns = 2 if len(panels) == 4 else len(panels)
     rows = math.ceil(len(panels) / columns)
     figure = new_figure(PANEL_WIDTH * columns + 0.4, PANEL_HEIGHT * rows + 0.5)
     figure.suptitle(title_of(events), x=0.01, ha="left", fontsize=13)
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08, wspace=0.04, hspace=0.04)
-    places = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axes, (panel, lines) in zip(places, panels):
-        _draw(axes, panel, lines, max(math.ceil(len(each) / LEGEND_COLUMNS) for _, each in panels))
-    mark_beginnings(places, events)
-    end = max([event["tokens"] for event in events if event["event"] in ("eval", "step")])
-    for axes in places:
+    all_axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    legend_rows = max(math.ceil(len(lines) / LEGEND_COLUMNS) for _, lines in panels)
+    for axes, (panel, lines) in zip(all_axes, panels):
+        _draw(axes, panel, lines, legend_rows)
+    mark_beginnings(all_axes, events)
+    end = max(event["tokens"] for event in events if event["event"] in ("eval", "step"))
+    for axes in all_axes:
         axes.set_xlim(-0.015 * max(end, 1), 1.03 * max(end, 1))
         axes.set_xlabel("tokens")
         axes.xaxis.set_major_formatter(engineering())
     save(figure, out)
 
 
-def _drawn(lines: Iterable[Line], evals: list[dict]) -> list[tuple[Line, Points]]:
-    """Those of which there is a number."""
-    found = [
-        (
-            line,
-            [
-                (e["tokens"], line.scale * value)
-                for e in evals
-                if (value := number(e.get(line.key))) is not None
-            ],
-        )
-        for line in lines
-    ]
-    return [(line, points) for line, points in found if points]
+def _with_points(lines: Iterable[Line], evals: list[dict]) -> list[tuple[Line, Points]]:
+    """Return the lines that have a number, each with its points."""
+    drawn = []
+    for line in lines:
+        values = [(event["tokens"], number(event.get(line.key))) for event in evals]
+        points = [(tokens, line.scale * value) for tokens, value in values if value is not None]
+        if points:
+            drawn.append((line, points))
+    return drawn
 
 
 def _scheduled(events: list[dict]) -> list[tuple[Line, Points]]:
-    """The exponents of distances in force at each step."""
+    """Return the exponents of distances that were in force at each step."""
     points: dict[str, Points] = {}
     for event in events:
-        for name, value in (
-            (event.get("scheduled") or {}).items() if event["event"] == "step" else ()
-        ):
+        scheduled = event.get("scheduled") if event["event"] == "step" else None
+        for name, value in (scheduled or {}).items():
             if name.endswith("h_exp") and number(value) is not None:
                 points.setdefault(name, []).append((event["tokens"], value))
-    several = len(points) > 1
-    labels = {
-        name: f"{name if several else name.rpartition('.')[2]} in training (right)"
-        for name in points
-    }
-    return [
-        (Line(name, labels[name], PINK, 1, right=True, marks=False), found)
-        for name, found in points.items()
-    ]
+    lines = []
+    for name, values in points.items():
+        short = name if len(points) > 1 else name.rpartition(".")[2]
+        label = f"{short} in training (right)"
+        lines.append((Line(name, label, PINK, digits=1, right=True, marks=False), values))
+    return lines
 
 
 def _draw(axes: Any, panel: Panel, lines: list[tuple[Line, Points]], legend_rows: int) -> None:
-    """`legend_rows`: of the largest legend, so that all titles stand equally high."""
+    """Draw one panel.
+
+    legend_rows   of the largest legend, so that all titles stand equally high
+    """
     from matplotlib.transforms import offset_copy
 
     dress(axes)
     other = axes.twinx() if any(line.right for line, _ in lines) else None
     handles = []
     for line, points in lines:
-        look = (
-            {"linestyle": (0, (4, 2)), "linewidth": 1.2, "zorder": 2, "markerfacecolor": "white"}
-            if line.baseline
-            else {}
-        )
-        look |= {"marker": "o", "markersize": 4.5} if line.marks and len(points) <= FEW else {}
-        look = {"color": line.color, "linewidth": 1.8 if line.marks else 1.2, "zorder": 3} | look
         where = other if line.right and other is not None else axes
+        look = _look(line, len(points))
         handles += where.plot(*zip(*points), label=_label(line, points), **look)
     axes.set_ylabel(panel.unit)
     if panel.logarithmic:
@@ -227,7 +219,7 @@ def _draw(axes: Any, panel: Panel, lines: list[tuple[Line, Points]], legend_rows
         other.margins(y=0.08)
     else:
         axes.spines["right"].set_visible(False)
-    # above the curves, under the title: inside the frame it would lie on some curve at some time
+    # the legend stands above the curves: inside the frame it would cover one sooner or later
     top = offset_copy(axes.transAxes, axes.figure, y=LEGEND_ROW * legend_rows + 4, units="points")
     axes.set_title(panel.title, loc="left", fontsize=11, pad=LEGEND_ROW * legend_rows + 8)
     axes.legend(
@@ -242,15 +234,27 @@ def _draw(axes: Any, panel: Panel, lines: list[tuple[Line, Points]], legend_rows
     )
 
 
+def _look(line: Line, points: int) -> dict[str, Any]:
+    """Return how matplotlib draws a line of so many points."""
+    look = {"color": line.color, "linewidth": 1.8 if line.marks else 1.2, "zorder": 3}
+    if line.baseline:
+        dashes = (0, (4, 2))
+        look |= {"linestyle": dashes, "linewidth": 1.2, "zorder": 2, "markerfacecolor": "white"}
+    if line.marks and points <= FEW:
+        look |= {"marker": "o", "markersize": 4.5}
+    return look
+
+
 def _label(line: Line, points: Points) -> str:
-    """With the last value: beside the curves two of them would often lie on each other."""
+    """Return the label with the last value: values written beside the curves would often
+    overlap."""
     value = text.number(points[-1][1], line.digits).replace("-", "−")
     return f"{line.label}   {value}{' %' if line.scale == 100 else ''}"
 
 
 def _logarithmic(axes: Any, values: list[float]) -> None:
-    """Over two decades or more ticks at powers of ten; below, where there may be none, at 1, 2 and
-    5 of each."""
+    """Make the axis logarithmic, with ticks at powers of ten; below two decades, where there may be
+    none of these, at 1, 2 and 5 times powers of ten."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.set_yscale("log")

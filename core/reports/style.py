@@ -62,17 +62,20 @@ STYLE = f"""
 :root{{color-scheme:light dark;{_LIGHT}}}
 @media screen and (prefers-color-scheme:dark){{:root{{{_DARK}}}}}
 *{{box-sizing:border-box}}
-body{{margin:0 auto;max-width:70rem;padding:1.5rem 1rem 4rem;background:var(--paper);color:var(--ink);
+body{{margin:0 auto;max-width:70rem;padding:1.5rem 1rem 4rem;
+background:var(--paper);color:var(--ink);
 font:1rem/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Liberation Sans",sans-serif}}
 h1{{font-size:1.7rem;line-height:1.2;margin:0 0 .3rem}}
 h2{{font-size:1.2rem;margin:2.4rem 0 .6rem;padding-top:.6rem;border-top:1px solid var(--grid)}}
 h1,h2,h3,p,li,summary{{overflow-wrap:anywhere}}
 p{{max-width:50rem;margin:.5rem 0}}
 .soft,figcaption,.note{{color:var(--soft);font-size:.9rem}}
-.answer{{list-style:none;margin:1.2rem 0;padding:.8rem 1rem;background:var(--box);border-radius:6px;font-size:1.05rem}}
+.answer{{list-style:none;margin:1.2rem 0;padding:.8rem 1rem;background:var(--box);
+border-radius:6px;font-size:1.05rem}}
 .answer li{{margin:.4rem 0}}
 .warn{{background:var(--warn);border-radius:6px;padding:.6rem 1rem;margin:.6rem 0}}
-.key{{display:flex;flex-wrap:wrap;gap:.2rem 1.2rem;margin:.4rem 0;padding:0;list-style:none;font-size:.9rem}}
+.key{{display:flex;flex-wrap:wrap;gap:.2rem 1.2rem;margin:.4rem 0;padding:0;
+list-style:none;font-size:.9rem}}
 .line{{display:inline-block;vertical-align:middle;margin-right:.4rem}}
 .figures{{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,21rem),1fr));gap:1.2rem}}
 figure{{margin:0;min-width:0;max-width:36rem}}
@@ -88,11 +91,14 @@ thead th{{border-bottom:2px solid var(--soft);vertical-align:bottom}}
 tr.primary td,tr.primary th{{font-weight:600}}
 .samples td{{min-width:15rem;overflow-wrap:anywhere;white-space:pre-wrap;font-size:.85rem}}
 .samples th{{min-width:7rem}}
-pre{{background:var(--box);padding:.8rem;border-radius:6px;overflow-x:auto;font-size:.8rem;line-height:1.35;max-height:32rem}}
+pre{{background:var(--box);padding:.8rem;border-radius:6px;overflow-x:auto;
+font-size:.8rem;line-height:1.35;max-height:32rem}}
 details{{margin:.6rem 0}}summary{{cursor:pointer}}
 @media (max-width:30rem){{body{{padding:1rem .7rem 3rem}}th,td{{padding:.25rem .45rem}}}}
-@media print{{html{{font-size:11px}}body{{max-width:none}}pre{{max-height:none;white-space:pre-wrap}}.scroll{{overflow:visible}}
-figure,tr,.answer{{break-inside:avoid}}h2{{break-after:avoid}}.figures{{grid-template-columns:1fr 1fr}}}}
+@media print{{html{{font-size:11px}}body{{max-width:none}}
+pre{{max-height:none;white-space:pre-wrap}}.scroll{{overflow:visible}}
+figure,tr,.answer{{break-inside:avoid}}
+h2{{break-after:avoid}}.figures{{grid-template-columns:1fr 1fr}}}}
 """
 
 

@@ -1,5 +1,5 @@
-"""A copy of the metrics log at Weights & Biases. The log is the truth: what goes wrong here never
-stops a run.
+"""A copy of the metrics log at Weights & Biases. The log is the truth: errors here never stop a
+run.
 
 In:    events
 Out:   a wandb run, in the cloud when there is a key and a connection, else under `directory`/wandb
@@ -33,8 +33,8 @@ PLAIN_KEYS = (
 
 
 class WandbMirror:
-    """Sends events of training to a wandb run, keyed by our step: wandb drops steps it already has,
-    so a resumed run under the same id adds to the curve instead of doubling it."""
+    """Sends events of training to a wandb run, under our step. wandb drops steps that it already
+    has, so a resumed run with the same id continues the curve instead of doubling it."""
 
     def __init__(
         self, project: str, run_id: str, name: str, config: dict, directory: Path, mode: str
@@ -64,7 +64,7 @@ class WandbMirror:
             self.run.log(values, step=event["step"])
 
     def close(self) -> None:
-        """Wait for the upload, but not for ever: without a connection wandb tries again and
+        """Wait for the upload, but not for ever: without a connection wandb would retry again and
         again."""
         run, self.run = self.run, _Closed()
         _within(FINISH_SECONDS, run.finish)
@@ -79,10 +79,10 @@ class _Closed:
 def open_wandb(
     project: str, run_id: str, name: str, config: dict, directory: Path
 ) -> tuple[WandbMirror | None, str]:
-    """The mirror, or None, and in either case one line that tells the user how it stands. Never
-    asks, never raises.
+    """Return the mirror, or None, and a line for the user on its state. Never asks and never
+    raises.
 
-    run_id      kept in the checkpoint, so that a resumed run goes on with the same curve
+    run_id      stored in the checkpoint, so that a resumed run continues the curve
     directory   logs/<lineage>; wandb makes its own folder in it
     """
     try:
@@ -95,87 +95,76 @@ def open_wandb(
         mode, why = "offline", "has no API key (wandb login)"
     elif mode == "online" and not _reachable(base_url):
         mode, why = "offline", f"cannot be reached at {base_url}"
+
+    def start(mode: str) -> WandbMirror:
+        return WandbMirror(project, run_id, name, config, directory, mode)
+
     try:
-        mirror = WandbMirror(project, run_id, name, config, directory, mode)
+        mirror = start(mode)
     except Exception as error:
         if mode != "online":
-            return (
-                None,
-                f"wandb does not start ({_first_line(error)}); the run is logged in logs/ only",
-            )
+            return None, _cannot_start(error)
         try:
-            # wandb's own process still holds the id of the run that could not start.
+            # wandb's own process still holds the id of the run that could not start
             _within(FINISH_SECONDS, lambda: wandb.teardown(exit_code=1))
-            mirror = WandbMirror(project, run_id, name, config, directory, "offline")
+            mirror = start("offline")
         except Exception as second:
-            return (
-                None,
-                f"wandb does not start ({_first_line(second)}); the run is logged in logs/ only",
-            )
-        return (
-            mirror,
-            f"wandb refuses ({_first_line(error)}); it logs offline, to be sent with: "
-            f"{_sync(mirror)}",
-        )
+            return None, _cannot_start(second)
+        return mirror, _offline(f"refuses ({_first_line(error)})", mirror)
     if mode == "online":
         return mirror, f"wandb: {getattr(mirror.run, 'url', None) or 'online'}"
     if mode == "offline":
-        return (
-            mirror,
-            f"wandb {why or 'is set to offline'}; it logs offline, to be sent with: "
-            f"{_sync(mirror)}",
-        )
+        return mirror, _offline(why or "is set to offline", mirror)
     return mirror, f"wandb is {mode} (WANDB_MODE)"
 
 
+def _cannot_start(error: Exception) -> str:
+    return f"wandb does not start ({_first_line(error)}); the run is logged in logs/ only"
+
+
+def _offline(why: str, mirror: WandbMirror) -> str:
+    folder = Path(str(getattr(mirror.run, "dir", "") or "")).parent
+    return f"wandb {why}; it logs offline, to be sent with: wandb sync {folder}"
+
+
 def _values(event: dict) -> dict[str, Any]:
-    """The numbers of an event under the names they have at wandb; empty for events that are not
-    mirrored."""
-    kind = event.get("event")
-    out: dict[str, Any] = {}
-    if kind == "step":
-        out = {key: event.get(key) for key in PLAIN_KEYS}
-        out |= {f"losses/{name}": value for name, value in (event.get("losses") or {}).items()}
-        out |= {
-            f"scheduled/{name}": value for name, value in (event.get("scheduled") or {}).items()
-        }
-        out |= {f"model/{name}": value for name, value in (event.get("model") or {}).items()}
-        out |= {
-            f"curriculum/{name}": value for name, value in (event.get("curriculum") or {}).items()
-        }
-        out |= _of_sources(event)
-    elif kind == "eval":
-        out = {
-            f"eval/{key}": value
-            for key, value in event.items()
-            if key not in ("event", "step", "tokens", "time")
-        }
-        out |= {f"eval/{key}": value for key, value in _of_sources(event).items()}
-        # their names are a user's choice, or those of other measures
+    """Return an event's numbers under their names at wandb; {} for events that are not mirrored."""
+    values: dict[str, Any] = {}
+    if event.get("event") == "step":
+        values = {key: event.get(key) for key in PLAIN_KEYS}
+        for group in ("losses", "scheduled", "model", "curriculum"):
+            values |= _prefixed(group, event.get(group))
+        values |= _source_values(event)
+    elif event.get("event") == "eval":
+        left_out = ("event", "step", "tokens", "time")
+        values = {f"eval/{key}": value for key, value in event.items() if key not in left_out}
+        values |= _prefixed("eval", _source_values(event))
+        # losses and heads may have the names of other numbers
         for group in ("losses", "heads"):
-            out |= {
-                f"eval/{group}/{name}": value for name, value in (event.get(group) or {}).items()
-            }
-        out["tokens"] = event.get("tokens")
-    return {key: value for key, value in out.items() if isinstance(value, (int, float))}
+            values |= _prefixed(f"eval/{group}", event.get(group))
+        values["tokens"] = event.get("tokens")
+    return {key: value for key, value in values.items() if isinstance(value, (int, float))}
 
 
-def _of_sources(event: dict) -> dict[str, Any]:
-    return {
-        f"sources/{name}/{key}": value
-        for name, each in (event.get("sources") or {}).items()
-        for key, value in each.items()
-    }
+def _prefixed(prefix: str, values: dict | None) -> dict[str, Any]:
+    return {f"{prefix}/{name}": value for name, value in (values or {}).items()}
+
+
+def _source_values(event: dict) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, source in (event.get("sources") or {}).items():
+        values |= _prefixed(f"sources/{name}", source)
+    return values
 
 
 def _has_key(base_url: str) -> bool:
-    """Whether wandb would find a key without asking."""
+    """Tell whether wandb would find a key without asking."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = urlsplit(base_url).netloc
     with contextlib.suppress(OSError, netrc.NetrcParseError):
         keys = netrc.netrc(os.environ.get("NETRC"))
-        # wandb's service moved to another host and still takes the keys kept under its old one.
+        # wandb's service moved to another host, and still takes keys stored under the old one
         return bool(
             keys.authenticators(host)
             or (host == "api.forge.coreweave.com" and keys.authenticators("api.wandb.ai"))
@@ -184,10 +173,10 @@ def _has_key(base_url: str) -> bool:
 
 
 def _reachable(base_url: str) -> bool:
-    """Whether anything answers there: a machine without network should learn so in seconds, not in
+    """Tell whether a server answers: without a network that takes seconds here, and minutes in
     wandb's own retries."""
     parts = urlsplit(base_url)
-    # the proxy answers or it does not; a direct connection would say nothing
+    # behind a proxy a direct connection would tell nothing
     if getproxies().get(parts.scheme):
         return True
     try:
@@ -199,13 +188,8 @@ def _reachable(base_url: str) -> bool:
     return True
 
 
-def _sync(mirror: WandbMirror) -> str:
-    folder = Path(str(getattr(mirror.run, "dir", "") or "")).parent
-    return f"wandb sync {folder}"
-
-
 def _within(seconds: float, action: Callable[[], Any]) -> None:
-    """Do it, but wait no longer than that, and let nothing out."""
+    """Call `action` in a thread and wait so long at most; its exceptions are dropped."""
 
     def quietly() -> None:
         with contextlib.suppress(Exception):

@@ -1,6 +1,6 @@
-"""How an evaluation goes on, and what it found, as tables.
+"""The view of the evaluate job: its progress, and its results as tables.
 
-In:    what the evaluate job tells
+In:    rows that are done; tables
 Out:   a ProgressLine's lines and bar; tables
 State: none
 """
@@ -10,10 +10,10 @@ from core.ui.progress_line import ProgressLine
 
 
 class EvaluateView(ProgressLine):
-    """The view of the evaluate job."""
+    """Shows measurements as they go on."""
 
     def update(self, done: int, total: int) -> None:
-        """So many of so many rows are done."""
+        """Show that `done` of `total` rows are done."""
         if not self.due:
             return
         parts = [f"{done:,} of {total:,}"]
@@ -22,7 +22,8 @@ class EvaluateView(ProgressLine):
         self.show(parts, done / total if total else None)
 
     def table(self, title: str, header: list[str], rows: list[list[str]]) -> None:
-        """Aligned columns: the first to the left, numbers to the right; framed on a terminal."""
+        """Show aligned columns: the first two to the left, numbers to the right; framed on a
+        terminal."""
         if self._bar is not None:
             from rich.table import Table
             from rich.text import Text

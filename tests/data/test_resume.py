@@ -43,8 +43,7 @@ from tests.data.resume_setup import (
     random_plan,
     write_data,
 )
-from tests.data.test_hf import lines, parquet
-from tests.hub import Hub
+from tests.hub import Hub, lines, parquet
 
 # every kind, strategy and packing -----------------------------------------------------------------
 

@@ -62,11 +62,11 @@ def look(root: Path, stem: str = "look", **changes: Any) -> str:
 
 
 @pytest.fixture(autouse=True)
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """They take longer than all the rest; tests/interpretation looks at them, and a start of the
     program below."""
     monkeypatch.setattr(
-        "core.reports.interpretation.figures.pictures",
+        "core.reports.interpretation.figures.figures",
         lambda found: dict.fromkeys(CAPTIONS, b"a picture"),
     )
 

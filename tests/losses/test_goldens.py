@@ -179,17 +179,17 @@ def test_harmonic(name: str, distance: str, h_exp: int, dtype: torch.dtype) -> N
         assert float((found[1] - io[f"grad_prototypes_{name}_h{h_exp}"]).abs().max()) <= 1e-10
     measured = LossStack([loss], 4, 2).measure(output, batch, 0.0, 2)
     assert (
-        int(measured.facts["token_accuracy"]) / 6
+        int(measured.token_stats["token_accuracy"]) / 6
         == expected["losses"][f"{name}_h{h_exp}"]["top1_acc"]
     )
-    assert int(measured.facts["top5_accuracy"]) == int(
+    assert int(measured.token_stats["top5_accuracy"]) == int(
         (io["cosine"].topk(5).indices == io["targets"][:, None]).sum()
     )
     # at its own exponents, whatever the schedule's is
     for fact, fixed in (("nll_h12", -12), ("nll_h4", -4)):
         wanted = 6 * expected["losses"][f"{name}_h{fixed}"]["mean"]
-        assert abs(float(measured.facts[fact]) - wanted) <= (1e-9 if exact else 6e-3)
-    assert "cross_entropy" not in measured.facts
+        assert abs(float(measured.token_stats[fact]) - wanted) <= (1e-9 if exact else 6e-3)
+    assert "cross_entropy" not in measured.token_stats
 
 
 def test_distances() -> None:

@@ -240,7 +240,9 @@ def test_under_autocast_the_head_is_computed_in_fp32(
     torch.testing.assert_close(terms.values[0].double(), exact[0], rtol=of_values, atol=1e-5)
     assert float(total.detach()) == pytest.approx(float(exact[0].mean()), rel=of_values)
     for name, expected in zip(("nll_h12", "nll_h4"), exact[1:]):
-        assert float(measured.facts[name]) == pytest.approx(float(expected.sum()), rel=of_values)
+        assert float(measured.token_stats[name]) == pytest.approx(
+            float(expected.sum()), rel=of_values
+        )
     assert hidden.grad.dtype == torch.bfloat16 and prototypes.grad.dtype == torch.float32
     assert hidden.grad.isfinite().all() and prototypes.grad.isfinite().all()
 

@@ -166,7 +166,8 @@ def test_no_target_gives_zero_gradients(readout: str, dtype: torch.dtype) -> Non
         assert tensor.grad is not None and not tensor.grad.any()
     measured = stack.measure(output, setup.batch, 0.0, 2)
     assert (
-        float(measured.facts["cross_entropy"]) == 0.0 and int(measured.facts["token_accuracy"]) == 0
+        float(measured.token_stats["cross_entropy"]) == 0.0
+        and int(measured.token_stats["token_accuracy"]) == 0
     )
 
 
@@ -287,8 +288,8 @@ def test_measure(mix: str, masked: float) -> None:
         "token_accuracy": (scores.argmax(dim=1) == labels).double().sum(),
         "top5_accuracy": (scores.topk(5).indices == labels[:, None]).double().sum(),
     }
-    assert set(measured.facts) == set(expected)
-    assert_close([measured.facts[name] for name in expected], list(expected.values()), 1e-9)
+    assert set(measured.token_stats) == set(expected)
+    assert_close([measured.token_stats[name] for name in expected], list(expected.values()), 1e-9)
     _, terms = stack(setup.output, setup.batch, 1, 0.0, 2)
     for name, value in measured.terms.sums.items():
         assert abs(float(value - terms.sums[name])) <= 1e-9

@@ -1,24 +1,17 @@
 """Presets decode strictly: every problem at once, with path, value and what would be right."""
 
 import json
-import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from core.assembly.reading import budget_of
-from core.comparison.trials import plan
 from core.errors import PresetError
-from core.preset.decode import decode_preset, read_preset
+from core.preset.decode import decode_preset
 from core.preset.merge import preset_json
 from core.preset.settings import RUN_TOKENS
 from core.registry import Preset
-from tests.project import ROOT, TINY_SIZES, train_here
 
-CONFIGS = [
-    path for path in sorted((ROOT / "configs").glob("*.json")) if path.name != "preset.schema.json"
-]
 DATA = {"sources": ["python_stdlib"]}
 
 AUXILIARY_003 = """
@@ -261,117 +254,7 @@ def test_a_preset_survives_being_broadcast() -> None:
     )
 
 
-# files --------------------------------------------------------------------------------------------
-
-
-def read(folder: Path, stem: str, **texts: str) -> Any:
-    """Write `texts` as presets, then read one of them."""
-    for name, text in texts.items():
-        (folder / f"{name}.json").write_text(text)
-    return read_preset(folder / f"{stem}.json", Preset)
-
-
-def refused(folder: Path, stem: str, **texts: str) -> str:
-    with pytest.raises(PresetError) as caught:
-        read(folder, stem, **texts)
-    return str(caught.value)
-
-
-def test_json_errors_have_line_and_column(tmp_path: Path) -> None:
-    told = refused(tmp_path, "a", a='{\n  "name": "a",\n  "data": {,}\n}')
-    assert f"{tmp_path / 'a.json'} has 1 problem" in told and "line 3 column 12: " in told
-
-
-@pytest.mark.parametrize("text", ["", "null", "[1]", "{", "[" * 100_000, '"x"'])
-def test_what_is_no_preset_is_refused_with_its_path(tmp_path: Path, text: str) -> None:
-    """As a preset, and as the parent of one."""
-    assert str(tmp_path / "a.json") in refused(tmp_path, "a", a=text)
-    assert str(tmp_path / "a.json") in refused(tmp_path, "b", b='{"extends": "a"}')
-
-
-def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
-    """JSON readers keep the last and drop the first without a word."""
-    told = refused(
-        tmp_path,
-        "a",
-        a='{"data": {"sources": ["pdf"]}, "train": {"seed": 1, "eps": 1e-8, "seed": 2}}',
-    )
-    assert '"seed" stands twice' in told
-
-
-def test_extends_merges_sections_key_by_key(tmp_path: Path) -> None:
-    """The child states only what differs; names and lineage are not inherited, lists are
-    replaced."""
-    base = {
-        "name": "Base",
-        "lineage": "shared",
-        "model": {"hidden_size": 64, "num_layers": 3},
-        "train": {"schedule": {"type": "cosine", "warmup": 0.1}, "seed": 7},
-        "data": {"sources": ["pdf", "python_stdlib"], "mix_strategy": "sequential"},
-    }
-    middle = {"extends": "base", "train": {"schedule": {"warmup": 0.3}}}
-    child = {"extends": "middle.json", "model": {"num_layers": 5}, "data": {"sources": ["pdf"]}}
-    preset = read(
-        tmp_path, "child", base=json.dumps(base), middle=json.dumps(middle), child=json.dumps(child)
-    )
-    assert (preset.name, preset.lineage) == ("child", "child")
-    assert (preset.model.hidden_size, preset.model.num_layers) == (64, 5)
-    assert (preset.train.schedule.type, preset.train.schedule.warmup, preset.train.seed) == (
-        "cosine",
-        0.3,
-        7,
-    )
-    assert [source.name for source in preset.data.sources] == [
-        "pdf"
-    ] and preset.data.mix_strategy == "sequential"
-
-
-def test_extends_with_another_type_starts_afresh(tmp_path: Path) -> None:
-    """Keys of one kind of tokenizer mean nothing to another."""
-    base = {"tokenizer": {"type": "bpe", "vocab_size": 500}, "data": DATA}
-    child = {"extends": "base", "tokenizer": {"type": "byte"}}
-    preset = read(tmp_path, "child", base=json.dumps(base), child=json.dumps(child))
-    assert preset.tokenizer.model_dump() == {
-        "type": "byte",
-        "vocab_size": 8192,
-        "name": None,
-        "path": None,
-    }
-
-
-def test_extends_in_a_circle_is_refused(tmp_path: Path) -> None:
-    told = refused(tmp_path, "a", a='{"extends": "b"}', b='{"extends": "c"}', c='{"extends": "a"}')
-    assert "extends  goes in a circle: a -> b -> c -> a" in told
-
-
-def test_extends_tells_files_of_one_name_apart(tmp_path: Path) -> None:
-    """By where they lie, however that is written; a circle through folders and links is still
-    one."""
-    (tmp_path / "old").mkdir()
-    (tmp_path / "old" / "mine.json").write_text('{"extends": "old/base", "train": {"seed": 7}}')
-    (tmp_path / "old" / "base.json").write_text(
-        json.dumps({"data": DATA, "model": {"num_layers": 3}})
-    )
-    preset = read(
-        tmp_path, "mine", mine='{"extends": "old/mine", "train": {"eps": 1e-6}}', base="[]"
-    )
-    assert (preset.train.seed, preset.train.eps, preset.model.num_layers) == (7, 1e-6, 3)
-    (tmp_path / "old" / "back.json").write_text('{"extends": "mine"}')
-    told = refused(tmp_path, "mine", mine='{"extends": "old/../old/back"}')
-    assert "extends  goes in a circle: mine -> old/../old/back -> mine" in told
-
-
-def test_extends_without_a_parent_names_the_nearest(tmp_path: Path) -> None:
-    told = refused(
-        tmp_path,
-        "child",
-        baseline='{"data": {"sources": ["pdf"]}}',
-        child='{"extends": "base_line"}',
-    )
-    assert 'extends  "base_line" is no preset' in told and 'did you mean "baseline"?' in told
-
-
-# the specification's, and ours --------------------------------------------------------------------
+# the specification -------------------------------------------------------------------------------
 
 
 def test_the_examples_of_specification_003_decode() -> None:
@@ -420,99 +303,3 @@ def test_two_losses_of_one_type_need_names() -> None:
 def test_settings_of_losses_are_checked(loss: dict, said: str) -> None:
     (problem,) = problems(losses=[loss])
     assert said in problem and problem.startswith("losses[0]")
-
-
-def test_there_are_presets() -> None:
-    assert {"00_best_general", "01_best_qa", "90_quick_test"} <= {path.stem for path in CONFIGS}
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_shipped_preset_decodes(path: Path) -> None:
-    """And says in one line what it is for."""
-    preset = read_preset(path, Preset)
-    assert preset.description and "\n" not in preset.description
-
-
-def shrunk(preset: Any, models: Path) -> dict:
-    """The preset at a size that takes two steps in a second, on local text, everything else as it
-    is. A model of the Hub becomes a tiny one in `models`, published weights random ones, and
-    whichever block is trained the last of two."""
-    small = preset_json(preset)
-    if small["model"]["type"] == "hub":
-        from transformers import GPT2Config
-
-        GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=2, n_positions=64).save_pretrained(
-            models
-        )
-        small["model"] |= {"name": str(models), "pretrained": False}
-    if small["model"]["type"] == "neobert":
-        small["model"]["name"] = None
-    if small["train"]["trainable"]:
-        small["train"]["trainable"] = [
-            re.sub(r"\d+", "1", pattern) for pattern in small["train"]["trainable"]
-        ]
-    small["model"] |= {key: value for key, value in TINY_SIZES.items() if key in small["model"]} | {
-        "seq_length": 32
-    }
-    small["tokenizer"] = {"type": "byte"}
-    small["train"] |= {
-        "per_gpu_batch_size": 2,
-        "accumulation_steps": 2,
-        "max_steps": 2,
-        "runs": 1,
-        "eval_tokens": 100,
-    }
-    small["train"] |= {"compile": "never"}
-    # its evaluations hide a thousand tokens one by one, so many rows at once
-    if small["model"]["type"] == "neobert":
-        small["train"]["per_gpu_batch_size"] = 16
-    names = [source["name"] for source in small["data"]["sources"]]
-    small["data"]["sources"] = [{"type": "text", "path": "texts", "name": name} for name in names]
-    small["data"] |= {"lanes": 4, "workers": 0}
-    small["auxiliary"]["memory_tokens_after"] = 8
-    small["generate"] |= {"max_tokens": 3}
-    small["logging"] = {}
-    return small
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_shipped_preset_that_trains_takes_two_steps(path: Path, tmp_path: Path) -> None:
-    """Shrunk, on local text: it builds, trains, evaluates and saves. Of a comparison, every
-    variant."""
-    preset = read_preset(path, Preset)
-    if preset.job not in ("train", "compare"):
-        pytest.skip("does not train")
-    if preset.init_from is not None:  # what another shipped preset trains
-        origin = read_preset(path.with_stem(preset.init_from), Preset)
-        train_here(shrunk(origin, tmp_path / "model"), tmp_path, origin.lineage)
-    runs = (
-        [preset]
-        if preset.job == "train"
-        else [variant_preset(preset, i) for i in range(len(preset.variants))]
-    )
-    for run in runs:
-        events = train_here(shrunk(run, tmp_path / "model"), tmp_path, run.lineage)
-        assert [event["step"] for event in events if event["event"] == "step"] == [1, 2]
-        assert events[-1]["event"] == "run_end" and events[-1]["reason"] == "max_steps"
-        *_, measured = [event for event in events if event["event"] == "eval"]
-        of_logits = {
-            "cross_entropy",
-            "max_probability",
-            "entropy",
-            "embedding_cosine",
-            "table_cosine",
-        }
-        assert (
-            {"nll_h12", "nll_h4"} if measured["losses"].keys() == {"harmonic"} else of_logits
-        ) <= set(measured)
-        assert set(measured["losses"]) == {loss.name or loss.type for loss in run.losses}
-        assert (tmp_path / "checkpoints" / f"{run.lineage}_current.pth").exists()
-
-
-def variant_preset(preset: Any, number: int) -> Any:
-    """What the first seed's trial of a variant trains, under a name of its own."""
-    trial = plan(preset, Path())[number]
-    return decode_preset(
-        trial.preset | {"lineage": f"{preset.lineage}-{number}"}, Preset, trial.variant, "v"
-    )

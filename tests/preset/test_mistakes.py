@@ -78,10 +78,12 @@ def test_absurd_numbers_are_refused_with_path_and_bounds_all_at_once(tmp_path: P
     for number in ABSURD:
         found = told(
             tmp_path,
-            f"""{{"train": {{"learning_rate": {number}, "betas": [0.9, {number}], "max_steps": {number}, "seed": {number}}},
+            f"""{{"train": {{"learning_rate": {number}, "betas": [0.9, {number}],
+                "max_steps": {number}, "seed": {number}}},
             "losses": [{{"type": "cross_entropy", "weight": {number}}},
                 {{"type": "cosine", "temperature": {{"from": {number}, "to": 1}}}}],
-            "model": {{"hidden_size": {number}}}, "generate": {{"temperature": {number}}}, "seeds": [1, {number}],
+            "model": {{"hidden_size": {number}}}, "generate": {{"temperature": {number}}},
+            "seeds": [1, {number}],
             "data": {{"sources": ["pdf"], "source_weights": [{number}]}}}}""",
         )
         paths = [line.split("  ")[0] for line in found]

@@ -17,7 +17,7 @@ PACKAGE = '"lm_eval[math]"'
 
 
 def harness(module: str) -> Any:
-    """A module of lm_eval, such as "tasks". Raises MissingPackage saying what to install."""
+    """Return a module of lm_eval, such as "tasks". Raises MissingPackage saying what to install."""
     found = need(f"lm_eval.{module}", PACKAGE, MissingPackage)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     quiet_datasets()
@@ -27,7 +27,7 @@ def harness(module: str) -> Any:
 
 
 def version() -> str:
-    """Of the installed harness. Raises MissingPackage."""
+    """Return the version of the installed harness. Raises MissingPackage."""
     try:
         return metadata.version("lm_eval")
     except metadata.PackageNotFoundError:

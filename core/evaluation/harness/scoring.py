@@ -1,7 +1,7 @@
 """Log-probabilities of continuations, as the harness wants them: a sum, and whether greedy decoding
-would say the same.
+would give the same tokens.
 
-In:    a model; pairs of token ids, what was read and what is scored after it
+In:    a model; pairs of token ids: a context, and the continuation that is scored after it
 Out:   (log-probability, is greedy) of each pair, in the order they came
 State: none
 
@@ -15,25 +15,25 @@ B batch rows, T time, D hidden_size, V vocab_size, n some positions
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from core.contracts import Readout, plain_batch
+from core.contracts import LanguageModel, Readout, plain_batch
 from core.models.readout import full_scores
 
 SCORES_AT_ONCE = 1 << 24
 """Numbers of one chunk of scores: 64 MB."""
 
 Pair = tuple[list[int], list[int]]
-Told = Callable[[int, int], None]
+"""Token ids of a context, and of the continuation after it."""
+ReportProgress = Callable[[int, int], None]
 """Called with how many of how many rows are done; may raise, to stop."""
 
 
 @dataclass(frozen=True)
-class Part:
-    """A stretch of a continuation that is scored in one row."""
+class ScoredSpan:
+    """A part of a continuation that is scored in one row."""
 
     pair: int  # which pair it belongs to
     targets: tuple[int, ...]
@@ -44,7 +44,7 @@ class Part:
 class Scorer:
     """Scores text under a model in evaluation mode."""
 
-    model: Any  # a LanguageModel
+    model: LanguageModel
     context: int  # tokens it can see
     batch_size: int
     dtype: torch.dtype = torch.float32  # of matrix products; the scores themselves are fp32 always
@@ -55,36 +55,36 @@ class Scorer:
 
     @property
     def longest(self) -> int:
-        """Tokens that can be scored in one row, after one token to begin with."""
+        """How many tokens can be scored in one row, after one token to begin with."""
         return self.context if self.model.is_causal else self.context - 1
 
     def loglikelihoods(
-        self, pairs: list[Pair], told: Told = lambda done, total: None
+        self, pairs: list[Pair], progress: ReportProgress = lambda done, total: None
     ) -> list[tuple[float, bool]]:
-        """(log-probability of the continuation after the context, whether each of its tokens is the
-        likeliest) of each pair.
+        """Return (log-probability of the continuation after the context, whether each of its tokens
+        is the likeliest) of each pair.
 
         What does not fit is left out at the beginning of the context, which must not be empty; a
-        continuation longer than the model's context is scored in stretches.
+        continuation longer than the model's context is scored in several spans.
         """
-        # what is read alike is read once: answers of one letter
-        rows: dict[tuple[int, ...], list[Part]] = {}
+        # equal rows are read once: answers of one letter
+        rows: dict[tuple[int, ...], list[ScoredSpan]] = {}
         for number, (context, continuation) in enumerate(pairs):
-            for ids, part in self._rows(number, context, continuation):
-                rows.setdefault(ids, []).append(part)
+            for ids, span in self._rows(number, context, continuation):
+                rows.setdefault(ids, []).append(span)
         sums, greedy, done = [0.0] * len(pairs), [True] * len(pairs), 0
         for batch in self._batches(list(rows)):
-            for part, (total, is_greedy) in self._score([(ids, rows[ids]) for ids in batch]):
-                sums[part.pair] += total
-                greedy[part.pair] &= is_greedy
+            for span, (total, is_greedy) in self._score([(ids, rows[ids]) for ids in batch]):
+                sums[span.pair] += total
+                greedy[span.pair] &= is_greedy
             done += len(batch)
-            told(done, len(rows))
+            progress(done, len(rows))
         return list(zip(sums, greedy))
 
     def _rows(
         self, number: int, context: list[int], continuation: list[int]
-    ) -> Iterator[tuple[tuple[int, ...], Part]]:
-        """The rows that score one pair: (what is read, what is scored in it)."""
+    ) -> Iterator[tuple[tuple[int, ...], ScoredSpan]]:
+        """Yield the rows that score one pair: (what is read, what is scored in it)."""
         assert context, "the first token must follow something"
         whole, begin = [*context, *continuation], len(context)
         for at in range(0, len(continuation), self.longest):
@@ -93,15 +93,15 @@ class Scorer:
             if self.model.is_causal:
                 # nothing sees the last token: it need not be read
                 ids = tuple(seen[-(self.context + 1) : -1])
-                yield ids, Part(number, targets, end=len(ids))
+                yield ids, ScoredSpan(number, targets, end=len(ids))
             else:
                 # everything sees everything: the whole is read, as it was in training and as is
                 # published
                 ids = tuple(seen[-self.context :])
-                yield ids, Part(number, targets, end=len(ids) - 1)
+                yield ids, ScoredSpan(number, targets, end=len(ids) - 1)
 
     def _batches(self, rows: list[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
-        """Longest first, so that memory runs out at once or never."""
+        """Yield batches, longest rows first, so that memory runs out at once or never."""
         batch: list[tuple[int, ...]] = []
         for ids in sorted(rows, key=len, reverse=True):
             if batch and (
@@ -116,41 +116,41 @@ class Scorer:
 
     @torch.no_grad()
     def _score(
-        self, rows: list[tuple[tuple[int, ...], list[Part]]]
-    ) -> Iterator[tuple[Part, tuple[float, bool]]]:
-        """What each part of some rows comes to."""
+        self, rows: list[tuple[tuple[int, ...], list[ScoredSpan]]]
+    ) -> Iterator[tuple[ScoredSpan, tuple[float, bool]]]:
+        """Yield the score of each span of some rows."""
         width, device = max(len(ids) for ids, _ in rows), self.device
         padded = torch.zeros(len(rows), width, dtype=torch.int64)
         for row, (ids, _) in enumerate(rows):
             padded[row, : len(ids)] = torch.tensor(ids)
         with torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             output = self.model(plain_batch(padded.to(device)))
-        parts = [(row, part) for row, (_, parts) in enumerate(rows) for part in parts]
-        places = [
+        spans = [(row, span) for row, (_, spans) in enumerate(rows) for span in spans]
+        positions = [
             (row, position)
-            for row, part in parts
-            for position in range(part.end - len(part.targets), part.end)
+            for row, span in spans
+            for position in range(span.end - len(span.targets), span.end)
         ]
-        at = torch.tensor(places, device=device).T  # (2, n)
+        at = torch.tensor(positions, device=device).T  # (2, n)
         # (n,)
         targets = torch.tensor(
-            [token for _, part in parts for token in part.targets], device=device
+            [token for _, span in spans for token in span.targets], device=device
         )
         logs, hits = _logs_of(output.readout, output.hidden[at[0], at[1]], targets)
         begin = 0
-        for _, part in parts:
-            end = begin + len(part.targets)
-            yield part, (sum(logs[begin:end]), all(hits[begin:end]))
+        for _, span in spans:
+            end = begin + len(span.targets)
+            yield span, (sum(logs[begin:end]), all(hits[begin:end]))
             begin = end
 
 
 def _logs_of(readout: Readout, hidden: Tensor, targets: Tensor) -> tuple[list[float], list[bool]]:
-    """(log-probability, is the likeliest) of each target (n,) after hidden states (n, D)."""
+    """Return (log-probability, is the likeliest) of each target (n,) after hidden states (n, D)."""
     logs, hits = [], []
     step = max(1, SCORES_AT_ONCE // len(readout.table))
     for some, wanted in zip(hidden.split(step), targets.split(step)):
         scores = full_scores(readout, some)  # (step, V)
-        found = scores.gather(1, wanted[:, None])[:, 0]  # (step,)
-        logs += (found - scores.logsumexp(dim=1)).double().tolist()
+        target_scores = scores.gather(1, wanted[:, None])[:, 0]  # (step,)
+        logs += (target_scores - scores.logsumexp(dim=1)).double().tolist()
         hits += (scores.argmax(dim=1) == wanted).tolist()
     return logs, hits

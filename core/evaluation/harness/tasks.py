@@ -1,7 +1,7 @@
 """The harness's tasks by name, its own and those of a folder, each with its data.
 
 In:    names; a folder of YAML files
-Out:   for each name what the harness loads for it; its results
+Out:   what the harness loads for each name; its results
 State: none; data sets are kept where the package `datasets` keeps them
 """
 
@@ -27,8 +27,8 @@ which is minutes."""
 def open_tasks(
     names: list[str], folder: Path | None, tell: Callable[[str], None]
 ) -> dict[str, Any]:
-    """{name: its tasks and groups, with their data}. Raises UserError, NoData or MissingPackage
-    before anything is scored.
+    """Load {name: its tasks and groups, with their data}. Raises UserError, NoData or
+    MissingPackage before anything is scored.
 
     folder   of task files, where relative paths in them begin; its tasks come before the harness's
              own of the same name
@@ -50,7 +50,8 @@ def open_tasks(
 
 
 def run_task(model: Any, loaded: Any, limit: int | None, num_fewshot: int | None) -> dict[str, Any]:
-    """The harness's results for what one name stands for. As its own command line sets it up."""
+    """Return the harness's results for what one name stands for, set up as by its own command
+    line. `loaded`: from `open_tasks`."""
     for name, task in loaded["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False):
             raise UserError(
@@ -62,21 +63,27 @@ def run_task(model: Any, loaded: Any, limit: int | None, num_fewshot: int | None
                 f"task {name} shows pictures or plays sounds, and these models read text only; "
                 "take it out"
             )
-        own = task.get_config("num_fewshot")
-        if num_fewshot is not None and own != 0:  # a task that says 0 means it
+        configured = task.get_config("num_fewshot")
+        if num_fewshot is not None and configured != 0:  # a task that says 0 means it
             task.set_config("num_fewshot", num_fewshot)
-        elif own is None:
+        elif configured is None:
             task.set_config("num_fewshot", 0)
         task.set_fewshot_seed(FEWSHOT_SEED)
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # no processes of its own
-    nowhere = io.StringIO()  # what it prints by the way
-    how = {"limit": limit, "log_samples": False, "bootstrap_iters": BOOTSTRAPS}
-    with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        return harness("evaluator").evaluate(lm=model, task_dict=loaded, **how)
+    ignored = io.StringIO()  # whatever the harness prints
+    with contextlib.redirect_stdout(ignored), contextlib.redirect_stderr(ignored):
+        return harness("evaluator").evaluate(
+            lm=model,
+            task_dict=loaded,
+            limit=limit,
+            log_samples=False,
+            bootstrap_iters=BOOTSTRAPS,
+        )
 
 
 def _check_names(names: list[str], manager: Any, folder: Path | None) -> None:
-    """Raises UserError naming every unknown task, and the nearest known ones."""
+    """Check that all tasks exist. Raises UserError naming the unknown ones, and the nearest known
+    ones."""
     problems = []
     for name in names:
         if name in manager.task_index:
@@ -117,8 +124,8 @@ def _load(manager: Any, name: str, unreachable: str) -> Any:
 
 
 def _reads_local_files(config: dict[str, Any] | None) -> bool:
-    """Whether a task's file says that its data are files; of a group, nobody knows before it is
-    loaded."""
+    """Return whether a task's file says that its data are files. Of a group, this is not known
+    before it is loaded."""
     config = config or {}
     return (
         "data_files" in (config.get("dataset_kwargs") or {})
@@ -127,7 +134,7 @@ def _reads_local_files(config: dict[str, Any] | None) -> bool:
 
 
 def _why_unreachable() -> str:
-    """Why the Hub cannot be had; "" where it can."""
+    """Return why the Hub cannot be reached; "" where it can."""
     try:
         check_reachable()
     except SourceUnavailable as error:
@@ -137,8 +144,8 @@ def _why_unreachable() -> str:
 
 @contextlib.contextmanager
 def _offline() -> Iterator[None]:
-    """`datasets` takes what it has, at once; else it would ask for half a minute for each data
-    set."""
+    """Let `datasets` take what it has, at once: otherwise it would try to connect for half a minute
+    for each data set."""
     import datasets
     from huggingface_hub import constants
 
@@ -152,7 +159,7 @@ def _offline() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _inside(folder: Path | None) -> Iterator[None]:
-    """In a folder, as if the harness had been started there."""
+    """Change to a folder, as if the harness had been started there."""
     before = Path.cwd()
     os.chdir(folder or before)
     try:

@@ -215,10 +215,10 @@ def method(comparison: Comparison) -> list[str]:
     )
     pairing = (
         f"Every variant is trained with the seeds {seeds}. Trials of one seed read the same data "
-        "in the same order, unless what is compared changes that, and, where the model is the same, "
-        "start from the same weights. So the metric of the last evaluation is compared seed by "
-        "seed, variant minus baseline, which removes what a seed does to both. Only seeds finished "
-        "in both are counted."
+        "in the same order, unless what is compared changes that, and, where the model is the "
+        "same, start from the same weights. So the metric of the last evaluation is compared seed "
+        "by seed, variant minus baseline, which removes what a seed does to both. Only seeds "
+        "finished in both are counted."
     )
     test = (
         f"Only the primary metric, {label}, is judged. The mean of its differences is tested "
@@ -232,8 +232,8 @@ def method(comparison: Comparison) -> list[str]:
     words = (
         f"“Not distinguishable” means that the adjusted p-value is {level} or more. It does not "
         "mean equal: a difference below the detectable one may well be there. Detectable is the "
-        f"smallest true difference which this test would find with {percent(POWER)} probability if "
-        "the differences vary between seeds as they did here (noncentral t, at "
+        f"smallest true difference which this test would find with {percent(POWER)} probability "
+        "if the differences vary between seeds as they did here (noncentral t, at "
         f"{level} divided by the number of variants compared, which is what Holm's method asks of "
         "the first). The test must be read once all trials are finished: stopping when the result "
         "pleases makes false findings more frequent."

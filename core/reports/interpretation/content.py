@@ -1,5 +1,5 @@
-"""What an interpretation says: sentences and tables of plain text, for the page and for the
-terminal.
+"""The content of an interpretation's report: sentences and tables of plain text, for the page and
+for the terminal.
 
 In:    an Interpretation
 Out:   strings, not escaped, and Tables
@@ -25,93 +25,87 @@ NONE = "–"
 
 @dataclass(frozen=True)
 class Caption:
-    """What stands below a figure."""
+    """The text below a figure."""
 
     title: str
-    how: str  # to read it; {unit}: what intervals and noise are over
+    how: str  # how to read it; {unit}: what intervals and noise are over
     here: Callable[[Interpretation], str]  # what it shows of this model
-    of_text: bool = True  # whether any of it depends on what was read
+    of_text: bool = True  # False where nothing in it depends on the text that was read
 
 
 # the answer ---------------------------------------------------------------------------------------
 
 
-def findings(found: Interpretation) -> list[str]:
-    """What to know, in a few sentences."""
-    return [_preferences(found), _entropies(found), _shift(found)]
+def findings(results: Interpretation) -> list[str]:
+    """Return the most important results, in a few sentences."""
+    return [_preferences(results), _entropies(results), _shift(results)]
 
 
-def warnings(found: Interpretation) -> list[str]:
-    """What to know before any of it is believed."""
-    told = []
-    if not found.causal:
-        told.append(
+def warnings(results: Interpretation) -> list[str]:
+    """Return the reasons to doubt the results."""
+    reasons = []
+    if not results.causal:
+        reasons.append(
             "Not causal: this model pools the whole text, what comes later included, and every "
-            "number here that depends on "
-            "text is of texts that the routing has seen to their end. Where it continues a text, "
-            "it has seen only the "
-            "beginning."
+            "number here that depends on text is of texts that the routing has seen to their end. "
+            "Where it continues a text, it has seen only the beginning."
         )
-    if (share := float(found.static.decided.mean())) < FEW:
-        told.append(
+    if (share := float(results.static.decided.mean())) < FEW:
+        reasons.append(
             f"The static map is noise: alpha begins at exactly 0, and in {_percent(1 - share)} of "
-            "the neurons no activation is "
-            f"ahead by more than {THRESHOLD:g} of probability. Read the figures of what text does "
-            "instead."
+            f"the neurons no activation is ahead by more than {THRESHOLD:g} of probability. Read "
+            "the figures of what text does instead."
         )
-    if few := [category for category in found.categories if category.documents < FEWEST]:
+    if few := [category for category in results.categories if category.documents < FEWEST]:
         names = ", ".join(f"{clean(category.name)} has {category.documents}" for category in few)
-        told.append(
-            f"Few held-out documents: {names}. With fewer than {FEWEST}, noise is taken from "
-            "rows, and rows of one document are "
-            "alike: what is beyond noise is then a difference between these documents, and need "
-            "not be one between categories. "
-            "Add documents to the source."
+        reasons.append(
+            f"Few held-out documents: {names}. With fewer than {FEWEST}, noise is taken from rows, "
+            "and rows of one document are alike: what is beyond noise is then a difference "
+            "between these documents, and need not be one between categories. Add documents to "
+            "the source."
         )
-    return told
+    return reasons
 
 
-def facts(found: Interpretation) -> str:
-    """What was looked at."""
-    about, (layers, neurons) = found.about, found.static.preferred.shape
+def facts(results: Interpretation) -> str:
+    """Describe the model that was examined."""
+    about, (layers, neurons) = results.about, results.static.preferred.shape
     step = "" if about["step"] is None else f", step {about['step']:,}"
     return (
         f"Weights: {clean(about['weights'])}{step}. {layers} layers of {neurons:,} neurons, "
-        f"temperature {found.tau:.3g}, "
+        f"temperature {results.tau:.3g}, "
         f'pool "{about["pool"]}".'
     )
 
 
-def _preferences(found: Interpretation) -> str:
+def _preferences(results: Interpretation) -> str:
     return (
-        f"By themselves, {_percent(found.static.decided.mean())} of the neurons prefer an "
-        "activation: its probability is ahead "
-        f"of the next one's by more than {THRESHOLD:g}. The mean lead is "
-        f"{found.static.margin.mean():.4f}."
+        f"By themselves, {_percent(results.static.decided.mean())} of the neurons prefer an "
+        f"activation: its probability is ahead of the next one's by more than {THRESHOLD:g}. The "
+        f"mean lead is {results.static.margin.mean():.4f}."
     )
 
 
-def _entropies(found: Interpretation) -> str:
-    top, static = found.static.max_entropy, found.static.entropy.mean()
+def _entropies(results: Interpretation) -> str:
+    top, static = results.static.max_entropy, results.static.entropy.mean()
     parts = [
         f"{100 * each / top:.2f} %"
-        for each in (static, found.mean("entropy").mean(), found.mean("tempered").mean())
+        for each in (static, results.mean("entropy").mean(), results.mean("tempered").mean())
     ]
     return (
         f"Of the entropy of an even mix, {top:.3f} nats, the neurons have {parts[0]} by "
-        f"themselves, {parts[1]} given text, and "
-        f"{parts[2]} at the temperature they compute with."
+        f"themselves, {parts[1]} given text, and {parts[2]} at the temperature they compute with."
     )
 
 
-def _shift(found: Interpretation) -> str:
-    shift = found.shift
+def _shift(results: Interpretation) -> str:
+    shift = results.shift
     if shift is None:
         return "There is one category, so nothing to compare."
     if shift.noise is None:
         return (
-            "Whether categories are routed differently cannot be told: there is too little "
-            "text of one of them."
+            "Whether categories are routed differently cannot be told: there is too little text "
+            "of one of them."
         )
     count, of = int(shift.real.sum()), shift.real.size
     if not count:
@@ -122,63 +116,58 @@ def _shift(found: Interpretation) -> str:
     lead = np.where(shift.real, shift.value, -np.inf)
     layer, k = np.unravel_index(int(lead.argmax()), lead.shape)
     high, low = (
-        clean(found.categories[c].name) for c in (shift.highest[layer, k], shift.lowest[layer, k])
+        clean(results.categories[c].name) for c in (shift.highest[layer, k], shift.lowest[layer, k])
     )
-    who = "categories" if found.unit == "documents" else "the documents read of the categories"
+    who = "categories" if results.unit == "documents" else "the documents read of the categories"
     return (
         f"At {count} of {of} pairs of layer and activation, {who} lie apart by more than noise. "
-        "The largest such shift is "
-        f"{shift.value[layer, k]:.3f}, noise up to {shift.noise[layer, k]:.3f}: layer {layer}, "
-        f"{found.activations[k]}, highest "
-        f"in {high} and lowest in {low}."
+        f"The largest such shift is {shift.value[layer, k]:.3f}, noise up to "
+        f"{shift.noise[layer, k]:.3f}: layer {layer}, {results.activations[k]}, highest in {high} "
+        f"and lowest in {low}."
     )
 
 
 # captions -----------------------------------------------------------------------------------------
 
 
-def _neurons(found: Interpretation) -> str:
-    static, dynamic = np.median(found.static.entropy), np.median(found.mean("of_neurons"))
+def _neurons(results: Interpretation) -> str:
+    static, dynamic = np.median(results.static.entropy), np.median(results.mean("of_neurons"))
     return (
-        f"Half of the neurons are above {static:.4f} nats by themselves, and above "
-        f"{dynamic:.4f} nats given text."
+        f"Half of the neurons are above {static:.4f} nats by themselves, and above {dynamic:.4f} "
+        "nats given text."
     )
 
 
-def _weights(found: Interpretation) -> str:
-    share, weights = float(found.static.decided.mean()), found.mean("weights").mean(0)
+def _weights(results: Interpretation) -> str:
+    share, weights = float(results.static.decided.mean()), results.mean("weights").mean(0)
     most, least = int(weights.argmax()), int(weights.argmin())
-    trust = (
-        "the left side means little"
-        if share < FEW
-        else "on the left only they mean something"
-        if share < 1
-        else "all count"
-    )
+    trust = "on the left only they mean something"
+    if share < FEW:
+        trust = "the left side means little"
+    elif share == 1:
+        trust = "all count"
     return (
         f"{_percent(share)} of the neurons have a preference; {trust}. Given text, "
-        f"{title_of(found.activations[most])} has most "
-        f"weight, {_percent(weights[most])}, and {title_of(found.activations[least])} least, "
-        f"{_percent(weights[least])}."
+        f"{title_of(results.activations[most])} has most weight, {_percent(weights[most])}, and "
+        f"{title_of(results.activations[least])} least, {_percent(weights[least])}."
     )
 
 
-def _map(found: Interpretation) -> str:
-    share = found.static.decided.mean(1)
+def _map(results: Interpretation) -> str:
+    share = results.static.decided.mean(1)
     if share.max() == share.min():
         return f"{_percent(share[0])} of the neurons of every layer have a preference."
     return (
         f"{_percent(share.mean())} of the neurons have a preference, from {_percent(share.min())} "
-        f"in layer {share.argmin()} to "
-        f"{_percent(share.max())} in layer {share.argmax()}."
+        f"in layer {share.argmin()} to {_percent(share.max())} in layer {share.argmax()}."
     )
 
 
-def _gates(found: Interpretation) -> str:
-    means = np.stack([category.gates.mean for category in found.categories])
-    within = float(np.mean([category.gate_sd for category in found.categories]))
+def _gates(results: Interpretation) -> str:
+    means = np.stack([category.gates.mean for category in results.categories])
+    within = float(np.mean([category.gate_sd for category in results.categories]))
     low, high = (f"{value:.3f}".replace("-", "−") for value in (means.min(), means.max()))
-    of = "tokens" if found.causal else "rows"
+    of = "tokens" if results.causal else "rows"
     return (
         f"The means lie between {low} and {high}. Inside a category, the {of} have a standard "
         f"deviation of {within:.3f}."
@@ -189,64 +178,57 @@ CAPTIONS = {
     "entropy_per_layer.png": Caption(
         "Entropy of the choice, layer by layer",
         "A mark is the mean over a layer's neurons: on the dotted line all activations weigh the "
-        "same, at 0 one has all the "
-        "weight. The wide grey line is of the neurons by themselves, the others are of what they "
-        "choose given text of each "
-        "category, with 95 % intervals over {unit}. Left without temperature, as specification "
-        "001 measures it; right as the "
+        "same, at 0 one has all the weight. The wide grey line is of the neurons by themselves, "
+        "the others are of what they choose given text of each category, with 95 % intervals "
+        "over {unit}. Left without temperature, as specification 001 measures it; right as the "
         "model computes.",
         _entropies,
     ),
     "entropy_histogram.png": Caption(
         "Entropy of single neurons",
         "The further left a neuron stands, the clearer its choice; a spike at the dotted line is "
-        "an even mix. Grey: by itself. "
-        "Outline: given text, mean over categories, without temperature.",
+        "an even mix. Grey: by itself. Outline: given text, mean over categories, without "
+        "temperature.",
         _neurons,
     ),
     "layer_distribution.png": Caption(
         "Which activations each layer uses",
         "A bar is a layer, a colour an activation. Left, each neuron counts for its largest "
-        "alpha, by however little. Right is "
-        "what the layer computes with: the weight of each activation, mean over neurons, tokens "
-        "and categories.",
+        "alpha, by however little. Right is what the layer computes with: the weight of each "
+        "activation, mean over neurons, tokens and categories.",
         _weights,
     ),
     "neurotransmitter_heatmap.png": Caption(
         "Preferred activation of every neuron",
-        "A row is a layer, a column a neuron; the order of neurons means nothing. Above, each has "
-        "the colour of its largest "
-        "alpha. Below, those without a clear lead are white: what is white below is noise above.",
+        "A row is a layer, a column a neuron; the order of neurons means nothing. Above, each "
+        "has the colour of its largest alpha. Below, those without a clear lead are white: what "
+        "is white below is noise above.",
         _map,
         of_text=False,
     ),
     "dynamic_routing_comparison.png": Caption(
         "What the gate net says to each category",
         "f, times beta, is added to the neurons' own preferences: the higher, the more of this "
-        "activation, everywhere in the "
-        "layer. Bars are 95 % intervals over {unit}, each for itself; the next figure says what "
-        "is beyond noise.",
+        "activation, everywhere in the layer. Bars are 95 % intervals over {unit}, each for "
+        "itself; the next figure says what is beyond noise.",
         _gates,
     ),
     "routing_shift_summary.png": Caption(
         "Routing shift between categories",
-        "A bar is by how much the highest category's mean f exceeds the lowest's. The black marks "
-        "are noise: with the {unit} "
-        "shuffled among categories, in 95 of 100 shuffles no bar anywhere crosses its mark. A bar "
-        "that does, with a star, is a "
-        "difference between the categories' texts, in what they say or in how long they are; a "
-        "bar that does not says nothing.",
+        "A bar is by how much the highest category's mean f exceeds the lowest's. The black "
+        "marks are noise: with the {unit} shuffled among categories, in 95 of 100 shuffles no "
+        "bar anywhere crosses its mark. A bar that does, with a star, is a difference between "
+        "the categories' texts, in what they say or in how long they are; a bar that does not "
+        "says nothing.",
         _shift,
     ),
 }
 
 CAUTION = (
     "Routing is alpha, what a neuron prefers by itself, plus beta times f, what the gate net "
-    "makes of the text. Training adds "
-    "noise and divides by a temperature; what is called static or dynamic entropy is without "
-    "both, so that it can be compared "
-    "over a training run. That categories are routed differently does not say that it is of use: "
-    "for that, train a model "
+    "makes of the text. Training adds noise and divides by a temperature; what is called static "
+    "or dynamic entropy is without both, so that it can be compared over a training run. That "
+    "categories are routed differently does not say that it is of use: for that, train a model "
     "without and compare. The names of neurotransmitters are the specification's, and say nothing "
     "about brains."
 )
@@ -255,31 +237,25 @@ CAUTION = (
 # tables -------------------------------------------------------------------------------------------
 
 
-def layer_table(found: Interpretation) -> Table:
-    """Layer by layer: the activation with most weight, preferences, entropies, and the largest
-    shift."""
-    weights, free, tempered, shift = (
-        found.mean("weights"),
-        found.mean("entropy"),
-        found.mean("tempered"),
-        found.shift,
-    )
+def layer_table(results: Interpretation) -> Table:
+    """Return a row for each layer: the activation with most weight, preferences, entropies, and the
+    largest shift."""
+    weights, shift = results.mean("weights"), results.shift
+    free, tempered = results.mean("entropy"), results.mean("tempered")
     rows = []
-    for i, static in enumerate(found.static.entropy.mean(1)):
+    for i, static in enumerate(results.static.entropy.mean(1)):
         k = int(weights[i].argmax())
         cells = [
             str(i),
-            f"{found.activations[k]} {_percent(weights[i, k])}",
-            _percent(found.static.decided[i].mean()),
+            f"{results.activations[k]} {_percent(weights[i, k])}",
+            _percent(results.static.decided[i].mean()),
         ]
         cells += [f"{value:.4f}" for value in (static, free[i], tempered[i])]
         largest = int(shift.value[i].argmax()) if shift else 0
-        cells.append(
-            f"{found.activations[largest]} {shift.value[i, largest]:.3f}" if shift else NONE
-        )
-        cells.append(
-            f"{shift.noise[i, largest]:.3f}" if shift and shift.noise is not None else NONE
-        )
+        name = results.activations[largest]
+        cells.append(f"{name} {shift.value[i, largest]:.3f}" if shift else NONE)
+        noise = shift.noise if shift else None
+        cells.append(f"{noise[i, largest]:.3f}" if noise is not None else NONE)
         rows.append(cells)
     head = [
         "layer",
@@ -287,53 +263,50 @@ def layer_table(found: Interpretation) -> Table:
         "prefer",
         "static",
         "dynamic",
-        f"tau {found.tau:.3g}",
+        f"tau {results.tau:.3g}",
         "largest shift",
         "its noise",
     ]
     return Table(head, rows, words=2)
 
 
-def category_table(found: Interpretation) -> Table:
+def category_table(results: Interpretation) -> Table:
+    """Return a row for each category: how much of it was read, and its entropies."""
     rows = [
         [
-            clean(each.name),
-            f"{each.documents:,}",
-            f"{each.tokens:,}",
-            f"{each.entropy.mean.mean():.4f}",
-            f"{each.tempered.mean.mean():.4f}",
+            clean(category.name),
+            f"{category.documents:,}",
+            f"{category.tokens:,}",
+            f"{category.entropy.mean.mean():.4f}",
+            f"{category.tempered.mean.mean():.4f}",
         ]
-        for each in found.categories
+        for category in results.categories
     ]
     return Table(
-        ["category", "documents", "tokens", "dynamic entropy", f"at tau {found.tau:.3g}"], rows
+        ["category", "documents", "tokens", "dynamic entropy", f"at tau {results.tau:.3g}"], rows
     )
 
 
-def method(found: Interpretation) -> list[str]:
-    """Paragraphs: what was read, and how."""
-    about = found.about
+def method(results: Interpretation) -> list[str]:
+    """Return paragraphs on the text that was read, and on the measurements."""
+    about = results.about
     pooled = (
         "A token is routed by the mean over its text up to it, so the first tokens are routed by "
-        "little: categories of short "
-        "documents differ from those of long ones by that alone."
-        if found.causal
+        "little: categories of short documents differ from those of long ones by that alone."
+        if results.causal
         else "A row is routed as one, by the mean over all of it: it holds one document, nothing "
-        "else and no padding, though in "
-        "training a row may hold several."
+        "else and no padding, though in training a row may hold several."
     )
-    names = ", ".join(title_of(name) for name in found.activations if name in NEUROTRANSMITTERS)
+    names = ", ".join(title_of(name) for name in results.activations if name in NEUROTRANSMITTERS)
     return [
         "Of each data source, the documents that training holds out are read, up to "
-        f"{about['tokens_per_category']:,} tokens, "
-        f"in rows of at most {about['seq_length']:,}: first the beginning of every document, then "
-        "more of each where a source "
-        f"has no more of them. {pooled} The model is in evaluation mode, without noise.",
+        f"{about['tokens_per_category']:,} tokens, in rows of at most {about['seq_length']:,}: "
+        "first the beginning of every document, then more of each where a source has no more of "
+        f"them. {pooled} The model is in evaluation mode, without noise.",
         "Means of f are over all tokens; what is over neurons, too, is taken at up to "
-        f"{about['positions_per_row']} places of "
-        f"each row. Intervals are percentiles of {DRAWS:,} draws of {found.unit} with "
-        "replacement. Where one number is of all "
-        "categories, each counts as much as the others.",
+        f"{about['positions_per_row']} places of each row. Intervals are percentiles of {DRAWS:,} "
+        f"draws of {results.unit} with replacement. Where one number is of all categories, each "
+        "counts as much as the others.",
         f"{CAUTION} Activations: {names}." if names else CAUTION,
     ]
 

@@ -1,5 +1,5 @@
-"""How activations and categories look: told apart by colour, by lightness alone, and by hatches,
-dashes and marks.
+"""The look of activations and categories: they can be told apart by colour, by lightness alone, and
+by hatches, dashes and marks.
 
 In:    nothing
 Out:   colours, hatches, names
@@ -15,15 +15,15 @@ NEUROTRANSMITTERS = {
     "SiLU": "Dopamine",
     "GELU": "Acetylcholine",
 }
-"""What specification 001 calls the activations."""
+"""Names of the activations in specification 001."""
 
 COLOURS = ["#332288", "#c4560a", "#56b4e9", "#f5c518"]
-"""Of the activations, from dark to light: after palettes of Tol, and of Okabe and Ito; in grey they
-are as far apart."""
+"""Colours of the activations, from dark to light, after palettes of Tol, and of Okabe and Ito. In
+grey they are as far apart."""
 HATCHES = ["", "////", "....", "xxxx"]
 HATCH_INKS = [PAPER, PAPER, INK, INK]
 UNDECIDED = "#ffffff"
-"""Of neurons without a preference: lighter than any activation."""
+"""Colour of neurons without a preference: lighter than any activation."""
 
 CATEGORY_COLOURS = [
     "#1f2328",
@@ -35,20 +35,18 @@ CATEGORY_COLOURS = [
     "#3f9fd0",
     "#a8326b",
 ]
-"""Of data sources, dark and light in turn; lines also differ in dashes and marks, as there may be
-many."""
+"""Colours of data sources, dark and light in turn. There may be many, so their lines also differ in
+dashes and marks."""
 
 
 def title_of(activation: str) -> str:
-    """ "SiLU (Dopamine)"."""
-    return (
-        f"{activation} ({NEUROTRANSMITTERS[activation]})"
-        if activation in NEUROTRANSMITTERS
-        else activation
-    )
+    """Return an activation's name with its neurotransmitter: "SiLU (Dopamine)"."""
+    if activation not in NEUROTRANSMITTERS:
+        return activation
+    return f"{activation} ({NEUROTRANSMITTERS[activation]})"
 
 
 def short(name: str, length: int = 28) -> str:
-    """A foreign name that fits into a figure; the full one stands in the tables."""
+    """Shorten a name to fit into a figure; the tables have the full one."""
     name = clean(name)
     return name if len(name) <= length else f"{name[: length - 1]}…"

@@ -16,7 +16,7 @@ from core.evaluation.harness.scoring import Scorer
 from core.evaluation.harness.tasks import open_tasks, run_task
 from core.evaluation.harness.wrapper import as_harness_model, sampling_params
 from core.evaluation.harness.writing import Writer
-from core.evaluation.results import EvaluationResults, of_harness, read_results
+from core.evaluation.results import EvaluationResults, TaskScore, read_results, task_scores
 from core.generation.engine import TextGenerator
 from core.generation.sampling import SamplingParams
 from tests.evaluation.harness.tiny import (
@@ -176,12 +176,12 @@ def write_task(folder: Path, name: str, rows: list[dict], **config: Any) -> None
 
 def run(
     model: Any, tokenizer: Tokenizer, folder: Path, name: str, context: int = CONTEXT, **how: Any
-) -> dict[str, Any]:
+) -> TaskScore:
     loaded = open_tasks([name], folder, lambda line: None)[name]
     found = run_task(
         wrapped(model, tokenizer, context=context), loaded, how.get("limit"), how.get("num_fewshot")
     )
-    return of_harness(found)[name]
+    return task_scores(found)[name]
 
 
 @pytest.mark.parametrize("kind", OF_TEXT)
@@ -220,13 +220,13 @@ def test_a_multiple_choice_task_is_scored_as_by_hand(kind: str, tmp_path: Path) 
         by_length = max(range(len(logs)), key=lambda i: logs[i] / len(row["answers"][i]))
         hits["acc"].append(best == row["right"])
         hits["acc_norm"].append(by_length == row["right"])
-    for metric in found["metrics"]:
-        own = hits[metric["metric"]]
+    for metric in found.metrics:
+        own = hits[metric.metric]
         mean = sum(own) / len(own)
-        assert metric["value"] == pytest.approx(mean) and metric["higher_is_better"] is True
-        assert metric["stderr"] == pytest.approx((mean * (1 - mean) / (len(own) - 1)) ** 0.5)
-    assert (found["examples"], found["num_fewshot"], found["version"]) == (9, 0, 3) and len(
-        found["metrics"]
+        assert metric.value == pytest.approx(mean) and metric.higher_is_better is True
+        assert metric.stderr == pytest.approx((mean * (1 - mean) / (len(own) - 1)) ** 0.5)
+    assert (found.examples, found.num_fewshot, found.version) == (9, 0, 3) and len(
+        found.metrics
     ) == 2
 
 
@@ -263,9 +263,9 @@ def test_a_generation_task_is_written_as_by_hand(kind: str, tmp_path: Path) -> N
     loaded = open_tasks(names, tmp_path, lambda line: None)
     values = []
     for name in names:
-        found = of_harness(run_task(wrapped(model, tokenizer), loaded[name], 2, None))[name]
-        assert found["examples"] == 2
-        values.append(found["metrics"][0]["value"])
+        found = task_scores(run_task(wrapped(model, tokenizer), loaded[name], 2, None))[name]
+        assert found.examples == 2
+        values.append(found.metrics[0].value)
     assert values == expected
 
 
@@ -276,8 +276,8 @@ def test_the_shipped_tasks_run(tmp_path: Path) -> None:
     model = build("simple_lm", tokenizer.vocab_size, context=128).float()
     facts = run(model, tokenizer, SHIPPED, "python_facts", context=128)
     sums = run(model, tokenizer, SHIPPED, "small_sums", context=128, num_fewshot=1, limit=5)
-    assert facts["examples"] == len((SHIPPED / "python_facts.jsonl").read_text().splitlines()) == 48
-    assert (sums["examples"], sums["num_fewshot"], sums["metrics"][0]["filter"]) == (
+    assert facts.examples == len((SHIPPED / "python_facts.jsonl").read_text().splitlines()) == 48
+    assert (sums.examples, sums.num_fewshot, sums.metrics[0].filter) == (
         5,
         1,
         "first-number",
@@ -310,16 +310,16 @@ def test_a_group_of_tasks_is_told_with_its_parts(
     (tmp_path / "both.yaml").write_text(json.dumps(group))
     without_its_own(monkeypatch)
     loaded = open_tasks(["both"], tmp_path, lambda line: None)["both"]
-    found = of_harness(
+    found = task_scores(
         run_task(wrapped(build("simple_lm", tokenizer.vocab_size), tokenizer), loaded, None, None)
     )
-    assert {name: each["part_of"] for name, each in found.items()} == {
+    assert {name: each.part_of for name, each in found.items()} == {
         "one": "both",
         "two": "both",
         "both": None,
     }
     values = {
-        name: next(m["value"] for m in each["metrics"] if m["metric"] == "acc")
+        name: next(m.value for m in each.metrics if m.metric == "acc")
         for name, each in found.items()
     }
     assert values["both"] == pytest.approx((2 * values["one"] + 4 * values["two"]) / 6)
@@ -405,4 +405,4 @@ def test_the_tasks_of_the_presets_are_the_harness_own() -> None:
 )
 def test_findings_that_are_none_are_measured_anew(content: str, tmp_path: Path) -> None:
     (tmp_path / "evaluate.json").write_text(content)
-    assert read_results(tmp_path, {}) == EvaluationResults({})
+    assert read_results(tmp_path) == EvaluationResults()
