@@ -5,9 +5,10 @@
     python -m tests.kills --kills 60 --signal HUP    a connection that drops
 
 Moments: while it starts, in the middle of steps, in an evaluation, while samples are drawn, and at
-the end of the run. What is compared with an uninterrupted run: weights, also of the heads,
-optimizer, progress and place in the data bit for bit; and in the log every step, evaluation, sample
-and change of the mix, with all that is said of it but times, speeds and memory."""
+the end of the run. Compared with an uninterrupted run are, bit for bit, the weights of model and
+heads, optimizer, progress and position in the data; and every field in the log of each step,
+evaluation, sample and change of the mix, but times, speeds and memory.
+"""
 
 import argparse
 import json
@@ -79,48 +80,45 @@ PRESETS = {
         },
     ),
 }
-"""With all that has a state: dropout, masks, noise, a trained tokenizer, a mix that follows losses,
-a curriculum, two runs."""
+"""Presets with everything that has a state: dropout, masks, noise, a trained tokenizer, a mix that
+follows losses, a curriculum, two runs."""
 MOMENTS = ("start", "any", "eval", "sample", "end")
 
 
 def finished(project: Project) -> bool:
-    """Whether nothing is left to do: the last run's last event is in the log."""
+    """Return whether nothing is left to do: the last run's last event is in the log."""
     ends = [event["reason"] for event in project.events("run_end")]
     runs = json.loads((project.folder / "configs" / "t.json").read_text())["train"].get("runs", 1)
     return ends.count("max_steps") == runs
 
 
 def last_event(log: Path) -> dict:
-    """The last whole line of a log."""
+    """Read the last whole line of a log."""
     lines = log.read_bytes()[-65536:].split(b"\n")[:-1] if log.exists() else []
-    return (
-        json.loads(lines[-1]) if lines and lines[-1].startswith(b"{") else {"event": "", "step": 0}
-    )
+    if lines and lines[-1].startswith(b"{"):
+        return json.loads(lines[-1])
+    return {"event": "", "step": 0}
 
 
 def moment(
     kind: str, project: Project, evaluated: list[int], chance: random.Random
 ) -> Callable[[], bool]:
-    """Asked again and again: whether it has come. A run that ends before it has come is not killed.
+    """Return a function that says whether the moment has come, to be called again and again. A run
+    that ends before is not killed.
 
     evaluated   the steps after which there is an evaluation; the last one is the end
     """
     log = project.folder / "logs" / "t" / "metrics.jsonl"
     begun, before = time.monotonic(), log.stat().st_mtime_ns if log.exists() else 0
     reached = max(project.steps(), default=0)
-    target = {"start": 0, "end": evaluated[-1], "any": reached + chance.randrange(1, 25)}.get(kind)
-    target = min(
-        target if target is not None else min([s for s in evaluated if s >= reached], default=0),
-        evaluated[-1],
-    )
-    after = {"start": ("",), "any": ("step",), "sample": ("eval", "sample")}.get(
-        kind, ("step", "checkpoint")
-    )
-    delay, seen = (
-        chance.uniform(0.0, {"start": 4.0, "end": 0.5, "eval": 0.2}.get(kind, 0.03)),
-        list[float](),
-    )
+    ahead = chance.randrange(1, 25)
+    next_evaluated = min([step for step in evaluated if step >= reached], default=0)
+    targets = {"start": 0, "end": evaluated[-1], "any": reached + ahead}
+    target = min(targets.get(kind, next_evaluated), evaluated[-1])
+    afters = {"start": ("",), "any": ("step",), "sample": ("eval", "sample")}
+    after = afters.get(kind, ("step", "checkpoint"))
+    delay = chance.uniform(0.0, {"start": 4.0, "end": 0.5, "eval": 0.2}.get(kind, 0.03))
+    seen: list[float] = []
 
     def ready() -> bool:
         if not seen:
@@ -136,8 +134,8 @@ def moment(
 def survive(
     project: Project, whole: Project, kills: int, how: signal.Signals, chance: random.Random
 ) -> Counter[str]:
-    """Kill, start again, until the run is over; compare; and begin anew until it was killed so many
-    times. Returns at what."""
+    """Kill the run and start it again until it is over; compare; and begin anew until it was killed
+    so many times. Returns the number of kills at each kind of moment."""
     done, evaluated = Counter[str](), [event["step"] for event in whole.events("eval")]
     while done.total() < kills:
         for part in ("checkpoints", "logs"):
@@ -166,7 +164,7 @@ def ended(result: Result) -> None:
 
 
 def uninterrupted(whole: Project) -> Project:
-    """The project, run in one go."""
+    """Run the project in one go."""
     ended(whole.run("t"))
     assert finished(whole)
     return whole
@@ -180,18 +178,18 @@ def main() -> int:
     parser.add_argument("--signal", default="KILL", choices=["KILL", "HUP", "TERM", "INT"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--presets", nargs="+", default=list(PRESETS), choices=list(PRESETS))
-    asked = parser.parse_args()
-    how, total = signal.Signals[f"SIG{asked.signal}"], Counter[str]()
-    for number, name in enumerate(asked.presets):
+    options = parser.parse_args()
+    how, total = signal.Signals[f"SIG{options.signal}"], Counter[str]()
+    count = len(options.presets)
+    for number, name in enumerate(options.presets):
         with tempfile.TemporaryDirectory() as folder:
             whole = uninterrupted(Project.make(Path(folder) / "whole", {"t": PRESETS[name]}))
             project = Project.make(Path(folder) / "killed", {"t": PRESETS[name]})
-            kills = asked.kills * (number + 1) // len(asked.presets) - asked.kills * number // len(
-                asked.presets
-            )
-            found = survive(project, whole, kills, how, random.Random(f"{asked.seed} {name}"))
-        total += found
-        print(f"{name}: {found.total()} times {how.name}, the same bits: {dict(found)}", flush=True)
+            kills = options.kills * (number + 1) // count - options.kills * number // count
+            killed = survive(project, whole, kills, how, random.Random(f"{options.seed} {name}"))
+        total += killed
+        times = f"{killed.total()} times {how.name}"
+        print(f"{name}: {times}, the same bits: {dict(killed)}", flush=True)
     print(f"all: {total.total()} times {how.name}: {dict(total)}")
     return 0
 

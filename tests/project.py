@@ -33,7 +33,7 @@ NO_HUB = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "NO_PROXY"
 machine."""
 
 OF_THE_MACHINE = {"time", "seconds", "tokens_per_second", "data_seconds", "memory_mb"}
-"""What a line of the log says of the machine, and what differs each time."""
+"""Fields of the log that are about the machine, and differ each time."""
 
 TINY_SIZES = {
     "hidden_size": 32,
@@ -43,7 +43,7 @@ TINY_SIZES = {
     "head_dim": 16,
     "intermediate_size": 64,
 }
-"""What makes a model of any kind small, for those of its settings that it has."""
+"""Sizes that make a model of any kind small, as far as it has these settings."""
 
 
 def merged(base: dict, changes: dict) -> dict:
@@ -91,15 +91,21 @@ def story(number: int, sentences: int = 12) -> str:
     lines = []
     for i in range(sentences):
         a, b, c = (words[(number * k + i * j) % len(words)] for k, j in ((3, 5), (5, 7), (7, 3)))
-        lines.append(
-            f"In year {number * 31 + i} the {a} of the {b} met a {c}, and nobody wrote it down."
-        )
+        year = number * 31 + i
+        lines.append(f"In year {year} the {a} of the {b} met a {c}, and nobody wrote it down.")
     return "\n".join(lines) + "\n"
+
+
+def write_stories(root: Path) -> None:
+    """Write the 40 stories that a Project reads into its folder `texts`."""
+    (root / "texts").mkdir(parents=True, exist_ok=True)
+    for number in range(40):
+        (root / "texts" / f"story{number:02}.txt").write_text(story(number))
 
 
 @dataclass
 class Result:
-    """How a run ended."""
+    """The end of a run: its exit code and what it printed."""
 
     code: int
     out: str
@@ -116,22 +122,24 @@ class Project:
 
     folder: Path
     used: ClassVar[set[Path]] = set()
-    """The folders since a test began: no update may have been skipped in them."""
+    """The folders made since a test began: no update may have been skipped in them."""
 
     def __post_init__(self) -> None:
         self.used.add(self.folder)
 
     @classmethod
     def make(cls, folder: Path, presets: dict[str, dict | str]) -> "Project":
-        """`presets`: {file stem: the preset, or the file's text}."""
+        """Make the copy in `folder`.
+
+        presets   by the stem of their file: each a preset, or the file's text
+        """
         folder.mkdir(parents=True, exist_ok=True)
         compile_once()
         shutil.copytree(ROOT / "core", folder / "core")
         shutil.copy2(ROOT / "main.py", folder / "main.py")
-        for name in ("configs", "pdfs", "texts"):
+        for name in ("configs", "pdfs"):
             (folder / name).mkdir()
-        for number in range(40):
-            (folder / "texts" / f"story{number:02}.txt").write_text(story(number))
+        write_stories(folder)
         project = cls(folder)
         for stem, preset in presets.items():
             project.write_preset(stem, preset)
@@ -144,7 +152,8 @@ class Project:
     def start(
         self, line: str | None, *arguments: str, command: list[str] | None = None, **env: str
     ) -> subprocess.Popen:
-        """Start main.py with one line of standard input; None: with standard input closed."""
+        """Start main.py with one line on standard input; with standard input closed if it is
+        None."""
         environment = {**os.environ, **NO_HUB, "OMP_NUM_THREADS": "1", **env}
         process = subprocess.Popen(
             [*(command or [sys.executable]), "main.py", *arguments],
@@ -158,7 +167,7 @@ class Project:
             preexec_fn=(lambda: os.close(0)) if line is None else None,
         )
         if process.stdin is not None:
-            # it may have ended without reading, where it refuses its arguments
+            # a program that refuses its arguments ends without reading
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.write(f"{line}\n")
                 process.stdin.close()
@@ -177,8 +186,8 @@ class Project:
     def run_until(
         self, line: str, ready: Callable[[], bool], then: signal.Signals, **how: Any
     ) -> Result:
-        """Run until `ready()` and send a signal to the whole group; or to the end, where that comes
-        first."""
+        """Run until `ready()`, then send a signal to the whole group; a run that ends before gets
+        none."""
         process = self.start(line, **how)
         try:
             end = time.monotonic() + 120
@@ -204,8 +213,8 @@ class Project:
                         os.kill(int(entry.name), signal.SIGKILL)
 
     def events(self, kind: str | None = None, lineage: str = "t") -> list[dict]:
-        """The lines of metrics.jsonl; a half-written last one, as a kill leaves it, is passed
-        over."""
+        """Read the lines of metrics.jsonl; a half-written last one, as a kill leaves it, is left
+        out."""
         path = self.folder / "logs" / lineage / "metrics.jsonl"
         lines = path.read_text().split("\n")[:-1] if path.exists() else []
         return [event for event in map(json.loads, lines) if kind in (None, event["event"])]
@@ -214,12 +223,13 @@ class Project:
         return [event["step"] for event in self.events("step", lineage)]
 
     def num_steps(self, lineage: str = "t") -> int:
-        """How many steps the log has, quickly: for those who wait for one."""
+        """Count the steps in the log, quickly: for tests that wait for one."""
         path = self.folder / "logs" / lineage / "metrics.jsonl"
         return path.read_bytes().count(b'{"event": "step"') if path.exists() else 0
 
     def finished(self, lineage: str = "t") -> bool:
-        """Whether the newest checkpoint is the end of a run: the next start would begin another."""
+        """Return whether the newest checkpoint is the end of a run: the next start would begin
+        another."""
         from core.checkpoint.store import CheckpointStore
 
         state = CheckpointStore(self.folder / "checkpoints", lineage).load()[0]
@@ -230,27 +240,27 @@ class Project:
 
 
 def skipped_updates(folders: Iterable[Path]) -> dict[str, int]:
-    """How many updates the runs in these folders skipped because a number was not finite, by the
-    log that tells of it."""
-    found = {}
+    """Count the updates that the runs in these folders skipped because a number was not finite, by
+    log."""
+    skipped = {}
     for log in {log for folder in folders for log in folder.rglob("metrics.jsonl")}:
-        told = [int(count) for count in re.findall(rb'"skipped": (\d+)', log.read_bytes())]
-        found |= {str(log): max(told)} if any(told) else {}
-    return found
+        counts = [int(count) for count in re.findall(rb'"skipped": (\d+)', log.read_bytes())]
+        skipped |= {str(log): max(counts)} if any(counts) else {}
+    return skipped
 
 
 @functools.cache
 def compile_once() -> None:
-    """Bytecode for all copies: where Python is told to write none, each start would compile the
-    whole program again."""
+    """Write bytecode for all copies: where Python is told to write none, each start would compile
+    the whole program again."""
     compileall.compile_dir(ROOT / "core", quiet=1)
 
 
 def train_here(preset: dict, root: Path, stem: str = "t") -> list[dict]:
-    """Run a preset's training in this process, in a folder that gets the stories to read; every
-    event so far.
+    """Run a preset's training in this process, in a folder that gets the stories to read; returns
+    every event so far.
 
-    Without drawing its pictures, which takes longer than the training does; real runs draw them.
+    Figures are not drawn, which takes longer than the training does; real runs draw them.
     """
     from core.jobs.train import train
     from core.parallel.single import Single
@@ -258,9 +268,7 @@ def train_here(preset: dict, root: Path, stem: str = "t") -> list[dict]:
     from core.registry import Preset
     from core.runtime import detect_runtime
 
-    (root / "texts").mkdir(parents=True, exist_ok=True)
-    for number in range(40):
-        (root / "texts" / f"story{number:02}.txt").write_text(story(number))
+    write_stories(root)
     decoded = decode_preset(preset, Preset, stem, stem)
     with (
         mock.patch("core.reports.run_card.plot_losses"),
@@ -271,7 +279,7 @@ def train_here(preset: dict, root: Path, stem: str = "t") -> list[dict]:
 
 
 def kill_group(process: subprocess.Popen) -> None:
-    """Leave no process of a run behind."""
+    """Kill every process of a run."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -281,35 +289,35 @@ def kill_group(process: subprocess.Popen) -> None:
 
 
 def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
-    """What is not bit for bit the same in two checkpoints, or in one of them only: weights of the
-    model and of its heads, optimizer, progress, place in the data and mix."""
-    one, other = (
-        {(part, name): each for part in ("model", "heads") for name, each in state[part].items()}
-        for state in (a, b)
-    )
-    for named, state in ((one, a), (other, b)):
-        named.update(
-            {
-                ("optimizer", name, key): each
-                for name, keys in state["optimizer"].items()
-                for key, each in keys.items()
-            }
-        )
+    """Name what is not the same, bit for bit, in two checkpoints, or is in one of them only: weights
+    of the model and of its heads, optimizer, progress, position in the data and mix."""
+    one, other = _tensors(a), _tensors(b)
     same = {name for name in one.keys() & other.keys() if torch.equal(one[name], other[name])}
-    found = [" ".join(name) for name in sorted((one.keys() | other.keys()) - same)]
-    return found + [key for key in ("progress", "data", "adaptive") if a[key] != b[key]]
+    names = [" ".join(name) for name in sorted((one.keys() | other.keys()) - same)]
+    return names + [key for key in ("progress", "data", "adaptive") if a[key] != b[key]]
+
+
+def _tensors(state: dict[str, Any]) -> dict[tuple[str, ...], torch.Tensor]:
+    named = {}
+    for part in ("model", "heads"):
+        for name, tensor in state[part].items():
+            named[part, name] = tensor
+    for name, tensors in state["optimizer"].items():
+        for key, tensor in tensors.items():
+            named["optimizer", name, key] = tensor
+    return named
 
 
 def measured(events: Iterable[dict]) -> list[dict]:
-    """The lines of a log that say how training went, in order, with all they say but times, speeds
-    and memory."""
+    """Return the lines of a log that say how training went, in order, without times, speeds and
+    memory."""
     kinds = ("step", "eval", "sample", "neighbors", "reweighted")
 
-    def kept(value: Any) -> Any:  # a curriculum's seconds stand in a section of their own
-        return (
-            {k: kept(v) for k, v in value.items() if k not in OF_THE_MACHINE}
-            if isinstance(value, dict)
-            else value
-        )
+    def without_machine(
+        value: Any,
+    ) -> Any:  # a curriculum's seconds stand in a section of their own
+        if not isinstance(value, dict):
+            return value
+        return {k: without_machine(v) for k, v in value.items() if k not in OF_THE_MACHINE}
 
-    return [kept(event) for event in events if event["event"] in kinds]
+    return [without_machine(event) for event in events if event["event"] in kinds]

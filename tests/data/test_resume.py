@@ -59,8 +59,7 @@ from tests.data.corpus import (
     make_factory,
     write_corpus,
 )
-from tests.data.test_hf import lines, parquet
-from tests.hub import Hub
+from tests.hub import Hub, lines, parquet
 
 HORIZON = 4000  # tokens: most of a reference run
 FALLING = [

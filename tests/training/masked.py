@@ -7,11 +7,7 @@ from core.data.tokenizer import MASK
 from tests.project import Project, merged, story, tiny_preset, train_here
 
 STEPS = 8
-
-
 MODEL = {"type": "neobert", "head": "distance", "keep_decoder": True, "intermediate_size": 64}
-
-
 PRESET = tiny_preset(
     model=MODEL,
     losses=[{"type": "harmonic"}],

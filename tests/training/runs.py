@@ -1,4 +1,4 @@
-"""Trainers assembled from small presets, and what their runs left behind: for the tests of training."""
+"""Trainers assembled from small presets, and what their runs left behind, for the tests."""
 
 import math
 from collections.abc import Callable
@@ -15,24 +15,14 @@ from core.parallel.single import Single
 from core.preset.decode import decode_preset
 from core.registry import Preset
 from core.runtime import detect_runtime
-from tests.project import (
-    Project,
-    differences,
-    merged,
-    story,
-    tiny_preset,
-)
+from tests.project import Project, differences, merged, story, tiny_preset
 
 SAME = 1e-5
 """Weights this close are the same but for the order in which floats were added: a hundredth of one
 update (AdamW makes every update about as large as the learning rate, however small the
 gradient)."""
-
-
 UPHILL = {"candidates": 3, "bucket_weights": [{"from": 1, "to": 0}, 0, {"from": 0, "to": 1}]}
 """A curriculum from easy to hard."""
-
-
 EXACT = {"train": {"precision": "fp32", "eval_tokens": 0}}
 
 

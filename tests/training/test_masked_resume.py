@@ -1,4 +1,4 @@
-"""Runs that predict masked tokens: stopped and resumed, chained, run from the outside, and refused."""
+"""Runs that predict masked tokens: resumed, chained, run from the outside, and refused."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -49,10 +49,8 @@ def test_whatever_is_due_is_saved_before_anything_is_evaluated(tmp_path: Path) -
 def test_what_fails_in_looking_at_the_model_is_told_once_and_costs_nothing(
     part: str, tmp_path: Path
 ) -> None:
-    straight, built = (
-        session(tmp_path / "straight", **MEASURED),
-        session(tmp_path / "failing", **MEASURED),
-    )
+    straight = session(tmp_path / "straight", **MEASURED)
+    built = session(tmp_path / "failing", **MEASURED)
     finish(straight)
 
     def fail(model: Any, _: Any) -> Any:
@@ -74,11 +72,8 @@ def test_what_fails_in_looking_at_the_model_is_told_once_and_costs_nothing(
 def test_sampling_settings_that_no_float_holds_lose_no_run(tmp_path: Path) -> None:
     """Case 13: a temperature that divides scores to infinity. Nor does it lose the samples."""
     found = train_here(tiny_preset(generate={"temperature": 1e-40}), tmp_path)
-    assert (
-        found[-1]["reason"] == "max_steps"
-        and slot(tmp_path)["finished"]
-        and slot(tmp_path)["step"] == 5
-    )
+    assert found[-1]["reason"] == "max_steps"
+    assert slot(tmp_path)["finished"] and slot(tmp_path)["step"] == 5
     assert len(events(tmp_path, "sample")) == 1 and warnings_of(tmp_path) == []
 
 
@@ -146,9 +141,9 @@ def test_who_asks_to_stop_does_not_wait_for_an_evaluation(tmp_path: Path) -> Non
         batches: list[int] = []
 
         def asked(built: list[Any] = built, batches: list[int] = batches, at: int = at) -> bool:
-            if (evaluating := not built[0].trainer.model.training) and built[
-                0
-            ].trainer.progress.step == at:
+            trainer = built[0].trainer
+            evaluating = not trainer.model.training
+            if evaluating and trainer.progress.step == at:
                 batches.append(1)
             return len(batches) > 0 and (evaluating or at < 10)
 
@@ -181,11 +176,8 @@ def test_who_asks_to_stop_waits_neither_for_rows_nor_for_samples(
     if moment == "samples":
 
         def pass_made(module: Any, inputs: Any) -> None:
-            if (
-                not module.training
-                and built.trainer.progress.step == 4
-                and len(inputs[0].labels) == 1
-            ):
+            one_row = len(inputs[0].labels) == 1
+            if not module.training and built.trainer.progress.step == 4 and one_row:
                 after.append(1)
                 asked.extend([1] * (len(after) == 3))
 
@@ -197,9 +189,8 @@ def test_who_asks_to_stop_waits_neither_for_rows_nor_for_samples(
         built.trainer.model.register_forward_pre_hook(
             lambda module, _: None if module.training else after.append(1)
         )
-    assert (
-        finish(built) == "interrupted" and slot(root)["step"] == 4 and slot(root)["evaluation_due"]
-    )
+    assert finish(built) == "interrupted"
+    assert slot(root)["step"] == 4 and slot(root)["evaluation_due"]
     assert len(after) == (3 if moment == "samples" else 0), "no pass more is made"
     finish(session(root, **settings))
     looked = [
@@ -217,10 +208,8 @@ def test_who_asks_to_stop_waits_neither_for_rows_nor_for_samples(
 def test_what_the_log_says_of_an_evaluation(tmp_path: Path) -> None:
     """Missing only where the log ends at that step; a log that is gone says nothing."""
     log = tmp_path / "metrics.jsonl"
-    step, over = (
-        '{"event": "step", "step": 7}\n',
-        '{"event": "run_end", "step": 7, "reason": "%s"}\n',
-    )
+    step = '{"event": "step", "step": 7}\n'
+    over = '{"event": "run_end", "step": 7, "reason": "%s"}\n'
     cases = {
         step: True,
         step + '{"event": "eval", "step": 7}\n{"event": "sample", "step": 7}\n': True,

@@ -54,7 +54,7 @@ def test_every_stop_saves_and_the_next_start_goes_on_exactly(
     if moment == "forward":
         trainer.model.register_forward_pre_hook(give_up)
     elif moment == "saving":
-        trainer.settings = trainer.settings.model_copy(update={"checkpoint_every_steps": 5})
+        trainer.saver.is_due_at = lambda run_step: run_step % 5 == 0
         trainer.log.sync = give_up
     else:
         next_step = trainer.loader.next_step
@@ -98,16 +98,14 @@ def test_before_the_first_update_there_is_nothing_to_save(tmp_path: Path) -> Non
 def test_when_a_source_fails_in_mid_run_it_is_saved(tmp_path: Path) -> None:
     """NoData is one of the stops."""
     built = session(tmp_path, train={"max_steps": 1000, "per_gpu_batch_size": 16})
-    built.trainer.model.after_optimizer_step = lambda: [
-        path.unlink() for path in (tmp_path / "texts").iterdir()
-    ]
+    texts = tmp_path / "texts"
+    built.trainer.model.after_optimizer_step = lambda: [path.unlink() for path in texts.iterdir()]
     with pytest.raises(NoData):
         finish(built)
     assert slot(tmp_path)["step"] == built.trainer.progress.step > 0
-    (tmp_path / "texts" / "again.txt").write_text(story(1, 400))
-    assert not session(
-        tmp_path, train={"max_steps": 1000, "per_gpu_batch_size": 16}
-    ).trainer.progress.evaluation_due
+    (texts / "again.txt").write_text(story(1, 400))
+    again = session(tmp_path, train={"max_steps": 1000, "per_gpu_batch_size": 16})
+    assert not again.trainer.progress.evaluation_due
 
 
 # weights that are not finite ----------------------------------------------------------------------
@@ -117,13 +115,8 @@ def test_when_a_source_fails_in_mid_run_it_is_saved(tmp_path: Path) -> None:
 def test_an_evaluation_waits_for_a_finite_step(tmp_path: Path) -> None:
     """It falls due among bad steps: weights are rolled back, then it is made, and the run ends as
     it would have."""
-    built = session(
-        tmp_path,
-        **merged(
-            MEASURED,
-            {"train": {"max_steps": 14, "checkpoint_every_steps": 3, "eval_every_tokens": 768}},
-        ),
-    )
+    train = {"max_steps": 14, "checkpoint_every_steps": 3, "eval_every_tokens": 768}
+    built = session(tmp_path, **merged(MEASURED, {"train": train}))
     updates: list[int] = []
 
     def ruin() -> None:
@@ -145,9 +138,8 @@ def test_an_evaluation_waits_for_a_finite_step(tmp_path: Path) -> None:
 def test_an_evaluation_of_weights_that_are_not_finite_ends_nothing(tmp_path: Path) -> None:
     """They are ruined by the update after a finite step, so nothing waits: the samples cannot be
     drawn, and that is all."""
-    built = session(
-        tmp_path, **merged(MEASURED, {"train": {"max_steps": 14, "checkpoint_every_steps": 3}})
-    )
+    train = {"max_steps": 14, "checkpoint_every_steps": 3}
+    built = session(tmp_path, **merged(MEASURED, {"train": train}))
     updates: list[int] = []
 
     def ruin() -> None:
@@ -161,13 +153,8 @@ def test_an_evaluation_of_weights_that_are_not_finite_ends_nothing(tmp_path: Pat
     ruined, *others = events(tmp_path, "eval")
     assert ruined["step"] == 4 and ruined["cross_entropy"] is None
     assert others and all(math.isfinite(e["cross_entropy"]) for e in others)
-    assert (
-        sum(
-            "samples failed" in message and "not finite" in message
-            for message in warnings_of(tmp_path)
-        )
-        == 1
-    )
+    failed = [message for message in warnings_of(tmp_path) if "samples failed" in message]
+    assert sum("not finite" in message for message in failed) == 1
 
 
 @pytest.mark.skips_updates
@@ -181,9 +168,7 @@ def test_bad_steps_are_counted_on_after_a_stop(tmp_path: Path) -> None:
         )
         poison(built[0], lambda step: 5 <= step < 5 + BAD_STEPS)
         finish(built[0])
-    (back,) = [
-        event for event in events(tmp_path, "warning") if "weights are back" in event["message"]
-    ]
+    (back,) = [e for e in events(tmp_path, "warning") if "weights are back" in e["message"]]
     assert back["step"] == 4 + BAD_STEPS - 1 and built[0].trainer.progress.skipped == BAD_STEPS
 
 
@@ -199,9 +184,8 @@ def test_a_mirror_that_cannot_be_made_is_told_and_the_run_is_saved(tmp_path: Pat
     settings = merged(EXACT, {"lineage": "lm", "train": {"max_steps": 2}})
     train_here(tiny_preset(**settings), tmp_path)
     assert mirror.samefile(tmp_path / "checkpoints" / "lm_current.pth")
-    assert (
-        tmp_path / "checkpoints" / "simple_lm_trained.pth.damaged" / "notes"
-    ).read_text() == "somebody's"
+    aside = mirror.with_name("simple_lm_trained.pth.damaged")
+    assert (aside / "notes").read_text() == "somebody's"
     built = session(tmp_path, **settings)
     mirror.unlink()
     mirror.mkdir()
@@ -211,15 +195,13 @@ def test_a_mirror_that_cannot_be_made_is_told_and_the_run_is_saved(tmp_path: Pat
         "the checkpoint is saved, but simple_lm_trained.pth does not hold what lm_current.pth "
         "does: "
     )
-    assert (
-        Project(tmp_path).finished("lm")
-        and Project(tmp_path).checkpoint(lineage="lm")["progress"]["run"] == 2
-    )
+    assert Project(tmp_path).finished("lm")
+    assert Project(tmp_path).checkpoint(lineage="lm")["progress"]["run"] == 2
     assert [path.name for path in mirror.parent.iterdir() if path.name.startswith(".")] == []
 
 
 class TwoRanks(Single):
-    """What a trainer asks of its ranks; gradients stay each one's own, as nothing here is about
+    """The ranks as a trainer knows them; gradients are not shared, as nothing here is about
     them."""
 
     def __init__(self, rank: Any):
@@ -302,9 +284,7 @@ def test_a_compiler_that_fails_is_left_out_and_that_is_kept(
     second = session(tmp_path, **settings)
     assert "failed earlier in this run" in second.start_event["compile"]
     finish(second)
-    assert (
-        second.trainer.model._compiled_call_impl is None
-        and Project(tmp_path).checkpoint()["compile_failed"] is True
-    )
+    assert second.trainer.model._compiled_call_impl is None
+    assert Project(tmp_path).checkpoint()["compile_failed"] is True
     third = session(tmp_path, **settings)
     assert third.start_event["compile"].startswith("compiled from step")

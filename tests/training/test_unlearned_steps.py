@@ -1,4 +1,4 @@
-"""Steps in which no token is learned: passed over and counted; refused where there is no end of them."""
+"""Steps in which no token is learned: passed over and counted; refused where they do not end."""
 
 import json
 from collections.abc import Collection
@@ -12,12 +12,7 @@ from core.data.pipeline import Dealer
 from core.data.unlearned import Unlearned
 from core.errors import UserError
 from tests.project import Project, differences, tiny_preset, train_here
-from tests.training.runs import (
-    finish,
-    session,
-    slot,
-    warnings_of,
-)
+from tests.training.runs import finish, session, slot, warnings_of
 
 YES = {"role": "assistant", "content": "Yes."}
 
@@ -25,18 +20,10 @@ YES = {"role": "assistant", "content": "Yes."}
 def write_chats(root: Path, learned: Collection[int], count: int = 40) -> dict[str, Any]:
     """Rows of one conversation each, most of them longer than a row before the assistant says a
     word."""
-    chats = [
-        {
-            "messages": [
-                {
-                    "role": "user",
-                    "content": (f"Hi {i}. " if i in learned else f"{i} " + "Listen to me. " * 100),
-                },
-                YES,
-            ]
-        }
-        for i in range(count)
+    texts = [
+        f"Hi {i}. " if i in learned else f"{i} " + "Listen to me. " * 100 for i in range(count)
     ]
+    chats = [{"messages": [{"role": "user", "content": text}, YES]} for text in texts]
     root.mkdir(parents=True, exist_ok=True)
     (root / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
     data = {
@@ -75,15 +62,11 @@ def test_a_step_that_teaches_nothing_is_passed_over_and_counted(tmp_path: Path) 
         for i in range(following)
     ]
     ledger = saved["progress"]["ledger"]["chats"]
-    assert (ledger["documents"], ledger["epochs"]) == (sum(begun), 1) and one.events("run_end")[-1][
-        "ledger"
-    ]["chats"] == ledger
+    assert (ledger["documents"], ledger["epochs"]) == (sum(begun), 1)
+    assert one.events("run_end")[-1]["ledger"]["chats"] == ledger
     (warning,) = warnings_of(tmp_path / "straight")
-    assert (
-        "no token of it is learned" in warning
-        and "Listen to m" in warning
-        and "[[Yes" not in warning
-    )
+    assert "no token of it is learned" in warning
+    assert "Listen to m" in warning and "[[Yes" not in warning
 
 
 def test_data_that_teaches_nothing_is_refused(
@@ -101,19 +84,14 @@ def test_data_that_teaches_nothing_is_refused(
                 tmp_path / name,
             )
         assert "Listen to m" in str(raised.value) and "[[Yes" not in str(raised.value)
-    assert (
-        slot(tmp_path / "never") is None
-        and slot(tmp_path / "first")["step"] == Project(tmp_path / "first").steps()[-1] > 0
-    )
+    assert slot(tmp_path / "never") is None
+    assert slot(tmp_path / "first")["step"] == Project(tmp_path / "first").steps()[-1] > 0
 
 
 def test_where_all_of_the_data_teaches_nothing_its_end_is_no_end_of_a_run() -> None:
     for learned, of_chance in ((False, False), (True, False), (False, True)):
         passed = Unlearned(learned, of_chance)
         passed.add(100)
-        with (
-            nullcontext()
-            if learned or of_chance
-            else pytest.raises(UserError, match="no token of 1 steps")
-        ):
+        refused = pytest.raises(UserError, match="no token of 1 steps")
+        with nullcontext() if learned or of_chance else refused:
             passed.end()
