@@ -1,9 +1,7 @@
-"""zeroarg: `python main.py`, choose a preset with the arrow keys, and it trains.
+"""zeroarg: run `python main.py`, choose a preset with the arrow keys, and it trains.
 
-`torchrun --nproc_per_node=N main.py` does the same on many GPUs.
-
-There are no arguments. What there is to change stands in configs/*.json.
-"""
+`torchrun --nproc_per_node=N main.py` does the same on many GPUs. There are no arguments: all
+settings are in configs/*.json."""
 
 import sys
 import time
@@ -14,17 +12,17 @@ STARTED = time.time()
 
 
 def main() -> int:
-    """Choose a preset on rank 0, hand it to every rank, run its job. Returns the exit code (see
+    """Choose a preset on rank 0, send it to every rank, run its job. Return the exit code (see
     docs/guide.md)."""
     from core.errors import UserError
     from core.terminal import guard_streams, tell
 
     guard_streams()
     try:
-        if given := sys.argv[1:]:
+        if arguments := sys.argv[1:]:
             raise UserError(
-                f"main.py takes no arguments, but was given {' '.join(given)!r}. Settings are in "
-                "configs/*.json."
+                f"main.py takes no arguments, but was given {' '.join(arguments)!r}. Settings are "
+                "in configs/*.json."
             )
         launcher()(STARTED)
     except UserError as error:

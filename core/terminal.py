@@ -1,9 +1,9 @@
-"""The one way to a terminal: what is written there cannot move the cursor, colour, reorder or hide
-anything, and never fails.
+"""The only way to a terminal: text written through it cannot move the cursor, colour, reorder or
+hide anything, and writing never fails.
 
-In:    texts of anybody: names, keys, data, errors of libraries
+In:    any text: names, keys, data, errors of libraries
 Out:   lines on a stream
-State: sys.stdout and sys.stderr, once `guard_streams` has put others in their place
+State: sys.stdout and sys.stderr, after `guard_streams` has replaced them
 """
 
 import io
@@ -21,40 +21,40 @@ ESCAPES = re.compile(
 )
 
 PATIENCE_SECONDS = 2.0
-"""How long a reader may be behind before what is written is lost to it, where the stream itself
-does not wait."""
+"""Time to wait for a reader that is behind before what is written is dropped, where the stream
+itself does not wait."""
 
 
 def clean(text: object) -> str:
-    """Text that cannot move the cursor, colour or reorder the screen: one line, without control
-    characters."""
+    """Return text as one line without control characters: it cannot move the cursor, colour or
+    reorder the screen."""
     text = str(text)
-    if text.isprintable():  # the usual case, and this is called for every name in every picture
+    if text.isprintable():  # the usual case; this is called for every name at every redraw
         return text
     without = ESCAPES.sub("", text.replace("\r\n", "\n"))
-    kept = []
+    cleaned = []
     for character in without:
         if character in "\n\t\r\v\f\x85\u2028\u2029":
-            kept.append(" ")
+            cleaned.append(" ")
         elif unicodedata.category(character) not in ("Cc", "Cf", "Cs"):
-            kept.append(character)
-    return "".join(kept)
+            cleaned.append(character)
+    return "".join(cleaned)
 
 
 def clean_lines(text: str) -> str:
-    """As `clean`, but lines stay lines: for text that comes in pieces, of which an escape sequence
-    may be in two."""
-    kept = [
+    """Clean text, but keep its lines: for text that comes in pieces, where an escape sequence may
+    be split between two."""
+    characters = [
         c
         for c in text.replace("\t", "    ")
         if c == "\n" or unicodedata.category(c) not in ("Cc", "Cf", "Cs")
     ]
-    return "".join(kept)
+    return "".join(characters)
 
 
 def write_line(stream: TextIO, line: str) -> None:
-    """At once, cleaned, and with a question mark for what the stream's encoding lacks. Lines in it
-    stay lines."""
+    """Write cleaned text and flush. Its lines stay lines; characters that the stream's encoding
+    lacks become question marks."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
     lines = "\n".join(clean(each) for each in str(line).split("\n"))
     stream.write(lines.encode(encoding, "replace").decode(encoding) + "\n")
@@ -62,8 +62,7 @@ def write_line(stream: TextIO, line: str) -> None:
 
 
 def tell(message: object) -> None:
-    """Something a person should know, beside what a job writes: on standard error, where there is
-    one."""
+    """Write a message for the person at the terminal to standard error, where there is one."""
     if sys.stderr is not None and not sys.stderr.closed:
         write_line(sys.stderr, str(message))
 
@@ -72,14 +71,14 @@ def tell(message: object) -> None:
 
 
 class _Unbreakable(io.FileIO):
-    """A closed terminal, a pipe that nobody reads, a full disk: what cannot be shown is lost, the
-    work is not."""
+    """A file that drops what cannot be written: to a closed terminal, a pipe that nobody reads, a
+    full disk. The work goes on."""
 
     patience = PATIENCE_SECONDS
 
     def write(self, data: Any) -> int:
         try:
-            # a stream that does not wait for its reader, and one that is behind
+            # None: the stream does not wait for its reader, and the reader is behind
             while (written := super().write(data)) is None:
                 if not select.select([], [self], [], self.patience)[1]:
                     self.patience = 0.0  # until somebody reads again
@@ -91,13 +90,15 @@ class _Unbreakable(io.FileIO):
 
 
 def never_fails(stream: TextIO | None, descriptor: int) -> TextIO:
-    """The stream of that descriptor, none of whose writes raises for want of somebody to read
-    it."""
+    """Return a stream of a descriptor whose writes never raise, even where nobody reads them.
+
+    stream   the one to replace, whose encoding is kept; None where there is none
+    """
     try:
         os.fstat(descriptor)
     except OSError:
-        # started with it closed: the next file to be opened would get its number, and what is
-        # printed
+        # the program was started with it closed: the next file to be opened would get its number,
+        # and whatever is printed
         os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
     binary = io.BufferedWriter(_Unbreakable(descriptor, "w", closefd=False))
     if stream is None:
@@ -107,5 +108,6 @@ def never_fails(stream: TextIO | None, descriptor: int) -> TextIO:
 
 
 def guard_streams() -> None:
-    """Call it before anything is printed."""
+    """Make sys.stdout and sys.stderr streams that never fail. Call it before anything is
+    printed."""
     sys.stdout, sys.stderr = never_fails(sys.stdout, 1), never_fails(sys.stderr, 2)

@@ -16,18 +16,16 @@ import pytest
 import torch
 
 import main
-from core import launch, preview
+from core import launch
 from core.environment import read_dotenv
 from core.errors import Diverged, Interrupted, NoData, UserError
 from core.jobs import Job
 from core.preset.base import PresetBase
 from core.preset.decode import decode_preset
 from core.registry import Preset
-from core.reports.run_card import RunCard, read_card
 from core.runtime import Runtime, detect_runtime
 from core.terminal import tell, write_line
-from core.training.memory import check_memory, size_of
-from tests.project import NO_HUB, ROOT, Project, merged, tiny_preset, train_here
+from tests.project import NO_HUB, ROOT, Project, tiny_preset
 
 CPU = Runtime(torch.device("cpu"), 0, 0, 1)
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -76,90 +74,6 @@ def test_one_odd_file_leaves_the_other_presets_as_they_are(root: Path) -> None:
     assert {card.stem: card for card in cards}["layers"].problem.endswith(
         "20000: input should be less than or equal to 1000"
     )
-
-
-@pytest.mark.parametrize(
-    "card", ["[]", "3", "{", "null", '{"preset": []}', "NaN", "[" * 5000, "\xff"]
-)
-def test_no_log_of_one_preset_spoils_its_preview(card: str, root: Path) -> None:
-    preset = decoded()
-    (root / "logs" / "t").mkdir(parents=True)
-    (root / "logs" / "t" / "run.json").write_bytes(card.encode("latin-1"))
-    lines = preview.preview_lines(preset, CPU, launch.ROOT)
-    assert lines[0].endswith("steps of 128") and lines[-1] == "starts fresh"
-
-
-def test_a_speed_of_nothing_and_slots_that_lack_everything(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What is known is told; what cannot be told costs its own line."""
-    preset = decoded()
-    facts = {
-        "preset": preset.name,
-        "device": CPU.device_name,
-        "world_size": 1,
-        "tokens_per_step": 128,
-        "tokens_per_second": 0,
-    }
-    (root / "logs" / "t").mkdir(parents=True)
-    (root / "logs" / "t" / "run.json").write_text(json.dumps(facts))
-    assert preview.preview_lines(preset, CPU, launch.ROOT)[-1] == "starts fresh"
-    (root / "checkpoints").mkdir()
-    torch.save(
-        {"progress": {"step": 3}, "preset": {}, "model": {}}, root / "checkpoints" / "t_current.pth"
-    )
-    assert "parameters" in preview.preview_lines(preset, CPU, launch.ROOT)[0]
-    monkeypatch.setattr(preview, "resume_lines", lambda preset, root: 1 // 0)
-    assert preview.preview_lines(preset, CPU, launch.ROOT)[-1].startswith(
-        "cannot tell more: ZeroDivisionError"
-    )
-
-
-def test_small_models_are_counted_and_a_preset_without_words_shows_none() -> None:
-    preset = decoded()
-    assert preview.preset_card("t", preset, CPU, launch.ROOT).description == "short", (
-        "nothing stands behind it"
-    )
-    assert (
-        preview.preset_card(
-            "t", preset.model_copy(update={"description": "Tiny."}), CPU, launch.ROOT
-        ).description
-        == "short · Tiny."
-    )
-    model = size_of(preset, preview.known_vocab_size(preset.tokenizer, launch.ROOT))
-    assert preview.training_lines(preset, CPU, launch.ROOT)[0].startswith(
-        f"{model.parameters / 1000:.1f}k parameters, "
-    )
-
-
-def test_the_card_keeps_what_the_last_whole_run_took(tmp_path: Path) -> None:
-    """Through runs that stop before their end, and those that went on from a checkpoint; not on
-    another device."""
-    facts = {"preset": "t", "device": "CPU", "world_size": 1}
-
-    def run(reason: str, seconds: float, first: int = 0, **changes: Any) -> Any:
-        card = RunCard(tmp_path, {}, 0.0, tmp_path)
-        card.update(
-            {
-                "event": "run_start",
-                "time": 100.0,
-                "step": first,
-                "tokens": 0,
-                "run_step": first,
-                **facts,
-                **changes,
-            }
-        )
-        step = {"step": first + 1, "tokens": 640, "time": 101.0}
-        card.update({"event": "step", **step, "run_tokens": 640, "tokens_per_second": 64.0})
-        card.update({"event": "run_end", **step, "reason": reason, "time": 100.0 + seconds})
-        return read_card(tmp_path).get("whole_run")
-
-    whole = {"seconds": 246.0, "tokens": 640}
-    assert run("interrupted", 5.0) is None
-    assert run("max_steps", 246.0) == whole
-    assert run("interrupted", 5.0) == run("max_steps", 5.0, first=3) == whole
-    assert run("interrupted", 5.0, device="GPU") is None
 
 
 def test_without_the_packages_one_message_says_how_to_install_them() -> None:
@@ -355,77 +269,6 @@ def test_processes_that_cannot_meet_say_where(monkeypatch: pytest.MonkeyPatch) -
             launch._rendezvous_store()
 
 
-# sizes --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("changes", "told"),
-    [
-        (
-            {"model": {"hidden_size": 131_072, "num_layers": 40, "num_heads": 1_024}},
-            "weights and what trains them",
-        ),
-        (
-            {"model": {"type": "polychromatic", "hidden_size": 131_072, "num_layers": 900}},
-            "weights and what trains them",
-        ),
-        (
-            {
-                "model": {
-                    "type": "gpt2",
-                    "hidden_size": 98_304,
-                    "num_layers": 1_000,
-                    "num_heads": 512,
-                }
-            },
-            "weights and what trains them",
-        ),
-        (
-            {"model": {"seq_length": 64}, "train": {"per_gpu_batch_size": 1_000_000}},
-            "a pass of 1,000,000 rows",
-        ),
-        (
-            {
-                "train": {
-                    "per_gpu_batch_size": 1_000_000,
-                    "accumulation_steps": 10_000,
-                    "runs": 1_000_000,
-                }
-            },
-            "the 10,000,000,000 rows of a step",
-        ),
-    ],
-)
-def test_what_no_memory_holds_is_refused_with_its_bytes(
-    changes: dict, told: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Before anything is built or read."""
-    monkeypatch.setattr(Runtime, "memory_bytes", lambda self: 1 << 34)
-    preset = merged(tiny_preset(), changes)
-    if "type" in changes.get("model", {}):
-        preset["model"] = changes["model"]
-    began = time.monotonic()
-    with pytest.raises(
-        UserError,
-        match=rf"{told} take [\d,]+ bytes of memory or more, and .* has 17,179,869,184\. Set ",
-    ):
-        check_memory(decode_preset(preset, Preset, "t", "t"), 257, CPU)
-    assert time.monotonic() - began < 30
-    check_memory(decoded(), 257, CPU)
-
-
-def test_sizes_are_counted_without_touching_what_is_random() -> None:
-    """The menu counts in a thread of its own, while the chosen preset may begin to draw its
-    weights."""
-    before = torch.random.get_rng_state()
-    assert size_of(decoded(), 257)
-    assert torch.equal(torch.random.get_rng_state(), before)
-
-
-def test_a_machine_has_memory() -> None:
-    assert 1 << 28 < CPU.memory_bytes() < 1 << 50
-
-
 # what reaches the terminal ------------------------------------------------------------------------
 
 
@@ -485,13 +328,3 @@ def test_a_pipe_in_the_place_of_keys_is_told_and_never_read(tmp_path: Path) -> N
     assert "cannot be read" in read_dotenv(tmp_path / ".env")[0]
     (tmp_path / "venv" / ".env").mkdir(parents=True)
     assert read_dotenv(tmp_path / "venv" / ".env") == []
-
-
-def test_a_model_that_no_memory_holds_stops_before_anything_is_read(tmp_path: Path) -> None:
-    """Not as an error of the allocator, and not after minutes of reading."""
-    model = {"type": "polychromatic", "hidden_size": 131_072, "num_layers": 1_000, "seq_length": 32}
-    with pytest.raises(
-        UserError, match=r"[\d,]+ weights and what trains them take [\d,]+ bytes of memory or more"
-    ):
-        train_here({**tiny_preset(), "model": model}, tmp_path)
-    assert not (tmp_path / "logs" / "t" / "metrics.jsonl").exists()

@@ -19,7 +19,7 @@ SAME = "not distinguishable"
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a comparison says of one variant.
+    """A comparison's judgement of one variant.
 
     word       "better", "worse" ("higher", "lower" where neither is better), "not distinguishable",
                "one seed: no interval", "no seed noise: no interval" or "no common seed"

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 from core.assembly.network import check_parts
 from core.assembly.session import build_training
@@ -29,6 +29,7 @@ from core.errors import Diverged, Interrupted, UserError
 from core.files import cause, read_json
 from core.jobs.train import train_to_the_end, views_of
 from core.metrics.events import LOG, read_events
+from core.metrics.log import View
 from core.parallel.protocol import Parallel
 from core.parallel.ranks import on_rank_zero
 from core.preset.base import PresetBase
@@ -173,7 +174,7 @@ class TrialRunner:
         peak_forgotten = forget_peak_memory(self.runtime)
         stopping = EarlyStopping(self.preset.compare.stop_worse_by, _baseline_of(trial, trials))
         reporter = self.reporter
-        views = [stopping, Forwarder(reporter.view)] if reporter else []
+        views: list[View] = [stopping, Forwarder(reporter.view)] if reporter else []
         tokenizer_file = _tokenizer_file(self.root, self.preset.lineage, trial)
         tokenizer = on_rank_zero(self.parallel, lambda: _read_json(tokenizer_file))
         session = build_training(
@@ -240,12 +241,6 @@ class EarlyStopping:
                 f"{value - reached[-1]:.3f} nats worse than {self.baseline.name} after "
                 f"{tokens:,} of {end:,} tokens"
             )
-
-
-class View(Protocol):
-    """What takes the events of a run."""
-
-    def update(self, event: dict[str, Any]) -> None: ...
 
 
 @dataclass

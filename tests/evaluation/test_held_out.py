@@ -19,7 +19,8 @@ from core.models.simple_lm import SimpleLM, SimpleLMSettings
 from core.parallel.single import Single
 from core.runtime import detect_runtime
 from core.training.machine import Machine
-from tests.data.corpus import Ranks, make_factory, start, write_corpus
+from tests.data.corpus import make_factory, start, write_corpus
+from tests.data.ranks import Ranks
 from tests.heads.setup import heads_for
 
 

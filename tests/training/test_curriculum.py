@@ -20,15 +20,8 @@ from core.registry import Preset
 from core.runtime import detect_runtime
 from core.training.curriculum import Curriculum, buckets_of, choose
 from core.training.machine import Machine
-from tests.data.corpus import (
-    LANES,
-    SEQ_LENGTH,
-    Ranks,
-    make_factory,
-    make_loader,
-    start,
-    write_corpus,
-)
+from tests.data.corpus import LANES, SEQ_LENGTH, make_factory, make_loader, start, write_corpus
+from tests.data.ranks import Ranks
 from tests.project import Project, merged, tiny_preset, train_here
 from tests.training.runs import UPHILL, equal, events, finish, session, weights
 

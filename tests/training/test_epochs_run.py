@@ -26,9 +26,9 @@ from core.registry import Preset
 from core.runtime import detect_runtime
 from core.ui.plain import PlainLines
 from core.ui.progress import RunProgress
-from tests.data.corpus import Ranks, byte_tokenizer
-from tests.data.test_hf import lines, parquet
-from tests.hub import Hub
+from tests.data.corpus import byte_tokenizer
+from tests.data.ranks import Ranks
+from tests.hub import Hub, lines, parquet
 from tests.project import Project, differences, merged, story, tiny_preset, train_here
 
 WSD = {"type": "wsd", "warmup": 0.1, "decay": 0.2, "floor": 0.0}

@@ -216,9 +216,9 @@ def method(comparison: Comparison) -> list[str]:
     pairing = (
         f"Every variant is trained with the seeds {seeds}. Trials of one seed read the same data "
         "in the same order, unless what is compared changes that, and, where the model is the "
-        "same, start from the same weights. So the metric of the last evaluation is compared seed by "
-        "seed, variant minus baseline, which removes what a seed does to both. Only seeds finished "
-        "in both are counted."
+        "same, start from the same weights. So the metric of the last evaluation is compared seed "
+        "by seed, variant minus baseline, which removes what a seed does to both. Only seeds "
+        "finished in both are counted."
     )
     test = (
         f"Only the primary metric, {label}, is judged. The mean of its differences is tested "
