@@ -11,7 +11,7 @@ import threading
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 from core.environment import redacted
@@ -146,13 +146,14 @@ def _keep_the_bars_lock() -> None:
             bar.set_lock(threading.RLock())
 
 
-def open_file(url: str) -> IO[bytes]:
-    """A data file: `hf://...` (read by ranges) or a local path."""
+def open_file(url: str) -> BinaryIO:
+    """Open a data file for reading: `hf://...` (read by ranges) or a local path."""
     if not url.startswith("hf://"):
         return open(url, "rb")
     from huggingface_hub import HfFileSystem
 
-    return HfFileSystem().open(url, "rb")
+    file: BinaryIO = HfFileSystem().open(url, "rb")
+    return file
 
 
 def fetch_file(repo: str, file: str) -> Path:

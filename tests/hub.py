@@ -14,6 +14,7 @@ process of its own: `hub.run`, or `subprocess` with `env=hub.env(folder)`.
 import contextlib
 import hashlib
 import http.server
+import io
 import json
 import os
 import subprocess
@@ -355,3 +356,34 @@ def _entries(repo: Repo, folder: str, recursive: bool) -> list[dict]:
                 "oid": _digest(data)[:40],
             }
     return list(found.values())
+
+
+PROLOGUE = """
+import json, random, sys, time
+from pathlib import Path
+from core.data.sources import SOURCES, build_source, open_sources
+from core.data.sources.hf import HfSettings, HfSource
+def source(dataset, seed=7, **more):
+    return build_source(HfSettings(dataset=dataset, **more), Path("."), seed)
+def opened(*sources):
+    begin = time.monotonic()
+    good, failed = open_sources(list(sources))
+    return [s.name for s in good], failed, time.monotonic() - begin
+"""
+
+
+def parquet(rows: list[dict], **options: int) -> bytes:
+    import pyarrow
+    import pyarrow.parquet
+
+    out = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), out, **options)
+    return out.getvalue()
+
+
+def lines(rows: list[dict]) -> bytes:
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+def rows(shard: int, count: int) -> list[dict]:
+    return [{"id": i, "text": f"shard {shard} row {i}"} for i in range(count)]

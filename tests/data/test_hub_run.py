@@ -4,7 +4,6 @@ loopback that has its faults."""
 import functools
 import importlib.util
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -13,9 +12,7 @@ from typing import Any
 
 import pytest
 
-from core.environment import read_dotenv, redacted
-from tests.data.test_hf import lines, parquet
-from tests.hub import Hub
+from tests.hub import Hub, lines, parquet
 from tests.project import ROOT, Project, Result, kill_group, merged, story
 
 WIKIPEDIA = ("wikimedia/wikipedia", "20231101.en/train")
@@ -252,52 +249,6 @@ def test_passing_trouble_changes_nothing(make_project: Callable[..., Project], h
         ]
 
 
-# tokens -------------------------------------------------------------------------------------------
-
-
-def test_only_two_keys_of_dotenv_are_taken_and_never_over_the_environment(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / ".env"
-    for line, taken in [
-        ("HF_TOKEN=hf_a", "hf_a"),
-        ("\ufeffexport HF_TOKEN = 'hf_a b'  # mine", "hf_a b"),
-        ('HF_TOKEN="hf_a#b"#mine', "hf_a#b"),
-        ("HF_TOKEN=hf_a # mine\r\nPATH=/nowhere", "hf_a"),
-        ("HF_TOKEN=\n# HF_TOKEN=hf_a", None),
-    ]:
-        monkeypatch.setattr(os, "environ", {"PATH": "/bin"})
-        path.write_text(line, encoding="utf-8")
-        assert read_dotenv(path) == []
-        assert os.environ == ({"PATH": "/bin", "HF_TOKEN": taken} if taken else {"PATH": "/bin"}), (
-            line
-        )
-    monkeypatch.setattr(os, "environ", {"HF_TOKEN": "hf_mine", "WANDB_API_KEY": ""})
-    path.write_text("HF_TOKEN=hf_other\nhf_secret\nHF_TOKEN='hf_open\nA=b c\nWANDB_API_KEY=key\n")
-    (note,) = read_dotenv(path)
-    assert note == f"{path}: lines 2, 3, 4 are passed over; a line is KEY=VALUE"
-    assert os.environ == {"HF_TOKEN": "hf_mine", "WANDB_API_KEY": ""}
-    path.write_bytes(b"HF_TOKEN=\xff\xfe")
-    assert read_dotenv(path) == [
-        f"{path} is no UTF-8 text; save it as UTF-8. The keys in it are not used"
-    ]
-    # a folder .env is a virtual environment
-    assert read_dotenv(tmp_path) == read_dotenv(tmp_path / "absent") == []
-
-
-def test_texts_are_told_without_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_TOKEN", "strange token")
-    text = (
-        "Bearer strange token, 'hf_0123456789abcdefXYZ' and "
-        "https://x:hf_jwt_aaaaaaaa.bbb-c@host/hf_internal/x by hf_hub_download"
-    )
-    assert (
-        redacted(text)
-        == "Bearer <HF_TOKEN>, '<HF_TOKEN>' and https://x:<HF_TOKEN>@host/hf_internal/x by "
-        "hf_hub_download"
-    )
-
-
 @pytest.mark.slow
 def test_a_gated_dataset_without_a_token_says_what_to_do(
     make_project: Callable[..., Project], hub: Hub
@@ -340,7 +291,8 @@ def test_no_token_is_ever_written(make_project: Callable[..., Project], hub: Hub
         given = {}
         if where == "file":
             (project.folder / ".env").write_text(
-                f"# keys\nexport HF_TOKEN='{token}'\nWANDB_API_KEY={wandb_key}\n{token}\nOMP_NUM_THREADS=7\n"
+                f"# keys\nexport HF_TOKEN='{token}'\nWANDB_API_KEY={wandb_key}\n{token}\n"
+                "OMP_NUM_THREADS=7\n"
             )
         else:
             (project.folder / ".env").write_text(f"HF_TOKEN={RIGHT if token == WRONG else WRONG}\n")

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from core.data.sources.webpage import page_text
+from tests.data.odd import in_order, opened, texts, write_parquet
 from tests.data.pdfs import column, pdf_of_lines
-from tests.data.test_odd_files import in_order, opened, texts, write_parquet
 
 GOOD = [f"{i},row {i}" for i in range(1, 2000)]
 

@@ -11,7 +11,8 @@ import pytest
 
 from core.data.documents import Document
 from core.data.shuffle import ShuffledSource
-from core.data.sources.files import Damaged, Unit
+from core.data.sources.files import Unit
+from core.data.sources.skips import Damaged
 from core.data.sources.text import TextSettings, TextSource
 from core.data.token_cache import CachedSource, TokenCache
 from tests.data.corpus import byte_tokenizer

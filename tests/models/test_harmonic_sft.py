@@ -12,9 +12,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor
 
 from core.models.neobert import NeoBERT, NeoBERTSettings
-from tests.data.test_hf import parquet
 from tests.data.test_hub_run import run
-from tests.hub import Hub
+from tests.hub import Hub, parquet
 from tests.project import ROOT, Project, Result, merged, story
 
 NAME, DATA = "chandar-lab/NeoBERT", "mlfoundations/dclm-baseline-1.0-parquet"

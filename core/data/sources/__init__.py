@@ -2,7 +2,7 @@
 SOURCES.
 
 In:    the `data.sources` of a preset
-Out:   opened sources, and why the others could not be
+Out:   opened sources, and the reason for each that could not be opened
 State: none
 """
 
@@ -26,9 +26,9 @@ from core.data.sources.tokens import TokensSettings, TokensSource
 from core.environment import redacted
 from core.errors import SourceUnavailable
 from core.files import own_path
-from core.preset.settings import Settings
+from core.preset.settings import SourceSettings
 
-SOURCES: dict[str, tuple[type[Settings], Callable[..., Source]]] = {
+SOURCES: dict[str, tuple[type[SourceSettings], Callable[[Any, Path, int], Source]]] = {
     "python_stdlib": (PythonStdlibSettings, PythonStdlibSource),
     "text": (TextSettings, TextSource),
     "pdf": (PdfSettings, PdfSource),
@@ -64,18 +64,18 @@ NAMED_SOURCES: dict[str, dict[str, Any]] = {
 scripts any more."""
 
 
-def build_source(settings: Any, root: Path, seed: int) -> Source:
-    """The source of one section, not opened. Its paths are relative to `root`, its order follows
-    from `seed`."""
-    return SOURCES[settings.type][1](settings, root, seed)
+def build_source(settings: SourceSettings, root: Path, seed: int) -> Source:
+    """Build the source of one section without opening it. Its paths are relative to `root`; its
+    order follows from `seed`."""
+    _, build = SOURCES[settings.type]
+    return build(settings, root, seed)
 
 
-def is_own_path(section: Any, root: Path) -> bool:
-    """Whether a section names a path on this machine: that nothing there can be read is a mistake,
-    not an outage.
+def is_own_path(section: SourceSettings, root: Path) -> bool:
+    """Return whether a section names a path on this machine. If nothing can be read there, that is
+    a mistake and not an outage: the text that a person means to train on would be missing.
 
-    The text that a person means to train on would be missing. The folder `pdfs` is named by default
-    only."""
+    The default folder `pdfs` does not count."""
     path, dataset, local = (getattr(section, key, None) for key in ("path", "dataset", "local"))
     if dataset is not None:
         return dataset.startswith(("./", "../", "/", "~")) or any(
@@ -89,24 +89,24 @@ def is_own_path(section: Any, root: Path) -> bool:
 def open_sources(
     sources: list[Source], deadline_seconds: float = 12.0
 ) -> tuple[list[Source], dict[str, str]]:
-    """Opens all sources side by side.
+    """Open all sources side by side.
 
     Returns those that opened, in the given order, and {name: reason} for the others (a reason does
     not repeat the name). Never raises, and never takes longer than the deadline: a source that has
     not answered by then counts as failed, whatever it does later.
     """
-    outcome: dict[int, str | None] = {}
+    problems: dict[int, str | None] = {}  # None: it opened
 
     def attempt(index: int, source: Source) -> None:
         try:
             source.open()
         except SourceUnavailable as error:
-            outcome[index] = str(error)
+            problems[index] = str(error)
         except Exception as error:
-            # a fault in one source must not take the others with it; it is told, not hidden
-            outcome[index] = redacted(f"{type(error).__name__}: {error}")
+            # a fault in one source must not take the others with it; it is reported, not hidden
+            problems[index] = redacted(f"{type(error).__name__}: {error}")
         else:
-            outcome[index] = None
+            problems[index] = None
 
     threads = [
         threading.Thread(target=attempt, args=pair, daemon=True) for pair in enumerate(sources)
@@ -116,17 +116,17 @@ def open_sources(
         thread.start()
     for thread in threads:
         thread.join(max(0.0, end - time.monotonic()))
-    done = dict(outcome)  # a copy: late threads still write into the other
+    done = dict(problems)  # a copy: late threads still write into the original
     late = (
         f"no answer within {deadline_seconds:g} s; check the network or the disk, or take it "
         "out of the preset"
     )
-    opened = [
-        source for index, source in enumerate(sources) if index in done and done[index] is None
-    ]
-    failed = {
-        s.name: done.get(i) or late
-        for i, s in enumerate(sources)
-        if i not in done or done[i] is not None
-    }
+    opened: list[Source] = []
+    failed: dict[str, str] = {}
+    for index, source in enumerate(sources):
+        problem = done.get(index, late)
+        if problem is None:
+            opened.append(source)
+        else:
+            failed[source.name] = problem or late
     return opened, failed

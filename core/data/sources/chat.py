@@ -190,12 +190,14 @@ def _role(message: dict) -> str:
 
 def _content(message: dict) -> str:
     content = next((message[key] for key in CONTENT if message.get(key) is not None), None)
-    parts = content if isinstance(content, list) else [content]
-    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
     if content is None:
         raise SkipRow("a message has no content (null)")
-    if not all(isinstance(text, str) for text in texts):
-        raise SkipRow("a message holds something else than text, such as an image")
+    texts: list[str] = []
+    for part in content if isinstance(content, list) else [content]:
+        text = part.get("text") if isinstance(part, dict) else part
+        if not isinstance(text, str):
+            raise SkipRow("a message holds something else than text, such as an image")
+        texts.append(text)
     return "".join(texts)
 
 

@@ -1,5 +1,5 @@
-"""From the bytes of a file to lines and text: compression, encodings, and bounds on what is held at
-once.
+"""Decode the bytes of a file into lines and text: compression, encodings, and bounds on what is
+held in memory.
 
     file ──► unpacked (.gz .bz2 .xz .zst) ──► as_utf8 (UTF-16 and UTF-32, by their mark) ──► lines,
     or blocks ──► decoded
@@ -23,16 +23,15 @@ from core.optional_packages import need
 PIECE = 1 << 18
 """Bytes read at once."""
 PACKED_PIECE = 1 << 11
-"""Bytes that are unpacked at once: of zstd, they may become 30,000 times as many."""
+"""Packed bytes that are unpacked at once: zstd may make 30,000 times as many of them."""
 UNPACKED_PIECE = 1 << 14
-"""What was unpacked last before damage may be lost: so many bytes at most, or a block of bzip2 or
-zstd."""
+"""Bytes that are lost at most before damage, or a block of bzip2 or zstd."""
 RECORD_BYTES = 32 << 20
-"""A row or line longer than this is passed over: while it is read and tokenized it takes ten times
-as much memory."""
+"""A row or line longer than this is passed over: reading and tokenizing it takes ten times as much
+memory."""
 
 BOMS = (
-    (codecs.BOM_UTF32_LE, "utf-32-le"),  # begins like that of UTF-16
+    (codecs.BOM_UTF32_LE, "utf-32-le"),  # before UTF-16, whose mark is its beginning
     (codecs.BOM_UTF32_BE, "utf-32-be"),
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
@@ -40,14 +39,14 @@ BOMS = (
 )
 CONTROLS = bytes(set(range(32)) - set(b"\t\n\v\f\r\x1b"))
 MOST_DAMAGE = 0.1
-"""Share of characters that may be control or replacement characters; what has more is no text."""
+"""Largest share of control and replacement characters; with more, it is no text."""
 MOST_ACCENTS = 0.3
-"""Share of a text's bytes beyond ASCII up to which it may be Windows-1252: a language of Western
+"""Largest share of bytes beyond ASCII in a text that may be Windows-1252, a language of Western
 Europe."""
 
 
 class Decoded(NamedTuple):
-    """A text, and how it was found."""
+    """A text, and how it was decoded."""
 
     text: str
     replaced: int = 0  # replacement characters, which stand for bytes that are no text
@@ -58,7 +57,7 @@ class Decoded(NamedTuple):
 
 
 class _Gzip:
-    """zlib's reader of one member, with the interface of those of bz2 and lzma."""
+    """zlib's reader of one member, with the interface of the readers of bz2 and lzma."""
 
     def __init__(self) -> None:
         self._reader = zlib.decompressobj(31)
@@ -80,7 +79,7 @@ class _Gzip:
 
 
 class _Zstd:
-    """The same for one frame of zstd; windows may be as long as `--long=31` makes them."""
+    """A reader of one frame of zstd, with windows as long as `--long=31` makes them."""
 
     needs_input = True
 
@@ -111,13 +110,13 @@ COMPRESSIONS = tuple(READERS)
 
 
 def compression(name: str) -> str:
-    """The suffix of a compressed file; "" of any other."""
+    """Return the suffix of a compressed file; "" for any other."""
     return next((suffix for suffix in COMPRESSIONS if name.lower().endswith(suffix)), "")
 
 
 def unpacked(file: BinaryIO, suffix: str) -> Iterator[bytes]:
-    """What a file holds, all members or frames of it. Raises CutShort or Damaged, once all that is
-    whole has been given."""
+    """Yield the unpacked bytes of a file, with all its members or frames. Raises CutShort or
+    Damaged after all that is whole."""
     if not suffix:
         while data := file.read(PIECE):
             yield data
@@ -128,12 +127,12 @@ def unpacked(file: BinaryIO, suffix: str) -> Iterator[bytes]:
         reader, ended = READERS[suffix](), False
         while not reader.eof:
             try:
-                found = reader.decompress(data, UNPACKED_PIECE)
+                piece = reader.decompress(data, UNPACKED_PIECE)
             except Exception:  # each library has an error of its own
                 raise (CutShort() if any_given else Damaged("damaged")) from None
-            if found:
+            if piece:
                 any_given = True
-                yield found
+                yield piece
             elif ended and not reader.eof:  # the file is over, the member is not
                 raise CutShort() if any_given else Damaged("damaged")
             data = b""
@@ -151,13 +150,13 @@ def unpacked(file: BinaryIO, suffix: str) -> Iterator[bytes]:
 
 
 def wide_encoding(head: bytes) -> str:
-    """UTF-16 or UTF-32, by the mark that a file begins with; "" of any other."""
+    """Return the encoding that the mark at a file's beginning names; "" without a mark."""
     return next((name for mark, name in BOMS if head.startswith(mark)), "")
 
 
 def as_utf8(pieces: Iterator[bytes]) -> Iterator[bytes]:
-    """The same text in UTF-8 and without a byte-order mark, where one says what it is; anything
-    else as it is."""
+    """Convert a text with a byte-order mark to UTF-8 without one; pass on anything else
+    unchanged."""
     head = b""
     for piece in pieces:
         head += piece
@@ -174,16 +173,21 @@ def as_utf8(pieces: Iterator[bytes]) -> Iterator[bytes]:
     yield decoder.decode(b"", True).encode(errors="surrogateescape")
 
 
-codecs.register_error("zeroarg.damage", lambda error: ("\udc81", error.end))
-"""What is no UTF-16 becomes a byte that is text neither in UTF-8 nor in Windows-1252, so that it is
-counted."""
+def _mark_damage(error: UnicodeError) -> tuple[str, int]:
+    """Replace what is no UTF-16 with a byte that is text neither in UTF-8 nor in Windows-1252, so
+    that it is counted."""
+    assert isinstance(error, UnicodeDecodeError)
+    return "\udc81", error.end
+
+
+codecs.register_error("zeroarg.damage", _mark_damage)
 
 
 def decoded(data: bytes) -> Decoded:
-    """UTF-8; or Windows-1252 (and so Latin-1), if it looks like that; or UTF-8 with replacement
-    characters."""
+    """Decode UTF-8; or Windows-1252 (and so Latin-1) where it looks like that; or else UTF-8 with
+    replacement characters."""
     try:
-        return Decoded(data.decode())  # a replacement character that is there as such is text
+        return Decoded(data.decode())  # a replacement character that the file itself holds is text
     except UnicodeDecodeError:
         text = data.decode(errors="replace")
     replaced = text.count("\ufffd") - data.count("\ufffd".encode())
@@ -196,28 +200,28 @@ def decoded(data: bytes) -> Decoded:
     ):
         try:
             return Decoded(data.decode("cp1252"), 0, True)
-        except UnicodeDecodeError:  # five of its bytes mean nothing
+        except UnicodeDecodeError:  # five bytes mean nothing in Windows-1252
             pass
     return Decoded(text, replaced)
 
 
 def controls(data: bytes) -> int:
-    """Control characters, NUL among them, in bytes of UTF-8."""
+    """Count the control characters, NUL among them, in bytes of UTF-8."""
     return len(data) - len(data.translate(None, CONTROLS))
 
 
-def is_mostly_damage(data: bytes, found: Decoded) -> bool:
-    """Whether it is no text: a picture or a program under another name, UTF-16 without a mark,
-    another alphabet's encoding."""
-    return controls(data) + found.replaced > MOST_DAMAGE * len(found.text)
+def is_mostly_damage(data: bytes, result: Decoded) -> bool:
+    """Return whether bytes are no text: a picture or a program under another name, UTF-16 without a
+    mark, the encoding of another alphabet."""
+    return controls(data) + result.replaced > MOST_DAMAGE * len(result.text)
 
 
 # lines and blocks ---------------------------------------------------------------------------------
 
 
 def lines(pieces: Iterator[bytes]) -> Iterator[bytes | None]:
-    """Each line, without its end; None stands for one that is longer than RECORD_BYTES, which is
-    not kept."""
+    """Yield each line without its end; None for a line longer than RECORD_BYTES, which is not
+    kept."""
     begun: list[bytes] = []
     size = 0
     for piece in pieces:
@@ -235,11 +239,8 @@ def lines(pieces: Iterator[bytes]) -> Iterator[bytes | None]:
 
 
 def blocks(pieces: Iterator[bytes], size: int) -> Iterator[bytes]:
-    """The same bytes in blocks of at most `size`, each ending with a line, or, where that is too
-    long, with a character.
-
-    What precedes damage is given before that is raised.
-    """
+    """Yield the bytes in blocks of at most `size`. A block ends with a line, or with a character
+    where the line is too long. Damage is raised after what precedes it."""
     held, damage = bytearray(), None
     try:
         for piece in pieces:
@@ -257,7 +258,7 @@ def blocks(pieces: Iterator[bytes], size: int) -> Iterator[bytes]:
 
 
 def first_of_character(data: bytes | bytearray, at: int) -> int:
-    """`at`, or, where that is inside a character of UTF-8, where that one begins."""
+    """Return `at`; or, where `at` is inside a character of UTF-8, the character's beginning."""
     begin = at
     while begin > max(0, at - 4) and begin < len(data) and data[begin] & 0xC0 == 0x80:
         begin -= 1

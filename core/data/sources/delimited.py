@@ -1,8 +1,8 @@
-"""Rows of CSV and its relatives. What is odd in one of them costs that row: reading goes on at the
-line after its first.
+"""Rows of CSV and other delimited text. An odd row costs only itself: reading goes on at the line
+after its first.
 
-In:    lines in UTF-8, of which one is None where it is too long
-Out:   the header's names, and (index, values) or (index, SkipRow) for each row below it
+In:    lines in UTF-8; None for a line that is too long
+Out:   (index, values) or (index, SkipRow) for each row below the header
 State: none
 """
 
@@ -15,17 +15,17 @@ from core.data.sources.decode import Decoded, decoded
 from core.data.sources.skips import Damaged, NoColumn, RowValues
 
 FURTHER_FIELDS = 100
-"""So many fields more than the header has, and the quotation marks of a row are out of step."""
+"""A row with so many more fields than the header has quotation marks that are out of step."""
 SWALLOWED, ALIKE = 20, 0.9
-"""Lines inside one row of which so many are as wide as a row of their own: a stray quotation mark
-has swallowed them."""
+"""A stray quotation mark has swallowed the lines inside a row if more than SWALLOWED of them, and
+this share, look like rows themselves."""
 
-Line = tuple[str, SkipRow | None]  # its text, and what is wrong with it
+Line = tuple[str, SkipRow | None]  # the text, and what is wrong with it
 
 
 class _Stray(Exception):
-    """A quotation mark that is not closed, or that has something other than a delimiter behind
-    it."""
+    """A quotation mark that is not closed, or that is followed by something other than a
+    delimiter."""
 
 
 def csv_rows(
@@ -33,11 +33,11 @@ def csv_rows(
     columns: list[str],
     start: int,
     delimiters: str,
-    tell: Callable[[Decoded], None],
+    on_line: Callable[[Decoded], None],
 ) -> Iterator[tuple[int, RowValues]]:
-    """Rows from `start` on. Windows-1252 is read too: many programs write it. Raises Damaged,
-    NoColumn among them."""
-    texts = _texts(lines, tell)
+    """Yield the rows from `start` on. Reads Windows-1252 too, which many programs write. Calls
+    `on_line` with each decoded line. Raises Damaged, NoColumn among them."""
+    texts = _texts(lines, on_line)
     header = next((text for text, _ in texts if text.strip()), "")
     try:
         tried = [_names(header, delimiter, columns) for delimiter in delimiters]
@@ -48,24 +48,22 @@ def csv_rows(
         max(tried, key=len),
     )
     check_columns(names, columns)
-    # one column: a line is its field
+    # with one column, a line is its field
     delimiter = delimiters[tried.index(names)] if len(names) > 1 else ""
-    places = [names.index(column) for column in columns]
+    positions = [names.index(column) for column in columns]
     for index, row in enumerate(_rows(texts, delimiter, len(names))):
         if index < start or row == []:
             continue
         if not isinstance(row, SkipRow) and any(field.strip() for field in row[len(names) :]):
             row = SkipRow("more fields than columns")
-        yield (
-            index,
-            row
-            if isinstance(row, SkipRow)
-            else tuple(row[at] if at < len(row) else None for at in places),
-        )
+        if isinstance(row, SkipRow):
+            yield index, row
+        else:
+            yield index, tuple(row[at] if at < len(row) else None for at in positions)
 
 
 def check_columns(there: list[str], columns: list[str]) -> None:
-    """Raises NoColumn, or Damaged for a column that is there twice."""
+    """Raise NoColumn for a column that is missing, or Damaged for one that is there twice."""
     for column in columns:
         if there.count(column) > 1:
             raise Damaged(f'with the column "{column}" twice')
@@ -78,8 +76,8 @@ def too_long() -> SkipRow:
 
 
 def with_newlines(pieces: Iterator[bytes]) -> Iterator[bytes]:
-    """The same; where lines end as on an old Mac, with a carriage return alone, they end with a
-    newline."""
+    """Pass on the pieces; replace carriage returns by newlines where lines end with a carriage
+    return alone, as on an old Mac."""
     first = next(pieces, b"")
     old = b"\n" not in first and b"\r" in first.rstrip(b"\r")
     yield first.replace(b"\r", b"\n") if old else first
@@ -87,14 +85,12 @@ def with_newlines(pieces: Iterator[bytes]) -> Iterator[bytes]:
         yield piece.replace(b"\r", b"\n") if old else piece
 
 
-def _texts(lines: Iterator[bytes | None], tell: Callable[[Decoded], None]) -> Iterator[Line]:
+def _texts(lines: Iterator[bytes | None], on_line: Callable[[Decoded], None]) -> Iterator[Line]:
     for line in lines:
-        found = decoded(line or b"")
-        tell(found)
-        yield (
-            found.text.removesuffix("\r"),
-            too_long() if line is None else SkipRow("not UTF-8") if found.replaced else None,
-        )
+        result = decoded(line or b"")
+        on_line(result)
+        problem = too_long() if line is None else SkipRow("not UTF-8") if result.replaced else None
+        yield result.text.removesuffix("\r"), problem
 
 
 def _names(header: str, delimiter: str, columns: list[str]) -> list[str]:
@@ -103,19 +99,21 @@ def _names(header: str, delimiter: str, columns: list[str]) -> list[str]:
 
 
 def _rows(texts: Iterator[Line], delimiter: str, width: int) -> Iterator[list[str] | SkipRow]:
-    """The fields of each row, none for a blank line; SkipRow for one that is odd."""
-    ahead: deque[Line] = deque()  # lines that were looked at for a row to which they do not belong
-    taken: list[Line] = []  # those of the row being read
-    damage: list[Damaged] = []  # what ended the lines; told once all that precedes it is read
+    """Yield the fields of each row, none for a blank line; SkipRow for an odd row."""
+    ahead: deque[Line] = deque()  # lines that were read for a row to which they do not belong
+    taken: list[Line] = []  # the lines of the row being read
+    damage: list[Damaged] = []  # the error that ended the lines; raised after all that precedes it
 
     def take() -> str | None:
         try:
             line = ahead.popleft() if ahead else next(texts, None)
         except Damaged as error:
-            line = damage.append(error)
-        if line is not None:
-            taken.append(line)
-        return None if line is None else line[0]
+            damage.append(error)
+            line = None
+        if line is None:
+            return None
+        taken.append(line)
+        return line[0]
 
     while (first := take()) is not None:
         try:
@@ -136,11 +134,11 @@ def _rows(texts: Iterator[Line], delimiter: str, width: int) -> Iterator[list[st
 
 
 def _fields(line: str, take: Callable[[], str | None], delimiter: str, width: int) -> list[str]:
-    """The fields of the row that begins with `line`. `take` gives the lines after it. Raises
+    """Return the fields of the row that begins with `line`. `take` gives the lines after it. Raises
     _Stray."""
     if '"' not in line:
         return line.split(delimiter) if delimiter else [line]
-    fields, at = [], 0
+    fields, at = list[str](), 0
     while len(fields) <= width + FURTHER_FIELDS:
         if line.startswith('"', at):
             field, line, at = _quoted(line, at + 1, take)
@@ -158,8 +156,8 @@ def _fields(line: str, take: Callable[[], str | None], delimiter: str, width: in
 
 
 def _quoted(line: str, at: int, take: Callable[[], str | None]) -> tuple[str, str, int]:
-    """The field whose text begins at `at`, the line in which it ends, and the place behind it.
-    Raises _Stray."""
+    """Return the field whose text begins at `at`, the line in which it ends, and the position
+    behind it. Raises _Stray."""
     parts, size = [], 0
     while True:
         end = line.find('"', at)

@@ -1,4 +1,4 @@
-"""What all local sources share: shards that are files or stretches of long ones, and notes of what
+"""The base of all local sources: shards that are files or stretches of long ones, and notes of what
 was passed over.
 
 In:    a subclass that lists its units and reads one of them from any position on
@@ -27,10 +27,10 @@ from core.data.sources.shards import ShardSource
 from core.data.sources.skips import Damaged
 
 SEGMENT_BYTES = 16 * 1024 * 1024
-"""Long plain files are read in stretches of this size: bounds the memory, makes resuming quick and
-the order less uniform."""
+"""Long plain files are read in stretches of this size: this bounds the memory, makes resuming quick
+and mixes the order better."""
 LINE_BYTES = 1 << 20
-"""How far the end of a line of plain text is looked for, where a stretch begins or ends."""
+"""Bytes in which the end of a line of plain text is looked for where a stretch begins or ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Unit:
     """A file, or the lines of it that begin in bytes [begin, end)."""
 
     path: Path
-    # as a person would name the file: relative to the project or the folder that was asked for
+    # as a person would name the file: relative to the project or the folder in the preset
     label: str
     begin: int = 0
     end: int | None = None  # None: to the end of the file
@@ -48,10 +48,10 @@ class Unit:
         return f"{self.label}@{self.begin}" if self.begin else self.label
 
     def pieces(self, rows: bool) -> Iterator[bytes]:
-        """Its bytes, unpacked and in UTF-8. Raises OSError or Damaged.
+        """Yield the bytes, unpacked and in UTF-8. Raises OSError or Damaged.
 
-        rows  whether a line is a row, and never cut; else one of over LINE_BYTES may be, between
-              two stretches
+        rows  whether a line is a row, which is never cut; otherwise a line of over LINE_BYTES may
+              be cut between two stretches
         """
         with self.path.open("rb") as file:
             if self.begin == 0 and self.end is None:
@@ -62,11 +62,11 @@ class Unit:
 
     def _stretch(self, file: BinaryIO, rows: bool) -> Iterator[bytes]:
         begin = _edge(file, self.begin, rows)
-        if begin is None:  # all of it is inside a line that is too long to be read
+        if begin is None:  # the whole stretch is inside a line that is too long to be read
             return
         end = None if self.end is None else _edge(file, self.end, rows)
         if end is None and self.end is not None:
-            end = self.end + decode.RECORD_BYTES + 1  # so that its last line is seen to be too long
+            end = self.end + decode.RECORD_BYTES + 1  # enough to see that the last line is too long
         file.seek(begin)
         while data := file.read(PIECE if end is None else min(PIECE, max(0, end - begin))):
             yield data
@@ -74,8 +74,8 @@ class Unit:
 
 
 def _edge(file: BinaryIO, at: int, rows: bool) -> int | None:
-    """Where the first line that begins at `at` or later does. None: a row runs on from before for
-    more than RECORD_BYTES."""
+    """Return where the first line begins that begins at `at` or later; None where a row that began
+    before runs on for more than RECORD_BYTES."""
     if at == 0:
         return 0
     file.seek(at - 1)
@@ -93,7 +93,7 @@ def _edge(file: BinaryIO, at: int, rows: bool) -> int | None:
 
 
 def split_into_units(path: Path, label: str) -> list[Unit]:
-    """The units of a plain file: itself, or its stretches. Raises OSError."""
+    """Return the units of a plain file: itself, or its stretches. Raises OSError."""
     size = path.stat().st_size
     if size <= 2 * SEGMENT_BYTES:
         return [Unit(path, label)]
@@ -119,15 +119,15 @@ class FileSource(ShardSource):
         self._units: list[Unit] | None = None
 
     def list_units(self) -> list[Unit]:
-        """All units in one stable order. Raises SourceUnavailable when there is none."""
+        """Return all units in one stable order. Raises SourceUnavailable when there is none."""
         raise NotImplementedError
 
     def read(self, unit: Unit, start: int) -> Iterator[tuple[int, Document]]:
-        """(position after it, document) from position `start` on. Raises OSError or Damaged."""
+        """Yield (position after it, document) from `start` on. Raises OSError or Damaged."""
         raise NotImplementedError
 
     def open(self) -> None:
-        """Lists the files and reads one document. Raises SourceUnavailable."""
+        """List the files and read one document. Raises SourceUnavailable."""
         self._units = None  # a second open looks again
         next(self.stream({}))
 
@@ -145,24 +145,24 @@ class FileSource(ShardSource):
         ).hexdigest()
 
     def size(self, unit: Unit) -> int | None:
-        """Its bytes, as they are on the disk."""
+        """Return the bytes of a unit on the disk."""
         return (unit.end if unit.end is not None else file_size(unit.path)) - unit.begin
 
     def recover(self, unit: Unit, error: Exception, failures: int) -> bool:
-        """A file that cannot be read is left out and named, the others go on."""
+        """Leave out a file that cannot be read, and name it; the others go on."""
         self.skips.file(unit.label, error)
         return False
 
     def nothing(self, order: list[Unit]) -> str:
-        told = "".join(f"; {note}" for note in self.notes)
+        notes = "".join(f"; {note}" for note in self.notes)
         count = "its only file" if len(order) == 1 else f"any of its {len(order)} files"
-        return f"no text in {count} ({order[0].label} ...){told}"
+        return f"no text in {count} ({order[0].label} ...){notes}"
 
     def skip(self, unit: Unit, kind: str) -> None:
         self.skips.file(unit.label, Damaged(kind))
 
     def note_unread(self, found: FoundFiles, root: Path, advice: str) -> None:
-        """What a look for files met beside them."""
+        """Note the files that a search met and that are not read."""
         self.skips.remarks |= dict.fromkeys(found.remarks(advice))
         for path, error in found.closed.items():
             self.skips.file(label_of(Path(path), root), error)

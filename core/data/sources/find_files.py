@@ -1,7 +1,7 @@
-"""The files that a path of a preset stands for: a file, a folder to any depth, or a pattern.
+"""Find the files that a path in a preset stands for: a file, a folder to any depth, or a pattern.
 
 In:    a path as the preset writes it, relative to the project; which names are readable
-Out:   each file once, however many ways lead to it; what was passed over is named and counted
+Out:   each file once, however many paths lead to it; what was passed over is named and counted
 State: none
 """
 
@@ -20,7 +20,7 @@ _KINDS_SHOWN = 6
 
 @dataclass
 class FoundFiles:
-    """Files, by the real place of each, and what else was there."""
+    """Files by their real paths, and whatever else was there."""
 
     paths: dict[str, Path] = field(default_factory=dict)
     unread: Counter[str] = field(default_factory=Counter)  # suffix: files
@@ -45,15 +45,12 @@ class FoundFiles:
         self.examples.setdefault(kind, path.name)
 
     def remarks(self, advice: str) -> list[str]:
-        """What a person should know of the files that are not read."""
+        """Return what a person should know about the files that are not read."""
         notes = []
         if self.unread:
             kinds = [f"{count} {kind}" for kind, count in self.unread.most_common(_KINDS_SHOWN)]
-            more = (
-                f" and {len(self.unread) - _KINDS_SHOWN} kinds more"
-                if len(self.unread) > _KINDS_SHOWN
-                else ""
-            )
+            others = len(self.unread) - _KINDS_SHOWN
+            more = f" and {others} kinds more" if others > 0 else ""
             example = self.examples[self.unread.most_common(1)[0][0]]
             notes.append(f"not read: {', '.join(kinds)}{more} (for example {example}); {advice}")
         if self.hidden:
@@ -66,9 +63,8 @@ class FoundFiles:
 def find_files(
     pattern: str, root: Path, readable: Callable[[Path], bool], found: FoundFiles
 ) -> tuple[Path, str]:
-    """Adds what `pattern` stands for. Returns the place that was looked at, and what that is.
-
-    It is "a file", "a folder", "a pattern", or "" where there is nothing of that name and it is no
+    """Add the files that `pattern` stands for to `found`. Returns the path that was looked at, and
+    what it is: "a file", "a folder", "a pattern", or "" where nothing has that name and it is no
     pattern."""
     path = own_path(pattern, root)
     if path.is_dir():
@@ -86,9 +82,10 @@ def find_files(
 
 
 def walk(folder: Path, found: FoundFiles) -> Iterator[Path]:
-    """All that is not hidden under a folder, behind links too; what is behind links comes last, so
-    that a file that stands here goes by its own name. No folder comes twice."""
-    seen, folders, links, linked = set(), [folder], [], []
+    """Yield every path under a folder that is not hidden, and follow links. Linked files come last,
+    so that a file that is also there itself goes by its own name. No folder comes twice."""
+    seen: set[str] = set()
+    folders, links, linked = [folder], list[Path](), list[Path]()
     while folders or links:
         here = folders.pop() if folders else links.pop(0)
         if (real := os.path.realpath(here)) in seen:
@@ -113,8 +110,8 @@ def walk(folder: Path, found: FoundFiles) -> Iterator[Path]:
 
 
 def _matches(path: Path, found: FoundFiles) -> Iterable[Path]:
-    """What matches a pattern. Only what comes after its longest part that exists is one: brackets
-    may stand in real names."""
+    """Return what matches a pattern. The longest part of the pattern that exists is taken as it
+    is, since brackets may stand in real names; only the rest is a pattern."""
     depth = next(d for d in range(len(path.parts), 0, -1) if Path(*path.parts[:d]).exists())
     base, rest = Path(*path.parts[:depth]), path.parts[depth:]
     if "**" not in rest:
@@ -127,7 +124,7 @@ def _matches(path: Path, found: FoundFiles) -> Iterable[Path]:
 
 
 def _fits(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
-    """Whether the parts of a path match those of a pattern; "**" stands for any number of
+    """Return whether the parts of a path match those of a pattern; "**" stands for any number of
     folders."""
     if not pattern:
         return not parts

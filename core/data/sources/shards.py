@@ -1,13 +1,14 @@
-"""What all sources share: an ordered list of shards, read one after the other from an exact cursor.
+"""The base of all sources: an ordered list of shards, read one after the other from exact cursors.
 
 In:    a subclass that lists its shards and reads one of them from any position on
 Out:   a ShardStream of documents: shards in an order permuted by seed and epoch, documents in their
        own order inside a shard
 State: `{"epoch", "unit", "piece"}`: unit counts along the permuted order, piece is the reader's
-position inside the shard"""
+       position inside the shard
+"""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from core.data.documents import Cursor, Document
@@ -17,11 +18,12 @@ from core.randomness import derive_seed
 
 
 class ShardSource:
-    """Base of the sources. A subclass gives `shards`, `read` and `recover`, and says what of it is
-    worth caching."""
+    """Base of the sources. A subclass gives `shards`, `read` and `recover`, and says which of its
+    shards are worth caching."""
 
     finite = True
-    column_hint = ""  # what to do where a column is not there
+    patient = False  # whether opening waits for a service that is away
+    column_hint = ""  # advice where a column is missing
     window = 1024
     """Positions inside which the documents of a shard are shuffled: a few megabytes of text."""
 
@@ -31,12 +33,12 @@ class ShardSource:
 
     @property
     def notes(self) -> list[str]:
-        """What was passed over so far. Grows while reading: not every file is looked into at
-        opening."""
+        """What was passed over so far. Grows while reading: opening does not look into every
+        file."""
         return self.skips.notes
 
     def skipped(self) -> list[tuple[str, str]]:
-        """(file or row, why) of everything that was left out so far."""
+        """Return (file or row, reason) of everything that was left out so far."""
         return self.skips.log_entries()
 
     def open(self) -> None:
@@ -44,70 +46,79 @@ class ShardSource:
         raise NotImplementedError
 
     def shards(self) -> list[Any]:
-        """All shards in one stable order. Raises SourceUnavailable when there is none."""
+        """Return all shards in one stable order. Raises SourceUnavailable when there is none."""
         raise NotImplementedError
 
     def read(self, shard: Any, start: int) -> Iterator[tuple[int, Document]]:
-        """(position after it, document) from position `start` on; positions grow."""
+        """Yield (position after it, document) from position `start` on; positions grow."""
         raise NotImplementedError
 
     def recover(self, shard: Any, error: Exception, failures: int) -> bool:
-        """After a failed read: True to try again from the same position, False to leave the rest of
-        the shard out.
+        """Decide what follows a failed read: True to try again from the same position, False to
+        leave out the rest of the shard.
 
-        failures  so many in a row, without a document between them
+        failures  number of failures in a row, without a document between them
         Raises SourceUnavailable when the source has failed for good, and any error that is our own
         mistake."""
         raise error
 
     def contents(self) -> str:
-        """Changes when its files do: the order of an epoch may be another then."""
+        """Return a text that changes when the files do: an epoch may then have another order."""
         return ""
 
     def address(self, shard: Any) -> str | None:
-        """What stands for the content of a shard that is slow to reach or to seek in; None: reading
-        it again costs little."""
+        """Return a text that identifies the content of a shard that is slow to reach or to seek in;
+        None where reading it again costs little."""
         return None
 
     def seeks(self, shard: Any) -> bool:
-        """Whether `read` gets to a position faster than by reading everything before it."""
+        """Return whether `read` reaches a position without reading everything before it."""
         return False
 
     size_is_positions = False
     """Whether sizes are counted in positions."""
 
     def size(self, shard: Any) -> int | None:
-        """How much is in a shard, in any unit that is the same for all; None: nobody knows without
-        reading it."""
+        """Return the size of a shard, in any unit that is the same for all; None where it is not
+        known without reading the shard."""
         return None
 
     def nothing(self, order: list[Any]) -> str:
-        """What to say of an epoch without a document."""
+        """Return the reason why an epoch has no document."""
         return "it holds no text"
 
     def stream(self, cursor: Cursor) -> "ShardStream":
         return ShardStream(self, cursor)
 
     def order(self, epoch: int) -> list[Any]:
-        """The shards in the order of one epoch: a pure function of seed, name and epoch."""
+        """Return the shards in the order of one epoch: a pure function of seed, name and epoch."""
         shards = list(self.shards())
         random.Random(derive_seed(self.seed, "order", self.name, epoch)).shuffle(shards)
         return shards
 
 
 class ShardView:
-    """A source seen through something that gives its documents in another way: shards, cursors and
-    troubles are its own."""
+    """Base of what wraps a source to give its documents in another way. Shards, cursors and errors
+    stay the source's. A subclass gives `read`."""
 
-    def __init__(self, source: Any):
+    def __init__(self, source: "ShardSource | ShardView"):
         self._source = source
-        self.name, self.finite, self.window = source.name, source.finite, source.window
-        self.open, self.contents, self.skipped = source.open, source.contents, source.skipped
-        self.size, self.size_is_positions = source.size, source.size_is_positions
+        self.name: str = source.name
+        self.finite: bool = source.finite
+        self.window: int = source.window
+        self.size_is_positions: bool = source.size_is_positions
+        self.open: Callable[[], None] = source.open
+        self.contents: Callable[[], str] = source.contents
+        self.skipped: Callable[[], list[tuple[str, str]]] = source.skipped
+        self.size: Callable[[Any], int | None] = source.size
 
     @property
     def notes(self) -> list[str]:
         return self._source.notes
+
+    def read(self, shard: Any, start: int) -> Iterator[tuple[int, Document]]:
+        """Yield (position after it, document) from position `start` on; positions grow."""
+        raise NotImplementedError
 
     def order(self, epoch: int) -> list[Any]:
         return self._source.order(epoch)
@@ -123,15 +134,15 @@ class ShardView:
 
 
 class ShardStream:
-    """One epoch from a cursor on. A cursor beyond a list of shards that has shrunk ends the
-    epoch."""
+    """One epoch from a cursor on. Where the list of shards has shrunk, a cursor beyond its end ends
+    the epoch."""
 
-    def __init__(self, source: Any, cursor: Cursor):
+    def __init__(self, source: ShardSource | ShardView, cursor: Cursor):
         self._source = source
-        self._epoch: int = cursor.get("epoch", 0)
+        self._epoch = int(cursor.get("epoch", 0))
         # "shard", "row": Hub cursors of older checkpoints
-        self._unit: int = cursor.get("unit", cursor.get("shard", 0))
-        self._piece: int = cursor.get("piece", cursor.get("row", 0))
+        self._unit = int(cursor["unit"] if "unit" in cursor else cursor.get("shard", 0))
+        self._piece = int(cursor["piece"] if "piece" in cursor else cursor.get("row", 0))
         self._from_start = self._unit == 0 and self._piece == 0
         self._order = source.order(self._epoch)
         self._documents: Iterator[tuple[int, Document]] | None = None
@@ -152,7 +163,7 @@ class ShardStream:
             except SourceUnavailable:
                 raise
             except Exception as error:
-                # what a broken file or line raises is known to the source alone
+                # only the source knows what a broken file or connection raises
                 self._documents = None
                 self._failures += 1
                 if self._source.recover(shard, error, self._failures):

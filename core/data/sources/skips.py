@@ -1,9 +1,9 @@
-"""What a source passed over, and what it had to read another way: files by kind, rows by reason,
-each with an example.
+"""The account of what a source passed over, and of what it had to read another way: files by kind,
+rows by reason, each with an example.
 
 In:    files and rows, as their readers meet them
-Out:   notes for a person, and (file, why) pairs for the log
-State: the counts. They grow while reading: not every file is looked into at opening
+Out:   notes for a person, and (file, reason) pairs for the log
+State: the counts. They grow while reading: opening does not look into every file
 """
 
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ _NAMES_SHOWN = 5
 _COLUMNS_SHOWN = 300  # characters
 
 RowValues = tuple | SkipRow
-"""The values of a row in the order of the columns asked for, or why it has none."""
+"""The values of a row in the order of the requested columns, or why it has none."""
 
 
 class Damaged(Exception):
@@ -26,7 +26,7 @@ class Damaged(Exception):
 
 
 class CutShort(Damaged):
-    """One of which the documents before something are used."""
+    """A damaged file of which the documents before the damage are used."""
 
     def __init__(self, end: str = "the damage"):
         super().__init__(end)  # completes "used 2 files up to ..."
@@ -43,23 +43,23 @@ class NoColumn(Damaged):
 
 
 class Skips:
-    """The accounts of one source."""
+    """The account of one source."""
 
     def __init__(self, column_hint: str = ""):
-        self._column_hint = column_hint  # what to do where a column is not there
+        self._column_hint = column_hint  # advice where a column is missing
         self.files: dict[str, dict[str, None]] = {}  # kind -> labels, in the order found
-        # where they end -> labels of files that are used up to there
+        # end -> labels of files that are used up to there
         self.cut: dict[str, dict[str, None]] = {}
-        self.remarks: dict[str, None] = {}  # what else to say of the files as a whole
-        self.lacking = ""  # what the first table without a column has instead
-        self._rows: dict[str, dict[str, int]] = {}  # reason -> {shard: how many of its rows}
+        self.remarks: dict[str, None] = {}  # other notes on the files as a whole
+        self.lacking = ""  # the columns of the first table that lacks one
+        self._rows: dict[str, dict[str, int]] = {}  # reason -> {shard: number of its rows}
         self._examples: dict[str, str] = {}  # reason -> the first row
         # file -> {shard: replacement characters in it}
         self._characters: dict[str, dict[str, int]] = {}
         self._other_encoding: dict[str, None] = {}
 
     def file(self, label: str, error: Exception) -> None:
-        """A file that could not be read (any further), by what was raised."""
+        """Count a file that could not be read (any further), by the error that it raised."""
         if isinstance(error, CutShort):
             self.cut.setdefault(error.kind, {})[label] = None
             return
@@ -75,11 +75,11 @@ class Skips:
         make: Callable[[tuple, str], Document | None],
         label: str = "",
     ) -> Iterator[tuple[int, Document]]:
-        """(position after it, document) of each row that `make` makes one of; the others are
-        counted by reason.
+        """Yield (position after it, document) for each row of which `make` makes a document, and
+        count the others by reason.
 
         A later pass over the same shard does not count twice; a resumed one may see only the rest
-        of it."""
+        of the shard."""
         counts: dict[str, int] = {}
         for index, row in rows:
             key = f"{label or shard}#{index}"
@@ -90,7 +90,7 @@ class Skips:
                 if document is None or not document.text.strip():
                     raise SkipRow("no text")
             except Exception as error:
-                # SkipRow; or something that nobody thought of, which costs its row
+                # SkipRow; or an unforeseen error, which costs only this row
                 reason = (
                     str(error)
                     if isinstance(error, SkipRow)
@@ -98,14 +98,14 @@ class Skips:
                 )
                 counts[reason] = counts.get(reason, 0) + 1
                 self._examples.setdefault(reason, key)
-                found = self._rows.setdefault(reason, {})
-                found[shard] = max(found.get(shard, 0), counts[reason])
+                of_shards = self._rows.setdefault(reason, {})
+                of_shards[shard] = max(of_shards.get(shard, 0), counts[reason])
                 continue
             yield index + 1, document
 
     def text(self, label: str, shard: str, replaced: int, other: bool) -> None:
-        """How the bytes of a file became text: so many replacement characters in a part of it, or
-        by another encoding."""
+        """Note how the bytes of a file became text: the replacement characters in one of its parts,
+        and whether it has another encoding."""
         if replaced:
             self._characters.setdefault(label, {})[shard] = replaced
         if other:
@@ -121,17 +121,15 @@ class Skips:
             f"used {_files(len(labels), '')} up to {end}: {_names(labels)}"
             for end, labels in self.cut.items()
         ]
-        for reason, found in self._rows.items():
-            count = sum(found.values())
-            notes.append(
-                f"skipped {count} {'row' if count == 1 else 'rows'}: {reason} (the first: "
-                f"{self._examples[reason]})"
-            )
+        for reason, counts in self._rows.items():
+            count = sum(counts.values())
+            rows = "row" if count == 1 else "rows"
+            notes.append(f"skipped {count} {rows}: {reason} (the first: {self._examples[reason]})")
         if self._characters:
-            count = sum(sum(found.values()) for found in self._characters.values())
+            count = sum(sum(counts.values()) for counts in self._characters.values())
+            characters = "character" if count == 1 else "characters"
             notes.append(
-                f"{count} replacement {'character' if count == 1 else 'characters'}, for bytes "
-                "that are no text, in "
+                f"{count} replacement {characters}, for bytes that are no text, in "
                 f"{_files(len(self._characters), '')}: {_names(self._characters)}"
             )
         if self._other_encoding:
@@ -139,25 +137,19 @@ class Skips:
         return notes + [self.lacking] * bool(self.lacking) + list(self.remarks)
 
     def log_entries(self) -> list[tuple[str, str]]:
-        """(file or row, why) for the log. Of a count, its power of ten: it is told again once it
-        has grown tenfold."""
-        told = [(label, kind) for kind, labels in self.files.items() for label in labels]
-        told += [
-            (label, f"used up to {end}") for end, labels in self.cut.items() for label in labels
-        ]
-        for reason, found in self._rows.items():
-            told.append(
-                (self._examples[reason], f"{at_least(sum(found.values()), 'row')}: {reason}")
-            )
-        for label, found in self._characters.items():
-            told.append(
-                (
-                    label,
-                    f"{at_least(sum(found.values()), 'replacement character')}: bytes that are no "
-                    "text",
-                )
-            )
-        return told + [(label, "no UTF-8: read as Windows-1252") for label in self._other_encoding]
+        """Return (file or row, reason) for the log. A count is given as its power of ten, so that
+        it makes a new entry once it has grown tenfold."""
+        entries = [(label, kind) for kind, labels in self.files.items() for label in labels]
+        for end, labels in self.cut.items():
+            entries += [(label, f"used up to {end}") for label in labels]
+        for reason, counts in self._rows.items():
+            count = at_least(sum(counts.values()), "row")
+            entries.append((self._examples[reason], f"{count}: {reason}"))
+        for label, counts in self._characters.items():
+            count = at_least(sum(counts.values()), "replacement character")
+            entries.append((label, f"{count}: bytes that are no text"))
+        entries += [(label, "no UTF-8: read as Windows-1252") for label in self._other_encoding]
+        return entries
 
 
 def _kind_of(error: Exception) -> str:
@@ -178,6 +170,6 @@ def _names(labels: dict) -> str:
 
 
 def at_least(count: int, what: str) -> str:
-    """Its power of ten: who tells a count anew when it changes does so once it has grown
-    tenfold."""
+    """Return a count's power of ten in words: a log that repeats a changed count does so once it
+    has grown tenfold."""
     return f"{10 ** (len(str(count)) - 1):,} or more {what}s"

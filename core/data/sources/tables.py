@@ -1,7 +1,7 @@
 """Rows of tables: JSON Lines, JSON, CSV and Parquet.
 
-In:    pieces of a file in UTF-8 (decode.py), or an open Parquet file; the columns that are asked
-       for. CSV: see delimited.py
+In:    pieces of a file in UTF-8 (decode.py), or an open Parquet file; the requested columns. CSV:
+       see delimited.py
 Out:   (index, values in the order of the columns), or (index, SkipRow) for a row that cannot be
        read
 State: none; an index is a line, or a row
@@ -28,17 +28,17 @@ PARQUET = ".parquet"
 TABLES = (*KINDS, PARQUET)
 
 HEAD = 1000
-"""Rows among which each column must be once: JSON leaves out what a row does not have."""
+"""First rows in which each column must occur once: JSON leaves out what a row does not have."""
 LONGEST = 2 * decode.RECORD_BYTES
-"""Characters of JSON that are read to find where a value ends, outside of lines."""
+"""Characters of JSON that are read to find the end of a value, outside of JSON Lines."""
 BATCH_ROWS, BATCH_BYTES = 256, 16 << 20
-"""Rows of Parquet that are taken at once: so many, or fewer where they are long."""
+"""Rows of Parquet that are read at once, fewer where they are long."""
 
 Rows = Iterator[tuple[int, RowValues]]
 
 
 def kind_of(name: str) -> str:
-    """The suffix that says how a table is read, in small letters; "" where it is none."""
+    """Return the suffix that says how a table is read, in small letters; "" for other files."""
     name = name.lower()
     plain = name.removesuffix(compression(name))
     return next(
@@ -52,15 +52,15 @@ def read_rows(
     columns: list[str],
     start: int,
     whole: bool = True,
-    tell: Callable[[Decoded], None] = lambda line: None,
+    on_line: Callable[[Decoded], None] = lambda line: None,
 ) -> Rows:
-    """Rows from `start` on of any kind but Parquet. Raises Damaged, NoColumn among them.
+    """Yield the rows from `start` on of any kind but Parquet. Raises Damaged, NoColumn among them.
 
-    whole  whether the pieces begin where the file does
-    tell   is called with each line of CSV
+    whole    whether the pieces begin where the file does
+    on_line  is called with each decoded line of CSV
     """
     if kind in CSV:
-        return csv_rows(lines(with_newlines(pieces)), columns, start, CSV[kind], tell)
+        return csv_rows(lines(with_newlines(pieces)), columns, start, CSV[kind], on_line)
     rows = _json(pieces, columns) if kind == ".json" else _json_lines(pieces, start)
     return _columns_of(((i, row) for i, row in rows if i >= start), columns, whole and start == 0)
 
@@ -69,9 +69,11 @@ def read_rows(
 
 
 def _columns_of(rows: Iterator[tuple[int, Any]], columns: list[str], begins: bool) -> Rows:
-    """Values for objects. Raises NoColumn where, from the table's beginning on, a column is in none
-    of the first rows."""
-    missing, seen, held = set(columns) if begins else set(), {}, []
+    """Yield the requested values of objects. Raises NoColumn where a column is in none of the first
+    rows of a table."""
+    missing = set(columns) if begins else set()
+    seen: dict[str, None] = {}  # the columns that are there, in order
+    held: list[tuple[int, RowValues]] = []
     for index, row in rows:
         if isinstance(row, dict):
             missing -= row.keys()
@@ -91,7 +93,7 @@ def _columns_of(rows: Iterator[tuple[int, Any]], columns: list[str], begins: boo
 
 
 def _integer(digits: str) -> int | Decimal:
-    """A whole number of any length: it costs its row nothing but itself."""
+    """Read a whole number of any length, so that a long one does not cost its row."""
     try:
         return int(digits)
     except ValueError:  # longer than Python reads at once
@@ -113,7 +115,7 @@ def _json_lines(pieces: Iterator[bytes], start: int) -> Iterator[tuple[int, Any]
         except UnicodeDecodeError:
             yield index, SkipRow("not UTF-8")
         except (ValueError, RecursionError):
-            # no JSON, a number or a nesting beyond what Python reads
+            # no JSON, or a number or nesting beyond what Python reads
             yield index, SkipRow("no JSON")
 
 
@@ -122,19 +124,17 @@ class _TooLong(ValueError):
 
 
 class _Text:
-    """JSON that is read on as it is needed. Bytes that are no UTF-8 are lone surrogates in it."""
+    """JSON text that is read as it is needed. Bytes that are no UTF-8 become lone surrogates."""
 
     def __init__(self, pieces: Iterator[bytes]):
-        self._pieces, self._decode = (
-            pieces,
-            codecs.getincrementaldecoder("utf-8")("surrogateescape").decode,
-        )
+        self._pieces = pieces
+        self._decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
         self._buffer, self._at, self._over = "", 0, False
-        # what ended the pieces; told once what precedes it is read
+        # the error that ended the pieces; raised after what precedes it
         self._damage: Damaged | None = None
 
     def _read(self, characters: int) -> None:
-        """At least so many more, unless that is all."""
+        """Read at least so many characters more, if there are as many."""
         parts = [self._buffer[self._at :]]
         while characters > 0 and not self._over:
             try:
@@ -147,7 +147,7 @@ class _Text:
         self._buffer, self._at = "".join(parts), 0
 
     def peek(self) -> str:
-        """The next character that is no space; "" at the end."""
+        """Return the next character that is no space; "" at the end."""
         while True:
             rest = len(self._buffer)
             while self._at < rest and self._buffer[self._at].isspace():
@@ -164,12 +164,12 @@ class _Text:
         self._at += 1
 
     def value(self) -> Any:
-        """The value that begins here; SkipRow where its bytes are no UTF-8. Raises ValueError,
+        """Read the value that begins here; SkipRow where its bytes are no UTF-8. Raises ValueError,
         RecursionError or Damaged."""
         while True:
             try:
                 value, end = DECODER.raw_decode(self._buffer, self._at)
-                if self._over or end < len(self._buffer):  # a number may go on
+                if self._over or end < len(self._buffer):  # else a number may go on
                     break
             except json.JSONDecodeError as error:
                 may_go_on = error.pos + len("\\ud83d\\ude42") >= len(
@@ -200,8 +200,8 @@ class _Text:
 
 
 def _json(pieces: Iterator[bytes], columns: list[str]) -> Iterator[tuple[int, Any]]:
-    """Rows of a file of JSON: an array of them, one after another, one object that holds them, or
-    one that is one."""
+    """Yield the rows of a JSON file: an array of rows, rows one after another, one object that
+    holds rows, or one object that is a row."""
     text, index = _Text(pieces), 0
     while (first := text.peek()) != "":
         if first == "[":
@@ -228,7 +228,7 @@ def _json(pieces: Iterator[bytes], columns: list[str]) -> Iterator[tuple[int, An
 
 
 def _array(text: _Text, any_given: bool) -> Iterator[Any]:
-    """The elements of the array that begins here. Raises CutShort, or Damaged."""
+    """Yield the elements of the array that begins here. Raises CutShort, or Damaged."""
     text.skip()
     try:
         while text.peek() != "]":
@@ -246,7 +246,7 @@ def _array(text: _Text, any_given: bool) -> Iterator[Any]:
 
 
 def _rows_inside(whole: dict, columns: list[str]) -> Iterable[Any]:
-    """The rows of one object: its columns, the lists of rows under its keys, or the object
+    """Return the rows of one object: its columns, the lists of rows under its keys, or the object
     itself."""
     values = [whole.get(column) for column in columns]
     values = [list(value.values()) if isinstance(value, dict) else value for value in values]
@@ -265,7 +265,7 @@ def _rows_inside(whole: dict, columns: list[str]) -> Iterable[Any]:
 
 
 def _has(rows: list, columns: list[str]) -> bool:
-    """Whether one of the rows has one of the columns."""
+    """Return whether one of the rows has one of the columns."""
     return any(isinstance(row, dict) and not row.keys().isdisjoint(columns) for row in rows)
 
 
@@ -275,8 +275,8 @@ def _has(rows: list, columns: list[str]) -> bool:
 def parquet_rows(
     open_file: Callable[[], BinaryIO], columns: list[str], start: int, check_only: bool = False
 ) -> Rows:
-    """Rows of a Parquet file from `start` on; no row group behind it is read. Raises Damaged, or
-    what reading raises."""
+    """Yield the rows of a Parquet file from `start` on, without reading the row groups before it.
+    Raises Damaged, or what reading raises."""
     parquet = need("pyarrow.parquet", "pyarrow")
     index = 0
     with open_file() as handle:
@@ -301,8 +301,8 @@ def parquet_rows(
 
 
 def _is_damage(error: Exception) -> bool:
-    """Whether an error is about what the bytes say. Arrow calls much of that an OSError, without a
-    number."""
+    """Return whether an error is about the content of the file. Arrow raises many of these as
+    OSError without a number."""
     arrow = need("pyarrow", "pyarrow").ArrowException
     return isinstance(error, arrow | UnicodeDecodeError) or (
         type(error) is OSError and error.errno is None
@@ -319,13 +319,12 @@ def _group(file: Any, group: int, columns: list[str]) -> Iterator[RowValues]:
     )
     rows = max(1, min(BATCH_ROWS, facts.num_rows * BATCH_BYTES // max(size, 1)))
     for batch in file.iter_batches(batch_size=rows, row_groups=[group], columns=columns):
-        found = [_values(batch.column(column)) for column in columns]
-        for row in zip(*found):
+        for row in zip(*(_values(batch.column(column)) for column in columns)):
             yield next((value for value in row if isinstance(value, SkipRow)), row)
 
 
 def _values(column: Any) -> list[Any]:
-    """A column's values; SkipRow in place of those that are too long, or text that is no UTF-8."""
+    """Return a column's values; SkipRow for those that are too long or no UTF-8."""
     plain = _plain(column.type)
     if plain == column.type and column.nbytes <= decode.RECORD_BYTES:
         try:
@@ -336,7 +335,7 @@ def _values(column: Any) -> list[Any]:
 
 
 def _value(one: Any, plain: Any) -> Any:
-    """The value of a column of one row."""
+    """Return the value of a column of one row."""
     try:
         one = one if one.type == plain else one.cast(plain)
         return too_long() if one.nbytes > decode.RECORD_BYTES else one[0].as_py()
@@ -347,7 +346,7 @@ def _value(one: Any, plain: Any) -> Any:
 
 
 def _plain(kind: Any) -> Any:
-    """The same type without dictionaries: a value of one counts as long as all of them."""
+    """Return the type without dictionaries, of which every value counts as long as all of them."""
     arrow = need("pyarrow", "pyarrow")
     if arrow.types.is_dictionary(kind):
         return _plain(kind.value_type)

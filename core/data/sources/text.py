@@ -19,7 +19,8 @@ from pydantic import AfterValidator, Field, model_validator
 
 from core.data.documents import Document, SkipRow, split_text
 from core.data.sources import decode, tables
-from core.data.sources.decode import blocks, compression, decoded, is_mostly_damage
+from core.data.sources.decode import Decoded, blocks, compression, decoded, is_mostly_damage
+from core.data.sources.delimited import too_long
 from core.data.sources.files import SEGMENT_BYTES, FileSource, Unit, label_of, split_into_units
 from core.data.sources.find_files import FoundFiles, find_files
 from core.data.sources.skips import CutShort, Damaged
@@ -35,17 +36,16 @@ READABLE = (*PLAIN, *PAGES, *TABLES)
 SEEKABLE = (*PLAIN, *JSON_LINES)  # can be read from any line on, unless compressed
 
 READER = 3
-"""Changes when the same file would give other documents: tokens that were cached before are made
-again."""
+"""Raised when the same file would give other documents, so that cached tokens are made again."""
 
 LOW, HIGH = 8000, 16000
 """Characters of a document cut from a plain file: a few rows of a long context."""
 
 PROJECT = Path(__file__).resolve().parents[3]
-"""What the paths of a preset are relative to."""
+"""The folder that the paths of a preset are relative to."""
 
 CHECKED_AT_OPEN = 500
-"""Files that are looked into before training starts; the others are when their turn comes."""
+"""Files that are looked into before training starts; the others follow when their turn comes."""
 
 T = TypeVar("T")
 
@@ -103,16 +103,16 @@ class PlainSource(FileSource):
                 index += 1
 
     def _texts(self, unit: Unit) -> Iterator[str]:
-        """The text, in blocks where it is long. Raises Damaged where it is none."""
+        """Yield the text of a unit, in blocks where it is long. Raises Damaged if it is no text."""
         page = _kind(unit.path) in PAGES
         for number, block in enumerate(blocks(unit.pieces(rows=False), 2 * SEGMENT_BYTES)):
             if page and number:
                 raise CutShort(f"the first {2 * SEGMENT_BYTES >> 20} MB")
-            found = page_text(block) if page else decoded(block)
-            if is_mostly_damage(block, found):
+            result = page_text(block) if page else decoded(block)
+            if is_mostly_damage(block, result):
                 raise CutShort() if number else no_text()
-            self.skips.text(unit.label, f"{unit.key}#{number}", found.replaced, found.other)
-            yield found.text.replace("\r\n", "\n")
+            self.skips.text(unit.label, f"{unit.key}#{number}", result.replaced, result.other)
+            yield result.text.replace("\r\n", "\n")
 
 
 def no_text() -> Damaged:
@@ -131,10 +131,10 @@ class TextSource(PlainSource):
         self.columns, self._root = settings.columns, root
 
     def list_units(self) -> list[Unit]:
-        found: dict[str, Path] = {}
+        paths: dict[str, Path] = {}
         for pattern in self._patterns:
-            found = self._matches(pattern) | found
-        labels = {label_of(path, self._root): path for path in found.values()}
+            paths = self._matches(pattern) | paths
+        labels = {label_of(path, self._root): path for path in paths.values()}
         units: list[Unit] = []
         for label in sorted(labels):
             path = labels[label]
@@ -150,7 +150,7 @@ class TextSource(PlainSource):
         for unit in [unit for unit in self._units or [] if unit.begin == 0][:CHECKED_AT_OPEN]:
             try:
                 self._look_into(unit)
-            except Exception as error:  # its turn would tell the same
+            except Exception as error:  # reading it would raise the same
                 self.recover(unit, error, 1)
 
     def read(self, unit: Unit, start: int) -> Iterator[tuple[int, Document]]:
@@ -161,11 +161,12 @@ class TextSource(PlainSource):
         return self.skips.documents(unit.key, some(rows) if whole else rows, self.document)
 
     def document(self, values: tuple, key: str) -> Document:
-        """One row, its values in the order of `columns`. Raises SkipRow when it holds no text."""
+        """Make the document of a row; values are in the order of `columns`. Raises SkipRow when
+        the row holds no text."""
         return Document(text_of(values[0], self.columns[0]), key)
 
     def address(self, unit: Unit) -> str | None:
-        """Of what cannot be read from any place on."""
+        """Identify the content of a unit that cannot be read from any position on."""
         if not compression(unit.path.name) and (
             _kind(unit.path) not in TABLES or _kind(unit.path) in (*SEEKABLE, PARQUET)
         ):
@@ -193,16 +194,17 @@ class TextSource(PlainSource):
         return "; ".join([self.skips.lacking, *others])
 
     def _matches(self, pattern: str) -> dict[str, Path]:
-        """The files a path, folder or pattern stands for, by their real places. Raises
+        """Return the files that a path, folder or pattern stands for, by their real paths. Raises
         SourceUnavailable."""
         found = FoundFiles()
-        path, what = find_files(
-            pattern, self._root, lambda path: _kind(path) in self.readable, found
-        )
+
+        def readable(path: Path) -> bool:
+            return _kind(path) in self.readable
+
+        path, what = find_files(pattern, self._root, readable, found)
         if what != "a file":
-            self.note_unread(
-                found, self._root, 'convert them to text; PDFs are read by a source of type "pdf"'
-            )
+            advice = 'convert them to text; PDFs are read by a source of type "pdf"'
+            self.note_unread(found, self._root, advice)
         if not found.paths:
             known = f"({' '.join(self.readable)}, and {' '.join(decode.COMPRESSIONS)} of them)"
             problem = {
@@ -210,8 +212,8 @@ class TextSource(PlainSource):
                 "a file": f"{path} is of no readable kind {known}",
                 "a pattern": f"no readable file matches {path} {known}",
             }.get(what, f"{path} does not exist")
-            told = "".join(f"; {note}" for note in self.notes)
-            raise SourceUnavailable(f'{problem}; correct the "path" of this source{told}')
+            notes = "".join(f"; {note}" for note in self.notes)
+            raise SourceUnavailable(f'{problem}; correct the "path" of this source{notes}')
         return found.paths
 
     def _rows(self, unit: Unit, start: int, check_only: bool = False) -> tables.Rows:
@@ -220,13 +222,16 @@ class TextSource(PlainSource):
             return tables.parquet_rows(
                 lambda: unit.path.open("rb"), self.columns, start, check_only
             )
-        tell = lambda line: self.skips.text(unit.label, unit.key, 0, line.other)  # noqa: E731
+
+        def note_encoding(line: Decoded) -> None:
+            self.skips.text(unit.label, unit.key, 0, line.other)
+
         return tables.read_rows(
-            kind, unit.pieces(rows=True), self.columns, start, unit.begin == 0, tell
+            kind, unit.pieces(rows=True), self.columns, start, unit.begin == 0, note_encoding
         )
 
     def _look_into(self, unit: Unit) -> None:
-        """Raises what reading the file would, where its beginning tells."""
+        """Raise what reading the file would raise, as far as its beginning shows it."""
         if _kind(unit.path) in TABLES:
             rows = self._rows(unit, 0, check_only=True)
             next(rows if _kind(unit.path) == PARQUET or unit.end is not None else some(rows), None)
@@ -235,10 +240,10 @@ class TextSource(PlainSource):
             next(self._texts(unit), None)
 
 
-def some(found: Iterator[T]) -> Iterator[T]:
-    """The same. Raises Damaged where there is nothing."""
+def some(items: Iterator[T]) -> Iterator[T]:
+    """Pass on all items. Raises Damaged where there is none."""
     any_given = False
-    for each in found:
+    for each in items:
         any_given = True
         yield each
     if not any_given:
@@ -246,7 +251,7 @@ def some(found: Iterator[T]) -> Iterator[T]:
 
 
 def text_of(value: Any, column: str) -> str:
-    """The text in a cell. Raises SkipRow where there is none."""
+    """Return the text in a cell of a table. Raises SkipRow where there is none."""
     if isinstance(value, bytes):
         try:
             value = value.decode()
@@ -260,15 +265,14 @@ def text_of(value: Any, column: str) -> str:
     if not value.strip():
         raise SkipRow(f'"{column}" is blank')
     if len(value) > decode.RECORD_BYTES:
-        raise tables.too_long()
+        raise too_long()
     return value
 
 
 class PythonStdlibSource(PlainSource):
     """The .py files of the standard library."""
 
-    # other people's code, fixtures that are broken on purpose, an application, and a grammar nobody
-    # needs
+    # other people's code, fixtures that are broken on purpose, an application, an unused grammar
     OUT = frozenset(
         ("site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__", "lib2to3")
     )
@@ -292,21 +296,18 @@ class PythonStdlibSource(PlainSource):
 
 
 def named_by(data: Any, name: Callable[[dict], str]) -> Any:
-    """`data` with the name filled in where the preset leaves it out; wrong types are left for
-    pydantic to report."""
-    if isinstance(data, dict) and not data.get("name"):
-        plain = re.sub(r"[^A-Za-z0-9._-]+", "_", name(data)).strip("_")
-        return {
-            **data,
-            "name": plain
-            or re.sub(r"[^\w.-]+", "_", name(data)).strip("_")
-            or data.get("type", "source"),
-        }
-    return data
+    """Return `data` with the name filled in where the preset leaves it out; wrong types are left
+    for pydantic to report."""
+    if not isinstance(data, dict) or data.get("name"):
+        return data
+    ascii_name = re.sub(r"[^A-Za-z0-9._-]+", "_", name(data)).strip("_")
+    any_name = re.sub(r"[^\w.-]+", "_", name(data)).strip("_")
+    return {**data, "name": ascii_name or any_name or data.get("type", "source")}
 
 
 def path_name(path: Any) -> str:
-    """The last part that is no pattern. What is there is none, whatever brackets stand in it."""
+    """Return a path's last part that is no pattern, without its suffix. A part that exists is no
+    pattern, whatever brackets stand in it."""
     first = path[0] if isinstance(path, list) and path else path
     if not isinstance(first, str):
         return "text"
@@ -323,8 +324,8 @@ def path_name(path: Any) -> str:
 
 
 def _kind(path: Path) -> str:
-    """The suffix that says how a file is read, in small letters and without that of a compression;
-    "" where it is not."""
+    """Return the suffix that says how a file is read, in small letters and without that of a
+    compression; "" where it is not read."""
     name = path.name.lower()
     plain = name.removesuffix(compression(name))
     return tables.kind_of(name) or next(

@@ -14,7 +14,8 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from core.data.documents import Document, Encoded, digest_of
-from core.data.sources.files import Damaged, FileSource, Unit
+from core.data.sources.files import FileSource, Unit
+from core.data.sources.skips import Damaged
 from core.data.sources.text import named_by, path_name
 from core.data.token_files import MANIFEST, BadChunks, ChunkReader, DamagedChunk
 from core.errors import SourceUnavailable, UserError
@@ -92,7 +93,7 @@ class TokensSource(FileSource):
         return f"no document in {self._folder}" + "".join(f"; {note}" for note in self.notes)
 
     @property
-    def notes(self) -> list[str]:  # type: ignore[override]
+    def notes(self) -> list[str]:
         return [*(self._chunks.notes if self._chunks is not None else []), *super().notes]
 
     def check_tokenizer(self, tokenizer: Any) -> None:

@@ -24,7 +24,7 @@ from core.files import check_regular, open_lock, sweep, write_file
 try:
     import fcntl
 except ImportError:  # not a Unix: two processes may then do the same work
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # a module's name has no other type
 
 CACHE = ".cache/pdf"
 """The folder, relative to the project."""

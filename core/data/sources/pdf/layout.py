@@ -1,13 +1,12 @@
-"""From the boxes of text on a document's pages to its paragraphs, in the order a person reads them.
+"""Put the boxes of text on a document's pages together as paragraphs, in reading order.
 
-In:    pages of boxes (x0, y0, x1, y1, text), y growing downwards; a box is one line, in groups as
-       the PDF holds them
+In:    pages of boxes (x0, y0, x1, y1, text), y growing downwards; a box is one line, in the groups
+       that the PDF holds
 Out:   text: headers, footers and page numbers dropped, columns one after the other, cut words and
        paragraphs joined
 State: none; nothing here knows of PyMuPDF, and the same boxes give the same text
 
-    pages ─► remove_headers_footers ─► blocks ─► reading_order ─► clean_block ─► joined over columns and
-    pages
+    pages ─► remove_headers_footers ─► blocks ─► reading_order ─► clean_block ─► joined paragraphs
        headers_footers.py └─ a recursive XY-cut over blocks; notes below a page's text come after
                             it
 """
@@ -21,25 +20,24 @@ from core.data.sources.pdf.boxes import Box, Page, line_height, rows, spans
 from core.data.sources.pdf.headers_footers import remove_headers_footers
 
 CELL_GAP = 2.0
-"""Line heights between two pieces of one row that make them cells of a table; justified text has
+"""Gap, in line heights, from which two pieces of one row are cells of a table; justified text has
 narrower gaps."""
 
 GUTTER = 0.6
-"""Line heights between two columns at least: several spaces wide, narrower than any gutter that is
-printed."""
+"""Smallest gap between two columns, in line heights: several spaces wide, narrower than any printed
+gutter."""
 
 PROSE_LINE = 20
-"""Characters of a line on average from which text side by side is columns; below, it is a table,
-read row by row."""
+"""Mean characters of a line from which text side by side is columns; below, it is a table."""
 
 NOTE_SIZE = 0.9
-"""Lines below a page's text that are smaller than this share of its own are footnotes."""
+"""Lines below a page's text are footnotes if they are smaller than this share of its lines."""
 
 MAX_BLOCKS = 2000
-"""Blocks of a page that are still put in order: beyond, it is a drawing and not a page of text."""
+"""Most blocks of a page that are put in order: with more, it is a drawing, not a page of text."""
 
 FULL_PARAGRAPH = 100
-"""Characters from which a block that ends in mid-sentence at the end of a column is no heading or
+"""Characters from which a block that ends in mid-sentence at a column's end is no heading or
 caption."""
 
 
@@ -52,7 +50,7 @@ class Flow(NamedTuple):
 
 
 def document_text(pages: Sequence[Page]) -> str:
-    """The text of a document, an empty line between paragraphs."""
+    """Return the text of a document, with an empty line between paragraphs."""
     pages = remove_headers_footers(pages)
     compounds = _compounds(box.text for page in pages for group in page.groups for box in group)
     flow = [piece for page in pages for piece in page_flow(page, compounds)]
@@ -60,10 +58,10 @@ def document_text(pages: Sequence[Page]) -> str:
 
 
 def page_flow(page: Page, compounds: frozenset[str] = frozenset()) -> list[Flow]:
-    """The blocks of one page in reading order, its footnotes last."""
+    """Return the blocks of one page in reading order, its footnotes last."""
     blocks = [block for group in page.groups for block in split_group(group)]
     if len(blocks) > MAX_BLOCKS:
-        ordered, notes = blocks, []
+        ordered, notes = blocks, list[Box]()
     else:
         body, notes = _notes_apart(blocks)
         ordered, notes = reading_order(body), reading_order(notes)
@@ -77,8 +75,8 @@ def page_flow(page: Page, compounds: frozenset[str] = frozenset()) -> list[Flow]
 
 
 def split_group(lines: Sequence[Box]) -> list[Box]:
-    """The lines of one group as blocks: one, or one per column where a PDF was written line by line
-    across its columns."""
+    """Return the lines of one group as blocks: one block, or one per column where a PDF was written
+    line by line across its columns."""
     lines = [line for line in lines if line.text.strip()]
     if not lines:
         return []
@@ -93,11 +91,11 @@ def split_group(lines: Sequence[Box]) -> list[Box]:
 
 
 def reading_order(blocks: Sequence[Box]) -> list[Box]:
-    """Blocks as a person reads them: a recursive XY-cut. Bands from top to bottom, inside a band
-    columns from the left.
+    """Return blocks in reading order by a recursive XY-cut: bands from top to bottom, and columns
+    from the left inside each band.
 
-    Neighbouring bands that share a gutter are one: paragraphs that happen to end at the same height
-    do not cut columns apart."""
+    Neighbouring bands that share a gutter are joined, so that paragraphs that happen to end at the
+    same height do not cut columns apart."""
     if len(blocks) < 2:
         return list(blocks)
     bands = [
@@ -115,8 +113,8 @@ def reading_order(blocks: Sequence[Box]) -> list[Box]:
 
 
 def join_paragraphs(flow: Sequence[Flow], compounds: frozenset[str] = frozenset()) -> list[str]:
-    """Paragraphs; one that was cut by a page or column end is one again, whatever notes stand
-    between its parts."""
+    """Return the paragraphs. A paragraph that was cut by the end of a page or column is joined
+    again, even with notes between its parts."""
     out: list[str] = []
     last = -1  # the last paragraph that is no note
     for text, turns, note in flow:
@@ -133,16 +131,15 @@ def join_paragraphs(flow: Sequence[Flow], compounds: frozenset[str] = frozenset(
 
 
 def _block(lines: Sequence[Box]) -> Box:
-    """Lines as one box of text: pieces of a row run together, cells of a table with a tab between
-    them."""
+    """Join lines in one box of text: pieces of a row with a space between them, cells of a table
+    with a tab."""
     texts = []
     for row in rows(lines):
         text, end = "", 0.0
         for line in (lines[i] for i in row):
-            gap = line.x0 - end > CELL_GAP * (line.y1 - line.y0)
-            text = (
-                f"{text}{chr(9) if gap else ' '}{line.text.strip()}" if text else line.text.strip()
-            )
+            is_cell = line.x0 - end > CELL_GAP * (line.y1 - line.y0)
+            separator = "" if not text else "\t" if is_cell else " "
+            text = f"{text}{separator}{line.text.strip()}"
             end = line.x1
         texts.append(text)
     return Box(
@@ -155,8 +152,8 @@ def _block(lines: Sequence[Box]) -> Box:
 
 
 def _core(block: Box) -> tuple[float, float]:
-    """Its height without the room for accents and descenders, where lines that stand apart
-    overlap."""
+    """Return a block's top and bottom without the room for accents and descenders, in which
+    separate lines overlap."""
     edge = 0.15 * line_height(block)
     return block.y0 + edge, block.y1 - edge
 
@@ -174,14 +171,14 @@ def _mean_length(blocks: Sequence[Box]) -> float:
 
 
 def _side_by_side(columns: list[list[Box]]) -> bool:
-    """Whether columns stand next to each other, and not one below the other."""
+    """Return whether columns stand next to each other, and not one below the other."""
     top = max(min(b.y0 for b in column) for column in columns)
     return top < min(max(b.y1 for b in column) for column in columns)
 
 
 def _is_table(columns: list[list[Box]]) -> bool:
-    """Whether what stands side by side is a table: one column at least is of short single lines,
-    each beside something."""
+    """Return whether blocks side by side are a table: at least one column consists of short single
+    lines, each beside something."""
     for index, column in enumerate(columns):
         others = [b for i, c in enumerate(columns) if i != index for b in c]
         if len(column) > 1 and all("\n" not in b.text and len(b.text) < PROSE_LINE for b in column):
@@ -192,28 +189,27 @@ def _is_table(columns: list[list[Box]]) -> bool:
 
 
 def _merged(bands: list[list[Box]]) -> list[list[Box]]:
-    """Bands joined where the same gutter runs through all of them."""
+    """Join bands where the same gutter runs through all of them."""
     out: list[list[Box]] = []
     for band in bands:
-        if out:
-            before, both = _columns(out[-1]), _columns([*out[-1], *band])
-            most = max(len(before), len(own := _columns(band)))
-            starts_column = len(before) > 1 or sum(b.text.count("\n") + 1 for b in out[-1]) >= 3
-            if (
-                most > 1
-                and len(both) >= most
-                and starts_column
-                and not (len(own) > 1 and _is_table(own))
-            ):
-                out[-1] = [*out[-1], *band]
-                continue
-        out.append(band)
+        if out and _share_gutter(out[-1], band):
+            out[-1] = [*out[-1], *band]
+        else:
+            out.append(band)
     return out
 
 
+def _share_gutter(above: list[Box], band: list[Box]) -> bool:
+    before, here, both = _columns(above), _columns(band), _columns([*above, *band])
+    most = max(len(before), len(here))
+    starts_column = len(before) > 1 or sum(b.text.count("\n") + 1 for b in above) >= 3
+    is_table = len(here) > 1 and _is_table(here)
+    return most > 1 and len(both) >= most and starts_column and not is_table
+
+
 def _notes_apart(blocks: list[Box]) -> tuple[list[Box], list[Box]]:
-    """(body, footnotes): what is smaller than the text and has no text of full size below it in its
-    column."""
+    """Return (body, footnotes). Footnotes are smaller than the text and have no text of full size
+    below them in their column."""
     if not blocks:
         return [], []
     sizes = sorted((line_height(b), len(b.text)) for b in blocks)
@@ -249,13 +245,13 @@ _LIGATURES = str.maketrans(
     {"ﬀ": "ff", "ﬁ": "fi", "ﬂ": "fl", "ﬃ": "ffi", "ﬄ": "ffl", "ﬅ": "st", "ﬆ": "st"}
 )
 _BREAK_BELOW = 0.6
-"""A line shorter than this share of its block's longest was ended on purpose (list, verse,
+"""A line shorter than this share of its block's longest line was ended on purpose (list, verse,
 heading): its break stays."""
 
 
 def clean_block(text: str, compounds: frozenset[str] = frozenset()) -> str:
-    """One block of a page as a paragraph: words cut at line ends joined, lines run together where
-    the page broke them.
+    """Return one block of a page as a paragraph: join words that are cut at line ends, and lines
+    that the page broke.
 
     >>> clean_block("The quick brown fox is jum-\\nping over a very lazy dog that\\nsleeps.\\n")
     'The quick brown fox is jumping over a very lazy dog that sleeps.'
@@ -280,21 +276,22 @@ def clean_block(text: str, compounds: frozenset[str] = frozenset()) -> str:
 
 
 def _compounds(lines: Iterable[str]) -> frozenset[str]:
-    """Words the document writes with a hyphen in mid-line: theirs stays when a line ends in it."""
+    """Return the words that the document writes with a hyphen in mid-line: their hyphen stays at
+    the end of a line."""
     return frozenset(
         word.lower().replace("\u2010", "-") for line in lines for word in _COMPOUND.findall(line)
     )
 
 
 def _word_is_cut(before: str, after: str) -> bool:
-    """Whether a hyphen at a line's end only cuts a word there."""
+    """Return whether the hyphen at a line's end only cuts a word."""
     return before.endswith("\xad") or (
         before[-1:] in ("-", "\u2010") and before[-2:-1].isalpha() and after[:1].islower()
     )
 
 
 def _joined(before: str, after: str, compounds: frozenset[str]) -> str:
-    """Two lines run together; a word that was cut becomes one again."""
+    """Join two lines, and the two parts of a word that was cut."""
     if not _word_is_cut(before, after):
         return f"{before} {after}".lstrip()
     if compounds and not before.endswith("\xad"):
@@ -305,7 +302,7 @@ def _joined(before: str, after: str, compounds: frozenset[str]) -> str:
 
 
 def _goes_on(before: str, after: str, turns: bool) -> bool:
-    """Whether a paragraph was cut by a page or column end."""
+    """Return whether a paragraph was cut by the end of a page or column."""
     if "\t" in before.rsplit("\n", 1)[-1] or "\t" in after.split("\n", 1)[0] or _ITEM.match(after):
         return False
     open_end = before[-1].isalnum() or before[-1] in ",;-\u2010\xad"

@@ -1,4 +1,4 @@
-"""What the processes that read PDFs and their parent say to each other.
+"""The messages between the processes that read PDFs and their parent.
 
 In:    JSON objects, each behind 4 bytes of length
 Out:   the same
@@ -7,7 +7,7 @@ State: none
 
 import json
 import struct
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 GOOD, CRASH, SLOW, LARGE = "", "crash", "slow", "large"
 EMPTY, ENCRYPTED, DAMAGED, PAGELESS, SCANNED = (
@@ -17,22 +17,22 @@ EMPTY, ENCRYPTED, DAMAGED, PAGELESS, SCANNED = (
     "pageless",
     "textless (scanned?)",
 )
-"""What can come of reading a file: text, or the kind of file it is in the notes."""
+"""The kinds of result of reading a file: text, or the name that the notes give to its kind."""
 
 CACHEABLE = frozenset((GOOD, EMPTY, ENCRYPTED, DAMAGED, PAGELESS, SCANNED))
 TRANSIENT = frozenset((CRASH, SLOW, LARGE))
-"""Outcomes that follow from the file alone; and others: time and memory run out on one machine and
-not on another."""
+"""Results that follow from the file alone; and results that depend on the machine: time and memory
+may run out on one and not on another."""
 
 
-def send(stream: BinaryIO, message: dict[str, Any]) -> None:
+def send(stream: IO[bytes], message: dict[str, Any]) -> None:
     data = json.dumps(message).encode()
     stream.write(struct.pack(">I", len(data)) + data)
     stream.flush()
 
 
-def receive(stream: BinaryIO) -> dict[str, Any] | None:
-    """The next message; None at the end of the stream, or where what comes is no message."""
+def receive(stream: IO[bytes]) -> dict[str, Any] | None:
+    """Return the next message; None at the end of the stream, or where no message follows."""
     head = stream.read(4)
     if len(head or b"") < 4:
         return None

@@ -83,7 +83,7 @@ class Worker:
             if process is not None:
                 process.kill()
                 process.wait()
-                for pipe in (process.stdin, process.stdout):
+                for pipe in filter(None, (process.stdin, process.stdout)):
                     with suppress(OSError):  # what was still to be written has no reader
                         pipe.close()
 
@@ -99,8 +99,14 @@ class Worker:
         """The answer; None where there was none. A worker that is silent for too long gives the
         answer of a slow file."""
         process = self._running()
+        assert process.stdin is not None and process.stdout is not None, "both are pipes"
         late = threading.Event()
-        timer = threading.Timer(seconds, lambda: (late.set(), process.kill()))
+
+        def end_it() -> None:
+            late.set()
+            process.kill()
+
+        timer = threading.Timer(seconds, end_it)
         timer.daemon = True
         timer.start()
         try:
@@ -128,13 +134,18 @@ class Worker:
             "OPENBLAS_NUM_THREADS": "1",
         }
         command = [sys.executable, "-m", "core.data.sources.pdf.worker"]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         with self._lock:
             if self._closed:
                 raise SourceUnavailable("it was closed")
             try:
                 self.process = process = subprocess.Popen(
-                    command, cwd=ROOT, env=env, process_group=0, **pipes
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    cwd=ROOT,
+                    env=env,
+                    process_group=0,
                 )
             except OSError as error:
                 raise SourceUnavailable(
@@ -143,6 +154,7 @@ class Worker:
         timer = threading.Timer(START_SECONDS, process.kill)
         timer.daemon = True
         timer.start()
+        assert process.stdout is not None, "it is a pipe"
         greeting = receive(process.stdout)
         timer.cancel()
         if greeting is None or not greeting.get("ready"):

@@ -18,12 +18,12 @@ from typing import Literal
 from pydantic import Field
 
 from core.data.documents import Document, split_text
-from core.data.sources.files import Damaged, FileSource, Unit, label_of
+from core.data.sources.files import FileSource, Unit, label_of
 from core.data.sources.find_files import FoundFiles, walk
 from core.data.sources.pdf.cache import Extraction, PdfCache
 from core.data.sources.pdf.messages import CRASH, GOOD, LARGE, SLOW, TRANSIENT
 from core.data.sources.pdf.pool import Limits, Pool
-from core.data.sources.skips import CutShort
+from core.data.sources.skips import CutShort, Damaged
 from core.errors import SourceUnavailable
 from core.files import own_path
 from core.preset.settings import SourceSettings

@@ -1,15 +1,14 @@
-"""The process that reads PDFs: `python -m core.data.sources.pdf.worker`. Whatever a file does to
-it, training goes on.
+"""The process that reads PDFs: `python -m core.data.sources.pdf.worker`. Training goes on, whatever
+a file does to this process.
 
 In:    requests on stdin (messages.py), one at a time: {"path", "seconds", "memory", "peek"}
 Out:   on stdout {"ready"} or {"missing"} at the start, then {"kind", "text"} for each request, and
        {"damaged"}
-State: none; PyMuPDF is loaded once, and each file is read by a fork of this process that lives no
-longer than that
+State: none; PyMuPDF is loaded once, and each file is read by a fork of this process of its own
 
 The fork may take `seconds` of time and `memory` bytes more than it has at its start; then it is
-killed. It also goes when this process does, and this process goes when stdin ends. Where there is
-no fork, files are read in this process; the parent kills it."""
+killed. It also ends with this process, and this process ends when stdin does. Where there is no
+fork, files are read in this process, and the parent kills it."""
 
 import ctypes
 import gc
@@ -21,6 +20,7 @@ import select
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from core.data.sources.pdf.boxes import Box, Page
@@ -45,19 +45,20 @@ _FLAGS = 2 | 64
 _TEXT = 0  # the kind of a block; 1 is an image
 _NO_MEMORY = re.compile(r"alloc.*failed|out of memory|bad_alloc")
 _LOST = re.compile(r"repairing|zlib error|cannot load object|not a stream|broken object")
-"""What MuPDF says of a file from which something may be missing."""
-_GRACE = 5  # seconds after which a fork that nobody ended ends itself
+"""MuPDF's warnings about a file from which something may be missing."""
+_GRACE = 5  # seconds beyond the limit after which a fork ends itself
 
 
 class Unreadable(Exception):
-    """A file that gives no text."""
+    """A file that gives no text. Its text is the kind of file (messages.py)."""
 
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's business
     requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever MuPDF prints must not get among the replies
-    sys.modules["pymupdf.layout"] = None  # type: ignore[assignment]  # would load onnxruntime, which takes a second and has threads
+    # it would load onnxruntime, which takes a second and has threads
+    sys.modules["pymupdf.layout"] = None  # type: ignore[assignment]  # Python's way to hide one
     try:
         pymupdf = importlib.import_module("pymupdf")
         _warm_up(pymupdf)
@@ -75,14 +76,15 @@ def main() -> None:
     pymupdf.TOOLS.mupdf_display_warnings(False)
     send(replies, {"ready": True})
     while (request := receive(requests)) is not None:
-        send(
-            replies,
-            in_fork(request) if hasattr(os, "fork") else extract(request["path"], request["peek"]),
-        )
+        if hasattr(os, "fork"):
+            reply = in_fork(request)
+        else:
+            reply = extract(request["path"], request["peek"])
+        send(replies, reply)
 
 
 def _warm_up(pymupdf: Any) -> None:
-    """Reads a page made up here: what is set up at the first reading is then there in every
+    """Read a made-up page, so that everything that the first reading sets up is there in every
     fork."""
     document = pymupdf.open()
     document.new_page().insert_text((72, 72), "some text")
@@ -93,14 +95,14 @@ def _warm_up(pymupdf: Any) -> None:
 
 
 def in_fork(request: dict[str, Any]) -> dict[str, Any]:
-    """The reply to one request, from a process of its own. Ends this process when the parent is
-    gone."""
+    """Return the reply to one request from a process of its own. Ends this process when the parent
+    is gone."""
     out, into = os.pipe()
     parent = os.getpid()
     child = os.fork()
     if child == 0:
         try:
-            # who waits for the parent's end must not wait for this one
+            # whoever waits for the end of this process must not wait for the fork
             for low, high in ((0, 1), (3, into), (into + 1, 256)):
                 os.closerange(low, high)
             _limit_self(request["seconds"], request["memory"], parent)
@@ -113,7 +115,7 @@ def in_fork(request: dict[str, Any]) -> dict[str, Any]:
     try:
         while True:
             ready, _, _ = select.select([out, 0], [], [], max(0.0, end - time.monotonic()))
-            # nobody sends a second request before the first is answered: the parent is gone
+            # the parent sends no second request before the first is answered: so it is gone
             if 0 in ready:
                 os.kill(child, signal.SIGKILL)
                 os._exit(0)
@@ -152,8 +154,8 @@ def _limit_self(seconds: float, memory: int, parent: int) -> None:
 
 
 def extract(path: str, peek: bool) -> dict[str, Any]:
-    """What a file holds. With `peek` only whether it holds text at all, which takes no longer for a
-    long file."""
+    """Return the text of a file as a reply; with `peek`, only whether it holds text at all, which
+    takes no longer for a long file."""
     try:
         if peek:
             return {"kind": GOOD, "text": _has_text(path)}
@@ -170,7 +172,7 @@ def extract(path: str, peek: bool) -> dict[str, Any]:
 
 
 def _text(path: str) -> tuple[str, bool]:
-    """The text, and whether some of the file may be missing from it."""
+    """Return the text, and whether some of the file may be missing from it."""
     tools = importlib.import_module("pymupdf").TOOLS
     tools.reset_mupdf_warnings()
     with _open(path) as document:
@@ -195,20 +197,20 @@ def _has_text(path: str) -> str:
 
 
 def _open(path: str) -> Any:
-    """The open PDF. Raises Unreadable; OSError where the file cannot be read."""
+    """Open a PDF. Raises Unreadable; OSError where the file cannot be read."""
     pymupdf = importlib.import_module("pymupdf")
-    with open(path, "rb") as file:  # tells a file that may not be read from one that is broken
+    with open(path, "rb") as file:  # separates files that may not be read from broken ones
         if not file.read(1):
             raise Unreadable(EMPTY)
     try:
         if path.isprintable():
             document = pymupdf.open(path, filetype="pdf")
-        else:  # a name that is no text is none to MuPDF
+        else:  # MuPDF cannot open a name that is no text
             with open(path, "rb") as file:
                 document = pymupdf.open(stream=file.read(), filetype="pdf")
         locked, pages, repaired = document.needs_pass, document.page_count, document.is_repaired
     except Exception as error:
-        # FileDataError, MuPDF's own errors, and what PyMuPDF makes of answers it does not expect
+        # FileDataError, MuPDF's own errors, and PyMuPDF's about unexpected answers
         _raise_memory(error)
         raise Unreadable(DAMAGED) from None
     if locked:
@@ -218,9 +220,9 @@ def _open(path: str) -> Any:
     return document
 
 
-def _pages(document: Any) -> Any:
-    """The boxes of every page that can be read: a broken one does not cost the rest. Raises Unreadable
-    when none can."""
+def _pages(document: Any) -> Iterator[Page]:
+    """Yield the boxes of every page that can be read; a broken page does not cost the rest. Raises
+    Unreadable when none can be read."""
     failed = 0
     for number in range(document.page_count):
         try:
@@ -240,7 +242,8 @@ def _pages(document: Any) -> Any:
 
 
 def _box(line: dict[str, Any]) -> Box:
-    return Box(*line["bbox"], "".join(span["text"] for span in line["spans"]))
+    x0, y0, x1, y1 = line["bbox"]
+    return Box(x0, y0, x1, y1, text="".join(span["text"] for span in line["spans"]))
 
 
 def _raise_memory(error: Exception) -> None:
