@@ -25,7 +25,7 @@ from core.runtime import detect_runtime
 from core.ui.evaluate import EvaluateView
 from tests.documents import GUIDE, block_of, files_named
 from tests.evaluation.harness.tiny import SEQUENCE
-from tests.jobs.test_tokenize import Terminal
+from tests.jobs.test_tokenize_shown import Terminal
 from tests.project import ROOT, Project, merged, tiny_preset, train_here
 
 pytest.importorskip("lm_eval")
