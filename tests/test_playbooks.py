@@ -22,7 +22,7 @@ PLAYBOOKS = sorted((ROOT / "docs" / "playbooks").glob("*.md"))
 class Followed:
     """What a playbook made in a copy of the project."""
 
-    kind: str  # the name of the model, loss, source, job or metric that it adds
+    kind: str  # the name of the model, loss, head, source, job or metric that it adds
     preset: str  # the stem of its preset
     files: list[Path]
 
@@ -93,7 +93,9 @@ def run_preset(followed: Followed, project: Project) -> None:
     assert project.steps(followed.preset) == [1, 2]
     (evaluation,) = project.events("eval", followed.preset)
     settled = json.dumps(json.loads((logs / "preset.json").read_text()))
-    assert followed.kind in evaluation or f'"type": "{followed.kind}"' in settled
+    heads = evaluation.get("heads", {})
+    in_preset = f'"type": "{followed.kind}"' in settled
+    assert followed.kind in evaluation or followed.kind in heads or in_preset
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from core.checkpoint.state import CheckpointState, NewestState
 from core.checkpoint.store import CheckpointStore, store_of
 from core.checkpoint.weights import Weights, find_weights
 from core.data.corpus import Corpus
+from core.data.sources.tokens import TokensSettings
 from core.data.tokenizer import Tokenizer
 from core.data.tokenizer_build import SAMPLE_CHARACTERS, build_tokenizer
 from core.errors import UserError
@@ -128,7 +129,9 @@ def choose_tokenizer(
             return tokenizer_state_of(weights, preset.tokenizer, corpus.root)
         needs_text = preset.tokenizer.type == "bpe"
         if needs_text and all(section.type == "tokens" for section in corpus.sections):
-            beside = Path(corpus.sections[0].path).parent / "tokenizer.json"
+            section = corpus.sections[0]
+            assert isinstance(section, TokensSettings)
+            beside = Path(section.path).parent / "tokenizer.json"
             raise UserError(
                 'no source has text to train a "bpe" on, all are tokens already. Name the '
                 f'tokenizer that made them: "tokenizer": {{"type": "file", "path": "{beside}"}}'

@@ -1,5 +1,5 @@
-"""The table of auxiliary heads, in the order in which they are computed, and the section of a preset
-that switches them on. Adding one: its file, its line here."""
+"""The table of auxiliary heads, in the order in which they are computed, and the section of a
+preset that switches them on. Adding one: its file, its line here."""
 
 from core.heads.draft import Draft, DraftSettings
 from core.heads.dynamics import Dynamics, DynamicsSettings

@@ -24,7 +24,7 @@ from core.randomness import derive_seed
 
 
 def output_of_one_token(model: nn.Module, device: torch.device) -> ModelOutput:
-    """What a model gives, on the least there is: hidden (1, 1, D) and its readout."""
+    """Call a model on one token, the least there is: hidden (1, 1, D) and its readout."""
     one = torch.zeros(1, 1, dtype=torch.int64, device=device)
     with torch.no_grad():
         return model(Batch(one, one, one, one.int(), one.int(), packed=False))

@@ -58,20 +58,19 @@ class Draft(Head):
     def follow(self, states: Tensor, tokens: Tensor) -> Tensor:
         """s_(k-1) and the embeddings of the tokens that come next, (..., D) each -> s_k (...,
         D)."""
-        gate, up = self.inner(
-            torch.cat([self.norm_state(states), self.norm_token(tokens)], dim=-1)
-        ).chunk(2, dim=-1)
+        both = torch.cat([self.norm_state(states), self.norm_token(tokens)], dim=-1)
+        gate, up = self.inner(both).chunk(2, dim=-1)
         return states + self.outer(F.silu(gate) * up)  # (..., 2D) inside
 
     def choose(self, batch: Batch, draws: Tensor) -> Tensor:
-        """(B, n): evenly spread over the row's positions, from one that is drawn; some of them twice
-        where there are fewer."""
+        """Choose (B, n) positions, evenly spread over the row's positions, from one that is drawn;
+        some of them twice where there are fewer."""
         _, stop = document_bounds(batch)
         time = torch.arange(stop.shape[1], device=stop.device)
         there = (batch.labels != IGNORE_INDEX) & (time + self.tokens < stop)  # (B, T)
         return pick_several(there, draws, self.positions)
 
-    def forward(self, inputs: HeadInputs, positions: Tensor, valid: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, inputs: HeadInputs, positions: Tensor, valid: Tensor) -> Tensor:
         losses = [
             divergence(of_model, guess.log_softmax(-1))
             for of_model, guess in self._guesses(inputs, positions)
@@ -80,9 +79,9 @@ class Draft(Head):
 
     @torch.no_grad()
     def measure(self, inputs: HeadInputs, positions: Tensor, valid: Tensor) -> dict[str, Tensor]:
-        """How often the likeliest guess is the model's likeliest token, for the first of them and
-        for the last; and `accepted`: how many are, of K, before one is not. On the held-out text,
-        where generation would go on with what was said."""
+        """Measure how often the likeliest guess is the model's likeliest token, for the first of
+        them and for the last; and `accepted`: how many are, of K, before one is not. On the
+        held-out text, where generation would go on with what was said."""
         right = torch.stack(
             [
                 of_model.argmax(-1) == guess.argmax(-1)

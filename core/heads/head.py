@@ -1,4 +1,4 @@
-"""What every auxiliary head is: a module that looks at a few positions of each row.
+"""The base of every auxiliary head: a module that looks at a few positions of each row.
 
 In:    a batch, to choose positions in; then a forward pass
 Out:   a loss for each row
@@ -41,8 +41,8 @@ class Head(nn.Module):
 
     @classmethod
     def check(cls, settings: Settings, seq_length: int, rows: int) -> None:
-        """Raise UserError where rows of `seq_length` tokens, `rows` of them in a forward pass, leave
-        nothing to learn."""
+        """Raise UserError where rows of `seq_length` tokens, `rows` of them in a forward pass,
+        leave nothing to learn."""
 
     def begin(self) -> None:
         """Change freshly drawn weights, where a head begins in another way."""

@@ -1,4 +1,4 @@
-"""What an auxiliary head sees of a forward pass, and how it finds a place to look at in each row.
+"""The inputs of auxiliary heads: a forward pass, and the positions to look at in each row.
 
 In:    a Batch, a ModelOutput; a draw for each row
 Out:   HeadInputs; positions that are valid and equally likely
@@ -51,8 +51,8 @@ class HeadInputs:
 
 
 def pick(valid: Tensor, draws: Tensor) -> Tensor:
-    """One of the valid positions of each row: (B, T) bool, (B,) int64 >= 0 -> (B,), NOWHERE in a
-    row without one."""
+    """Pick one of the valid positions of each row: (B, T) bool, (B,) int64 >= 0 -> (B,), NOWHERE in
+    a row without one."""
     count = valid.sum(1)
     number = draws % count.clamp(min=1)
     position = (valid.cumsum(1) <= number[:, None]).sum(1)
@@ -60,14 +60,14 @@ def pick(valid: Tensor, draws: Tensor) -> Tensor:
 
 
 def pick_several(valid: Tensor, draws: Tensor, n: int) -> Tensor:
-    """Several, spread evenly from one that is drawn: (B, T) bool, (B,) -> (B, n); some twice in a
-    row that has fewer."""
+    """Pick several, spread evenly from one that is drawn: (B, T) bool, (B,) -> (B, n); some twice
+    in a row that has fewer."""
     count = valid.sum(1).clamp(min=1)
     return torch.stack([pick(valid, draws % count + i * count // n) for i in range(n)], dim=1)
 
 
 def document_bounds(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Where the document of each position begins and stops in its row: (B, T) each."""
+    """Find where the document of each position begins and stops in its row: (B, T) each."""
     ids = batch.document_ids
     T = ids.shape[1]
     time = torch.arange(T, device=ids.device).expand(ids.shape)
@@ -79,7 +79,8 @@ def document_bounds(batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def targets_ahead(batch: Batch, n: int) -> Tensor:
-    """How many of the positions p .. p+n-1 have a target and are in the document of p: (B, T)."""
+    """Count how many of the positions p .. p+n-1 have a target and are in the document of p: (B,
+    T)."""
     known = (batch.labels != IGNORE_INDEX).long()  # (B, T)
     before = nn.functional.pad(known.cumsum(1), (1, 0))  # (B, T+1) targets left of a position
     _, stop = document_bounds(batch)
@@ -88,5 +89,5 @@ def targets_ahead(batch: Batch, n: int) -> Tensor:
 
 
 def is_text(batch: Batch) -> Tensor:
-    """False on padding: (B, T)."""
+    """Tell text from padding: False on padding: (B, T)."""
     return batch.source_ids >= 0

@@ -45,7 +45,7 @@ else."""
 
 
 class Summary(NamedTuple):
-    """What stands for text that is out of sight."""
+    """A stand-in for text that is out of sight."""
 
     vectors: Tensor  # (B, K, D) input embeddings
     table: Tensor  # (V, D) the embedding table whose rows they stand in for
@@ -142,8 +142,8 @@ class Memory(Head):
     def _read_on(
         self, inputs: HeadInputs, positions: Tensor, valid: Tensor
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Of A2 and B: hidden states (B, 2n, D) and labels (B, 2n); and the summaries before them,
-        (B, K, D) each."""
+        """Compute for A2 and B: hidden states (B, 2n, D) and labels (B, 2n); and the summaries
+        before them, (B, K, D) each."""
         assert inputs.model is not None
         n, table = self.tokens_after, inputs.readout.table
         begin, middle, _ = positions[:, :, None].unbind(1)  # (B, 1) each
@@ -164,7 +164,7 @@ class Memory(Head):
         return hidden, labels, [first, second]
 
     def _positions(self, inputs: HeadInputs, positions: Tensor) -> Tensor:
-        """Those of A2 and B in their row: (B, 2n)."""
+        """Return the positions of A2 and B in their row: (B, 2n)."""
         at = positions[:, 1:2] + torch.arange(2 * self.tokens_after, device=positions.device)
         return at.clamp(max=inputs.hidden.shape[1] - 1)  # only rows without a place would go beyond
 
@@ -229,8 +229,8 @@ class Memory(Head):
 def read(
     model: Any, input_ids: Tensor, summary: Summary | None = None, cache: Any = None
 ) -> ModelOutput:
-    """What a model makes of K summary tokens and the tokens (B, t) behind them: hidden (B, K + t,
-    D). A cache is extended.
+    """Compute what a model makes of K summary tokens and the tokens (B, t) behind them: hidden (B,
+    K + t, D). A cache is extended.
 
     Never compiled: a compiled model would not notice the summary. What the model reports stays that
     of the pass before."""

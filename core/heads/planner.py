@@ -75,11 +75,13 @@ class Planner(Head, nn.Sequential):
 
     @torch.no_grad()
     def begin(self) -> None:
-        """No change, from a first layer as wide as its few features want: at the models' N(0, 0.02)
-        it learns half as fast."""
-        nn.init.normal_(self[0].weight, std=self[0].in_features ** -0.5)
-        self[2].weight.zero_()
-        self[2].bias.zero_()
+        """Begin with no change, from a first layer as wide as its few features want: at the models'
+        N(0, 0.02) it learns half as fast."""
+        first, last = self[0], self[2]
+        assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
+        nn.init.normal_(first.weight, std=first.in_features**-0.5)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
 
     def choose(self, batch: Batch, draws: Tensor) -> Tensor:
         return pick_several(batch.labels != IGNORE_INDEX, draws, self.positions)  # (B, m)
@@ -142,7 +144,7 @@ def num_features(steps: int) -> int:
 def look_ahead(
     hidden: Tensor, scores: Tensor, tokens: Tensor, heads: Mapping[str, Any], table: Tensor
 ) -> Tensor:
-    """What is known of each candidate, all in nats: (n, D), (n, V), (n, C) -> (n, C, f)."""
+    """Collect what is known of each candidate, all in nats: (n, D), (n, V), (n, C) -> (n, C, f)."""
     policy, value, rollouts = (heads[name] for name in Planner.needs)
     # (n, C) each
     found = [scores.log_softmax(-1).gather(1, tokens), policy.predict(hidden).gather(1, tokens)]

@@ -50,13 +50,13 @@ class Policy(Head, nn.Linear):
         return divergence(teacher, self.predict(root))
 
     def predict(self, states: Tensor) -> Tensor:
-        """Log-probabilities of the token after each state: (..., D) -> (..., V)."""
+        """Compute log-probabilities of the token after each state: (..., D) -> (..., V)."""
         return super().forward(states).log_softmax(-1)
 
     @torch.no_grad()
     def likeliest(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """The token after each state that is likeliest, and its log-probability: (..., D) -> (...)
-        each. Scored in blocks."""
+        """Find the token after each state that is likeliest, and its log-probability: (..., D) ->
+        (...) each. Scored in blocks."""
         found: list[tuple[Tensor, Tensor]] = []
         # (m, D)
         for block in states.flatten(0, -2).split(max(1, BLOCK_SCORES // self.out_features)):
@@ -68,5 +68,5 @@ class Policy(Head, nn.Linear):
 
 
 def divergence(teacher: Tensor, student: Tensor) -> Tensor:
-    """KL(teacher || student) of log-probabilities (..., V) -> (...)."""
+    """Compute KL(teacher || student) of log-probabilities (..., V) -> (...)."""
     return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)

@@ -85,8 +85,8 @@ class SpanContrastive(Head, nn.Sequential):
         )
 
     def first_layer(self, inputs: HeadInputs) -> Tensor:
-        """Of every position: (B, T, D). The one product of heads that is large enough for
-        autocast's dtype."""
+        """Compute the first layer at every position: (B, T, D). The one product of heads that is
+        large enough for autocast's dtype."""
         weight, bias = (p.to(inputs.dtype) for p in self[0].parameters())
         return self[1](F.linear(inputs.hidden.to(inputs.dtype), weight, bias))
 

@@ -6,9 +6,8 @@ Out:   rows with positions, and how many; a scalar to call backward on, and sums
 State: the heads' parameters, named "policy.weight", "dynamics.0.weight", ...
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,15 +81,17 @@ class HeadStack(nn.ModuleDict):
         model: LanguageModel,
         output: ModelOutput,
         batch: Batch,
-        nll: Any,
-        cross_entropy: Any,
+        nll: Callable[[Tensor], Tensor],
+        cross_entropy: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
     ) -> HeadInputs:
-        """A forward pass as the heads see it; the last two as HeadInputs has them. Called under the
-        autocast of the pass, if there is one."""
+        """Collect a forward pass for the heads; the last two arguments as HeadInputs has them.
+        Called under the autocast of the pass, if there is one."""
         hidden, kind = output.hidden, output.hidden.device.type
         wide = torch.promote_types(hidden.dtype, torch.float32)
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else wide
-        return HeadInputs(hidden, output.readout, batch, nll, dtype, model, self, cross_entropy)
+        return HeadInputs(
+            hidden, output.readout, batch, nll, dtype, model, self.heads, cross_entropy
+        )
 
     def forward(
         self, inputs: HeadInputs, counts: Mapping[str, float], progress: float

@@ -53,7 +53,7 @@ class Value(Head, nn.Linear):
         return pick(targets_ahead(batch, self.span_tokens) > 0, draws)[:, None]  # (B, 1)
 
     def predict(self, states: Tensor) -> Tensor:
-        """(..., D) -> (...)."""
+        """Predict the loss of the coming span: (..., D) -> (...)."""
         return super().forward(states)[..., 0]
 
     def forward(self, inputs: HeadInputs, positions: Tensor, valid: Tensor) -> Tensor:  # type: ignore[override]
@@ -63,8 +63,8 @@ class Value(Head, nn.Linear):
 
 @torch.no_grad()
 def coming_nll(inputs: HeadInputs, positions: Tensor, span_tokens: int, roots: int = 1) -> Tensor:
-    """The mean -log p of the n tokens after each of the positions p .. p+roots-1, as far as p's
-    document has them in the row: p (B, 1) -> (B, roots)."""
+    """Compute the mean -log p of the n tokens after each of the positions p .. p+roots-1, as far as
+    p's document has them in the row: p (B, 1) -> (B, roots)."""
     documents, labels = inputs.batch.document_ids, inputs.batch.labels
     T = labels.shape[1]
     # the target of position t is token t+1

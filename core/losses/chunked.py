@@ -114,5 +114,5 @@ def score_blocks(
             answered = answered or block.answered
         if answered:
             share = scores.backward(gradient)
-            if hidden_gradient is not None:
+            if hidden_gradient is not None and share is not None:
                 hidden_gradient[where] = share.to(hidden_gradient.dtype)

@@ -33,17 +33,18 @@ class CrossEntropySettings(LossSettings):
 
 
 class CrossEntropy(TokenLoss):
+    """-log p of the target, with label smoothing (Szegedy et al. 2016, section 7)."""
+
+    settings: CrossEntropySettings
+
     def per_token(self, chunk: Chunk) -> Tensor:
-        softmax, smoothing = (
-            chunk.softmax(),
-            value_at(self.settings.label_smoothing, chunk.progress),
-        )
+        softmax = chunk.softmax()
+        smoothing = value_at(self.settings.label_smoothing, chunk.progress)
         values = softmax.nll(chunk.labels)
         if smoothing == 0.0:
             return values
-        return (1.0 - smoothing) * values + smoothing * (
-            softmax.log_normalizer - chunk.scores.mean(dim=1)
-        )
+        to_all = softmax.log_normalizer - chunk.scores.mean(dim=1)  # (n,)
+        return (1.0 - smoothing) * values + smoothing * to_all
 
     def add_gradient(self, chunk: Chunk, scale: Any, gradient: Gradient) -> None:
         smoothing = value_at(self.settings.label_smoothing, chunk.progress)

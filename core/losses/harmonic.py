@@ -10,6 +10,7 @@ where the formula as it is written overflows in fp32 from a cosine of 0.9997 on.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -50,15 +51,14 @@ class Harmonic(TokenLoss):
     settings: HarmonicSettings
 
     def per_token(self, chunk: Chunk) -> Tensor:
-        return self._softmax(chunk, value_at(self.settings.h_exp, chunk.progress))[0].nll(
-            chunk.labels
-        )
+        return self._nll_at(value_at(self.settings.h_exp, chunk.progress), chunk)
 
     def token_stats(self) -> dict[str, Callable[[Chunk], Tensor]]:
-        return {
-            name: lambda chunk, h=h: self._softmax(chunk, h)[0].nll(chunk.labels)
-            for name, h in FIXED.items()
-        }
+        return {name: partial(self._nll_at, h) for name, h in FIXED.items()}
+
+    def _nll_at(self, h_exp: float, chunk: Chunk) -> Tensor:
+        """Compute -log p of the labels (n,) at one exponent."""
+        return self._softmax(chunk, h_exp)[0].nll(chunk.labels)
 
     def add_gradient(self, chunk: Chunk, scale: Any, gradient: Gradient) -> None:
         softmax, exponent = self._softmax(chunk, value_at(self.settings.h_exp, chunk.progress))

@@ -37,7 +37,8 @@ class Scores(Protocol):
 
 
 def compute_dtype(hidden: Tensor, parameter: Tensor) -> torch.dtype:
-    """What scores are computed in: autocast's dtype inside autocast, which leaves float64 alone."""
+    """Return the dtype that scores are computed in: autocast's dtype inside autocast, which leaves
+    float64 alone."""
     device = hidden.device.type
     if parameter.dtype != torch.float64 and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -59,6 +60,7 @@ class LinearScores:
     the scores' place."""
 
     def __init__(self, hidden: Tensor, readout: Readout, wanted: list[bool]):
+        assert readout.linear is not None
         self.weight, self.bias = readout.linear
         self.wants_hidden, self.wants_weight = wanted[:2]
         self.wants_bias = self.bias is not None and wanted[2]
@@ -84,38 +86,34 @@ class LinearScores:
     def backward(self, gradient: Tensor) -> Tensor | None:
         if self.wants_weight:
             self._add_to_weight_gradient(gradient.t())
-        if self.wants_bias:
+        if self.wants_bias and self.bias is not None:
             # a product with ones, because sum(dim=0) takes twice as long, and ten times as long
             # when it also casts
             # (V,)
             share = torch.mm(gradient.new_ones(1, len(gradient)), gradient)[0].to(self.bias.dtype)
-            self.bias_gradient = (
-                share if self.bias_gradient is None else self.bias_gradient.add_(share)
-            )
+            before = self.bias_gradient
+            self.bias_gradient = share if before is None else before.add_(share)
         return torch.mm(gradient, self.compute_weight) if self.wants_hidden else None
 
     def gradients(self) -> list[Tensor | None]:
-        return (
-            [self.weight_gradient]
-            if self.bias is None
-            else [self.weight_gradient, self.bias_gradient]
-        )
+        if self.bias is None:
+            return [self.weight_gradient]
+        return [self.weight_gradient, self.bias_gradient]
 
     def shared_with(self, table: Tensor) -> bool:
-        """Whether `table` is the weight, so that one buffer can take both gradients."""
+        """Return whether `table` is the weight, so that one buffer can take both gradients."""
         return self.wants_weight and table is self.weight
 
     def table_gradient(self) -> Tensor:
-        """(V, D) the buffer of a table that is the weight, to be added to."""
+        """Return the buffer (V, D) of a table that is the weight, to be added to."""
         if self.weight_gradient is None:
             self.weight_gradient = torch.zeros_like(self.weight)
         return self.weight_gradient
 
     def _add_to_weight_gradient(self, gradient: Tensor) -> None:  # (V, n)
-        first = self.weight_gradient is None
-        if first:
-            self.weight_gradient = torch.empty_like(self.weight)
-        total = self.weight_gradient
+        first, total = self.weight_gradient is None, self.weight_gradient
+        if total is None:
+            self.weight_gradient = total = torch.empty_like(self.weight)
         if self.dtype == self.weight.dtype:
             torch.addmm(total, gradient, self.hidden, beta=0.0 if first else 1.0, out=total)
             return
@@ -207,8 +205,9 @@ class AnyScores:
         hidden_gradient, *shares = [next(found) if wants else None for wants in self.wanted]
         for i, share in enumerate(shares):
             if share is not None:
-                self.sums[i] = share.clone() if self.sums[i] is None else self.sums[i].add_(share)
-        self.scores = None
+                total = self.sums[i]
+                self.sums[i] = share.clone() if total is None else total.add_(share)
+        del self.scores
         return hidden_gradient
 
     def gradients(self) -> list[Tensor | None]:

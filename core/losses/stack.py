@@ -172,12 +172,11 @@ class LossStack:
     ) -> tuple[Tensor, ChunkPlan]:
         """Flatten the hidden states to (P, D), and plan which positions to score."""
         hidden = output.hidden.reshape(-1, output.hidden.shape[-1])
-        labels = batch.labels.reshape(-1)
-        positions: Tensor | None = (labels != IGNORE_INDEX).nonzero().squeeze(1)  # (N,)
-        if len(positions) == len(labels):
-            positions = None  # nothing to leave out, nothing to gather
-        else:
-            labels = labels[positions]
+        labels: Tensor = batch.labels.reshape(-1)
+        found = (labels != IGNORE_INDEX).nonzero().squeeze(1)  # (N,)
+        # with nothing to leave out there is nothing to gather
+        positions = None if len(found) == len(labels) else found
+        labels = labels if positions is None else labels[positions]
         vocab_size, device = len(output.readout.table), hidden.device
         itemsize = compute_dtype(hidden, output.readout.table).itemsize
         sizes = TABLE_BLOCK_BYTES if reads_table else BLOCK_BYTES
