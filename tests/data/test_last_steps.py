@@ -10,16 +10,9 @@ from typing import Any
 import pytest
 
 from core.data.validation import HoldOut
-from tests.data.corpus import (
-    Ranks,
-    make_factory,
-    make_loader,
-    resumed,
-    start,
-    texts_of,
-    write_corpus,
-)
+from tests.data.corpus import make_factory, make_loader, resumed, start, texts_of, write_corpus
 from tests.data.corpus import steps as as_they_were_read
+from tests.data.ranks import Ranks
 from tests.project import Project, differences, tiny_preset, train_here
 from tests.training.runs import finish, session
 

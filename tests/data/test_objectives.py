@@ -24,7 +24,7 @@ from core.data.validation import PSEUDO_CONTEXT, PSEUDO_TOKENS, HoldOut, hide_on
 from core.errors import UserError
 from core.preset.settings import TokenizerSettings
 from tests.data.corpus import (
-    Segment,
+    Stretch,
     byte_tokenizer,
     check_accounts,
     history,
@@ -319,7 +319,7 @@ def test_resuming_anywhere_masks_the_same_tokens(
     rows, masks included, and all of every document."""
     monkeypatch.setattr(pipeline, "SNAPSHOT_EVERY", 5)
     make = maker(tmp_path, packing=packing)
-    straight = history(make, [Segment(60)])
+    straight = history(make, [Stretch(60)])
     check_accounts(straight, make(0))
     assert (
         max(straight.epochs) > 1
@@ -329,11 +329,11 @@ def test_resuming_anywhere_masks_the_same_tokens(
         history(
             make,
             [
-                Segment(1),
-                Segment(7, ranks=2),
-                Segment(11, ranks=3),
-                Segment(2),
-                Segment(39, ranks=2),
+                Stretch(1),
+                Stretch(7, ranks=2),
+                Stretch(11, ranks=3),
+                Stretch(2),
+                Stretch(39, ranks=2),
             ],
         )
         == straight
@@ -344,8 +344,8 @@ def test_resuming_anywhere_masks_the_same_tokens(
 def test_workers_mask_the_same_tokens(tmp_path: Path) -> None:
     make = maker(tmp_path)
     assert history(
-        make, [Segment(9, workers=2), Segment(8, ranks=2, workers=1), Segment(13)]
-    ) == history(make, [Segment(30)])
+        make, [Stretch(9, workers=2), Stretch(8, ranks=2, workers=1), Stretch(13)]
+    ) == history(make, [Stretch(30)])
 
 
 def hidden_of(rows: dict[int, Row]) -> dict[int, dict[int, list[int]]]:
@@ -365,7 +365,7 @@ def hidden_of(rows: dict[int, Row]) -> dict[int, dict[int, list[int]]]:
 def test_another_epoch_hides_other_tokens(tmp_path: Path) -> None:
     """Every document is met again with another mask: what is learned of it is not one fifth for
     ever."""
-    found = hidden_of(history(maker(tmp_path, max_epochs=3), [Segment(None)]).rows)
+    found = hidden_of(history(maker(tmp_path, max_epochs=3), [Stretch(None)]).rows)
     assert len(found) > 40
     for draws in found.values():
         places = [tuple(sorted(each)) for each in draws.values()]
@@ -383,7 +383,7 @@ def test_another_seed_hides_other_tokens(tmp_path: Path) -> None:
         found.append(
             list(
                 history(
-                    lambda number, factory=factory: factory, [Segment(20, rows=1)]
+                    lambda number, factory=factory: factory, [Stretch(20, rows=1)]
                 ).rows.values()
             )
         )

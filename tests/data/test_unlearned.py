@@ -12,7 +12,8 @@ from core.contracts import IGNORE_INDEX
 from core.data.packing import Row
 from core.data.position import Position
 from core.errors import ReadingFailed
-from tests.data.corpus import Ranks, make_factory, make_loader, resumed, start, write_corpus
+from tests.data.corpus import make_factory, make_loader, resumed, start, write_corpus
+from tests.data.ranks import Ranks
 
 ROWS = 4
 

@@ -25,7 +25,6 @@ from core.data.worker import CLOSE_SECONDS, DataWorker
 from core.errors import ReadingFailed
 from tests.data.corpus import (
     LANES,
-    Ranks,
     byte_tokenizer,
     make_factory,
     make_loader,
@@ -34,6 +33,7 @@ from tests.data.corpus import (
     steps,
     write_corpus,
 )
+from tests.data.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """

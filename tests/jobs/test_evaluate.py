@@ -25,7 +25,7 @@ from core.runtime import detect_runtime
 from core.ui.evaluate import EvaluateView
 from tests.documents import GUIDE, block_of, files_named
 from tests.evaluation.harness.tiny import SEQUENCE
-from tests.jobs.test_tokenize import Terminal
+from tests.jobs.test_tokenize_shown import Terminal
 from tests.project import ROOT, Project, merged, tiny_preset, train_here
 
 pytest.importorskip("lm_eval")
@@ -74,6 +74,22 @@ def turns(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
+def assert_reported(root: Path, told: str, bits_per_byte: str) -> None:
+    """On the screen and in evaluate.md."""
+    report = (root / "logs" / "e" / "evaluate.md").read_text()
+    for text in (told, report):
+        assert (
+            "python_facts" in text
+            and "exact_match (first-number)" in text
+            and bits_per_byte in text
+        )
+    assert (
+        "- trained on: " in report
+        and "lm_eval" in report
+        and told.endswith("report: logs/e/evaluate.md\n")
+    )
+
+
 def test_everything_is_measured_once_and_told(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tasks and held-out text; the numbers of training's own evaluation; again only what has
     changed since."""
@@ -104,18 +120,7 @@ def test_everything_is_measured_once_and_told(root: Path, monkeypatch: pytest.Mo
         (root / name).exists()
         for name in files_named(block_of(GUIDE, "logs/<lineage>/evaluate.md"), lineage="e")
     )
-    report = (root / "logs" / "e" / "evaluate.md").read_text()
-    for text in (told, report):
-        assert (
-            "python_facts" in text
-            and "exact_match (first-number)" in text
-            and f"{texts['bits_per_byte']:.4f}" in text
-        )
-    assert (
-        "- trained on: " in report
-        and "lm_eval" in report
-        and told.endswith("report: logs/e/evaluate.md\n")
-    )
+    assert_reported(root, told, f"{texts['bits_per_byte']:.4f}")
 
     told, again = run(root)
     assert (

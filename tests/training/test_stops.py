@@ -14,7 +14,7 @@ from core.preset.decode import decode_preset
 from core.registry import Preset
 from core.runtime import detect_runtime
 from core.training.recovery import BAD_STEPS
-from tests.data.corpus import Ranks
+from tests.data.ranks import Ranks
 from tests.project import Project, merged, story, tiny_preset, train_here
 from tests.training.runs import (
     EXACT,

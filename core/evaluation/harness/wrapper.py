@@ -33,7 +33,6 @@ def as_harness_model(
 ) -> Any:
     """Return an instance of lm_eval.api.model.LM, a class of a library without types. `progress` is
     called with how much of what the harness requested is done."""
-    utils = harness("utils")
     template: Any = harness("api.model").TemplateLM
     # answers share their question
     ids_of = lru_cache(maxsize=64)(lambda text: tokenizer.encode_batch([text])[0].tolist())
@@ -57,20 +56,16 @@ def as_harness_model(
         def loglikelihood_rolling(
             self, requests: list[Any], disable_tqdm: bool = False
         ) -> list[float]:
-            windows: list[Pair] = []
-            counts = []
-            for request in requests:
-                rolling = utils.get_rolling_token_windows(
-                    token_list=self.tok_encode(request.args[0]),
-                    prefix_token=self.prefix_token_id,
-                    max_seq_len=scorer.longest,
-                    context_len=1,
+            windows = [
+                _rolling_windows(
+                    self.tok_encode(request.args[0]), self.prefix_token_id, scorer.longest
                 )
-                disjoint = [utils.make_disjoint_window(window) for window in rolling]
-                windows += disjoint
-                counts.append(len(disjoint))
-            scores = iter(scorer.loglikelihoods(windows, progress))
-            return [sum((next(scores)[0] for _ in range(count)), 0.0) for count in counts]
+                for request in requests
+            ]
+            scores = iter(
+                scorer.loglikelihoods([pair for text in windows for pair in text], progress)
+            )
+            return [sum((next(scores)[0] for _ in text), 0.0) for text in windows]
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
             prompts = []
@@ -96,6 +91,16 @@ def as_harness_model(
             return ids or [self.prefix_token_id], scored
 
     return Model()
+
+
+def _rolling_windows(ids: list[int], first: int, longest: int) -> list[Pair]:
+    """Cut a text into the harness's windows, each token scored once. `first`: the token before
+    it."""
+    utils = harness("utils")
+    windows = utils.get_rolling_token_windows(
+        token_list=ids, prefix_token=first, max_seq_len=longest, context_len=1
+    )
+    return [utils.make_disjoint_window(window) for window in windows]
 
 
 def sampling_params(kwargs: dict[str, Any], notes: list[str]) -> SamplingParams:
