@@ -400,7 +400,11 @@ from core.preset.decode import decode_preset
 from core.preview import training_lines
 from core.runtime import detect_runtime
 lines = []
-for model in ({"type": "gpt2"}, {"type": "hub", "name": "distilgpt2"}, {"type": "hub", "name": "gpt2", "pretrained": False}):
+for model in (
+    {"type": "gpt2"},
+    {"type": "hub", "name": "distilgpt2"},
+    {"type": "hub", "name": "gpt2", "pretrained": False},
+):
     preset = {"model": model, "tokenizer": "gpt2", "data": {"sources": ["python_stdlib"]}}
     decoded = decode_preset(preset, Preset, "t", "t")
     lines.append(training_lines(decoded, detect_runtime(), Path())[::2])
