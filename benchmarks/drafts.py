@@ -8,8 +8,8 @@ where they stay for the next time (some minutes). Then the model continues begin
 that source, at several temperatures, alone and four at once: plainly, and with drafts of some
 lengths, in turns, in one process with one thread. Prints tokens per second of processor time
 (others may use the machine too), how many drafted tokens were accepted, how many tokens a pass of
-the model gave, and median and range of the ratios. The tokens are the same but for rounding; how many texts
-differ is printed."""
+the model gave, and median and range of the ratios. The tokens are the same but for rounding;
+how many texts differ is printed."""
 
 import statistics
 import sys
