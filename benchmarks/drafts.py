@@ -1,5 +1,5 @@
-"""The worth of a draft head in generation: a small model is trained with one, and then speaks with
-it and without.
+"""The worth of a draft head in generation: a small model is trained with one, and then generates
+with it and without.
 
     python benchmarks/drafts.py [FOLDER]
 
@@ -7,14 +7,15 @@ Trains 6 layers of width 192 on the standard library's source for 1.2M tokens, i
 where they stay for the next time (some minutes). Then the model continues beginnings of files of
 that source, at several temperatures, alone and four at once: plainly, and with drafts of some
 lengths, in turns, in one process with one thread. Prints tokens per second of processor time
-(others may use the machine too), how many guesses were right, how many tokens a pass of the model
-gave, and median and range of the ratios. The tokens are the same but for rounding; how many texts
-differ is told."""
+(others may use the machine too), how many drafted tokens were accepted, how many tokens a pass of
+the model gave, and median and range of the ratios. The tokens are the same but for rounding;
+how many texts differ is printed."""
 
 import statistics
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,19 +72,19 @@ def trained_in(folder: Path) -> Trained:
 
 def prompts_of(trained: Trained) -> list[list[int]]:
     """Beginnings of files, each somewhere else in the library; most of them the model has read."""
-    found = []
+    prompts = []
     for number, document in enumerate(
         build_source(PythonStdlibSettings(), Path.cwd(), 1).stream({})
     ):
         ids = trained.tokenizer.encode_batch([document.text])[0].tolist()
         if number % 7 == 0 and len(ids) > PROMPT + NEW_TOKENS:
-            found.append([trained.tokenizer.eos_id, *ids[: PROMPT - 1]])
-        if len(found) == TEXTS:
-            return found
+            prompts.append([trained.tokenizer.eos_id, *ids[: PROMPT - 1]])
+        if len(prompts) == TEXTS:
+            return prompts
     raise AssertionError("too few files")
 
 
-def speak(
+def generate(
     generator: TextGenerator, prompts: list[list[int]], params: SamplingParams, at_once: int
 ) -> tuple[float, list[list[int]]]:
     """Seconds of this process, and the tokens."""
@@ -101,44 +102,58 @@ def speak(
 def main(folder: Path) -> None:
     trained = trained_in(folder)
     torch.set_num_threads(1)
-    heads: Any = trained.heads()
     prompts = prompts_of(trained)
     plain = TextGenerator(trained.model, trained.tokenizer, CONTEXT)
-    speak(plain, prompts[:1], SamplingParams(max_tokens=20), 1)  # warm
+    generate(plain, prompts[:1], SamplingParams(max_tokens=20), 1)  # warm
     for temperature, top_p in ((0.0, 1.0), (0.9, 0.95)):
         params = SamplingParams(max_tokens=NEW_TOKENS, temperature=temperature, top_p=top_p)
         for at_once in (1, 4):
-            ratios: dict[int, list[float]] = {length: [] for length in LENGTHS}
-            speeds, drafters = [], {length: Drafter(heads["draft"]) for length in LENGTHS}
-            for length, drafter in drafters.items():
-                drafter.tokens = length
-            for _ in range(ROUNDS):
-                seconds, texts = speak(plain, prompts, params, at_once)
-                speeds.append(sum(len(ids) - PROMPT for ids in texts) / seconds)
-                for length, drafter in drafters.items():
-                    generator = TextGenerator(
-                        trained.model, trained.tokenizer, CONTEXT, drafter=drafter
-                    )
-                    took, others = speak(generator, prompts, params, at_once)
-                    ratios[length].append(
-                        sum(map(len, others)) / sum(map(len, texts)) * seconds / took
-                    )
-            print(
-                f"temperature {temperature:g}, {at_once} at once: plain "
-                f"{statistics.median(speeds):.0f} tokens/s",
-                flush=True,
-            )
-            for length, drafter in drafters.items():
-                different = sum(a != b for a, b in zip(texts, others))
-                own = ratios[length]
-                print(
-                    f"  drafts of {length}: x {statistics.median(own):.2f} ({min(own):.2f} to "
-                    f"{max(own):.2f}), "
-                    f"{drafter.accepted / max(drafter.proposed, 1):.0%} of guesses right, "
-                    f"{drafter.emitted / max(drafter.passes, 1):.2f} tokens a pass, {different} of "
-                    f"{TEXTS} texts differ",
-                    flush=True,
-                )
+            compare(trained, plain, prompts, params, at_once)
+
+
+def drafters_of(trained: Trained) -> dict[int, Drafter]:
+    """Build a drafter for each length."""
+    heads: Any = trained.heads()
+    drafters = {length: Drafter(heads["draft"]) for length in LENGTHS}
+    for length, drafter in drafters.items():
+        drafter.tokens = length
+    return drafters
+
+
+def compare(
+    trained: Trained,
+    plain: TextGenerator,
+    prompts: list[list[int]],
+    params: SamplingParams,
+    at_once: int,
+) -> None:
+    """Generate plainly and with drafts of each length, in turns, and print how fast."""
+    drafters, speeds = drafters_of(trained), []
+    speedups: dict[int, list[float]] = {length: [] for length in LENGTHS}
+    different = dict.fromkeys(LENGTHS, 0)
+    for _ in range(ROUNDS):
+        seconds, texts = generate(plain, prompts, params, at_once)
+        speeds.append(sum(len(ids) - PROMPT for ids in texts) / seconds)
+        for length, drafter in drafters.items():
+            took, drafted = generate(replace(plain, drafter=drafter), prompts, params, at_once)
+            speedup = sum(map(len, drafted)) / sum(map(len, texts)) * seconds / took
+            speedups[length].append(speedup)
+            different[length] = sum(a != b for a, b in zip(texts, drafted))
+    speed = statistics.median(speeds)
+    print(
+        f"temperature {params.temperature:g}, {at_once} at once: plain {speed:.0f} tokens/s",
+        flush=True,
+    )
+    for length, drafter in drafters.items():
+        each = speedups[length]
+        print(
+            f"  drafts of {length}: x {statistics.median(each):.2f} "
+            f"({min(each):.2f} to {max(each):.2f}), "
+            f"{drafter.accepted / max(drafter.proposed, 1):.0%} of guesses right, "
+            f"{drafter.emitted / max(drafter.passes, 1):.2f} tokens a pass, "
+            f"{different[length]} of {TEXTS} texts differ",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -78,13 +78,14 @@ def new_tokens(rows: list[GenerationRow]) -> int:
     return sum(len(row.ids) - PROMPT for row in rows)
 
 
-def report(name: str, what: tuple[str, str], speeds: list[tuple[float, float]]) -> None:
+def report(name: str, names: tuple[str, str], speeds: list[tuple[float, float]]) -> None:
     ratios = [second / first for first, second in speeds]
-    told = "   ".join(
-        f"{word} {' '.join(f'{s:5.0f}' for s in own)}" for word, own in zip(what, zip(*speeds))
+    columns = "   ".join(
+        f"{word} {' '.join(f'{s:5.0f}' for s in column)}"
+        for word, column in zip(names, zip(*speeds))
     )
     print(
-        f"{name:24s} tokens/s {told}   x {statistics.median(ratios):.1f} ({min(ratios):.1f} to "
+        f"{name:24s} tokens/s {columns}   x {statistics.median(ratios):.1f} ({min(ratios):.1f} to "
         f"{max(ratios):.1f})",
         flush=True,
     )
@@ -99,12 +100,12 @@ def main() -> None:
         new_cache, speeds, batched = model.new_cache, [], []
         seconds(model, tokenizer, [rows_of(tokenizer, 1)])  # warm
         for _ in range(REPETITIONS):
-            found = []
+            timed = []
             for cache in (lambda: None, new_cache):
                 model.new_cache = cache
                 rows = rows_of(tokenizer, 1)
-                found.append((seconds(model, tokenizer, [rows]), rows))
-            (slow, plain), (fast, cached) = found
+                timed.append((seconds(model, tokenizer, [rows]), rows))
+            (slow, plain), (fast, cached) = timed
             assert plain[0].ids == cached[0].ids, "a cache changes no text"
             speeds.append((new_tokens(plain) / slow, new_tokens(cached) / fast))
             alone, together = rows_of(tokenizer, ROWS), rows_of(tokenizer, ROWS)

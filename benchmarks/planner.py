@@ -123,7 +123,7 @@ def fitted(
         return gain(router(seen(test))[..., 0], test)
 
 
-def told(gains: Tensor, documents: Tensor) -> str:
+def summary(gains: Tensor, documents: Tensor) -> str:
     means = [gains[documents == number].mean().item() for number in documents.unique()]
     return f"{statistics.fmean(means):+.4f} ± {statistics.stdev(means) / len(means) ** 0.5:.4f}"
 
@@ -178,9 +178,9 @@ def main(stem: str, root: Path) -> None:
         f"came among the candidates: {(test['came'] >= 0).float().mean():.3f}; cross-entropy is "
         "lower by, in nats per token:"
     )
-    print(f"{'as trained':30s} {told(test['gain'], test['document'])}")
+    print(f"{'as trained':30s} {summary(test['gain'], test['document'])}")
     for name, columns in parts.items():
-        print(f"{name:30s} {told(fitted(columns, fit, test, 0), test['document'])}", flush=True)
+        print(f"{name:30s} {summary(fitted(columns, fit, test, 0), test['document'])}", flush=True)
     speeds(trained)
 
 

@@ -1,5 +1,4 @@
-"""The Hugging Face Hub as the program meets it: is it there, how a file of it is opened, and what
-an error of it means.
+"""The Hugging Face Hub: check that it can be reached, open its files, and explain its errors.
 
 In:    names, URLs and errors of `datasets` and `huggingface_hub`
 Out:   answers within seconds, and one-line reasons that say what to do and never show a token
@@ -19,18 +18,18 @@ from core.errors import MissingPackage, SourceUnavailable
 from core.optional_packages import need
 
 PROBE_SECONDS = 5.0
-"""How long a connection may take before the Hub counts as out of reach."""
+"""Seconds that a connection may take before the Hub counts as out of reach."""
 SILENCE_SECONDS = 30.0
-"""How long the Hub may say nothing where huggingface_hub sets no limit. For data it does: 10 s, or
-HF_HUB_DOWNLOAD_TIMEOUT."""
+"""Seconds that the Hub may be silent where huggingface_hub sets no limit. For data it sets one:
+10 s, or HF_HUB_DOWNLOAD_TIMEOUT."""
 LONGEST_WAIT_SECONDS = 60.0
-"""A wait the Hub asks for is cut down to this; then it is asked again."""
+"""The longest wait between two requests, even if the Hub asks for a longer one."""
 
 _once, _limited = threading.Lock(), False
 
 
 class HubTrouble(SourceUnavailable):
-    """The Hub cannot be had just now: trying again may help."""
+    """The Hub cannot be used at the moment: trying again may help."""
 
     def __init__(self, reason: str, reachable: bool, wait_seconds: float = 0.0):
         self.reachable, self.wait_seconds = reachable, wait_seconds
@@ -38,10 +37,10 @@ class HubTrouble(SourceUnavailable):
 
 
 def check_reachable() -> None:
-    """Raises HubTrouble when no connection to the Hub (or to the proxy on the way) comes about.
+    """Raise HubTrouble when the Hub (or the proxy on the way) cannot be reached.
 
-    The library itself retries a failed name look-up for half a minute; a machine without network
-    has to learn it at once."""
+    The library itself retries a failed name look-up for half a minute; a machine without a network
+    has to know at once."""
     constants = need("huggingface_hub.constants", "datasets")
     if constants.HF_HUB_OFFLINE:
         raise SourceUnavailable(
@@ -60,8 +59,8 @@ def check_reachable() -> None:
 
 
 def why_unreachable() -> str:
-    """Return what `check_reachable` says, for whoever has a local cache to turn to; "" where the
-    Hub can be reached."""
+    """Return the error of `check_reachable`, for callers that have a local cache to turn to; ""
+    where the Hub can be reached."""
     try:
         check_reachable()
     except SourceUnavailable as error:
@@ -70,7 +69,7 @@ def why_unreachable() -> str:
 
 
 def _first_hop(endpoint: str) -> tuple[str, int, str]:
-    """Host and port the first packet goes to, and how to name it to a person."""
+    """Return the host and port that the first packet goes to, and its name for a person."""
     url = urlsplit(endpoint)
     host = url.hostname or "huggingface.co"
     proxy = urllib.request.getproxies().get(url.scheme)
@@ -81,20 +80,17 @@ def _first_hop(endpoint: str) -> tuple[str, int, str]:
 
 
 def _limit_waiting() -> None:
-    """huggingface_hub waits without end for the answers to some questions, and as long as an answer
-    asks it to: no longer."""
+    """Limit the waits of huggingface_hub, which waits without end for some answers, and as long as
+    an answer asks it to."""
     global _limited
     http = need("huggingface_hub.utils._http", "datasets")
 
     def end_of_silence(request: Any) -> None:
-        asked = request.extensions.get("timeout") or {}
-        limits = {what: asked.get(what) for what in ("connect", "read", "write", "pool")}
-        request.extensions = {
-            **request.extensions,
-            "timeout": {
-                what: SILENCE_SECONDS if limit is None else limit for what, limit in limits.items()
-            },
-        }
+        limits = dict.fromkeys(("connect", "read", "write", "pool"), SILENCE_SECONDS)
+        for phase, limit in (request.extensions.get("timeout") or {}).items():
+            if phase in limits and limit is not None:
+                limits[phase] = limit
+        request.extensions = {**request.extensions, "timeout": limits}
 
     def end_of_waiting(response: Any) -> None:
         if _wait_of(response, http) > LONGEST_WAIT_SECONDS:
@@ -117,19 +113,19 @@ def _limit_waiting() -> None:
 
 
 def quiet_datasets() -> Any:
-    """The `datasets` module without bars, chatter and long waits."""
+    """Return the `datasets` module without bars, chatter and long waits."""
     datasets, hub = need("datasets", "datasets"), need("huggingface_hub.utils", "datasets")
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
     hub.disable_progress_bars()
     hub.logging.set_verbosity_error()
-    # Twenty tries of five seconds would hide an outage for minutes; the stream tries again itself,
+    # Twenty tries of five seconds would hide an outage for minutes; the stream itself tries again,
     # from its cursor.
-    for what in ("READ", "OPEN"):
-        setattr(datasets.config, f"STREAMING_{what}_MAX_RETRIES", 1)
-    for what in ("READ", "OPEN", "READ_SERVER_UNAVAILABLE", "READ_RATE_LIMIT"):
-        setattr(datasets.config, f"STREAMING_{what}_RETRY_INTERVAL", 0)
-    # a call to a third host, three seconds long behind a firewall
+    for case in ("READ", "OPEN"):
+        setattr(datasets.config, f"STREAMING_{case}_MAX_RETRIES", 1)
+    for case in ("READ", "OPEN", "READ_SERVER_UNAVAILABLE", "READ_RATE_LIMIT"):
+        setattr(datasets.config, f"STREAMING_{case}_RETRY_INTERVAL", 0)
+    # a call to a third host, which takes three seconds behind a firewall
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     _keep_the_bars_lock()
     _limit_waiting()
@@ -137,9 +133,9 @@ def quiet_datasets() -> Any:
 
 
 def _keep_the_bars_lock() -> None:
-    """Bars that nobody sees share a lock, which `datasets` makes and takes away again, in several
-    threads at once: the one who comes second finds none. One that is there before stays; a plain
-    one leaves no semaphore behind in a data worker either."""
+    """Give the invisible progress bars a lock that stays. `datasets` makes and removes their shared
+    lock in several threads at once, and the second thread finds none; a lock that is there before
+    is kept. A plain lock leaves no semaphore behind in a data worker either."""
     bar = need("tqdm", "datasets").tqdm
     with _once:
         if not hasattr(bar, "_lock"):
@@ -157,10 +153,10 @@ def open_file(url: str) -> BinaryIO:
 
 
 def fetch_file(repo: str, file: str) -> Path:
-    """A file of a model's repository, in the library's local cache; from there alone where the Hub
-    is out of reach.
+    """Fetch a file of a model's repository into the library's local cache, and return its path; use
+    the cache alone where the Hub is out of reach.
 
-    Raises SourceUnavailable saying why it cannot be had, or MissingPackage.
+    Raises SourceUnavailable with the reason, or MissingPackage.
     """
     hub, utils = (
         need(module, "huggingface_hub", MissingPackage)
@@ -171,7 +167,7 @@ def fetch_file(repo: str, file: str) -> Path:
     unreachable = why_unreachable()
     try:
         return Path(hub.hf_hub_download(repo, file, local_files_only=bool(unreachable)))
-    except Exception as error:  # whatever the library raises, or the HTTP client under it
+    except Exception as error:  # any error of the library, or of the HTTP client under it
         if unreachable:
             raise SourceUnavailable(f"{unreachable}; the local cache does not have it") from None
         if _is_a(_root(error), "EntryNotFoundError") and _status(_root(error)) == 404:
@@ -179,12 +175,12 @@ def fetch_file(repo: str, file: str) -> Path:
         raise SourceUnavailable(explain(error, repo, kind="")) from None
 
 
-# what an error means ------------------------------------------------------------------------------
+# errors -------------------------------------------------------------------------------------------
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what caused it: `datasets` wraps what the Hub answered, sometimes "from None",
-    in errors of its own."""
+    """Yield an error and its causes: `datasets` wraps the Hub's answer in errors of its own,
+    sometimes "from None"."""
     seen: list[BaseException] = []
     while error is not None and error not in seen:
         seen.append(error)
@@ -193,18 +189,18 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _root(error: BaseException) -> BaseException:
-    """Find what the Hub answered, or how the line broke; the error itself when it tells of neither.
-    The first one found decides: what it happened after, such as a missing README, says nothing."""
+    """Find the Hub's answer, or the error of the connection, among an error's causes; otherwise the
+    error itself. The first one decides: earlier ones, such as a missing README, say nothing."""
     chain = list(_chain(error))
-    told = (
-        e for e in chain if getattr(e, "response", None) is not None or _is_a(e, "TransportError")
-    )
-    return next(told, next((e for e in chain if _is_broken_line(e)), error))
+    for cause in chain:
+        if getattr(cause, "response", None) is not None or _is_a(cause, "TransportError"):
+            return cause
+    return next((cause for cause in chain if _is_broken_line(cause)), error)
 
 
 def _is_a(error: BaseException, *names: str) -> bool:
-    """By name: the HTTP library under huggingface_hub changes from version to version, the names of
-    its errors do not."""
+    """Return whether an error is of a class with one of the names. The HTTP library under
+    huggingface_hub changes from version to version, the names of its errors do not."""
     return any(cls.__name__ in names for cls in type(error).__mro__)
 
 
@@ -215,12 +211,12 @@ def _is_broken_line(error: BaseException) -> bool:
 
 
 def _status(error: BaseException) -> int:
-    """The HTTP status of the Hub's answer; 0 when there was none."""
+    """Return the HTTP status of the Hub's answer; 0 when there was none."""
     return getattr(getattr(error, "response", None), "status_code", 0)
 
 
 def _is_refusal(root: BaseException) -> bool:
-    """Return whether the Hub said no, and would say it again."""
+    """Return whether the Hub refused, and would refuse again."""
     missing = (
         "RepositoryNotFoundError",
         "RevisionNotFoundError",
@@ -231,8 +227,8 @@ def _is_refusal(root: BaseException) -> bool:
 
 
 def is_passing(error: Exception) -> bool:
-    """Return whether trying again may help: a broken line, too many requests, trouble on the Hub's
-    side."""
+    """Return whether trying again may help: a broken connection, too many requests, trouble on the
+    Hub's side."""
     root = _root(error)
     return not _is_refusal(root) and (
         _is_broken_line(root) or _status(root) in (408, 429) or _status(root) >= 500
@@ -240,34 +236,31 @@ def is_passing(error: Exception) -> bool:
 
 
 def is_of_the_line(error: Exception) -> bool:
-    """Return whether the Hub, or the way to it, has to do with an error; else it is what the bytes
-    say."""
+    """Return whether an error comes from the Hub or the connection, and not from the content."""
     root = _root(error)
     return _is_broken_line(root) or getattr(root, "response", None) is not None
 
 
 def is_permanent(error: Exception) -> bool:
-    """Return whether trying again is useless. A bare 401 or 403 is not: storage behind the Hub
-    answers so in passing, too."""
+    """Return whether trying again is useless. A bare 401 or 403 is not permanent: the storage
+    behind the Hub sometimes answers so for a moment."""
     lost = isinstance(error, FileNotFoundError | PermissionError) and not is_passing(error)
     return lost or _is_refusal(_root(error)) or "invalid credentials" in str(_root(error)).lower()
 
 
 def asked_to_wait(error: Exception) -> float:
-    """Seconds the Hub wants to be left alone for (HTTP 429 and 503 may say so), at most a minute; 0
-    when it says nothing."""
+    """Return the seconds that the Hub asks to wait (with HTTP 429 and 503), at most a minute; 0
+    when it asks for none."""
     response = getattr(_root(error), "response", None)
-    wait = (
-        0.0
-        if response is None
-        else _wait_of(response, need("huggingface_hub.utils._http", "datasets"))
-    )
+    if response is None:
+        return 0.0
+    wait = _wait_of(response, need("huggingface_hub.utils._http", "datasets"))
     return min(wait, LONGEST_WAIT_SECONDS)
 
 
 def _wait_of(response: Any, http: Any) -> float:
-    """By one of two headers; `ratelimit` is the Hub's own, and tells how long until its window of
-    minutes is over."""
+    """Return the seconds that one of two headers asks for; `ratelimit` is the Hub's own, with the
+    seconds until its window of minutes is over."""
     if response.status_code not in (429, 503):
         return 0.0
     try:
@@ -275,37 +268,57 @@ def _wait_of(response: Any, http: Any) -> float:
     except ValueError:  # a date
         seconds = 0.0
     window = getattr(http, "parse_ratelimit_headers", lambda headers: None)(response.headers)
-    return max(
-        seconds,
-        0.0,
-        float(window.reset_in_seconds) if window is not None and window.remaining == 0 else 0.0,
-    )
+    if window is not None and window.remaining == 0:
+        seconds = max(seconds, float(window.reset_in_seconds))
+    return max(seconds, 0.0)
 
 
 def trouble(error: Exception, dataset: str) -> SourceUnavailable:
-    """The error as a source raises it."""
+    """Return the error that a source raises for an error of the Hub."""
     reason = explain(error, dataset)
-    return (
-        HubTrouble(reason, True, asked_to_wait(error))
-        if is_passing(error)
-        else SourceUnavailable(reason)
-    )
+    if is_passing(error):
+        return HubTrouble(reason, reachable=True, wait_seconds=asked_to_wait(error))
+    return SourceUnavailable(reason)
 
 
 def explain(error: Exception, dataset: str, kind: str = "datasets/") -> str:
-    """One line: what went wrong with a dataset, and what to do. With `kind` "" it is a model or a
-    tokenizer."""
-    return redacted(_explain(error, dataset, kind))
+    """Explain in one line what went wrong with a dataset, and what to do. With `kind` "" it is a
+    model or a tokenizer."""
+    reason = _explain_access(error, dataset, kind) or _explain_other(error, dataset, kind)
+    return redacted(reason)
 
 
-def _explain(error: Exception, dataset: str, kind: str) -> str:
-    root, text = _root(error), " ".join(str(error).split())
-    low, status = f"{text} {root}".lower(), _status(root)
+def _page(dataset: str, kind: str) -> str:
+    """Return the address of a dataset's page, for a person."""
     local = dataset.startswith((".", "/", "~"))
-    endpoint = need("huggingface_hub.constants", "datasets").ENDPOINT.rstrip("/")
-    page = "the file" if local else f"{endpoint}/{kind}{dataset}"
-    token = need("huggingface_hub", "datasets").get_token() is not None
-    put = f"create a token with read access at {endpoint}/settings/tokens, {_where_to_put_it()}"
+    return "the file" if local else f"{_endpoint()}/{kind}{dataset}"
+
+
+def _endpoint() -> str:
+    endpoint: str = need("huggingface_hub.constants", "datasets").ENDPOINT
+    return endpoint.rstrip("/")
+
+
+def _has_token() -> bool:
+    return need("huggingface_hub", "datasets").get_token() is not None
+
+
+def _how_to_add_a_token() -> str:
+    return (
+        f"create a token with read access at {_endpoint()}/settings/tokens, put it as HF_TOKEN=... "
+        "into the file .env in the project's folder (or into the environment), and start again"
+    )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _explain_access(error: Exception, dataset: str, kind: str) -> str:
+    """Explain an error about tokens and permissions; "" for any other."""
+    root = _root(error)
+    low, status = f"{_one_line(error)} {root}".lower(), _status(root)
+    page, token, put = _page(dataset, kind), _has_token(), _how_to_add_a_token()
     if "invalid credentials" in low or "invalid username or password" in low:
         return (
             "the Hub refused your token (HTTP 401): it is mistyped, expired or revoked. Either "
@@ -339,6 +352,13 @@ def _explain(error: Exception, dataset: str, kind: str) -> str:
         return f"the Hub refused access to {dataset} (HTTP {status}): ask for it at {page}" + (
             "" if token else f"; then {put}"
         )
+    return ""
+
+
+def _explain_other(error: Exception, dataset: str, kind: str) -> str:
+    """Explain an error about the dataset, the Hub's state or the connection."""
+    root, text = _root(error), _one_line(error)
+    low, status = f"{text} {root}".lower(), _status(root)
     if ("builderconfig" in low and "not found" in low) or "config name is missing" in low:
         return f'{dataset} needs another "config": {_from_bracket(text)}'
     if "bad split" in low:
@@ -350,7 +370,7 @@ def _explain(error: Exception, dataset: str, kind: str) -> str:
         )
     if status == 429:
         return "the Hub is asked too often (HTTP 429); try later" + (
-            "" if token else f", or raise the limit: {put}"
+            "" if _has_token() else f", or raise the limit: {_how_to_add_a_token()}"
         )
     if status >= 500:
         return (
@@ -362,18 +382,12 @@ def _explain(error: Exception, dataset: str, kind: str) -> str:
             f"the connection to the Hub failed ({_short(text) or type(error).__name__}); "
             "check the network"
         )
-    return f"{dataset} cannot be read ({type(error).__name__}: {_short(text)}); look at {page}"
-
-
-def _where_to_put_it() -> str:
-    return (
-        "put it as HF_TOKEN=... into the file .env in the project's folder (or into the "
-        "environment), and start again"
-    )
+    reason = f"{type(error).__name__}: {_short(text)}"
+    return f"{dataset} cannot be read ({reason}); look at {_page(dataset, kind)}"
 
 
 def _from_bracket(text: str) -> str:
-    """The list at the end of one of the library's messages."""
+    """Return the list at the end of one of the library's messages."""
     begin, end = text.find("["), text.find("]")
     return _short(text[begin + 1 : end].replace("'", ""), 600) if 0 <= begin < end else _short(text)
 

@@ -12,8 +12,8 @@ from core.errors import SourceUnavailable
 
 
 def need(module: str, package: str, lacking: type[Exception] = SourceUnavailable) -> Any:
-    """An optional module. Raises `lacking` saying what to install; of a source it is one that the
-    others can go on without."""
+    """Import an optional module. Raises `lacking`, which says what to install; by default an error
+    of one source, without which the other sources go on."""
     try:
         return importlib.import_module(module)
     except ImportError:

@@ -106,11 +106,11 @@ def _as_made(preset: P, weights: Weights) -> tuple[P, list[str]]:
     if weights.preset is None:
         return preset, []
     sections = [key for key in ("model", "tokenizer", "auxiliary") if key in weights.preset]
-    made = {key: weights.preset[key] for key in sections}
+    made: dict[str, Any] = {key: weights.preset[key] for key in sections}
     resolved = {**preset_json(preset), **made}
     as_made = decode_preset(resolved, type(preset), weights.where, preset.lineage)
-    asked = "model" in preset.model_fields_set
-    differences = weights.other_settings(preset.model) if asked else []
+    names_model = "model" in preset.model_fields_set
+    differences = weights.other_settings(preset.model) if names_model else []
     if not differences:
         return as_made, []
     differing = "; ".join(differences)

@@ -289,8 +289,8 @@ def kill_group(process: subprocess.Popen) -> None:
 
 
 def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
-    """Name what is not the same, bit for bit, in two checkpoints, or is in one of them only: weights
-    of the model and of its heads, optimizer, progress, position in the data and mix."""
+    """Name the parts that differ by a bit in two checkpoints, or are in one only: weights of the
+    model and of its heads, optimizer, progress, position in the data and mix."""
     one, other = _tensors(a), _tensors(b)
     same = {name for name in one.keys() & other.keys() if torch.equal(one[name], other[name])}
     names = [" ".join(name) for name in sorted((one.keys() | other.keys()) - same)]

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from core.comparison.trials import plan
 from core.errors import PresetError
-from core.jobs.compare import Reporter
+from core.jobs.compare import ComparisonReporter
 from core.metrics.log import MetricsLog
 from core.parallel.single import Single
 from core.preset.decode import read_preset
@@ -65,7 +65,7 @@ def test_the_comparison_says_what_its_numbers_say(tmp_path: Path) -> None:
             log.emit("eval", step=100, tokens=100, cross_entropy=value)
         trials.append(replace(trial, status="finished"))
     written, screen = io.StringIO(), terminal.Screen(24, 100)
-    reporter = Reporter(preset, tmp_path, Single(), written)
+    reporter = ComparisonReporter(preset, tmp_path, Single(), written)
     console = Console(file=written, width=100, height=24, force_terminal=True)
     reporter.view = ComparisonDashboard(written, preset.name, console=console)
     with reporter.view:

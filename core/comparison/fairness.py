@@ -67,8 +67,8 @@ def unfairness(
     if parts:
         warnings.append(
             f"The variants have different data ({', '.join(parts)}): trials of one seed did not "
-            "see the same data, so pairing removes less noise, and the held-out documents may be "
-            "others, too."
+            "see the same data, so pairing removes less noise, and the held-out documents may "
+            "differ, too."
         )
     if "train.eval_tokens" in changed:
         warnings.append(
@@ -117,8 +117,8 @@ def _different_curves(outcomes: Sequence[Outcome]) -> list[str]:
     if not names or len(names) == len({outcome.trial.variant for outcome in begun}):
         return []
     return [
-        f"Of {', '.join(names)} there is no cross-entropy: in the training curves stands the "
-        "loss, with whatever of it changes over the run, on another scale than the others'."
+        f"There is no cross-entropy of {', '.join(names)}: the training curves show the loss "
+        "instead, with all terms that change over the run, on another scale than the other curves."
     ]
 
 
@@ -131,9 +131,9 @@ def _chosen_rows(presets: Mapping[str, Mapping[str, Any]]) -> list[str]:
     if not names or len({repr(curriculum) for curriculum in curricula.values()}) < 2:
         return []
     return [
-        f"Of {', '.join(names)} the training curves show the rows that a curriculum chose by "
-        "their loss: lower may only mean easier. Evaluations compare. Speed is in tokens that "
-        "were trained, not in those that were only scored."
+        f"The training curves of {', '.join(names)} show the rows that a curriculum chose by "
+        "their loss: lower may only mean easier. Compare the evaluations instead. Speed counts "
+        "the tokens that were trained on, not those that were only scored."
     ]
 
 
@@ -147,9 +147,9 @@ def _different_objectives(outcomes: Sequence[Outcome]) -> list[str]:
         return []
     groups = "; ".join(f"{name}: {', '.join(variants)}" for name, variants in names.items())
     return [
-        f"The variants have different objectives ({groups}): to predict a token from both sides is "
-        "another task than from one, so no likelihood, perplexity or accuracy of the one compares "
-        "with one of the other."
+        f"The variants have different objectives ({groups}). Predicting a token from both sides is "
+        "a different task than predicting it from one, so likelihoods, perplexities and accuracies "
+        "of the two cannot be compared."
     ]
 
 

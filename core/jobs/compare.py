@@ -66,7 +66,9 @@ def compare(
         on_rank_zero(parallel, lambda: locks.enter_context(owned(root, preset.lineage, preset.job)))
         on_rank_zero(parallel, lambda: refuse_variants(preset, root, runtime))
         trials = on_rank_zero(parallel, lambda: standing_trials(preset, root, parallel.world_size))
-        reporter = Reporter(preset, root, parallel, console) if parallel.rank == 0 else None
+        reporter = (
+            ComparisonReporter(preset, root, parallel, console) if parallel.rank == 0 else None
+        )
         with StopRequest() as stop, reporter.view if reporter else nullcontext():
             runner = TrialRunner(preset, runtime, parallel, root, stop, reporter)
             _run_trials(runner, trials)
@@ -166,7 +168,7 @@ class TrialRunner:
     parallel: Parallel
     root: Path
     stop: Callable[[], bool]
-    reporter: "Reporter | None"  # on rank 0
+    reporter: "ComparisonReporter | None"  # on rank 0
 
     def run(self, trial: Trial, trials: list[Trial]) -> Trial:
         """Return the trial with its new status: still "running" after an interruption."""
@@ -290,7 +292,7 @@ def _read_json(path: Path) -> Any:
 # on rank 0 ----------------------------------------------------------------------------------------
 
 
-class Reporter:
+class ComparisonReporter:
     """Records and shows a comparison: outcomes, report, view."""
 
     def __init__(self, preset: PresetBase, root: Path, parallel: Parallel, console: TextIO):

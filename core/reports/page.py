@@ -15,7 +15,7 @@ from core.ui.text import clean
 
 
 @dataclass(frozen=True)
-class Table:
+class ReportTable:
     """A table of strings. `words`: number of columns at the left that hold words, not numbers."""
 
     head: list[str]
@@ -36,7 +36,7 @@ def html_page(title: str, body: Iterable[str]) -> str:
     )
 
 
-def html_table(table: Table, strong: bool = False) -> str:
+def html_table(table: ReportTable, strong: bool = False) -> str:
     """Return a table as HTML; `strong`: the first row stands out."""
 
     def cell(tag: str, i: int, words: str) -> str:

@@ -39,7 +39,7 @@ def ask_fresh(resumes: list[str], kept_as: str) -> bool:
         questionary.Choice(f'start fresh; what is there is kept as the lineage "{kept_as}"', True),
     ]
     question = questionary.select(
-        "go on where it stands?",
+        "resume where it stopped?",
         choices,
         qmark="zeroarg",
         pointer="❯",

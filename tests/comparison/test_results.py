@@ -231,7 +231,7 @@ def test_what_makes_comparing_unfair_is_said(tmp_path) -> None:
     easy = {**PRESET["train"], "curriculum": {"candidates": 2, "bucket_weights": [1, 0]}}
     one = with_preset(trials(tmp_path / "u", {"CE": {1: 3.0}, "mix": {1: 3.0}}), "mix", train=easy)
     (said,) = compared(one).warnings
-    assert "Of mix the training curves show the rows that a curriculum chose" in said
+    assert "The training curves of mix show the rows that a curriculum chose" in said
     assert not compared(with_preset(one, "CE", train=easy)).warnings
 
 
@@ -357,7 +357,7 @@ def test_training_curves_of_different_losses_are_told_apart(tmp_path) -> None:
     log = made[1].folder / "metrics.jsonl"
     log.write_text(log.read_text().replace('"losses": {"cross_entropy"', '"losses": {"harmonic"'))
     (said,) = [warning for warning in compared(made).warnings if "training curve" in warning]
-    assert said.startswith("Of distances there is no cross-entropy") and "another scale" in said
+    assert said.startswith("There is no cross-entropy of distances") and "another scale" in said
 
 
 def test_a_log_of_odd_lines_is_read_past(tmp_path) -> None:

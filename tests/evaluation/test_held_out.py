@@ -100,10 +100,8 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
     exact = ("losses", "sources", "objective")
     for name, each in expected["sources"].items():
         assert found["sources"][name] == pytest.approx(each, rel=1e-5)
-    assert (
-        found["losses"] == pytest.approx(expected["losses"], rel=1e-6)
-        and found["objective"] == expected["objective"]
-    )
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-6)
+    assert found["objective"] == expected["objective"]
     numbers = {key: value for key, value in found.items() if key not in exact}
     assert numbers == pytest.approx(
         {key: value for key, value in expected.items() if key not in exact}, rel=1e-6
@@ -154,11 +152,9 @@ def test_heads_are_measured_on_held_out_rows(tmp_path: Path) -> None:
     heads = heads_for(32, 257, enable_policy=True, enable_value=True)
     heads["value"].measure = lambda seen, places, valid: {"place": places[:, 0].float()}
     found = evaluator(held, 4, heads=heads).run(model, 0.0)["heads"]
-    assert (
-        list(found) == ["policy", "value", "value.place"]
-        and found["value"] > 0
-        and 0 < found["value.place"] < 31
-    )
+    assert list(found) == ["policy", "value", "value.place"]
+    assert found["value"] > 0
+    assert 0 < found["value.place"] < 31
     assert "heads" not in evaluator(held, 4).run(model, 0.0)
     assert evaluator(held, 100, heads=heads).run(model, 0.0)["heads"] == pytest.approx(
         found, rel=1e-5

@@ -47,9 +47,8 @@ def test_a_comparison_survives_what_its_trials_and_its_report_do(
         patch.setattr(Evaluator, "run", ended)
         compare_here(preset, tmp_path)
     project = Project(tmp_path)
-    assert (
-        project.finished("t/as_it_is/1") and project.events("eval", "t/as_it_is/1")[-1]["step"] < 12
-    )
+    assert project.finished("t/as_it_is/1")
+    assert project.events("eval", "t/as_it_is/1")[-1]["step"] < 12
     with pytest.raises(
         UserError, match=r"the report .* cannot be written: No space left on device"
     ):

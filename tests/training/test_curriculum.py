@@ -111,19 +111,15 @@ def test_the_rows_of_lowest_mean_loss_are_chosen(tmp_path: Path) -> None:
     groups = torch.arange(16)
     alone = easy[:16] != easy[16:]
     expected = torch.where(easy[:16], groups, groups + 16)[alone]
-    assert (
-        count.unique().numel() > 1
-        and alone.sum() > 3
-        and set(expected.tolist()) <= set(trained.numbers)
-    )
+    assert count.unique().numel() > 1
+    assert alone.sum() > 3
+    assert set(expected.tolist()) <= set(trained.numbers)
     assert {number % 16 for number in trained.numbers} == set(range(16)), "one of each group"
     assert torch.equal(trained.batch.input_ids, read.batch.input_ids[trained.numbers])
     (told,) = [event["curriculum"] for event in events(tmp_path, "step")]
     assert told["candidates_loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
-    assert (
-        told["loss"] == pytest.approx(losses[trained.numbers].mean().item(), rel=1e-5)
-        and told["loss"] < told["candidates_loss"]
-    )
+    assert told["loss"] == pytest.approx(losses[trained.numbers].mean().item(), rel=1e-5)
+    assert told["loss"] < told["candidates_loss"]
 
 
 def record(built: Any) -> list[StepRows]:
@@ -143,24 +139,14 @@ def test_a_schedule_goes_from_easy_to_hard(tmp_path: Path, monkeypatch: pytest.M
     """At first the rows that are trained are easier than what is read, in the end harder. The
     schedule spans the budget."""
     monkeypatch.setattr("core.assembly.reading.RUN_TOKENS", 40 * 8 * 32)
-    assert (
-        finish(
-            session(
-                tmp_path, train={"max_steps": None, "per_gpu_batch_size": 8, "curriculum": UPHILL}
-            )
-        )
-        == "budget"
-    )
+    train = {"max_steps": None, "per_gpu_batch_size": 8, "curriculum": UPHILL}
+    assert finish(session(tmp_path, train=train)) == "budget"
     told = [event["curriculum"] for event in events(tmp_path, "step")]
     gaps = [each["loss"] - each["candidates_loss"] for each in told]
     assert sum(gaps[:8]) < 0 < sum(gaps[-8:])
     assert [each["weights"][2] for each in told] == pytest.approx([step / 39 for step in range(40)])
-    assert (
-        np.mean([each["buckets"][0] for each in told[:8]])
-        > 0.6
-        > 0.4
-        > np.mean([each["buckets"][0] for each in told[-8:]])
-    )
+    easiest = [each["buckets"][0] for each in told]
+    assert np.mean(easiest[:8]) > 0.6 > 0.4 > np.mean(easiest[-8:])
 
 
 class OneByOne(Curriculum):
@@ -197,11 +183,9 @@ def test_any_number_of_ranks_trains_the_same_rows(tmp_path: Path) -> None:
         return found
 
     (alone,) = Ranks(1).run(job)
-    assert (
-        len(alone) > 5
-        and alone[0].batch.labels.shape == (rows_per_step, SEQ_LENGTH)
-        and alone[-1].num_tokens
-    )
+    assert len(alone) > 5
+    assert alone[0].batch.labels.shape == (rows_per_step, SEQ_LENGTH)
+    assert alone[-1].num_tokens
     for world_size in (2, 3, 6):
         shares = Ranks(world_size).run(job)
         for step, whole in enumerate(alone):
@@ -213,10 +197,8 @@ def test_any_number_of_ranks_trains_the_same_rows(tmp_path: Path) -> None:
                 assert torch.equal(part.batch.input_ids, whole.batch.input_ids[places])
                 counts = ("num_targets", "num_tokens", "source_tokens", "documents", "epochs")
                 assert all(getattr(part, name) == getattr(whole, name) for name in counts)
-            assert (
-                whole.num_targets == int((whole.batch.labels >= 0).sum())
-                and sum(whole.source_tokens) == whole.num_tokens
-            )
+            assert whole.num_targets == int((whole.batch.labels >= 0).sum())
+            assert sum(whole.source_tokens) == whole.num_tokens
 
 
 # nothing else changes -----------------------------------------------------------------------------
@@ -244,9 +226,8 @@ def test_choosing_touches_training_only_through_the_rows(model: dict, tmp_path: 
     finish(off)
     assert equal(weights(on), weights(off))
     told, plain = events(tmp_path / "on", "step"), events(tmp_path / "off", "step")
-    assert [event["losses"] for event in told] == [event["losses"] for event in plain] and told[-1][
-        "losses"
-    ]["policy"] > 0
+    assert [event["losses"] for event in told] == [event["losses"] for event in plain]
+    assert told[-1]["losses"]["policy"] > 0
 
 
 def test_off_it_is_not_there(tmp_path: Path) -> None:
@@ -295,15 +276,12 @@ def test_the_budget_counts_what_is_trained(tmp_path: Path) -> None:
     }
     train = {"max_steps": 60, "per_gpu_batch_size": 8, "curriculum": curriculum(2, 1, 1)}
     built = session(tmp_path, train=train, data=data)
-    assert (
-        built.start_event["tokens_per_step"] == 8 * 32
-        and built.trainer.curriculum.note in built.notes
-    )
+    assert built.start_event["tokens_per_step"] == 8 * 32
+    assert built.trainer.curriculum.note in built.notes
     finish(built)
     steps, progress = events(tmp_path, "step"), built.trainer.progress
-    assert [event["tokens"] for event in steps] == [
-        8 * 32 * n for n in range(1, 61)
-    ] and progress.run_tokens == 60 * 8 * 32
+    assert [event["tokens"] for event in steps] == [8 * 32 * n for n in range(1, 61)]
+    assert progress.run_tokens == 60 * 8 * 32
     assert all(event["curriculum"]["passed_over_tokens"] == 8 * 32 for event in steps)
     assert sum(account["tokens"] for account in progress.ledger.values()) == progress.tokens
     assert built.trainer.loader.position.rows == 60 * 16
@@ -328,20 +306,15 @@ def test_max_epochs_ends_with_what_is_read(tmp_path: Path) -> None:
     found = train_here(preset, tmp_path)
     steps = [event for event in found if event["event"] == "step"]
     passed_over = sum(event["curriculum"]["passed_over_tokens"] for event in steps)
-    assert found[-1]["reason"] == "max_epochs" and passed_over == pytest.approx(
-        steps[-1]["tokens"], rel=0.1
-    )
+    assert found[-1]["reason"] == "max_epochs"
+    assert passed_over == pytest.approx(steps[-1]["tokens"], rel=0.1)
     plain = train_here(
         merged(preset, {"train": {"curriculum": None}, "lineage": "plain"}), tmp_path
     )
-    assert (
-        steps[-1]["tokens"] + passed_over == plain[-1]["tokens"]
-        and found[-1]["receipt"] == plain[-1]["receipt"]
-    )
-    assert (
-        steps[-1]["learning_rate"] < 0.2 * 0.003
-        and Project(tmp_path).checkpoint()["progress"]["fraction"] > 0.95
-    )
+    assert steps[-1]["tokens"] + passed_over == plain[-1]["tokens"]
+    assert found[-1]["receipt"] == plain[-1]["receipt"]
+    assert steps[-1]["learning_rate"] < 0.2 * 0.003
+    assert Project(tmp_path).checkpoint()["progress"]["fraction"] > 0.95
 
 
 # what is refused ----------------------------------------------------------------------------------

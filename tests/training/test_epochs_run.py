@@ -60,12 +60,8 @@ def assert_spans_the_run(events: list[dict], within: float = 0.03) -> None:
     peak = next(step["run_tokens"] for step in steps if step["learning_rate"] == max(rates)) / total
     assert begin["end_tokens"] == pytest.approx(total, rel=within)
     assert 0.05 < peak < 0.15 and rates[-1] < 0.2 * max(rates)
-    falls = (
-        next(
-            step["run_tokens"] for step, rate in zip(steps[::-1], rates[::-1]) if rate == max(rates)
-        )
-        / total
-    )
+    backwards = zip(steps[::-1], rates[::-1])
+    falls = next(step["run_tokens"] for step, rate in backwards if rate == max(rates)) / total
     assert 0.75 < falls < 0.85
 
 
@@ -121,10 +117,8 @@ def test_schedules_of_hub_sources_end_where_epochs_do(kind: str, hub: Hub, tmp_p
         assert_spans_the_run(project.events(), 0.06 if kind == "part" else 0.02)
         found.append(project)
     assert differences(found[0].checkpoint(), found[-1].checkpoint()) == []
-    assert (
-        found[0].checkpoint()["data"]["epoch_tokens"] * 2
-        == found[0].events("run_start")[0]["end_tokens"]
-    )
+    epoch_tokens = found[0].checkpoint()["data"]["epoch_tokens"]
+    assert epoch_tokens * 2 == found[0].events("run_start")[0]["end_tokens"]
 
 
 def test_schedules_and_progress_end_where_epochs_do(tmp_path: Path) -> None:
@@ -147,11 +141,9 @@ def test_schedules_and_progress_end_where_epochs_do(tmp_path: Path) -> None:
         i for i, e in enumerate(events) if e["event"] == "step" and e["step"] == len(steps) // 2
     )
     assert fractions[middle] == pytest.approx(0.5, abs=0.03)
-    assert (
-        max(fractions[:-1]) < 1.0
-        and fractions[-1] == 1.0
-        and "100.0 %" not in out.getvalue().split("finished")[0]
-    )
+    assert max(fractions[:-1]) < 1.0
+    assert fractions[-1] == 1.0
+    assert "100.0 %" not in out.getvalue().split("finished")[0]
     card = json.loads((tmp_path / "logs" / "t" / "run.json").read_text())
     whole, end = card["whole_run"], card["end_tokens"]
     assert whole == {
@@ -248,9 +240,8 @@ def test_a_pass_is_counted_or_told_from_a_part(monkeypatch: pytest.MonkeyPatch) 
     count = counter(byte_tokenizer(), lambda document: True, 1)
     small, large, untold = Rows([900, 300, 800]), Rows([1500] * 40), Rows([1500] * 40, told=False)
     exact = sum(len(document.text) + 1 for document in small.stream({}))
-    assert (
-        tokens_of_pass(small, count, 10**9) == exact and tokens_of_pass(small, count, 5000) == 5000
-    )  # type: ignore
+    assert tokens_of_pass(small, count, 10**9) == exact
+    assert tokens_of_pass(small, count, 5000) == 5000  # type: ignore
     exact = sum(len(document.text) + 1 for document in large.stream({}))
     found = tokens_of_pass(large, count, 10**9, counted=80_000)  # type: ignore
     assert found == pytest.approx(exact, rel=0.01) and large.read < 4000
@@ -374,7 +365,8 @@ def test_it_is_told_before_a_run_begins(tmp_path: Path) -> None:
             for i, e in enumerate(events)
             if e["event"] == "warning" and "would be read about" in e["message"]
         ]
-        assert len(told) == count and all(
+        assert len(told) == count
+        assert all(
             i < next(k for k, e in enumerate(events) if e["event"] == "run_start") for i in told
         )
 

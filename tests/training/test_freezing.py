@@ -21,7 +21,15 @@ from core.training.freezing import names, share_with_graph, train_only
 from core.training.memory import memory_estimate, size_of
 from tests.parallel.test_ddp import assert_ended, on_two
 from tests.project import ROOT, TINY_SIZES, Project, differences, tiny_preset
-from tests.training.runs import SAME, assert_close, events, finish, session, weights
+from tests.training.runs import (
+    SAME,
+    assert_close,
+    assert_same_checkpoint,
+    events,
+    finish,
+    session,
+    weights,
+)
 
 NEOBERT = {"type": "neobert", "head": "distance", "keep_decoder": True, "intermediate_size": 64}
 HARMONIC = {"losses": [{"type": "harmonic"}]}
@@ -193,9 +201,8 @@ def test_exactly_the_named_parameters_move(kind: str, tmp_path: Path) -> None:
     assert {name for name in after if not torch.equal(after[name], before[name])} == expected
     assert set(built.trainer.optimizer.state()) == expected
     saved = Project(tmp_path).checkpoint()
-    assert set(saved["optimizer"]) == expected and all(
-        torch.equal(saved["model"][name], after[name]) for name in after
-    )
+    assert set(saved["optimizer"]) == expected
+    assert all(torch.equal(saved["model"][name], after[name]) for name in after)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -204,10 +211,8 @@ def test_the_gradient_of_what_moves_is_that_of_a_whole_run(kind: str, tmp_path: 
     gradients."""
 
     def gradients(name: str, trainable: list[str]) -> dict[str, Tensor]:
-        built, found = (
-            session(tmp_path / name, **tiny(kind, trainable, max_steps=1, max_grad_norm=1e9)),
-            {},
-        )
+        preset = tiny(kind, trainable, max_steps=1, max_grad_norm=1e9)
+        built, found = session(tmp_path / name, **preset), {}
 
         def keep(factor: float) -> None:
             found.update(
@@ -242,9 +247,7 @@ def test_resuming_equals_not_stopping(tmp_path: Path) -> None:
     rest = session(tmp_path / "halves", **preset)
     assert rest.trainer.progress.step == 3 and not any("afresh" in note for note in rest.notes)
     finish(rest)
-    assert (
-        differences(*(Project(tmp_path / name).checkpoint() for name in ("whole", "halves"))) == []
-    )
+    assert_same_checkpoint(tmp_path / "whole", tmp_path / "halves")
 
 
 def test_another_choice_in_the_next_run_of_a_lineage(tmp_path: Path) -> None:
@@ -272,8 +275,8 @@ def test_another_choice_in_the_next_run_of_a_lineage(tmp_path: Path) -> None:
     }
     assert (
         moved == set(after["optimizer"]) == {n for n in moved if ".0." in n} | {"dist_head.weight"}
-        and len(moved) == 7
     )
+    assert len(moved) == 7
     third = session(tmp_path, **tiny("neobert", ["dist_head"]))
     assert not any("afresh" in note for note in third.notes)
     third.trainer.loader.close()
@@ -344,10 +347,8 @@ LARGE = {
 
 
 def test_the_menu_tells_what_is_trained_and_a_smaller_need_of_memory() -> None:
-    everything, last = (
-        card_of(**LARGE),
-        card_of(**LARGE, train={"trainable": ["transformer_encoder.11", "dist_head"]}),
-    )
+    everything = card_of(**LARGE)
+    last = card_of(**LARGE, train={"trainable": ["transformer_encoder.11", "dist_head"]})
     found = re.match(r"([\d.]+)M parameters \(([\d.]+)k trained\), ", last[0])
     assert found and float(found[2]) < 1000 * float(found[1]) / 4
     assert gigabytes(last) < gigabytes(everything)

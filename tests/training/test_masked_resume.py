@@ -19,15 +19,10 @@ from tests.training.runs import finish, session
 def test_resuming_equals_not_stopping(head: str, tmp_path: Path) -> None:
     """Weights, optimizer, data and every number told, to the bit; prototypes are on the sphere; the
     evaluation at the start is made once."""
-    own = (
-        {}
-        if head == "distance"
-        else {
-            "model": {"head": "decoder", "keep_decoder": False},
-            "losses": [{"type": "cross_entropy"}],
-        }
-    )
-    preset = merged(PRESET, own)
+    preset = PRESET
+    if head == "decoder":
+        model = {"head": "decoder", "keep_decoder": False}
+        preset = merged(PRESET, {"model": model, "losses": [{"type": "cross_entropy"}]})
     for name in ("whole", "halves"):
         write_texts(tmp_path / name)
     finish(session(tmp_path / "whole", **preset))

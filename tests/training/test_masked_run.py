@@ -98,15 +98,13 @@ def test_a_run_says_what_it_learns_and_evaluates_from_the_start(root: Path) -> N
             False,
             {"harmonic"},
         )
-        assert (
-            event["token_accuracy"] <= event["top5_accuracy"] and 100 < event["eval_tokens"] < 250
-        )
+        assert event["token_accuracy"] <= event["top5_accuracy"]
+        assert 100 < event["eval_tokens"] < 250
     first, *_, last = evaluations
     assert first["losses"]["harmonic"] == pytest.approx(first["nll_h12"], rel=1e-6)
     assert last["losses"]["harmonic"] == pytest.approx(last["nll_h4"], rel=1e-6)
-    assert (
-        first["prototype_drift"] == pytest.approx(0.0, abs=1e-6) and last["prototype_drift"] > 1e-4
-    )
+    assert first["prototype_drift"] == pytest.approx(0.0, abs=1e-6)
+    assert last["prototype_drift"] > 1e-4
     assert last["nll_h4"] < first["nll_h4"] - 0.1
 
 
@@ -122,11 +120,8 @@ def test_tokens_of_the_sources_are_the_tokens_of_the_run(root: Path) -> None:
     """Tokens read, not targets: both sources have some, and together they are all."""
     steps = of_kind(root, "step")
     for event in steps:
-        assert (
-            sum(account["tokens"] for account in event["sources"].values())
-            == event["tokens"]
-            == event["run_tokens"]
-        )
+        total = sum(account["tokens"] for account in event["sources"].values())
+        assert total == event["tokens"] == event["run_tokens"]
     assert all(account["tokens"] > 100 for account in steps[-1]["sources"].values())
     assert steps[-1]["tokens"] == STEPS * 4 * 32
 
@@ -135,11 +130,8 @@ def test_each_blank_is_filled_and_words_have_neighbours(root: Path) -> None:
     """Five tokens with their cosine for each [MASK]; a prompt without one gets one at its end; a
     word of several tokens is left out, and the run says so."""
     samples, near = of_kind(root, "sample"), of_kind(root, "neighbors")
-    assert (
-        [event["step"] for event in samples]
-        == [0, 0, 4, 4, 8, 8]
-        == [event["step"] for event in near]
-    )
+    assert [event["step"] for event in samples] == [0, 0, 4, 4, 8, 8]
+    assert [event["step"] for event in near] == [0, 0, 4, 4, 8, 8]
     assert [event["prompt"] for event in samples[:2]] == [
         f"In year {MASK} the {MASK}iver",
         f"no blank {MASK}",
@@ -149,11 +141,9 @@ def test_each_blank_is_filled_and_words_have_neighbours(root: Path) -> None:
         assert len(filled) == blanks
         for choices in filled:
             cosines = [float(choice.rsplit(" ", 1)[1]) for choice in choices.rsplit(", ", 4)]
-            assert (
-                len(cosines) == 5
-                and cosines == sorted(cosines, reverse=True)
-                and abs(cosines[0]) <= 1.0
-            )
+            assert len(cosines) == 5
+            assert cosines == sorted(cosines, reverse=True)
+            assert abs(cosines[0]) <= 1.0
     prototypes = F.normalize(
         Project(root).checkpoint()["model"]["dist_head.weight"].double(), dim=-1
     )
@@ -222,10 +212,8 @@ def test_evaluation_equals_its_definitions(root: Path) -> None:
     sums: dict[str, list[float]] = {}
     for row in held_rows(root):
         hidden = hidden_of(model, row)
-        distances, logits = (
-            distances_of(model, hidden),
-            F.linear(hidden, model.decoder.weight.double(), model.decoder.bias.double()),
-        )
+        distances = distances_of(model, hidden)
+        logits = F.linear(hidden, model.decoder.weight.double(), model.decoder.bias.double())
         for t in np.flatnonzero(row.labels >= 0):
             target = int(row.labels[t])
             assert row.input_ids[t] == tokenizer_of(root).special_id(MASK)
@@ -250,11 +238,8 @@ def test_evaluation_equals_its_definitions(root: Path) -> None:
 def test_pseudo_perplexity_hides_one_token_at_a_time(root: Path) -> None:
     """Every token of the held-out rows once, all the others seen: the exponential of the mean, for
     both exponents and decoder."""
-    model, found, tokenizer = (
-        trained_model(root, PRESET),
-        of_kind(root, "eval")[-1],
-        tokenizer_of(root),
-    )
+    model, found = trained_model(root, PRESET), of_kind(root, "eval")[-1]
+    tokenizer = tokenizer_of(root)
     sums: dict[str, list[float]] = {
         "pseudo_perplexity_h12": [],
         "pseudo_perplexity_h4": [],
@@ -273,9 +258,8 @@ def test_pseudo_perplexity_hides_one_token_at_a_time(root: Path) -> None:
             sums["pseudo_perplexity_h4"].append(nll(distances, target, -4.0))
             logits = F.linear(hidden, model.decoder.weight.double(), model.decoder.bias.double())
             sums["decoder_pseudo_perplexity"].append(-float(logits.log_softmax(0)[target]))
-    assert len(sums["pseudo_perplexity_h4"]) > 400 and {
-        int(source) for row in rows for source in row.source_ids
-    } >= {0, 1}
+    assert len(sums["pseudo_perplexity_h4"]) > 400
+    assert {int(source) for row in rows for source in row.source_ids} >= {0, 1}
     expected = {name: math.exp(np.mean(values)) for name, values in sums.items()}
     assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-4)
 

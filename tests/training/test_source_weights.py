@@ -19,7 +19,7 @@ from core.schedules import Piece
 from core.training.source_weights import SourceWeights, adapted
 from tests.data.corpus import write_corpus
 from tests.project import Project, differences, merged
-from tests.training.runs import events, finish, poison, session
+from tests.training.runs import assert_same_checkpoint, events, finish, poison, session
 
 
 def settings(**changes: Any) -> AuxiliarySettingsBase:
@@ -57,25 +57,22 @@ def test_an_interval_is_counted_in_tokens_and_keeps_what_it_has_through_a_checkp
 
     weights = SourceWeights({"a": 1.0, "b": 1.0}, how, {"factors": {"b": 2.5, "elsewhere": 1.9}})
     assert weights.factors == {"a": 1.0, "b": 2.5}
-    assert (
-        weights.after_step([("a", 10.0, 10), ("b", 90.0, 30)], 60) is None
-        and weights.factors["b"] == 2.5
-    )
+    assert weights.after_step([("a", 10.0, 10), ("b", 90.0, 30)], 60) is None
+    assert weights.factors["b"] == 2.5
     weights = resumed(weights)
     # 30 / 30 and 210 / 70: 1 and 3, over their mean 2
     assert weights.after_step([("a", 20.0, 20), ("b", 120.0, 40), ("c", 0.0, 0)], 60) == {
         "a": 1.0,
         "b": 3.0,
     }
-    assert (
-        weights.factors == {"a": 0.5, "b": 1.5, "c": 1.0}
-        and weights.state()["factors"]["elsewhere"] == 1.9
-    )
+    assert weights.factors == {"a": 0.5, "b": 1.5, "c": 1.0}
+    assert weights.state()["factors"]["elsewhere"] == 1.9
     weights = resumed(weights)
     assert weights.after_step([("a", 7.0, 10)], 79) is None, (
         "20 tokens of the last step belong to this interval, no more"
     )
-    assert weights.after_step([], 1) == {"a": 0.7} and weights.factors == {
+    assert weights.after_step([], 1) == {"a": 0.7}
+    assert weights.factors == {
         "a": 1.0,
         "b": 1.5,
         "c": 1.0,
@@ -98,7 +95,8 @@ def test_shares_are_weights_times_factors_of_the_sources_left() -> None:
     saved = {"factors": {"a": 0.5, "b": 3.0}}
     falling = {"a": [Piece(start=0.8, to=0.2)], "b": 0.2, "c": 0.0}
     shares = SourceWeights(falling, settings(), saved).shares(0.5, [])
-    assert shares["a"] == {"weight": pytest.approx(0.25 / 0.85), "factor": 0.5} and shares["c"] == {
+    assert shares["a"] == {"weight": pytest.approx(0.25 / 0.85), "factor": 0.5}
+    assert shares["c"] == {
         "weight": 0.0,
         "factor": 1.0,
     }
@@ -189,9 +187,7 @@ def test_what_is_hard_is_read_more_up_to_the_limit(tmp_path: Path) -> None:
         part = session(tmp_path / "parts", **MIX)
         part.trainer.should_stop = lambda part=part, stop=stop: part.trainer.progress.step == stop
         assert finish(part) == ("interrupted" if stop else "max_steps")
-    assert (
-        differences(*(Project(tmp_path / name).checkpoint() for name in ("whole", "parts"))) == []
-    )
+    assert_same_checkpoint(tmp_path / "whole", tmp_path / "parts")
 
     steps, changes = events(tmp_path / "whole", "step"), events(tmp_path / "whole", "reweighted")
     per_step = steps[0]["tokens"]
@@ -202,9 +198,9 @@ def test_what_is_hard_is_read_more_up_to_the_limit(tmp_path: Path) -> None:
         "easy": 0.5,
         "hard": 1.5,
     }
+    assert steps[-1]["sources"]["hard"]["weight"] == 0.5
     assert (
-        steps[-1]["sources"]["hard"]["weight"] == 0.5
-        and steps[0]["sources"]["hard"] | {"weight": 0.25, "factor": 1.0}
+        steps[0]["sources"]["hard"] | {"weight": 0.25, "factor": 1.0}
         == (steps[0]["sources"]["hard"])
     )
     for before, after in zip(changes, changes[1:]):
@@ -215,9 +211,8 @@ def test_what_is_hard_is_read_more_up_to_the_limit(tmp_path: Path) -> None:
         session(tmp_path / "off", **merged(MIX, {"auxiliary": {"enable_adaptive_sources": False}}))
     )
     plain = events(tmp_path / "off", "step")
-    assert (
-        not events(tmp_path / "off", "reweighted") and "factor" not in plain[0]["sources"]["hard"]
-    )
+    assert not events(tmp_path / "off", "reweighted")
+    assert "factor" not in plain[0]["sources"]["hard"]
     share = [
         found[-1]["sources"]["hard"]["tokens"] / found[-1]["tokens"] for found in (steps, plain)
     ]
@@ -274,10 +269,8 @@ def test_factors_go_by_name_and_only_while_they_are_wanted(tmp_path: Path) -> No
         name: each["factor"] for name, each in events(tmp_path, "step")[-1]["sources"].items()
     } == factors
     saved = Project(tmp_path).checkpoint()
-    assert (
-        saved["adaptive"]["factors"] == {"new": 1.0, **before["factors"]}
-        and saved["adaptive"]["tokens"] > before["tokens"]
-    )
+    assert saved["adaptive"]["factors"] == {"new": 1.0, **before["factors"]}
+    assert saved["adaptive"]["tokens"] > before["tokens"]
     off = session(tmp_path, **merged(more, {"auxiliary": {"enable_adaptive_sources": False}}))
     position = off.trainer.loader.position
     assert position.latest_factors == {} == position.factors[position.first_unused()]

@@ -58,9 +58,8 @@ def test_accumulation_does_not_change_the_update(packing: str, tmp_path: Path) -
         norms.append([event["grad_norm"] for event in events(root, "step")])
     assert_close(trained[0], trained[1], SAME)
     assert_close(trained[0], trained[2], SAME)
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0] == pytest.approx(
-        losses[2], rel=1e-5
-    )
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0] == pytest.approx(losses[2], rel=1e-5)
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
@@ -114,9 +113,8 @@ def test_the_gradient_is_that_of_the_mean_over_the_whole_step(tmp_path: Path) ->
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
     assert_close(seen["gradients"], {name: p.grad for name, p in model.named_parameters()}, 1e-6)
     (event,) = events(tmp_path, "step")
-    assert event["loss"] == pytest.approx(loss.item(), rel=1e-5) and event[
-        "grad_norm"
-    ] == pytest.approx(norm.item(), rel=1e-4)
+    assert event["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert event["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
     assert event["tokens"] == int((batch.labels >= 0).sum()) and norm > 0.1
 
 
@@ -186,9 +184,8 @@ def test_too_large_micro_batches_are_halved_and_the_update_stays(
     ]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
     told = [event["message"] for event in events(tmp_path / "small", "warning")]
-    assert len(told) == int(math.log2(8 / fits)) and all(
-        "out of memory" in message for message in told
-    )
+    assert len(told) == int(math.log2(8 / fits))
+    assert all("out of memory" in message for message in told)
 
 
 def test_looking_for_what_fits_leaves_no_trace(tmp_path: Path) -> None:
@@ -234,9 +231,8 @@ def test_resuming_equals_not_stopping(
         )
         built.append(session(tmp_path / "stopped", reached, **settings))
         reason = finish(built[0])
-        assert reason == ("interrupted" if stop_at < 99 else "max_steps") and built[
-            0
-        ].trainer.progress.step == min(stop_at, 15)
+        assert reason == ("interrupted" if stop_at < 99 else "max_steps")
+        assert built[0].trainer.progress.step == min(stop_at, 15)
     one, other = Project(tmp_path / "straight"), Project(tmp_path / "stopped")
     assert differences(one.checkpoint(), other.checkpoint()) == []
     assert one.steps() == other.steps() == list(range(1, 16))
@@ -336,8 +332,6 @@ def test_the_log_says_what_evaluation_measured(tmp_path: Path) -> None:
     assert [event["step"] for event in events(tmp_path, "eval")] == [2, 4, 6]
     assert [event["prompt"] for event in events(tmp_path, "sample")] == ["The "] * 3
     for event in events(tmp_path, "eval"):
-        assert (
-            event["perplexity"] == pytest.approx(math.exp(event["cross_entropy"]))
-            and event["eval_tokens"] >= 100
-        )
+        assert event["perplexity"] == pytest.approx(math.exp(event["cross_entropy"]))
+        assert event["eval_tokens"] >= 100
     assert json.dumps(events(tmp_path, "eval"))

@@ -96,7 +96,7 @@ def test_starting_fresh_through_the_menu(tmp_path: Path) -> None:
     try:
         child.expect_exact("starts run 2 from step 5", timeout=60)
         child.send("\r")
-        child.expect_exact("go on where it stands?", timeout=60)
+        child.expect_exact("resume where it stopped?", timeout=60)
         child.send(DOWN + "\r")
         child.expect(pexpect.EOF, timeout=120)
     finally:

@@ -3,12 +3,12 @@
 In:    a column of messages: [{"role": "user", "content": "..."}, ...], ShareGPT's [{"from":
        "human", "value": "..."}, ...], Gemini's [{"role": "model", "parts": [{"text": "..."}]},
        ...], or any of them as a JSON string
-Out:   one document per conversation in which an assistant says something that is learned; of any
+Out:   one document per conversation in which an assistant says something that is learned; for any
        other row, the reason
 State: none of its own (files.py, hf.py)
 
-A conversation is read whole or not at all: what an assistant answers to something that is left out
-is no answer to learn."""
+A conversation is read whole or not at all: an answer to something that is left out is nothing to
+learn."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ ROLE_NAMES = {
     "user": ("user", "human", "prompter"),
     ASSISTANT: (ASSISTANT, "gpt", "model", "bot", "chatbot", "ai"),
 }
-"""What other programs call the roles, in letters of any case."""
+"""Names of the roles in other programs, in letters of any case."""
 TOOLS = (
     "tool",
     "tools",
@@ -41,11 +41,11 @@ TOOLS = (
 )
 CALLS = ("tool_calls", "function_call")
 CONTENT = ("content", "value", "parts", "text")
-"""Keys of a message that may hold what is said; a table gives every message the keys of all, empty
-where they are not its own."""
+"""Keys of a message that may hold its text; a table gives every message the keys of all messages,
+empty where a message lacks them."""
 WEIGHTS = ("weight", "train", "training")
-"""Keys that say of an assistant's message whether it is learned: 1 or true, or 0 or false
-(OpenAI's, Mistral's and Axolotl's)."""
+"""Keys that say whether an assistant's message is learned: 1 or true, or 0 or false (OpenAI's,
+Mistral's and Axolotl's)."""
 WRAPPERS = ("messages", "conversations", "conversation")
 
 
@@ -96,7 +96,7 @@ class ChatSettings(SourceSettings):
 
 
 class _Chat:
-    """What makes a source of rows one of conversations."""
+    """Makes conversations of the rows of a source."""
 
     column_hint = (
         'set "messages_field" to one of them; a question and its answer in columns of their own '
@@ -124,37 +124,39 @@ class ChatDataset(_Chat, HfSource):
 
 
 def chat_source(settings: ChatSettings, root: Path, seed: int) -> ChatFiles | ChatDataset:
-    return (ChatFiles if settings.dataset is None else ChatDataset)(settings, root, seed)
+    """Build the source for the section's origin: local files, or a dataset."""
+    if settings.dataset is None:
+        return ChatFiles(settings, root, seed)
+    return ChatDataset(settings, root, seed)
 
 
 def conversation(value: Any, key: str, system: Any = None) -> Document:
-    """The document of one row. Raises SkipRow where it is no conversation, or one without anything
-    to learn.
+    """Make the document of one row. Raises SkipRow where it is no conversation, or has nothing to
+    learn.
 
-    system   what a column of its own says before the messages; None or blank: nothing
+    system   the system message from a column of its own; None or blank: none
     """
     if not isinstance(system, str | None):
         raise SkipRow("its system message is no text")
     first = [{"role": "system", "content": system}] if system and system.strip() else []
-    messages, read_only, said = [], [], False
+    messages: list[tuple[str, str]] = []
+    read_only: list[int] = []
+    any_answer = any_learned = False
     for number, message in enumerate([*first, *_messages(value)]):
         role, content = _role(message), _content(message)
         messages.append((role, content))
-        if role == ASSISTANT and content.strip():
-            said = True
-        if role == ASSISTANT and not _is_learned(message):
-            read_only.append(number)
-    if not said:
+        if role == ASSISTANT:
+            is_learned = _is_learned(message)
+            if not is_learned:
+                read_only.append(number)
+            any_answer |= bool(content.strip())
+            any_learned |= bool(content.strip()) and is_learned
+    if not any_answer:
         raise SkipRow("no assistant says anything in it")
-    document = Document(
-        "\n".join(text for _, text in messages), key, tuple(messages), read_only=tuple(read_only)
-    )
-    if not any(
-        role == ASSISTANT and text.strip() and i not in read_only
-        for i, (role, text) in enumerate(messages)
-    ):
+    if not any_learned:
         raise SkipRow("all that the assistant says has weight 0")
-    return document
+    text = "\n".join(content for _, content in messages)
+    return Document(text, key, tuple(messages), read_only=tuple(read_only))
 
 
 def _messages(value: Any) -> list[dict]:
@@ -202,11 +204,11 @@ def _content(message: dict) -> str:
 
 
 def _is_learned(message: dict) -> bool:
-    """Of an assistant's message."""
-    given = [message[key] for key in WEIGHTS if message.get(key) is not None]
-    if not all(isinstance(weight, int | float) and weight in (0, 1) for weight in given):
+    """Return whether an assistant's message is learned."""
+    weights = [message[key] for key in WEIGHTS if message.get(key) is not None]
+    if not all(isinstance(weight, int | float) and weight in (0, 1) for weight in weights):
         raise SkipRow("a message has a weight that is neither 0 nor 1")
-    return all(given)
+    return all(weights)
 
 
 def _dataset_name(data: dict) -> str:

@@ -1,15 +1,15 @@
-"""Datasets of the Hugging Face Hub, streamed: nothing is downloaded but what is read. Local dataset
+"""Datasets of the Hugging Face Hub, streamed: only what is read is downloaded. Local dataset
 folders too.
 
 In:    a repository (data files only: `datasets` runs no scripts), its config and split, and the
        columns that make the text
 Out:   one document per row: shards in an order permuted by seed and epoch, rows in order inside a
        shard
-State: its cursor (shards.py); a position in a shard is how many rows of it are behind
+State: its cursor (shards.py); a position in a shard is the number of rows that are behind
 
 `datasets` finds the files. Tables are read here (tables.py): a row or a shard that cannot be read
-costs itself, what is held at once has a bound, and of Parquet only the columns asked for are
-fetched, from any row group on. `datasets` reads the other kinds."""
+costs only itself, the memory has a bound, and of Parquet only the requested columns are fetched,
+from any row group on. `datasets` reads the other kinds."""
 
 import glob
 import hashlib
@@ -39,9 +39,10 @@ from core.preset.settings import SourceSettings
 
 SPLITS = ("train", "test", "validation", "valid", "dev", "eval")
 CHECKED_AT_OPEN = 3
-"""Files that are looked into, until one is whole and has the columns."""
+"""Most files that are looked into until one is whole and has the columns."""
 TRIES_AT_DAMAGE = 2
-"""Reads of a shard that end in damage: what seems so may be a line that broke."""
+"""Reads of a shard that end in damage before it is left out: a broken connection may look like
+damage."""
 LOCAL_BUILDERS = {
     ".parquet": "parquet",
     ".jsonl": "json",
@@ -51,8 +52,7 @@ LOCAL_BUILDERS = {
     ".arrow": "arrow",
 }
 START_SECONDS = 8.0
-"""How long a Hub that answers, but with an error of its own, is asked again at the start of a
-run."""
+"""Seconds in which a Hub that answers with an error is asked again at the start of a run."""
 
 
 class HfSettings(SourceSettings):
@@ -125,8 +125,8 @@ class HfSettings(SourceSettings):
 
 
 def _formatted(form: str, row: dict[str, Any]) -> str:
-    """Each {name} of the form as the row's text there. Not `str.format`, to which {a.b} and {0}
-    mean something else."""
+    """Replace each {name} of the form by the row's text. This is not `str.format`, to which {a.b}
+    and {0} mean something else."""
     return "".join(
         text + ("" if name is None else str(row[name]))
         for text, name, _, _ in string.Formatter().parse(form)
@@ -134,22 +134,19 @@ def _formatted(form: str, row: dict[str, Any]) -> str:
 
 
 def hf_source(settings: HfSettings, root: Path, seed: int) -> ShardSource:
-    """The dataset; or, where it is there, the local text that stands for it."""
+    """Build the source of the dataset; or, where it exists, of the local text that replaces it."""
     if settings.local is not None and own_path(settings.local, root).exists():
         return TextSource(TextSettings(path=settings.local, name=settings.name), root, seed)
     return HfSource(settings, root, seed)
 
 
 class HfSource(ShardSource):
-    """One split of a dataset. Opening asks the Hub for its files; rows are fetched as they are
+    """One split of a dataset. Opening asks the Hub for the files; rows are fetched as they are
     read."""
 
     column_hint = 'set "text_field" to one of them, or "fields" and "format"'
     tries = 5  # in a row without a document between them
-    first_wait_seconds = 1.0  # doubles from try to try
-    # whether opening waits for a Hub that is away; at the start of a run, a person waits for it to
-    # begin
-    patient = False
+    first_wait_seconds = 1.0  # doubles with each try
 
     def __init__(self, settings: Any, root: Path, seed: int):
         super().__init__(settings.name, seed)
@@ -159,13 +156,13 @@ class HfSource(ShardSource):
         local = path.exists() or settings.dataset.startswith(("./", "../", "/", "~"))
         self._path = path if local else None
         self.finite = local
-        # the streaming dataset, or, of tables, anything once they were found
+        # the streaming dataset; for tables, () once they are found
         self._rows: Any = None
         self._files: list[str] = []  # the data files; hf://... names the commit too
-        self._tables = False  # whether they are all tables, one a shard
+        self._tables = False  # whether all files are tables, one per shard
 
     def open(self) -> None:
-        """Finds the files, checks the columns, and fetches a few bytes of data; of a local one, a
+        """Find the files, check the columns, and fetch a few bytes of data; from a local dataset, a
         document. Raises SourceUnavailable."""
         self._rows = None
         self._load()
@@ -177,45 +174,39 @@ class HfSource(ShardSource):
         return list(range(self._num_shards))
 
     def read(self, shard: int, start: int) -> Iterator[tuple[int, Document]]:
-        """Rows without text are passed over, and counted."""
-        rows = (
-            self._read_table(self._files[shard], start)
-            if self._tables
-            else self._read_any(shard, start)
-        )
+        """Yield (position after it, document). Rows without text are passed over, and counted."""
+        if self._tables:
+            rows = self._read_table(self._files[shard], start)
+        else:
+            rows = self._read_any(shard, start)
         return self.skips.documents(f"{shard}", rows, self.document, self._label(shard))
 
     def document(self, values: tuple, key: str) -> Document:
-        """One row, its values in the order of `columns`. Raises SkipRow when it holds no text."""
+        """Make the document of a row; values are in the order of `columns`. Raises SkipRow when
+        the row holds no text."""
         form = self._settings.format
         if form is None:
-            return Document(
-                text_of(values[0], self.columns[0])
-                if not _is_number(values[0])
-                else str(values[0]),
-                key,
-            )
-        found = {column: _blank_or(value, column) for column, value in zip(self.columns, values)}
-        if not any(str(value).strip() for value in found.values()):
+            value = values[0]
+            text = str(value) if _is_number(value) else text_of(value, self.columns[0])
+            return Document(text, key)
+        row = {column: _blank_or(value, column) for column, value in zip(self.columns, values)}
+        if not any(str(value).strip() for value in row.values()):
             raise SkipRow(f"no text in any of {', '.join(self.columns)}")
-        return Document(text_of(_formatted(form, found), "format"), key)
+        return Document(text_of(_formatted(form, row), "format"), key)
 
     def _label(self, shard: int) -> str:
         return self._files[shard].rsplit("/", 1)[-1] if self._tables else f"shard{shard}"
 
     def recover(self, shard: int, error: Exception, failures: int) -> bool:
-        """Wait, longer each time, and try again: HTTP, gzip and Arrow all have their own ways to
-        say that the line broke.
-
-        What stays wrong without the line being the cause costs its shard.
+        """Wait, longer each time, and try again: HTTP, gzip and Arrow have different errors for a
+        broken connection. An error that stays and has another cause costs its shard.
         """
-        tries = (
-            1
-            if self.finite or isinstance(error, NoColumn)
-            else TRIES_AT_DAMAGE
-            if isinstance(error, Damaged)
-            else self.tries
-        )
+        if self.finite or isinstance(error, NoColumn):
+            tries = 1
+        elif isinstance(error, Damaged):
+            tries = TRIES_AT_DAMAGE
+        else:
+            tries = self.tries
         if failures >= tries and not hub.is_of_the_line(error):
             self.skips.file(self._label(shard), error)
             return False
@@ -242,18 +233,12 @@ class HfSource(ShardSource):
         return f"{len(self._files)} files, {self._num_shards} shards"
 
     def address(self, shard: int) -> str | None:
-        """Data files are named with their commit: their names stand for their content."""
+        """Identify the content by the names of the data files, which include the commit."""
         if self._path is not None:
             return None
         files = [self._files[shard]] if self._tables else [*self._files, str(shard)]
-        return "\n".join(
-            [
-                type(self).__name__,
-                str(READER),
-                self._settings.model_dump_json(exclude={"name"}),
-                *files,
-            ]
-        )
+        settings = self._settings.model_dump_json(exclude={"name"})
+        return "\n".join([type(self).__name__, str(READER), settings, *files])
 
     def seeks(self, shard: int) -> bool:
         return self._tables and tables.kind_of(self._files[shard]) == tables.PARQUET
@@ -261,13 +246,13 @@ class HfSource(ShardSource):
     size_is_positions = True
 
     def size(self, shard: int) -> int | None:
-        """Its rows, where the file says how many."""
+        """Return the rows of a shard, where the file says how many."""
         if not self.seeks(shard):
             return None
         try:
             with hub.open_file(self._files[shard]) as data:
                 return need("pyarrow.parquet", "pyarrow").ParquetFile(data).metadata.num_rows
-        except Exception:  # reading it will meet the same error, and say what it means
+        except Exception:  # reading the file will meet the same error, and explain it
             return None
 
     def nothing(self, order: list[int]) -> str:
@@ -280,7 +265,7 @@ class HfSource(ShardSource):
         return len(self._files) if self._tables else self._rows.num_shards
 
     def _load(self) -> None:
-        """The dataset, found once. Raises SourceUnavailable."""
+        """Find the dataset, once. Raises SourceUnavailable."""
         failures, begun = 0, time.monotonic()
         while self._rows is None:
             try:
@@ -326,8 +311,8 @@ class HfSource(ShardSource):
         self._files, self._tables, self._rows = files, False, dataset.select_columns(self.columns)
 
     def _listed(self, folder: Path) -> list[str]:
-        """The tables of a folder whose path `datasets` would take for a pattern: of those named for
-        a split, its own."""
+        """Return the tables of a folder whose path `datasets` would take for a pattern; where files
+        are named for splits, only those of this split."""
         found = FoundFiles()
         names = {
             path.relative_to(folder).as_posix().lower(): str(path) for path in walk(folder, found)
@@ -337,11 +322,10 @@ class HfSource(ShardSource):
             split: [p for name, p in tables_there.items() if split in re.split("[^a-z]+", name)]
             for split in SPLITS
         }
-        files = (
-            of_split.get(self._settings.split, [])
-            if any(of_split.values())
-            else list(tables_there.values())
-        )
+        if any(of_split.values()):
+            files = of_split.get(self._settings.split, [])
+        else:
+            files = list(tables_there.values())
         if not files:
             raise SourceUnavailable(
                 f'{folder} holds no table of the "split" {self._settings.split}; correct this '
@@ -350,10 +334,10 @@ class HfSource(ShardSource):
         return sorted(files)
 
     def _look_into(self, files: list[str]) -> None:
-        """Raises SourceUnavailable unless one of the first files has the columns.
+        """Raise SourceUnavailable unless one of the first files has the columns.
 
-        It is fetched for that: the Hub answering for a repository does not yet mean that its
-        storage does."""
+        This fetches a part of the file: a Hub that answers for a repository may still have trouble
+        with its storage."""
         problem = ""
         for file in files[:CHECKED_AT_OPEN]:
             try:
@@ -370,8 +354,8 @@ class HfSource(ShardSource):
         raise SourceUnavailable(problem)
 
     def _where(self) -> dict[str, Any]:
-        """What `datasets` is asked for. Raises SourceUnavailable for a local path that is not
-        there."""
+        """Return the arguments for `datasets`. Raises SourceUnavailable for a local path that does
+        not exist."""
         path = self._path
         if path is None:
             return {"path": self.dataset, "name": self._settings.config}
@@ -416,7 +400,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _blank_or(value: Any, column: str) -> Any:
-    """A value as a format takes it: what is null is blank. Raises SkipRow for what is neither text
+    """Return a value for a format: null as blank. Raises SkipRow for a value that is neither text
     nor a number."""
     if value is None or value != value or (isinstance(value, str) and not value.strip()):
         return ""

@@ -1,8 +1,8 @@
-"""Tokenized chunks: what the tokenize job writes, and what specification 001's own program wrote.
+"""Tokenized chunks, as the tokenize job and specification 001's own program write them.
 
 In:    a folder with a manifest and chunks (core/data/token_files.py)
-Out:   one Document of tokens for each stretch between two ends; chunks in an order permuted by seed
-       and epoch
+Out:   one Document of tokens between two end-of-document tokens; chunks in an order permuted by
+       seed and epoch
 State: none of its own (shards.py); a position inside a chunk is the token after a document's end
 """
 
@@ -97,8 +97,8 @@ class TokensSource(FileSource):
         return [*(self._chunks.notes if self._chunks is not None else []), *super().notes]
 
     def check_tokenizer(self, tokenizer: Any) -> None:
-        """Raises UserError unless the tokens mean to this tokenizer what they meant to the one that
-        made them."""
+        """Raise UserError unless the tokens mean the same to this tokenizer as to the one that made
+        them."""
         assert self._chunks is not None, "a source is opened before it is used"
         made = self._chunks.manifest
         size = made.vocab_size or 0

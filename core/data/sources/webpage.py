@@ -1,8 +1,8 @@
-"""The text of a web page.
+"""Extract the text of a web page.
 
 In:    the bytes of an HTML file, in any encoding that it names
-Out:   its text: a paragraph, heading, list item or table row a line; without scripts, styles and
-       markup
+Out:   its text, with a line for each paragraph, heading, list item or table row; no scripts, styles
+       or markup
 State: none
 """
 
@@ -14,22 +14,22 @@ from html import unescape
 from core.data.sources.decode import Decoded, decoded
 
 DROPPED = frozenset(("noscript", "template", "svg", "iframe", "object"))
-"""What is inside them is no text, where they are closed; one that is not hides nothing."""
+"""Tags whose content is no text. A tag that is not closed hides nothing."""
 RAW = {tag: re.compile(f"</{tag}(?=[\\s/>])", re.IGNORECASE) for tag in ("script", "style")}
-"""What is inside them is no markup either, up to where they are closed or the page ends."""
+"""Tags whose content is no markup either, until they are closed or the page ends."""
 APART = re.compile("article|blockquote|h[1-6r]|ol|p|pre|section|table|title|ul")
-"""Tags around which a line is empty."""
+"""Tags with an empty line before and after."""
 LINES = re.compile(
     "address|aside|body|br|dd|div|dl|dt|fieldset|figcaption|figure|footer|form|header|html|li|main|nav|option|tbody|tfoot|thead|tr"
 )
-"""Tags around which a line ends."""
+"""Tags with a line break before and after."""
 
 _NAME = re.compile(r"</?([A-Za-z][^\s/>]*+)")
 _TAG_END = re.compile(r"""[^>=]*+(?:=\s*+(?:"[^"]*+"|'[^']*+')?+[^>=]*+)*+>""")
 """The rest of a tag; a bracket in a quoted attribute does not end it."""
 _TRIES = 10
-"""Tags of a page that may be without such an end; then the first bracket ends each: the work grows
-with the page alone."""
+"""Tags of a page that may lack such an end. After so many, the first bracket ends each tag, so that
+the work stays linear in the length of the page."""
 _CHARSET = re.compile(
     rb"""<meta[^>]{0,200}charset\s*=\s*["']?\s*([A-Za-z0-9_:.-]{1,40})""", re.IGNORECASE
 )
@@ -37,23 +37,23 @@ _CHARSET_BYTES = 4096
 
 
 def page_text(data: bytes) -> Decoded:
-    """The text of a page, and how it was decoded."""
-    found = decoded(data)
-    if (found.other or found.replaced) and (match := _CHARSET.search(data[:_CHARSET_BYTES])):
+    """Return the text of a page, and how it was decoded."""
+    result = decoded(data)
+    if (result.other or result.replaced) and (match := _CHARSET.search(data[:_CHARSET_BYTES])):
         with suppress(LookupError, ValueError):  # no such encoding, or not this one
-            found = Decoded(data.decode(match[1].decode("ascii")))
+            result = Decoded(data.decode(match[1].decode("ascii")))
     page = _Page()
-    for tag, closing, text in _tokens(found.text):
+    for tag, closing, text in _tokens(result.text):
         if tag:
             page.tag(tag, closing)
         else:
             page.data(unescape(text))
-    return found._replace(text=page.text())
+    return result._replace(text=page.text())
 
 
 def _tokens(page: str) -> Iterator[tuple[str, bool, str]]:
-    """(tag, whether it closes, its markup) or ("", False, text), in order. Each place is looked at
-    a few times at most."""
+    """Yield (tag, whether it closes, its markup) or ("", False, text), in order. Looks at each
+    character a few times at most."""
     at, tries = 0, _TRIES
     last, last_comment = page.rfind(">"), page.rfind("-->")
     while 0 <= (mark := page.find("<", at)) < last:
@@ -64,7 +64,7 @@ def _tokens(page: str) -> Iterator[tuple[str, bool, str]]:
             at = mark + 1
             yield "", False, "<"
             continue
-        if page.startswith("<!--", mark):  # one that does not end hides nothing
+        if page.startswith("<!--", mark):  # a comment that does not end hides nothing
             at = page.index("-->", mark + 2) + 3 if mark + 2 <= last_comment else mark + 4
             continue
         if not name:
@@ -87,9 +87,8 @@ class _Page:
 
     def __init__(self) -> None:
         self._parts: list[str] = []
-        self._begun: dict[str, list[tuple[int, int]]] = {
-            tag: [] for tag in DROPPED
-        }  # (which tag, parts before it), if not closed
+        # (which tag, parts before it) of tags that are not closed
+        self._begun: dict[str, list[tuple[int, int]]] = {tag: [] for tag in DROPPED}
         self._tags = 0
         self._pre = 0
 
@@ -101,24 +100,25 @@ class _Page:
             self._pre = max(0, self._pre + (-1 if closing else 1))
         if closing and tag in ("td", "th"):
             self._parts.append(" ")
-        if found := APART.fullmatch(tag) or LINES.fullmatch(tag):
-            self._parts.append("\n\n" if found.re is APART else "\n")
+        if APART.fullmatch(tag):
+            self._parts.append("\n\n")
+        elif LINES.fullmatch(tag):
+            self._parts.append("\n")
 
     def _drop(self, tag: str) -> None:
-        """All since the last one of that tag begins."""
+        """Drop everything since the last opening of a tag."""
         if self._begun[tag]:
             begin = self._begun[tag].pop()
             del self._parts[begin[1] :]
-            for others in self._begun.values():
-                while others and others[-1] > begin:
-                    others.pop()
+            for inner in self._begun.values():
+                while inner and inner[-1] > begin:
+                    inner.pop()
 
     def data(self, data: str) -> None:
         if not self._pre:
             data = re.sub(r"\s+", " ", data)
-            data = (
-                data.lstrip() if self._parts[-1:] == [] or self._parts[-1][-1:].isspace() else data
-            )
+            if not self._parts or self._parts[-1][-1:].isspace():
+                data = data.lstrip()
         self._parts.append(data)
 
     def text(self) -> str:

@@ -18,12 +18,12 @@ PACKAGE = '"lm_eval[math]"'
 
 def harness(module: str) -> Any:
     """Return a module of lm_eval, such as "tasks". Raises MissingPackage saying what to install."""
-    found = need(f"lm_eval.{module}", PACKAGE, MissingPackage)
+    imported = need(f"lm_eval.{module}", PACKAGE, MissingPackage)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     quiet_datasets()
-    # the job has a bar of its own
+    # the job has its own progress bar
     need("lm_eval.api.task", PACKAGE, MissingPackage).tqdm = lambda each, **_: each
-    return found
+    return imported
 
 
 def version() -> str:

@@ -7,7 +7,7 @@ State: none
 
 A causal model reads rows of different length in one batch, padded on the right, where it never
 looks. A model that is not causal would see the padding: its rows are batched by their exact length.
-Scores are computed at the positions that are asked for only, a few at a time: (B, T, V) never
+Scores are computed at the requested positions only, a few at a time: (B, T, V) never
 exists.
 
 B batch rows, T time, D hidden_size, V vocab_size, n some positions
@@ -148,9 +148,9 @@ def _logs_of(readout: Readout, hidden: Tensor, targets: Tensor) -> tuple[list[fl
     """Return (log-probability, is the likeliest) of each target (n,) after hidden states (n, D)."""
     logs, hits = [], []
     step = max(1, SCORES_AT_ONCE // len(readout.table))
-    for some, wanted in zip(hidden.split(step), targets.split(step)):
-        scores = full_scores(readout, some)  # (step, V)
-        target_scores = scores.gather(1, wanted[:, None])[:, 0]  # (step,)
+    for states, labels in zip(hidden.split(step), targets.split(step)):
+        scores = full_scores(readout, states)  # (step, V)
+        target_scores = scores.gather(1, labels[:, None])[:, 0]  # (step,)
         logs += (target_scores - scores.logsumexp(dim=1)).double().tolist()
-        hits += (scores.argmax(dim=1) == wanted).tolist()
+        hits += (scores.argmax(dim=1) == labels).tolist()
     return logs, hits

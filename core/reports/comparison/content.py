@@ -1,7 +1,7 @@
 """The content of the report: sentences and tables of plain text, the same in HTML and in Markdown.
 
 In:    a Comparison
-Out:   strings, not escaped, and Tables
+Out:   strings, not escaped, and tables
 State: none
 """
 
@@ -14,7 +14,7 @@ from core.comparison.results import Comparison, Variant
 from core.comparison.statistics import POWER, Ratio, SeedStats
 from core.comparison.verdict import Amount, percent
 from core.metrics.table import Metric, metric_of
-from core.reports.page import Table
+from core.reports.page import ReportTable
 from core.ui.text import clean, count, duration, memory
 
 NONE = "–"
@@ -48,7 +48,7 @@ def unfinished(comparison: Comparison) -> list[str]:
 # tables -------------------------------------------------------------------------------------------
 
 
-def verdict_table(comparison: Comparison) -> Table:
+def verdict_table(comparison: Comparison) -> ReportTable:
     """Return the differences in the primary metric: intervals, p-values and verdicts."""
     rows = []
     for variant, verdict in zip(comparison.variants[1:], comparison.verdicts):
@@ -82,10 +82,10 @@ def verdict_table(comparison: Comparison) -> Table:
         "sd over seeds",
         "detectable",
     ]
-    return Table(head, rows, words=2)
+    return ReportTable(head, rows, words=2)
 
 
-def difference_table(comparison: Comparison) -> Table:
+def difference_table(comparison: Comparison) -> ReportTable:
     """Return the mean paired difference of every metric, with its interval."""
     rows = []
     for key in _primary_first(comparison):
@@ -96,14 +96,14 @@ def difference_table(comparison: Comparison) -> Table:
             span = amount.signed_span()
             cells.append(amount.number(difference.mean) + (f" ({span})" if span else ""))
         rows.append([metric_name(metric_of(key)), direction(metric_of(key)), *cells])
-    return Table(
+    return ReportTable(
         ["metric", "better", *(clean(variant.name) for variant in comparison.variants[1:])],
         rows,
         words=2,
     )
 
 
-def final_table(comparison: Comparison) -> Table:
+def final_table(comparison: Comparison) -> ReportTable:
     """Return the final metrics: mean and deviation over the finished seeds."""
     rows = [
         [metric_name(metric_of(key)), direction(metric_of(key))]
@@ -111,14 +111,14 @@ def final_table(comparison: Comparison) -> Table:
         for key in _primary_first(comparison)
     ]
     seeds = ["finished seeds", "", *(str(len(variant.finished)) for variant in comparison.variants)]
-    return Table(
+    return ReportTable(
         ["metric", "better", *(clean(variant.name) for variant in comparison.variants)],
         [*rows, seeds],
         words=2,
     )
 
 
-def cost_table(comparison: Comparison) -> Table:
+def cost_table(comparison: Comparison) -> ReportTable:
     """Return speed and memory, and their ratios to the baseline's."""
     rows = [
         [
@@ -143,10 +143,10 @@ def cost_table(comparison: Comparison) -> Table:
         "time a trial",
         "skipped updates",
     ]
-    return Table(head, rows)
+    return ReportTable(head, rows)
 
 
-def trial_table(comparison: Comparison) -> Table:
+def trial_table(comparison: Comparison) -> ReportTable:
     """Return the final numbers of every trial."""
     primary = comparison.primary
     rows = [
@@ -172,17 +172,17 @@ def trial_table(comparison: Comparison) -> Table:
         "peak memory",
         "time",
     ]
-    return Table(head, rows, words=2)
+    return ReportTable(head, rows, words=2)
 
 
-def changes_table(comparison: Comparison) -> Table:
+def changes_table(comparison: Comparison) -> ReportTable:
     """Return the settings that each variant changes."""
     rows = [
         [clean(variant.name), clean(path), clean(_json(before)), clean(_json(after))]
         for variant in comparison.variants[1:]
         for path, (before, after) in variant.changes.items()
     ]
-    return Table(["variant", "setting", "baseline", "variant sets"], rows, words=4)
+    return ReportTable(["variant", "setting", "baseline", "variant sets"], rows, words=4)
 
 
 # samples ------------------------------------------------------------------------------------------

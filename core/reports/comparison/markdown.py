@@ -11,7 +11,7 @@ from itertools import groupby
 
 from core.comparison.results import Comparison
 from core.reports.comparison import content
-from core.reports.page import Table
+from core.reports.page import ReportTable
 from core.ui.text import clean
 
 
@@ -61,7 +61,7 @@ def _samples(comparison: Comparison) -> list[str]:
     return parts
 
 
-def _table(table: Table) -> str:
+def _table(table: ReportTable) -> str:
     if not table.rows:
         return ""
     rule = ["---" if i < table.words else "---:" for i in range(len(table.head))]

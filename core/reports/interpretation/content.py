@@ -2,7 +2,7 @@
 for the terminal.
 
 In:    an Interpretation
-Out:   strings, not escaped, and Tables
+Out:   strings, not escaped, and tables
 State: none
 """
 
@@ -15,7 +15,7 @@ from core.interpretation.noise import DRAWS, FEWEST
 from core.interpretation.results import Interpretation
 from core.interpretation.routing import THRESHOLD
 from core.reports.interpretation.palette import NEUROTRANSMITTERS, title_of
-from core.reports.page import Table
+from core.reports.page import ReportTable
 from core.ui.text import clean
 
 FEW = 0.05
@@ -237,7 +237,7 @@ CAUTION = (
 # tables -------------------------------------------------------------------------------------------
 
 
-def layer_table(results: Interpretation) -> Table:
+def layer_table(results: Interpretation) -> ReportTable:
     """Return a row for each layer: the activation with most weight, preferences, entropies, and the
     largest shift."""
     weights, shift = results.mean("weights"), results.shift
@@ -267,10 +267,10 @@ def layer_table(results: Interpretation) -> Table:
         "largest shift",
         "its noise",
     ]
-    return Table(head, rows, words=2)
+    return ReportTable(head, rows, words=2)
 
 
-def category_table(results: Interpretation) -> Table:
+def category_table(results: Interpretation) -> ReportTable:
     """Return a row for each category: how much of it was read, and its entropies."""
     rows = [
         [
@@ -282,7 +282,7 @@ def category_table(results: Interpretation) -> Table:
         ]
         for category in results.categories
     ]
-    return Table(
+    return ReportTable(
         ["category", "documents", "tokens", "dynamic entropy", f"at tau {results.tau:.3g}"], rows
     )
 

@@ -1,4 +1,4 @@
-"""Boxes of text on a page, and the two groupings everything else is made of: stretches without a
+"""Boxes of text on a page, and the two groupings that the layout is made of: stretches without a
 gap, and rows.
 
 In:    plain numbers
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 
 class Box(NamedTuple):
-    """Text and where it stands; y grows downwards."""
+    """Text and its position; y grows downwards."""
 
     x0: float
     y0: float
@@ -21,7 +21,7 @@ class Box(NamedTuple):
 
 
 class Page(NamedTuple):
-    """A page: its height, and its lines in the groups that the PDF holds them in."""
+    """A page: its height, and its lines in the groups that the PDF holds."""
 
     height: float
     groups: list[list[Box]]
@@ -32,8 +32,8 @@ def line_height(block: Box) -> float:
 
 
 def spans(intervals: Sequence[tuple[float, float]], gap: float) -> list[list[int]]:
-    """The indices of intervals in stretches with more than `gap` between them, each in its given
-    order, stretches from low on."""
+    """Group intervals into stretches with more than `gap` between them. Returns the indices of each
+    stretch in their given order, the lowest stretch first."""
     order = sorted(range(len(intervals)), key=lambda i: intervals[i])
     out: list[list[int]] = []
     end = 0.0
@@ -49,8 +49,8 @@ def spans(intervals: Sequence[tuple[float, float]], gap: float) -> list[list[int
 
 
 def rows(boxes: Sequence[Box]) -> list[list[int]]:
-    """The indices of boxes in rows from the top, each from the left. Boxes are in a row when their
-    middles are close."""
+    """Group boxes into rows: boxes whose middles are close. Returns their indices, rows from the
+    top, boxes from the left."""
     order = sorted(range(len(boxes)), key=lambda i: (boxes[i].y0 + boxes[i].y1, boxes[i].x0))
     out: list[list[int]] = []
     for i in order:

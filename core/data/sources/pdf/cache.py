@@ -1,11 +1,12 @@
-"""What was read out of PDFs, kept by the content of the file: a second run, epoch, rank or name of
-it reads no PDF again.
+"""The cache of the text of PDFs by the content of the file: a second run, epoch, rank or copy reads
+no PDF again.
 
 In:    the digest of a file's bytes
 Out:   its Extraction, or None; a lock, so that two processes do not read the same file at the same
        time
 State: <root>/.cache/pdf/<digest>-<version>.json.gz; may be deleted at any time, and an unwritable
-folder costs only time"""
+       folder costs only time
+"""
 
 import gzip
 import hashlib
@@ -30,14 +31,14 @@ CACHE = ".cache/pdf"
 """The folder, relative to the project."""
 
 EXTRACTOR_VERSION = 2
-"""To be raised with every change of what is made of a PDF."""
+"""Raised with every change of the text that is made of a PDF."""
 
 _POLL = 0.05
-_ABANDONED = 3600.0  # seconds after which nobody is still writing a file
+_ABANDONED = 3600.0  # seconds after which a file that is being written counts as abandoned
 
 
 class Extraction(NamedTuple):
-    """What came of reading a file."""
+    """The result of reading a PDF."""
 
     kind: str  # GOOD, or why there is no text
     text: str
@@ -45,36 +46,37 @@ class Extraction(NamedTuple):
 
 
 def digest_of_file(path: Path) -> str:
-    """A stable hash of a file's bytes. Raises OSError."""
+    """Return a stable hash of a file's bytes. Raises OSError."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=20)).hexdigest()
 
 
 class Lock:
-    """The right to read one file, and a word to those who wait for it: what came of it, where that
-    is not to last.
+    """The right to read one file, and a message for those who wait for it: the kind of a result
+    that is not cached.
 
-    The word stands in the lock's file, whose name goes with the lock: only who has waited can still
-    read it."""
+    The message stands in the lock's file, whose name is removed with the lock: so only a process
+    that has waited can still read it."""
 
     def __init__(self, file: int | None):
         self._file = file
 
     def message(self) -> str:
-        """What a holder before left; empty if there was none."""
+        """Return the previous holder's message; "" if there was none."""
         if self._file is None:
             return ""
         os.lseek(self._file, 0, os.SEEK_SET)
         return os.read(self._file, 100).decode(errors="replace")
 
-    def leave(self, word: str) -> None:
+    def leave(self, message: str) -> None:
+        """Leave a message for those who wait."""
         if self._file is not None:
             with suppress(OSError):
-                os.write(self._file, word.encode())
+                os.write(self._file, message.encode())
 
 
 class PdfCache:
-    """The folder of one project."""
+    """The cache folder of one project."""
 
     def __init__(self, root: Path):
         self._folder = root / CACHE
@@ -86,7 +88,7 @@ class PdfCache:
             found = json.loads(gzip.decompress(path.read_bytes()))
             extraction = Extraction(found["kind"], found["text"], found["damaged"] is True)
         except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError):
-            # absent, or cut off, or not ours
+            # absent, cut off, or of another program
             return None
         fits = (
             extraction.kind in CACHEABLE
@@ -105,8 +107,8 @@ class PdfCache:
 
     @contextmanager
     def lock(self, digest: str, seconds: float) -> Iterator["Lock"]:
-        """Held while the file of that digest is read; after so many seconds had without, for a lock
-        only saves work."""
+        """Hold the lock of a digest while its file is read. After `seconds` the caller goes on
+        without the lock, since it only saves work."""
         file = self._lock_file(digest)
         end = time.monotonic() + seconds
         locked = False
@@ -121,7 +123,7 @@ class PdfCache:
                     break
             yield Lock(file if locked else None)
         finally:
-            # who waits for it finds the result in the cache, whoever comes later makes a new one
+            # those who wait find the result in the cache; later ones make a new lock
             if locked:
                 with suppress(OSError):
                     self._lock_path(digest).unlink()

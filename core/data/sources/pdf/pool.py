@@ -1,4 +1,4 @@
-"""Reads PDFs in other processes: as many at a time as there are workers, each within its limits,
+"""Read PDFs in other processes: as many at a time as there are workers, each within its limits, and
 through the cache.
 
 In:    paths
@@ -6,9 +6,9 @@ Out:   a future Extraction for each
 State: threads, each with a worker process of its own from the first file on that is not in the
 cache; both end when idle
 
-A thread per worker keeps the exchange with it plain: one request, one answer. A worker that dies is
-replaced, and its file tried once more; a worker that does not answer in time is killed from here,
-in case it cannot end the reading itself."""
+A thread per worker keeps the exchange with it simple: one request, one answer. A worker that dies
+is replaced, and its file tried once more. A worker that does not answer in time is killed from
+here, in case it cannot end the reading itself."""
 
 import os
 import subprocess
@@ -31,17 +31,17 @@ MAX_WORKERS = 4
 IDLE_SECONDS = 20.0
 START_SECONDS = 60.0
 LATE_SECONDS = 10.0
-"""How much longer than a file's limit its answer may take: a worker keeps the limit itself, this is
-for one that cannot."""
+"""Seconds beyond a file's limit after which its worker is killed: workers keep the limit
+themselves, if they can."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What reading one file may cost."""
+    """The time and memory that reading one file may take."""
 
     seconds: float
     memory: int  # bytes
-    peek: bool = False  # only look whether there is text
+    peek: bool = False  # only check whether there is text
 
 
 class Worker:
@@ -49,12 +49,12 @@ class Worker:
 
     def __init__(self) -> None:
         self.process: subprocess.Popen | None = None
-        # closing comes from another thread, and must not miss a process that is just starting
+        # another thread may close it, and must not miss a process that is just starting
         self._lock = threading.Lock()
         self._closed = False
 
     def read(self, path: Path, limits: Limits) -> Extraction:
-        """The result of one file; a reading that died is tried once more. Raises OSError,
+        """Return the result of one file; a reading that died is tried once more. Raises OSError,
         SourceUnavailable."""
         message = {
             "path": os.path.abspath(path),
@@ -77,27 +77,26 @@ class Worker:
         return Extraction(CRASH, "")
 
     def stop(self) -> None:
-        """Ends the process, which takes whatever it is reading with it."""
-        with self._lock:  # to its end: who stops it second finds it gone
+        """End the process, and whatever it is reading."""
+        with self._lock:  # until it is gone: a second caller finds it gone
             process, self.process = self.process, None
             if process is not None:
                 process.kill()
                 process.wait()
                 for pipe in filter(None, (process.stdin, process.stdout)):
-                    with suppress(OSError):  # what was still to be written has no reader
+                    with suppress(OSError):  # whatever was still to be written has no reader
                         pipe.close()
 
     def close(self) -> None:
-        """Ends the process for good, from any thread; the thread that waits for it finds it
-        dead."""
+        """End the process for good, from any thread; the thread that waits for it finds it dead."""
         with self._lock:
             self._closed = True
             if self.process is not None:
                 self.process.kill()
 
     def _exchange(self, message: dict, seconds: float) -> dict | None:
-        """The answer; None where there was none. A worker that is silent for too long gives the
-        answer of a slow file."""
+        """Return the answer; None where there was none. A worker that is silent for too long counts
+        as a slow file."""
         process = self._running()
         assert process.stdin is not None and process.stdout is not None, "both are pipes"
         late = threading.Event()
@@ -124,8 +123,7 @@ class Worker:
     def _running(self) -> subprocess.Popen:
         if self.process is not None:
             return self.process
-        # one thread for numpy, which PyMuPDF loads: its pool for many cores would stand in the way
-        # of a fork
+        # one thread for numpy, which PyMuPDF loads: a pool of threads would hinder a fork
         paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         env = {
             **os.environ,
@@ -169,7 +167,8 @@ class Worker:
 
 
 def read_file(worker: Worker, cache: PdfCache, path: Path, limits: Limits) -> Extraction:
-    """The result of one file, from the cache if it is there. Raises OSError, SourceUnavailable."""
+    """Return the result of one file, from the cache if it is there. Raises OSError,
+    SourceUnavailable."""
     before = path.stat()
     if before.st_size == 0:
         return Extraction(EMPTY, "")
@@ -181,14 +180,14 @@ def read_file(worker: Worker, cache: PdfCache, path: Path, limits: Limits) -> Ex
     with cache.lock(digest, limits.seconds + LATE_SECONDS) as lock:
         if (known := cache.get(digest)) is not None:
             return known
-        # another process has just tried: its time is not spent again
-        if (word := lock.message()) in TRANSIENT:
-            return Extraction(word, "")
+        # another process has just tried in vain: its time is not spent again
+        if (kind := lock.message()) in TRANSIENT:
+            return Extraction(kind, "")
         extraction = worker.read(path, limits)
         if extraction.kind in TRANSIENT:
             lock.leave(extraction.kind)
         after = path.stat()
-        # else that digest is of another text
+        # else the digest may be of another text
         if (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns):
             cache.put(digest, extraction)
         return extraction
@@ -200,8 +199,8 @@ class Pool:
 
     def __init__(self, cache: PdfCache, size: int = 0):
         self._shared = _Shared(cache, size or min(MAX_WORKERS, os.cpu_count() or 1))
-        # at the latest when Python ends; threads hold what they share and not the pool, so that it
-        # can be collected before
+        # at the latest when Python ends; threads hold the shared part and not the pool, so that the
+        # pool can be collected before
         self.close = weakref.finalize(self, self._shared.close)
 
     @property
@@ -215,7 +214,7 @@ class Pool:
         return self._shared.submit(path, limits, first)
 
     def prioritize(self, future: "Future[Extraction]") -> None:
-        """Puts a file that was to be read ahead before the others."""
+        """Move a file that was to be read ahead before the others."""
         self._shared.prioritize(future)
 
 
@@ -273,7 +272,7 @@ class _Shared:
                     continue
                 try:
                     extraction = read_file(worker, self.cache, path, limits)
-                except BaseException as error:  # whoever waits for the file is to hear of it
+                except BaseException as error:  # passed on to whoever waits for the file
                     future.set_exception(error)
                 else:
                     future.set_result(extraction)
@@ -282,7 +281,7 @@ class _Shared:
             worker.stop()
 
     def _next(self, worker: Worker) -> tuple[Future, Path, Limits] | None:
-        """The next file; None when there was none for so long that this thread is to end."""
+        """Return the next file; None after IDLE_SECONDS without one, when this thread ends."""
         with self._ready:
             self._idle += 1
             self._ready.wait_for(lambda: self._jobs or self._closed, IDLE_SECONDS)

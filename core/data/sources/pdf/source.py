@@ -5,8 +5,8 @@
 
 In:    a folder (looked through to any depth), read with PyMuPDF (AGPL) in processes of its own
 Out:   documents of 3000 to 5000 characters; files that give no text are skipped and named
-State: none in its cursor but that of files.py; files being read ahead, which change nothing but
-speed"""
+State: its cursor (files.py); files being read ahead, which change only the speed
+"""
 
 import threading
 import time
@@ -33,16 +33,16 @@ LOW, HIGH = 3000, 5000
 
 CHECKED_AT_OPEN = 200
 CHECK_SECONDS = 4.0
-"""Files looked into before training starts, and for how long; the others are when their turn
-comes."""
+"""Files that are looked into before training starts, and the seconds for it; the others follow when
+their turn comes."""
 
 OPEN_SECONDS = 9.0
-"""How long to look for a first file with text: short of the time that all sources together have to
+"""Seconds in which a first file with text is looked for: fewer than all sources together have to
 open."""
 
 PEEK_SECONDS = (0.5, 4.0)
-"""How long a file may take to show some text at opening; those that take longer get a second
-chance, if no other has any."""
+"""Seconds that a file may take to show some text at opening; slower files get a second chance if no
+other file has text."""
 
 
 class PdfSettings(SourceSettings):
@@ -72,10 +72,10 @@ class PdfSource(FileSource):
         self._seconds, self._leave_out = settings.file_seconds, settings.leave_out
         self._pool = Pool(PdfCache(root))
         self._lock = threading.Lock()  # a source may have several readers
-        # what comes after each file in the order asked for last
+        # the files after each file in the order of the last epoch
         self._following: dict[Unit, tuple[Unit, ...]] = {}
         self._reading: dict[Unit, Future[Extraction]] = {}
-        # took too long or too much here: not tried again at every epoch
+        # files that took too much time or memory here: not tried again at every epoch
         self._given_up: dict[Unit, str] = {}
 
     def list_units(self) -> list[Unit]:
@@ -104,26 +104,26 @@ class PdfSource(FileSource):
         return units
 
     def open(self) -> None:
-        """Finds one file with text, and looks into as many others as there is time for. Raises
+        """Find one file with text, and look into as many others as there is time for. Raises
         SourceUnavailable."""
         self._units = None  # a second open looks again
         units = self.order(0)
         begin = time.monotonic()
-        slow, found, asked = units, False, 0
+        slow, any_text, checked = units, False, 0
         for seconds in PEEK_SECONDS:
             candidates, slow = slow, []
-            for unit, kind in self._peek(
-                candidates, Limits(seconds, self.MEMORY, peek=True), begin + OPEN_SECONDS
-            ):
-                asked += 1
-                found |= kind == GOOD
+            limits = Limits(seconds, self.MEMORY, peek=True)
+            for unit, kind in self._peek(candidates, limits, begin + OPEN_SECONDS):
+                checked += 1
+                any_text |= kind == GOOD
                 if kind == SLOW:
-                    slow.append(unit)  # not condemned: it has all of its time when its turn comes
+                    slow.append(unit)  # not skipped: it has all of its time when its turn comes
                 elif kind != GOOD:
                     self.skip(unit, self._describe(kind))
-                if found and (asked >= CHECKED_AT_OPEN or time.monotonic() > begin + CHECK_SECONDS):
+                out_of_time = time.monotonic() > begin + CHECK_SECONDS
+                if any_text and (checked >= CHECKED_AT_OPEN or out_of_time):
                     return
-            if found:
+            if any_text:
                 return
         over = time.monotonic() > begin + OPEN_SECONDS
         raise SourceUnavailable(self._nothing_yet(units) if slow or over else self.nothing(units))
@@ -139,8 +139,7 @@ class PdfSource(FileSource):
             raise CutShort("the damage, as far as that could be repaired")
 
     def _extraction(self, unit: Unit) -> Extraction:
-        """What a file holds; while it is read and used, the files after it are read ahead. Raises
-        OSError, SourceUnavailable."""
+        """Read a file, and begin to read the files after it. Raises OSError, SourceUnavailable."""
         limits = Limits(self._seconds, self.MEMORY)
         with self._lock:
             if unit in self._given_up:
@@ -151,7 +150,7 @@ class PdfSource(FileSource):
                 future = self._pool.submit(unit.path, limits, first=True)
             else:
                 self._pool.prioritize(future)
-            # another reader's, or of a list that was left
+            # files of another reader, or of an earlier order
             for other in [u for u in self._reading if u not in following]:
                 self._reading.pop(other).cancel()
             for other in following:
@@ -164,8 +163,8 @@ class PdfSource(FileSource):
         return extraction
 
     def _peek(self, units: list[Unit], limits: Limits, end: float) -> Iterator[tuple[Unit, str]]:
-        """(file, kind) of files looked into side by side, as they answer, until the time is over or
-        nobody asks any more."""
+        """Yield (file, kind) of files that are looked into side by side, as they answer, until the
+        time is over or the caller stops."""
         waiting = iter(units)
         running: dict[Future[Extraction], Unit] = {}
         try:
@@ -184,7 +183,7 @@ class PdfSource(FileSource):
                 future.cancel()
 
     def _describe(self, kind: str) -> str:
-        """A kind as the notes tell it: it completes "skipped 2 ... files"."""
+        """Return a kind in the words of the notes: it completes "skipped 2 ... files"."""
         texts = {
             SLOW: f"slow (over {self._seconds:g} s)",
             LARGE: f"too large (over {self.MEMORY / 2**30:.2g} GB of memory)",
@@ -193,15 +192,15 @@ class PdfSource(FileSource):
         return texts.get(kind, kind)
 
     def _nothing_yet(self, units: list[Unit]) -> str:
-        told = "".join(f"; {note}" for note in self.notes)
+        notes = "".join(f"; {note}" for note in self.notes)
         return (
             f"no text within {OPEN_SECONDS:g} s in any of its {len(units)} files "
-            f"({units[0].label} ...){told}"
+            f"({units[0].label} ...){notes}"
         )
 
 
 def _kind(future: "Future[Extraction]") -> str:
-    """The kind of a file's extraction. Raises SourceUnavailable."""
+    """Return the kind of a file's extraction. Raises SourceUnavailable."""
     try:
         return future.result().kind
     except FileNotFoundError:
