@@ -32,118 +32,129 @@ from tests.models.test_models import T, V
 # what their losses are ----------------------------------------------------------------------------
 
 
-def plain(name: str, heads: HeadStack, inputs: HeadInputs, row: int) -> Tensor:
-    """One row's loss, by plain reading of the specification."""
-    batch, hidden, table = inputs.batch, inputs.hidden[row], inputs.readout.table
-    place = batch.head_positions[name][row].tolist()
-    p = place[0]
-    documents = batch.document_ids[row]
-    head: Any = heads[name]
-    policy, value, rollouts = (heads[other] for other in ("policy", "value", "rollouts"))
+class PlainLosses:
+    """One row's loss of each head, by plain reading of the specification."""
 
-    def guessed(state: Tensor) -> Tensor:
+    def __init__(self, name: str, heads: HeadStack, inputs: HeadInputs, row: int):
+        self.batch, self.hidden, self.table = inputs.batch, inputs.hidden[row], inputs.readout.table
+        self.places = self.batch.head_positions[name]
+        self.place, self.row, self.inputs = self.places[row].tolist(), row, inputs
+        self.head: Any = heads[name]
+        self.heads: Any = heads
+
+    def guessed(self, state: Tensor) -> Tensor:
         """The policy head's log-probabilities."""
+        policy = self.heads["policy"]
         return (state @ policy.weight.T + policy.bias).log_softmax(-1)
 
-    def divergence(state: Tensor, t: int) -> Tensor:
-        teacher = (hidden[t] @ table.T).softmax(-1)
-        return (teacher * (teacher.log() - guessed(state))).sum()
+    def divergence(self, state: Tensor, t: int) -> Tensor:
+        teacher = (self.hidden[t] @ self.table.T).softmax(-1)
+        return (teacher * (teacher.log() - self.guessed(state))).sum()
 
-    def surprise_missed(state: Tensor, t: int) -> Tensor:
-        span = [u for u in range(t, min(t + value.span_tokens, T)) if documents[u] == documents[t]]
+    def valued(self, state: Tensor) -> Tensor:
+        value = self.heads["value"]
+        return state @ value.weight[0] + value.bias[0]
+
+    def nll_missed(self, state: Tensor, t: int) -> Tensor:
+        documents, end = self.batch.document_ids[self.row], t + self.heads["value"].span_tokens
         losses = [
-            -(hidden[u] @ table.T).log_softmax(-1)[batch.labels[row, u]]
-            for u in span
-            if batch.labels[row, u] >= 0
+            -(self.hidden[u] @ self.table.T).log_softmax(-1)[self.batch.labels[self.row, u]]
+            for u in range(t, min(end, T))
+            if documents[u] == documents[t] and self.batch.labels[self.row, u] >= 0
         ]
-        return (state @ value.weight[0] + value.bias[0] - torch.stack(losses).mean()) ** 2
+        return (self.valued(state) - torch.stack(losses).mean()) ** 2
 
-    def after(state: Tensor, token: int) -> Tensor:
-        return state + rollouts[2](F.gelu(rollouts[0](torch.cat([state, table[token]]))))
+    def after(self, state: Tensor, token: int) -> Tensor:
+        rollouts = self.heads["rollouts"]
+        return state + rollouts[2](F.gelu(rollouts[0](torch.cat([state, self.table[token]]))))
 
-    if name == "policy":
-        return divergence(hidden[p], p)
-    if name == "value":
-        return surprise_missed(hidden[p], p)
-    if name == "rollouts":
-        state, found = hidden[p], []
-        for t in range(p + 1, p + 1 + rollouts.steps):
-            state = after(state, int(batch.input_ids[row, t]))
-            error = ((state - hidden[t]) ** 2).sum() / (hidden[t] ** 2).sum()
-            found.append(error + surprise_missed(state, t) + divergence(state, t))
+    def policy(self) -> Tensor:
+        return self.divergence(self.hidden[self.place[0]], self.place[0])
+
+    def value(self) -> Tensor:
+        return self.nll_missed(self.hidden[self.place[0]], self.place[0])
+
+    def rollouts(self) -> Tensor:
+        p, found = self.place[0], []
+        state = self.hidden[p]
+        for t in range(p + 1, p + 1 + self.head.steps):
+            state = self.after(state, int(self.batch.input_ids[self.row, t]))
+            error = ((state - self.hidden[t]) ** 2).sum() / (self.hidden[t] ** 2).sum()
+            found.append(error + self.nll_missed(state, t) + self.divergence(state, t))
         return sum(found) / len(found)
-    if name == "planner":
+
+    def planner(self) -> Tensor:
         found = []
-        for p in place:
-            before = hidden[p] @ table.T
-            candidates = before.argsort(descending=True)[: head.candidates].tolist()
-            features = []
-            for token in candidates:
-                own, values, state = (
-                    [before.log_softmax(-1)[token], guessed(hidden[p])[token]],
-                    [],
-                    hidden[p],
-                )
-                for k in range(rollouts.steps):
-                    if k > 0:
-                        token = int(guessed(state).argmax())
-                        own.append(guessed(state)[token])
-                    state = after(state, token)
-                    values.append(state @ value.weight[0] + value.bias[0])
-                mean = sum(0.9**k * v for k, v in enumerate(values)) / sum(
-                    0.9**k for k in range(len(values))
-                )
-                features.append(torch.stack([*own, *values, mean]))
+        for p in self.place:
+            before = self.hidden[p] @ self.table.T
+            candidates = before.argsort(descending=True)[: self.head.candidates].tolist()
+            features = [self.features_of(p, before, token) for token in candidates]
             scores = before.clone()
             for token, own in zip(candidates, features):
-                scores[token] += head[2](
-                    F.gelu(head[0](torch.cat([own, own - sum(features) / len(features)])))
-                )[0]
+                seen = torch.cat([own, own - sum(features) / len(features)])
+                scores[token] += self.head[2](F.gelu(self.head[0](seen)))[0]
             p_all, q_all = before.softmax(-1), scores.softmax(-1)
-            found.append(
-                -q_all[batch.labels[row, p]].log()
-                + head.kl_weight * (q_all * (q_all / p_all).log()).sum()
-            )
-        return sum(found) / len(place)
-    if name == "dynamics":
-        tokens = torch.stack([table[batch.input_ids[row, t]] for t in (p + 1, p + 2, p + 3)]).mean(
-            0
-        )
-        predicted = head[2](F.gelu(head[0](torch.cat([hidden[p], tokens]))))
-        return ((predicted - hidden[p + 1 : p + 4].mean(0)) ** 2).mean()
-    if name == "memory":
-        return plain_memory(head, inputs, row)
-    if name == "draft":
-        losses = []
-        for root in place:
-            state = hidden[root]
+            divergence = (q_all * (q_all / p_all).log()).sum()
+            nll = -q_all[self.batch.labels[self.row, p]].log()
+            found.append(nll + self.head.kl_weight * divergence)
+        return sum(found) / len(self.place)
+
+    def features_of(self, p: int, before: Tensor, token: int) -> Tensor:
+        """What the planner knows of one candidate: log-probabilities, values, their mean."""
+        own, values = [before.log_softmax(-1)[token], self.guessed(self.hidden[p])[token]], []
+        state = self.hidden[p]
+        for k in range(self.heads["rollouts"].steps):
+            if k > 0:
+                token = int(self.guessed(state).argmax())
+                own.append(self.guessed(state)[token])
+            state = self.after(state, token)
+            values.append(self.valued(state))
+        weights = [0.9**k for k in range(len(values))]
+        mean = sum(w * v for w, v in zip(weights, values)) / sum(weights)
+        return torch.stack([*own, *values, mean])
+
+    def dynamics(self) -> Tensor:
+        p, ids = self.place[0], self.batch.input_ids[self.row]
+        tokens = torch.stack([self.table[ids[t]] for t in (p + 1, p + 2, p + 3)]).mean(0)
+        predicted = self.head[2](F.gelu(self.head[0](torch.cat([self.hidden[p], tokens]))))
+        return ((predicted - self.hidden[p + 1 : p + 4].mean(0)) ** 2).mean()
+
+    def memory(self) -> Tensor:
+        return plain_memory(self.head, self.inputs, self.row)
+
+    def draft(self) -> Tensor:
+        losses, head = [], self.head
+        for root in self.place:
+            state = self.hidden[root]
             for k in (1, 2):
-                read = torch.cat(
-                    [head.norm_state(state), head.norm_token(table[batch.input_ids[row, root + k]])]
-                )
+                token = self.table[self.batch.input_ids[self.row, root + k]]
+                read = torch.cat([head.norm_state(state), head.norm_token(token)])
                 gate, up = (head.inner.weight @ read + head.inner.bias).view(2, -1)
-                state = (
-                    state + head.outer.weight @ (gate * torch.sigmoid(gate) * up) + head.outer.bias
-                )
-                of_model, guess = (
-                    (hidden[root + k] @ table.T).softmax(-1),
-                    (state @ table.T).softmax(-1),
-                )
+                inner = gate * torch.sigmoid(gate) * up
+                state = state + head.outer.weight @ inner + head.outer.bias
+                of_model = (self.hidden[root + k] @ self.table.T).softmax(-1)
+                guess = (state @ self.table.T).softmax(-1)
                 losses.append((of_model * (of_model / guess).log()).sum())
         return torch.stack(losses).mean()
 
-    def project(states: Tensor) -> Tensor:
-        return F.normalize(head[2](F.gelu(head[0](states))).mean(0), dim=-1)
+    def span_contrastive(self) -> Tensor:
+        begin, start, _ = self.place
+        query = self.projected(self.hidden[begin:start])
+        keys = [
+            (other, self.projected(self.inputs.hidden[other, b[1] : b[2]]))
+            for other, b in enumerate(self.places.tolist())
+            if b[0] != NOWHERE
+        ]
+        scores = torch.stack([query @ key / 0.07 for _, key in keys])
+        return -scores.log_softmax(-1)[[other for other, _ in keys].index(self.row)]
 
-    begin, start, _ = place
-    query = project(hidden[begin:start])
-    keys = [
-        (other, project(inputs.hidden[other, b[1] : b[2]]))
-        for other, b in enumerate(batch.head_positions[name].tolist())
-        if b[0] != NOWHERE
-    ]
-    scores = torch.stack([query @ key / 0.07 for _, key in keys])
-    return -scores.log_softmax(-1)[[other for other, _ in keys].index(row)]
+    def projected(self, states: Tensor) -> Tensor:
+        return F.normalize(self.head[2](F.gelu(self.head[0](states))).mean(0), dim=-1)
+
+
+def plain(name: str, heads: HeadStack, inputs: HeadInputs, row: int) -> Tensor:
+    """One row's loss, by plain reading of the specification."""
+    return getattr(PlainLosses(name, heads, inputs, row), name)()
 
 
 def plain_memory(head: Any, inputs: HeadInputs, row: int) -> Tensor:
@@ -156,11 +167,8 @@ def plain_memory(head: Any, inputs: HeadInputs, row: int) -> Tensor:
         summary = (weights @ states).flatten() @ head.say.weight.T + head.say.bias
         bag = (table @ (head.tell.weight @ summary + head.tell.bias)).log_softmax(0)
         bags.append(-torch.stack([bag[ids[t]] for t in range(begin, start)]).mean())
-        x = (
-            torch.cat([summary[None], table[ids[start : start + 3]]])
-            + model.pos_embedding.weight[:4]
-        )
-        x = x[None]
+        embedded = torch.cat([summary[None], table[ids[start : start + 3]]])
+        x = (embedded + model.pos_embedding.weight[:4])[None]
         for layer in model.layers:
             x = layer(x, DocumentMask("sdpa", x.dtype, causal=True))
         states = model.norm(x)[0]  # (4, D): what the next summary is made of
