@@ -154,10 +154,8 @@ def main() -> int:
         if each.flag not in has:
             verdicts[each.name] = f"NOT TRIED: this processor lacks {each.flag}"
             continue
-        print(
-            f"-- {each.name}: {' '.join(f'{key}={value}' for key, value in each.environment.items())}",
-            flush=True,
-        )
+        variables = " ".join(f"{key}={value}" for key, value in each.environment.items())
+        print(f"-- {each.name}: {variables}", flush=True)
         env = {**os.environ, **each.environment}
         tests = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-n", "2", *NUMBERS], cwd=ROOT, env=env

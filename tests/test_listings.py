@@ -175,22 +175,69 @@ ILLUSTRATIONS = {  # first words -> what they are; everything else is made, run 
     "source --> cache": "a drawing of the data's path",
 }
 CHECKED = {  # first words -> the test that holds them true
-    "checkpoints/<lineage>_current.pth": "tests/test_docs.py::test_the_quick_test_and_the_code_of_the_guide",
-    "main.py                     the only entry": "tests/test_docs.py::test_the_readme_names_every_file",
-    '{"messages": [{"role": "user"': "tests/test_listings.py::test_chats_become_what_the_guide_shows",
-    "<|im_start|>user": "tests/test_listings.py::test_chats_become_what_the_guide_shows",
-    "data/tokens/tokenizer.json": "tests/jobs/test_tokenize.py::test_the_files_hold_every_document_in_the_sources_order",
-    "HF_TOKEN=": "tests/test_listings.py::test_small_files_in_the_guide",
-    "logs/<lineage>/report.html": "tests/jobs/test_compare.py::test_what_a_comparison_leaves",
-    "logs/<lineage>/evaluate.md": "tests/jobs/test_evaluate.py::test_everything_is_measured_once_and_told",
-    "# Plain facts": "tests/test_listings.py::test_small_files_in_the_guide",
-    '{"question": ': "tests/test_listings.py::test_small_files_in_the_guide",
-    "logs/<lineage>/interpret/index.html": "tests/jobs/test_interpret.py::test_a_trained_model_is_interpreted",
-    "python3 -m venv": "tests/test_docs.py::test_the_readme_sets_everything_up_in_two_commands",
-    "echo 90_quick_test |": "tests/test_docs.py::test_the_readme_sets_everything_up_in_two_commands",
-    ".venv/bin/torchrun --nproc_per_node=2 main.py": "tests/parallel/test_ddp.py::test_two_ranks_train_as_one_with_twice_the_accumulation",
-    "torchrun --nproc_per_node=2 main.py": "tests/parallel/test_ddp.py::test_two_ranks_train_as_one_with_twice_the_accumulation",
+    "checkpoints/<lineage>_current.pth": (
+        "tests/test_docs.py",
+        "test_the_quick_test_and_the_code_of_the_guide",
+    ),
+    "main.py                     the only entry": (
+        "tests/test_docs.py",
+        "test_the_readme_names_every_file",
+    ),
+    '{"messages": [{"role": "user"': (
+        "tests/test_listings.py",
+        "test_chats_become_what_the_guide_shows",
+    ),
+    "<|im_start|>user": (
+        "tests/test_listings.py",
+        "test_chats_become_what_the_guide_shows",
+    ),
+    "data/tokens/tokenizer.json": (
+        "tests/jobs/test_tokenize.py",
+        "test_the_files_hold_every_document_in_the_sources_order",
+    ),
+    "HF_TOKEN=": (
+        "tests/test_listings.py",
+        "test_small_files_in_the_guide",
+    ),
+    "logs/<lineage>/report.html": (
+        "tests/jobs/test_compare.py",
+        "test_what_a_comparison_leaves",
+    ),
+    "logs/<lineage>/evaluate.md": (
+        "tests/jobs/test_evaluate.py",
+        "test_everything_is_measured_once_and_told",
+    ),
+    "# Plain facts": (
+        "tests/test_listings.py",
+        "test_small_files_in_the_guide",
+    ),
+    '{"question": ': (
+        "tests/test_listings.py",
+        "test_small_files_in_the_guide",
+    ),
+    "logs/<lineage>/interpret/index.html": (
+        "tests/jobs/test_interpret.py",
+        "test_a_trained_model_is_interpreted",
+    ),
+    "python3 -m venv": (
+        "tests/test_docs.py",
+        "test_the_readme_sets_everything_up_in_two_commands",
+    ),
+    "echo 90_quick_test |": (
+        "tests/test_docs.py",
+        "test_the_readme_sets_everything_up_in_two_commands",
+    ),
+    ".venv/bin/torchrun --nproc_per_node=2 main.py": (
+        "tests/parallel/test_ddp.py",
+        "test_two_ranks_train_as_one_with_twice_the_accumulation",
+    ),
+    "torchrun --nproc_per_node=2 main.py": (
+        "tests/parallel/test_ddp.py",
+        "test_two_ranks_train_as_one_with_twice_the_accumulation",
+    ),
 }
+
+HELD_BY = {words: f"{file}::{test}" for words, (file, test) in CHECKED.items()}
 
 
 def what_holds(block: Block) -> str:
@@ -204,7 +251,7 @@ def what_holds(block: Block) -> str:
     return next(
         (
             what
-            for words, what in {**CHECKED, **ILLUSTRATIONS}.items()
+            for words, what in {**HELD_BY, **ILLUSTRATIONS}.items()
             if block.code.startswith(words)
         ),
         "",
@@ -231,7 +278,7 @@ def test_what_is_named_here_is_there() -> None:
     texts = README + GUIDE
     for words in (*CHECKED, *ILLUSTRATIONS):
         assert f"\n{words}" in texts, f"no block begins with {words}"
-    for where in CHECKED.values():
+    for where in HELD_BY.values():
         file, _, name = where.partition("::")
         assert f"\ndef {name}(" in (ROOT / file).read_text(), f"there is no test {where}"
 

@@ -39,7 +39,8 @@ SEEN = """
 import subprocess, sys
 import numpy as np, torch
 
-for allocate in (torch.empty, np.empty, lambda n: torch.ones(2).new_empty(n), lambda n: torch.empty_like(torch.ones(n))):
+new, like = lambda n: torch.ones(2).new_empty(n), lambda n: torch.empty_like(torch.ones(n))
+for allocate in (torch.empty, np.empty, new, like):
     assert np.isnan(np.asarray(allocate(5))).all(), allocate
 assert torch.empty(5, dtype=torch.int32).min() > 10**9 and np.empty(5, np.int64).min() > 10**9
 assert torch.empty(0, 5).sum() == 0.0  # nothing is nothing
@@ -51,22 +52,26 @@ def refused(product):
         return "not finite" in str(error)
 
 weight = torch.ones(57, 3, dtype=torch.bfloat16)
-padded = torch.empty(4, 64, dtype=torch.bfloat16)[:, :57].zero_()  # rows with room between them that nobody wrote
-assert refused(lambda: padded @ weight) and refused(lambda: padded[:1] @ weight) and refused(lambda: weight.t() @ padded.t())
+# rows with room between them that nobody wrote
+padded = torch.empty(4, 64, dtype=torch.bfloat16)[:, :57].zero_()
+assert refused(lambda: padded @ weight) and refused(lambda: padded[:1] @ weight)
+assert refused(lambda: weight.t() @ padded.t())
 assert refused(lambda: padded.t() @ torch.ones(4, 3, dtype=torch.bfloat16))
 assert refused(lambda: torch.mm(padded, weight, out=torch.empty(4, 3, dtype=torch.bfloat16)))
 assert refused(lambda: torch.nn.functional.linear(padded, weight.t()))
 cached = torch.empty(2, 64, 16)[:, :5].zero_()  # positions of a cache, and room for more
 assert refused(lambda: torch.bmm(cached, torch.ones(2, 16, 3)))
 gradient = torch.empty(4, 64)[:, :57].zero_()
-assert refused(lambda: (torch.zeros(4, 3, requires_grad=True) @ torch.ones(3, 57)).backward(gradient))
+leaf = torch.zeros(4, 3, requires_grad=True)
+assert refused(lambda: (leaf @ torch.ones(3, 57)).backward(gradient))
 
 whole = torch.zeros(4, 64, dtype=torch.bfloat16)[:, :57]
 assert (whole @ weight == 0).all() and torch.ones(9, 4).t().mm(torch.ones(9, 2)).eq(9).all()
 nan = torch.full((4, 64), torch.nan)[:, :57]
 assert (nan @ weight.float()).isnan().all()  # what is NaN by itself is no news
 if "child" not in sys.argv:
-    subprocess.run([sys.executable, "-c", "import torch; assert torch.empty(5).isnan().all()"], check=True)
+    code = "import torch; assert torch.empty(5).isnan().all()"
+    subprocess.run([sys.executable, "-c", code], check=True)
 """
 
 
@@ -76,14 +81,15 @@ def test_the_mode_shows_what_nobody_wrote() -> None:
     assert found.returncode == 0 and found.stderr == "", found.stderr
 
 
-WALKED = """
+SCORED = """
 import torch
 from core.losses.scores import scores_of
 from core.models.kv_cache import KeyValueCache
 from core.models.readout import DistanceReadout, LinearReadout
 
 for vocab_size in (57, 257, 301, 1000, 1024):
-    weight, bias = torch.nn.Parameter(torch.randn(vocab_size, 8)), torch.nn.Parameter(torch.randn(vocab_size))
+    weight = torch.nn.Parameter(torch.randn(vocab_size, 8))
+    bias = torch.nn.Parameter(torch.randn(vocab_size))
     for readout in (LinearReadout(weight), LinearReadout(weight, bias), DistanceReadout(weight)):
         for in_bf16 in (True, False):
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=in_bf16):
@@ -91,7 +97,8 @@ for vocab_size in (57, 257, 301, 1000, 1024):
                 for rows in (6, 1):
                     found, gradient = scores.forward(torch.randn(rows, 8))
                     assert found.isfinite().all()
-                    assert scores.backward(gradient.copy_(torch.randn(rows, vocab_size))).isfinite().all()
+                    gradient.copy_(torch.randn(rows, vocab_size))
+                    assert scores.backward(gradient).isfinite().all()
             assert all(found.isfinite().all() for found in scores.gradients())
 cache = KeyValueCache(1)
 for length in (5, 3, 80):
@@ -104,5 +111,5 @@ for length in (5, 3, 80):
 def test_scores_and_caches_leave_nothing_unwritten_beside_what_is_read() -> None:
     """On AMX, bf16 products read the room between rows: gradients were NaN at every vocabulary that
     is no multiple of 64."""
-    found = poisoned(WALKED)
+    found = poisoned(SCORED)
     assert found.returncode == 0, found.stderr
