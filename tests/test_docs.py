@@ -22,6 +22,7 @@ from core.data import unlearned
 from core.preset.decode import read_preset
 from core.registry import Preset
 from tests.documents import block_of, files_named, table
+from tests.json_schema import problems
 from tests.preset.test_decode import AUXILIARY_003, QA_PLUS_WIKI_003
 from tests.project import NO_HUB, ROOT, Project
 from tests.test_listings import RUN
@@ -200,9 +201,8 @@ def test_examples_are_presets(code: str, tmp_path: Path) -> None:
     """Every JSON block is a preset that decodes, apart from kinds that its playbook adds; those are
     run below."""
     example = json.loads(code)
-    if {"ngram", "focal", "docstrings", "survey"} & set(
-        re.findall(r'"(?:type|job)": "(\w+)"', code)
-    ):
+    named = re.findall(r'"(?:type|job)": "(\w+)"', code) + re.findall(r'"enable_(\w+)"', code)
+    if {"ngram", "focal", "docstrings", "survey", "remaining"} & set(named):
         return
     assert not problems(example, SCHEMA), problems(example, SCHEMA)
     for preset in (ROOT / "configs").glob("*.json"):
@@ -220,103 +220,6 @@ def test_the_schema_accepts_the_examples_of_specification_003() -> None:
 
 
 # the schema ---------------------------------------------------------------------------------------
-
-
-def problems(value: Any, schema: Any, where: str = "$") -> list[str]:
-    """What a JSON Schema validator would say: the words of draft 2020-12 that our schema uses, and
-    no others."""
-    known = {
-        "$schema",
-        "$defs",
-        "title",
-        "description",
-        "default",
-        "type",
-        "const",
-        "enum",
-        "properties",
-        "required",
-        "items",
-    }
-    known |= {
-        "additionalProperties",
-        "anyOf",
-        "$ref",
-        "if",
-        "then",
-        "not",
-        "pattern",
-        "prefixItems",
-    }
-    known |= {
-        "minimum",
-        "maximum",
-        "exclusiveMinimum",
-        "exclusiveMaximum",
-        "minItems",
-        "maxItems",
-        "minLength",
-    }
-    assert set(schema) <= known, set(schema) - known
-    if "$ref" in schema:
-        return problems(value, SCHEMA["$defs"][schema["$ref"].rsplit("/", 1)[1]], where)
-    found = []
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    kinds = {
-        "object": isinstance(value, dict),
-        "array": isinstance(value, list),
-        "string": isinstance(value, str),
-        "boolean": isinstance(value, bool),
-        "null": value is None,
-        "number": is_number,
-        "integer": is_number and float(value).is_integer(),
-    }
-    if "type" in schema and not kinds[schema["type"]]:
-        return [f"{where} is no {schema['type']}"]
-    if "anyOf" in schema and all(problems(value, option, where) for option in schema["anyOf"]):
-        found.append(f"{where} fits none of the kinds")
-    found += [f"{where} is not {schema['const']}"] if schema.get("const", value) != value else []
-    found += (
-        [f"{where} is none of {schema['enum']}"] if value not in schema.get("enum", [value]) else []
-    )
-    if is_number:
-        low, high = schema.get("minimum", value), schema.get("maximum", value)
-        within = low <= value <= high
-        within &= "exclusiveMinimum" not in schema or value > schema["exclusiveMinimum"]
-        within &= "exclusiveMaximum" not in schema or value < schema["exclusiveMaximum"]
-        found += [] if within else [f"{where} is out of range"]
-    if isinstance(value, str):
-        fits = len(value) >= schema.get("minLength", 0) and re.search(
-            schema.get("pattern", ""), value
-        )
-        found += [] if fits else [f"{where} does not fit"]
-    if isinstance(value, list):
-        fits = schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", len(value))
-        found += [] if fits else [f"{where} has {len(value)} items"]
-        items = [*schema.get("prefixItems", []), *[schema.get("items", {})] * len(value)]
-        found += [
-            p
-            for i, (item, each) in enumerate(zip(value, items))
-            for p in problems(item, each, f"{where}[{i}]")
-        ]
-    if isinstance(value, dict):
-        found += [
-            f"{where}.{key} is missing" for key in schema.get("required", []) if key not in value
-        ]
-        own = schema.get("properties", {})
-        closed = schema.get("additionalProperties", True) is False
-        found += [f"{where}.{key} is unknown" for key in value if closed and key not in own]
-        found += [
-            p
-            for key in value
-            if key in own
-            for p in problems(value[key], own[key], f"{where}.{key}")
-        ]
-    if "not" in schema and not problems(value, schema["not"], where):
-        found.append(f"{where} is what it must not be")
-    if "if" in schema and not problems(value, schema["if"], where):
-        found += problems(value, schema["then"], where)
-    return found
 
 
 def test_the_schema_is_current() -> None:
@@ -425,21 +328,9 @@ def test_nothing_sticks_out_of_a_page() -> None:
 # the program, as the documents tell of it ---------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_the_quick_test_and_the_code_of_the_guide(tmp_path: Path) -> None:
-    """The README's command runs without a network, on a terminal shows what README shows, and
-    leaves the files that the documents name; the guide's conversation, its Python and its shell
-    commands work with the model."""
-    project = Project(captures["copy_of_the_project"](tmp_path / "project"))
-    shown = {
-        name: lines for text in (README, GUIDE) for name, lines in captures["blocks"](text).items()
-    }
-    for name in ("quick_test", "conversation"):
-        assert captures["shape"](captures[name](project.folder)) == captures["shape"](
-            shown[name]
-        ), "run: python docs/captures.py"
-    assert project.steps("90_quick_test") == list(range(1, 21))
-    assert set(project.events("step", "90_quick_test")[-1]["sources"]) == {"python_stdlib", "pdf"}
+def run_the_guides_python(project: Project) -> None:
+    """The Python of the guide works with what the quick test has trained; the guide names every
+    key of its checkpoint."""
     (code,) = [code for info, code in blocks(GUIDE, "python") if info == "run=after-quick-test"]
     printed = subprocess.run(
         [sys.executable, "-c", code],
@@ -455,6 +346,24 @@ def test_the_quick_test_and_the_code_of_the_guide(tmp_path: Path) -> None:
     assert [
         key for key in project.checkpoint(lineage="90_quick_test") if f"`{key}`" not in paragraph
     ] == []
+
+
+@pytest.mark.slow
+def test_the_quick_test_and_the_code_of_the_guide(tmp_path: Path) -> None:
+    """The README's command runs without a network, on a terminal shows what README shows, and
+    leaves the files that the documents name; the guide's conversation, its Python and its shell
+    commands work with the model."""
+    project = Project(captures["copy_of_the_project"](tmp_path / "project"))
+    shown = {
+        name: lines for text in (README, GUIDE) for name, lines in captures["blocks"](text).items()
+    }
+    for name in ("quick_test", "conversation"):
+        assert captures["shape"](captures[name](project.folder)) == captures["shape"](
+            shown[name]
+        ), "run: python docs/captures.py"
+    assert project.steps("90_quick_test") == list(range(1, 21))
+    assert set(project.events("step", "90_quick_test")[-1]["sources"]) == {"python_stdlib", "pdf"}
+    run_the_guides_python(project)
     logs = project.folder / "logs"
     left = {
         path.relative_to(project.folder).as_posix()

@@ -142,11 +142,7 @@ def _relation_problems(preset: PresetBase) -> list[str]:
             f"model.seq_length {T:,} one step would be {rows * times * T:,} tokens, and the whole "
             f"run has {train.runs * RUN_TOKENS:,}; make one of them smaller"
         )
-    heads = [
-        getattr(preset.auxiliary, f"{key.removeprefix('enable_')}_weight", 0.0)
-        for key in preset.auxiliary.heads
-    ]
-    weights = [*(loss.weight for loss in preset.losses), *heads]
+    weights = [*(loss.weight for loss in preset.losses), *preset.auxiliary.head_weights]
     if all(limits(weight)[1] <= 0 for weight in weights):
         problems.append(
             "losses  none of them has a weight above 0 at any moment of the run: nothing would be "

@@ -129,6 +129,14 @@ class AuxiliarySettingsBase(Settings):
             if key.startswith("enable_") and key != "enable_adaptive_sources" and value
         ]
 
+    @property
+    def head_weights(self) -> list[Schedule]:
+        """The weights of the heads that are on; the policy head's is that of its divergence."""
+        values, weights = dict(self), []
+        for name in (key.removeprefix("enable_") for key in self.heads):
+            weights.append(values.get(f"{name}_weight", values.get(f"{name}_kl_weight", 0.0)))
+        return weights
+
 
 class GenerateSettings(Settings):
     prompts: list[str] = ["Once upon a time", "The most important", "def main("]

@@ -14,6 +14,7 @@ from core.data.sources.hf import HfSettings, _formatted
 from core.data.tokenizer_build import build_tokenizer, read_tokenizer
 from core.errors import PresetError, UserError
 from core.file_names import file_name, is_file_name
+from core.heads import HEADS
 from core.jobs.compare import refuse_variants
 from core.preset.decode import decode_preset, read_preset
 from core.preset.settings import TokenizerSettings
@@ -205,7 +206,8 @@ def test_losses_of_no_weight_are_refused() -> None:
             decode_preset(preset(*weights), Preset, "a", "a")
     for weights in ((0, 1), (-1, 0.1), ({"from": 0, "to": 1},)):
         decode_preset(preset(*weights), Preset, "a", "a")
-    decode_preset(preset(0, auxiliary={"enable_value": True}), Preset, "a", "a")
+    for head in HEADS:
+        decode_preset(preset(0, auxiliary={f"enable_{head}": True}), Preset, "a", "a")
 
 
 def test_what_is_no_plain_file_is_never_opened(tmp_path: Path) -> None:
