@@ -32,118 +32,123 @@ from tests.models.test_models import T, V
 # what their losses are ----------------------------------------------------------------------------
 
 
-def plain(name: str, heads: HeadStack, inputs: HeadInputs, row: int) -> Tensor:
-    """One row's loss, by plain reading of the specification."""
-    batch, hidden, table = inputs.batch, inputs.hidden[row], inputs.readout.table
-    place = batch.head_positions[name][row].tolist()
-    p = place[0]
-    documents = batch.document_ids[row]
-    head: Any = heads[name]
-    policy, value, rollouts = (heads[other] for other in ("policy", "value", "rollouts"))
+class PlainHeads:
+    """One row's losses, by plain reading of the specification."""
 
-    def guessed(state: Tensor) -> Tensor:
-        """The policy head's log-probabilities."""
-        return (state @ policy.weight.T + policy.bias).log_softmax(-1)
+    def __init__(self, name: str, heads: HeadStack, inputs: HeadInputs, row: int):
+        self.batch, self.inputs, self.row = inputs.batch, inputs, row
+        self.hidden, self.table = inputs.hidden[row], inputs.readout.table
+        self.ids = self.batch.input_ids[row].tolist()
+        self.all_positions = self.batch.head_positions[name].tolist()
+        self.positions = self.all_positions[row]
+        self.p = self.positions[0]
+        self.head: Any = heads[name]
+        self.policy_head, self.value_head = heads["policy"], heads["value"]
+        self.rollouts_head = heads["rollouts"]
 
-    def divergence(state: Tensor, t: int) -> Tensor:
-        teacher = (hidden[t] @ table.T).softmax(-1)
-        return (teacher * (teacher.log() - guessed(state))).sum()
+    def policy_log_probabilities(self, state: Tensor) -> Tensor:
+        return (state @ self.policy_head.weight.T + self.policy_head.bias).log_softmax(-1)
 
-    def surprise_missed(state: Tensor, t: int) -> Tensor:
-        span = [u for u in range(t, min(t + value.span_tokens, T)) if documents[u] == documents[t]]
+    def policy_divergence(self, state: Tensor, t: int) -> Tensor:
+        teacher = (self.hidden[t] @ self.table.T).softmax(-1)
+        return (teacher * (teacher.log() - self.policy_log_probabilities(state))).sum()
+
+    def predicted_nll(self, state: Tensor) -> Tensor:
+        return state @ self.value_head.weight[0] + self.value_head.bias[0]
+
+    def value_error(self, state: Tensor, t: int) -> Tensor:
+        documents, labels = self.batch.document_ids[self.row], self.batch.labels[self.row]
+        span = range(t, min(t + self.value_head.span_tokens, T))
         losses = [
-            -(hidden[u] @ table.T).log_softmax(-1)[batch.labels[row, u]]
+            -(self.hidden[u] @ self.table.T).log_softmax(-1)[labels[u]]
             for u in span
-            if batch.labels[row, u] >= 0
+            if documents[u] == documents[t] and labels[u] >= 0
         ]
-        return (state @ value.weight[0] + value.bias[0] - torch.stack(losses).mean()) ** 2
+        return (self.predicted_nll(state) - torch.stack(losses).mean()) ** 2
 
-    def after(state: Tensor, token: int) -> Tensor:
-        return state + rollouts[2](F.gelu(rollouts[0](torch.cat([state, table[token]]))))
+    def after(self, state: Tensor, token: int) -> Tensor:
+        inner = self.rollouts_head[0](torch.cat([state, self.table[token]]))
+        return state + self.rollouts_head[2](F.gelu(inner))
 
-    if name == "policy":
-        return divergence(hidden[p], p)
-    if name == "value":
-        return surprise_missed(hidden[p], p)
-    if name == "rollouts":
-        state, found = hidden[p], []
-        for t in range(p + 1, p + 1 + rollouts.steps):
-            state = after(state, int(batch.input_ids[row, t]))
-            error = ((state - hidden[t]) ** 2).sum() / (hidden[t] ** 2).sum()
-            found.append(error + surprise_missed(state, t) + divergence(state, t))
-        return sum(found) / len(found)
-    if name == "planner":
-        found = []
-        for p in place:
-            before = hidden[p] @ table.T
+    def policy(self) -> Tensor:
+        return self.policy_divergence(self.hidden[self.p], self.p)
+
+    def value(self) -> Tensor:
+        return self.value_error(self.hidden[self.p], self.p)
+
+    def rollouts(self) -> Tensor:
+        state, losses = self.hidden[self.p], []
+        for t in range(self.p + 1, self.p + 1 + self.rollouts_head.steps):
+            state = self.after(state, self.ids[t])
+            error = ((state - self.hidden[t]) ** 2).sum() / (self.hidden[t] ** 2).sum()
+            losses.append(error + self.value_error(state, t) + self.policy_divergence(state, t))
+        return sum(losses) / len(losses)
+
+    def planner_features(self, p: int, before: Tensor, token: int) -> Tensor:
+        """One candidate's features: log-probabilities, values, and their discounted mean."""
+        state, values = self.hidden[p], []
+        log_p = [before.log_softmax(-1)[token], self.policy_log_probabilities(state)[token]]
+        for k in range(self.rollouts_head.steps):
+            if k > 0:
+                token = int(self.policy_log_probabilities(state).argmax())
+                log_p.append(self.policy_log_probabilities(state)[token])
+            state = self.after(state, token)
+            values.append(self.predicted_nll(state))
+        discounted = sum(0.9**k * v for k, v in enumerate(values))
+        return torch.stack([*log_p, *values, discounted / sum(0.9**k for k in range(len(values)))])
+
+    def planner(self) -> Tensor:
+        head, losses = self.head, []
+        for p in self.positions:
+            before = self.hidden[p] @ self.table.T
             candidates = before.argsort(descending=True)[: head.candidates].tolist()
-            features = []
-            for token in candidates:
-                own, values, state = (
-                    [before.log_softmax(-1)[token], guessed(hidden[p])[token]],
-                    [],
-                    hidden[p],
-                )
-                for k in range(rollouts.steps):
-                    if k > 0:
-                        token = int(guessed(state).argmax())
-                        own.append(guessed(state)[token])
-                    state = after(state, token)
-                    values.append(state @ value.weight[0] + value.bias[0])
-                mean = sum(0.9**k * v for k, v in enumerate(values)) / sum(
-                    0.9**k for k in range(len(values))
-                )
-                features.append(torch.stack([*own, *values, mean]))
+            features = [self.planner_features(p, before, token) for token in candidates]
+            mean = sum(features) / len(features)
             scores = before.clone()
             for token, own in zip(candidates, features):
-                scores[token] += head[2](
-                    F.gelu(head[0](torch.cat([own, own - sum(features) / len(features)])))
-                )[0]
+                scores[token] += head[2](F.gelu(head[0](torch.cat([own, own - mean]))))[0]
             p_all, q_all = before.softmax(-1), scores.softmax(-1)
-            found.append(
-                -q_all[batch.labels[row, p]].log()
-                + head.kl_weight * (q_all * (q_all / p_all).log()).sum()
-            )
-        return sum(found) / len(place)
-    if name == "dynamics":
-        tokens = torch.stack([table[batch.input_ids[row, t]] for t in (p + 1, p + 2, p + 3)]).mean(
-            0
-        )
-        predicted = head[2](F.gelu(head[0](torch.cat([hidden[p], tokens]))))
-        return ((predicted - hidden[p + 1 : p + 4].mean(0)) ** 2).mean()
-    if name == "memory":
-        return plain_memory(head, inputs, row)
-    if name == "draft":
-        losses = []
-        for root in place:
-            state = hidden[root]
+            divergence = (q_all * (q_all / p_all).log()).sum()
+            nll = -q_all[self.batch.labels[self.row, p]].log()
+            losses.append(nll + head.kl_weight * divergence)
+        return sum(losses) / len(losses)
+
+    def dynamics(self) -> Tensor:
+        p, head = self.p, self.head
+        tokens = self.table[self.ids[p + 1 : p + 4]].mean(0)
+        predicted = head[2](F.gelu(head[0](torch.cat([self.hidden[p], tokens]))))
+        return ((predicted - self.hidden[p + 1 : p + 4].mean(0)) ** 2).mean()
+
+    def memory(self) -> Tensor:
+        return plain_memory(self.head, self.inputs, self.row)
+
+    def draft(self) -> Tensor:
+        head, losses = self.head, []
+        for root in self.positions:
+            state = self.hidden[root]
             for k in (1, 2):
-                read = torch.cat(
-                    [head.norm_state(state), head.norm_token(table[batch.input_ids[row, root + k]])]
-                )
+                token = self.table[self.ids[root + k]]
+                read = torch.cat([head.norm_state(state), head.norm_token(token)])
                 gate, up = (head.inner.weight @ read + head.inner.bias).view(2, -1)
-                state = (
-                    state + head.outer.weight @ (gate * torch.sigmoid(gate) * up) + head.outer.bias
-                )
-                of_model, guess = (
-                    (hidden[root + k] @ table.T).softmax(-1),
-                    (state @ table.T).softmax(-1),
-                )
+                change = head.outer.weight @ (gate * torch.sigmoid(gate) * up)
+                state = state + change + head.outer.bias
+                of_model = (self.hidden[root + k] @ self.table.T).softmax(-1)
+                guess = (state @ self.table.T).softmax(-1)
                 losses.append((of_model * (of_model / guess).log()).sum())
         return torch.stack(losses).mean()
 
-    def project(states: Tensor) -> Tensor:
-        return F.normalize(head[2](F.gelu(head[0](states))).mean(0), dim=-1)
+    def span_contrastive(self) -> Tensor:
+        def project(states: Tensor) -> Tensor:
+            inner = F.gelu(self.head[0](states))
+            return F.normalize(self.head[2](inner).mean(0), dim=-1)
 
-    begin, start, _ = place
-    query = project(hidden[begin:start])
-    keys = [
-        (other, project(inputs.hidden[other, b[1] : b[2]]))
-        for other, b in enumerate(batch.head_positions[name].tolist())
-        if b[0] != NOWHERE
-    ]
-    scores = torch.stack([query @ key / 0.07 for _, key in keys])
-    return -scores.log_softmax(-1)[[other for other, _ in keys].index(row)]
+        begin, start, _ = self.positions
+        query = project(self.hidden[begin:start])
+        valid = [row for row, at in enumerate(self.all_positions) if at[0] != NOWHERE]
+        spans = [(row, *self.all_positions[row][1:]) for row in valid]
+        keys = [project(self.inputs.hidden[row, first:stop]) for row, first, stop in spans]
+        scores = torch.stack([query @ key / 0.07 for key in keys])
+        return -scores.log_softmax(-1)[valid.index(self.row)]
 
 
 def plain_memory(head: Any, inputs: HeadInputs, row: int) -> Tensor:
@@ -187,7 +192,8 @@ def test_losses_are_what_the_specification_says(name: str, step: int) -> None:
     valid = batch.head_positions[name][:, 0] != NOWHERE
     assert valid.sum() > 3
     for row in valid.nonzero().flatten().tolist():
-        torch.testing.assert_close(found[row], plain(name, heads, inputs, row), atol=1e-10, rtol=0)
+        expected = getattr(PlainHeads(name, heads, inputs, row), name)()
+        torch.testing.assert_close(found[row], expected, atol=1e-10, rtol=0)
 
 
 def test_rollouts_that_change_nothing_err_as_much_as_no_change() -> None:
