@@ -37,10 +37,11 @@ from benchmarks.generation import Numbers
 from benchmarks.measuring import sized, trained_by
 from core.contracts import plain_batch
 from core.data.tokenizer_build import build_tokenizer
-from core.generation.engine import GenerationRow, TextGenerator, advance, full_scores
+from core.generation.engine import GenerationRow, TextGenerator, advance
 from core.generation.sampling import SamplingParams
 from core.heads import AuxiliarySettings
 from core.heads.memory import Memory, read
+from core.models.readout import full_scores
 from core.models.simple_lm import SimpleLM, SimpleLMSettings
 from core.preset.settings import TokenizerSettings
 

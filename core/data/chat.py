@@ -1,4 +1,4 @@
-"""Conversations as ChatML: the text of one, its tokens, and which of them are learned.
+"""Conversations as ChatML: their text, their tokens, and which of the tokens are learned.
 
 In:    messages: (role, content) in order
 Out:   ids, a mask and a number of bytes, without the end-of-document token, which objectives.py
@@ -8,8 +8,9 @@ State: none
     <|im_start|>user⏎What is 2+2?<|im_end|>⏎<|im_start|>assistant⏎It is 4.<|im_end|>⏎
                                                                   ~~~~~~~~~~~~~~~~~~~ learned
 
-A message cannot leave its place: where the markers are special tokens, the tokenizer writes them
-for no text whatever."""
+A message cannot imitate a marker: where the markers are special tokens, no text is ever encoded to
+them.
+"""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -26,8 +27,8 @@ _WRITTEN_OUT = re.compile(rf"{re.escape(START)}(\w+)\n(.*?){re.escape(STOP)}\n",
 
 
 def render_chat(messages: Messages) -> str:
-    """A conversation as a person would see it; not for encoding, since a message may hold what
-    looks like a marker."""
+    """Write a conversation as a person would see it; not for encoding, since a message may contain
+    what looks like a marker."""
     return _rendered(_turns(messages))
 
 
@@ -36,8 +37,8 @@ def encode_chat(
     conversations: Sequence[Messages],
     read_only: Sequence[tuple[int, ...]] = (),
 ) -> list[tuple[np.ndarray, np.ndarray, int]]:
-    """(ids (n,) int32, learned (n,) bool, UTF-8 bytes that are learned) of each conversation, all
-    of them tokenized in one call.
+    """Tokenize conversations in one call; return (ids (n,) int32, learned (n,) bool, UTF-8 bytes
+    that are learned) of each.
 
     Learned are the tokens that lie wholly inside what an assistant says and the marker and line end
     that close it; a marker that is a special token has no bytes.
@@ -45,8 +46,8 @@ def encode_chat(
     read_only   of each conversation, the numbers of the assistant's messages that are not learned
     """
     talks = [
-        _turns(messages, *skipped)
-        for messages, *skipped in zip_longest(conversations, read_only, fillvalue=())
+        _turns(messages, numbers)
+        for messages, numbers in zip_longest(conversations, read_only, fillvalue=())
     ]
     if chat_note(tokenizer) is not None:
         return _encode_spelled_out(tokenizer, talks)
@@ -58,18 +59,19 @@ def encode_chat(
     encoded, out = iter(zip(pieces, rest)), []
     for turns in talks:
         ids, learned, total = [np.empty(0, np.int32)], [np.empty(0, np.bool_)], 0
-        for role, _, own in turns:
+        for role, _, is_learned in turns:
             text, (piece, spans) = next(encoded)
             inside, num_bytes = _inside(text, spans, len(role) + 1, len(text))
+            closing = np.full(1 + len(line_end), is_learned)
             ids += [start, piece, stop, line_end]
-            learned += [np.zeros(1, np.bool_), own & inside, np.full(1 + len(line_end), own)]
-            total += own * (num_bytes + 1)
+            learned += [np.zeros(1, np.bool_), is_learned & inside, closing]
+            total += is_learned * (num_bytes + 1)
         out.append((np.concatenate(ids), np.concatenate(learned), total))
     return out
 
 
 def encode_turn(tokenizer: Tokenizer, messages: Messages) -> list[int]:
-    """The ids of a conversation up to where the assistant begins to say its next message."""
+    """Return the ids of a conversation, up to where the assistant's next message begins."""
     if chat_note(tokenizer) is not None:
         return tokenizer.encode_batch([f"{render_chat(messages)}{START}{ASSISTANT}\n"])[0].tolist()
     ((ids, _, _),) = encode_chat(tokenizer, [messages])
@@ -78,16 +80,16 @@ def encode_turn(tokenizer: Tokenizer, messages: Messages) -> list[int]:
 
 
 def read_turn(text: str) -> Messages | None:
-    """The conversation in a prompt that is written out,
-    "<|im_start|>user⏎Hello<|im_end|>⏎<|im_start|>assistant⏎"; None if it is none. For prompts of
-    presets: what a person types is never looked into."""
+    """Read the conversation in a prompt like
+    "<|im_start|>user⏎Hello<|im_end|>⏎<|im_start|>assistant⏎"; None if it is no conversation. For
+    prompts of presets: what a person types is never parsed."""
     body = text.removesuffix(f"{START}{ASSISTANT}\n")
-    found = tuple(_WRITTEN_OUT.findall(body))
-    return found if found and body != text and render_chat(found) == body else None
+    messages = tuple(_WRITTEN_OUT.findall(body))
+    return messages if messages and body != text and render_chat(messages) == body else None
 
 
 def chat_note(tokenizer: Tokenizer) -> str | None:
-    """What a person should know of conversations under this tokenizer."""
+    """Return a note where this tokenizer has no special tokens for conversations."""
     if all(tokenizer.special_id(marker) is not None for marker in MARKERS):
         return None
     return (
@@ -101,10 +103,9 @@ Turns = list[tuple[str, str, bool]]
 
 
 def _turns(messages: Messages, read_only: tuple[int, ...] = ()) -> Turns:
-    numbered = enumerate(messages)
     return [
-        (role, said, role == ASSISTANT and i not in read_only)
-        for i, (role, said) in numbered
+        (role, content, role == ASSISTANT and i not in read_only)
+        for i, (role, content) in enumerate(messages)
         if role in ROLES
     ]
 
@@ -127,8 +128,8 @@ def _encode_spelled_out(
 
 
 def _inside(text: str, spans: np.ndarray, begin: int, end: int) -> tuple[np.ndarray, int]:
-    """Which tokens (n,) lie wholly inside [begin, end) of the text, and the bytes that no token
-    reaches into from outside."""
+    """Return which tokens (n,) lie wholly inside [begin, end) of the text, and the number of its
+    bytes that no token from outside reaches into."""
     first, last = spans[:, 0], spans[:, 1]
     before, after = last[(first < begin) & (last > begin)], first[(first < end) & (last > end)]
     text = text[max([begin, *before.tolist()]) : min([end, *after.tolist()])]
@@ -136,11 +137,11 @@ def _inside(text: str, spans: np.ndarray, begin: int, end: int) -> tuple[np.ndar
 
 
 def _bodies(turns: Turns) -> Iterator[tuple[int, int]]:
-    """[begin, end) in the rendered text of what each learned message says, its closing marker and
-    line end included."""
+    """Yield [begin, end) of each learned message in the rendered text, with its closing marker and
+    line end."""
     end = 0
-    for role, content, own in turns:
+    for role, content, is_learned in turns:
         begin = end + len(f"{START}{role}\n")
         end = begin + len(f"{content}{STOP}\n")
-        if own:
+        if is_learned:
             yield begin, end

@@ -67,17 +67,16 @@ class Document:
         return self.encoded.size or 4 * len(self.encoded.ids)
 
     def is_shorter_than(self, characters: int) -> bool:
-        """Whether its text is; tokens that never had a text are not, nor is a conversation: a short
-        one is one all the same."""
+        """Return whether its text is shorter. Tokens that never had a text are not, nor are
+        conversations: a short one is complete all the same."""
         if self.encoded is None:
             return self.messages is None and len(self.text) < characters
         return self.encoded.learned is None and 0 < self.encoded.size < characters
 
 
 class SkipRow(Exception):
-    """A row that gives no document. Its text is the reason, as a person should read it: "no message
-    has text". The reader of the file counts rows by reason, names the first of each, and goes
-    on."""
+    """A row that gives no document. Its text is the reason for the screen: "no message has text".
+    The file's reader counts rows by reason, names the first of each, and goes on."""
 
 
 class DocumentStream(Protocol):
@@ -86,11 +85,11 @@ class DocumentStream(Protocol):
     def __iter__(self) -> "DocumentStream": ...
 
     def __next__(self) -> Document:
-        """The next document. StopIteration: the epoch is over. SourceUnavailable: the source failed
-        for good."""
+        """Return the next document. Raises StopIteration when the epoch is over, SourceUnavailable
+        when the source has failed for good."""
 
     def cursor(self) -> Cursor:
-        """Where the next document starts: `source.stream(cursor)` goes on exactly there."""
+        """Return where the next document starts: `source.stream(cursor)` goes on exactly there."""
 
 
 class Source(Protocol):
@@ -111,7 +110,7 @@ class Source(Protocol):
     def notes(self) -> list[str]: ...
 
     def contents(self) -> str:
-        """Changes when its files do: the order of an epoch may be another then."""
+        """Return a text that changes when its files do: the order of an epoch may change then."""
 
     def skipped(self) -> list[tuple[str, str]]:
         """Return (file or row, why) of everything that was left out so far."""
@@ -123,29 +122,29 @@ class Source(Protocol):
         """Return how much is in a shard, in one unit for all of them; None if unknown."""
 
     def stream(self, cursor: Cursor) -> DocumentStream:
-        """The documents of epoch `cursor.get("epoch", 0)` from the cursor on, in an order fixed by
-        seed and epoch."""
+        """Return the documents of epoch `cursor.get("epoch", 0)` from the cursor on, in an order
+        fixed by seed and epoch."""
 
 
 def shorter_than(characters: int) -> str:
-    """Why a text is left out, as a person should read it."""
+    """Describe texts that are left out, for the screen."""
     return f"shorter than data.min_text_length = {characters:,} characters"
 
 
 def num_bytes_of(text: str) -> int:
-    """In UTF-8: what bits per byte divides by."""
+    """Return the UTF-8 bytes of a text, which bits per byte divides by."""
     # half a surrogate pair: as long as what stands for it
     return len(text.encode("utf-8", "surrogatepass"))
 
 
 def digest_of(content: bytes) -> int:
-    """A stable 64-bit hash."""
+    """Return a stable 64-bit hash."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
 
 
 def held_out_by_hash(digest: int, fraction: float) -> bool:
-    """Whether the document with this digest belongs to validation: the same on every machine and
-    rank."""
+    """Return whether the document with this digest belongs to validation: the same on every
+    machine and rank."""
     return digest < fraction * 2**64
 
 

@@ -20,50 +20,46 @@ KEPT_TOKENS = 4_000_000
 
 
 def encode(tokenizer: Tokenizer, documents: Sequence[Document]) -> list[Encoded]:
-    """The documents as tokens, in their order; those of one kind are tokenized together."""
-    found: list[Encoded | None] = [document.encoded for document in documents]
+    """Tokenize documents, in their order; those of one kind together. Raises UserError."""
+    encoded: list[Encoded | None] = [document.encoded for document in documents]
     texts = [i for i, d in enumerate(documents) if d.encoded is None and d.messages is None]
-    for i, ids in zip(
-        texts, tokenizer.encode_batch([documents[i].text for i in texts]) if texts else []
-    ):
+    batch = tokenizer.encode_batch([documents[i].text for i in texts]) if texts else []
+    for i, ids in zip(texts, batch):
         text = documents[i].text
-        found[i] = Encoded(ids, None, documents[i].digest, len(text), num_bytes_of(text))
+        encoded[i] = Encoded(ids, None, documents[i].digest, len(text), num_bytes_of(text))
     chats = [i for i, d in enumerate(documents) if d.encoded is None and d.messages is not None]
-    talks, read_only = (
-        [documents[i].messages or () for i in chats],
-        [documents[i].read_only for i in chats],
-    )
-    for i, (ids, learned, num_bytes) in zip(
-        chats, encode_chat(tokenizer, talks, read_only) if chats else []
-    ):
-        found[i] = Encoded(ids, learned, documents[i].digest, len(documents[i].text), num_bytes)
-    return found  # type: ignore[return-value]  # every place is filled: a document is of exactly one kind
+    conversations = [documents[i].messages or () for i in chats]
+    read_only = [documents[i].read_only for i in chats]
+    talks = encode_chat(tokenizer, conversations, read_only) if chats else []
+    for i, (ids, learned, num_bytes) in zip(chats, talks):
+        encoded[i] = Encoded(ids, learned, documents[i].digest, len(documents[i].text), num_bytes)
+    return [each for each in encoded if each is not None]  # each: a document is of one kind
 
 
 def encode_each(
     encode: Callable[[Sequence[Document]], list[Encoded]], documents: Sequence[Document]
 ) -> list[Encoded | BaseException]:
-    """The documents as tokens; of one that the tokenizer cannot do with, what it raised. Raises
-    that where it is so with all."""
+    """Tokenize documents; give the error of each that the tokenizer cannot encode. Raise it if that
+    is all of them."""
     try:
         return [*encode(documents)]
     except BaseException as error:  # a tokenizer that panics raises what is no Exception
         failure = error
-    found: list[Encoded | BaseException] = []
+    results: list[Encoded | BaseException] = []
     for document in documents:
         try:
-            found += encode([document])
+            results += encode([document])
         except BaseException as error:
-            found.append(error)
+            results.append(error)
     # then it is not the documents
-    if len(found) > 1 and not any(isinstance(each, Encoded) for each in found):
+    if len(results) > 1 and not any(isinstance(each, Encoded) for each in results):
         raise failure
-    return found
+    return results
 
 
 class MemoizedEncoder:
-    """`encode`, with a memory of what it gave last: who goes back to read on from another position
-    need not wait for it again."""
+    """`encode`, with a memory of its latest results: a reader that goes back to another position
+    does not wait for them again."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
@@ -73,14 +69,11 @@ class MemoizedEncoder:
 
     def __call__(self, documents: Sequence[Document]) -> list[Encoded]:
         """As `encode`."""
-        keys = [
-            (document.digest, document.messages and document.read_only) for document in documents
-        ]
+        keys = [(each.digest, each.messages and each.read_only) for each in documents]
         known = [d.encoded or self._kept.get(key) for d, key in zip(documents, keys)]
-        encoded = iter(
-            encode(self._tokenizer, [d for d, found in zip(documents, known) if found is None])
-        )
-        result = [found or next(encoded) for found in known]
+        unknown = [d for d, encoded in zip(documents, known) if encoded is None]
+        new = iter(encode(self._tokenizer, unknown))
+        result = [encoded or next(new) for encoded in known]
         for document, key, each in zip(documents, keys, result):
             if document.encoded is None and key not in self._kept:
                 self._kept[key] = each
@@ -91,7 +84,7 @@ class MemoizedEncoder:
 
 
 def shown(tokenizer: Tokenizer, input_ids: np.ndarray, labels: np.ndarray) -> str:
-    """A row as text, what is learned in [[ ]]: for a person to see the mask. Both (T,)."""
+    """Write a row as text, what is learned in [[ ]], to show its mask. Both (T,) int32."""
     parts = []
     for learned, group in groupby(
         zip(input_ids[1:].tolist(), labels[:-1] >= 0), key=lambda pair: pair[1]

@@ -1,8 +1,8 @@
-"""What is predicted from what: the one place where inputs and targets are aligned.
+"""Training objectives: the one place where inputs and targets are aligned.
 
 In:    one document as tokens, and its number among the documents drawn
 Out:   (inputs, labels), equally long: labels[t] is the target of the output at t
-State: none; what is masked follows from seed and number
+State: none; which tokens are masked follows from seed and number
 """
 
 from collections.abc import Callable
@@ -23,8 +23,8 @@ Objective = Callable[[Encoded, int], tuple[np.ndarray, np.ndarray]]
 
 
 def next_token(document: Encoded, eos_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Each token from those before it, the first from the end-of-document token, which also closes
-    the document.
+    """Predict each token from those before it, the first from the end-of-document token, which also
+    closes the document.
 
     ids (n,) -> inputs (n+1,) = [eos, ids], labels (n+1,) = [ids, eos]. Every position has a target,
     unless the document says which tokens are learned: then only those are targets, and its end is
@@ -39,8 +39,8 @@ def next_token(document: Encoded, eos_id: int) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class MaskedTokens:
-    """Some tokens from all the others: each is hidden behind [MASK] with one probability, and is
-    the target where it stood.
+    """Predicts some tokens from all the others: each is replaced by [MASK] with the same
+    probability, and is the target at its position.
 
     ids (n,) -> inputs (n+2,) = [begin, ids, end], labels (n+2,). As NeoBERT was trained: what is
     hidden always becomes [MASK], never a random token or itself; special tokens stay. Of a document
@@ -67,8 +67,8 @@ class MaskedTokens:
 
 
 def build_objective(kind: str, tokenizer: Tokenizer, mask_fraction: float, seed: int) -> Objective:
-    """The objective of this name. Masked tokens with a tokenizer that has no [MASK] are a
-    UserError."""
+    """Return the objective of this name. Raises UserError for masked tokens with a tokenizer that
+    has no [MASK]."""
     if kind == NEXT_TOKEN:
         return lambda document, number: next_token(document, tokenizer.eos_id)
     assert kind == MASKED_TOKENS, kind
@@ -76,9 +76,8 @@ def build_objective(kind: str, tokenizer: Tokenizer, mask_fraction: float, seed:
     if mask_id is None:
         raise UserError(
             f"this model learns masked tokens, and the tokenizer has no {MASK} among its special "
-            "tokens. Take the tokenizer that "
-            'its weights came with, or one made here: "tokenizer": {"type": "bpe", "vocab_size": '
-            "8192}."
+            "tokens. Take the tokenizer that its weights came with, or one made here: "
+            '"tokenizer": {"type": "bpe", "vocab_size": 8192}.'
         )
     begin_id = tokenizer.special_id("[CLS]")
     begin_id = tokenizer.eos_id if begin_id is None else begin_id

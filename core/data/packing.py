@@ -27,30 +27,30 @@ POOL_ROWS = 8
 
 
 SHORTEST_PIECE = 32
-"""What may be cut anyway fills a row's rest where that is at least a 32nd of the row: shorter
-segments teach little."""
+"""A document that has to be cut anyway fills the rest of a row where that is at least a 32nd of the
+row: shorter segments teach little."""
 
 
 class LanePosition(NamedTuple):
-    """Where a lane stands: all documents before `next` are used up but those waiting, which go on
-    at a position."""
+    """A lane's position: all documents before `next` are used up, except the waiting ones, each of
+    which goes on at a position."""
 
     next: int = 0
     waiting: tuple[tuple[int, int], ...] = ()  # (document index, first unused position)
 
     @property
     def oldest(self) -> int:
-        """The first document that is still needed."""
+        """The index of the first document that is still needed."""
         return self.waiting[0][0] if self.waiting else self.next
 
     @classmethod
     def from_json(cls, saved: Any) -> "LanePosition":
-        """From JSON."""
+        """Read what a checkpoint holds."""
         return cls(saved[0], tuple((index, start) for index, start in saved[1]))
 
 
 class Segment(NamedTuple):
-    """What a row holds of a document."""
+    """A row's part of a document."""
 
     draw: int  # its index
     source: int
@@ -112,7 +112,7 @@ class Packer:
         self._positions = 0  # unused ones in `_items`
 
     def wants(self, index: int) -> bool:
-        """Whether a document lies ahead of this lane's place."""
+        """Return whether a document lies ahead of this lane's position."""
         return index >= self._next or index in self._resumed
 
     def add(
@@ -139,16 +139,16 @@ class Packer:
         self._positions += item.left
 
     def lose(self, index: int) -> None:
-        """A document in use can no longer be read: nothing of it comes."""
+        """Give up a document in use that can no longer be read."""
         self._resumed.pop(index, None)
 
     @property
     def ready(self) -> bool:
-        """Whether the next row can be made."""
+        """Whether there are documents enough for the next row."""
         return self._positions >= self.seq_length
 
     def row(self) -> Row:
-        """The next row; short of documents, the rest of it is padding (the end of the data)."""
+        """Return the next row; at the end of the data, its rest is padding."""
         T = self.seq_length
         input_ids = np.full(T, self.pad_id, dtype=np.int32)
         labels = np.full(T, IGNORE_INDEX, dtype=np.int32)
@@ -181,16 +181,25 @@ class Packer:
         if filled < T:
             position_ids[filled:] = np.arange(T - filled)
             document_ids[filled:] = len(segments)
-        found = input_ids, labels, position_ids, document_ids, source_ids
-        return Row(self.lane, *found, self._place(), segments, num_bytes=num_bytes)
+        return Row(
+            lane=self.lane,
+            input_ids=input_ids,
+            labels=labels,
+            position_ids=position_ids,
+            document_ids=document_ids,
+            source_ids=source_ids,
+            after=self._place(),
+            segments=segments,
+            num_bytes=num_bytes,
+        )
 
     def _take(self, room: int) -> _Item | None:
-        """The document that the next `room` positions of the row begin with; None leaves them
-        empty."""
+        """Return the document that the next `room` positions of the row begin with; None leaves
+        them empty."""
         return self._items[0] if self._items else None
 
     def _used(self, item: _Item, stop: int) -> None:
-        """`item` is used up to position `stop`."""
+        """Record that `item` is used up to position `stop`."""
         self._positions -= stop - item.start
         item.start = stop
         self._next = item.index + 1

@@ -1,13 +1,14 @@
-"""Documents of a shard in an order of chance that is a function of the place alone: no buffer that
-a resume could lose.
+"""Documents of a shard in a random order that follows from the position alone: there is no buffer
+that a resume could lose.
 
     shard:  | window 0           | window 1           | ...        each of so many positions,
             permuted by seed, epoch and number
 
 In:    a source that can read a shard from any position on (shards.py)
 Out:   the same source; inside each window of a shard its documents come permuted
-State: none of its own. A position is the window's first position plus how many documents of the
-window are behind"""
+State: none of its own. A position is the window's first position plus the number of documents of
+       the window that were read
+"""
 
 import random
 from collections.abc import Iterator
@@ -20,8 +21,8 @@ from core.randomness import derive_seed
 
 
 class ShuffledSource(ShardView):
-    """A source with its documents shuffled. A resume reads one window again, at most. Its shards
-    are (epoch, place in the epoch's order, the source's shard)."""
+    """A source with its documents shuffled. A resume reads at most one window again. Its shards are
+    (epoch, place in the epoch's order, the source's shard)."""
 
     def __init__(self, source: Any, seed: int):
         super().__init__(source)
@@ -41,16 +42,15 @@ class ShuffledSource(ShardView):
         size = self._source.window
         first, behind = divmod(start, size)
         for number, window in _windows(self._read_on(content, first * size), first, size):
-            random.Random(
-                derive_seed(self._seed, "window", self.name, epoch, place, number)
-            ).shuffle(window)
+            seed = derive_seed(self._seed, "window", self.name, epoch, place, number)
+            random.Random(seed).shuffle(window)
             skipped = behind if number == first else 0
             for done, document in enumerate(window[skipped:], skipped + 1):
                 yield number * size + (size if done == len(window) else done), document
 
     def _read_on(self, shard: Any, start: int) -> Iterator[tuple[int, Document]]:
-        """The shard from a position on. What can be tried again is tried here: a window is whole,
-        or the shard's last."""
+        """Yield the shard from a position on. Failed reads are retried here: a window is whole, or
+        the shard's last."""
         position, failures = start, 0
         while True:
             try:
@@ -69,8 +69,8 @@ class ShuffledSource(ShardView):
 def _windows(
     documents: Iterator[tuple[int, Document]], number: int, size: int
 ) -> Iterator[tuple[int, list[Document]]]:
-    """(number, documents) of each window that has any; positions end in (number * size, (number +
-    1) * size]."""
+    """Yield (number, documents) of each window that has any; positions end in (number * size,
+    (number + 1) * size]."""
     window: list[Document] = []
     for position, document in documents:
         if position > (number + 1) * size:

@@ -6,8 +6,9 @@ document once per machine.
 
 In:    a source whose shards have an address (shards.py), and a tokenizer
 Out:   the same source; its documents come as tokens, from the cache where it has them
-State: the files. Any of them may vanish or be damaged at any time: it is made again, and nothing
-but time is lost"""
+State: the files. Any of them may vanish or be damaged at any time: it is made again, and only time
+       is lost
+"""
 
 import hashlib
 import io
@@ -47,14 +48,14 @@ Block = list[tuple[int, Document]]  # (position after it, document)
 
 
 class TokenCache:
-    """The files of one project. Raises nothing: what cannot be kept is made again."""
+    """The cache files of one project. It raises nothing: what cannot be kept is made again."""
 
     def __init__(self, root: Path, limit_bytes: int):
         self.folder, self.limit_bytes = root / CACHE, limit_bytes
         self._written = 0
 
     def get(self, address: str, number: int) -> tuple[Block, bool] | None:
-        """A block and whether it is the shard's last; None when it is not there or not whole."""
+        """Return a block and whether it is the shard's last; None when it is missing or damaged."""
         path = self._path(address, number)
         try:
             check_regular(path)
@@ -83,8 +84,8 @@ class TokenCache:
 
     @contextmanager
     def only_one(self, address: str) -> Iterator[bool]:
-        """Whether nobody else is making a block of this shard; held until left, and freed when the
-        process dies."""
+        """Lock a shard; yield whether nobody else is making a block of it. The lock is freed when
+        the process dies."""
         path = self.folder / f"{address[:32]}.lock"
         try:
             import fcntl
@@ -142,13 +143,15 @@ def cached_sources(
 class CachedSource(ShardView):
     """A source seen through the cache."""
 
-    def __init__(self, source: Any, cache: TokenCache, tokenizer: Tokenizer):
+    _source: ShardSource
+
+    def __init__(self, source: ShardSource, cache: TokenCache, tokenizer: Tokenizer):
         super().__init__(source)
         self._cache, self._tokenizer = cache, tokenizer
         self._fingerprint = tokenizer.fingerprint()
 
     def read(self, shard: Any, start: int) -> Iterator[tuple[int, Document]]:
-        """As the source would: (position after it, document)."""
+        """Yield (position after it, document), as the source would."""
         content = self._source.address(shard)
         if content is None:
             yield from self._source.read(shard, start)
@@ -172,8 +175,8 @@ class CachedSource(ShardView):
     def _block(
         self, address: str, number: int, maker: "_BlockMaker", patience: float
     ) -> tuple[Block, bool, Exception | None]:
-        """A block, from the cache, from another process that is making it, or made here; and what
-        broke it off."""
+        """Return a block from the cache, from another process that is making it, or made here;
+        whether it is the last; and the error that broke it off."""
         end = time.monotonic() + patience
         while True:
             if (found := self._cache.get(address, number)) is not None:
@@ -196,7 +199,7 @@ class _BlockMaker:
     """Reads one shard and tokenizes it block by block; goes on from the block before where it
     can."""
 
-    def __init__(self, source: Any, shard: Any, tokenizer: Tokenizer):
+    def __init__(self, source: ShardSource, shard: Any, tokenizer: Tokenizer):
         self._source, self._shard, self._tokenizer = source, shard, tokenizer
         self._documents: Iterator[tuple[int, Document]] | None = None
         self._next = -1  # the block that `_documents` goes on with
@@ -206,7 +209,7 @@ class _BlockMaker:
         return self._documents is not None and self._next == number
 
     def make(self, number: int) -> tuple[Block, bool, Exception | None]:
-        """The block, whether it is the last, and the error that ended it too soon."""
+        """Return the block, whether it is the last, and the error that ended it too soon."""
         begin, end = number * BLOCK, (number + 1) * BLOCK
         found: Block = []
         item = failure = None
@@ -230,8 +233,8 @@ class _BlockMaker:
         return self._encoded(found), item is None and failure is None, failure
 
     def _encoded(self, found: Block) -> Block:
-        """The documents as tokens; one that the tokenizer cannot do with stays as it is, and
-        whoever reads it meets the error."""
+        """Tokenize documents; one that the tokenizer cannot encode stays as it is, and its reader
+        meets the error."""
         try:
             encoded = encode_each(
                 partial(encode, self._tokenizer), [document for _, document in found]
@@ -245,7 +248,7 @@ class _BlockMaker:
 
 
 def packed(block: Block, last: bool) -> bytes:
-    """A block as the content of a file; ids as narrow as they are."""
+    """Write a block as the content of a file, with ids of 16 bits where they fit."""
     tokens = [document.encoded for _, document in block if document.encoded is not None]
     ids = np.concatenate([t.ids for t in tokens]) if tokens else np.zeros(0, dtype=np.int32)
     masked = any(t.learned is not None for t in tokens)
@@ -276,8 +279,8 @@ def packed(block: Block, last: bool) -> bytes:
 
 
 def unpacked(data: bytes) -> tuple[Block, bool]:
-    """What `packed` packed. Raises ValueError where a bit of it is another: what numpy says then
-    may be anything, or nothing."""
+    """Read what `packed` wrote. Raises ValueError if a bit of it has changed: numpy alone might
+    not notice."""
     begun, content = data[:CHECKSUM_BYTES], data[CHECKSUM_BYTES:]
     if begun != checksum(content):
         raise ValueError("damaged")
@@ -290,12 +293,13 @@ def unpacked(data: bytes) -> tuple[Block, bool]:
     for i, end in enumerate(ends):
         mask = learned[begin:end] if len(learned) else None
         num_bytes = int(fields["num_bytes"][i])
-        facts = (
-            int(fields["digests"][i]),
-            int(fields["sizes"][i]),
-            None if num_bytes < 0 else num_bytes,
+        tokens = Encoded(
+            ids=ids[begin:end],
+            learned=mask,
+            digest=int(fields["digests"][i]),
+            size=int(fields["sizes"][i]),
+            num_bytes=None if num_bytes < 0 else num_bytes,
         )
-        tokens = Encoded(ids[begin:end], mask, *facts)
         block.append((int(fields["positions"][i]), Document("", keys[i], encoded=tokens)))
         begin = end
     return block, bool(fields["last"])

@@ -26,7 +26,7 @@ import numpy as np
 from core.files import check_regular, read_json, sweep, write_file
 
 FORMAT = 1
-"""Raised when the layout changes in a way that older code cannot read."""
+"""Increased when the layout changes in a way that older code cannot read."""
 
 MANIFEST = "manifest.json"
 TOKEN = np.dtype("<u4")
@@ -89,8 +89,8 @@ def chunk_name(index: int) -> str:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Raises BadChunks where there is none, or none that can be used. One of specification 001
-    lists no files: they are added."""
+    """Read a folder's manifest. Raises BadChunks where there is none, or none that can be used. One
+    of specification 001 lists no files: they are added."""
     path = folder / MANIFEST
     try:
         found = read_json(path)
@@ -128,8 +128,8 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _made(kind: type, found: Any) -> Any:
-    """A dataclass from JSON; what it does not know is left out. Raises TypeError for what lacks, or
-    is of another type."""
+    """Make a dataclass from JSON, without unknown keys. Raises TypeError for a key that is missing
+    or of another type."""
     if not isinstance(found, dict):
         raise TypeError(f"{json.dumps(found)[:40]} is no object")
     types = get_type_hints(kind)
@@ -168,7 +168,7 @@ class ChunkReader:
 
     @property
     def notes(self) -> list[str]:
-        """What a person should know of this folder."""
+        """Remarks on this folder, for the screen."""
         notes, manifest = [], self.manifest
         there = sum(chunk.tokens for chunk in manifest.chunks)
         if not manifest.complete:
@@ -184,8 +184,8 @@ class ChunkReader:
         return notes
 
     def consecutive(self, order: Iterable[int], start: int = 0) -> Iterator[np.ndarray]:
-        """Tokens as they lie, chunk after chunk in the given order, from token `start` of them on:
-        (n,) uint32, n <= BLOCK.
+        """Yield the tokens as they are stored, chunk after chunk in the given order, from token
+        `start` on: (n,) uint32, n <= BLOCK.
 
         This is how specification 001's program reads. Raises OSError or DamagedChunk.
         """
@@ -196,8 +196,8 @@ class ChunkReader:
             start = max(0, start - self.manifest.chunks[index].tokens)
 
     def documents(self, index: int, start: int = 0) -> Iterator[tuple[int, int, np.ndarray]]:
-        """(position after it, position of its first token, ids (n,) int32) of each document that
-        *begins* in a chunk.
+        """Yield (position after it, position of its first token, ids (n,) int32) of each document
+        that *begins* in a chunk.
 
         One that runs over the chunk's end is read on in the next, by name; there, the piece up to
         the first end is passed over: each document is read once and whole, in any order of chunks.
@@ -227,7 +227,8 @@ class ChunkReader:
             yield at, begin, ids[0]
 
     def _on_from(self, index: int, start: int) -> Iterator[np.ndarray]:
-        """A chunk from `start` on, and those that follow it by name as far as they can be read."""
+        """Yield a chunk from `start` on, and those that follow it by name, as far as they can be
+        read."""
         yield from self.consecutive([index], start)
         for following in range(index + 1, len(self.manifest.chunks)):
             try:
@@ -237,7 +238,7 @@ class ChunkReader:
             yield from self.consecutive([following])
 
     def _begin(self, index: int, start: int) -> int:
-        """Where the document begins that `start` lies in, or the first of the chunk."""
+        """Return where the document that contains `start` begins, or the first of the chunk."""
         tokens = self._map(index)
         for high in range(min(start, len(tokens)), 0, -BLOCK):
             low = max(0, high - BLOCK)
@@ -246,8 +247,8 @@ class ChunkReader:
         return self._first_begin(index)
 
     def _first_begin(self, index: int) -> int:
-        """Where the first document of a chunk begins: behind the rest of the one before, if that
-        runs into it."""
+        """Return where the first document of a chunk begins: behind the rest of the one before, if
+        that runs into it."""
         if index == 0 or (self._map(index - 1)[-1:] == self.manifest.eos_token_id).all():
             return 0
         at = 0
@@ -258,7 +259,7 @@ class ChunkReader:
         return at
 
     def _tokens(self, index: int) -> np.ndarray:
-        """A chunk, (n,) uint32, compared with its checksum when it is first used."""
+        """Return a chunk, (n,) uint32; compare it with its checksum when it is first used."""
         chunk = self.manifest.chunks[index]
         if (
             index not in self._checked
@@ -346,8 +347,8 @@ class ChunkWriter:
         self._file = self._lock = None
 
     def _open(self, chunk: TokenChunk) -> None:
-        """Go on in a chunk behind what is recorded of it: anything after that was not yet saved,
-        and comes again."""
+        """Open a chunk behind what is recorded of it: anything after that was not yet saved, and
+        comes again."""
         path, recorded = self.folder / chunk.file, chunk.tokens * TOKEN.itemsize
         chunk.sha256, self._hash = None, hashlib.sha256()
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -369,7 +370,7 @@ class ChunkWriter:
 
 
 def _joined(pieces: list[np.ndarray]) -> list[np.ndarray]:
-    """The pieces as one array of int32 in a list; an empty list where they hold no token."""
+    """Join pieces into one array of int32 in a list; an empty list if they hold no token."""
     ids = pieces[0] if len(pieces) == 1 else np.concatenate(pieces or [np.empty(0, TOKEN)])
     return [ids.astype(np.int32)] if len(ids) else []
 
@@ -387,8 +388,8 @@ def _size(path: Path) -> int:
 
 
 def _lock(folder: Path) -> int | None:
-    """A descriptor that keeps other writers out for as long as it is open; None where the system
-    knows no such locks."""
+    """Lock a folder; return a descriptor that keeps other writers out while it is open, None where
+    the system has no such locks."""
     try:
         import fcntl
     except ImportError:

@@ -30,7 +30,7 @@ POLL_SECONDS, CLOSE_SECONDS = 0.2, 2.0
 
 @dataclass
 class TextBatch:
-    """Some texts in a row."""
+    """Consecutive texts of a source."""
 
     texts: list[str]
     cursors: list[Cursor]  # where the source stands after each
@@ -38,7 +38,7 @@ class TextBatch:
 
 @dataclass
 class TokenBatch:
-    """A batch, tokenized."""
+    """A batch of texts, tokenized."""
 
     tokens: np.ndarray  # (n,) uint32
     # (texts,) int64: where in `tokens` the text's end is; a text without tokens adds none
@@ -47,7 +47,7 @@ class TokenBatch:
 
 
 def usable_cores() -> int:
-    """Of this process, which may have been given fewer than there are."""
+    """Return the cores of this process, which may have been given fewer than there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -82,8 +82,8 @@ class TokenPool:
     def run(
         self, batches: Iterable[TextBatch], stop: Callable[[], bool] = lambda: False
     ) -> Generator[TokenBatch]:
-        """Each batch tokenized. What `batches` raises is raised here, after everything that came
-        before it. Ends early, between two batches, where it waits and `stop` says so.
+        """Yield each batch tokenized. What `batches` raises is raised here, after everything that
+        came before it. Ends early, between two batches, if `stop` says so while it waits.
 
         Raises UserError when a process died.
         """
@@ -127,7 +127,7 @@ class TokenPool:
 
 
 def _encode(tokenizer: Tokenizer, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, ends) of some texts."""
+    """Return (tokens, ends) of some texts."""
     pieces, ends, total, end = [], [], 0, np.array([tokenizer.eos_id], np.int32)
     for ids in tokenizer.encode_batch(texts):
         if len(ids):
@@ -144,7 +144,7 @@ _own: Tokenizer | None = None
 
 
 def _begin(state: dict[str, Any]) -> None:
-    """Runs first in each process."""
+    """Prepare a process; runs first in each."""
     global _own
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core is enough
     for number in STOP_SIGNALS:

@@ -1,5 +1,5 @@
-"""Steps in which no token is learned: passed over and told once, and where there is no end of them
-refused.
+"""Steps in which no token is learned: they are passed over with one warning, and refused when there
+are too many in a row.
 
 In:    the steps that are passed over, one after the other
 Out:   a warning; UserError
@@ -15,8 +15,8 @@ REMEDY = "Check the conversations, or raise model.seq_length or train.per_gpu_ba
 
 
 class Unlearned:
-    """What has been passed over in a row. Where it is chance what is learned (`of_chance`), it is
-    neither told nor refused."""
+    """Steps passed over in a row. Where what is learned is random (`of_chance`), there is neither a
+    warning nor a refusal."""
 
     def __init__(self, learned: bool, of_chance: bool):
         """`learned`: whether there has been a token to learn before."""
@@ -30,23 +30,23 @@ class Unlearned:
         return not self._example and not self._of_chance
 
     def show(self, row: str) -> None:
-        """Tell of the first such step, by one of its rows."""
+        """Make the warning, from one row of the first such step."""
         self._example = f"One row, learned tokens in [[ ]]:\n{row}\n"
         begun = "a step was passed over, as others like it will be: no token of it is learned"
         self.warning = f"{begun}; {WHY}. {self._example}{REMEDY}"
 
     def learned(self) -> None:
-        """A step had something to learn."""
+        """Record a step that had something to learn."""
         self._learned, self._steps, self._tokens = True, 0, 0
 
     def add(self, tokens: int) -> None:
-        """One more step without. Raises UserError when there have been too many."""
+        """Record a step without a learned token. Raises UserError after too many."""
         self._steps, self._tokens = self._steps + 1, self._tokens + tokens
         if self._tokens >= MOST_TOKENS and self._steps >= MOST_STEPS:
             self._refuse()
 
     def end(self) -> None:
-        """The data has ended. Raises UserError where all of it taught nothing."""
+        """Record the end of the data. Raises UserError if nothing of it was learned."""
         if self._steps and not self._learned:
             self._refuse()
 

@@ -1,7 +1,7 @@
-"""Which documents are held out, and the held-out rows that evaluation reads.
+"""The validation hold-out: which documents are held out, and the rows that evaluation reads.
 
 In:    opened sources
-Out:   HoldOut: is this document for validation?  and held-out documents, one by one or in rows
+Out:   HoldOut, which knows a held-out document; held-out documents, one by one or in rows
 State: none; both are functions of the sources' content and the preset
 """
 
@@ -21,10 +21,10 @@ from core.data.tokenizer import MASK, Tokenizer
 from core.errors import SourceUnavailable
 
 SMALL_CORPUS = 1000
-"""Different texts below which a hash may hold out too few, or none at all: of those an exact share
-is held out."""
+"""A source of fewer different texts has an exact share held out: a hash might hold out too few of
+them, or none."""
 SMALL_DOCUMENTS = 20_000
-"""Documents that are read to find so many different texts."""
+"""Documents that are read at most to find so many different texts."""
 PSEUDO_TOKENS, PSEUDO_CONTEXT = 1024, 128
 """Tokens that are hidden one at a time, and of how many their context is made: each costs a row of
 its own."""
@@ -32,13 +32,13 @@ SCAN_LOCAL, SCAN_STREAM = 2_000_000_000, 200_000_000
 """Characters of a source that are searched for held-out documents: what comes over a network would
 be read for hours."""
 ENOUGH = 0.9
-"""Of the tokens asked for: with fewer it is told."""
+"""Part of the tokens asked for; with fewer, there is a warning."""
 
 
 @dataclass
 class HoldOut:
-    """What is held out: the texts whose stable hash is below a fraction, and of a small source as
-    many as that fraction of its texts is, at least one and never all.
+    """The split of the data: held out are the texts whose stable hash is below a fraction, and of a
+    small source that fraction of its texts, at least one and never all.
 
     A text is held out of every source or of none, wherever else it occurs.
     """
@@ -64,8 +64,8 @@ class HoldOut:
         )
 
     def state(self) -> dict[str, Any]:
-        """For the checkpoint: what was held out stays so when files are added, and what was not is
-        never held out later."""
+        """Return the split for the checkpoint: what was held out stays so when files are added, and
+        what was not is never held out later."""
         return {
             "held": self.held,
             "released": self.released,
@@ -75,7 +75,7 @@ class HoldOut:
 
 
 def may_train(hold_out: HoldOut, min_text_length: int, document: Document) -> bool:
-    """Whether a document is long enough, and not held out."""
+    """Return whether a document is long enough, and not held out."""
     return not document.is_shorter_than(min_text_length) and not hold_out.holds(document)
 
 
@@ -151,8 +151,8 @@ def plan_hold_out(
 
 
 def _texts_of(source: Source, min_text_length: int) -> tuple[Counter[int], str]:
-    """{digest: documents} of the texts of a small finite source, none of another; and how many of
-    those looked at are too short, as a person should read it."""
+    """Return {digest: documents} of the texts of a small finite source, else {}; and a note on how
+    many are too short."""
     found: Counter[int] = Counter()
     short = looked = 0
     try:
@@ -178,7 +178,7 @@ def _texts_of(source: Source, min_text_length: int) -> tuple[Counter[int], str]:
 
 
 def _share(texts: int, fraction: float) -> int:
-    """How many of so many different texts are held out: at least one, but not the only one."""
+    """Return how many of so many texts to hold out: at least one, but not the only one."""
     return min(max(1, round(texts * fraction)), texts - 1)
 
 
@@ -197,8 +197,8 @@ def held_out_documents(
     min_text_length: int,
     between: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[int, Encoded]]:
-    """(its place among the source's documents, its tokens) of each document that is held out, as
-    far as a source is searched."""
+    """Yield (place among the source's documents, tokens) of each document that is held out, as far
+    as a source is searched."""
     left = SCAN_LOCAL if source.finite else SCAN_STREAM
     try:
         for scanned, document in enumerate(source.stream({})):
@@ -222,8 +222,8 @@ def validation_rows(
     min_text_length: int,
     between: Callable[[], None] = lambda: None,
 ) -> list[Row]:
-    """Packed rows of held-out documents: about `tokens` of them, shared evenly among the sources
-    that have so many.
+    """Pack held-out documents into rows: about `tokens`, shared evenly among the sources that have
+    so many.
 
     between   called after each document that is read; may raise, to stop
     """
@@ -262,7 +262,7 @@ def validation_rows(
 
 
 def shortfall(rows: list[Row], asked: int) -> str | None:
-    """What to say where far fewer tokens were found than asked for."""
+    """Return a warning where far fewer tokens were found than asked for."""
     found = sum(int((row.source_ids >= 0).sum()) for row in rows)
     if found >= ENOUGH * asked:
         return None
@@ -276,11 +276,12 @@ def shortfall(rows: list[Row], asked: int) -> str | None:
 
 
 def hide_one(rows: list[Row], tokenizer: Tokenizer) -> list[Row]:
-    """Rows in each of which one token is hidden and is the only target: what pseudo-perplexity
-    asks.
+    """Return rows in each of which one token is hidden and is the only target, for
+    pseudo-perplexity.
 
-    They are the beginnings of some of `rows`, of masked tokens, from all over them; every token has
-    its turn but special ones."""
+    They are the beginnings of some of `rows`, from all over them; every token except special ones
+    has its turn.
+    """
     mask_id = tokenizer.special_id(MASK)
     size = min(PSEUDO_CONTEXT, len(rows[0].input_ids)) if rows else 1
     count = min(len(rows), PSEUDO_TOKENS // size)

@@ -1,8 +1,9 @@
-"""What a tokenizer made anywhere may lack, and how much of a text that costs.
+"""Mends tokenizers that lack a token for unknown text, and measures how much of a text has no
+token.
 
 In:    a tokenizers-library JSON, as a dict; or a tokenizer and texts
-Out:   the same with a token for all it does not know, every token at the id it was made with; or
-       what of the texts is not read
+Out:   the same with a token for unknown text, every token at the id it was made with; or how much
+       of the texts is not read
 State: none
 """
 
@@ -27,8 +28,8 @@ Spans = Sequence[tuple[np.ndarray, np.ndarray]]
 
 
 def mended(facts: dict[str, Any], end: str, where: str) -> dict[str, Any] | None:
-    """The tokenizer with a token for what it does not know, where it may meet such a thing and has
-    none, or only `end` for it; None where nothing is to be mended.
+    """Return the tokenizer with a token for unknown text, where it may meet some and has none, or
+    only `end` for it; None where nothing needs mending.
 
     The library numbers added tokens by the size of the vocabulary. One with holes in its ids, or
     one that grows here, gets them into the vocabulary itself, each at its id, and `end` behind the
@@ -64,10 +65,8 @@ def mended(facts: dict[str, Any], end: str, where: str) -> dict[str, Any] | None
             )
     # a piece's place is its id; what was no piece before is never the likeliest one
     if isinstance(model["vocab"], list):
-        names, worst = (
-            {i: name for name, i in ids.items()},
-            min((score for _, score in model["vocab"]), default=0.0),
-        )
+        names = {i: name for name, i in ids.items()}
+        worst = min((score for _, score in model["vocab"]), default=0.0)
         places = range(len(model["vocab"]), max(names) + 1)
         model["vocab"] += [[names.get(i, f"<hole {i}>"), worst - UNLIKELY] for i in places]
         model["unk_id"] = ids[unknown]
@@ -78,8 +77,7 @@ def mended(facts: dict[str, Any], end: str, where: str) -> dict[str, Any] | None
 
 
 def unknown_of(model: dict[str, Any]) -> str | None:
-    """The token that stands for what the model does not know, whether its vocabulary has it or
-    not."""
+    """Return the token for what the model does not know, whether its vocabulary has it or not."""
     if isinstance(model["vocab"], list):
         index = model.get("unk_id")
         return None if index is None else model["vocab"][index][0]
@@ -87,7 +85,7 @@ def unknown_of(model: dict[str, Any]) -> str | None:
 
 
 def is_complete(facts: dict[str, Any]) -> bool:
-    """Whether every text can be written: by tokens for all 256 bytes."""
+    """Return whether every text can be written: by tokens for all 256 bytes."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     model, vocabulary = facts["model"], _ids_of(facts["model"])
@@ -118,7 +116,7 @@ def _ids_of(model: dict[str, Any]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Unread:
-    """What of some texts a tokenizer has no token for; white space counts only where it is lost."""
+    """The part of some texts that has no token; white space counts only where it is lost."""
 
     characters: int
     of: int
@@ -136,16 +134,16 @@ class Unread:
 
 
 def unread(texts: Sequence[str], encoded: Spans, unknown_id: int | None) -> Unread:
-    """`encoded`: (ids, spans) of each of the texts. Lost is what the unknown token stands for, and
-    what no token does; but white space that no token stands for is what a tokenizer may pass
-    over."""
+    """Measure the part of texts that has no token: what the unknown token stands for, and what no
+    token does. White space that no token stands for does not count: a tokenizer may pass over it.
+
+    encoded   (ids (n,), spans (n, 2)) of each text
+    """
     lost, of, example = 0, 0, ""
     for text, (ids, spans) in zip(texts, encoded):
         is_unknown = ids == (-1 if unknown_id is None else unknown_id)
-        unknown, known = (
-            _covered(len(text), spans[is_unknown]),
-            _covered(len(text), spans[~is_unknown]),
-        )
+        unknown = _covered(len(text), spans[is_unknown])
+        known = _covered(len(text), spans[~is_unknown])
         blank = np.array([character.isspace() for character in text], dtype=bool)
         is_lost = ~known & (unknown | ~blank)
         lost, of = lost + int(is_lost.sum()), of + int((is_lost | ~blank).sum())
@@ -157,7 +155,7 @@ def unread(texts: Sequence[str], encoded: Spans, unknown_id: int | None) -> Unre
 
 
 def _covered(length: int, spans: np.ndarray) -> np.ndarray:
-    """(length,) whether any of the spans (n, 2) covers a character."""
+    """Return for each character whether any of the spans (n, 2) covers it: (length,) bool."""
     open_spans = np.zeros(length + 1, dtype=np.int64)
     np.add.at(open_spans, spans[:, 0], 1)
     np.add.at(open_spans, spans[:, 1], -1)

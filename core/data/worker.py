@@ -33,7 +33,7 @@ MakePipeline = Callable[[Position, list[int]], Pipeline]
 
 
 class DataWorker:
-    """The process, seen from the rank's reading thread. It lives on when reading goes on from
+    """A worker process, seen from the rank's reading thread. It lives on when reading goes on from
     another position."""
 
     def __init__(self, make_pipeline: MakePipeline, lanes: list[int]):
@@ -51,14 +51,14 @@ class DataWorker:
         self._begun = 0
 
     def begin(self, position: Position) -> None:
-        """Read from here on: `next_row` gives nothing more of what was read before."""
+        """Read from here on: `next_row` returns nothing more of what was read before."""
         self._begun += 1
         self._rows = []
         self._positions.put(position)
 
     def next_row(self, stopping: threading.Event) -> Row:
-        """Raises SourceFailed as the pipeline does, Stopped once `stopping` is set, ReadingBroke,
-        and WorkerDied."""
+        """Return the next row. Raises SourceFailed as the pipeline does, Stopped once `stopping` is
+        set, ReadingBroke, and WorkerDied."""
         while not self._rows:
             try:
                 begun, item = self._queue.get(timeout=POLL_SECONDS)
@@ -76,7 +76,7 @@ class DataWorker:
         return self._rows.pop()
 
     def close(self) -> None:
-        """Ends the process: at once where it does not end by itself, as one that was frozen."""
+        """End the process; kill it where it does not end by itself, as one that was frozen."""
         self._process.terminate()
         self._process.join(CLOSE_SECONDS)
         self._process.kill()
@@ -90,7 +90,7 @@ class Stopped(Exception):
 
 
 def stop_if(asked: bool) -> None:
-    """Raises Stopped."""
+    """Raise Stopped if asked to."""
     if asked:
         raise Stopped
 
@@ -105,7 +105,7 @@ class WorkerDied(Exception):
 
 
 def broke_by(error: BaseException) -> ReadingBroke:
-    """The error as a person should read it, with the place it comes from."""
+    """Describe an error for the screen, with the place it comes from."""
     if isinstance(error, ReadingBroke):
         return error
     if isinstance(error, UserError):
@@ -129,7 +129,7 @@ def _ending(exit_code: int | None) -> str:
 
 
 def end_with_parent() -> None:
-    """Waits for the end of the process that started this one, and ends this one: left behind, it
+    """Wait for the end of the process that started this one, then end this one: left behind, it
     would wait for work for ever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
@@ -138,7 +138,8 @@ def end_with_parent() -> None:
 
 
 def _work(make_pipeline: MakePipeline, lanes: list[int], positions: Any, out: Any) -> None:
-    """The worker process: reads from each position that it is given, until there is another one."""
+    """Run the worker process: read from each position that it is given, until there is another
+    one."""
     # Ctrl-C is the trainer's business; it ends its workers itself
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
