@@ -136,8 +136,8 @@ class Memory(Head):
         full = torch.where(known, inputs.nll(each), 0.0).sum(1) / (2 * self.tokens_after)
         # of means over all 2n to means over targets
         share = 2 * self.tokens_after / known.sum(1).clamp(min=1)
-        told = {"gain": (without - within) * share, "gap": (within - full) * share}
-        return told | {"reconstruction": self._reconstruction(inputs, positions, summaries)}
+        results = {"gain": (without - within) * share, "gap": (within - full) * share}
+        return results | {"reconstruction": self._reconstruction(inputs, positions, summaries)}
 
     def _read_on(
         self, inputs: HeadInputs, positions: Tensor, valid: Tensor
@@ -234,7 +234,7 @@ def read(
 
     Never compiled: a compiled model would not notice the summary. What the model reports stays that
     of the pass before."""
-    told = dict(vars(model))
+    attributes = dict(vars(model))
     try:
         if summary is None:
             return (
@@ -247,7 +247,7 @@ def read(
         with _in_front(model, summary):
             return model.forward(plain_batch(rows)) if cache is None else model.extend(rows, cache)
     finally:
-        vars(model).update(told)
+        vars(model).update(attributes)
 
 
 @contextmanager

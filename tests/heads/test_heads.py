@@ -32,129 +32,123 @@ from tests.models.test_models import T, V
 # what their losses are ----------------------------------------------------------------------------
 
 
-class PlainLosses:
-    """One row's loss of each head, by plain reading of the specification."""
+class PlainHeads:
+    """One row's losses, by plain reading of the specification."""
 
     def __init__(self, name: str, heads: HeadStack, inputs: HeadInputs, row: int):
-        self.batch, self.hidden, self.table = inputs.batch, inputs.hidden[row], inputs.readout.table
-        self.places = self.batch.head_positions[name]
-        self.place, self.row, self.inputs = self.places[row].tolist(), row, inputs
+        self.batch, self.inputs, self.row = inputs.batch, inputs, row
+        self.hidden, self.table = inputs.hidden[row], inputs.readout.table
+        self.ids = self.batch.input_ids[row].tolist()
+        self.all_positions = self.batch.head_positions[name].tolist()
+        self.positions = self.all_positions[row]
+        self.p = self.positions[0]
         self.head: Any = heads[name]
-        self.heads: Any = heads
+        self.policy_head, self.value_head = heads["policy"], heads["value"]
+        self.rollouts_head = heads["rollouts"]
 
-    def guessed(self, state: Tensor) -> Tensor:
-        """The policy head's log-probabilities."""
-        policy = self.heads["policy"]
-        return (state @ policy.weight.T + policy.bias).log_softmax(-1)
+    def policy_log_probabilities(self, state: Tensor) -> Tensor:
+        return (state @ self.policy_head.weight.T + self.policy_head.bias).log_softmax(-1)
 
-    def divergence(self, state: Tensor, t: int) -> Tensor:
+    def policy_divergence(self, state: Tensor, t: int) -> Tensor:
         teacher = (self.hidden[t] @ self.table.T).softmax(-1)
-        return (teacher * (teacher.log() - self.guessed(state))).sum()
+        return (teacher * (teacher.log() - self.policy_log_probabilities(state))).sum()
 
-    def valued(self, state: Tensor) -> Tensor:
-        value = self.heads["value"]
-        return state @ value.weight[0] + value.bias[0]
+    def predicted_nll(self, state: Tensor) -> Tensor:
+        return state @ self.value_head.weight[0] + self.value_head.bias[0]
 
-    def nll_missed(self, state: Tensor, t: int) -> Tensor:
-        documents, end = self.batch.document_ids[self.row], t + self.heads["value"].span_tokens
+    def value_error(self, state: Tensor, t: int) -> Tensor:
+        documents, labels = self.batch.document_ids[self.row], self.batch.labels[self.row]
+        span = range(t, min(t + self.value_head.span_tokens, T))
         losses = [
-            -(self.hidden[u] @ self.table.T).log_softmax(-1)[self.batch.labels[self.row, u]]
-            for u in range(t, min(end, T))
-            if documents[u] == documents[t] and self.batch.labels[self.row, u] >= 0
+            -(self.hidden[u] @ self.table.T).log_softmax(-1)[labels[u]]
+            for u in span
+            if documents[u] == documents[t] and labels[u] >= 0
         ]
-        return (self.valued(state) - torch.stack(losses).mean()) ** 2
+        return (self.predicted_nll(state) - torch.stack(losses).mean()) ** 2
 
     def after(self, state: Tensor, token: int) -> Tensor:
-        rollouts = self.heads["rollouts"]
-        return state + rollouts[2](F.gelu(rollouts[0](torch.cat([state, self.table[token]]))))
+        inner = self.rollouts_head[0](torch.cat([state, self.table[token]]))
+        return state + self.rollouts_head[2](F.gelu(inner))
 
     def policy(self) -> Tensor:
-        return self.divergence(self.hidden[self.place[0]], self.place[0])
+        return self.policy_divergence(self.hidden[self.p], self.p)
 
     def value(self) -> Tensor:
-        return self.nll_missed(self.hidden[self.place[0]], self.place[0])
+        return self.value_error(self.hidden[self.p], self.p)
 
     def rollouts(self) -> Tensor:
-        p, found = self.place[0], []
-        state = self.hidden[p]
-        for t in range(p + 1, p + 1 + self.head.steps):
-            state = self.after(state, int(self.batch.input_ids[self.row, t]))
+        state, losses = self.hidden[self.p], []
+        for t in range(self.p + 1, self.p + 1 + self.rollouts_head.steps):
+            state = self.after(state, self.ids[t])
             error = ((state - self.hidden[t]) ** 2).sum() / (self.hidden[t] ** 2).sum()
-            found.append(error + self.nll_missed(state, t) + self.divergence(state, t))
-        return sum(found) / len(found)
+            losses.append(error + self.value_error(state, t) + self.policy_divergence(state, t))
+        return sum(losses) / len(losses)
+
+    def planner_features(self, p: int, before: Tensor, token: int) -> Tensor:
+        """One candidate's features: log-probabilities, values, and their discounted mean."""
+        state, values = self.hidden[p], []
+        log_p = [before.log_softmax(-1)[token], self.policy_log_probabilities(state)[token]]
+        for k in range(self.rollouts_head.steps):
+            if k > 0:
+                token = int(self.policy_log_probabilities(state).argmax())
+                log_p.append(self.policy_log_probabilities(state)[token])
+            state = self.after(state, token)
+            values.append(self.predicted_nll(state))
+        discounted = sum(0.9**k * v for k, v in enumerate(values))
+        return torch.stack([*log_p, *values, discounted / sum(0.9**k for k in range(len(values)))])
 
     def planner(self) -> Tensor:
-        found = []
-        for p in self.place:
+        head, losses = self.head, []
+        for p in self.positions:
             before = self.hidden[p] @ self.table.T
-            candidates = before.argsort(descending=True)[: self.head.candidates].tolist()
-            features = [self.features_of(p, before, token) for token in candidates]
+            candidates = before.argsort(descending=True)[: head.candidates].tolist()
+            features = [self.planner_features(p, before, token) for token in candidates]
+            mean = sum(features) / len(features)
             scores = before.clone()
             for token, own in zip(candidates, features):
-                seen = torch.cat([own, own - sum(features) / len(features)])
-                scores[token] += self.head[2](F.gelu(self.head[0](seen)))[0]
+                scores[token] += head[2](F.gelu(head[0](torch.cat([own, own - mean]))))[0]
             p_all, q_all = before.softmax(-1), scores.softmax(-1)
             divergence = (q_all * (q_all / p_all).log()).sum()
             nll = -q_all[self.batch.labels[self.row, p]].log()
-            found.append(nll + self.head.kl_weight * divergence)
-        return sum(found) / len(self.place)
-
-    def features_of(self, p: int, before: Tensor, token: int) -> Tensor:
-        """What the planner knows of one candidate: log-probabilities, values, their mean."""
-        own, values = [before.log_softmax(-1)[token], self.guessed(self.hidden[p])[token]], []
-        state = self.hidden[p]
-        for k in range(self.heads["rollouts"].steps):
-            if k > 0:
-                token = int(self.guessed(state).argmax())
-                own.append(self.guessed(state)[token])
-            state = self.after(state, token)
-            values.append(self.valued(state))
-        weights = [0.9**k for k in range(len(values))]
-        mean = sum(w * v for w, v in zip(weights, values)) / sum(weights)
-        return torch.stack([*own, *values, mean])
+            losses.append(nll + head.kl_weight * divergence)
+        return sum(losses) / len(losses)
 
     def dynamics(self) -> Tensor:
-        p, ids = self.place[0], self.batch.input_ids[self.row]
-        tokens = torch.stack([self.table[ids[t]] for t in (p + 1, p + 2, p + 3)]).mean(0)
-        predicted = self.head[2](F.gelu(self.head[0](torch.cat([self.hidden[p], tokens]))))
+        p, head = self.p, self.head
+        tokens = self.table[self.ids[p + 1 : p + 4]].mean(0)
+        predicted = head[2](F.gelu(head[0](torch.cat([self.hidden[p], tokens]))))
         return ((predicted - self.hidden[p + 1 : p + 4].mean(0)) ** 2).mean()
 
     def memory(self) -> Tensor:
         return plain_memory(self.head, self.inputs, self.row)
 
     def draft(self) -> Tensor:
-        losses, head = [], self.head
-        for root in self.place:
+        head, losses = self.head, []
+        for root in self.positions:
             state = self.hidden[root]
             for k in (1, 2):
-                token = self.table[self.batch.input_ids[self.row, root + k]]
+                token = self.table[self.ids[root + k]]
                 read = torch.cat([head.norm_state(state), head.norm_token(token)])
                 gate, up = (head.inner.weight @ read + head.inner.bias).view(2, -1)
-                inner = gate * torch.sigmoid(gate) * up
-                state = state + head.outer.weight @ inner + head.outer.bias
+                change = head.outer.weight @ (gate * torch.sigmoid(gate) * up)
+                state = state + change + head.outer.bias
                 of_model = (self.hidden[root + k] @ self.table.T).softmax(-1)
                 guess = (state @ self.table.T).softmax(-1)
                 losses.append((of_model * (of_model / guess).log()).sum())
         return torch.stack(losses).mean()
 
     def span_contrastive(self) -> Tensor:
-        begin, start, _ = self.place
-        query = self.projected(self.hidden[begin:start])
-        keys = [
-            (other, self.projected(self.inputs.hidden[other, b[1] : b[2]]))
-            for other, b in enumerate(self.places.tolist())
-            if b[0] != NOWHERE
-        ]
-        scores = torch.stack([query @ key / 0.07 for _, key in keys])
-        return -scores.log_softmax(-1)[[other for other, _ in keys].index(self.row)]
+        def project(states: Tensor) -> Tensor:
+            inner = F.gelu(self.head[0](states))
+            return F.normalize(self.head[2](inner).mean(0), dim=-1)
 
-    def projected(self, states: Tensor) -> Tensor:
-        return F.normalize(self.head[2](F.gelu(self.head[0](states))).mean(0), dim=-1)
-
-
-def plain(name: str, heads: HeadStack, inputs: HeadInputs, row: int) -> Tensor:
-    """One row's loss, by plain reading of the specification."""
-    return getattr(PlainLosses(name, heads, inputs, row), name)()
+        begin, start, _ = self.positions
+        query = project(self.hidden[begin:start])
+        valid = [row for row, at in enumerate(self.all_positions) if at[0] != NOWHERE]
+        spans = [(row, *self.all_positions[row][1:]) for row in valid]
+        keys = [project(self.inputs.hidden[row, first:stop]) for row, first, stop in spans]
+        scores = torch.stack([query @ key / 0.07 for key in keys])
+        return -scores.log_softmax(-1)[valid.index(self.row)]
 
 
 def plain_memory(head: Any, inputs: HeadInputs, row: int) -> Tensor:
@@ -167,8 +161,11 @@ def plain_memory(head: Any, inputs: HeadInputs, row: int) -> Tensor:
         summary = (weights @ states).flatten() @ head.say.weight.T + head.say.bias
         bag = (table @ (head.tell.weight @ summary + head.tell.bias)).log_softmax(0)
         bags.append(-torch.stack([bag[ids[t]] for t in range(begin, start)]).mean())
-        embedded = torch.cat([summary[None], table[ids[start : start + 3]]])
-        x = (embedded + model.pos_embedding.weight[:4])[None]
+        x = (
+            torch.cat([summary[None], table[ids[start : start + 3]]])
+            + model.pos_embedding.weight[:4]
+        )
+        x = x[None]
         for layer in model.layers:
             x = layer(x, DocumentMask("sdpa", x.dtype, causal=True))
         states = model.norm(x)[0]  # (4, D): what the next summary is made of
@@ -195,7 +192,8 @@ def test_losses_are_what_the_specification_says(name: str, step: int) -> None:
     valid = batch.head_positions[name][:, 0] != NOWHERE
     assert valid.sum() > 3
     for row in valid.nonzero().flatten().tolist():
-        torch.testing.assert_close(found[row], plain(name, heads, inputs, row), atol=1e-10, rtol=0)
+        expected = getattr(PlainHeads(name, heads, inputs, row), name)()
+        torch.testing.assert_close(found[row], expected, atol=1e-10, rtol=0)
 
 
 def test_rollouts_that_change_nothing_err_as_much_as_no_change() -> None:
