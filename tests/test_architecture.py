@@ -49,7 +49,7 @@ FLOORS = [
     "main",
 ]
 """From the ground up: every package and every file of core/, each on a floor of its own."""
-MAX_LINES = 450
+MAX_LINES, MAX_FUNCTION_LINES = 450, 60
 SLOW_PACKAGES = [
     "torch",
     "datasets",
@@ -146,6 +146,23 @@ def test_files_stay_short(module: str) -> None:
     """One file, one idea: beyond this length there is a seam to be found."""
     lines = len(FILES[module].read_text().splitlines())
     assert lines <= MAX_LINES
+
+
+SCRIPTS = [
+    *ROOT.glob("*.py"),
+    *(p for d in ("core", "tests", "benchmarks", "docs") for p in (ROOT / d).rglob("*.py")),
+]
+
+
+def test_functions_and_test_files_stay_short() -> None:
+    """Limits are met by seams; tests and benchmarks keep them, too."""
+    for path in SCRIPTS:
+        text = path.read_text()
+        assert len(text.splitlines()) <= MAX_LINES, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or 0) - node.lineno + 1
+                assert lines <= MAX_FUNCTION_LINES, f"{path}: {node.name} has {lines} lines"
 
 
 def in_fresh_python(code: str, folder: Path) -> dict:

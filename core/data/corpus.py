@@ -107,7 +107,7 @@ class Corpus:
 
     @property
     def has_chat(self) -> bool:
-        """Whether a source gives conversations."""
+        """True where a source gives conversations."""
         return any(section.type == "chat" for section in self.sections)
 
     @property
@@ -152,7 +152,7 @@ class Corpus:
 
     @property
     def needs_rates(self) -> bool:
-        """Whether the mix depends on how many tokens have been drawn."""
+        """True where the mix depends on how many tokens have been drawn."""
         scheduled = any(not isinstance(weight, int | float) for weight in self.mix.weights)
         return self.mix.strategy == "weighted" and (scheduled or self.mix.unit == "tokens")
 

@@ -1,4 +1,4 @@
-"""What flows into training: documents, the protocol of whatever yields them, and which of them are
+"""Documents, which flow into training, the protocol of whatever yields them, and which of them are
 held out.
 
 Importing this needs no torch: data workers start quickly.

@@ -48,7 +48,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class MixSettings:
-    """How draws are shared out among the sources."""
+    """The shares of the sources in the draws."""
 
     strategy: str  # "round_robin", "sequential" or "weighted"
     # one per source (weighted), over the fraction of the horizon that has been drawn

@@ -144,7 +144,7 @@ class Packer:
 
     @property
     def ready(self) -> bool:
-        """Whether there are documents enough for the next row."""
+        """True when there are documents enough for the next row."""
         return self._positions >= self.seq_length
 
     def row(self) -> Row:

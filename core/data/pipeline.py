@@ -38,7 +38,7 @@ READ_AHEAD = 128
 
 @dataclass(frozen=True)
 class PipelineSettings:
-    """Everything that fixes the order and content of rows."""
+    """All settings that fix the order and content of rows."""
 
     mix: MixSettings
     lanes: int

@@ -1,4 +1,4 @@
-"""How much a source holds: the tokens of one pass over it, and how often a run would read it over.
+"""The size of a source: the tokens of one pass over it, and how often a run would read it over.
 
 In:    opened sources, a tokenizer, what may be trained on
 Out:   tokens; warnings for sources that would be read too often; samples of a source
@@ -100,7 +100,7 @@ def counter(
 
 @dataclass(frozen=True)
 class Shares:
-    """How a run's tokens are shared out among its sources."""
+    """The shares of a run's tokens among its sources."""
 
     weights: list[float] | None  # None: sources are read one after the other
     of_tokens: bool  # else of documents

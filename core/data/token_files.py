@@ -59,7 +59,7 @@ class TokenChunk:
 
 @dataclass
 class Manifest:
-    """What stands in manifest.json. Everything beyond the first six keys is left out by
+    """The content of manifest.json. Everything beyond the first six keys is left out by
     specification 001's own program."""
 
     dataset_id: str

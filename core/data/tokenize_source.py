@@ -62,7 +62,7 @@ class TokenizeTask:
 
     @property
     def amount(self) -> str:
-        """What is written so far: "1,234 tokens, 5 documents"."""
+        """Return what is written so far: "1,234 tokens, 5 documents"."""
         return f"{self.manifest.total_tokens:,} tokens, {self.manifest.documents or 0:,} documents"
 
     def run(self, pool: TokenPool, progress: TokenizeProgress, stop: Callable[[], bool]) -> None:

@@ -1,4 +1,4 @@
-"""Where a tokenizer comes from: the Hub, a file, training on the run's own text, or plain bytes.
+"""The origins of a tokenizer: the Hub, a file, training on the run's own text, or plain bytes.
 
 In:    a tokenizer section of a preset; for a BPE, sample texts of the preset's own sources
 Out:   a Tokenizer; UserError where there is none to be had

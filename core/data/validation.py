@@ -94,60 +94,91 @@ def plan_hold_out(
             that was trained on
     """
     known = before or {"held": {}, "released": [], "sources": []}
-    asked, fraction = fraction, min(fraction, known.get("fraction", fraction))
+    requested, fraction = fraction, min(fraction, known.get("fraction", fraction))
     names = {source.name for source in sources}
     trained = set(known.get("sources", names | known["held"].keys()))
     looked = {source.name: _texts_of(source, min_text_length) for source in sources}
     small = {name: texts for name, (texts, _) in looked.items() if texts}
-    chosen, released = (
-        {digest for digests in known["held"].values() for digest in digests},
-        set(known["released"]),
-    )
-    held_before = HoldOut(fraction, known["held"], known["released"]).holds_digest
+    choice = _Choice(small, fraction, known, trained)
     new = [
         name for name, texts in small.items() if not texts.keys() & set(known["held"].get(name, ()))
     ]
     for name in sorted(new, key=lambda name: len(small[name])):
-        texts = small[name]
-        by_hash = [digest for digest in texts if held_out_by_hash(digest, fraction)]
-        if name in trained or trained - small.keys():
-            chosen |= set(by_hash) - released
-            continue
-        learned = {
-            digest for other in trained for digest in small[other] if not held_before(digest)
-        }
-        # of few copies first: held out with all of them, it would leave little to train on
-        for digest in sorted(
-            texts.keys() - released - learned, key=lambda digest: (texts[digest], digest)
-        ):
-            if len(texts.keys() & chosen) >= _share(len(texts), fraction):
-                break
-            if all(
-                len(others.keys() - chosen) > 1 for others in small.values() if digest in others
-            ):
-                chosen.add(digest)
-        released |= {digest for digest in by_hash if digest not in chosen} | (
-            set(texts) if len(texts) == 1 else set()
-        )
-    for texts in small.values():
-        # files were taken away
-        if all(d in chosen or (held_out_by_hash(d, fraction) and d not in released) for d in texts):
-            chosen -= texts.keys()
-            released |= texts.keys()
+        choice.add(name)
+    choice.release_sources_held_out_whole()
     held = {
-        name: [digest for digest in digests if digest in chosen]
+        name: [digest for digest in digests if digest in choice.chosen]
         for name, digests in known["held"].items()
     }
-    held |= {name: sorted(small[name].keys() & chosen) for name in new}
-    plan = HoldOut(fraction, held, sorted(released), sorted(trained | names))
+    held |= {name: sorted(small[name].keys() & choice.chosen) for name in new}
+    plan = HoldOut(fraction, held, sorted(choice.released), sorted(trained | names))
     plan.notes = [f"{name}: {short}" for name, (_, short) in looked.items() if short]
     plan.notes += [_note(name, texts, plan) for name, texts in small.items()]
-    if fraction < asked:
+    if fraction < requested:
         plan.notes.append(
-            f"validation_fraction is {fraction:g}, as before: the rest of {asked:g} has been "
+            f"validation_fraction is {fraction:g}, as before: the rest of {requested:g} has been "
             "trained on"
         )
     return plan
+
+
+class _Choice:
+    """The choice of what small sources hold out.
+
+    small     source -> {digest: documents}
+    trained   sources that the lineage has trained on
+    """
+
+    def __init__(
+        self,
+        small: dict[str, Counter[int]],
+        fraction: float,
+        known: Mapping[str, Any],
+        trained: set[str],
+    ):
+        self._small, self._fraction, self._trained = small, fraction, trained
+        self._held_before = HoldOut(fraction, known["held"], known["released"]).holds_digest
+        self.chosen = {digest for digests in known["held"].values() for digest in digests}
+        self.released = set(known["released"])
+
+    def add(self, name: str) -> None:
+        """Choose what a new small source holds out."""
+        texts, trained = self._small[name], self._trained
+        by_hash = {digest for digest in texts if held_out_by_hash(digest, self._fraction)}
+        if name in trained or trained - self._small.keys():
+            self.chosen |= by_hash - self.released
+            return
+        learned = {
+            digest
+            for other in trained
+            for digest in self._small[other]
+            if not self._held_before(digest)
+        }
+        free = texts.keys() - self.released - learned
+        # of few copies first: held out with all of them, it would leave little to train on
+        for digest in sorted(free, key=lambda digest: (texts[digest], digest)):
+            if len(texts.keys() & self.chosen) >= _share(len(texts), self._fraction):
+                break
+            if self._leaves_some(digest):
+                self.chosen.add(digest)
+        self.released |= by_hash - self.chosen
+        self.released |= set(texts) if len(texts) == 1 else set()
+
+    def _leaves_some(self, digest: int) -> bool:
+        """Return whether every source that has the text keeps others to train on."""
+        having = [texts for texts in self._small.values() if digest in texts]
+        return all(len(texts.keys() - self.chosen) > 1 for texts in having)
+
+    def release_sources_held_out_whole(self) -> None:
+        """Train on a source of which nothing else is left, as when files were taken away."""
+        for texts in self._small.values():
+            if all(self._holds(digest) for digest in texts):
+                self.chosen -= texts.keys()
+                self.released |= texts.keys()
+
+    def _holds(self, digest: int) -> bool:
+        by_hash = held_out_by_hash(digest, self._fraction) and digest not in self.released
+        return digest in self.chosen or by_hash
 
 
 def _texts_of(source: Source, min_text_length: int) -> tuple[Counter[int], str]:

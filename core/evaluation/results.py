@@ -1,4 +1,4 @@
-"""What an evaluation measured: kept in a file after each task, so that an interrupted evaluation
+"""The results of an evaluation: kept in a file after each task, so that an interrupted evaluation
 goes on where it was; shown as tables.
 
 In:    the harness's results of each task, numbers of each source
@@ -111,7 +111,8 @@ class EvaluatedModel:
 
 @dataclass(frozen=True)
 class About:
-    """What was evaluated, and how. `settings`: the preset's section `evaluate`."""
+    """The facts of an evaluation: the model and the settings. `settings`: the preset's section
+    `evaluate`."""
 
     preset: str
     lineage: str
@@ -127,7 +128,7 @@ class About:
 
 @dataclass
 class EvaluationResults:
-    """Everything that is known of one preset's evaluation."""
+    """All results of one preset's evaluation."""
 
     tasks: dict[str, TaskMeasurement] = field(default_factory=dict)
     sources: dict[str, SourceMeasurement] = field(default_factory=dict)

@@ -96,7 +96,7 @@ class GenerationRow:
 
     @property
     def remaining(self) -> int:
-        """How many tokens may still come."""
+        """The number of tokens that may still come."""
         return self._remaining
 
     def choose(self, scores: Tensor) -> int:

@@ -32,7 +32,7 @@ tokens are possible (docs/LOG.md)."""
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the text after a prompt is drawn, and where it ends."""
+    """The way in which text after a prompt is drawn, and where it ends."""
 
     until: tuple[str, ...] = ()
     """Strings that end the text; they are not part of it."""

@@ -32,7 +32,7 @@ class Job(Generic[P]):
     trains: bool = False
     """The menu also shows size and memory, and offers a fresh start."""
     files: Callable[[P, Path], Iterable[Path]] | None = None
-    """Files that the job leaves beside checkpoints and logs, from the preset and the root folder."""
+    """Files that the job leaves beside checkpoints and logs, from preset and root folder."""
 
 
 JOBS: dict[str, Job[Any]] = {

@@ -52,7 +52,7 @@ class Section:
 
 
 class RunState:
-    """Everything that the events of one run have said so far."""
+    """The state of one run, as its events have told it so far."""
 
     def __init__(self, start: dict):
         self.start, self.progress = start, RunProgress(start)

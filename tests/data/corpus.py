@@ -7,6 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -288,62 +289,54 @@ def history(
     state: dict | None = None,
     recorder: type[Recorder] = Recorder,
 ) -> History:
-    """Runs a plan from a saved state on. Between segments everything but the state, as JSON, is
+    """Runs a plan from a saved state on. Between stretches everything but the state, as JSON, is
     forgotten.
 
-    make  number of the segment -> a factory with sources of its own
+    make  number of the stretch -> a factory with sources of its own
     """
     found = History({}, [], [], [], set())
-    for number, segment in enumerate(plan):
-
-        def job(
-            parallel: Any,
-            number: int = number,
-            segment: Stretch = segment,
-            state: dict | None = state,
-        ) -> tuple:
-            factory = make(number)
-            loader = make_loader(
-                factory,
-                start() if state is None else resumed(state, factory),
-                segment.rows,
-                parallel,
-                segment.workers,
-                recorder,
-            )
-            loader.consumed, loader.factors, ledger, done = {}, {}, [], 0
-            try:
-                while (segment.steps is None or done < segment.steps) and (
-                    step := loader.next_step()
-                ) is not None:
-                    ledger.append((step.documents, step.epochs))
-                    done += 1
-                return loader.consumed, ledger, loader.state(), loader.dropped, loader.factors
-            finally:
-                loader.close()
-
-        ranks = Ranks(segment.ranks).run(job)
+    for number, stretch in enumerate(plan):
+        read = partial(read_stretch, make, number, stretch, state, recorder)
+        ranks = Ranks(stretch.ranks).run(read)
         consumed = {n: row for rank in ranks for n, row in rank[0].items()}
-        assert (
-            len(consumed) == sum(len(rank[0]) for rank in ranks)
-            and not consumed.keys() & found.rows.keys()
-        )
+        assert len(consumed) == sum(len(rank[0]) for rank in ranks)
+        assert not consumed.keys() & found.rows.keys()
         assert all(rank[1:3] == ranks[0][1:3] for rank in ranks), (
             "every rank must see the same ledger and the same merged state"
         )
         found.rows |= {n: row for n, row in sorted(consumed.items()) if row.segments}
         ledger, state, _, _ = ranks[0][1:]
         for column, counts in enumerate((found.documents, found.epochs)):
-            counts[:] = [
-                sum(numbers)
-                for numbers in zip(
-                    *(step[column] for step in ledger), *([counts] if counts else [])
-                )
-            ]
+            steps = [step[column] for step in ledger] + ([list(counts)] if counts else [])
+            counts[:] = [sum(numbers) for numbers in zip(*steps)]
         found.states.append(json.loads(json.dumps(state)))
         found.dropped |= {name for rank in ranks for name in rank[3]}
         found.factors |= {draw: factors for rank in ranks for draw, factors in rank[4].items()}
     return found
+
+
+def read_stretch(
+    make: Callable[[int], PipelineFactory],
+    number: int,
+    stretch: Stretch,
+    state: dict | None,
+    recorder: type[Recorder],
+    parallel: Any,
+) -> tuple:
+    """What one rank reads of a stretch: rows, ledger, state, dropped sources, factors."""
+    factory = make(number)
+    position = start() if state is None else resumed(state, factory)
+    loader = make_loader(factory, position, stretch.rows, parallel, stretch.workers, recorder)
+    loader.consumed, loader.factors, ledger, done = {}, {}, [], 0
+    try:
+        while stretch.steps is None or done < stretch.steps:
+            if (step := loader.next_step()) is None:
+                break
+            ledger.append((step.documents, step.epochs))
+            done += 1
+        return loader.consumed, ledger, loader.state(), loader.dropped, loader.factors
+    finally:
+        loader.close()
 
 
 def check_accounts(

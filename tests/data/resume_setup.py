@@ -1,4 +1,4 @@
-"""Data of every kind in small files, and plans of interrupted runs: what the test_resume files share."""
+"""Data of every kind in small files, and plans of interrupted runs, for all test_resume files."""
 
 import gzip
 import json
@@ -62,71 +62,73 @@ def mix_of(strategy: str, sources: int = 2, max_epochs: int | None = None) -> Mi
     return MixSettings(strategy, tuple(1.0 + i for i in range(sources)), 1, max_epochs)
 
 
+class Texts:
+    """Made-up texts, no two of them alike."""
+
+    def __init__(self, seed: int):
+        self.draw = random.Random(seed)
+
+    def text(self, name: str, most: int = 90) -> str:
+        words = [
+            "abcdefghij"[: self.draw.randint(1, 10)] for _ in range(self.draw.randint(1, most // 5))
+        ]
+        return f"{name}: {' '.join(words)}."
+
+    def rows(self, name: str, size: int) -> list[dict]:
+        return [{"text": self.text(f"{name} {i}"), "id": i} for i in range(size)]
+
+    def chats(self, name: str, size: int) -> list[dict]:
+        return [{"messages": self.messages(f"{name} {i}")} for i in range(size)]
+
+    def messages(self, name: str) -> list[dict]:
+        turns = (
+            ("assistant", self.text(name, 60)),
+            ("user", "so?"),
+            ("assistant", self.text("so", 20)),
+        )
+        return [{"role": role, "content": content} for role, content in turns]
+
+
 def write_data(root: Path, count: int = 9) -> None:
     """A few files of every kind, `count` documents in the smallest; no two documents are alike."""
+    made = Texts(3)
+    for folder in ("texts", "rows", "library/deep", "pdfs", "chat", "dataset", "chat_dataset"):
+        (root / folder).mkdir(parents=True)
+    for i in range(3):
+        write_files(root, made, i, count + 4 * i)
+    write_pdfs(root / "pdfs", [[made.text(f"pdf {i} {k}") for k in range(6)] for i in range(3)])
+    write_tokens(root / "tokens", [made.text(f"tokens {i}") for i in range(3 * count)])
+    write_corpus(root, {"other": 17}, low=5, high=90)
+
+
+def write_files(root: Path, made: Texts, i: int, size: int) -> None:
+    """One file of every kind but PDFs and tokens, the i-th, of `size` documents."""
     import pyarrow
     import pyarrow.parquet
     import zstandard
 
-    draw = random.Random(3)
+    def lines(rows: list[dict]) -> bytes:
+        return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
-    def said(name: str, most: int = 90) -> str:
-        return (
-            f"{name}: "
-            + " ".join(
-                "abcdefghij"[: draw.randint(1, 10)] for _ in range(draw.randint(1, most // 5))
-            )
-            + "."
-        )
-
-    def rows(name: str, size: int) -> list[dict]:
-        return [{"text": said(f"{name} {i}"), "id": i} for i in range(size)]
-
-    def chat(name: str, size: int) -> list[dict]:
-        def told(i: int) -> list[tuple[str, str]]:
-            return [
-                ("assistant", said(f"{name} {i}", 60)),
-                ("user", "so?"),
-                ("assistant", said("so", 20)),
-            ]
-
-        return [
-            {"messages": [{"role": role, "content": content} for role, content in told(i)]}
-            for i in range(size)
-        ]
-
-    def lines(found: list[dict]) -> bytes:
-        return "".join(json.dumps(row) + "\n" for row in found).encode()
-
-    for folder in ("texts", "rows", "library/deep", "pdfs", "chat", "dataset", "chat_dataset"):
-        (root / folder).mkdir(parents=True)
-    for i in range(3):
-        size = count + 4 * i
-        (root / f"texts/{i}.{('txt', 'md', 'py')[i]}").write_text(
-            "\n\n".join(said(f"text {i} {k}") for k in range(size))
-        )
-        (root / f"library/{'deep/' * (i == 1)}{i}.py").write_text(
-            "\n".join(f"# {said(f'code {i} {k}')}" for k in range(size))
-        )
-        (root / f"rows/{i}.jsonl").write_bytes(lines(rows(f"jsonl {i}", size)))
-        (root / f"rows/{i}.jsonl.gz").write_bytes(gzip.compress(lines(rows(f"gz {i}", size))))
-        (root / f"rows/{i}.jsonl.zst").write_bytes(
-            zstandard.compress(lines(rows(f"zst {i}", size)))
-        )
-        (root / f"chat/{i}.jsonl.gz").write_bytes(gzip.compress(lines(chat(f"chat {i}", size))))
-        for folder, found in (
-            ("rows", rows(f"parquet {i}", size)),
-            ("dataset", rows(f"hf {i}", size)),
-            ("chat_dataset", chat(f"hf {i}", size)),
-        ):
-            pyarrow.parquet.write_table(
-                pyarrow.Table.from_pylist(found),
-                root / folder / f"train-{i}.parquet",
-                row_group_size=5,
-            )
-    write_pdfs(root / "pdfs", [[said(f"pdf {i} {k}") for k in range(6)] for i in range(3)])
-    write_tokens(root / "tokens", [said(f"tokens {i}") for i in range(3 * count)])
-    write_corpus(root, {"other": 17}, low=5, high=90)
+    paragraphs = "\n\n".join(made.text(f"text {i} {k}") for k in range(size))
+    (root / f"texts/{i}.{('txt', 'md', 'py')[i]}").write_text(paragraphs)
+    code = "\n".join(f"# {made.text(f'code {i} {k}')}" for k in range(size))
+    (root / f"library/{'deep/' * (i == 1)}{i}.py").write_text(code)
+    rows = root / f"rows/{i}.jsonl"
+    rows.write_bytes(lines(made.rows(f"jsonl {i}", size)))
+    zipped = gzip.compress(lines(made.rows(f"gz {i}", size)))
+    rows.with_suffix(".jsonl.gz").write_bytes(zipped)
+    zipped = zstandard.compress(lines(made.rows(f"zst {i}", size)))
+    rows.with_suffix(".jsonl.zst").write_bytes(zipped)
+    chats = gzip.compress(lines(made.chats(f"chat {i}", size)))
+    (root / f"chat/{i}.jsonl.gz").write_bytes(chats)
+    for folder, found in (
+        ("rows", made.rows(f"parquet {i}", size)),
+        ("dataset", made.rows(f"hf {i}", size)),
+        ("chat_dataset", made.chats(f"hf {i}", size)),
+    ):
+        table, path = pyarrow.Table.from_pylist(found), root / folder / f"train-{i}.parquet"
+        pyarrow.parquet.write_table(table, path, row_group_size=5)
 
 
 def write_pdfs(folder: Path, files: list[list[str]]) -> None:

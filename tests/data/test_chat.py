@@ -413,7 +413,9 @@ while True:
         straight.append(next(stream))
     except StopIteration:
         break
-wrong = [c for c, cursor in enumerate(cursors) if list(source().stream(json.loads(cursor))) != straight[c:]]
+def resumed(cursor):
+    return list(source().stream(json.loads(cursor)))
+wrong = [c for c, cursor in enumerate(cursors) if resumed(cursor) != straight[c:]]
 print(json.dumps([len(opened), failed, [d.messages for d in straight], wrong]))
 """
     with Hub() as hub:

@@ -309,7 +309,8 @@ def run(plan, strategy, packing, cached):
         check_accounts(found, make(0))
     return found
 
-worker = run([Stretch(15), Stretch(15, 1, 1)], "annealed", "best_fit", lambda number: True)  # its constants are as they are
+# a worker's constants are as they are
+worker = run([Stretch(15), Stretch(15, 1, 1)], "annealed", "best_fit", lambda number: True)
 assert worker == run([Stretch(30)], "annealed", "best_fit", lambda number: False)
 shutil.rmtree(root / cache.CACHE)
 
@@ -322,7 +323,8 @@ def cached(number):
 
 for strategy, packing in zip(STRATEGIES * 2, PACKINGS * 2):
     straight = run([Stretch(30)], strategy, packing, lambda number: False)
-    assert run(random_plan(draw, 30 * LANES, 3), strategy, packing, cached) == straight, (strategy, packing)
+    plan = random_plan(draw, 30 * LANES, 3)
+    assert run(plan, strategy, packing, cached) == straight, (strategy, packing)
 print(json.dumps(max(harmed)))
 """
 

@@ -180,7 +180,8 @@ from core.data.tokenizer_build import build_tokenizer
 from core.preset.settings import TokenizerSettings
 for name in ("own", "base", "chat"):
     t = build_tokenizer(TokenizerSettings(type="hub", name=f"{sys.argv[1]}/{name}"), [])
-    special = [t.special_id(text) for text in ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>")]
+    texts = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>")
+    special = [t.special_id(text) for text in texts]
     print(json.dumps([t.eos_id, t.vocab_size, t.encode_batch([sys.argv[2]])[0].tolist(), special]))
 """
     env = {**os.environ, **NO_HUB, "HF_HOME": str(tmp_path / "cache")}

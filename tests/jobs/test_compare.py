@@ -1,5 +1,5 @@
-"""The compare job: trials paired on the same data, run once, refused when they have changed, stopped
-and gone on with."""
+"""The compare job: trials paired on the same data, run once, refused when they have changed, and
+resumed after a stop."""
 
 import shutil
 import sys

@@ -33,8 +33,8 @@ class ShardSource:
 
     @property
     def notes(self) -> list[str]:
-        """What was passed over so far. Grows while reading: opening does not look into every
-        file."""
+        """Notes on what was passed over so far. Grows while reading: opening does not look into
+        every file."""
         return self.skips.notes
 
     def skipped(self) -> list[tuple[str, str]]:

@@ -55,7 +55,7 @@ class Scorer:
 
     @property
     def longest(self) -> int:
-        """How many tokens can be scored in one row, after one token to begin with."""
+        """The number of tokens that can be scored in one row, after one token to begin with."""
         return self.context if self.model.is_causal else self.context - 1
 
     def loglikelihoods(

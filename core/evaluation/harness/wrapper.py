@@ -56,15 +56,11 @@ def as_harness_model(
         def loglikelihood_rolling(
             self, requests: list[Any], disable_tqdm: bool = False
         ) -> list[float]:
-            windows = [
-                _rolling_windows(
-                    self.tok_encode(request.args[0]), self.prefix_token_id, scorer.longest
-                )
-                for request in requests
-            ]
-            scores = iter(
-                scorer.loglikelihoods([pair for text in windows for pair in text], progress)
-            )
+            texts = [self.tok_encode(request.args[0]) for request in requests]
+            first, longest = self.prefix_token_id, scorer.longest
+            windows = [_rolling_windows(ids, first, longest) for ids in texts]
+            pairs = [pair for text in windows for pair in text]
+            scores = iter(scorer.loglikelihoods(pairs, progress))
             return [sum((next(scores)[0] for _ in text), 0.0) for text in windows]
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
