@@ -51,13 +51,13 @@ class MixSettings:
     """The shares of the sources in the draws."""
 
     strategy: str  # "round_robin", "sequential" or "weighted"
-    # one per source (weighted), over the fraction of the horizon that has been drawn
+    # one per source (weighted), over the fraction of the schedules that has been drawn
     weights: tuple[Schedule, ...]
     seed: int
     max_epochs: int | None = None
     unit: str = "documents"  # what weights are shares of: "documents" or "tokens"
     horizon_tokens: int = RUN_TOKENS
-    # tokens per character of each source: what counts how far the horizon has been drawn
+    # tokens per character of each source: what counts how far the schedules have been drawn
     rates: tuple[float, ...] = ()
 
 
@@ -104,7 +104,7 @@ class Mixer:
         self._drawn: list[list[int]] = [
             list(snapshot.get("drawn", {}).get(s.name, (0, 0))) for s in sources
         ]
-        self._origin: int = snapshot.get("origin", 0)  # tokens drawn before this horizon
+        self._origin: int = snapshot.get("origin", 0)  # tokens drawn before these schedules
         self._renewals = frozenset(position.renewals)
         # of weights; 1 where none is named
         self._changes, self._factors = position.factors or {}, dict(snapshot.get("factors", {}))
@@ -118,7 +118,7 @@ class Mixer:
         self.made: dict[int, tuple[int, ...]] = {}
         self._seed = derive_seed(settings.seed, "mix")
         self._given_rates = settings.rates or (USUAL_RATE,) * len(sources)
-        # as they were when this horizon began
+        # as they were when these schedules began
         self._rates = tuple(snapshot.get("rates", self._given_rates))
         self._horizon_tokens: int = snapshot.get("horizon_tokens", settings.horizon_tokens)
         self._levels = list(settings.weights) if settings.strategy == "weighted" else []

@@ -139,14 +139,14 @@ class DocumentMask:
         batch: Batch,
         dtype: torch.dtype,
         head_dim: int,
-        wish: Attention = "auto",
+        requested: Attention = "auto",
         causal: bool = True,
     ) -> "DocumentMask":
         """The mask of a batch, for the backend a model's setting leads to."""
         # padding is on the right, where causal attention never looks; a mask only costs
         if causal and not batch.packed:
             return cls("sdpa", dtype, causal)
-        backend, _ = choose_backend(wish, batch.document_ids.device, dtype, head_dim)
+        backend, _ = choose_backend(requested, batch.document_ids.device, dtype, head_dim)
         if backend == "flex" and not torch.is_grad_enabled():
             # evaluation runs uncompiled, and FlexAttention would write out (B, H, T, T) scores
             backend = "sdpa"

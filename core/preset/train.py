@@ -89,7 +89,7 @@ class TrainSettings(Settings):
     seed: Seed = 42
     """Seed of everything random."""
     runs: int = Field(1, ge=1, le=1_000_000)
-    """Runs of 100,000,000 tokens chained into one horizon."""
+    """Runs of 100,000,000 tokens whose schedules span all of them."""
     max_steps: int | None = Field(None, ge=1)
     """Shortens a run to so many optimizer steps."""
     max_epochs: int | None = Field(None, ge=1)
