@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from core.assembly.start import what_goes_on
+from core.assembly.start import next_action
 from core.checkpoint.lineage import changed_sources
-from core.checkpoint.store import store_of
+from core.checkpoint.slots import store_of
 from core.checkpoint.weights import preview_weights
 from core.contracts import call_if_defined
 from core.data.tokenizer_build import KNOWN_VOCABULARIES, tokenizer_facts
@@ -158,7 +158,7 @@ def resume_lines(preset: PresetBase, root: Path) -> list[str]:
         return [_beginning_line(preset, root)]
     progress, slot = newest["progress"], newest["path"].name
     log_file = root / "logs" / preset.lineage / LOG
-    next_part = what_goes_on(
+    next_part = next_action(
         preset, newest, lambda: evaluation_is_missing(log_file, progress["step"])
     )
     if next_part == "evaluation":

@@ -1,7 +1,9 @@
 """Every table put together: what a preset can name, and the Preset class that follows from it.
 
     MODELS   core/models    LOSSES   core/losses    HEADS   core/heads
-    SOURCES  core/data/sources      JOBS    core/jobs      METRICS  core/metrics/table.py
+    SOURCES  core/data/sources      JOBS    core/jobs
+
+Metrics have a table of their own, core/metrics/table.py.
 
 In:    the tables; adding to one is a file and a line in its package
 Out:   Preset

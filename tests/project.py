@@ -230,7 +230,7 @@ class Project:
     def finished(self, lineage: str = "t") -> bool:
         """Return whether the newest checkpoint is the end of a run: the next start would begin
         another."""
-        from core.checkpoint.store import CheckpointStore
+        from core.checkpoint.slots import CheckpointStore
 
         state = CheckpointStore(self.folder / "checkpoints", lineage).load()[0]
         return state is not None and state["progress"]["finished"]

@@ -148,7 +148,8 @@ def test_events_and_why_a_run_ends() -> None:
     loop = "".join(
         text
         for path, text in sources.items()
-        if path.name in ("trainer.py", "horizon.py", "train.py")
+        if path.relative_to(ROOT / "core").as_posix()
+        in ("training/trainer.py", "training/progress.py", "jobs/train.py")
     )
     reasons = {
         "budget",
@@ -157,6 +158,7 @@ def test_events_and_why_a_run_ends() -> None:
     found = {
         word for each in reasons for word in ([each] if isinstance(each, str) else each) if word
     }
+    assert {"budget", "max_steps", "max_epochs", "interrupted"} <= found
     assert found <= set(named(rows["run_end"])), "the guide does not say why a run ends"
 
 

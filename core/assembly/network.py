@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 
 from core.assembly.start import Remarks, Start
-from core.checkpoint.store import LINEAGE_OF_ITS_OWN, stored_bytes
+from core.checkpoint.fitting import LINEAGE_OF_ITS_OWN
+from core.checkpoint.slots import stored_bytes
 from core.checkpoint.weights import FITTING
 from core.contracts import LanguageModel, Readout, call_if_defined
 from core.data.tokenizer import Tokenizer
-from core.errors import UserError
 from core.heads.build import build_heads, check_heads, load_heads, output_of_one_token
 from core.heads.stack import HeadStack
 from core.losses import build_stack
@@ -45,14 +45,14 @@ def check_parts(preset: PresetBase, runtime: Runtime) -> None:
     """Check that the parts of a preset go together, as `build_training` does, before anything is
     read. Raises UserError.
 
-    For a comparison, whose last variant would else say so after hours. A model of the Hub is left
-    out: it would be downloaded.
+    A comparison calls this for every variant, so that a mistake in the last one shows at once, not
+    after hours. A model of the Hub is left out: it would be downloaded.
     """
     check_adaptive(preset)
     call_if_defined(preset.model, "check_tokenizer_section", preset.tokenizer)
     check_memory(preset, SMALLEST_VOCABULARY, runtime)
     if hasattr(preset.model, "num_layers"):
-        size_of(preset, SMALLEST_VOCABULARY)  # refuses names of parameters that there are not
+        size_of(preset, SMALLEST_VOCABULARY)  # rejects unknown names of parameters
         one_layer = preset.model_copy(
             update={"model": preset.model.model_copy(update={"num_layers": 1})}
         )
@@ -120,13 +120,3 @@ def _optimizer(
         of_heads = [(f"heads.{name}", p) for name, p in heads.named_parameters()]
     named = [*model.named_parameters(), *of_heads]
     return Optimizer(named, embeddings | dict(of_heads).keys(), preset.train)
-
-
-def check_ranks(preset: PresetBase, world_size: int) -> None:
-    """Check that the lanes of the data can be shared out. Raises UserError."""
-    if preset.data.lanes % world_size:
-        raise UserError(
-            f"{world_size} processes do not divide data.lanes = {preset.data.lanes}; start with "
-            "another --nproc_per_node, or set data.lanes to a multiple of it (which changes the "
-            "order of the data)."
-        )

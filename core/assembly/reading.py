@@ -17,6 +17,7 @@ from core.data.loader import Layout, Loader
 from core.data.pipeline_factory import PipelineFactory
 from core.data.position import DataFacts, Position, resumed_position
 from core.data.tokenizer import Tokenizer
+from core.errors import UserError
 from core.parallel.ranks import on_rank_zero
 from core.preset.base import PresetBase
 from core.preset.settings import MASKED_TOKENS, RUN_TOKENS
@@ -177,3 +178,13 @@ def _factory(
         tokens = min(tokens, budget.schedule_steps * tokens_per_step)
     mix = replace(corpus.mix, rates=rates, horizon_tokens=tokens * preset.train.candidates)
     return corpus.pipeline_factory(tokenizer, preset.model.seq_length, mix)
+
+
+def check_ranks(preset: PresetBase, world_size: int) -> None:
+    """Check that the lanes of the data can be shared out. Raises UserError."""
+    if preset.data.lanes % world_size:
+        raise UserError(
+            f"{world_size} processes do not divide data.lanes = {preset.data.lanes}; start with "
+            "another --nproc_per_node, or set data.lanes to a multiple of it (which changes the "
+            "order of the data)."
+        )

@@ -1,4 +1,4 @@
-"""All parts of a training together.
+"""Puts a training session together.
 
 In:    a preset, the runtime, the ranks, the project's root folder
 Out:   TrainingSession: the trainer with its log, and what a person should know before it starts
@@ -13,8 +13,8 @@ from typing import Any, Protocol
 
 import torch
 
-from core.assembly.network import Network, build_network, check_ranks
-from core.assembly.reading import Reading, build_reading
+from core.assembly.network import Network, build_network
+from core.assembly.reading import Reading, build_reading, check_ranks
 from core.assembly.start import (
     Remarks,
     Start,
@@ -23,8 +23,8 @@ from core.assembly.start import (
     note_changed_sources,
     progress_of,
 )
+from core.checkpoint.slots import FORMAT
 from core.checkpoint.state import held_out_of
-from core.checkpoint.store import FORMAT
 from core.contracts import call_if_defined
 from core.data.corpus import Corpus, open_corpus
 from core.data.packing import Row

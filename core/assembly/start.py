@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from core.checkpoint.lineage import changed_sources
-from core.checkpoint.slots import load_slot
+from core.checkpoint.slots import CheckpointStore, load_slot, store_of
 from core.checkpoint.state import CheckpointState, NewestState
-from core.checkpoint.store import CheckpointStore, store_of
 from core.checkpoint.weights import Weights, find_weights
 from core.data.corpus import Corpus
 from core.data.sources.tokens import TokensSettings
@@ -168,7 +167,7 @@ def progress_of(
         return Progress(evaluation_due=preset.train.eval_at_start)
     progress = Progress.of(saved["progress"])
     progress.evaluation_due = progress.evaluation_due and is_missing(progress.step)
-    action = what_goes_on(preset, saved, lambda: progress.evaluation_due)
+    action = next_action(preset, saved, lambda: progress.evaluation_due)
     if action == "run":
         remarks.notes.append(
             f"run {progress.run} goes on from step {progress.step}, {progress.run_tokens:,} "
@@ -191,7 +190,7 @@ def progress_of(
     return progress
 
 
-def what_goes_on(
+def next_action(
     preset: PresetBase, saved: CheckpointState | NewestState, is_missing: Callable[[], bool]
 ) -> Literal["run", "evaluation", "next run"]:
     """Decide what a start does with a lineage's checkpoint.

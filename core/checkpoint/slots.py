@@ -1,18 +1,345 @@
-"""The slots of a lineage, read on every rank.
+"""Three rotating slots per lineage that survive a kill at any instant, a full disk and a damaged
+file.
 
-In:    the store, the ranks
-Out:   one state, the same on all of them
-State: none
+    checkpoints/<lineage>_current.pth   _prev.pth   _prev2.pth
+
+A new checkpoint is written aside, flushed to the disk, and only then the slots move: prev to prev2,
+current to prev, new to current. Training goes on as soon as the tensors are copied; the writing
+happens in a thread.
+
+In:    a dict of tensors and plain values
+Out:   the newest slot that can be read
+State: the files
 """
 
+import errno
+import os
+import shutil
+import threading
+import time
+import zipfile
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
-from core.checkpoint.state import CheckpointState
-from core.checkpoint.store import CheckpointStore, LoadedSlot
+from core.checkpoint.state import CheckpointState, NewestState, problem_of
+from core.errors import CheckpointError, first_line
+from core.file_names import SLOTS, slot_name
+from core.files import (
+    cause,
+    check_regular,
+    free_name,
+    link_file,
+    probe,
+    replacing,
+    standing,
+    sweep,
+    sync_folder,
+)
 from core.parallel.protocol import Parallel
 from core.parallel.ranks import on_rank_zero
+from core.preset.base import PresetBase
+
+FORMAT = 1
+"""Increased when a checkpoint's layout changes in a way that older code cannot read."""
+
+
+class Damaged(Exception):
+    """A file that is no whole checkpoint; says why."""
+
+
+def read_checkpoint(path: Path, mmap: bool = False, whole: bool = True) -> CheckpointState:
+    """Read a file that a CheckpointStore wrote, and check it.
+
+    mmap    leave tensors on the disk until they are used
+    whole   check every byte
+    Raises Damaged, or CheckpointError where this program may not or cannot read it.
+    """
+    try:
+        check_regular(path)
+        if whole:
+            with zipfile.ZipFile(path) as file:
+                if file.testzip() is not None:  # torch itself reads on over flipped bits
+                    raise ValueError("a checksum does not match")
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # whatever reading a damaged file may raise
+        if isinstance(error, MemoryError) or (
+            isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
+        ):
+            raise CheckpointError(
+                f"{path} cannot be read: {error}. Mend that, or move the file away."
+            ) from None
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise Damaged(reason[:120]) from None
+    if isinstance(state, dict) and type(state.get("format")) is int and state["format"] > FORMAT:
+        raise CheckpointError(
+            f"{path} has format {state['format']}, this program reads up to {FORMAT}. Update the "
+            "program, "
+            "or set another lineage in the preset."
+        )
+    if (problem := problem_of(state)) is not None:
+        raise Damaged(problem[:120])
+    return state
+
+
+MIRRORS = {"lm": "simple_lm_trained.pth"}
+"""Lineages whose newest checkpoint has another name as well (specification 003)."""
+
+
+class LoadedSlot(NamedTuple):
+    """A slot that was read; without state and path where no slot can be read."""
+
+    state: CheckpointState | None
+    path: Path | None
+    notes: list[str]  # what a person should know of the slots
+
+
+class CheckpointStore:
+    """The slots of one lineage. Only rank 0 saves."""
+
+    def __init__(self, folder: Path, lineage: str, mirror: str | None = None):
+        """`lineage`: may be a path below the folder. `mirror`: another file name that always holds
+        what `current` holds."""
+        self.folder, self.lineage = folder, lineage
+        self.slots = [folder / slot_name(lineage, slot) for slot in SLOTS]
+        self._mirror = folder / mirror if mirror else None
+        self._thread: threading.Thread | None = None
+        self._outcome: tuple[Path | None, float, str] | None = None
+
+    # reading --------------------------------------------------------------------------------------
+
+    def load(self, skip: int = 0, read_only: bool = False, settled: bool = False) -> LoadedSlot:
+        """Load the newest readable slot.
+
+        skip        how many of the newest slots to leave out
+        read_only   for a lineage that somebody else trains: nothing is renamed, and tensors stay on
+                    the disk until they are used
+        settled     leave out one that was saved amid bad steps, too; only the newest can be
+
+        A damaged slot is renamed to `*.damaged`, never deleted. Raises CheckpointError when a slot
+        exists but this program may not or cannot read it: starting afresh would overwrite
+        somebody's work."""
+        notes: list[str] = []
+        for path in self.slots[skip + (settled and _amid_bad_steps(self.slots[0])) :]:
+            if not path.exists():
+                continue
+            try:
+                return LoadedSlot(read_checkpoint(path, mmap=read_only), path, notes)
+            except Damaged as reason:
+                note = f"{path.name} is damaged ({reason})"
+            if not read_only:
+                note += f"; it is now {_set_aside(path).name}"
+            notes.append(f"{note}, and an older slot is taken")
+        return LoadedSlot(None, None, notes)
+
+    def peek(self) -> NewestState | None:
+        """Progress, preset and place in the data of the newest slot, without its tensors; None when
+        there is none to read."""
+        for path in self.slots:
+            if path.exists():
+                try:
+                    state = read_checkpoint(path, mmap=True, whole=False)
+                except (Damaged, CheckpointError):
+                    # a preview judges no slot: loading it for real will say what is wrong
+                    continue
+                return {
+                    "path": path,
+                    "progress": state["progress"],
+                    "preset": state["preset"],
+                    "data": state["data"],
+                }
+        return None
+
+    # writing --------------------------------------------------------------------------------------
+
+    def prepare(self) -> list[str]:
+        """Find out before the first step what would keep the last one from being saved; returns
+        remarks.
+
+        Only for who owns the lineage: what a killed run left half-written is deleted. Raises
+        CheckpointError."""
+        current = self.slots[0]
+        try:
+            probe(current)
+            paths = [*self.slots, *([self._mirror] if self._mirror is not None else [])]
+            for path in paths:
+                sweep(path.parent, path.name)
+            # as earlier versions called it
+            current.with_name(f"{current.name}.tmp").unlink(missing_ok=True)
+            odd = [path for path in paths if path.exists() and not path.is_file()]
+            return [f"{path.name} is no file; it is now {_set_aside(path).name}" for path in odd]
+        except OSError as error:
+            raise CheckpointError(
+                f"checkpoints cannot be written to {current.parent}: {cause(error, current)}"
+            ) from None
+
+    def check_room(self, size: int) -> None:
+        """Raises CheckpointError where the disk has no room for the slots of a run whose
+        checkpoints have so many bytes."""
+        current = self.slots[0]
+        try:
+            probe(current, size)
+            free = shutil.disk_usage(standing(current.parent)).free
+        except OSError as error:
+            raise CheckpointError(
+                f"a checkpoint of {size / 1e6:,.1f} MB cannot be written to {current.parent}: "
+                f"{cause(error, current)}"
+            ) from None
+        there = sum(path.stat().st_size for path in self.slots if path.exists())
+        files = len(self.slots) + 1  # one more is being written while the slots are full
+        if free + there < files * size:
+            raise CheckpointError(
+                f"{current.parent} has {free / 1e6:,.1f} MB free, and this run needs "
+                f"{(files * size - there) / 1e6:,.1f} MB: "
+                f"{len(self.slots)} checkpoints of {size / 1e6:,.1f} MB and the one being "
+                "written, less what is there already. "
+                "Free some space, or make the folder a link to one on a larger disk."
+            )
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Copy `state` and write it in the background; `outcome()` tells how it went."""
+        self.wait()
+        try:
+            thread = threading.Thread(
+                target=self._write, args=(_copy(state),), name="checkpoint-writer"
+            )
+            thread.start()
+        except Exception as error:
+            # no memory for a copy, or for a thread: told as a failed write is
+            self._outcome = (None, 0.0, f"{first_line(error)}.")
+        else:
+            self._thread = thread
+
+    def wait(self) -> None:
+        """Wait until a write in progress is done."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def keep_newest(self) -> None:
+        """Delete the older slots, where the newest is there: of a run that is over, they are no
+        longer needed."""
+        self.wait()
+        if self.slots[0].exists():
+            for path in self.slots[1:]:
+                path.unlink(missing_ok=True)
+
+    def outcome(self) -> tuple[Path | None, float, str] | None:
+        """(file, seconds, "") of a finished save, or (None, seconds, reason) of a failed one; None:
+        nothing new. Told once.
+
+        (file, seconds, reason): it is saved, and only its other name, the mirror, could not be
+        made."""
+        if self._thread is not None and self._thread.is_alive():
+            return None
+        outcome, self._outcome = self._outcome, None
+        return outcome
+
+    def _write(self, state: dict[str, Any]) -> None:
+        started = time.monotonic()
+        try:
+            self.slots[0].parent.mkdir(parents=True, exist_ok=True)
+            with replacing(self.slots[0], durable=True) as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+                self._rotate()
+        except Exception as error:
+            # whatever it is, a save that failed must be told: nobody sees this thread die
+            # torch wraps a failed write
+            true = error.__context__ if isinstance(error.__context__, OSError) else error
+            told = (
+                cause(true, self.slots[0]) if isinstance(true, OSError) else f"{first_line(true)}."
+            )
+            self._outcome = (None, time.monotonic() - started, told.splitlines()[0])
+            return
+        told = self._reflect()
+        self._outcome = (self.slots[0], time.monotonic() - started, told)
+
+    def _reflect(self) -> str:
+        """Make the mirror the newest slot's other name; returns why that failed, if it did."""
+        if self._mirror is None:
+            return ""
+        try:
+            link_file(self.slots[0], self._mirror)
+        except Exception as error:  # the checkpoint is there, whatever this is
+            told = (
+                cause(error, self._mirror)
+                if isinstance(error, OSError)
+                else f"{first_line(error)}."
+            )
+            return f"{self._mirror.name} does not hold what {self.slots[0].name} does: {told}"
+        sync_folder(self._mirror.parent)
+        return ""
+
+    def _rotate(self) -> None:
+        """Move the slots on, once the new checkpoint is safe on the disk. One that was saved amid
+        bad steps is replaced where it is: its weights may be at fault, and those before it are what
+        a roll-back needs."""
+        current, prev, prev2 = self.slots
+        if _amid_bad_steps(current):
+            return
+        if prev.exists():
+            os.replace(prev, prev2)
+        if current.exists():
+            os.replace(current, prev)
+
+
+def _set_aside(path: Path) -> Path:
+    """Rename a slot that cannot be used; returns its new path."""
+    aside = free_name(path.with_name(path.name + ".damaged"))
+    os.replace(path, aside)
+    return aside
+
+
+def _amid_bad_steps(path: Path) -> bool:
+    """Return whether the updates before a checkpoint were skipped as not finite."""
+    try:
+        return read_checkpoint(path, mmap=True, whole=False)["progress"].get("bad_in_a_row", 0) > 0
+    except (Damaged, CheckpointError):  # or not there
+        return False
+
+
+def store_of(preset: PresetBase, root: Path) -> CheckpointStore:
+    """Return the slots of a preset's lineage."""
+    return CheckpointStore(root / "checkpoints", preset.lineage, MIRRORS.get(preset.lineage))
+
+
+def stored_bytes(*modules: torch.nn.Module | None) -> int:
+    """Count the bytes that the tensors of modules take in a checkpoint, those with several names
+    counted once."""
+    tensors = {
+        _place(t): t.nbytes
+        for module in modules
+        if module is not None
+        for t in module.state_dict().values()
+    }
+    return sum(tensors.values())
+
+
+def _place(tensor: torch.Tensor) -> tuple:
+    """The same for all names of a tensor: `state_dict` makes an object of each."""
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _copy(value: Any) -> Any:
+    """A deep copy with every tensor on the CPU. One tensor under several names (tied weights) is
+    copied once."""
+    seen: dict[tuple, torch.Tensor] = {}
+
+    def copy(v: Any) -> Any:
+        if isinstance(v, torch.Tensor):
+            if (place := _place(v)) not in seen:
+                seen[place] = v.detach().to("cpu", copy=True)
+            return seen[place]
+        if isinstance(v, dict):
+            return {key: copy(item) for key, item in v.items()}
+        if isinstance(v, list | tuple):
+            return [copy(item) for item in v]
+        return v
+
+    return copy(value)
 
 
 def load_slot(
@@ -28,5 +355,5 @@ def load_slot(
 
     path, notes = on_rank_zero(parallel, judge)
     if path is not None and state is None:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read_checkpoint(path, whole=False)  # rank 0 has checked every byte
     return LoadedSlot(state, path, notes)

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from core.checkpoint.fitting import load_model
+from core.checkpoint.slots import CheckpointStore, Damaged, read_checkpoint
 from core.checkpoint.state import CheckpointState, held_out_of, not_finite, tensor_problem
-from core.checkpoint.store import CheckpointStore, Damaged, load_model, read_checkpoint
 from core.contracts import call_if_defined
 from core.errors import UserError
 from core.file_names import slot_name

@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from core.checkpoint.slots import CheckpointStore
 from core.checkpoint.state import NewestState
-from core.checkpoint.store import CheckpointStore
 from core.comparison.trials import Trial, plan, read_outcomes, trial_changes
 from core.errors import UserError
 from core.metrics.events import LOG, evaluation_is_missing

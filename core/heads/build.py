@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from core.checkpoint.store import LINEAGE_OF_ITS_OWN, load_model
+from core.checkpoint.fitting import LINEAGE_OF_ITS_OWN, load_model
 from core.contracts import Batch, LanguageModel, ModelOutput
 from core.errors import UserError
 from core.heads import HEADS

@@ -45,7 +45,7 @@ class Head(nn.Module):
         leave nothing to learn."""
 
     def begin(self) -> None:
-        """Change freshly drawn weights, where a head begins in another way."""
+        """Change freshly drawn weights; override it for other initial weights."""
 
     def measure(self, inputs: HeadInputs, positions: Tensor, valid: Tensor) -> dict[str, Tensor]:
         """Measure more than the loss on held-out rows: {what: (B,)}, without gradient."""

@@ -66,8 +66,8 @@ class LossStack:
         self.losses, self.chunk_rows, self.block_rows = losses, chunk_rows, block_rows
 
     def check(self, readout: Readout) -> None:
-        """Check the losses against a readout. Raises UserError when a loss cannot plan on what this
-        readout gives."""
+        """Check the losses against a readout. Raises UserError when a loss needs other scores
+        than this readout gives."""
         for loss in self.losses:
             if loss.needs != readout.provides:
                 raise UserError(
@@ -161,7 +161,7 @@ class LossStack:
         the losses are: its sum () with a graph, and its values (B, n) without one, 0 where there is
         no target. Computed in chunks, as all losses are."""
         zeros = torch.zeros_like(labels)
-        # a loss reads no more
+        # losses read the labels only
         part = Batch(zeros, labels, zeros, zeros.int(), zeros.int(), packed=False)
         plain = LossStack([CrossEntropy(CrossEntropySettings())], self.chunk_rows, self.block_rows)
         total, terms = plain(ModelOutput(hidden, readout), part, 1, 0.0, 1)

@@ -7,9 +7,9 @@ Out:   a Metric; the metrics there can be
 State: none
 
 Where they are computed: those of single predictions in core/losses/token_stats.py, those that a
-loss adds in its file (`token_stats`), those of a head in its file (`measure`), those of embedding tables
-in core/models/embedding_geometry.py, and what follows from these in core/evaluation/held_out.py.
-"""
+loss adds in its file (`token_stats`), those of a head in its file (`measure`), those of embedding
+tables in core/models/embedding_geometry.py, and what follows from these in
+core/evaluation/held_out.py."""
 
 from dataclasses import KW_ONLY, dataclass
 from functools import partial

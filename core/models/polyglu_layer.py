@@ -141,8 +141,8 @@ class PolyGLU(SwiGLU):
 
 
 def gumbel(*shape: int, like: Tensor) -> Tensor:
-    """Draw Gumbel noise from torch's generator, which the trainer seeds for each step, as for
-    dropout."""
+    """Draw Gumbel noise from torch's generator, which core/training/passes.py seeds for each step,
+    as for dropout."""
     return -torch.empty(shape, dtype=like.dtype, device=like.device).exponential_().log()
 
 
@@ -150,8 +150,8 @@ def running_sum(x: Tensor, position_ids: Tensor) -> Tensor:
     """Add up x (B, T, C) over each position's document up to it, in log2 T additions of whole
     tensors.
 
-    A document's sums never touch another document's numbers, which a difference of cumulative sums
-    would by its rounding."""
+    Subtracting cumulative sums would mix rounding errors of other documents into a document's
+    sums; this does not."""
     T, shift = x.shape[1], 1
     while shift < T:
         before = functional.pad(x, (0, 0, shift, 0))[:, :T]

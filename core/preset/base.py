@@ -1,7 +1,8 @@
 """The base class of presets: what every preset has, whatever the tables hold.
 
 In:    nothing
-Out:   PresetBase; registry.py narrows its model, losses, heads and sources, and adds jobs' sections
+Out:   PresetBase; core/preset/tables.py makes the Preset class of it: it narrows its model,
+       losses, heads and sources, and adds the sections of the jobs
 State: none
 """
 
@@ -26,7 +27,7 @@ from core.preset.settings import (
 from core.preset.train import TrainSettings
 
 
-def _is_lineage(name: str) -> str:
+def _checked_lineage(name: str) -> str:
     """Return the name of a lineage. Raises ValueError where files cannot be called so.
 
     A trial of a comparison has a folder for itself: <lineage>/<variant>/<seed>.
@@ -39,7 +40,7 @@ def _is_lineage(name: str) -> str:
     return name
 
 
-Lineage = Annotated[str, AfterValidator(_is_lineage)]
+Lineage = Annotated[str, AfterValidator(_checked_lineage)]
 Tokenizer = Annotated[
     TokenizerSettings,
     BeforeValidator(

@@ -57,7 +57,7 @@ def preset_class(
         __base__=tuple(bases),
         job=(job, Field(next(iter(jobs)), description="The job to do.")),
         model=(
-            _union(models, "model", default="simple_lm"),
+            _union(models, "model", default=next(iter(models))),
             Field(default_factory=_first(models), description="The architecture."),
         ),
         losses=(

@@ -5,8 +5,8 @@ Out:   weights and optimizer as they were; the data goes on behind the bad stret
 State: how often a run was put back
 """
 
-from core.checkpoint.slots import load_slot
-from core.checkpoint.store import CheckpointStore, load_model
+from core.checkpoint.fitting import load_model
+from core.checkpoint.slots import CheckpointStore, load_slot
 from core.contracts import call_if_defined
 from core.errors import CheckpointError, Diverged
 from core.heads.build import load_heads

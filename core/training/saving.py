@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from core.checkpoint.store import CheckpointStore
+from core.checkpoint.slots import CheckpointStore
 from core.parallel.protocol import Parallel
 from core.preset.train import TrainSettings
 from core.training.reporter import Reporter

@@ -4,8 +4,8 @@ In:    objects, through the constructor: nothing here knows a model's, a loss's 
 Out:   a trained model, events in the metrics log, checkpoints
 State: Progress, plus what its parts keep; `state()` is all of it
 
-One step: rows → positions of heads → curriculum → count → forward → losses → backward → clip
-          → guard → update → after_optimizer_step → report
+One step: rows → positions of heads → rehearsal → curriculum → forward → losses → backward → clip
+          → report → guard → update → after_optimizer_step → log
 """
 
 import time
@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
-from core.checkpoint.store import CheckpointStore
+from core.checkpoint.slots import CheckpointStore
 from core.contracts import LanguageModel, call_if_defined
 from core.data.loader import Loader, StepRows
 from core.data.worker import Stopped
@@ -122,11 +122,11 @@ class Trainer:
             note_failure,
         )
         schedule = self.settings.schedule
-        self._factor = learning_rate_schedule(
+        self._rate_schedule = learning_rate_schedule(
             schedule.type, schedule.warmup, schedule.decay, schedule.floor, schedule.decay_shape
         )
         self._sound = True  # whether the state could be saved as it is: not while an update is made
-        self._failed_to_look: set[tuple[str, type]] = set()
+        self._warned_failures: set[tuple[str, type]] = set()
         self._step_started = time.monotonic()
 
     def train(self) -> str:
@@ -180,7 +180,7 @@ class Trainer:
                 self.loader.give_back()
                 raise
             self._sound = True
-            if self._look_after(trained_tokens):
+            if self._save_or_stop(trained_tokens):
                 return "interrupted"
         return reason
 
@@ -222,7 +222,7 @@ class Trainer:
             progress,
             self.parallel,
         )
-        factor = value_at(self._factor, self.budget.middle(done, rows.num_tokens))
+        factor = value_at(self._rate_schedule, self.budget.middle(done, rows.num_tokens))
         if self._may_update(report):
             self._sound = False  # until the update is counted
             self.optimizer.step(factor)
@@ -304,7 +304,7 @@ class Trainer:
 
     # between steps --------------------------------------------------------------------------------
 
-    def _look_after(self, step_tokens: int) -> bool:
+    def _save_or_stop(self, step_tokens: int) -> bool:
         """Save when it is time, before anything is evaluated; returns whether to stop. The ranks
         agree in one sum."""
         every = self.settings.eval_every_tokens
@@ -356,8 +356,8 @@ class Trainer:
         except Stopped:
             self.progress.evaluation_due = True
         except Exception as error:
-            if (kind := (what, type(error))) not in self._failed_to_look:
-                self._failed_to_look.add(kind)
+            if (kind := (what, type(error))) not in self._warned_failures:
+                self._warned_failures.add(kind)
                 self.reporter.warn(f"{what} failed, the run goes on without: {first_line(error)}")
         return None
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from core.checkpoint.store import CheckpointStore
+from core.checkpoint.slots import CheckpointStore
 from core.environment import read_dotenv
 from core.errors import CheckpointError, PresetError, UserError
 from core.files import cause, link_file, probe, read_json, replacing, sweep, write_file

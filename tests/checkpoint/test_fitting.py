@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from core.checkpoint.store import FORMAT, CheckpointStore, load_model
+from core.checkpoint.fitting import load_model
+from core.checkpoint.slots import FORMAT, CheckpointStore
 from core.errors import CheckpointError
-from tests.checkpoint.test_store import save
+from tests.checkpoint.test_slots import save
 from tests.project import tiny_preset, train_here
 
 

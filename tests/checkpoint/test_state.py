@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from core.checkpoint.slots import CheckpointStore
 from core.checkpoint.state import problem_of
-from core.checkpoint.store import CheckpointStore
 from core.checkpoint.weights import preview_weights, read_weights
 from core.errors import UserError
 from tests.project import tiny_preset, train_here

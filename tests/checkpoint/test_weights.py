@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from core.assembly.session import TrainingSession, build_training
-from core.checkpoint.store import FORMAT
+from core.checkpoint.slots import FORMAT
 from core.checkpoint.weights import find_weights, preview_weights
 from core.errors import CheckpointError, PresetError, UserError
 from core.parallel.single import Single

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor
 
-from core.checkpoint.store import load_model
+from core.checkpoint.fitting import load_model
 from core.contracts import IGNORE_INDEX, Batch
 from core.errors import CheckpointError
 from core.losses.harmonic import Harmonic, HarmonicSettings

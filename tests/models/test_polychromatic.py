@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from core.checkpoint.store import load_model
+from core.checkpoint.fitting import load_model
 from core.models import polyglu_layer
 from core.models.norm import rms_norm
 from core.models.polychromatic import (

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from core.assembly.session import TrainingSession, build_training
-from core.checkpoint.store import CheckpointStore
+from core.checkpoint.slots import CheckpointStore
 from core.contracts import ModelOutput
 from core.parallel.single import Single
 from core.preset.decode import decode_preset

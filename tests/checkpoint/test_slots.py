@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from core.checkpoint.store import FORMAT, CheckpointStore, _copy, stored_bytes
+from core.checkpoint.slots import FORMAT, CheckpointStore, _copy, stored_bytes
 from core.errors import CheckpointError
 from tests.project import ROOT
 
@@ -270,8 +270,8 @@ def test_a_newer_format_is_refused_and_left_alone(tmp_path: Path) -> None:
 SAVE_FOR_EVER = """
 import os, sys
 from pathlib import Path
-from core.checkpoint.store import CheckpointStore
-from tests.checkpoint.test_store import save, number_of
+from core.checkpoint.slots import CheckpointStore
+from tests.checkpoint.test_slots import save, number_of
 import torch
 torch.set_num_threads(1)
 folder, kills, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
