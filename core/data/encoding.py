@@ -68,7 +68,7 @@ class MemoizedEncoder:
         self._tokens = 0
 
     def __call__(self, documents: Sequence[Document]) -> list[Encoded]:
-        """As `encode`."""
+        """Encode documents, as `encode` does."""
         keys = [(each.digest, each.messages and each.read_only) for each in documents]
         known = [d.encoded or self._kept.get(key) for d, key in zip(documents, keys)]
         unknown = [d for d, encoded in zip(documents, known) if encoded is None]

@@ -42,7 +42,7 @@ class Head(nn.Module):
     @classmethod
     def check(cls, settings: Settings, seq_length: int, rows: int) -> None:
         """Raise UserError where rows of `seq_length` tokens, `rows` of them in a forward pass,
-        leave nothing to learn."""
+        leave the head nothing to learn."""
 
     def begin(self) -> None:
         """Change freshly drawn weights; override it for other initial weights."""

@@ -119,8 +119,8 @@ def document_lengths(document_ids: Tensor) -> tuple[Tensor, int]:
 
 @dataclass(frozen=True)
 class DocumentMask:
-    """Who attends to whom in a batch, in the form one backend wants. Made once per forward pass,
-    used by every layer.
+    """The positions that see each other in a batch, in the form one backend wants. Made once per
+    forward pass, used by every layer.
 
     A position sees its own document: up to itself if `causal`, else all of it. Padding is a
     document of its own."""

@@ -50,7 +50,7 @@ class HubSettings(ModelSettings):
 
     @property
     def published(self) -> str | None:
-        """Whose weights it starts from."""
+        """The name of the published weights it starts from."""
         return self.name if self.pretrained else None
 
     def num_parameters(self, vocab_size: int) -> None:

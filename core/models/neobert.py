@@ -107,7 +107,7 @@ class NeoBERTSettings(ModelSettings):
 
     @property
     def published(self) -> str | None:
-        """Whose weights it starts from."""
+        """The name of the published weights it starts from."""
         return self.name
 
     @property
