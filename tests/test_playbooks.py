@@ -113,6 +113,7 @@ def test_playbooks_work(make_project: Callable[..., Project]) -> None:
         "__init__.py",
         "models",
         "losses",
+        "heads",
         "golden",
     ):
         source, target = ROOT / "tests" / name, project.folder / "tests" / name

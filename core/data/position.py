@@ -166,12 +166,14 @@ def resumed_position(
         else "the data section, the tokenizer or the reachable sources have changed"
     )
     note += " since the checkpoint: the mix begins anew"
-    note += f"; {', '.join(kept)} go on where they were" if kept else ""
+    for name in kept:
+        note += f"; {name} goes on where it was"
     over = [
         name for name in changed if max_epochs is not None and cursors[name]["epoch"] >= max_epochs
     ]
     begin = [name for name in changed if name not in over]
-    note += f"; {', '.join(begin)} begin with all their files" if begin else ""
+    for name in begin:
+        note += f"; {name} begins again, with all its files"
     note += (
         f"; of {', '.join(over)} nothing more is read, as train.max_epochs is {max_epochs}: raise "
         "it for that"

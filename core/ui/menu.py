@@ -232,6 +232,7 @@ class PreviewPane:
         """`size` returns the rows and columns of the screen."""
         self._cards, self._pointed_at, self._size = cards, pointed_at, size
         self.previews = Previews()
+        self._tallest = PREVIEW_LINES
 
     def below(self, container: "AnyContainer") -> "tuple[HSplit, Window]":
         """Return a layout with this pane below a container, and the pane's window."""
@@ -261,13 +262,14 @@ class PreviewPane:
         ]
 
     def _height(self) -> "Dimension":
-        """Return the same height for every preset, so that nothing moves: at most two fifths of the
-        screen."""
+        """Return the height of the longest text so far, so that nothing is cut and little moves: at
+        most two fifths of the screen."""
         from prompt_toolkit.layout import Dimension
 
-        longest = max((len(self._lines(card)) for card in self._cards if card.trouble), default=0)
+        seen = [card for card in self._cards if card.trouble] + [self._pointed_at()]
+        self._tallest = max(self._tallest, *(len(self._lines(card)) for card in seen))
         most = max(0, self._size().rows - 2) * 2 // 5
-        return Dimension.exact(min(most, max(PREVIEW_LINES, longest)))
+        return Dimension.exact(min(most, self._tallest))
 
 
 class Previews:

@@ -93,7 +93,7 @@ def test_new_files_are_read_and_what_was_held_out_stays_out(tmp_path: Path) -> N
     after = saved(tmp_path)
     notes = [event for event in events if event["event"] == "run_start"][-1]["notes"]
     assert any(
-        "files of texts have changed" in note and "begin with all their files" in note
+        "files of texts have changed" in note and "texts begins again, with all its files" in note
         for note in notes
     ), notes
     assert (

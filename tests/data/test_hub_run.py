@@ -171,7 +171,7 @@ def test_the_default_preset_outlives_a_source_and_takes_it_up_again(
     hub.repos.update(gone)
     result = run(hub, project)
     assert result.code == 0 and len(project.events("step")) == 600, result.text
-    assert "openwebtext" in result.out and "go on where they were" in result.out
+    assert "openwebtext" in result.out and "goes on where it was" in result.out
     steps = project.events("step")
     assert steps[-1]["sources"]["openwebtext"]["weight"] == pytest.approx(0.35 / 0.95)
     assert (

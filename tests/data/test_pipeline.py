@@ -266,7 +266,7 @@ def test_a_changed_data_section_trains_on_nothing_twice(
             used = [place[0] for place in state["lanes"].values()]
             lost += max(used) - min(used) + LANES if count else 0
             position, notes = resumed_position(state, "another", contents, epochs)
-            assert count is None or "go on where they were" in notes[0]
+            assert count is None or "goes on where it was" in notes[0]
         read = Counter(found)
         assert max(read.values()) <= epochs, read.most_common(3)
         hold_out = HoldOut(0.05)
@@ -296,7 +296,7 @@ def test_a_file_that_changed_is_read_again_no_more_often_than_told(tmp_path: Pat
         loader = make_loader(make_factory(tmp_path, sections, max_epochs=epochs), position)
         after = Counter(text for text in texts_of(steps(loader)) if text.startswith("b "))
         loader.close()
-        assert ("b begin with all their files" in notes[0]) == bool(again), notes
+        assert ("b begins again, with all its files" in notes[0]) == bool(again), notes
         assert ("of b nothing more is read, as train.max_epochs is 2" in notes[0]) != bool(again), (
             notes
         )

@@ -23,6 +23,17 @@ from tests.models.test_models import T, V, build
 ON = {f"enable_{name}": True for name in HEADS}
 ALL: dict[str, Any] = ON | {"memory_tokens_after": 3}
 """All heads, as they fit into short rows."""
+SHIPPED = (
+    "policy",
+    "value",
+    "dynamics",
+    "span_contrastive",
+    "rollouts",
+    "planner",
+    "memory",
+    "draft",
+)
+"""The heads of which tests/heads has a plain reading; one added by a playbook has its own test."""
 D = 32
 LENGTHS = [[16], [6, 10], [3, 1, 8], [2, 2, 2], [1, 4], [14]]
 

@@ -1,6 +1,7 @@
 """What each head promises: what its loss is, what its gradient reaches, and that nothing leaks."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from core.models.readout import LinearReadout
 from core.schedules import Piece
 from tests.heads.setup import (
     LENGTHS,
+    SHIPPED,
     D,
     heads_for,
     inputs_of,
@@ -176,7 +178,14 @@ def plain_memory(head: Any, inputs: HeadInputs, row: int) -> Tensor:
     return torch.stack(losses).mean() + 0.1 * torch.stack(bags).mean()
 
 
-@pytest.mark.parametrize("name", HEADS)
+def test_every_head_has_a_reference() -> None:
+    """Here, or in a test of its own."""
+    for name in HEADS:
+        own = Path(__file__).with_name(f"test_{name}.py")
+        assert name in SHIPPED or own.is_file(), f"{name}: add {own.name}"
+
+
+@pytest.mark.parametrize("name", SHIPPED)
 @pytest.mark.parametrize("step", range(3))
 def test_losses_are_what_the_specification_says(name: str, step: int) -> None:
     sizes = {

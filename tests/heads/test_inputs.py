@@ -9,7 +9,7 @@ import torch
 from core.contracts import IGNORE_INDEX, Batch
 from core.heads import HEADS
 from core.heads.inputs import NOWHERE
-from tests.heads.setup import LENGTHS, D, heads_for, placed, rows
+from tests.heads.setup import LENGTHS, SHIPPED, D, heads_for, placed, rows
 from tests.models.test_models import T, V
 
 
@@ -58,7 +58,7 @@ def valid_places(
     return found
 
 
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", SHIPPED)
 def test_every_valid_place_is_looked_at_and_no_other(name: str) -> None:
     """Also where only some tokens are learned, as in chats: windows, roots and spans stay inside
     their document, off padding."""
