@@ -8,7 +8,7 @@ State: none
 
 from typing import Annotated
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints
 
 from core.file_names import LONGEST, NAME, file_name, is_file_name
 from core.preset.data import DataSettingsBase
@@ -59,7 +59,7 @@ class PresetBase(Settings):
     """Name in the menu; left out, the file's."""
     description: str = ""
     """One line for the menu."""
-    group: str = ""
+    group: Annotated[str, StringConstraints(strip_whitespace=True)] = ""
     """Heading under which the menu shows it; left out, "Your own"."""
     extends: str | None = None
     """Another preset; this one states only what differs."""

@@ -34,6 +34,9 @@ ELSEWHERE = {
     "max_new_tokens": "max_tokens",
 }
 """Keys of other programs, and ours."""
+BOOLEANS = {"yes": "true", "on": "true", "1": "true", "true": "true"}
+BOOLEANS |= {"no": "false", "off": "false", "0": "false", "false": "false"}
+"""What people write for a truth value, and JSON."""
 NUMBER = r"-?(0|[1-9]\d{0,14})(\.\d{1,20})?([eE][+-]?\d\d?)?"
 """As JSON writes one, of no absurd length."""
 Location = tuple[int | str, ...]
@@ -66,6 +69,10 @@ def explain(error: Mapping[str, Any], data: Any, cls: type[BaseModel]) -> str:
     message = error["msg"].removeprefix("Value error, ")
     endless = isinstance(node, float) and not math.isfinite(node)
     fix = _limits(cls, error["loc"]) if endless else _fix(error["type"], node)
+    if error["type"] == "literal_error":
+        choices = re.findall(r"'([^']+)'", error["msg"])
+        near = difflib.get_close_matches(str(node), choices, n=1)
+        fix = f'; did you mean "{near[0]}"?' if near else ""
     return f"{where}  {shown(node)}: {message[0].lower() + message[1:]}{fix}"
 
 
@@ -87,8 +94,9 @@ def _fix(kind: str, value: Any) -> str:
     if kind in ("int_type", "float_type") and is_number:
         whole = kind == "int_type" and float(value).is_integer()
         return f"; write {int(float(value)) if whole else value}, without quotes"
-    if kind == "bool_type" and value in ("true", "false"):
-        return f"; write {value}, without quotes"
+    if kind == "bool_type" and str(value).lower() in BOOLEANS:
+        quoted = ", without quotes" if isinstance(value, str) else ""
+        return f"; write {BOOLEANS[str(value).lower()]}{quoted}"
     if kind in ("int_type", "int_from_float") and isinstance(value, float) and value.is_integer():
         return f"; write {int(value)}"
     if kind == "list_type" and isinstance(value, str | dict):

@@ -89,7 +89,7 @@ def test_every_problem_is_reported_at_once() -> None:
         'model.num_layer  unknown key; did you mean "num_layers"?',
         "train.learning_rate  -1: input should be greater than 0",
         'train.schedule.warm  unknown key; did you mean "warmup"?',
-        "train.optimizer  \"adam\": input should be 'adamw' or 'muon'",
+        "train.optimizer  \"adam\": input should be 'adamw' or 'muon'; did you mean \"adamw\"?",
         'train.max_steps  "3": input should be a valid integer; write 3, without quotes',
         found[5],
     ]
