@@ -1,5 +1,6 @@
 """Fixtures every test may use."""
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +14,15 @@ from tests.project import Project, skipped_updates
 def make_project(tmp_path: Path) -> Callable[..., Project]:
     """make_project({"stem": preset}) -> a runnable copy of the project with these presets."""
     return lambda presets, name="project": Project.make(tmp_path / name, presets)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def hang_ups_arrive() -> None:
+    """Undo what nohup or a job runner left: the program leaves a signal alone that it inherited as
+    ignored, and what tests start would inherit it."""
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", autouse=True)

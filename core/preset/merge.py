@@ -7,12 +7,13 @@ State: none
 
 import json
 from collections.abc import Collection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from core.preset.base import PresetBase
+if TYPE_CHECKING:  # the models use `changed`, and import no presets
+    from core.preset.base import PresetBase
 
 
-def preset_json(preset: PresetBase) -> dict[str, Any]:
+def preset_json(preset: "PresetBase") -> dict[str, Any]:
     """Return the resolved preset as plain JSON, as it is broadcast, logged and kept in
     checkpoints."""
     return preset.model_dump(mode="json", by_alias=True, exclude={"schema_", "extends"})

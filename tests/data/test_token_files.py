@@ -145,6 +145,9 @@ def test_contents_change_with_the_chunks(tmp_path: Path) -> None:
     first = source_of(write(tmp_path / "a", documents(1, 20), 100)).contents()
     assert source_of(write(tmp_path / "b", documents(1, 20), 100)).contents() == first
     assert source_of(write(tmp_path / "c", documents(1, 21), 100)).contents() != first
+    assert first == "658a2ca9a35aff6a", (
+        "checkpoints hold it: runs begun before would begin their mix anew"
+    )
 
 
 def test_empty_documents_are_left_out_and_a_last_one_without_an_end_is_read(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def test_91_and_92_from_the_command_line(make_project: Callable[..., Project]) -
 
 def impatient(project: Project, preset: dict) -> None:
     """Many documents, and a program that saves after every few of them."""
-    path = project.folder / "core" / "jobs" / "tokenize.py"
+    path = project.folder / "core" / "data" / "tokenize_source.py"
     text = path.read_text()
     for before, after in (
         ("SAVE_SECONDS = 5.0", "SAVE_SECONDS = 0.0"),
