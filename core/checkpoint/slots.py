@@ -19,7 +19,7 @@ import threading
 import time
 import zipfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -39,7 +39,9 @@ from core.files import (
 )
 from core.parallel.protocol import Parallel
 from core.parallel.ranks import on_rank_zero
-from core.preset.base import PresetBase
+
+if TYPE_CHECKING:  # models read checkpoints, and can be imported without presets
+    from core.preset.base import PresetBase
 
 FORMAT = 1
 """Increased when a checkpoint's layout changes in a way that older code cannot read."""
@@ -301,7 +303,7 @@ def _amid_bad_steps(path: Path) -> bool:
         return False
 
 
-def store_of(preset: PresetBase, root: Path) -> CheckpointStore:
+def store_of(preset: "PresetBase", root: Path) -> CheckpointStore:
     """Return the slots of a preset's lineage."""
     return CheckpointStore(root / "checkpoints", preset.lineage, MIRRORS.get(preset.lineage))
 

@@ -1,5 +1,7 @@
 """The table of models. Adding one: its file, its line here, a preset."""
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from core.contracts import LanguageModel
@@ -8,9 +10,11 @@ from core.models.hub import Hub, HubSettings
 from core.models.neobert import NeoBERT, NeoBERTSettings
 from core.models.polychromatic import PolychromaticLM, PolychromaticSettings
 from core.models.simple_lm import SimpleLM, SimpleLMSettings
-from core.preset.base import PresetBase
 from core.preset.settings import ModelSettings
 from core.randomness import derive_seed
+
+if TYPE_CHECKING:  # models can be imported without presets
+    from core.preset.base import PresetBase
 
 MODELS: dict[str, tuple[type[ModelSettings], type[LanguageModel]]] = {
     "simple_lm": (SimpleLMSettings, SimpleLM),
@@ -21,7 +25,7 @@ MODELS: dict[str, tuple[type[ModelSettings], type[LanguageModel]]] = {
 }
 
 
-def build_model(preset: PresetBase, vocab_size: int) -> LanguageModel:
+def build_model(preset: "PresetBase", vocab_size: int) -> LanguageModel:
     """Build a preset's model, with weights that follow from its seed."""
     torch.manual_seed(derive_seed(preset.train.seed, "init"))
     return MODELS[preset.model.type][1](preset.model, vocab_size)

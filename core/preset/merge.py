@@ -9,7 +9,7 @@ import json
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # the models use `changed`, and import no presets
+if TYPE_CHECKING:  # models use `changed`, and can be imported without presets
     from core.preset.base import PresetBase
 
 
