@@ -208,7 +208,8 @@ def test_models_import_no_data(tmp_path: Path) -> None:
 import json, sys
 import core.models
 heavy = ("pandas", "pyarrow", "datasets", "transformers", "tokenizers")
-ours = ("core.data", "core.comparison", "core.interpretation", "core.training", "core.jobs", "core.preset.base")
+ours = ("core.data", "core.comparison", "core.interpretation", "core.training", "core.jobs")
+ours += ("core.preset.base",)
 print(json.dumps({"loaded": [name for name in (*heavy, *ours) if name in sys.modules]}))
 """
     assert in_fresh_python(code, tmp_path) == {"loaded": []}

@@ -72,12 +72,14 @@ class TokenPool:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        processes = list((getattr(self._executor, "_processes", None) or {}).values())
+        processes, results = self._processes(), getattr(self._executor, "_result_queue", None)
         self._executor.shutdown(wait=not processes, cancel_futures=True)
         end = time.monotonic() + CLOSE_SECONDS
         for process in processes:  # one that was frozen does not end by itself
             process.join(max(0.0, end - time.monotonic()))
             process.kill()
+        if processes and results is not None:  # a thread of the executor may wait for the rest of a
+            results._writer.close()  # message, and the program for that thread
 
     def run(
         self, batches: Iterable[TextBatch], stop: Callable[[], bool] = lambda: False
@@ -103,6 +105,9 @@ class TokenPool:
                     while not wait([future], POLL_SECONDS).done:
                         if stop():
                             return
+                        # killed within a message, a process keeps the executor waiting for its rest
+                        if self._has_died() and not wait([future], CLOSE_SECONDS).done:
+                            raise BrokenProcessPool
                     tokens, ends = future.result()
                     yield TokenBatch(tokens, ends, cursors)
                 elif batch is None:
@@ -118,6 +123,12 @@ class TokenPool:
                 future.cancel()
         if failure is not None:
             raise failure
+
+    def _processes(self) -> list[Any]:
+        return list((getattr(self._executor, "_processes", None) or {}).values())
+
+    def _has_died(self) -> bool:
+        return not all(process.is_alive() for process in self._processes())
 
     def _submit(self, texts: list[str]) -> Future:
         if isinstance(self._executor, ThreadPoolExecutor):

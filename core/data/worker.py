@@ -47,6 +47,9 @@ class DataWorker:
         )
         with signals_held(OF_TERMINALS):  # until `_work` ignores them
             self._process.start()
+        # the only end left to write to is the worker's: where it is killed within a message, what
+        # waits for the rest meets the end of the pipe
+        self._queue._writer.close()  # type: ignore[attr-defined]
         self._rows: list[Row] = []
         self._begun = 0
 
@@ -68,6 +71,9 @@ class DataWorker:
                 if not self._process.is_alive():
                     raise WorkerDied(_ending(self._process.exitcode)) from None
                 continue
+            except (EOFError, OSError):
+                self._process.join(CLOSE_SECONDS)
+                raise WorkerDied(_ending(self._process.exitcode)) from None
             if begun != self._begun:
                 continue
             if isinstance(item, BaseException):

@@ -1,6 +1,7 @@
 """The processes that read: they end with the program, however it ends; and when they end before,
 nothing is lost."""
 
+import gc
 import gzip
 import os
 import signal
@@ -8,6 +9,8 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +24,8 @@ from core.data.sources.text import TextSource
 from core.data.token_cache import CACHE
 from core.data.token_pool import TextBatch, TokenPool
 from core.data.tokenizer import Tokenizer
-from core.data.worker import CLOSE_SECONDS, DataWorker
-from core.errors import ReadingFailed
+from core.data.worker import CLOSE_SECONDS, DataWorker, WorkerDied
+from core.errors import ReadingFailed, UserError
 from tests.data.corpus import (
     LANES,
     byte_tokenizer,
@@ -148,6 +151,46 @@ def test_a_worker_that_is_killed_is_started_again(tmp_path: Path) -> None:
     loader.close()
     straight.close()
     assert state["rows"] == straight.state()["rows"]
+
+
+def large_rows(position: Any, lanes: list[int]) -> Any:
+    """Rows of which one message is larger than a pipe holds."""
+    return iter([bytes(1 << 16)] * 64)
+
+
+def test_a_worker_killed_within_a_message_is_no_endless_wait() -> None:
+    """The rest of the message never comes."""
+    worker, stopping = DataWorker(large_rows, [0]), threading.Event()
+    worker.begin(start())
+    assert worker._queue._reader.poll(60)
+    time.sleep(0.5)  # the pipe is full, the message is not whole
+    worker._process.kill()
+    worker._process.join()
+
+    def read() -> None:
+        while True:
+            worker.next_row(stopping)
+
+    reading = threading.Thread(target=partial(pytest.raises, WorkerDied, read), daemon=True)
+    reading.start()
+    reading.join(20)
+    assert not reading.is_alive(), "it waits for the rest"
+    worker.close()
+
+
+def die_within_a_message() -> None:
+    """Write the beginning of a result, and end as one that is killed there."""
+    (results,) = (each for each in gc.get_objects() if isinstance(each, SimpleQueue))
+    os.write(results._writer.fileno(), (1000).to_bytes(4, "big") + b"begin")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_tokenizing_process_killed_within_a_message_is_told() -> None:
+    with TokenPool(byte_tokenizer(), 1) as pool, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pool, "_submit", lambda texts: pool._executor.submit(die_within_a_message))
+        with pytest.raises(UserError, match="tokenizing process died"):
+            list(pool.run(iter([TextBatch(["a"], [{}])])))
 
 
 @pytest.mark.slow
