@@ -1,8 +1,9 @@
 """A local cache of tokenized documents: makes streams seekable, and reads and tokenizes each
 document once per machine.
 
-    shard ──► blocks of 256 positions ──► .cache/tokens/<address>/<block>.npz      address: a hash
-    of shard and tokenizer
+    shard ──► blocks of 256 positions ──► .cache/tokens/<address>/<block>.safetensors
+
+    address: a hash of shard and tokenizer
 
 In:    a source whose shards have an address (shards.py), and a tokenizer
 Out:   the same source; its documents come as tokens, from the cache where it has them
@@ -11,7 +12,6 @@ State: the files. Any of them may vanish or be damaged at any time: it is made a
 """
 
 import hashlib
-import io
 import os
 import shutil
 import time
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import load, save
 
 from core.data.documents import Document, Encoded, Source
 from core.data.encoding import encode, encode_each
@@ -30,7 +31,7 @@ from core.data.tokenizer import Tokenizer
 from core.files import check_regular, open_lock, write_file
 
 CACHE = ".cache/tokens"
-VERSION = 2
+VERSION = 3
 """Part of every address: raised when the same text and tokenizer give other tokens, or a block
 holds other things."""
 BLOCK = 256  # positions of a shard (rows, lines) in one file
@@ -63,7 +64,7 @@ class TokenCache:
             os.utime(path)  # what was used last is deleted last
         except FileNotFoundError:
             return None
-        except (OSError, ValueError):
+        except Exception:  # a fault of the cache must not look like one of the shard
             with suppress(OSError):
                 path.unlink(missing_ok=True)
             return None
@@ -76,7 +77,7 @@ class TokenCache:
             if shutil.disk_usage(path.parent).free < FREE_BYTES:
                 return
             write_file(path, packed(block, last))
-        except OSError:
+        except Exception:
             return
         self._written += 1
         if (self._written - 1) % TIDY_EVERY == 0:
@@ -105,7 +106,7 @@ class TokenCache:
             yield True
 
     def _path(self, address: str, number: int) -> Path:
-        return self.folder / address / f"{number:08d}.npz"
+        return self.folder / address / f"{number:08d}.safetensors"
 
     def _tidy(self) -> None:
         """Delete the blocks used longest ago until nine tenths of the limit are left."""
@@ -257,35 +258,31 @@ def packed(block: Block, last: bool) -> bytes:
         if masked
         else []
     )
-    out = io.BytesIO()
-    np.savez(
-        out,
-        ids=ids.astype(np.uint16 if not len(ids) or ids.max() < 1 << 16 else np.uint32),
-        ends=np.cumsum([len(t.ids) for t in tokens], dtype=np.int64),
-        positions=np.array([position for position, _ in block], dtype=np.int64),
-        digests=np.array([t.digest for t in tokens], dtype=np.uint64),
-        sizes=np.array([t.size for t in tokens], dtype=np.int64),
-        num_bytes=np.array(
-            [-1 if t.num_bytes is None else t.num_bytes for t in tokens], dtype=np.int64
-        ),
-        learned=np.concatenate(learned) if learned else np.zeros(0, dtype=bool),
-        keys=np.frombuffer(
-            "\0".join(document.key for _, document in block).encode(*NAMES), dtype=np.uint8
-        ),
-        last=np.array(last),
+    num_bytes = [-1 if t.num_bytes is None else t.num_bytes for t in tokens]
+    keys = "\0".join(document.key for _, document in block).encode(*NAMES)
+    content = save(
+        {
+            "ids": ids.astype(np.uint16 if not len(ids) or ids.max() < 1 << 16 else np.uint32),
+            "ends": np.cumsum([len(t.ids) for t in tokens], dtype=np.int64),
+            "positions": np.array([position for position, _ in block], dtype=np.int64),
+            "digests": np.array([t.digest for t in tokens], dtype=np.uint64),
+            "sizes": np.array([t.size for t in tokens], dtype=np.int64),
+            "num_bytes": np.array(num_bytes, dtype=np.int64),
+            "learned": np.concatenate(learned) if learned else np.zeros(0, dtype=bool),
+            "keys": np.frombuffer(keys, dtype=np.uint8),
+            "last": np.array(last),
+        }
     )
-    content = out.getvalue()
     return checksum(content) + content
 
 
 def unpacked(data: bytes) -> tuple[Block, bool]:
-    """Read what `packed` wrote. Raises ValueError if a bit of it has changed: numpy alone might
-    not notice."""
+    """Read what `packed` wrote. Raises ValueError if a bit of it has changed: safetensors alone
+    would not notice."""
     begun, content = data[:CHECKSUM_BYTES], data[CHECKSUM_BYTES:]
     if begun != checksum(content):
         raise ValueError("damaged")
-    with np.load(io.BytesIO(content), allow_pickle=False) as file:
-        fields = {name: file[name] for name in file.files}
+    fields = load(content)
     ids, learned, ends = fields["ids"].astype(np.int32), fields["learned"], fields["ends"].tolist()
     keys = fields["keys"].tobytes().decode(*NAMES).split("\0")
     block: Block = []

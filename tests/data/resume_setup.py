@@ -196,7 +196,7 @@ EVERY_COMBINATION = [
 def damage(folder: Path, draw: random.Random) -> int:
     """Flip bits in, shorten, empty, fill with noise and delete the files of the token cache; how
     many there were."""
-    files = sorted((folder / cache.CACHE).glob("*/*.npz"))
+    files = sorted((folder / cache.CACHE).glob("*/*.safetensors"))
     for path in files:
         try:
             data = bytearray(path.read_bytes() or b"?")

@@ -409,7 +409,7 @@ def test_what_was_read_once_is_not_fetched_again(
     first = make_project({"t": preset}, "first")
     assert run(hub, first).code == 0
     asked = hub.asked_for_data()
-    assert asked > 12 and list((first.folder / ".cache" / "tokens").glob("*/*.npz"))
+    assert asked > 12 and list((first.folder / ".cache" / "tokens").glob("*/*.safetensors"))
     receipt = first.checkpoint()["data"]["receipt"]
 
     shutil.rmtree(first.folder / "checkpoints")

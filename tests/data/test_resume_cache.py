@@ -65,8 +65,7 @@ def test_the_cache_changes_nothing_whatever_becomes_of_it(
 
 
 def test_no_damage_to_a_cached_block_goes_unseen() -> None:
-    """Any flipped bit, any shorter file: refused. numpy's own checks let some through, and answer
-    others with any error."""
+    """Any flipped bit, any shorter file: refused."""
     draw = np.random.default_rng(0)
     block = []
     for i in range(60):
@@ -76,11 +75,8 @@ def test_no_damage_to_a_cached_block_goes_unseen() -> None:
     data = cache.packed(block, True)
     found, last = cache.unpacked(data)
     assert last and [described(item) for item in found] == [described(item) for item in block]
-    heads = [
-        at + i for at in range(len(data)) if data.startswith(b"\x93NUMPY", at) for i in range(128)
-    ]
     places = [
-        *heads,
+        *range(cache.CHECKSUM_BYTES + 700),  # the header, and more
         *range(len(data) - 300, len(data)),
         *draw.integers(0, len(data), 100).tolist(),
     ]

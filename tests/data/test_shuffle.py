@@ -1,6 +1,7 @@
 """Shuffling: every document once an epoch, in another order each, and a place is all that a resume
 needs."""
 
+import errno
 import json
 import random
 from collections.abc import Iterator
@@ -125,3 +126,35 @@ def test_a_broken_read_loses_nothing_before_it(broken_for: int | None, tmp_path:
             Breaks(TextSettings(path="*.jsonl", name="s"), tmp_path, 1), 1
         ).stream(cursors[done])
         assert [d.text for d in again] == found[done + 1 :]
+
+
+@pytest.mark.parametrize("lasting", [False, True])
+def test_what_is_no_damage_is_tried_once_more(lasting: bool, tmp_path: Path) -> None:
+    """A network drive that stumbles must not cost a file, nor one rank a file that others read."""
+    texts = write_files(tmp_path)
+    failures: list[int] = []
+
+    class Stumbles(Small):
+        def read(self, unit: Unit, start: int) -> Iterator[tuple[int, Document]]:
+            for position, document in super().read(unit, start):
+                if (
+                    unit.label == "a.jsonl"
+                    and position > 40
+                    and (lasting or position not in failures)
+                ):
+                    failures.append(position)
+                    raise OSError(errno.EIO, "Input/output error")
+                yield position, document
+
+    source = Stumbles(TextSettings(path="*.jsonl", name="s"), tmp_path, 1)
+    found = sorted(document.text for document in source.stream({}))
+    if not lasting:
+        assert found == sorted(texts) and len(failures) > 20 and left_out(source) == []
+        return
+    lost = {text for text in texts if text.startswith("a ") and int(text.split()[1]) >= 40}
+    assert found == sorted(set(texts) - lost) and failures == [41, 41]
+    assert left_out(source) == [("a.jsonl", "unreadable")]
+
+
+def left_out(source: Small) -> list[tuple[str, str]]:
+    return [(label, why) for label, why in source.skipped() if label == "a.jsonl"]

@@ -294,6 +294,6 @@ def test_an_odd_file_or_text_costs_no_more_than_itself(
         ]
         loader.close()
     assert len(found[0]) > 20 * LANES and all(np.array_equal(each, found[0]) for each in found)
-    assert list((tmp_path / CACHE).glob("*/*.npz"))
+    assert list((tmp_path / CACHE).glob("*/*.safetensors"))
     count = counter(byte_tokenizer(), lambda document: True, 1)
     assert count([Document(text, "") for text in ("a", "c 7: x", "bc")]) == 2 + 3

@@ -149,7 +149,10 @@ class FileSource(ShardSource):
         return (unit.end if unit.end is not None else file_size(unit.path)) - unit.begin
 
     def recover(self, unit: Unit, error: Exception, failures: int) -> bool:
-        """Leave out a file that cannot be read, and name it; the others go on."""
+        """Leave out a file that cannot be read, and name it; the others go on. What may be no fault
+        of the file is tried once more."""
+        if failures == 1 and not isinstance(error, Damaged):
+            return True
         self.skips.file(unit.label, error)
         return False
 

@@ -151,7 +151,7 @@ class TextSource(PlainSource):
             try:
                 self._look_into(unit)
             except Exception as error:  # reading it would raise the same
-                self.recover(unit, error, 1)
+                self.skips.file(unit.label, error)
 
     def read(self, unit: Unit, start: int) -> Iterator[tuple[int, Document]]:
         whole = start == 0 and unit.begin == 0 and unit.end is None
