@@ -124,7 +124,7 @@ def shape(lines: list[str]) -> list[str]:
             said = line.startswith(("── sample", "> ")) and not line.startswith("> /")
         elif said and not line.startswith("finished"):
             continue
-        line = re.sub(r"(^ +on |\d parameters +)\w.*$", r"\1", line)  # the machine
+        line = re.sub(r"(^ +on |\d[kMG]? parameters +)\w.*$", r"\1", line)  # the machine
         line = re.sub(r"[▁▂▃▄▅▆▇█━╸╺·─]+", " ", line)
         line = re.sub(r"[-−+]?\d[\d.,]*(e-\d+)?[kMGsmh]?\b", "#", line)
         line = re.sub(r"#(\s#)+", "#", " ".join(line.split()))

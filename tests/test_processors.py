@@ -72,7 +72,8 @@ def test_the_least_processor_trains_alike() -> None:
     if least.flag not in instructions():
         pytest.skip(f"this processor lacks {least.flag}")
     here, there = trained_under({}), trained_under(least.environment)
-    assert here != there  # the environment was heard
+    has_more = any(each.flag in instructions() for each in SETS[:-1])
+    assert (here != there) == has_more  # the environment was heard
     far = {name: apart(here[name], there[name]) for name in here}
     assert not {
         name: share for name, share in far.items() if not share <= TOLERANCE[name.split(", ")[-1]]
