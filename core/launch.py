@@ -25,7 +25,7 @@ from core.errors import Interrupted, PresetError, UserError
 from core.file_names import slot_name
 from core.jobs import JOBS
 from core.metrics.events import LOG
-from core.parallel.ddp import DDP
+from core.parallel.processes import Processes
 from core.parallel.single import Single
 from core.preset.base import PresetBase
 from core.preset.decode import decode_preset, read_preset
@@ -64,7 +64,7 @@ def launch(started: float) -> None:
     preset = _agree_on_preset(runtime, store)
     if preset is None:  # rank 0 has said why
         sys.exit(2)
-    parallel = DDP(runtime.device, store, runtime.rank, runtime.world_size)
+    parallel = Processes(runtime.device, store, runtime.rank, runtime.world_size)
     try:
         JOBS[preset.job].run(preset, runtime, parallel, ROOT, started, sys.stdout)
     finally:

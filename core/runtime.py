@@ -78,6 +78,10 @@ class Runtime:
                 pass
         return there
 
+    def memory_of_a_rank(self) -> int:
+        """Return the memory that one rank may use: a GPU is its own, a machine's is shared."""
+        return self.memory_bytes() // (1 if self.device.type == "cuda" else self.world_size)
+
     def keep_order(self, deterministic: bool) -> str:
         """On a GPU, take only kernels that add in the same order each time, or whichever is
         fastest; a CPU's always do.

@@ -71,7 +71,7 @@ def build_network(
     note = call_if_defined(model, "attention_note", machine.device, machine.dtype)
     remarks.notes += [note] if note else []
     stack = build_stack(preset)
-    output = output_of_one_token(model, machine.device)
+    output = output_of_one_token(model, torch.device("cpu"))
     stack.check(output.readout)
     check_heads(preset, model, stack)
     heads = build_heads(preset.auxiliary, preset.train.seed, output)
@@ -81,7 +81,10 @@ def build_network(
         remarks.notes.append(
             f"auxiliary heads: {', '.join(heads)}; {count:,} parameters beside the model's"
         )
-    optimizer = _optimizer(preset, model, heads, output.readout)
+    tables = _tables_of(model, output.readout)
+    size = stored_bytes(model, heads)
+    machine.engine.place(model, heads, machine.device)
+    optimizer = _optimizer(preset, model, heads, tables)
     if start.saved is not None:
         fresh = optimizer.load(start.saved["optimizer"])
         if fresh and start.saved["progress"]["step"]:
@@ -90,7 +93,7 @@ def build_network(
                 f"optimizer state starts afresh for {len(fresh)} parameters: {names}"
             )
     # a disk without room for checkpoints is found before the first step
-    size = stored_bytes(model, heads) + optimizer.state_bytes() + len(tokenizer.state()["json"])
+    size += optimizer.state_bytes() + len(tokenizer.state()["json"])
     on_rank_zero(machine.parallel, lambda: start.store.check_room(size))
     return Network(model, stack, heads, optimizer)
 
@@ -106,17 +109,21 @@ def _loaded_model(
     else:
         advice = FITTING if start.saved is None else LINEAGE_OF_ITS_OWN
         remarks.notes += start.weights.load_into(model, advice)
-    return model.to(machine.device)
+    return model
+
+
+def _tables_of(model: LanguageModel, readout: Readout) -> set[str]:
+    """Return the names of embedding and readout tables."""
+    tables = {id(tensor) for tensor in (*readout.parameters(), readout.table)}
+    return {name for name, p in model.named_parameters() if id(p) in tables}
 
 
 def _optimizer(
-    preset: PresetBase, model: LanguageModel, heads: HeadStack | None, readout: Readout
+    preset: PresetBase, model: LanguageModel, heads: HeadStack | None, tables: set[str]
 ) -> Optimizer:
-    """Build the optimizer over model and heads; Muon is kept from embeddings and heads."""
-    tables = {id(tensor) for tensor in (*readout.parameters(), readout.table)}
-    embeddings = {name for name, p in model.named_parameters() if id(p) in tables}
+    """Build the optimizer over model and heads; Muon is kept from tables and heads."""
     of_heads = []
     if heads is not None:
         of_heads = [(f"heads.{name}", p) for name, p in heads.named_parameters()]
     named = [*model.named_parameters(), *of_heads]
-    return Optimizer(named, embeddings | dict(of_heads).keys(), preset.train)
+    return Optimizer(named, tables | dict(of_heads).keys(), preset.train)

@@ -7,7 +7,7 @@ State: none; everything lives in the objects it builds
 
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,6 +35,7 @@ from core.evaluation.held_out import Evaluator, HeldOut
 from core.generation.samples import build_samples
 from core.metrics.events import LOG, evaluation_is_missing
 from core.metrics.log import MetricsLog, View
+from core.parallel.engines import check_engine, choose_engine
 from core.parallel.protocol import Parallel
 from core.parallel.ranks import on_rank_zero
 from core.preset.base import PresetBase
@@ -42,7 +43,7 @@ from core.preset.merge import preset_json
 from core.preset.settings import MASKED_TOKENS
 from core.runtime import Runtime
 from core.training.machine import Machine
-from core.training.memory import SMALLEST_VOCABULARY, check_memory
+from core.training.memory import SMALLEST_VOCABULARY, check_memory, memory_estimate, size_of
 from core.training.objective import Objective
 from core.training.passes import CompilePlan, compile_plan
 from core.training.progress import Progress
@@ -116,6 +117,7 @@ def build_training(
     _check_tokenizer(corpus, tokenizer, remarks)
 
     check_memory(preset, tokenizer.vocab_size, runtime)
+    machine = _with_engine(machine, preset, tokenizer.vocab_size, remarks)
     repeats = runtime.keep_order(preset.train.deterministic)
     network = build_network(preset, machine, start, tokenizer, remarks)
     log_file = root / "logs" / preset.lineage / LOG
@@ -155,7 +157,22 @@ def _check(preset: PresetBase, machine: Machine) -> list[str]:
     call_if_defined(preset.model, "check_tokenizer_section", preset.tokenizer)
     check_memory(preset, SMALLEST_VOCABULARY, machine.runtime)
     check_ranks(preset, machine.parallel.world_size)
+    check_engine(preset.train.engine, machine.parallel.world_size)
     return notes
+
+
+def _with_engine(
+    machine: Machine, preset: PresetBase, vocab_size: int, remarks: Remarks
+) -> Machine:
+    """Choose what keeps the weights."""
+    runtime, bf16 = machine.runtime, machine.dtype == torch.bfloat16
+    size = size_of(preset, vocab_size)
+    needed = 0 if size is None else memory_estimate(preset, size, vocab_size, bf16).fixed
+    engine, note = choose_engine(
+        preset.train.engine, machine.parallel, machine.device, needed, runtime.memory_of_a_rank()
+    )
+    remarks.notes += [note] if note else []
+    return replace(machine, engine=engine)
 
 
 def _open_corpus(
@@ -188,7 +205,9 @@ def _compile_plan(
     reading: Reading,
 ) -> CompilePlan:
     failed = start.compiler_failed and progress.run_step > 0  # in this run
-    return compile_plan(preset, machine.runtime, start.saved, network.model, reading.budget, failed)
+    return compile_plan(
+        preset, machine.runtime, start.saved, network.model, reading.budget, failed, machine.engine
+    )
 
 
 def _inspection(
@@ -263,6 +282,7 @@ def _start_event(parts: Parts, repeats: str) -> dict[str, Any]:
         "causal": model.is_causal,
         "objective": parts.corpus.objective,
         "world_size": machine.parallel.world_size,
+        "engine": machine.engine.name,
         "device": machine.runtime.device_name,
         "precision": "bf16" if machine.dtype == torch.bfloat16 else "fp32",
         "repeats": repeats,

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 
 from core.errors import CheckpointError
+from core.parallel.shards import like
 
 LINEAGE_OF_ITS_OWN = (
     'Give the preset a "lineage" of its own, or its model the settings it was trained with.'
@@ -54,7 +55,9 @@ def load_model(
             + more
             + f"\n{advice} Nothing was overwritten."
         )
-    module.load_state_dict(saved, strict=False)
+    module.load_state_dict(
+        {n: like(t, own[n]) if n in own else t for n, t in saved.items()}, strict=False
+    )
     return [f"{name} is new: starts untrained" for name in missing] + [
         f"{name} was left out" for name in unknown
     ]

@@ -34,6 +34,7 @@ from core.models.norm import rms_norm
 from core.models.polyglu import NUM_ACTIVATIONS, entropy
 from core.models.polyglu_layer import GATE_WIDTH, Pass, PolyGLU, RoutingSettings, SwiGLU
 from core.models.readout import LinearReadout
+from core.parallel.shards import full
 from core.preset.settings import ModelSettings
 from core.schedules import value_at
 
@@ -292,15 +293,17 @@ class PolychromaticLM(LanguageModel):
         if not self.routes:
             return {}
         layers = [layer for layer in self.modules() if isinstance(layer, PolyGLU)]
+        alphas = [full(layer.alpha) for layer in layers]
         found = {
             "tau": self.tau,
-            "routing_entropy/mean": torch.stack([entropy(p.alpha).mean() for p in layers]).mean(),
+            "routing_entropy/mean": torch.stack([entropy(a).mean() for a in alphas]).mean(),
         }
         if self.gates is not None:
             f = self.gates[:, :, :: max(1, self.gates.shape[2] // 8)]  # (L, B, 8, 4)
             # (L,)
+            betas = [full(layer.beta) for layer in layers]
             dynamic = torch.stack(
-                [entropy(p.alpha + (p.beta * at)[:, :, None]).mean() for p, at in zip(layers, f)]
+                [entropy(a + (b * at)[:, :, None]).mean() for a, b, at in zip(alphas, betas, f)]
             )
             found["dynamic_routing_entropy/mean"] = dynamic.mean()
             found |= {

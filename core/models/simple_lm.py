@@ -28,6 +28,7 @@ from core.models.attention import (
 from core.models.initial import STD, draw_residual, draw_weights
 from core.models.kv_cache import KeyValueCache
 from core.models.readout import LinearReadout
+from core.parallel.shards import full
 from core.preset.settings import ModelSettings
 
 
@@ -213,7 +214,7 @@ class SimpleLM(LanguageModel):
         if len(table) < self.max_seq_len:
             notes.append(f"the position table grows from {len(table)} to {self.max_seq_len} rows")
             saved["pos_embedding.weight"] = torch.cat(
-                [table, self.pos_embedding.weight.detach()[len(table) :].to(table)]
+                [table, full(self.pos_embedding.weight.detach())[len(table) :].to(table)]
             )
         else:
             self.extend_max_seq_len(len(table))

@@ -1,16 +1,16 @@
-"""The ranks that training runs on: one small interface over one process and many.
+"""What training runs on: ranks, and an engine that lays the weights out over them.
 
 In:    nothing
-Out:   the Parallel protocol, which Single and DDP fulfil
+Out:   the Parallel and Engine protocols. Single and Processes are ranks; engines.py has the engines
 State: none
-
-Numbers and objects travel over the host (gloo), gradients over the device's own backend.
 """
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:  # the data pipeline imports this file, and stays free of torch
+    import torch
     from torch import nn
 
 T = TypeVar("T")
@@ -27,14 +27,6 @@ class Parallel(Protocol):
     def world_size(self) -> int:
         """The number of processes."""
 
-    def wrap(self, module: "nn.Module") -> "nn.Module":
-        """Return the module to call in training; its gradients are averaged over the ranks when
-        a backward pass ends."""
-
-    def accumulate(self, module: "nn.Module", last: bool) -> AbstractContextManager[None]:
-        """Surround forward and backward of one micro-batch; only the `last` of a step exchanges
-        gradients."""
-
     def sum(self, numbers: list[float]) -> list[float]:
         """Add up over the ranks, element by element. Every rank must call it."""
 
@@ -46,3 +38,37 @@ class Parallel(Protocol):
 
     def close(self) -> None:
         """Leave the group."""
+
+
+class Engine(Protocol):
+    """Keeps weights, gradients and the optimizer's state on the ranks' devices. Every rank calls
+    every method, in the same order."""
+
+    name: str
+    compiles: bool  # whether torch.compile may be used with it
+
+    def place(self, model: "nn.Module", heads: "nn.Module | None", device: "torch.device") -> None:
+        """Put model and auxiliary heads on the device, whole or each rank's share of them.
+        Parameters are other objects afterwards."""
+
+    def wrap(self, objective: "nn.Module") -> "nn.Module":
+        """Return the module to call in training; its gradients are averaged over the ranks when
+        the last backward pass of a step ends."""
+
+    def one_pass(self, module: "nn.Module", last: bool) -> AbstractContextManager[None]:
+        """Surround forward and backward of one micro-batch; `last` of a step."""
+
+    def trial(self) -> AbstractContextManager[None]:
+        """Surround a pass that may fail on one rank alone: nothing is exchanged, its numbers mean
+        nothing, and no gradient is left."""
+
+    def whole(self) -> AbstractContextManager[None]:
+        """While it lasts every rank holds all weights as plain tensors, and may compute on its
+        own; they must not change."""
+
+    def weights_of(self, module: "nn.Module") -> "dict[str, torch.Tensor]":
+        """Return a module's whole tensors by name on rank 0, in memory of the host where they are
+        copies; those with several names once. Other ranks may get none."""
+
+    def collect(self, states: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+        """The same for what an optimizer keeps, by parameter."""

@@ -1,6 +1,6 @@
 """Actions of rank 0, first or alone; a user's mistake that it meets is raised on every rank.
 
-In:    the ranks (Single or DDP), an action
+In:    the ranks (Single or Processes), an action
 Out:   its result, on every rank; or its UserError, on every rank
 State: none
 """

@@ -1,8 +1,4 @@
-"""One process, one device."""
-
-from contextlib import AbstractContextManager, nullcontext
-
-from torch import nn
+"""One process, as ranks."""
 
 from core.parallel.protocol import T
 
@@ -12,12 +8,6 @@ class Single:
 
     rank = 0
     world_size = 1
-
-    def wrap(self, module: nn.Module) -> nn.Module:
-        return module
-
-    def accumulate(self, module: nn.Module, last: bool) -> AbstractContextManager[None]:
-        return nullcontext()
 
     def sum(self, numbers: list[float]) -> list[float]:
         return numbers

@@ -105,6 +105,10 @@ class TrainSettings(Settings):
     Ctrl-C."""
     checkpoint_every_steps: int | None = Field(None, ge=1)
     """Also write a checkpoint every so many steps."""
+    engine: Literal["auto", "single", "ddp", "fsdp"] = "auto"
+    """What keeps the weights, of several processes. ddp: each of them all, gradients are averaged.
+    fsdp: each a share of weights, gradients and optimizer state, for models that do not fit one
+    device. auto: ddp where the model fits, else fsdp. single: one process."""
     compile: Literal["auto", "always", "never"] = "auto"
     """torch.compile: auto compiles when the run is long enough to pay for it."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -118,6 +122,15 @@ class TrainSettings(Settings):
     are trained."""
     train_tokens: int | None = None
     """Accepted for old presets and overridden: one run is always 100,000,000 tokens."""
+
+    @model_validator(mode="after")
+    def _engine_compiles(self) -> Self:
+        if self.engine == "fsdp" and self.compile == "always":
+            raise ValueError(
+                'compile "always" does not go with engine "fsdp", which runs models as they are '
+                'written; set compile to "auto", or engine to "ddp"'
+            )
+        return self
 
     @property
     def candidates(self) -> int:

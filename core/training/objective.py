@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from core.contracts import Batch, LanguageModel
 from core.heads.stack import HeadStack
 from core.losses.stack import LossStack, LossTerms
+from core.parallel.shards import full
 from core.schedules import value_at
 
 
@@ -67,7 +68,7 @@ class Objective(nn.Module):
         separate_ids = {id(p) for group in separate for p in group}
         together = [p for p in self.parameters() if id(p) not in separate_ids]
         norm, *norms = [
-            torch.nn.utils.clip_grad_norm_(group, max_norm) for group in (together, *separate)
+            full(torch.nn.utils.clip_grad_norm_(group, max_norm)) for group in (together, *separate)
         ]
         return norm + 0.0 * sum(norms)
 

@@ -12,7 +12,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
 
+from core.parallel.shards import full, like
 from core.preset.train import TrainSettings
 
 NO_DECAY_NAMES = ("pos_embedding", "wpe", "alpha")
@@ -33,7 +35,30 @@ def _eager(kind: type[Kind]) -> type[Kind]:
     return type(kind.__name__, (kind,), methods)
 
 
-AdamW, Muon = _eager(torch.optim.AdamW), _eager(torch.optim.Muon)
+class _Muon(torch.optim.Muon):
+    """torch's Muon, whose matrices may be sharded: the update is for a whole one, and is computed
+    on every rank."""
+
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._update(p, p.grad, group)
+
+    def _update(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[p]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(grad)
+        momentum = state["momentum_buffer"].lerp_(grad, 1 - group["momentum"])
+        looked_ahead = full(grad.lerp(momentum, group["momentum"]))  # (rows, columns)
+        update = _zeropower_via_newtonschulz(
+            looked_ahead, group["ns_coefficients"], group["ns_steps"], group["eps"]
+        )
+        rate = _adjust_lr(group["lr"], group["adjust_lr_fn"], p.shape)
+        p.mul_(1 - group["lr"] * group["weight_decay"]).add_(like(update, p), alpha=-rate)
+
+
+AdamW, Muon = _eager(torch.optim.AdamW), _eager(_Muon)
 
 
 class Optimizer:
@@ -123,7 +148,7 @@ class Optimizer:
                 continue
             optimizer.state[p] = {
                 # `step` stays where fused AdamW wants it: with the parameter, in fp32
-                key: value.to(p.device).clone() if isinstance(value, Tensor) else value
+                key: _placed(value, p) if isinstance(value, Tensor) else value
                 for key, value in state.items()
             }
         return fresh
@@ -133,6 +158,11 @@ class Optimizer:
             for group in optimizer.param_groups:
                 for p in group["params"]:
                     yield optimizer, p
+
+
+def _placed(value: Tensor, parameter: Tensor) -> Tensor:
+    """Return a copy of what an optimizer keeps of a parameter, kept as the parameter is."""
+    return (like(value, parameter) if value.ndim else value.to(parameter.device)).clone()
 
 
 def _fits(

@@ -19,6 +19,7 @@ from core.contracts import Batch
 from core.data.loader import StepRows
 from core.errors import UserError
 from core.losses.stack import LossTerms
+from core.parallel.protocol import Engine
 from core.preset.base import PresetBase
 from core.preset.train import TrainSettings
 from core.randomness import derive_seed
@@ -51,7 +52,8 @@ class Passes:
         compile_from_step   the first step of the lineage that is compiled; None: none is
         note_failure        called when the compiler fails, so that a resumed run leaves it out
         """
-        self._module = machine.parallel.wrap(objective)  # as the ranks share it
+        self._engine = machine.engine
+        self._module = self._engine.wrap(objective)  # as the ranks share it
         self._model = objective.model  # what is compiled
         self._parallel, self._device, self._dtype = machine.parallel, machine.device, machine.dtype
         self._seed, self._warn, self._note_failure = settings.seed, warn, note_failure
@@ -110,7 +112,7 @@ class Passes:
             name: rows_of / self._parallel.world_size for name, rows_of in rows.head_counts.items()
         }
         held = signals_held() if self._is_compiled else nullcontext()
-        with self._parallel.accumulate(self._module, last), held:
+        with self._engine.one_pass(self._module, last), held:
             low = self._dtype != torch.float32
             with torch.autocast(self._device.type, dtype=self._dtype, enabled=low):
                 loss, terms = self._module(batch, count, progress, head_counts)
@@ -120,7 +122,8 @@ class Passes:
     def _try(self, batch: Batch, rows: StepRows, progress: float) -> str | None:
         """Return why forward and backward of a micro-batch fail; None when they do not."""
         try:
-            self._pass(batch.to(self._device), False, rows, progress)
+            with self._engine.trial():
+                self._pass(batch.to(self._device), False, rows, progress)
         except Exception as error:
             if (failure := self._failure(error)) is None:
                 raise
@@ -173,6 +176,7 @@ def compile_plan(
     model: nn.Module,
     budget: Budget,
     failed: bool,
+    engine: Engine,
 ) -> CompilePlan:
     """Decide from which step of the lineage on to compile, once per lineage: a resumed run keeps
     it.
@@ -182,6 +186,8 @@ def compile_plan(
     choice = preset.train.compile
     if choice == "never":
         return CompilePlan(None, "not compiled: the preset says never")
+    if not engine.compiles:
+        return CompilePlan(None, f"not compiled: the engine {engine.name} runs as it is written")
     if failed:
         note = "not compiled: torch.compile failed earlier in this run; the next run tries it again"
         return CompilePlan(None, note)

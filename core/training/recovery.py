@@ -11,6 +11,7 @@ from core.contracts import call_if_defined
 from core.errors import CheckpointError, Diverged
 from core.heads.build import load_heads
 from core.parallel.protocol import Parallel
+from core.parallel.shards import full
 from core.training.objective import Objective
 from core.training.optim import Optimizer
 from core.training.reporter import Reporter
@@ -63,7 +64,7 @@ class Recovery:
             raise Diverged(
                 f"{reason}, and the checkpoint before cannot be gone back to: {error}"
             ) from None
-        if not all(p.isfinite().all() for p in self._objective.parameters()):
+        if not all(full(p.isfinite().all()) for p in self._objective.parameters()):
             lacking = "; ".join(notes)
             raise Diverged(f"{reason}, as are weights that {path.name} lacks ({lacking}). {ADVICE}")
         self._optimizer.load(state["optimizer"])

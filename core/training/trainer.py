@@ -98,6 +98,7 @@ class Trainer:
         should_stop: Callable[[], bool],
     ):
         self.runtime, self.parallel = machine.runtime, machine.parallel
+        self.engine = machine.engine
         self.objective, self.optimizer = learner.objective, learner.optimizer
         self.model = self.objective.model
         self.loader, self.source_weights = rows.loader, rows.source_weights
@@ -335,7 +336,8 @@ class Trainer:
         # a run that goes on has made no step yet
         fraction = self.progress.fraction
         call_if_defined(self.model, "set_progress", fraction)
-        with self._not_timed(), uncompiled(self.runtime.device):  # other shapes and modes
+        # other shapes and modes; and rank 0 shows samples on its own
+        with self._not_timed(), uncompiled(self.runtime.device), self.engine.whole():
             numbers = self._try_to("evaluation", lambda: self.evaluate(self.model, fraction))
             if numbers is not None:
                 self.reporter.emit("eval", **numbers, seconds=time.monotonic() - started)
@@ -377,10 +379,11 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """Return everything a resumed run needs, see core/checkpoint/state.py. Every rank must call
         it."""
+        heads = self.objective.heads
         return {
-            "model": self.model.state_dict(),
-            "heads": self.objective.heads.state_dict() if self.objective.heads is not None else {},
-            "optimizer": self.optimizer.state(),
+            "model": self.engine.weights_of(self.model),
+            "heads": self.engine.weights_of(heads) if heads is not None else {},
+            "optimizer": self.engine.collect(self.optimizer.state()),
             "progress": asdict(self.progress),
             # random draws are functions of the seed and the step: nothing else is remembered
             "rng": {"seed": self.settings.seed, "step": self.progress.step},

@@ -1,0 +1,71 @@
+"""The engines, and the choice among them.
+
+In:    `train.engine`, the ranks, what a model needs and what a device has
+Out:   an Engine, and what is told of the choice
+State: none
+
+    single   one process: everything on one device
+    ddp      every rank holds everything, and gradients are averaged
+    fsdp     every rank holds a share of weights, gradients and optimizer state
+"""
+
+import atexit
+
+import torch
+import torch.distributed as dist
+from torch.distributed import (  # type: ignore[attr-defined]  # torch does not declare it
+    HashStore,
+)
+
+from core.errors import UserError
+from core.parallel.processes import Processes, device_group
+from core.parallel.protocol import Engine, Parallel
+from core.parallel.replicated import Replicated
+
+
+def check_engine(choice: str, world_size: int) -> None:
+    """Raises UserError where an engine cannot run on so many ranks."""
+    if choice == "single" and world_size > 1:
+        raise UserError(
+            f'train.engine is "single", and there are {world_size} processes. Start main.py '
+            'without torchrun, or set train.engine to "auto".'
+        )
+
+
+def choose_engine(
+    choice: str, parallel: Parallel, device: torch.device, needed: int, available: int
+) -> tuple[Engine, str]:
+    """Build the engine that a preset names; "auto": one that the model fits.
+
+    needed      bytes of weights, gradients and optimizer state, and what else does not depend on
+                the batch
+    available   bytes that one rank may use
+    """
+    ranks = parallel.world_size
+    if ranks > 1 and choice == "auto":
+        fits = needed <= available
+        choice = "ddp" if fits else "fsdp"
+        why = "fits one device" if fits else "does not fit one device, and is shared out"
+        note = f"engine {choice}: the model with its optimizer ({needed / 2**30:,.1f} GiB) {why}"
+    elif choice in ("auto", "ddp") and ranks == 1:
+        note = "" if choice == "auto" else 'engine "ddp" is "single" here: there is one process'
+        choice = "single"
+    else:
+        note = f"engine {choice}"
+    if choice == "fsdp":
+        from core.parallel.fsdp import FSDP  # slow to import
+
+        return FSDP(_group_of(parallel, device)), note
+    return Replicated(_group_of(parallel, device) if choice == "ddp" else None), note
+
+
+def _group_of(parallel: Parallel, device: torch.device) -> dist.ProcessGroup:
+    """Return the ranks' process group on the device; of one process that has none, a new one."""
+    if isinstance(parallel, Processes):
+        return parallel.device_group
+    assert parallel.world_size == 1
+    if not dist.is_initialized():
+        store = HashStore()
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+        atexit.register(dist.destroy_process_group)
+    return device_group(device)

@@ -1,0 +1,190 @@
+"""Every rank holds a share of weights, gradients and the optimizer's state; torch's FSDP2 brings
+the weights of a block together while it computes.
+
+    block 0 | block 1 | ... | the rest of the model (embedding, norm, readout) | auxiliary heads
+    each a unit: gathered before its forward pass, freed behind it, gathered again for the backward
+
+Weights stay fp32, and autocast computes in bf16 as with every other engine: the same mathematics,
+whatever the number of ranks (ZeRO stage 3: Rajbhandari et al. 2020, arXiv 1910.02054; Zhao et al.
+2023, arXiv 2304.11277)."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
+
+from core.parallel.shards import full
+
+
+class FSDP:
+    """A share on every rank; see Engine in core/parallel/protocol.py."""
+
+    name, compiles = "fsdp", False
+
+    def __init__(self, group: dist.ProcessGroup):
+        self._group, self._rank = group, dist.get_rank(group)
+        self._exchange = _Exchange()
+        self._blocks: list[FSDPModule] = []
+        self._roots: list[FSDPModule] = []
+
+    def place(self, model: nn.Module, heads: nn.Module | None, device: torch.device) -> None:
+        mesh = DeviceMesh.from_group(self._group, device.type)
+        self._blocks = [fully_shard(block, mesh=mesh) for block in blocks_of(model)]
+        roots = [model] if heads is None else [model, heads]
+        self._roots = [fully_shard(root, mesh=mesh) for root in roots]
+        for unit in (*self._blocks, *self._roots):
+            unit.set_custom_all_gather(self._exchange.gather)
+            unit.set_custom_reduce_scatter(self._exchange.scatter)
+
+    def wrap(self, objective: nn.Module) -> nn.Module:
+        return objective
+
+    @contextmanager
+    def one_pass(self, module: nn.Module, last: bool) -> Iterator[None]:
+        """Gradients are shared out after every micro-batch: whole ones would not fit."""
+        try:
+            yield
+        except BaseException:
+            self._begin_anew()
+            raise
+        for root in self._roots:
+            # FSDP ends a backward pass where one of its blocks saw it; where all of them are
+            # frozen none does. Twice is as good as once.
+            root._get_fsdp_state()._root_post_backward_final_callback()
+
+    @contextmanager
+    def trial(self) -> Iterator[None]:
+        self._exchange.is_off = True
+        try:
+            yield
+        finally:
+            self._exchange.is_off = False
+            self._begin_anew()
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        for root in self._roots:
+            root._get_fsdp_state()._lazy_init()  # a run may be evaluated before its first step
+        for unit in (*self._blocks, *self._roots):
+            unit.unshard()
+        self._keep_gathered(True)
+        try:
+            yield
+        finally:
+            self._keep_gathered(False)
+            self._begin_anew()
+
+    def weights_of(self, module: nn.Module) -> dict[str, Tensor]:
+        collected: dict[int, Tensor | None] = {}
+        found: dict[str, Tensor] = {}
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            if id(tensor) not in collected:
+                collected[id(tensor)] = self._collected(tensor.detach())
+            if (whole := collected[id(tensor)]) is not None:
+                found[name] = whole
+        return found
+
+    def collect(self, states: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+        found = {
+            name: {
+                key: self._collected(value) if isinstance(value, Tensor) else value
+                for key, value in state.items()
+            }
+            for name, state in states.items()
+        }
+        return found if self._rank == 0 else {}
+
+    def _collected(self, tensor: Tensor) -> Tensor | None:
+        whole = full(tensor)
+        return whole.to("cpu", copy=True) if self._rank == 0 else None
+
+    def _keep_gathered(self, keep: bool) -> None:
+        for block in self._blocks:
+            block.set_reshard_after_forward(not keep, recurse=False)
+
+    def _begin_anew(self) -> None:
+        """Share out what is gathered, and forget a pass that was left in the middle."""
+        for root in self._roots:
+            root.reset_iter_state()
+            assert isinstance(root, nn.Module)
+            for parameter in root.parameters():
+                parameter.grad = None
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """Return the blocks of a trunk: the children of its outermost lists, but for those that share
+    a parameter with anything else."""
+    found: list[nn.Module] = []
+
+    def look_into(module: nn.Module) -> None:
+        for child in module.children():
+            if isinstance(child, nn.ModuleList):
+                found.extend(child)
+            else:
+                look_into(child)
+
+    look_into(model)
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    return [block for block in found if _stands_alone(block, uses)]
+
+
+def _stands_alone(block: nn.Module, uses: Counter[int]) -> bool:
+    own = Counter(id(p) for _, p in block.named_parameters(remove_duplicate=False))
+    return bool(own) and all(uses[key] == count for key, count in own.items())
+
+
+class _Exchange:
+    """What the units gather and reduce with. Switched off, nothing travels: the same memory is
+    taken, and its content means nothing."""
+
+    def __init__(self) -> None:
+        self.is_off = False
+        self.gather, self.scatter = _Gather(self), _Scatter(self)
+
+
+class _Gather(AllGather):
+    def __init__(self, exchange: _Exchange):
+        self._exchange = exchange
+
+    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        async_op: bool = False,
+    ) -> dist.Work | None:
+        if self._exchange.is_off:
+            output_tensor.view(group.size(), -1).copy_(input_tensor.expand(group.size(), -1))
+            return None
+        return dist.all_gather_into_tensor(output_tensor, input_tensor, group, async_op)
+
+
+class _Scatter(ReduceScatter):
+    def __init__(self, exchange: _Exchange):
+        self._exchange = exchange
+
+    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: Any,
+        async_op: bool = False,
+    ) -> dist.Work | None:
+        if self._exchange.is_off:
+            output_tensor.copy_(input_tensor[: len(output_tensor)])
+            return None
+        return dist.reduce_scatter_tensor(output_tensor, input_tensor, op, group, async_op)
