@@ -206,7 +206,7 @@ class TransformerBlock(nn.Module):
         dtype = shared.mask.dtype  # cast once here, or autocast keeps a copy for each matrix
         x = x + self.gqa(self.rmsnorm_1(x).to(dtype), shared, layer)
         added, f = self.feed_forward(self.rmsnorm_2(x).to(dtype), shared, layer)
-        return x + added, f
+        return x + added, None if f is None else f.detach()
 
 
 class PolychromaticLM(LanguageModel):
@@ -259,7 +259,7 @@ class PolychromaticLM(LanguageModel):
             else:
                 x, f = block(x, shared, layer)
             gates.append(f)
-        self.gates = torch.stack([f.detach() for f in gates]) if self.routes else None
+        self.gates = torch.stack(gates) if self.routes else None
         return ModelOutput(
             self.rmsnorm(x), LinearReadout(self.output_head.weight, table=self.embeddings.weight)
         )

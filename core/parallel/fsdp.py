@@ -8,6 +8,7 @@ Weights stay fp32, and autocast computes in bf16 as with every other engine: the
 whatever the number of ranks (ZeRO stage 3: Rajbhandari et al. 2020, arXiv 1910.02054; Zhao et al.
 2023, arXiv 2304.11277)."""
 
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +19,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import (
+    DefaultAllGather,
+    DefaultReduceScatter,
+)
 
 from core.parallel.shards import full
 
@@ -29,6 +33,8 @@ class FSDP:
     name, compiles = "fsdp", False
 
     def __init__(self, group: dist.ProcessGroup):
+        # hidden states may be views of others, and nothing here writes into them
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
         self._group, self._rank = group, dist.get_rank(group)
         self._exchange = _Exchange()
         self._blocks: list[FSDPModule] = []
@@ -42,6 +48,8 @@ class FSDP:
         for unit in (*self._blocks, *self._roots):
             unit.set_custom_all_gather(self._exchange.gather)
             unit.set_custom_reduce_scatter(self._exchange.scatter)
+        for root in self._roots:  # not at its first pass: a run may be evaluated, or fail, before
+            root._get_fsdp_state()._lazy_init()
 
     def wrap(self, objective: nn.Module) -> nn.Module:
         return objective
@@ -70,8 +78,6 @@ class FSDP:
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        for root in self._roots:
-            root._get_fsdp_state()._lazy_init()  # a run may be evaluated before its first step
         for unit in (*self._blocks, *self._roots):
             unit.unshard()
         self._keep_gathered(True)
@@ -149,12 +155,10 @@ class _Exchange:
         self.gather, self.scatter = _Gather(self), _Scatter(self)
 
 
-class _Gather(AllGather):
+class _Gather(DefaultAllGather):
     def __init__(self, exchange: _Exchange):
+        super().__init__()
         self._exchange = exchange
-
-    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(
         self,
@@ -163,20 +167,19 @@ class _Gather(AllGather):
         group: dist.ProcessGroup,
         async_op: bool = False,
     ) -> dist.Work | None:
-        if self._exchange.is_off:
-            output_tensor.view(group.size(), -1).copy_(input_tensor.expand(group.size(), -1))
-            return None
-        return dist.all_gather_into_tensor(output_tensor, input_tensor, group, async_op)
+        if not self._exchange.is_off:
+            return super().__call__(output_tensor, input_tensor, group, async_op)
+        output_tensor.view(group.size(), -1).copy_(input_tensor.expand(group.size(), -1))
+        return None
 
 
-class _Scatter(ReduceScatter):
+class _Scatter(DefaultReduceScatter):
     def __init__(self, exchange: _Exchange):
+        super().__init__()
         self._exchange = exchange
 
-    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.empty(*size, dtype=dtype, device=device)
-
-    def __call__(
+    # nothing to wait for where it is off
+    def __call__(  # type: ignore[override]
         self,
         output_tensor: Tensor,
         input_tensor: Tensor,
@@ -184,7 +187,7 @@ class _Scatter(ReduceScatter):
         op: Any,
         async_op: bool = False,
     ) -> dist.Work | None:
-        if self._exchange.is_off:
-            output_tensor.copy_(input_tensor[: len(output_tensor)])
-            return None
-        return dist.reduce_scatter_tensor(output_tensor, input_tensor, op, group, async_op)
+        if not self._exchange.is_off:
+            return super().__call__(output_tensor, input_tensor, group, op, async_op)
+        output_tensor.copy_(input_tensor[: len(output_tensor)])
+        return None

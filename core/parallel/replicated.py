@@ -35,7 +35,7 @@ class Replicated:
         return DistributedDataParallel(
             objective,
             process_group=self._group,
-            broadcast_buffers=False,
+            forward_sync_buffers=False,
             gradient_as_bucket_view=True,
         )
 

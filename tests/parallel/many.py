@@ -1,0 +1,73 @@
+"""Trains one preset after the other on the ranks that torchrun started: a matrix of them costs one
+start.
+
+    torchrun --standalone --nproc_per_node=2 -m tests.parallel.many cases.json "" | folder
+
+In:    a JSON list of [preset, folder]; the name of the folder whose first pass, a trial, runs out
+       of memory on rank 1
+Out:   each folder's log and checkpoints; on standard output, a line for each that was refused
+"""
+
+import contextlib
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from core.errors import UserError
+from core.jobs.train import train
+from core.launch import _rendezvous_store
+from core.parallel.processes import Processes
+from core.parallel.single import Single
+from core.preset.decode import decode_preset
+from core.registry import Preset
+from core.runtime import detect_runtime, prepare
+from core.training.passes import Passes
+
+
+class Fails(Passes):
+    """On rank 1 the first pass, a trial as on a GPU, is out of memory in the middle."""
+
+    def __init__(self, objective: Any, *arguments: Any):
+        super().__init__(objective, *arguments)
+        self.fitted = False
+        if self._parallel.rank == 1:
+            handle = objective.model.layers[-1].register_forward_pre_hook(lambda *_: self._fail())
+            self._remove = handle.remove
+
+    def _fail(self) -> None:
+        self._remove()
+        raise torch.OutOfMemoryError("no memory")
+
+
+def main(cases: list[tuple[dict, str]], failing: str) -> None:
+    runtime = detect_runtime()
+    prepare(runtime)
+    parallel = (
+        Single()
+        if runtime.world_size == 1
+        else Processes(runtime.device, _rendezvous_store(), runtime.rank, runtime.world_size)
+    )
+    with (
+        mock.patch("core.reports.run_card.plot_losses"),
+        mock.patch("core.reports.curves_masked.plot_masked"),
+    ):
+        for number, (preset, folder) in enumerate(cases):
+            decoded = decode_preset(preset, Preset, "t", "t")
+            passes = Fails if Path(folder).name == failing else Passes
+            try:
+                with mock.patch("core.training.trainer.Passes", passes):
+                    train(decoded, runtime, parallel, Path(folder), 0.0, io.StringIO())
+            except UserError as error:
+                if runtime.rank == 0:
+                    print(f"{number}: {error}", flush=True)
+    with contextlib.suppress(Exception):
+        parallel.close()
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()), sys.argv[2])
