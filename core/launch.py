@@ -6,6 +6,7 @@ Out:   the chosen preset's job, run on every rank
 State: none
 """
 
+import hashlib
 import json
 import os
 import sys
@@ -67,8 +68,21 @@ def launch(started: float) -> None:
     parallel = Processes(runtime.device, store, runtime.rank, runtime.world_size)
     try:
         JOBS[preset.job].run(preset, runtime, parallel, ROOT, started, sys.stdout)
+    except (UserError, KeyboardInterrupt) as error:
+        if _is_told(store, str(error)):
+            sys.exit(error.exit_code if isinstance(error, UserError) else 130)
+        raise
     finally:
         parallel.close()
+
+
+def _is_told(store: "Store", message: str) -> bool:
+    """Return whether another rank tells this message: what stops all of them is told once."""
+    digest = hashlib.blake2b(message.encode(errors="replace"), digest_size=8).hexdigest()
+    try:
+        return store.add(f"zeroarg/told/{digest}", 1) > 1
+    except RuntimeError:  # the others are gone
+        return False
 
 
 def _run_until_one_starts(runtime: Runtime, started: float) -> None:
