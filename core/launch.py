@@ -61,7 +61,7 @@ def launch(started: float) -> None:
             tell(note)
     if runtime.world_size == 1:
         return _run_until_one_starts(runtime, started)
-    store = _rendezvous_store()
+    store = rendezvous_store()
     preset = _agree_on_preset(runtime, store)
     if preset is None:  # rank 0 has said why
         sys.exit(2)
@@ -132,7 +132,7 @@ def _agree_on_preset(runtime: Runtime, store: "Store") -> PresetBase | None:
     return decode_preset(json.loads(text), Preset, "the preset from rank 0", "preset")
 
 
-def _rendezvous_store() -> "Store":
+def rendezvous_store() -> "Store":
     """Open torchrun's rendezvous store; no process group, and so no watchdog. Raises UserError."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     agent_has_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

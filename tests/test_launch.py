@@ -266,7 +266,7 @@ def test_processes_that_cannot_meet_say_where(monkeypatch: pytest.MonkeyPatch) -
         for name, value in zip(LAUNCHER, ("0", "2", "0", "127.0.0.1", str(taken.getsockname()[1]))):
             monkeypatch.setenv(name, value)
         with pytest.raises(UserError, match="cannot meet at "):
-            launch._rendezvous_store()
+            launch.rendezvous_store()
 
 
 # what reaches the terminal ------------------------------------------------------------------------

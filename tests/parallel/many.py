@@ -20,7 +20,7 @@ import torch
 
 from core.errors import UserError
 from core.jobs.train import train
-from core.launch import _rendezvous_store
+from core.launch import rendezvous_store
 from core.parallel.processes import Processes
 from core.parallel.single import Single
 from core.preset.decode import decode_preset
@@ -50,7 +50,7 @@ def main(cases: list[tuple[dict, str]], failing: str) -> None:
     parallel = (
         Single()
         if runtime.world_size == 1
-        else Processes(runtime.device, _rendezvous_store(), runtime.rank, runtime.world_size)
+        else Processes(runtime.device, rendezvous_store(), runtime.rank, runtime.world_size)
     )
     with (
         mock.patch("core.reports.run_card.plot_losses"),

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -229,6 +230,26 @@ def rank_of(project: Project, rank: int) -> int:
                 if here and main and f"RANK={rank}".encode() in variables:
                     return int(entry.name)
     raise AssertionError(f"no process is rank {rank}")
+
+
+def test_two_machines_train_as_one(straight: Project, make_project: Callable[..., Project]) -> None:
+    """Two launchers that meet at an address, as on two machines that share the folder."""
+    preset, _ = on("fsdp", 2)
+    project = make_project({"t": preset})
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
+    command += ["--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=1"]
+    both = [project.start("t", command=command) for _ in range(2)]
+    try:
+        told = [process.communicate(timeout=200) for process in both]
+    finally:
+        for process in both:
+            kill_group(process)
+        project.kill_what_is_left()
+    assert [process.returncode for process in both] == [0, 0], told
+    assert differences(straight.checkpoint(), project.checkpoint()) == []
 
 
 # what an engine refuses, and what it survives -----------------------------------------------------

@@ -1,0 +1,132 @@
+"""What each engine costs a step, and what each rank keeps: one process against DDP and FSDP on
+several ranks of this machine.
+
+    python benchmarks/engines.py
+
+Every run is a training session as main.py makes it, on the standard library's source, with the same
+rows in a step however many ranks share them; the engines take turns. On a CPU the ranks share its
+cores, each with a thread: the ratio to DDP on as many ranks tells what FSDP's gathering costs, and
+nothing is faster for being many.
+
+Prints a row per run: tokens per second over the steps after the first ones, and megabytes of
+weights, gradients and optimizer state that a rank keeps between two steps.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.measuring import sized
+
+ROOT = Path(__file__).resolve().parent.parent
+REPETITIONS = sized(3, 1)
+STEPS, WARM_UP = sized((14, 4), (3, 1))
+ROWS, SEQ_LENGTH = sized((16, 256), (4, 32))  # of a step, over all ranks
+SHAPE = sized(
+    {"hidden_size": 256, "num_layers": 4, "num_heads": 4},
+    {"hidden_size": 32, "num_layers": 2, "num_heads": 2},
+)
+RUNS = sized(
+    (("single", 1), ("fsdp", 1), ("ddp", 2), ("fsdp", 2), ("ddp", 4), ("fsdp", 4)),
+    (("single", 1), ("fsdp", 2)),
+)
+
+
+def one_run(engine: str, folder: Path) -> None:
+    """Train on the ranks that torchrun started; rank 0 prints a JSON line."""
+    import torch
+
+    from core.assembly.session import build_training
+    from core.jobs.train import train_to_the_end
+    from core.launch import rendezvous_store
+    from core.parallel.processes import Processes
+    from core.parallel.single import Single
+    from core.preset.decode import decode_preset
+    from core.registry import Preset
+    from core.runtime import detect_runtime, prepare
+
+    runtime = detect_runtime()
+    prepare(runtime)
+    ranks = runtime.world_size
+    alone = ranks == 1
+    parallel: Any = (
+        Single() if alone else Processes(runtime.device, rendezvous_store(), runtime.rank, ranks)
+    )
+    sections = {
+        "model": {**SHAPE, "seq_length": SEQ_LENGTH},
+        "tokenizer": {"type": "byte"},
+        "train": {
+            "engine": engine,
+            "per_gpu_batch_size": ROWS // ranks,
+            "learning_rate": 5e-5,
+            "eval_tokens": 0,
+            "max_steps": STEPS,
+            "compile": "never",
+        },
+        "data": {"sources": ["python_stdlib"], "lanes": 8},
+    }
+    preset = decode_preset(sections, Preset, "benchmark", "benchmark")
+    session = build_training(preset, runtime, parallel, folder, lambda *_: [], lambda: False)
+    train_to_the_end(session, 1)
+    optimizer, model = session.trainer.optimizer, session.trainer.model
+    kept = [*model.parameters(), *model.parameters()]  # and as many gradients
+    kept += [t for s in optimizer.state().values() for t in s.values() if t.ndim]
+    own = [t.to_local() if hasattr(t, "to_local") else t for t in kept]
+    megabytes = sum(torch.Tensor.numel(t) * t.element_size() for t in own) / 1e6
+    if runtime.rank == 0:
+        lines = (folder / "logs" / "benchmark" / "metrics.jsonl").read_text().splitlines()
+        events = [event for event in map(json.loads, lines) if event["event"] == "step"]
+        seconds = events[-1]["time"] - events[WARM_UP - 1]["time"]
+        rate = (STEPS - WARM_UP) * ROWS * SEQ_LENGTH / seconds
+        print(json.dumps({"tokens_per_second": rate, "megabytes": megabytes}))
+    parallel.close()
+
+
+def measure(engine: str, ranks: int) -> dict[str, float]:
+    """One run in fresh processes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command = [sys.executable, *(launcher if ranks > 1 else []), __file__]
+    with tempfile.TemporaryDirectory() as folder:
+        finished = subprocess.run(
+            [*command, engine, folder],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+    if finished.returncode:
+        sys.exit(f"{engine} on {ranks} failed:\n{finished.stderr[-3000:]}")
+    return json.loads(finished.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    print(f"{SHAPE}, {ROWS} x {SEQ_LENGTH} tokens a step, one thread a rank")
+    rates: dict[tuple[str, int], list[float]] = {run: [] for run in RUNS}
+    for repetition in range(REPETITIONS):
+        for engine, ranks in RUNS:
+            result = measure(engine, ranks)
+            rates[engine, ranks].append(result["tokens_per_second"])
+            print(
+                f"  {repetition + 1} {engine:6s} x {ranks}  {result['tokens_per_second']:8,.0f} "
+                f"tokens/s  {result['megabytes']:7.1f} MB a rank",
+                flush=True,
+            )
+    for engine, ranks in RUNS:
+        other = ("ddp" if ranks > 1 else "single", ranks)
+        if engine != "fsdp" or other not in rates:
+            continue
+        ratios = [a / b for a, b in zip(rates[engine, ranks], rates[other])]
+        print(
+            f"  fsdp / {other[0]} x {ranks}: {statistics.median(ratios):.2f}  "
+            f"({min(ratios):.2f} to {max(ratios):.2f})"
+        )
+
+
+if __name__ == "__main__":
+    one_run(sys.argv[1], Path(sys.argv[2])) if sys.argv[1:] else main()
