@@ -18,7 +18,7 @@ from torch.distributed import (  # type: ignore[attr-defined]  # torch does not 
 )
 
 from core.errors import UserError
-from core.parallel.processes import Processes, device_group
+from core.parallel.processes import device_group
 from core.parallel.protocol import Engine, Parallel
 from core.parallel.replicated import Replicated
 
@@ -55,15 +55,12 @@ def choose_engine(
     if choice == "fsdp":
         from core.parallel.fsdp import FSDP  # slow to import
 
-        return FSDP(_group_of(parallel, device)), note
-    return Replicated(_group_of(parallel, device) if choice == "ddp" else None), note
+        return FSDP(parallel.device_group or _group_of_one(device)), note
+    return Replicated(parallel.device_group if choice == "ddp" else None), note
 
 
-def _group_of(parallel: Parallel, device: torch.device) -> dist.ProcessGroup:
-    """Return the ranks' process group on the device; of one process that has none, a new one."""
-    if isinstance(parallel, Processes):
-        return parallel.device_group
-    assert parallel.world_size == 1
+def _group_of_one(device: torch.device) -> dist.ProcessGroup:
+    """Return a process group of this process alone."""
     if not dist.is_initialized():
         store = HashStore()
         dist.init_process_group("gloo", store=store, rank=0, world_size=1)

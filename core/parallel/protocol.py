@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:  # the data pipeline imports this file, and stays free of torch
     import torch
+    import torch.distributed as dist
     from torch import nn
 
 T = TypeVar("T")
@@ -26,6 +27,11 @@ class Parallel(Protocol):
     @property
     def world_size(self) -> int:
         """The number of processes."""
+
+    @property
+    def device_group(self) -> "dist.ProcessGroup | None":
+        """The process group that tensors on the device travel in; None where there is nobody to
+        send them to."""
 
     def sum(self, numbers: list[float]) -> list[float]:
         """Add up over the ranks, element by element. Every rank must call it."""

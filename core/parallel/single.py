@@ -8,6 +8,7 @@ class Single:
 
     rank = 0
     world_size = 1
+    device_group = None
 
     def sum(self, numbers: list[float]) -> list[float]:
         return numbers

@@ -35,7 +35,11 @@ def _eager(kind: type[Kind]) -> type[Kind]:
     return type(kind.__name__, (kind,), methods)
 
 
-class _Muon(torch.optim.Muon):
+AdamW = _eager(torch.optim.AdamW)
+
+
+@_eager
+class Muon(torch.optim.Muon):
     """torch's Muon, whose matrices may be sharded: the update is for a whole one, and is computed
     on every rank."""
 
@@ -56,9 +60,6 @@ class _Muon(torch.optim.Muon):
         )
         rate = _adjust_lr(group["lr"], group["adjust_lr_fn"], p.shape)
         p.mul_(1 - group["lr"] * group["weight_decay"]).add_(like(update, p), alpha=-rate)
-
-
-AdamW, Muon = _eager(torch.optim.AdamW), _eager(_Muon)
 
 
 class Optimizer:

@@ -52,6 +52,7 @@ class Ranks:
 class _Rank:
     def __init__(self, ranks: Ranks, rank: int):
         self._ranks, self.rank, self.world_size = ranks, rank, ranks.world_size
+        self.device_group = None
 
     def gather(self, value: Any) -> list[Any]:
         return self._ranks.exchange(self.rank, value)
