@@ -40,6 +40,7 @@ class Runtime:
     rank: int
     local_rank: int
     world_size: int
+    local_world_size: int = 1  # ranks on this machine
 
     @property
     def bf16_is_native(self) -> bool:
@@ -78,9 +79,11 @@ class Runtime:
                 pass
         return there
 
-    def memory_of_a_rank(self) -> int:
-        """Return the memory that one rank may use: a GPU is its own, a machine's is shared."""
-        return self.memory_bytes() // (1 if self.device.type == "cuda" else self.world_size)
+    @property
+    def ranks_of_a_memory(self) -> int:
+        """Return the number of ranks that share `memory_bytes`: one a GPU, on CPUs all ranks of
+        the machine."""
+        return 1 if self.device.type == "cuda" else self.local_world_size
 
     def keep_order(self, deterministic: bool) -> str:
         """On a GPU, take only kernels that add in the same order each time, or whichever is
@@ -140,7 +143,8 @@ def detect_runtime() -> Runtime:
             "counted from 0"
         )
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    return Runtime(device, rank, local_rank, world_size)
+    local_world_size = _launcher_number("LOCAL_WORLD_SIZE", world_size, 1, world_size)
+    return Runtime(device, rank, local_rank, world_size, local_world_size)
 
 
 def _launcher_number(name: str, default: int | None, low: int, high: int) -> int:

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from core.parallel.single import Single
 from core.preset.decode import decode_preset
 from core.registry import Preset
 from core.runtime import Runtime, detect_runtime, prepare
+from core.training.machine import Machine
 from core.training.passes import compile_plan
 from core.training.progress import Budget
 from tests.project import Project, differences, merged, tiny_preset, train_here
@@ -121,9 +123,8 @@ def test_whether_compiling_pays_is_a_question_of_one_device() -> None:
 
     def told(parameters: int, budget: Budget, world_size: int) -> str:
         model = torch.nn.Linear(1000, parameters // 1000, bias=False, device="meta")
-        return compile_plan(
-            preset, replace(GPU, world_size=world_size), None, model, budget, False
-        )[1]
+        machine = Machine(replace(GPU, world_size=world_size), Single(), torch.float32)
+        return compile_plan(preset, machine, None, model, budget, False)[1]
 
     assert told(10**7, budget, 1).startswith("compiled") and "takes about 1500 s" in told(
         10**7, budget, 8

@@ -168,8 +168,9 @@ def _with_engine(
     runtime, bf16 = machine.runtime, machine.dtype == torch.bfloat16
     size = size_of(preset, vocab_size)
     needed = 0 if size is None else memory_estimate(preset, size, vocab_size, bf16).fixed
+    available = runtime.memory_bytes() // runtime.ranks_of_a_memory
     engine, note = choose_engine(
-        preset.train.engine, machine.parallel, machine.device, needed, runtime.memory_of_a_rank()
+        preset.train.engine, machine.parallel, machine.device, needed, available
     )
     remarks.notes += [note] if note else []
     return replace(machine, engine=engine)
@@ -205,9 +206,7 @@ def _compile_plan(
     reading: Reading,
 ) -> CompilePlan:
     failed = start.compiler_failed and progress.run_step > 0  # in this run
-    return compile_plan(
-        preset, machine.runtime, start.saved, network.model, reading.budget, failed, machine.engine
-    )
+    return compile_plan(preset, machine, start.saved, network.model, reading.budget, failed)
 
 
 def _inspection(

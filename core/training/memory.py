@@ -125,7 +125,11 @@ def check_memory(preset: PresetBase, vocab_size: int, runtime: Runtime) -> None:
         optimizer_bytes = 12 if train.optimizer == "adamw" else 8
         states = optimizer_bytes * size.trained if train.trainable is None else 0
         what = f"{size.parameters:,} weights and what trains them"
-        needs.append((4 * size.parameters + states, what, SMALLER_MODEL))
+        of_a_rank = 4 * size.parameters + states
+        if runtime.world_size > 1 and train.engine in ("auto", "fsdp"):
+            # its share; and all weights, for an evaluation
+            of_a_rank = of_a_rank // runtime.world_size + 4 * size.parameters
+        needs.append((of_a_rank * runtime.ranks_of_a_memory, what, SMALLER_MODEL))
     if size is not None and runtime.device.type == "cpu" and train.trainable is None:
         bf16 = runtime.compute_dtype(train.precision) == torch.bfloat16
         row = memory_estimate(preset, size, vocab_size, bf16).row

@@ -19,7 +19,6 @@ from core.contracts import Batch
 from core.data.loader import StepRows
 from core.errors import UserError
 from core.losses.stack import LossTerms
-from core.parallel.protocol import Engine
 from core.preset.base import PresetBase
 from core.preset.train import TrainSettings
 from core.randomness import derive_seed
@@ -171,12 +170,11 @@ class CompilePlan(NamedTuple):
 
 def compile_plan(
     preset: PresetBase,
-    runtime: Runtime,
+    machine: Machine,
     saved: CheckpointState | None,
     model: nn.Module,
     budget: Budget,
     failed: bool,
-    engine: Engine,
 ) -> CompilePlan:
     """Decide from which step of the lineage on to compile, once per lineage: a resumed run keeps
     it.
@@ -186,16 +184,17 @@ def compile_plan(
     choice = preset.train.compile
     if choice == "never":
         return CompilePlan(None, "not compiled: the preset says never")
-    if not engine.compiles:
-        return CompilePlan(None, f"not compiled: the engine {engine.name} runs as it is written")
+    if not machine.engine.compiles:
+        note = f"not compiled: models run as they are written with engine {machine.engine.name}"
+        return CompilePlan(None, note)
     if failed:
         note = "not compiled: torch.compile failed earlier in this run; the next run tries it again"
         return CompilePlan(None, note)
-    if runtime.device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
+    if machine.device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
         note = "not compiled: torch.compile needs a C++ compiler, and there is none"
         return CompilePlan(None, note)
     if choice == "auto":
-        seconds = _product_seconds(preset, runtime, model, budget)
+        seconds = _product_seconds(preset, machine.runtime, model, budget)
         if seconds < COMPILE_PAYS_AFTER_SECONDS:
             note = f"not compiled: multiplying takes about {seconds:.0f} s of the run, too little "
             return CompilePlan(None, f"{note}for compiling to pay")

@@ -1,6 +1,7 @@
 """Sizes of models, and what no memory holds, before anything is made."""
 
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from core.errors import UserError
 from core.preset.decode import decode_preset
 from core.registry import Preset
 from core.runtime import Runtime
-from core.training.memory import check_memory, size_of
+from core.training.memory import Size, check_memory, size_of
 from tests.project import merged, tiny_preset, train_here
 
 CPU = Runtime(torch.device("cpu"), 0, 0, 1)
@@ -97,3 +98,29 @@ def test_a_model_that_no_memory_holds_stops_before_anything_is_read(tmp_path: Pa
     ):
         train_here({**tiny_preset(), "model": model}, tmp_path)
     assert not (tmp_path / "logs" / "t" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("device", "engine", "ranks", "gigabytes"),
+    [
+        ("cpu", "auto", 1, 16),
+        ("cpu", "ddp", 4, 64),
+        ("cpu", "fsdp", 4, 32),  # shares, which come to 16, and 4 times the weights
+        ("cuda", "ddp", 4, 16),
+        ("cuda", "fsdp", 4, 8),
+        ("cuda", "auto", 4, 8),
+    ],
+)
+def test_ranks_need_what_their_engine_keeps(
+    device: str, engine: str, ranks: int, gigabytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 2^30 parameters: weights of 4 GiB, with gradients and AdamW's state 16."""
+    size = Size(parameters=1 << 30, trained=1 << 30, share_with_graph=1.0)
+    monkeypatch.setattr("core.training.memory.size_of", lambda *_: size)
+    monkeypatch.setattr(Runtime, "device_name", "it")
+    runtime = Runtime(torch.device(device), 0, 0, ranks, ranks)
+    preset = decoded(train={"engine": engine})
+    for spare, refused in ((1, False), (-1, True)):
+        monkeypatch.setattr(Runtime, "memory_bytes", lambda _, s=spare: (gigabytes << 30) + s)
+        with pytest.raises(UserError, match="weights") if refused else nullcontext():
+            check_memory(preset, 257, runtime)
