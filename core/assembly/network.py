@@ -21,12 +21,20 @@ from core.heads.stack import HeadStack
 from core.losses import build_stack
 from core.losses.stack import LossStack
 from core.models import build_model
+from core.parallel.engines import choose_engine
+from core.parallel.protocol import Engine
 from core.parallel.ranks import on_rank_zero, rank_zero_first
 from core.preset.base import PresetBase
 from core.runtime import Runtime
 from core.training.freezing import train_only
 from core.training.machine import Machine
-from core.training.memory import SMALLEST_VOCABULARY, check_memory, size_of
+from core.training.memory import (
+    SMALLEST_VOCABULARY,
+    check_memory,
+    counted,
+    least_need,
+    size_of,
+)
 from core.training.optim import Optimizer
 from core.training.source_weights import check_adaptive
 
@@ -35,6 +43,7 @@ from core.training.source_weights import check_adaptive
 class Network:
     """A model on its device, and everything that computes its gradients and updates."""
 
+    engine: Engine
     model: LanguageModel
     stack: LossStack
     heads: HeadStack | None
@@ -83,7 +92,8 @@ def build_network(
         )
     tables = _tables_of(model, output.readout)
     size = stored_bytes(model, heads)
-    machine.engine.place(model, heads, machine.device)
+    engine = _engine(preset, machine, model, tokenizer.vocab_size, remarks)
+    engine.place(model, heads, machine.device)
     optimizer = _optimizer(preset, model, heads, tables)
     if start.saved is not None:
         fresh = optimizer.load(start.saved["optimizer"])
@@ -95,7 +105,21 @@ def build_network(
     # a disk without room for checkpoints is found before the first step
     size += optimizer.state_bytes() + len(tokenizer.state()["json"])
     on_rank_zero(machine.parallel, lambda: start.store.check_room(size))
-    return Network(model, stack, heads, optimizer)
+    return Network(engine, model, stack, heads, optimizer)
+
+
+def _engine(
+    preset: PresetBase, machine: Machine, model: LanguageModel, vocab_size: int, remarks: Remarks
+) -> Engine:
+    """Choose what keeps the weights."""
+    runtime, bf16 = machine.runtime, machine.dtype == torch.bfloat16
+    needed = least_need(preset, counted(model), vocab_size, bf16)
+    available = runtime.memory_bytes() // runtime.ranks_of_a_memory
+    engine, note = choose_engine(
+        preset.train.engine, machine.parallel, machine.device, needed, available
+    )
+    remarks.notes += [note] if note else []
+    return engine
 
 
 def _loaded_model(

@@ -35,7 +35,7 @@ from core.evaluation.held_out import Evaluator, HeldOut
 from core.generation.samples import build_samples
 from core.metrics.events import LOG, evaluation_is_missing
 from core.metrics.log import MetricsLog, View
-from core.parallel.engines import check_engine, choose_engine
+from core.parallel.engines import check_engine
 from core.parallel.protocol import Parallel
 from core.parallel.ranks import on_rank_zero
 from core.preset.base import PresetBase
@@ -43,7 +43,7 @@ from core.preset.merge import preset_json
 from core.preset.settings import MASKED_TOKENS
 from core.runtime import Runtime
 from core.training.machine import Machine
-from core.training.memory import SMALLEST_VOCABULARY, check_memory, memory_estimate, size_of
+from core.training.memory import SMALLEST_VOCABULARY, check_memory
 from core.training.objective import Objective
 from core.training.passes import CompilePlan, compile_plan
 from core.training.progress import Progress
@@ -117,9 +117,9 @@ def build_training(
     _check_tokenizer(corpus, tokenizer, remarks)
 
     check_memory(preset, tokenizer.vocab_size, runtime)
-    machine = _with_engine(machine, preset, tokenizer.vocab_size, remarks)
     repeats = runtime.keep_order(preset.train.deterministic)
     network = build_network(preset, machine, start, tokenizer, remarks)
+    machine = replace(machine, engine=network.engine)
     log_file = root / "logs" / preset.lineage / LOG
 
     def is_missing(step: int) -> bool:
@@ -159,21 +159,6 @@ def _check(preset: PresetBase, machine: Machine) -> list[str]:
     check_ranks(preset, machine.parallel.world_size)
     check_engine(preset.train.engine, machine.parallel.world_size)
     return notes
-
-
-def _with_engine(
-    machine: Machine, preset: PresetBase, vocab_size: int, remarks: Remarks
-) -> Machine:
-    """Choose what keeps the weights."""
-    runtime, bf16 = machine.runtime, machine.dtype == torch.bfloat16
-    size = size_of(preset, vocab_size)
-    needed = 0 if size is None else memory_estimate(preset, size, vocab_size, bf16).fixed
-    available = runtime.memory_bytes() // runtime.ranks_of_a_memory
-    engine, note = choose_engine(
-        preset.train.engine, machine.parallel, machine.device, needed, available
-    )
-    remarks.notes += [note] if note else []
-    return replace(machine, engine=engine)
 
 
 def _open_corpus(

@@ -22,6 +22,9 @@ from core.parallel.processes import device_group
 from core.parallel.protocol import Engine, Parallel
 from core.parallel.replicated import Replicated
 
+SPARE = 1 / 16
+"""Of a device's memory: for what the exchange takes, and the device's own."""
+
 
 def check_engine(choice: str, world_size: int) -> None:
     """Raises UserError where an engine cannot run on so many ranks."""
@@ -37,22 +40,22 @@ def choose_engine(
 ) -> tuple[Engine, str]:
     """Build the engine that a preset names; "auto": one that the model fits.
 
-    needed      bytes of weights, gradients and optimizer state, and what else does not depend on
-                the batch
+    needed      bytes of weights, gradients and optimizer state, and what a row takes
     available   bytes that one rank may use
     """
     ranks = parallel.world_size
+    size = f"the model with its optimizer ({needed / 2**30:,.2f} GiB)"
     if ranks > 1 and choice == "auto":
-        fits = needed <= available
-        choice = "ddp" if fits else "fsdp"
-        why = "fits one device" if fits else "does not fit one device, and is shared out"
-        note = f"engine {choice}: the model with its optimizer ({needed / 2**30:,.1f} GiB) {why}"
+        choice = "ddp" if needed <= (1 - SPARE) * available else "fsdp"
+        fits = "fits one device" if choice == "ddp" else "does not fit one device"
+        note = f"engine {choice}: {size} {fits}"
     elif choice in ("auto", "ddp") and ranks == 1:
         note = "" if choice == "auto" else 'engine "ddp" is "single" here: there is one process'
         choice = "single"
     else:
-        note = f"engine {choice}"
+        note = f"engine {choice}: {size}"
     if choice == "fsdp":
+        note += f"; each of {ranks} processes keeps a share of it" if ranks > 1 else ""
         from core.parallel.fsdp import FSDP  # slow to import
 
         return FSDP(parallel.device_group or _group_of_one(device)), note

@@ -12,7 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_collectives import (
     DefaultReduceScatter,
 )
 
+from core.errors import UserError
 from core.parallel.shards import full
 
 
@@ -41,6 +42,11 @@ class FSDP:
         self._roots: list[FSDPModule] = []
 
     def place(self, model: nn.Module, heads: nn.Module | None, device: torch.device) -> None:
+        if numbers := [name for name, p in model.named_parameters() if p.ndim == 0]:
+            raise UserError(
+                f'train.engine "fsdp" cannot share out {numbers[0]}, which is a single number. Set '
+                'train.engine to "ddp".'
+            )
         mesh = DeviceMesh.from_group(self._group, device.type)
         self._blocks = [fully_shard(block, mesh=mesh) for block in blocks_of(model)]
         roots = [model] if heads is None else [model, heads]
@@ -78,10 +84,11 @@ class FSDP:
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        for unit in (*self._blocks, *self._roots):
-            unit.unshard()
-        self._keep_gathered(True)
+        self._make_sure_of_room()
         try:
+            for unit in (*self._blocks, *self._roots):
+                unit.unshard()
+            self._keep_gathered(True)
             yield
         finally:
             self._keep_gathered(False)
@@ -111,6 +118,22 @@ class FSDP:
         whole = full(tensor)
         return whole.to("cpu", copy=True) if self._rank == 0 else None
 
+    def _make_sure_of_room(self) -> None:
+        """Raises OutOfMemoryError on every rank where one of them has no room for all weights:
+        in the midst of gathering the others would wait for it."""
+        weights = [p for root in self._roots for p in cast(nn.Module, root).parameters()]
+        size = sum(p.numel() * p.element_size() for p in weights)
+        has_room = torch.ones(1, device=weights[0].device)
+        try:
+            reserve(size, weights[0].device)
+        except torch.OutOfMemoryError:
+            has_room.zero_()
+        dist.all_reduce(has_room, dist.ReduceOp.MIN, self._group)
+        if not has_room:
+            raise torch.OutOfMemoryError(
+                f"a device has no room for all weights ({size / 2**30:,.1f} GiB) at once"
+            )
+
     def _keep_gathered(self, keep: bool) -> None:
         for block in self._blocks:
             block.set_reshard_after_forward(not keep, recurse=False)
@@ -119,9 +142,13 @@ class FSDP:
         """Share out what is gathered, and forget a pass that was left in the middle."""
         for root in self._roots:
             root.reset_iter_state()
-            assert isinstance(root, nn.Module)
-            for parameter in root.parameters():
+            for parameter in cast(nn.Module, root).parameters():
                 parameter.grad = None
+
+
+def reserve(size: int, device: torch.device) -> None:
+    """Allocate so many bytes, and give them back. Raises OutOfMemoryError."""
+    torch.empty(size, dtype=torch.uint8, device=device)
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
@@ -67,6 +68,11 @@ def size_of(preset: PresetBase, vocab_size: int) -> Size | None:
     with torch.device("meta"), _Undrawn():
         model = MODELS[settings.type][1](settings, vocab_size)
     train_only(model, patterns)
+    return counted(model)
+
+
+def counted(model: nn.Module) -> Size:
+    """Count the size of a model that is there."""
     parameters = list(model.parameters())
     return Size(
         parameters=sum(p.numel() for p in parameters),
@@ -104,6 +110,14 @@ def memory_estimate(preset: PresetBase, size: Size, vocab_size: int, bf16: bool)
     if size.share_with_graph < 1.0:
         kept = min(1.0, size.share_with_graph + 1 / model.num_layers)
     return Memory(fixed=weights + readout, row=int(kept * position) * model.seq_length)
+
+
+def least_need(preset: PresetBase, size: Size, vocab_size: int, bf16: bool) -> int:
+    """Estimate roughly the bytes that training takes on one device with one row at a time."""
+    if not hasattr(preset.model, "hidden_size"):  # one of the Hub, whose widths are not known here
+        return (6 if bf16 else 4) * size.parameters + 12 * size.trained
+    memory = memory_estimate(preset, size, vocab_size, bf16)
+    return memory.fixed + memory.row
 
 
 def check_memory(preset: PresetBase, vocab_size: int, runtime: Runtime) -> None:

@@ -150,9 +150,10 @@ class Passes:
             self._note_failure()
             return
         if self.rows_at_once == 1:
+            several = self._parallel.world_size > 1 and self._engine.name == "ddp"
             raise UserError(
                 "not even one row fits the device's memory; make the model or model.seq_length "
-                "smaller"
+                "smaller" + (', or set train.engine to "fsdp"' if several else "")
             )
         self.rows_at_once = (self.rows_at_once + 1) // 2
         self._warn(

@@ -332,19 +332,22 @@ class Trainer:
         self.progress.evaluation_due = False
         if self.settings.eval_tokens == 0:
             return
-        started = time.monotonic()
         # a run that goes on has made no step yet
-        fraction = self.progress.fraction
-        call_if_defined(self.model, "set_progress", fraction)
-        # other shapes and modes; and rank 0 shows samples on its own
-        with self._not_timed(), uncompiled(self.runtime.device), self.engine.whole():
+        call_if_defined(self.model, "set_progress", self.progress.fraction)
+        with self._not_timed(), uncompiled(self.runtime.device):  # other shapes and modes
+            self._try_to("evaluation", self._inspect)
+            self.model.train()
+
+    def _inspect(self) -> None:
+        started = time.monotonic()
+        with self.engine.whole():  # rank 0 shows samples on its own
+            fraction = self.progress.fraction
             numbers = self._try_to("evaluation", lambda: self.evaluate(self.model, fraction))
             if numbers is not None:
                 self.reporter.emit("eval", **numbers, seconds=time.monotonic() - started)
             if self.parallel.rank == 0 and not self.progress.evaluation_due:
                 self._try_to("samples", self._show)
             self.progress.evaluation_due = self.parallel.broadcast(self.progress.evaluation_due)
-            self.model.train()
 
     def _show(self) -> None:
         for event, fields in self.show(self.model, self.progress.step):

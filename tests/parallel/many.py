@@ -4,7 +4,7 @@ start.
     torchrun --standalone --nproc_per_node=2 -m tests.parallel.many cases.json "" | folder
 
 In:    a JSON list of [preset, folder]; the name of the folder whose first pass, a trial, runs out
-       of memory on rank 1
+       of memory on rank 1, or "no room": that has none there to gather all weights
 Out:   each folder's log and checkpoints; on standard output, a line for each that was refused
 """
 
@@ -21,6 +21,7 @@ import torch
 from core.errors import UserError
 from core.jobs.train import train
 from core.launch import rendezvous_store
+from core.parallel.fsdp import reserve
 from core.parallel.processes import Processes
 from core.parallel.single import Single
 from core.preset.decode import decode_preset
@@ -44,6 +45,10 @@ class Fails(Passes):
         raise torch.OutOfMemoryError("no memory")
 
 
+def no_room(*_: Any) -> None:
+    raise torch.OutOfMemoryError("no memory")
+
+
 def main(cases: list[tuple[dict, str]], failing: str) -> None:
     runtime = detect_runtime()
     prepare(runtime)
@@ -58,9 +63,14 @@ def main(cases: list[tuple[dict, str]], failing: str) -> None:
     ):
         for number, (preset, folder) in enumerate(cases):
             decoded = decode_preset(preset, Preset, "t", "t")
-            passes = Fails if Path(folder).name == failing else Passes
+            fails = Path(folder).name == failing
+            passes = Fails if fails and failing != "no room" else Passes
+            room = no_room if fails and failing == "no room" and runtime.rank == 1 else reserve
             try:
-                with mock.patch("core.training.trainer.Passes", passes):
+                with (
+                    mock.patch("core.training.trainer.Passes", passes),
+                    mock.patch("core.parallel.fsdp.reserve", room),
+                ):
                     train(decoded, runtime, parallel, Path(folder), 0.0, io.StringIO())
             except UserError as error:
                 if runtime.rank == 0:

@@ -60,7 +60,7 @@ CASES = [path.stem for path in PRESETS] + list(OTHERS)
 def run_all(cases: list[tuple[dict, Path]], ranks: int, fail_on_rank_1: str = "") -> str:
     """Train on so many ranks, one preset after the other; returns what was refused.
 
-    fail_on_rank_1   the folder whose first pass is out of memory there
+    fail_on_rank_1   the folder whose first pass is out of memory there; "no room": see many.py
     """
     listed = cases[0][1].parent / f"cases_{ranks}.json"
     listed.write_text(json.dumps([(preset, str(folder)) for preset, folder in cases]))
@@ -272,7 +272,7 @@ def test_one_process_is_not_many(make_project: Callable[..., Project]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("needed", "available", "name"), [(10, 10, "ddp"), (11, 10, "fsdp")], ids=["fits", "does not"]
+    ("needed", "available", "name"), [(15, 16, "ddp"), (16, 16, "fsdp")], ids=["fits", "does not"]
 )
 def test_auto_takes_what_fits(needed: int, available: int, name: str) -> None:
     parallel = Processes.__new__(Processes)
@@ -294,3 +294,16 @@ def process_group() -> dist.ProcessGroup:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     assert dist.group.WORLD is not None
     return dist.group.WORLD
+
+
+def test_no_room_for_all_weights_costs_the_evaluation(tmp_path: Path) -> None:
+    """The run goes on, on both ranks, and says so."""
+    (tmp_path / "no room").mkdir()
+    write_stories(tmp_path / "no room")
+    preset = merged(on("fsdp", 2)[0], {"train": {"max_steps": 4}})
+    assert run_all([(preset, tmp_path / "no room")], 2, fail_on_rank_1="no room") == ""
+    project = Project(tmp_path / "no room")
+    (told,) = [e["message"] for e in project.events("warning") if "evaluation" in e["message"]]
+    assert "no room for all weights" in told and "the run goes on without" in told
+    assert project.steps() == [1, 2, 3, 4] and project.events("eval") == []
+    assert project.finished() and project.checkpoint()["progress"]["finished"]
