@@ -237,6 +237,8 @@ CHECKED = {  # first words -> the test that holds them true
         "tests/parallel/test_ddp.py",
         "test_two_ranks_train_as_one_with_twice_the_accumulation",
     ),
+    "torchrun --nnodes=2": ("tests/parallel/test_engines.py", "test_two_machines_train_as_one"),
+    "#!/bin/bash\n#SBATCH": ("tests/parallel/test_engines.py", "test_the_guides_slurm_script"),
 }
 
 HELD_BY = {words: f"{file}::{test}" for words, (file, test) in CHECKED.items()}

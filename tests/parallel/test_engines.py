@@ -23,6 +23,7 @@ from core.parallel.processes import Processes
 from core.parallel.single import Single
 from core.preset.decode import read_preset
 from core.registry import Preset
+from tests.documents import GUIDE, block_of
 from tests.preset.test_shipped import CONFIGS, shrunk
 from tests.project import (
     NO_HUB,
@@ -230,11 +231,8 @@ def test_two_machines_train_as_one(straight: Project, make_project: Callable[...
     """Two launchers that meet at an address, as on two machines that share the folder."""
     preset, _ = on("fsdp", 2)
     project = make_project({"t": preset})
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
-    command += ["--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=1"]
+    command += ["--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{free_port()}", "--rdzv-id=1"]
     both = [project.start("t", command=command) for _ in range(2)]
     try:
         told = [process.communicate(timeout=200) for process in both]
@@ -244,6 +242,40 @@ def test_two_machines_train_as_one(straight: Project, make_project: Callable[...
         project.kill_what_is_left()
     assert [process.returncode for process in both] == [0, 0], told
     assert differences(straight.checkpoint(), project.checkpoint()) == []
+
+
+def test_the_guides_slurm_script(make_project: Callable[..., Project]) -> None:
+    """With the parts of SLURM that it calls as short scripts: one machine of two processes."""
+    project, tools = make_project({"t": tiny_preset()}), {}
+    tools["scontrol"] = 'test "$1 $2" = "show hostnames" && echo localhost'
+    tools["srun"] = 'exec "$@"'
+    (project.folder / "bin").mkdir()
+    for name, code in tools.items():
+        (project.folder / "bin" / name).write_text(f"#!/bin/sh\n{code}\n")
+        (project.folder / "bin" / name).chmod(0o755)
+    (project.folder / ".venv").symlink_to(sys.prefix)
+    script = block_of(GUIDE, "#!/bin/bash\n#SBATCH")
+    for theirs, ours in (("00_best_general", "t"), ("=8", "=2"), (":29500", f":{free_port()}")):
+        assert theirs in script
+        script = script.replace(theirs, ours)
+    variables = {"SLURM_JOB_NODELIST": "first", "SLURM_NNODES": "1", "SLURM_JOB_ID": "7"}
+    path = f"{project.folder / 'bin'}:{os.environ['PATH']}"
+    result = subprocess.run(
+        ["bash", "-c", script],
+        cwd=project.folder,
+        env={**os.environ, **NO_HUB, **variables, "PATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert project.finished() and project.events("run_start")[0]["world_size"] == 2
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
 
 
 # what an engine refuses, and what it survives -----------------------------------------------------
