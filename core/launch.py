@@ -68,10 +68,11 @@ def launch(started: float) -> None:
     parallel = Processes(runtime.device, store, runtime.rank, runtime.world_size)
     try:
         JOBS[preset.job].run(preset, runtime, parallel, ROOT, started, sys.stdout)
-    except (UserError, KeyboardInterrupt) as error:
-        if _is_told(store, str(error)):
-            sys.exit(error.exit_code if isinstance(error, UserError) else 130)
-        raise
+    except UserError as error:
+        # at once: torchrun ends all ranks soon after the first has ended
+        if not _is_told(store, str(error)):
+            tell(f"\n{error}")
+        sys.exit(error.exit_code)
     finally:
         parallel.close()
 

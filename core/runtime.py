@@ -143,8 +143,8 @@ def detect_runtime() -> Runtime:
             "counted from 0"
         )
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    local_world_size = _launcher_number("LOCAL_WORLD_SIZE", world_size, 1, world_size)
-    return Runtime(device, rank, local_rank, world_size, local_world_size)
+    on_this = _launcher_number("LOCAL_WORLD_SIZE", world_size, 1, world_size) if several else 1
+    return Runtime(device, rank, local_rank, world_size, on_this)
 
 
 def _launcher_number(name: str, default: int | None, low: int, high: int) -> int:

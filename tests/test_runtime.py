@@ -135,3 +135,24 @@ def test_whether_compiling_pays_is_a_question_of_one_device() -> None:
     assert "takes about 768 s" in told(10**7, steps, 1) and "takes about 768 s" in told(
         10**7, steps, 8
     )
+
+
+@pytest.mark.parametrize(
+    ("variables", "ranks"),
+    [
+        ({"LOCAL_WORLD_SIZE": "8"}, 1),  # left over from a launcher that is not there
+        ({"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}, 8),
+        ({"WORLD_SIZE": "4"}, 4),
+    ],
+)
+def test_ranks_of_one_machine_share_its_memory(
+    variables: dict, ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    meeting = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for name, value in {**meeting, **variables}.items():
+        monkeypatch.setenv(name, value)
+    runtime = replace(detect_runtime(), device=torch.device("cpu"))
+    assert runtime.ranks_of_a_memory == ranks
+    assert replace(runtime, device=torch.device("cuda")).ranks_of_a_memory == 1

@@ -40,8 +40,8 @@ AdamW = _eager(torch.optim.AdamW)
 
 @_eager
 class Muon(torch.optim.Muon):
-    """torch's Muon, whose matrices may be sharded: the update is for a whole one, and is computed
-    on every rank."""
+    """torch's Muon, bit for bit, whose matrices may be sharded: the update is for a whole one, and
+    is computed on every rank."""
 
     def step(self) -> None:  # type: ignore[override]
         for group in self.param_groups:
