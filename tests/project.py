@@ -51,7 +51,7 @@ def merged(base: dict, changes: dict) -> dict:
     both = {
         key: merged(base[key], value)
         for key, value in changes.items()
-        if isinstance(value, dict) and key in base
+        if isinstance(value, dict) and isinstance(base.get(key), dict)
     }
     return {**base, **changes, **both}
 

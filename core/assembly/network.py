@@ -9,6 +9,7 @@ State: none
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from core.assembly.start import Remarks, Start
 from core.checkpoint.fitting import LINEAGE_OF_ITS_OWN
@@ -19,7 +20,6 @@ from core.data.tokenizer import Tokenizer
 from core.heads.build import build_heads, check_heads, load_heads, output_of_one_token
 from core.heads.stack import HeadStack
 from core.losses import build_stack
-from core.losses.stack import LossStack
 from core.models import build_model
 from core.parallel.engines import choose_engine
 from core.parallel.protocol import Engine
@@ -30,11 +30,13 @@ from core.training.freezing import train_only
 from core.training.machine import Machine
 from core.training.memory import (
     SMALLEST_VOCABULARY,
+    Size,
     check_memory,
     counted,
     least_need,
     size_of,
 )
+from core.training.objective import Objective
 from core.training.optim import Optimizer
 from core.training.source_weights import check_adaptive
 
@@ -44,9 +46,9 @@ class Network:
     """A model on its device, and everything that computes its gradients and updates."""
 
     engine: Engine
-    model: LanguageModel
-    stack: LossStack
-    heads: HeadStack | None
+    size: Size  # of the model
+    objective: Objective
+    module: nn.Module  # the objective, as the engine wrapped it
     optimizer: Optimizer
 
 
@@ -71,7 +73,12 @@ def check_parts(preset: PresetBase, runtime: Runtime) -> None:
 
 
 def build_network(
-    preset: PresetBase, machine: Machine, start: Start, tokenizer: Tokenizer, remarks: Remarks
+    preset: PresetBase,
+    machine: Machine,
+    start: Start,
+    tokenizer: Tokenizer,
+    num_sources: int,
+    remarks: Remarks,
 ) -> Network:
     """Build what is trained, with the weights and the optimizer's state to start from. Raises
     UserError."""
@@ -91,10 +98,12 @@ def build_network(
             f"auxiliary heads: {', '.join(heads)}; {count:,} parameters beside the model's"
         )
     tables = _tables_of(model, output.readout)
-    size = stored_bytes(model, heads)
-    engine = _engine(preset, machine, model, tokenizer.vocab_size, remarks)
+    stored, size = stored_bytes(model, heads), counted(model)
+    engine = _engine(preset, machine, size, tokenizer.vocab_size, remarks)
     engine.place(model, heads, machine.device)
-    optimizer = _optimizer(preset, model, heads, tables)
+    optimizer = _optimizer(preset, model, heads, tables, engine)
+    objective = Objective(model, stack, num_sources, heads, machine.dtype)
+    module = engine.wrap(objective, optimizer.optimizers)
     if start.saved is not None:
         fresh = optimizer.load(start.saved["optimizer"])
         if fresh and start.saved["progress"]["step"]:
@@ -103,21 +112,19 @@ def build_network(
                 f"optimizer state starts afresh for {len(fresh)} parameters: {names}"
             )
     # a disk without room for checkpoints is found before the first step
-    size += optimizer.state_bytes() + len(tokenizer.state()["json"])
-    on_rank_zero(machine.parallel, lambda: start.store.check_room(size))
-    return Network(engine, model, stack, heads, optimizer)
+    stored += optimizer.state_bytes() + len(tokenizer.state()["json"])
+    on_rank_zero(machine.parallel, lambda: start.store.check_room(stored))
+    return Network(engine, size, objective, module, optimizer)
 
 
 def _engine(
-    preset: PresetBase, machine: Machine, model: LanguageModel, vocab_size: int, remarks: Remarks
+    preset: PresetBase, machine: Machine, size: Size, vocab_size: int, remarks: Remarks
 ) -> Engine:
     """Choose what keeps the weights."""
     runtime, bf16 = machine.runtime, machine.dtype == torch.bfloat16
-    needed = least_need(preset, counted(model), vocab_size, bf16)
+    needed = least_need(preset, size, vocab_size, bf16)
     available = runtime.memory_bytes() // runtime.ranks_of_a_memory
-    engine, note = choose_engine(
-        preset.train.engine, machine.parallel, machine.device, needed, available
-    )
+    engine, note = choose_engine(preset.train, machine.parallel, machine.device, needed, available)
     remarks.notes += [note] if note else []
     return engine
 
@@ -143,11 +150,15 @@ def _tables_of(model: LanguageModel, readout: Readout) -> set[str]:
 
 
 def _optimizer(
-    preset: PresetBase, model: LanguageModel, heads: HeadStack | None, tables: set[str]
+    preset: PresetBase,
+    model: LanguageModel,
+    heads: HeadStack | None,
+    tables: set[str],
+    engine: Engine,
 ) -> Optimizer:
     """Build the optimizer over model and heads; Muon is kept from tables and heads."""
     of_heads = []
     if heads is not None:
         of_heads = [(f"heads.{name}", p) for name, p in heads.named_parameters()]
     named = [*model.named_parameters(), *of_heads]
-    return Optimizer(named, tables | dict(of_heads).keys(), preset.train)
+    return Optimizer(named, tables | dict(of_heads).keys(), preset.train, engine)

@@ -44,7 +44,6 @@ from core.preset.settings import MASKED_TOKENS
 from core.runtime import Runtime
 from core.training.machine import Machine
 from core.training.memory import SMALLEST_VOCABULARY, check_memory
-from core.training.objective import Objective
 from core.training.passes import CompilePlan, compile_plan
 from core.training.progress import Progress
 from core.training.source_weights import check_adaptive
@@ -118,7 +117,7 @@ def build_training(
 
     check_memory(preset, tokenizer.vocab_size, runtime)
     repeats = runtime.keep_order(preset.train.deterministic)
-    network = build_network(preset, machine, start, tokenizer, remarks)
+    network = build_network(preset, machine, start, tokenizer, len(corpus.names), remarks)
     machine = replace(machine, engine=network.engine)
     log_file = root / "logs" / preset.lineage / LOG
 
@@ -144,9 +143,9 @@ def build_training(
     else:
         log = MetricsLog(None)
     remarks.notes += log.rewind(progress.step, evaluation_due=progress.evaluation_due)
-    objective = Objective(network.model, network.stack, len(corpus.names), network.heads)
     plan = Plan(preset.train, reading.budget, progress, compiling.from_step)
-    learner, records = Learner(objective, network.optimizer), Records(log, start.store, extra_state)
+    learner = Learner(network.objective, network.module, network.optimizer)
+    records = Records(log, start.store, extra_state)
     trainer = Trainer(machine, learner, reading.rows, plan, records, inspection, should_stop)
     return TrainingSession(trainer, log, start_event, remarks.notes, remarks.warnings)
 
@@ -157,7 +156,7 @@ def _check(preset: PresetBase, machine: Machine) -> list[str]:
     call_if_defined(preset.model, "check_tokenizer_section", preset.tokenizer)
     check_memory(preset, SMALLEST_VOCABULARY, machine.runtime)
     check_ranks(preset, machine.parallel.world_size)
-    check_engine(preset.train.engine, machine.parallel.world_size)
+    check_engine(preset.train, machine.parallel.world_size)
     return notes
 
 
@@ -191,7 +190,9 @@ def _compile_plan(
     reading: Reading,
 ) -> CompilePlan:
     failed = start.compiler_failed and progress.run_step > 0  # in this run
-    return compile_plan(preset, machine, start.saved, network.model, reading.budget, failed)
+    return compile_plan(
+        preset, machine, start.saved, network.size.parameters, reading.budget, failed
+    )
 
 
 def _inspection(
@@ -221,9 +222,9 @@ def _inspection(
     evaluator = Evaluator(
         parts.machine,
         HeldOut(held_out_rows, corpus.names, hide),
-        parts.network.stack,
+        parts.network.objective.stack,
         train.per_gpu_batch_size,
-        parts.network.heads,
+        parts.network.objective.heads,
         train.seed if validation_seed is None else validation_seed,
     )
     show, notes = build_samples(
@@ -253,17 +254,16 @@ def _extra_state(parts: Parts) -> dict[str, Any]:
 def _start_event(parts: Parts, repeats: str) -> dict[str, Any]:
     """Return the fields of the `run_start` event."""
     preset, machine, progress = parts.preset, parts.machine, parts.progress
-    model, budget = parts.network.model, parts.reading.budget
-    parameters = list(model.parameters())
+    size, budget = parts.network.size, parts.reading.budget
     return {
         "preset": preset.name,
         "lineage": preset.lineage,
         "run": progress.run,
         "resumed_from": f"step {progress.step}" if parts.start.saved is not None else None,
         "init_from": parts.start.init_from,
-        "parameters": sum(p.numel() for p in parameters),
-        "trained_parameters": sum(p.numel() for p in parameters if p.requires_grad),
-        "causal": model.is_causal,
+        "parameters": size.parameters,
+        "trained_parameters": size.trained,
+        "causal": parts.network.objective.model.is_causal,
         "objective": parts.corpus.objective,
         "world_size": machine.parallel.world_size,
         "engine": machine.engine.name,

@@ -102,4 +102,5 @@ def train_to_the_end(session: TrainingSession, runs: int) -> str:
     finally:
         trainer.store.wait()
         trainer.loader.close()
+        trainer.engine.close()
         session.log.close()

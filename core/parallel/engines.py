@@ -4,9 +4,10 @@ In:    `train.engine`, the ranks, what a model needs and what a device has
 Out:   an Engine, and what is told of the choice
 State: none
 
-    single   one process: everything on one device
-    ddp      every rank holds everything, and gradients are averaged
-    fsdp     every rank holds a share of weights, gradients and optimizer state
+    single      one process: everything on one device
+    ddp         every rank holds everything, and gradients are averaged
+    fsdp        every rank holds a share of weights, gradients and optimizer state
+    deepspeed   a share of what the stage of ZeRO says
 """
 
 import atexit
@@ -21,13 +22,20 @@ from core.errors import UserError
 from core.parallel.processes import device_group
 from core.parallel.protocol import Engine, Parallel
 from core.parallel.replicated import Replicated
+from core.preset.deepspeed import DeepSpeedSettings
+from core.preset.train import TrainSettings
 
 SPARE = 1 / 16
 """Of a device's memory: for what the exchange takes, and the device's own."""
 
 
-def check_engine(choice: str, world_size: int) -> None:
-    """Raises UserError where an engine cannot run on so many ranks."""
+def check_engine(train: TrainSettings, world_size: int) -> None:
+    """Raises UserError where an engine cannot run on so many ranks, or is not installed."""
+    choice = train.engine
+    if choice == "deepspeed":
+        from core.parallel.deepspeed import check_deepspeed  # optional, and slow to import
+
+        check_deepspeed(train.deepspeed or DeepSpeedSettings())
     if choice == "single" and world_size > 1:
         raise UserError(
             f'train.engine is "single", and there are {world_size} processes. Start main.py '
@@ -36,14 +44,14 @@ def check_engine(choice: str, world_size: int) -> None:
 
 
 def choose_engine(
-    choice: str, parallel: Parallel, device: torch.device, needed: int, available: int
+    train: TrainSettings, parallel: Parallel, device: torch.device, needed: int, available: int
 ) -> tuple[Engine, str]:
     """Build the engine that a preset names; "auto": one that the model fits.
 
     needed      bytes of weights, gradients and optimizer state, and what a row takes
     available   bytes that one rank may use
     """
-    ranks = parallel.world_size
+    choice, ranks = train.engine, parallel.world_size
     size = f"the model with its optimizer ({needed / 2**30:,.2f} GiB)"
     if ranks > 1 and choice == "auto":
         choice = "ddp" if needed <= (1 - SPARE) * available else "fsdp"
@@ -54,6 +62,12 @@ def choose_engine(
         choice = "single"
     else:
         note = f"engine {choice}: {size}"
+    if choice == "deepspeed":
+        note += f", ZeRO stage {train.zero_stage}"
+        from core.parallel.deepspeed import open_deepspeed
+
+        group = parallel.device_group or _group_of_one(device)
+        return open_deepspeed(train.deepspeed or DeepSpeedSettings(), group), note
     if choice == "fsdp":
         note += f"; each of {ranks} processes keeps a share of it" if ranks > 1 else ""
         from core.parallel.fsdp import FSDP  # slow to import

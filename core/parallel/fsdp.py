@@ -9,8 +9,7 @@ whatever the number of ranks (ZeRO stage 3: Rajbhandari et al. 2020, arXiv 1910.
 2023, arXiv 2304.11277)."""
 
 import warnings
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -25,10 +24,12 @@ from torch.distributed.fsdp._fully_shard._fsdp_collectives import (
 )
 
 from core.errors import UserError
-from core.parallel.shards import full
+from core.parallel.blocks import blocks_of
+from core.parallel.shards import collected, weights_by_name
+from core.parallel.updates import TorchUpdates
 
 
-class FSDP:
+class FSDP(TorchUpdates):
     """A share on every rank; see Engine in core/parallel/protocol.py."""
 
     name, compiles = "fsdp", False
@@ -57,7 +58,8 @@ class FSDP:
         for root in self._roots:  # not at its first pass: a run may be evaluated, or fail, before
             root._get_fsdp_state()._lazy_init()
 
-    def wrap(self, objective: nn.Module) -> nn.Module:
+    def wrap(self, objective: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> nn.Module:
+        self._objective = objective
         return objective
 
     @contextmanager
@@ -95,28 +97,10 @@ class FSDP:
             self._begin_anew()
 
     def weights_of(self, module: nn.Module) -> dict[str, Tensor]:
-        collected: dict[int, Tensor | None] = {}
-        found: dict[str, Tensor] = {}
-        for name, tensor in module.state_dict(keep_vars=True).items():
-            if id(tensor) not in collected:
-                collected[id(tensor)] = self._collected(tensor.detach())
-            if (whole := collected[id(tensor)]) is not None:
-                found[name] = whole
-        return found
+        return weights_by_name(module, self._rank)
 
     def collect(self, states: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-        found = {
-            name: {
-                key: self._collected(value) if isinstance(value, Tensor) else value
-                for key, value in state.items()
-            }
-            for name, state in states.items()
-        }
-        return found if self._rank == 0 else {}
-
-    def _collected(self, tensor: Tensor) -> Tensor | None:
-        whole = full(tensor)
-        return whole.to("cpu", copy=True) if self._rank == 0 else None
+        return collected(states, self._rank)
 
     def _make_sure_of_room(self) -> None:
         """Raises OutOfMemoryError on every rank where one of them has no room for all weights:
@@ -149,28 +133,6 @@ class FSDP:
 def reserve(size: int, device: torch.device) -> None:
     """Allocate so many bytes, and give them back. Raises OutOfMemoryError."""
     torch.empty(size, dtype=torch.uint8, device=device)
-
-
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """Return the blocks of a trunk: the children of its outermost lists, but for those that share
-    a parameter with anything else."""
-    found: list[nn.Module] = []
-
-    def look_into(module: nn.Module) -> None:
-        for child in module.children():
-            if isinstance(child, nn.ModuleList):
-                found.extend(child)
-            else:
-                look_into(child)
-
-    look_into(model)
-    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    return [block for block in found if _stands_alone(block, uses)]
-
-
-def _stands_alone(block: nn.Module, uses: Counter[int]) -> bool:
-    own = Counter(id(p) for _, p in block.named_parameters(remove_duplicate=False))
-    return bool(own) and all(uses[key] == count for key, count in own.items())
 
 
 class _Exchange:

@@ -5,7 +5,7 @@ Out:   the Parallel and Engine protocols. Single and Processes are ranks; engine
 State: none
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -57,12 +57,44 @@ class Engine(Protocol):
         """Put model and auxiliary heads on the device, whole or each rank's share of them.
         Parameters are other objects afterwards."""
 
-    def wrap(self, objective: "nn.Module") -> "nn.Module":
-        """Return the module to call in training; its gradients are averaged over the ranks when
-        the last backward pass of a step ends."""
+    def wrap(
+        self, objective: "nn.Module", optimizers: "Sequence[torch.optim.Optimizer]"
+    ) -> "nn.Module":
+        """Return the module to call in training, once model and heads are placed; its gradients are
+        averaged over the ranks when the last backward pass of a step ends."""
 
     def one_pass(self, module: "nn.Module", last: bool) -> AbstractContextManager[None]:
         """Surround forward and backward of one micro-batch; `last` of a step."""
+
+    def backward(self, loss: "torch.Tensor") -> None:
+        """Compute the gradients of a micro-batch; those of a step's add up."""
+
+    def clip(self, groups: "Sequence[Sequence[nn.Parameter]]", max_norm: float) -> "torch.Tensor":
+        """Clip the gradient of each group of parameters to a norm of its own; returns the norm of
+        the first group before that: not finite where any gradient is not."""
+
+    def update(self, optimizers: "Sequence[torch.optim.Optimizer]") -> None:
+        """Make one update with the gradients that are there."""
+
+    def forget(self) -> None:
+        """Drop the gradients, used or not."""
+
+    def rewriting(self) -> AbstractContextManager[None]:
+        """Surround code that changes weights without an optimizer, on every rank alike."""
+
+    def state_of(
+        self, optimizer: "torch.optim.Optimizer", parameter: "nn.Parameter"
+    ) -> Mapping[str, Any]:
+        """Return what an optimizer keeps of a parameter, whole or this rank's share; nothing before
+        its first update."""
+
+    def keep_state(
+        self,
+        optimizer: "torch.optim.Optimizer",
+        parameter: "nn.Parameter",
+        state: Mapping[str, Any] | None,
+    ) -> None:
+        """Let an optimizer go on from the whole state of a parameter; None: from nothing."""
 
     def trial(self) -> AbstractContextManager[None]:
         """Surround a pass that may fail on one rank alone: nothing is exchanged, its numbers mean
@@ -78,3 +110,6 @@ class Engine(Protocol):
 
     def collect(self, states: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         """The same for what an optimizer keeps, by parameter."""
+
+    def close(self) -> None:
+        """Give back what would outlive the run."""

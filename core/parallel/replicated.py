@@ -4,7 +4,7 @@ several.
 Engines "single" and "ddp".
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -13,8 +13,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from core.parallel.updates import TorchUpdates
 
-class Replicated:
+
+class Replicated(TorchUpdates):
     """Whole weights on every rank; see Engine in core/parallel/protocol.py."""
 
     compiles = True
@@ -28,7 +30,8 @@ class Replicated:
         if heads is not None:
             heads.to(device)
 
-    def wrap(self, objective: nn.Module) -> nn.Module:
+    def wrap(self, objective: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> nn.Module:
+        self._objective = objective
         if self._group is None:
             return objective
         # every rank computes the same buffers: temperatures, tables of positions

@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from core.preset.deepspeed import DeepSpeedSettings
 from core.preset.settings import Seed, Settings
 from core.schedules import Schedule, values_at_turns
 
@@ -105,10 +106,13 @@ class TrainSettings(Settings):
     Ctrl-C."""
     checkpoint_every_steps: int | None = Field(None, ge=1)
     """Also write a checkpoint every so many steps."""
-    engine: Literal["auto", "single", "ddp", "fsdp"] = "auto"
+    engine: Literal["auto", "single", "ddp", "fsdp", "deepspeed"] = "auto"
     """What keeps the weights, of several processes. ddp: each of them all, gradients are averaged.
     fsdp: each a share of weights, gradients and optimizer state, for models that do not fit one
-    device. auto: ddp where the model fits, else fsdp. single: one process."""
+    device. deepspeed: ZeRO, see `deepspeed`. auto: ddp where the model fits, else fsdp. single: one
+    process."""
+    deepspeed: DeepSpeedSettings | None = None
+    """What goes through to DeepSpeed, with engine deepspeed; left out: ZeRO stage 2."""
     compile: Literal["auto", "always", "never"] = "auto"
     """torch.compile: auto compiles when the run is long enough to pay for it."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -123,12 +127,34 @@ class TrainSettings(Settings):
     train_tokens: int | None = None
     """Accepted for old presets and overridden: one run is always 100,000,000 tokens."""
 
+    @property
+    def zero_stage(self) -> int:
+        """The stage of ZeRO, where DeepSpeed is the engine; 0 elsewhere."""
+        return (self.deepspeed or DeepSpeedSettings()).stage if self.engine == "deepspeed" else 0
+
     @model_validator(mode="after")
-    def _engine_compiles(self) -> Self:
-        if self.engine == "fsdp" and self.compile == "always":
+    def _engine_fits(self) -> Self:
+        of_stage_3 = self.zero_stage == 3
+        if (self.engine == "fsdp" or of_stage_3) and self.compile == "always":
+            engine = "deepspeed in ZeRO stage 3" if of_stage_3 else '"fsdp"'
             raise ValueError(
-                'compile "always" does not go with engine "fsdp", which runs models as they are '
+                f'compile "always" does not go with engine {engine}, which runs models as they are '
                 'written; set compile to "auto", or engine to "ddp"'
+            )
+        if self.optimizer == "muon" and self.zero_stage > 0:
+            raise ValueError(
+                'optimizer "muon" does not go with ZeRO stages 1 to 3, which update parts of '
+                'matrices; set engine to "fsdp", or deepspeed.zero_optimization.stage to 0'
+            )
+        if self.curriculum is not None and self.zero_stage == 3:
+            raise ValueError(
+                "curriculum does not go with ZeRO stage 3, whose weights are there only while "
+                'losses are computed for training; set engine to "fsdp", or '
+                "deepspeed.zero_optimization.stage to 2"
+            )
+        if self.deepspeed is not None and self.engine != "deepspeed":
+            raise ValueError(
+                f'the section deepspeed goes with engine "deepspeed", and engine is "{self.engine}"'
             )
         return self
 

@@ -140,7 +140,7 @@ def check_memory(preset: PresetBase, vocab_size: int, runtime: Runtime) -> None:
         states = optimizer_bytes * size.trained if train.trainable is None else 0
         what = f"{size.parameters:,} weights and what trains them"
         of_a_rank = 4 * size.parameters + states
-        if runtime.world_size > 1 and train.engine in ("auto", "fsdp"):
+        if runtime.world_size > 1 and (train.engine in ("auto", "fsdp") or train.zero_stage > 0):
             # its share; and all weights, for an evaluation
             of_a_rank = of_a_rank // runtime.world_size + 4 * size.parameters
         needs.append((of_a_rank * runtime.ranks_of_a_memory, what, SMALLER_MODEL))

@@ -6,14 +6,16 @@ State: per-parameter tensors, saved under parameter names so that a changed mode
        fits
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from inspect import unwrap
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
 
+from core.parallel.protocol import Engine
+from core.parallel.replicated import Replicated
 from core.parallel.shards import full, like
 from core.preset.train import TrainSettings
 
@@ -62,6 +64,14 @@ class Muon(torch.optim.Muon):
         p.mul_(1 - group["lr"] * group["weight_decay"]).add_(like(update, p), alpha=-rate)
 
 
+class Kept(NamedTuple):
+    """A parameter, and the optimizer that updates it."""
+
+    optimizer: torch.optim.Optimizer
+    parameter: nn.Parameter
+    shape: torch.Size  # of all of it: an engine may leave less in its place
+
+
 class Optimizer:
     """AdamW, or Muon for the trunk's matrices and AdamW for the rest.
 
@@ -70,6 +80,7 @@ class Optimizer:
 
     no_muon   names of embedding and readout tables, which Muon must not take (its update is for
               linear maps); and of auxiliary heads, which are no part of the trunk
+    engine    where gradients and state lie
     """
 
     def __init__(
@@ -77,9 +88,11 @@ class Optimizer:
         named_parameters: list[tuple[str, nn.Parameter]],
         no_muon: set[str],
         settings: TrainSettings,
+        engine: Engine | None = None,
     ):
+        self._engine = engine or Replicated()
         trainable = [(name, p) for name, p in named_parameters if p.requires_grad]
-        self._names = {id(p): name for name, p in trainable}
+        names = {id(p): name for name, p in trainable}
         matrices, decay, plain = [], [], []
         for name, p in trainable:
             if p.ndim < 2 or any(part in NO_DECAY_NAMES for part in name.split(".")):
@@ -89,7 +102,7 @@ class Optimizer:
             else:
                 decay.append(p)
         self._peaks: list[tuple[dict[str, Any], float]] = []  # a group, its peak learning rate
-        self._optimizers: list[torch.optim.Optimizer] = []
+        self.optimizers: list[torch.optim.Optimizer] = []
         groups: list[dict[str, Any]] = [
             {"params": decay, "weight_decay": settings.weight_decay},
             {"params": plain, "weight_decay": 0.0},
@@ -100,78 +113,58 @@ class Optimizer:
         if matrices:
             rate, decay_rate = settings.muon_learning_rate, settings.weight_decay
             self._add(Muon(matrices, lr=rate, weight_decay=decay_rate, momentum=0.95), rate)
-        grouped = [id(p) for group, _ in self._peaks for p in group["params"]]
-        assert sorted(grouped) == sorted(self._names), (
-            f"{len(grouped)} parameters in groups, {len(self._names)} trainable"
+        # by name: an engine may put other tensors into the groups
+        self._kept = {
+            names[id(p)]: Kept(optimizer, p, p.shape)
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+            for p in group["params"]
+        }
+        assert self._kept.keys() == set(names.values()), (
+            f"{len(self._kept)} parameters in groups, {len(names)} trainable"
         )
 
     def _add(self, optimizer: torch.optim.Optimizer, peak: float) -> None:
-        self._optimizers.append(optimizer)
+        self.optimizers.append(optimizer)
         self._peaks += [(group, peak) for group in optimizer.param_groups]
 
     def step(self, learning_rate_factor: float) -> None:
         """Make one update, at this fraction of each group's peak learning rate."""
         for group, peak in self._peaks:
             group["lr"] = peak * learning_rate_factor
-        for optimizer in self._optimizers:
-            optimizer.step()
-
-    def zero_grad(self) -> None:
-        for group, _ in self._peaks:
-            for p in group["params"]:
-                p.grad = None
+        self._engine.update(self.optimizers)
 
     def state(self) -> dict[str, dict[str, Any]]:
         """Return the tensors and numbers of each parameter, by its name."""
-        return {
-            self._names[id(p)]: dict(state)
-            for o in self._optimizers
-            for p, state in o.state.items()
+        states = {
+            name: dict(self._engine.state_of(kept.optimizer, kept.parameter))
+            for name, kept in self._kept.items()
         }
+        return {name: state for name, state in states.items() if state}
 
     def state_bytes(self) -> int:
         """Return the bytes that `state()` takes once every parameter has been updated."""
         return sum(
-            (1 if isinstance(optimizer, Muon) else 2) * p.numel() * p.element_size()
-            for optimizer, p in self._parameters()
+            4 * (1 if isinstance(kept.optimizer, Muon) else 2) * kept.shape.numel()
+            for kept in self._kept.values()
         )
 
     def load(self, saved: Mapping[str, Mapping[str, Tensor | float]]) -> list[str]:
         """Take the state that fits by name and shape; returns the names of the parameters that
         start with fresh state."""
         fresh = []
-        for optimizer, p in self._parameters():
-            name = self._names[id(p)]
+        for name, kept in self._kept.items():
             state = saved.get(name, {})
-            if not _fits(optimizer, p, state):
-                fresh.append(name)
-                optimizer.state.pop(p, None)
-                continue
-            optimizer.state[p] = {
-                # `step` stays where fused AdamW wants it: with the parameter, in fp32
-                key: _placed(value, p) if isinstance(value, Tensor) else value
-                for key, value in state.items()
-            }
+            fits = _fits(kept, state)
+            self._engine.keep_state(kept.optimizer, kept.parameter, state if fits else None)
+            fresh += [] if fits else [name]
         return fresh
 
-    def _parameters(self) -> Iterator[tuple[torch.optim.Optimizer, nn.Parameter]]:
-        for optimizer in self._optimizers:
-            for group in optimizer.param_groups:
-                for p in group["params"]:
-                    yield optimizer, p
 
-
-def _placed(value: Tensor, parameter: Tensor) -> Tensor:
-    """Return a copy of what an optimizer keeps of a parameter, kept as the parameter is."""
-    return (like(value, parameter) if value.ndim else value.to(parameter.device)).clone()
-
-
-def _fits(
-    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, state: Mapping[str, Tensor | float]
-) -> bool:
+def _fits(kept: Kept, state: Mapping[str, Tensor | float]) -> bool:
     """Return whether a saved state is of this kind of optimizer, and of the parameter's shape."""
     muon, adamw = {"momentum_buffer"}, {"step", "exp_avg", "exp_avg_sq"}
     tensors = [t for t in state.values() if isinstance(t, Tensor) and t.ndim]
-    return set(state) == (muon if isinstance(optimizer, Muon) else adamw) and all(
-        t.shape == parameter.shape for t in tensors
+    return set(state) == (muon if isinstance(kept.optimizer, Muon) else adamw) and all(
+        t.shape == kept.shape for t in tensors
     )

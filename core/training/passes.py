@@ -25,7 +25,6 @@ from core.randomness import derive_seed
 from core.runtime import Runtime
 from core.signals import signals_held
 from core.training.machine import Machine
-from core.training.objective import Objective
 from core.training.progress import Budget
 
 OUT_OF_MEMORY = "out of memory"
@@ -39,22 +38,24 @@ class Passes:
 
     def __init__(
         self,
-        objective: Objective,
+        module: nn.Module,
+        model: nn.Module,
         machine: Machine,
         settings: TrainSettings,
         compile_from_step: int | None,
         warn: Callable[[str], None],
         note_failure: Callable[[], None],
     ):
-        """Wrap the objective for the ranks.
+        """Train with these settings.
 
+        module              what to call, as the engine wrapped it
+        model               the part of it that is compiled
         compile_from_step   the first step of the lineage that is compiled; None: none is
         note_failure        called when the compiler fails, so that a resumed run leaves it out
         """
         self._engine = machine.engine
-        self._module = self._engine.wrap(objective)  # as the ranks share it
-        self._model = objective.model  # what is compiled
-        self._parallel, self._device, self._dtype = machine.parallel, machine.device, machine.dtype
+        self._module, self._model = module, model
+        self._parallel, self._device = machine.parallel, machine.device
         self._seed, self._warn, self._note_failure = settings.seed, warn, note_failure
         self._compile_from_step = compile_from_step
         self.rows_at_once = settings.per_gpu_batch_size
@@ -82,7 +83,7 @@ class Passes:
             except Exception as error:
                 if self._parallel.world_size > 1 or (failure := self._failure(error)) is None:
                     raise
-            self._module.zero_grad()
+            self._engine.forget()
             self._give_way([failure])
 
     def rehearse(self, rows: StepRows, progress: float, step: int) -> None:
@@ -97,7 +98,7 @@ class Passes:
             self._compile_from_step, self.fitted = None, False
         while not self.fitted:
             failure = self._try(rows.batch.rows(0, self.rows_at_once), rows, progress)
-            self._module.zero_grad()
+            self._engine.forget()
             failures = [f for f in self._parallel.gather(failure) if f is not None]
             self.fitted = not failures
             if failures:
@@ -112,10 +113,8 @@ class Passes:
         }
         held = signals_held() if self._is_compiled else nullcontext()
         with self._engine.one_pass(self._module, last), held:
-            low = self._dtype != torch.float32
-            with torch.autocast(self._device.type, dtype=self._dtype, enabled=low):
-                loss, terms = self._module(batch, count, progress, head_counts)
-            loss.backward()
+            loss, terms = self._module(batch, count, progress, head_counts)
+            self._engine.backward(loss)
         return terms
 
     def _try(self, batch: Batch, rows: StepRows, progress: float) -> str | None:
@@ -173,14 +172,15 @@ def compile_plan(
     preset: PresetBase,
     machine: Machine,
     saved: CheckpointState | None,
-    model: nn.Module,
+    parameters: int,
     budget: Budget,
     failed: bool,
 ) -> CompilePlan:
     """Decide from which step of the lineage on to compile, once per lineage: a resumed run keeps
     it.
 
-    failed   the compiler failed earlier in this run
+    parameters   of the model
+    failed       the compiler failed earlier in this run
     """
     choice = preset.train.compile
     if choice == "never":
@@ -195,7 +195,7 @@ def compile_plan(
         note = "not compiled: torch.compile needs a C++ compiler, and there is none"
         return CompilePlan(None, note)
     if choice == "auto":
-        seconds = _product_seconds(preset, machine.runtime, model, budget)
+        seconds = _product_seconds(preset, machine.runtime, parameters, budget)
         if seconds < COMPILE_PAYS_AFTER_SECONDS:
             note = f"not compiled: multiplying takes about {seconds:.0f} s of the run, too little "
             return CompilePlan(None, f"{note}for compiling to pay")
@@ -208,10 +208,9 @@ def compile_plan(
 
 
 def _product_seconds(
-    preset: PresetBase, runtime: Runtime, model: nn.Module, budget: Budget
+    preset: PresetBase, runtime: Runtime, parameters: int, budget: Budget
 ) -> float:
     """Estimate the seconds of a run that its matrix products take."""
-    parameters = sum(p.numel() for p in model.parameters())
     tokens = min(budget.run_tokens, budget.schedule_tokens)  # less where max_epochs ends it
     if budget.run_steps is not None:
         rows = preset.train.per_gpu_batch_size * preset.train.accumulation_steps

@@ -7,11 +7,12 @@ State: how often a run was put back
 
 from core.checkpoint.fitting import load_model
 from core.checkpoint.slots import CheckpointStore, load_slot
+from core.checkpoint.state import CheckpointState
 from core.contracts import call_if_defined
 from core.errors import CheckpointError, Diverged
 from core.heads.build import load_heads
-from core.parallel.protocol import Parallel
 from core.parallel.shards import full
+from core.training.machine import Machine
 from core.training.objective import Objective
 from core.training.optim import Optimizer
 from core.training.reporter import Reporter
@@ -32,11 +33,11 @@ class Recovery:
         store: CheckpointStore,
         objective: Objective,
         optimizer: Optimizer,
-        parallel: Parallel,
+        machine: Machine,
         reporter: Reporter,
     ):
         self._store, self._objective, self._optimizer = store, objective, optimizer
-        self._parallel, self._reporter = parallel, reporter
+        self._parallel, self._engine, self._reporter = machine.parallel, machine.engine, reporter
         self._times = 0
 
     def roll_back(self, step: int) -> None:
@@ -54,17 +55,15 @@ class Recovery:
         if state is None or path is None:
             raise Diverged(f"{reason}. {ADVICE}")
         self._times += 1
-        model, heads = self._objective.model, self._objective.heads
         notes = []
-        try:  # as a resumed run does: heads, or the rows' length, may have changed since
-            call_if_defined(model, "prepare_load", state["model"], notes)
-            notes += load_model(model, state["model"], path.name)
-            notes += load_heads(heads, state["heads"])
+        try:
+            with self._engine.rewriting():
+                is_finite = self._load(state, path.name, notes)
         except CheckpointError as error:
             raise Diverged(
                 f"{reason}, and the checkpoint before cannot be gone back to: {error}"
             ) from None
-        if not all(full(p.isfinite().all()) for p in self._objective.parameters()):
+        if not is_finite:
             lacking = "; ".join(notes)
             raise Diverged(f"{reason}, as are weights that {path.name} lacks ({lacking}). {ADVICE}")
         self._optimizer.load(state["optimizer"])
@@ -72,3 +71,12 @@ class Recovery:
             f"{BAD_STEPS} bad steps in a row: weights are back at {path.name}, step "
             f"{state['progress']['step']}"
         )
+
+    def _load(self, state: CheckpointState, where: str, notes: list[str]) -> bool:
+        """Load the weights as a resumed run does: heads, or the rows' length, may have changed
+        since. Returns whether all of them are finite."""
+        model, heads = self._objective.model, self._objective.heads
+        call_if_defined(model, "prepare_load", state["model"], notes)
+        notes += load_model(model, state["model"], where)
+        notes += load_heads(heads, state["heads"])
+        return all(full(p.isfinite().all()) for p in self._objective.parameters())

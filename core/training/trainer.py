@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
+from torch import nn
+
 from core.checkpoint.slots import CheckpointStore
 from core.contracts import LanguageModel, call_if_defined
 from core.data.loader import Loader, StepRows
@@ -40,9 +42,10 @@ from core.training.step_report import StepReport, step_report
 
 @dataclass
 class Learner:
-    """The objective that is trained, and the optimizer that updates it."""
+    """The objective that is trained, the module to call for its loss, and the optimizer."""
 
     objective: Objective
+    module: nn.Module  # the objective, as the engine wrapped it
     optimizer: Optimizer
 
 
@@ -109,13 +112,12 @@ class Trainer:
         self.should_stop = should_stop
         self.reporter = Reporter(self.log, self.progress)
         self.saver = Saver(self.store, self.state, self.settings, self.parallel, self.reporter)
-        self.recovery = Recovery(
-            self.store, self.objective, self.optimizer, self.parallel, self.reporter
-        )
+        self.recovery = Recovery(self.store, self.objective, self.optimizer, machine, self.reporter)
         # a resumed run leaves a compiler out that failed
         note_failure = partial(self.extra_state.update, compile_failed=True)
         self.passes = Passes(
-            self.objective,
+            learner.module,
+            self.model,
             machine,
             self.settings,
             plan.compile_from_step,
@@ -213,7 +215,8 @@ class Trainer:
             rows = self.curriculum.choose(self.model, rows, micro_batches, progress, done.step)
             rows = self._with_positions(rows)  # the same positions, counted anew
         terms = self.passes.gradients(rows, progress, done.step)
-        grad_norm = self.objective.clip(self.settings.max_grad_norm)
+        groups = self.objective.clipped_together()
+        grad_norm = self.engine.clip(groups, self.settings.max_grad_norm)
         report = step_report(
             self.objective,
             terms,
@@ -227,8 +230,10 @@ class Trainer:
         if self._may_update(report):
             self._sound = False  # until the update is counted
             self.optimizer.step(factor)
-            call_if_defined(self.model, "after_optimizer_step")
-        self.optimizer.zero_grad()
+            if hasattr(self.model, "after_optimizer_step"):
+                with self.engine.rewriting():
+                    call_if_defined(self.model, "after_optimizer_step")
+        self.engine.forget()
         self._advance(rows, progress, report, factor)
         self._reweight(rows, progress, report)
         return rows.num_tokens

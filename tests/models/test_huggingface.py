@@ -266,7 +266,7 @@ def test_position_tables_do_not_decay() -> None:
     optimizer = Optimizer(list(model.named_parameters()), set(), TrainSettings())
     plain = {
         id(p)
-        for o in optimizer._optimizers
+        for o in optimizer.optimizers
         for g in o.param_groups
         if g["weight_decay"] == 0.0
         for p in g["params"]

@@ -296,7 +296,7 @@ def test_every_step_ends_on_the_unit_sphere() -> None:
         optimizer.step(1.0)
         model.after_optimizer_step()
         assert off_sphere(model) < 1e-6
-        optimizer.zero_grad()
+        model.zero_grad()
     assert torch.equal(model.decoder.weight, kept) and not torch.allclose(
         model.dist_head.weight, before
     )

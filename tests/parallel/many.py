@@ -33,11 +33,11 @@ from core.training.passes import Passes
 class Fails(Passes):
     """On rank 1 the first pass, a trial as on a GPU, is out of memory in the middle."""
 
-    def __init__(self, objective: Any, *arguments: Any):
-        super().__init__(objective, *arguments)
+    def __init__(self, module: Any, model: Any, *arguments: Any):
+        super().__init__(module, model, *arguments)
         self.fitted = False
         if self._parallel.rank == 1:
-            handle = objective.model.layers[-1].register_forward_pre_hook(lambda *_: self._fail())
+            handle = model.layers[-1].register_forward_pre_hook(lambda *_: self._fail())
             self._remove = handle.remove
 
     def _fail(self) -> None:

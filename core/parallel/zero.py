@@ -1,0 +1,306 @@
+"""ZeRO's shares, as DeepSpeed keeps them: flat tensors over several parameters, of which each rank
+has a stretch.
+
+In:    parameters; what an optimizer keeps of them
+Out:   this rank's part of each: of its weight, its gradient, the optimizer's state
+State: DeepSpeed's engine
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from core.parallel.blocks import blocks_of
+from core.parallel.deepspeed import DeepSpeed
+from core.parallel.shards import collected, weights_by_name
+
+
+class Stretch(NamedTuple):
+    """The place of this rank's part of a parameter."""
+
+    flat: Tensor  # that the optimizer updates: parts of several parameters
+    start: int  # in `flat`
+    first: int  # in the parameter, flattened
+    length: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """This rank's part of a tensor; see core/parallel/shards.py."""
+
+    values: Tensor  # (length,)
+    first: int  # place of the first value in the tensor, flattened
+    shape: torch.Size
+    group: dist.ProcessGroup
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def to_local(self) -> Tensor:
+        return self.values
+
+    def full_tensor(self) -> Tensor:
+        whole = self.values.new_zeros(self.shape.numel())
+        whole[self.first : self.first + len(self.values)] = self.values
+        dist.all_reduce(whole, group=self.group)  # adds zeros: exact
+        return whole.view(self.shape)
+
+
+class Zero(DeepSpeed):
+    """Stages 1 and 2; see Engine in core/parallel/protocol.py.
+
+    An optimizer counts the steps of a flat tensor, not of each parameter in it: one that starts
+    afresh takes the count of the others."""
+
+    def wrap(self, objective: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> nn.Module:
+        self._shapes = {p: p.shape for p in objective.parameters() if p.requires_grad}
+        module = super().wrap(objective, optimizers)
+        self._shares = self._engine.optimizer
+        return module
+
+    def clip(self, groups: Sequence[Sequence[nn.Parameter]], max_norm: float) -> Tensor:
+        parts = [[g for p in group if (g := self._gradient(p)) is not None] for group in groups]
+        device = next(iter(self._shapes)).device
+        squares = torch.zeros(len(groups), dtype=torch.float64, device=device)
+        for i, gradients in enumerate(parts):
+            if gradients:
+                each = torch.stack(torch._foreach_norm(gradients, dtype=torch.float32))
+                squares[i] = each.double().square().sum()
+        dist.all_reduce(squares, group=self._group)
+        norms = squares.sqrt().float()
+        factors = (max_norm / (norms + 1e-6)).clamp(max=1.0)
+        for gradients, factor in zip(parts, factors):
+            if gradients:
+                torch._foreach_mul_(gradients, factor)
+        return norms[0] + 0.0 * norms[1:].sum()
+
+    def update(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        self._engine.step()
+
+    def forget(self) -> None:
+        self._shares.zero_grad()
+        self._shares.micro_step_id = -1
+        for i in range(len(self._shares.bit16_groups)):
+            self._shares.averaged_gradients[i] = self._shares.all_grad_tensors[i] = None
+
+    @contextmanager
+    def rewriting(self) -> Iterator[None]:
+        yield
+        self._shares.refresh_fp32_params()
+
+    def state_of(
+        self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter
+    ) -> Mapping[str, Any]:
+        flat, stretch = self._flat_of(parameter), self._stretch(parameter)
+        return {
+            key: self._part(value, parameter, stretch) if value.ndim else value
+            for key, value in optimizer.state.get(flat, {}).items()
+        }
+
+    def keep_state(
+        self,
+        optimizer: torch.optim.Optimizer,
+        parameter: nn.Parameter,
+        state: Mapping[str, Any] | None,
+    ) -> None:
+        flat, stretch = self._flat_of(parameter), self._stretch(parameter)
+        kept = optimizer.state[flat]
+        if state is not None:
+            kept["step"] = state["step"].clone().to(flat.device)
+        for key in ("exp_avg", "exp_avg_sq"):
+            if state is not None and key not in kept:
+                kept[key] = torch.zeros_like(flat.detach())
+            if stretch is not None and key in kept:
+                values = kept[key][stretch.start : stretch.start + stretch.length]
+                values.zero_()
+                if state is not None:
+                    end = stretch.first + stretch.length
+                    values.copy_(state[key].reshape(-1)[stretch.first : end])
+
+    def collect(self, states: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+        return collected(states, dist.get_rank(self._group))
+
+    @contextmanager
+    def trial(self) -> Iterator[None]:
+        from deepspeed.comm import comm
+
+        backend, comm.cdb = comm.cdb, _Silent(comm.cdb)
+        try:
+            yield
+        finally:
+            comm.cdb = backend
+            self._begin_anew()
+
+    def close(self) -> None:
+        super().close()
+        for flat in self._flats():  # what DeepSpeed holds for good is empty
+            flat.data = flat.data.new_empty(0)
+
+    # where things lie -----------------------------------------------------------------------------
+
+    def _part(self, flat: Tensor, parameter: nn.Parameter, stretch: Stretch | None) -> Part:
+        shape = self._shapes[parameter]
+        if stretch is None:
+            return Part(flat[:0], 0, shape, self._group)
+        values = flat[stretch.start : stretch.start + stretch.length]
+        return Part(values, stretch.first, shape, self._group)
+
+    def _flats(self) -> list[Tensor]:
+        return self._shares.single_partition_of_fp32_groups
+
+    def _flat_of(self, parameter: nn.Parameter) -> Tensor:
+        """Return the flat tensor of a parameter's group, whether or not this rank has a part."""
+        groups = self._shares.bit16_groups
+        return next(
+            flat for flat, group in zip(self._flats(), groups) if any(p is parameter for p in group)
+        )
+
+    def _stretch(self, parameter: Any) -> Stretch | None:
+        """Return where this rank's part of a parameter lies; None where it has none."""
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return None
+        there, here = mapping.hp_fragment_address, mapping.lp_fragment_address
+        return Stretch(self._flat_of(parameter), there.start, here.start, here.numel)
+
+    def _gradient(self, parameter: Any) -> Tensor | None:
+        """Return this rank's part of the averaged gradient, as a view."""
+        if parameter not in self._shapes or parameter._hp_mapping is None:
+            return None
+        return parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group)
+
+    def _begin_anew(self) -> None:
+        self.forget()
+
+
+class ZeroThree(Zero):
+    """Stage 3. Weights are read outside their modules: those of blocks are brought together block
+    by block, all others for a whole pass, as with FSDP."""
+
+    compiles = False
+
+    def wrap(self, objective: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> nn.Module:
+        from deepspeed.runtime.zero import register_external_parameter
+
+        of_blocks = {p for block in blocks_of(objective) for p in block.parameters()}
+        module = super().wrap(objective, optimizers)
+        self._offload = self._shares.parameter_offload
+        self._weights: list[Any] = list(objective.parameters())
+        for parameter in self._weights:
+            if parameter not in of_blocks:
+                register_external_parameter(objective, parameter)
+        return module
+
+    def forget(self) -> None:
+        self._shares.zero_grad()
+        self._shares.averaged_gradients = {}
+
+    @contextmanager
+    def rewriting(self) -> Iterator[None]:
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters(self._weights, modifier_rank=0):
+            yield
+        self._shares.refresh_fp32_params()
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        from deepspeed.runtime.zero import GatheredParameters, parameter_offload
+
+        with GatheredParameters(self._weights):
+            for parameter in self._weights:
+                parameter.ds_active_sub_modules.clear()
+            # else a module would free its weights behind its forward pass, and the next gather
+            self._offload._remove_module_hooks()
+            self._offload.forward_hooks.clear()
+            self._offload.backward_hooks.clear()
+            try:
+                yield
+            finally:
+                self._offload.setup_zero_stage3_hooks()
+                parameter_offload.FWD_MODULE_STACK.pop()  # which that puts there once more
+
+    def weights_of(self, module: nn.Module) -> dict[str, Tensor]:
+        return weights_by_name(module, dist.get_rank(self._group))
+
+    def close(self) -> None:
+        from deepspeed.runtime.zero import parameter_offload
+
+        super().close()
+        parameter_offload.FWD_MODULE_STACK.clear()
+        for parameter in self._weights:
+            parameter.ds_tensor.data = parameter.data = parameter.data.new_empty(0)
+
+    def _flats(self) -> list[Tensor]:
+        return self._shares.fp32_partitioned_groups_flat
+
+    def _flat_of(self, parameter: nn.Parameter) -> Tensor:
+        return self._flats()[self._place_of(parameter)[0]]
+
+    def _stretch(self, parameter: Any) -> Stretch | None:
+        group, start, length = self._place_of(parameter)
+        first = dist.get_rank(self._group) * length
+        length = min(length, self._shapes[parameter].numel() - first)  # the rest is padding
+        return Stretch(self._flats()[group], start, first, length) if length > 0 else None
+
+    def _place_of(self, parameter: nn.Parameter) -> tuple[int, int, int]:
+        return self._shares.grad_position[self._shares.get_param_id(parameter)]
+
+    def _gradient(self, parameter: Any) -> Tensor | None:
+        if parameter not in self._shapes:
+            return None
+        return self._shares._get_fp32_grad_state_partition(parameter, release_swap_buffers=False)[0]
+
+    def _begin_anew(self) -> None:
+        self.forget()
+        coordinator = self._offload.get_param_coordinator()
+        coordinator.release_backward_leftovers()
+        if not coordinator.is_invalid_trace():
+            coordinator._invalidate_trace()
+        self._offload.partition_all_parameters()
+
+
+class _Silent:
+    """In place of what DeepSpeed sends with: nothing travels, and the same memory is taken. What
+    arrives means nothing."""
+
+    def __init__(self, backend: Any):
+        self._backend = backend
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def all_gather_into_tensor(
+        self, output_tensor: Tensor, input_tensor: Tensor, **_: Any
+    ) -> "_Done":
+        output_tensor.view(-1, input_tensor.numel()).copy_(input_tensor.view(1, -1))
+        return _Done()
+
+    def reduce_scatter_tensor(
+        self, output_tensor: Tensor, input_tensor: Tensor, **_: Any
+    ) -> "_Done":
+        output_tensor.view(-1).copy_(input_tensor.view(-1)[: output_tensor.numel()])
+        return _Done()
+
+    def all_gather(self, tensor_list: list[Tensor], tensor: Tensor, **_: Any) -> "_Done":
+        for each in tensor_list:
+            each.copy_(tensor)
+        return _Done()
+
+    def all_reduce(self, *_: Any, **__: Any) -> "_Done":
+        return _Done()
+
+    reduce = broadcast = all_reduce
+
+
+class _Done:
+    """A transfer that has ended."""
+
+    def wait(self) -> None:
+        pass
