@@ -3,17 +3,19 @@ start.
 
     torchrun --standalone --nproc_per_node=2 -m tests.parallel.many cases.json "" | folder
 
-In:    a JSON list of [preset, folder]; the name of the folder whose first pass, a trial, runs out
-       of memory on rank 1, or "no room": that has none there to gather all weights
+In:    a JSON list of [preset, folder]; the name of the folder where something fails, which is
+       "out of memory": on rank 1, in the first pass, a trial; "no room": on rank 1, to gather all
+       weights; "bad steps": the loss is no number in some steps
 Out:   each folder's log and checkpoints; on standard output, a line for each that was refused
 """
 
 import contextlib
 import io
 import json
+import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -29,6 +31,9 @@ from core.registry import Preset
 from core.runtime import detect_runtime, prepare
 from core.training.passes import Passes
 
+BAD = (3, 8, 9, 10, 11, 12)
+"""Steps taken before a bad one."""
+
 
 class Fails(Passes):
     """On rank 1 the first pass, a trial as on a GPU, is out of memory in the middle."""
@@ -43,6 +48,20 @@ class Fails(Passes):
     def _fail(self) -> None:
         self._remove()
         raise torch.OutOfMemoryError("no memory")
+
+
+class Poisons(Passes):
+    """The loss of some steps is no number, on the last rank alone."""
+
+    def gradients(self, rows: Any, progress: float, step: int) -> Any:
+        if step not in BAD or self._parallel.rank < self._parallel.world_size - 1:
+            return super().gradients(rows, progress, step)
+        layer = cast(Any, self._model).layers[-1]
+        handle = layer.register_forward_hook(lambda module, inputs, hidden: hidden * math.nan)
+        try:
+            return super().gradients(rows, progress, step)
+        finally:
+            handle.remove()
 
 
 def no_room(*_: Any) -> None:
@@ -63,9 +82,9 @@ def main(cases: list[tuple[dict, str]], failing: str) -> None:
     ):
         for number, (preset, folder) in enumerate(cases):
             decoded = decode_preset(preset, Preset, "t", "t")
-            fails = Path(folder).name == failing
-            passes = Fails if fails and failing != "no room" else Passes
-            room = no_room if fails and failing == "no room" and runtime.rank == 1 else reserve
+            what = failing if Path(folder).name == failing else ""
+            passes = {"out of memory": Fails, "bad steps": Poisons}.get(what, Passes)
+            room = no_room if what == "no room" and runtime.rank == 1 else reserve
             try:
                 with (
                     mock.patch("core.training.trainer.Passes", passes),

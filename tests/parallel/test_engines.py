@@ -22,6 +22,7 @@ from core.parallel.engines import choose_engine
 from core.parallel.processes import Processes
 from core.parallel.single import Single
 from core.preset.decode import read_preset
+from core.preset.train import TrainSettings
 from core.registry import Preset
 from tests.documents import GUIDE, block_of
 from tests.preset.test_shipped import CONFIGS, shrunk
@@ -39,6 +40,8 @@ from tests.project import (
 pytestmark = pytest.mark.slow
 
 STEPS = 10
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+STAGES = ["deepspeed 1", "deepspeed 2", "deepspeed 3"]
 PRESETS = [
     path
     for path in CONFIGS
@@ -58,17 +61,36 @@ OTHERS: dict[str, dict] = {
 CASES = [path.stem for path in PRESETS] + list(OTHERS)
 
 
-def run_all(cases: list[tuple[dict, Path]], ranks: int, fail_on_rank_1: str = "") -> str:
+Run = tuple[str, int]
+"""An engine, with its stage of ZeRO, and a number of ranks: ("deepspeed 3", 2)."""
+
+
+def on(preset: dict, run: Run) -> dict:
+    """The preset on an engine, with as many rows in a step whatever the ranks."""
+    engine, _, stage = run[0].partition(" ")
+    train: dict[str, Any] = {"engine": engine, "accumulation_steps": 4 // run[1]}
+    if stage:
+        # small parameters are shared out too
+        threshold = {"stage3_param_persistence_threshold": 0} if stage == "3" else {}
+        train["deepspeed"] = {"zero_optimization": {"stage": int(stage), **threshold}}
+    return merged(preset, {"train": train})
+
+
+def command(run: Run) -> list[str]:
+    """What starts main.py on so many ranks."""
+    return [sys.executable, *(TORCHRUN if run[1] > 1 else [])]
+
+
+def run_all(cases: list[tuple[dict, Path]], ranks: int, failing: str = "") -> str:
     """Train on so many ranks, one preset after the other; returns what was refused.
 
-    fail_on_rank_1   the folder whose first pass is out of memory there; "no room": see many.py
+    failing   the folder where something fails, and what: see many.py
     """
     listed = cases[0][1].parent / f"cases_{ranks}.json"
     listed.write_text(json.dumps([(preset, str(folder)) for preset, folder in cases]))
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command = [sys.executable, *(launcher if ranks > 1 else [])]
+    launcher = command(("", ranks))
     result = subprocess.run(
-        [*command, "-m", "tests.parallel.many", str(listed), fail_on_rank_1],
+        [*launcher, "-m", "tests.parallel.many", str(listed), failing],
         cwd=ROOT,
         env={**os.environ, **NO_HUB, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -111,28 +133,60 @@ def losses(folder: Path) -> list[float]:
     return [event["loss"] for event in project.events("step")] + measured
 
 
+def run_matrix(names: list[str], runs: list[Run], root: Path) -> None:
+    """Train each preset on each of the engines, in folders of their own."""
+    of_ranks: dict[int, list[tuple[dict, Path]]] = {1: [], 2: []}
+    for name, run in itertools.product(names, runs):
+        folder = folder_of(root, name, run)
+        folder.mkdir(parents=True)
+        write_stories(folder)
+        of_ranks[run[1]].append((on(case(name, root / "model"), run), folder))
+    for ranks, cases in of_ranks.items():
+        assert not cases or run_all(cases, ranks) == ""
+
+
+def folder_of(root: Path, name: str, run: Run) -> Path:
+    return root / name / f"{run[0]} x {run[1]}"
+
+
+def check_the_same(names: list[str], runs: list[Run], root: Path) -> None:
+    """The same losses and evaluations as in one process, and the same data."""
+    for name, run in itertools.product(names, runs):
+        alone, other = folder_of(root, name, ("single", 1)), folder_of(root, name, run)
+        assert len(losses(alone)) > STEPS
+        assert losses(other) == pytest.approx(losses(alone), abs=1e-4), f"{name}, {run}"
+        one, two = Project(alone).checkpoint(), Project(other).checkpoint()
+        assert one["data"]["receipt"] == two["data"]["receipt"], f"{name}, {run}"
+        for key in ("model", "heads", "optimizer"):
+            assert one[key].keys() == two[key].keys(), f"{name}, {run}"
+        if run == ("fsdp", 1):
+            assert differences(one, two) == [], name
+
+
 @pytest.mark.parametrize("half", [0, 1])
 def test_every_engine_trains_as_one_process_does(half: int, tmp_path: Path) -> None:
     """The same losses and evaluations, and the same data; one rank of fsdp gives the same bits."""
-    names, engines = CASES[half::2], [("single", 1), ("fsdp", 1), ("ddp", 2), ("fsdp", 2)]
-    of_ranks: dict[int, list[tuple[dict, Path]]] = {1: [], 2: []}
-    for name, (engine, ranks) in itertools.product(names, engines):
-        folder = tmp_path / name / f"{engine} {ranks}"
-        folder.mkdir(parents=True)
-        write_stories(folder)
-        train = {"engine": engine, "accumulation_steps": 4 // ranks}
-        of_ranks[ranks].append((merged(case(name, tmp_path / "model"), {"train": train}), folder))
-    for ranks, cases in of_ranks.items():
-        assert run_all(cases, ranks) == ""
-    for name, (engine, ranks) in itertools.product(names, engines[1:]):
-        alone, other = tmp_path / name / "single 1", tmp_path / name / f"{engine} {ranks}"
-        assert len(losses(alone)) > STEPS
-        assert losses(other) == pytest.approx(losses(alone), abs=1e-4), f"{name}, {other.name}"
-        one, two = Project(alone).checkpoint(), Project(other).checkpoint()
-        assert one["data"]["receipt"] == two["data"]["receipt"], f"{name}, {other.name}"
-        assert one["model"].keys() == two["model"].keys(), f"{name}, {other.name}"
-        if (engine, ranks) == ("fsdp", 1):
-            assert differences(one, two) == [], name
+    names, runs = CASES[half::2], [("single", 1), ("fsdp", 1), ("ddp", 2), ("fsdp", 2)]
+    run_matrix(names, runs, tmp_path)
+    check_the_same(names, runs[1:], tmp_path)
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_every_stage_of_zero_trains_as_one_process_does(half: int, tmp_path: Path) -> None:
+    names = [name for name in CASES if name not in ("muon", "curriculum")][half::2]
+    runs = [("single", 1), *((stage, 2) for stage in STAGES)]
+    run_matrix(names, runs, tmp_path)
+    check_the_same(names, runs[1:], tmp_path)
+
+
+def test_stage_0_of_zero_and_one_process_of_each(tmp_path: Path) -> None:
+    alone, together = ["90_quick_test"], ["muon", "curriculum"]
+    of_one = [("single", 1), *((stage, 1) for stage in STAGES)]
+    run_matrix(alone, of_one, tmp_path)
+    check_the_same(alone, of_one[1:], tmp_path)
+    of_two = [("single", 1), ("deepspeed 0", 2)]
+    run_matrix(together, of_two, tmp_path)
+    check_the_same(together, of_two[1:], tmp_path)
 
 
 # runs that change from one engine to another ------------------------------------------------------
@@ -149,55 +203,68 @@ LONG = tiny_preset(
     },
     auxiliary={"enable_value": True},
 )
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-
-
-def on(engine: str, ranks: int) -> tuple[dict, list[str]]:
-    """The long preset on an engine, and the command that starts so many ranks."""
-    train = {"engine": engine, "accumulation_steps": 4 // ranks}
-    return merged(LONG, {"train": train}), [sys.executable, *(TORCHRUN if ranks > 1 else [])]
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """The long preset on two ranks of fsdp, in one go."""
-    preset, command = on("fsdp", 2)
-    project = Project.make(tmp_path_factory.mktemp("straight") / "project", {"t": preset})
-    result = project.run("t", command=command)
-    assert result.code == 0 and "Traceback" not in result.text, result.text
-    return project
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Callable[[dict, Run], Project]:
+    """Trains a preset on an engine in one go; once."""
+    made: dict[str, Project] = {}
+
+    def train(preset: dict, run: Run) -> Project:
+        key = json.dumps([preset, run])
+        if key not in made:
+            folder = tmp_path_factory.mktemp("straight") / "project"
+            made[key] = Project.make(folder, {"t": on(preset, run)})
+            result = made[key].run("t", command=command(run))
+            assert result.code == 0 and "Traceback" not in result.text, result.text
+            assert "WARNING" not in result.text, result.text
+        return made[key]
+
+    return train
+
+
+CHAIN: list[Run] = [
+    ("ddp", 2),
+    ("fsdp", 2),
+    ("deepspeed 2", 2),
+    ("single", 1),
+    ("deepspeed 3", 2),
+    ("deepspeed 1", 1),
+]
 
 
 def test_a_run_goes_from_engine_to_engine(
-    straight: Project, make_project: Callable[..., Project]
+    straight: Callable, make_project: Callable[..., Project]
 ) -> None:
-    """Two ranks, one, two again; ddp, fsdp, single: nothing is read twice or left out, and the
-    losses are those of a run that stayed."""
-    project = make_project({})
-    for goal, engine, ranks in ((15, "ddp", 2), (30, "fsdp", 2), (45, "single", 1)):
-        preset, command = on(engine, ranks)
-        project.write_preset("t", preset)
-        reached = lambda goal=goal: project.num_steps() >= goal  # noqa: E731
-        result = project.run_until("t", reached, signal.SIGINT, command=command)
+    """On two ranks, one, two again: nothing is read twice or left out, and the losses are those of
+    a run that stayed."""
+    preset = merged(LONG, {"train": {"optimizer": "adamw"}})
+    whole, project = straight(preset, ("single", 1)), make_project({})
+    for i, run in enumerate(CHAIN):
+        project.write_preset("t", on(preset, run))
+        if run == CHAIN[-1]:
+            assert project.run("t", command=command(run)).code == 0
+            break
+        reached = lambda goal=10 * (i + 1): project.num_steps() >= goal  # noqa: E731
+        result = project.run_until("t", reached, signal.SIGINT, command=command(run))
         assert result.text.count("everything is saved") == 1, result.text
-        assert goal <= project.num_steps() < 60
-    preset, command = on("fsdp", 1)
-    project.write_preset("t", preset)
-    assert project.run("t", command=command).code == 0
+        assert 10 * (i + 1) <= project.num_steps() < 60
     assert project.steps() == list(range(1, 61))
-    assert project.checkpoint()["data"]["receipt"] == straight.checkpoint()["data"]["receipt"]
-    assert losses(project.folder) == pytest.approx(losses(straight.folder), abs=1e-4)
+    assert project.checkpoint()["data"]["receipt"] == whole.checkpoint()["data"]["receipt"]
+    assert losses(project.folder) == pytest.approx(losses(whole.folder), abs=1e-4)
     engines = [event["engine"] for event in project.events("run_start")]
-    assert engines == ["ddp", "fsdp", "single", "fsdp"]
+    assert engines == [run[0].partition(" ")[0] for run in CHAIN]
 
 
+@pytest.mark.parametrize("engine", ["fsdp", "deepspeed 3"])
 def test_a_killed_rank_costs_nothing(
-    straight: Project, make_project: Callable[..., Project]
+    engine: str, straight: Callable, make_project: Callable[..., Project]
 ) -> None:
     """kill -9 of one rank: torchrun ends the other, and the next start goes on, bit for bit."""
-    preset, command = on("fsdp", 2)
-    project = make_project({"t": preset})
-    process = project.start("t", command=command)
+    run = (engine, 2)
+    preset = LONG if engine == "fsdp" else merged(LONG, {"train": {"optimizer": "adamw"}})
+    whole, project = straight(preset, run), make_project({"t": on(preset, run)})
+    process = project.start("t", command=command(run))
     try:
         end = time.monotonic() + 120
         while project.num_steps() < 23 and time.monotonic() < end:
@@ -208,9 +275,9 @@ def test_a_killed_rank_costs_nothing(
         kill_group(process)
         project.kill_what_is_left()
     assert project.num_steps() >= 23 and not project.finished()
-    result = project.run("t", command=command)
+    result = project.run("t", command=command(run))
     assert result.code == 0 and "goes on from step" in result.text, result.text
-    assert differences(straight.checkpoint(), project.checkpoint()) == []
+    assert differences(whole.checkpoint(), project.checkpoint()) == []
     assert project.steps() == list(range(1, 61))
 
 
@@ -227,13 +294,14 @@ def rank_of(project: Project, rank: int) -> int:
     raise AssertionError(f"no process is rank {rank}")
 
 
-def test_two_machines_train_as_one(straight: Project, make_project: Callable[..., Project]) -> None:
+def test_two_machines_train_as_one(
+    straight: Callable, make_project: Callable[..., Project]
+) -> None:
     """Two launchers that meet at an address, as on two machines that share the folder."""
-    preset, _ = on("fsdp", 2)
-    project = make_project({"t": preset})
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
-    command += ["--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{free_port()}", "--rdzv-id=1"]
-    both = [project.start("t", command=command) for _ in range(2)]
+    whole, project = straight(LONG, ("fsdp", 2)), make_project({"t": on(LONG, ("fsdp", 2))})
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
+    launcher += ["--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{free_port()}", "--rdzv-id=1"]
+    both = [project.start("t", command=launcher) for _ in range(2)]
     try:
         told = [process.communicate(timeout=200) for process in both]
     finally:
@@ -241,7 +309,7 @@ def test_two_machines_train_as_one(straight: Project, make_project: Callable[...
             kill_group(process)
         project.kill_what_is_left()
     assert [process.returncode for process in both] == [0, 0], told
-    assert differences(straight.checkpoint(), project.checkpoint()) == []
+    assert differences(whole.checkpoint(), project.checkpoint()) == []
 
 
 def test_the_guides_slurm_script(make_project: Callable[..., Project]) -> None:
@@ -281,23 +349,59 @@ def free_port() -> int:
 # what an engine refuses, and what it survives -----------------------------------------------------
 
 
-def test_out_of_memory_on_one_rank_halves_the_micro_batch_on_all(tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["fsdp", *STAGES])
+def test_out_of_memory_on_one_rank_halves_the_micro_batch_on_all(
+    engine: str, tmp_path: Path
+) -> None:
     """In the middle of a pass, where the other rank waits for it to gather weights."""
     cases = []
-    for name in ("whole", "fails"):
+    preset = merged(LONG, {"train": {"max_steps": 4, "optimizer": "adamw"}})
+    for name in ("whole", "out of memory"):
         (tmp_path / name).mkdir()
         write_stories(tmp_path / name)
-        preset, _ = on("fsdp", 2)
-        cases.append((merged(preset, {"train": {"max_steps": 4}}), tmp_path / name))
-    assert run_all(cases, 2, fail_on_rank_1="fails") == ""
-    warnings = [event["message"] for event in Project(tmp_path / "fails").events("warning")]
+        cases.append((on(preset, (engine, 2)), tmp_path / name))
+    assert run_all(cases, 2, failing="out of memory") == ""
+    failed = tmp_path / "out of memory"
+    warnings = [event["message"] for event in Project(failed).events("warning")]
     assert warnings == ["out of memory: micro-batches have 2 rows now, and there are more of them"]
-    assert losses(tmp_path / "fails") == pytest.approx(losses(tmp_path / "whole"), abs=1e-5)
+    assert losses(failed) == pytest.approx(losses(tmp_path / "whole"), abs=1e-5)
+
+
+@pytest.mark.skips_updates
+def test_bad_steps_and_the_way_back_are_the_same_on_all(tmp_path: Path) -> None:
+    """An update that is skipped leaves no trace; five in a row lead back to a checkpoint."""
+    runs: list[Run] = [("single", 1), ("ddp", 2), ("fsdp", 2), *((stage, 2) for stage in STAGES)]
+    preset = merged(LONG, {"train": {"max_steps": 16, "optimizer": "adamw"}})
+    for run in runs:
+        folder = tmp_path / f"{run[0]} x {run[1]}" / "bad steps"
+        folder.mkdir(parents=True)
+        write_stories(folder)
+    for ranks in (1, 2):
+        cases = [
+            (on(preset, run), tmp_path / f"{run[0]} x {run[1]}" / "bad steps")
+            for run in runs
+            if run[1] == ranks
+        ]
+        assert run_all(cases, ranks, failing="bad steps") == ""
+    alone, *others = [Project(tmp_path / f"{run[0]} x {run[1]}" / "bad steps") for run in runs]
+    told = [event["message"] for event in alone.events("warning")]
+    assert len(told) == 7 and "weights are back at" in told[-1], told
+    for other in others:
+        assert [event["message"] for event in other.events("warning")] == told, other.folder
+        finite = [loss for loss in losses(alone.folder) if loss == loss]
+        assert [loss for loss in losses(other.folder) if loss == loss] == pytest.approx(
+            finite, abs=1e-4
+        ), other.folder
+        one, two = alone.checkpoint(), other.checkpoint()
+        for name, weight in one["model"].items():
+            assert torch.allclose(two["model"][name], weight, atol=1e-5), (other.folder, name)
+        steps = {name: float(state["step"]) for name, state in one["optimizer"].items()}
+        assert steps == {n: float(state["step"]) for n, state in two["optimizer"].items()}
 
 
 def test_one_process_is_not_many(make_project: Callable[..., Project]) -> None:
-    project = make_project({"t": on("single", 2)[0]})
-    result = project.run("t", command=on("single", 2)[1])
+    project = make_project({"t": on(LONG, ("single", 2))})
+    result = project.run("t", command=command(("single", 2)))
     assert result.code != 0 and "core/launch.py" not in result.text  # no trace of ours
     assert result.text.count('train.engine is "single", and there are 2 processes') == 1
     assert not list(project.folder.glob("checkpoints/*.pth"))
@@ -310,14 +414,16 @@ def test_auto_takes_what_fits(needed: int, available: int, name: str) -> None:
     parallel = Processes.__new__(Processes)
     parallel.rank, parallel.world_size = 0, 2
     parallel.device_group = process_group()
-    engine, note = choose_engine("auto", parallel, torch.device("cpu"), needed, available)
+    device = torch.device("cpu")
+    engine, note = choose_engine(TrainSettings(), parallel, device, needed, available)
     assert engine.name == name and name in note
 
 
 def test_one_process_takes_what_it_names() -> None:
     process_group()
     for choice, name in (("auto", "single"), ("ddp", "single"), ("fsdp", "fsdp")):
-        assert choose_engine(choice, Single(), torch.device("cpu"), 1, 0)[0].name == name
+        train = TrainSettings.model_validate({"engine": choice})
+        assert choose_engine(train, Single(), torch.device("cpu"), 1, 0)[0].name == name
 
 
 def process_group() -> dist.ProcessGroup:
@@ -332,8 +438,8 @@ def test_no_room_for_all_weights_costs_the_evaluation(tmp_path: Path) -> None:
     """The run goes on, on both ranks, and says so."""
     (tmp_path / "no room").mkdir()
     write_stories(tmp_path / "no room")
-    preset = merged(on("fsdp", 2)[0], {"train": {"max_steps": 4}})
-    assert run_all([(preset, tmp_path / "no room")], 2, fail_on_rank_1="no room") == ""
+    preset = merged(on(LONG, ("fsdp", 2)), {"train": {"max_steps": 4}})
+    assert run_all([(preset, tmp_path / "no room")], 2, failing="no room") == ""
     project = Project(tmp_path / "no room")
     (told,) = [e["message"] for e in project.events("warning") if "evaluation" in e["message"]]
     assert "no room for all weights" in told and "the run goes on without" in told
