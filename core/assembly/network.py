@@ -121,10 +121,12 @@ def _engine(
     preset: PresetBase, machine: Machine, size: Size, vocab_size: int, remarks: Remarks
 ) -> Engine:
     """Choose what keeps the weights."""
-    runtime, bf16 = machine.runtime, machine.dtype == torch.bfloat16
-    needed = least_need(preset, size, vocab_size, bf16)
+    runtime, train = machine.runtime, preset.train
+    needed = least_need(preset, size, vocab_size, machine.dtype == torch.bfloat16)
     available = runtime.memory_bytes() // runtime.ranks_of_a_memory
-    engine, note = choose_engine(preset.train, machine.parallel, machine.device, needed, available)
+    engine, note = choose_engine(
+        train.engine, train.deepspeed_config, machine.parallel, machine.device, needed, available
+    )
     remarks.notes += [note] if note else []
     return engine
 

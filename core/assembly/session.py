@@ -152,11 +152,12 @@ def build_training(
 
 def _check(preset: PresetBase, machine: Machine) -> list[str]:
     """Check what can be checked before anything is read; returns notes on adaptive weights."""
+    train = preset.train
     notes = check_adaptive(preset)
     call_if_defined(preset.model, "check_tokenizer_section", preset.tokenizer)
     check_memory(preset, SMALLEST_VOCABULARY, machine.runtime)
     check_ranks(preset, machine.parallel.world_size)
-    check_engine(preset.train, machine.parallel.world_size)
+    check_engine(train.engine, train.deepspeed_config, machine.parallel.world_size)
     return notes
 
 

@@ -14,7 +14,7 @@ public functions for some of this, so its version is bounded in pyproject.toml."
 import logging
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from importlib.metadata import version
@@ -28,18 +28,17 @@ from torch import Tensor, nn
 from core.errors import UserError
 from core.optional_packages import need
 from core.parallel.replicated import Replicated
-from core.preset.deepspeed import DeepSpeedSettings
 
 VERSION = "0.19"
 BUCKET = 25_000_000
 """Pairs of elements that travel together, at most: a buffer of so many is kept."""
 
 
-def check_deepspeed(settings: DeepSpeedSettings) -> None:
+def check_deepspeed(config: Mapping[str, Any]) -> None:
     """Raises UserError where DeepSpeed is missing, or does not take the preset's section."""
-    deepspeed = _imported()
+    deepspeed = import_deepspeed()
     try:
-        deepspeed.runtime.zero.config.DeepSpeedZeroConfig(**settings.zero_optimization)
+        deepspeed.runtime.zero.config.DeepSpeedZeroConfig(**config["zero_optimization"])
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
@@ -48,21 +47,8 @@ def check_deepspeed(settings: DeepSpeedSettings) -> None:
         ) from None
 
 
-def open_deepspeed(settings: DeepSpeedSettings, group: dist.ProcessGroup) -> "DeepSpeed":
-    """Return the engine for a stage. `group`: of the ranks, over which tensors travel."""
-    os.environ.setdefault("LOCAL_RANK", "0")  # which it insists on
-    deepspeed = _imported()
-    deepspeed.init_distributed(dist_init_required=False)
-    # its groups would be of the host's backend, and have the host's time limit
-    deepspeed.utils.groups._WORLD_GROUP = group
-    if settings.stage == 0:
-        return DeepSpeed(settings, group)
-    from core.parallel.zero import Zero, ZeroThree
-
-    return (ZeroThree if settings.stage == 3 else Zero)(settings, group)
-
-
-def _imported() -> Any:
+def import_deepspeed() -> Any:
+    """Import it so that it builds nothing and tells of nothing. Raises UserError."""
     # else it looks for one, and tells of it
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     deepspeed: Any = need("deepspeed", "'deepspeed>=0.19,<0.20'", UserError)
@@ -81,9 +67,10 @@ def _imported() -> Any:
 class DeepSpeed(Replicated):
     """Stage 0; see Engine in core/parallel/protocol.py."""
 
-    def __init__(self, settings: DeepSpeedSettings, group: dist.ProcessGroup):
+    def __init__(self, config: Mapping[str, Any], group: dist.ProcessGroup):
+        """`group`: of the ranks, over which tensors travel."""
         super().__init__(group)
-        self.name, self._settings = "deepspeed", settings
+        self.name, self._chosen = "deepspeed", config
         self._group: dist.ProcessGroup = group
         self._engine: Any = None
 
@@ -102,8 +89,8 @@ class DeepSpeed(Replicated):
     def _config(self, parameters: int) -> dict[str, Any]:
         """Return what DeepSpeed is told: the preset's section, and what is the program's own."""
         bucket = 2 * min(BUCKET, (parameters + 1) // 2)  # has to be even
-        chosen = self._settings.model_dump(exclude_none=True)
-        return chosen | {
+        return {
+            **self._chosen,
             "train_micro_batch_size_per_gpu": 1,  # it loads no data
             "gradient_accumulation_steps": 1,  # else it divides by them
             "gradient_clipping": 0.0,
@@ -114,7 +101,7 @@ class DeepSpeed(Replicated):
                 "allgather_bucket_size": bucket,
                 # replaces F.linear in the whole process, and adds the bias in bf16
                 "memory_efficient_linear": False,
-                **chosen["zero_optimization"],
+                **self._chosen["zero_optimization"],
             },
         }
 

@@ -11,6 +11,8 @@ State: none
 """
 
 import atexit
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,20 +24,20 @@ from core.errors import UserError
 from core.parallel.processes import device_group
 from core.parallel.protocol import Engine, Parallel
 from core.parallel.replicated import Replicated
-from core.preset.deepspeed import DeepSpeedSettings
-from core.preset.train import TrainSettings
 
 SPARE = 1 / 16
 """Of a device's memory: for what the exchange takes, and the device's own."""
 
 
-def check_engine(train: TrainSettings, world_size: int) -> None:
-    """Raises UserError where an engine cannot run on so many ranks, or is not installed."""
-    choice = train.engine
+def check_engine(choice: str, config: Mapping[str, Any], world_size: int) -> None:
+    """Raises UserError where an engine cannot run on so many ranks, or is not installed.
+
+    config   what goes through to DeepSpeed
+    """
     if choice == "deepspeed":
         from core.parallel.deepspeed import check_deepspeed  # optional, and slow to import
 
-        check_deepspeed(train.deepspeed or DeepSpeedSettings())
+        check_deepspeed(config)
     if choice == "single" and world_size > 1:
         raise UserError(
             f'train.engine is "single", and there are {world_size} processes. Start main.py '
@@ -44,14 +46,20 @@ def check_engine(train: TrainSettings, world_size: int) -> None:
 
 
 def choose_engine(
-    train: TrainSettings, parallel: Parallel, device: torch.device, needed: int, available: int
+    choice: str,
+    config: Mapping[str, Any],
+    parallel: Parallel,
+    device: torch.device,
+    needed: int,
+    available: int,
 ) -> tuple[Engine, str]:
     """Build the engine that a preset names; "auto": one that the model fits.
 
+    config      what goes through to DeepSpeed
     needed      bytes of weights, gradients and optimizer state, and what a row takes
     available   bytes that one rank may use
     """
-    choice, ranks = train.engine, parallel.world_size
+    ranks = parallel.world_size
     size = f"the model with its optimizer ({needed / 2**30:,.2f} GiB)"
     if ranks > 1 and choice == "auto":
         choice = "ddp" if needed <= (1 - SPARE) * available else "fsdp"
@@ -63,11 +71,10 @@ def choose_engine(
     else:
         note = f"engine {choice}: {size}"
     if choice == "deepspeed":
-        note += f", ZeRO stage {train.zero_stage}"
-        from core.parallel.deepspeed import open_deepspeed
+        note += f", ZeRO stage {config['zero_optimization']['stage']}"
+        from core.parallel.zero import open_deepspeed
 
-        group = parallel.device_group or _group_of_one(device)
-        return open_deepspeed(train.deepspeed or DeepSpeedSettings(), group), note
+        return open_deepspeed(config, parallel.device_group or _group_of_one(device)), note
     if choice == "fsdp":
         note += f"; each of {ranks} processes keeps a share of it" if ranks > 1 else ""
         from core.parallel.fsdp import FSDP  # slow to import

@@ -6,6 +6,7 @@ Out:   this rank's part of each: of its weight, its gradient, the optimizer's st
 State: DeepSpeed's engine
 """
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,8 +17,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from core.parallel.blocks import blocks_of
-from core.parallel.deepspeed import DeepSpeed
+from core.parallel.deepspeed import DeepSpeed, import_deepspeed
 from core.parallel.shards import collected, weights_by_name
+from core.parallel.silence import Silence
+
+
+def open_deepspeed(config: Mapping[str, Any], group: dist.ProcessGroup) -> DeepSpeed:
+    """Return the engine of a stage. `group`: of the ranks, over which tensors travel."""
+    os.environ.setdefault("LOCAL_RANK", "0")  # which it insists on
+    deepspeed = import_deepspeed()
+    deepspeed.init_distributed(dist_init_required=False)
+    # its groups would be of the host's backend, and have the host's time limit
+    deepspeed.utils.groups._WORLD_GROUP = group
+    stages = (DeepSpeed, Zero, Zero, ZeroThree)
+    return stages[config["zero_optimization"]["stage"]](config, group)
 
 
 class Stretch(NamedTuple):
@@ -130,7 +143,7 @@ class Zero(DeepSpeed):
     def trial(self) -> Iterator[None]:
         from deepspeed.comm import comm
 
-        backend, comm.cdb = comm.cdb, _Silent(comm.cdb)
+        backend, comm.cdb = comm.cdb, Silence(comm.cdb)
         try:
             yield
         finally:
@@ -279,49 +292,3 @@ class ZeroThree(Zero):
         if not coordinator.is_invalid_trace():
             coordinator._invalidate_trace()
         self._offload.partition_all_parameters()
-
-
-class _Silent:
-    """In place of what DeepSpeed sends with: nothing travels, and the same memory is taken. What
-    arrives means nothing."""
-
-    def __init__(self, backend: Any):
-        self._backend = backend
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._backend, name)
-
-    def all_gather_into_tensor(
-        self, output_tensor: Tensor, input_tensor: Tensor, **_: Any
-    ) -> "_Done":
-        for part in output_tensor.view(-1, input_tensor.numel()):
-            _copy(part, input_tensor.view(-1))
-        return _Done()
-
-    def reduce_scatter_tensor(
-        self, output_tensor: Tensor, input_tensor: Tensor, **_: Any
-    ) -> "_Done":
-        _copy(output_tensor.view(-1), input_tensor.view(-1)[: output_tensor.numel()])
-        return _Done()
-
-    def all_gather(self, tensor_list: list[Tensor], tensor: Tensor, **_: Any) -> "_Done":
-        for part in tensor_list:
-            _copy(part, tensor)
-        return _Done()
-
-    def all_reduce(self, *_: Any, **__: Any) -> "_Done":
-        return _Done()
-
-    reduce = broadcast = all_reduce
-
-
-class _Done:
-    """A transfer that has ended."""
-
-    def wait(self) -> None:
-        pass
-
-
-def _copy(target: Tensor, source: Tensor) -> None:
-    if target.data_ptr() != source.data_ptr():  # it may be a part of what it is gathered into
-        target.copy_(source)

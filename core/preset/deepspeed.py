@@ -42,10 +42,6 @@ class DeepSpeedSettings(Settings):
     flops_profiler: dict[str, Any] | None = None
     """Its section of this name: prints the arithmetic of a step."""
 
-    @property
-    def stage(self) -> int:
-        return self.zero_optimization["stage"]
-
     @model_validator(mode="before")
     @classmethod
     def _not_ours(cls, section: Any) -> Any:

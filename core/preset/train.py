@@ -5,7 +5,7 @@ Out:   TrainSettings, with ScheduleSettings and CurriculumSettings
 State: none
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -128,9 +128,15 @@ class TrainSettings(Settings):
     """Accepted for old presets and overridden: one run is always 100,000,000 tokens."""
 
     @property
+    def deepspeed_config(self) -> dict[str, Any]:
+        """What goes through to DeepSpeed."""
+        return (self.deepspeed or DeepSpeedSettings()).model_dump(exclude_none=True)
+
+    @property
     def zero_stage(self) -> int:
         """The stage of ZeRO, where DeepSpeed is the engine; 0 elsewhere."""
-        return (self.deepspeed or DeepSpeedSettings()).stage if self.engine == "deepspeed" else 0
+        config = self.deepspeed_config
+        return config["zero_optimization"]["stage"] if self.engine == "deepspeed" else 0
 
     @model_validator(mode="after")
     def _engine_fits(self) -> Self:

@@ -22,7 +22,6 @@ from core.parallel.engines import choose_engine
 from core.parallel.processes import Processes
 from core.parallel.single import Single
 from core.preset.decode import read_preset
-from core.preset.train import TrainSettings
 from core.registry import Preset
 from tests.documents import GUIDE, block_of
 from tests.preset.test_shipped import CONFIGS, shrunk
@@ -415,15 +414,14 @@ def test_auto_takes_what_fits(needed: int, available: int, name: str) -> None:
     parallel.rank, parallel.world_size = 0, 2
     parallel.device_group = process_group()
     device = torch.device("cpu")
-    engine, note = choose_engine(TrainSettings(), parallel, device, needed, available)
+    engine, note = choose_engine("auto", {}, parallel, device, needed, available)
     assert engine.name == name and name in note
 
 
 def test_one_process_takes_what_it_names() -> None:
     process_group()
     for choice, name in (("auto", "single"), ("ddp", "single"), ("fsdp", "fsdp")):
-        train = TrainSettings.model_validate({"engine": choice})
-        assert choose_engine(train, Single(), torch.device("cpu"), 1, 0)[0].name == name
+        assert choose_engine(choice, {}, Single(), torch.device("cpu"), 1, 0)[0].name == name
 
 
 def process_group() -> dist.ProcessGroup:
