@@ -1,12 +1,12 @@
-"""What each engine costs a step, and what each rank keeps: one process against DDP and FSDP on
-several ranks of this machine.
+"""What each engine costs a step, and what each rank keeps: one process against DDP, FSDP and
+DeepSpeed's stages of ZeRO on several ranks of this machine.
 
     python benchmarks/engines.py
 
 Every run is a training session as main.py makes it, on the standard library's source, with the same
 rows in a step however many ranks share them; the engines take turns. On a CPU the ranks share its
-cores, each with a thread: the ratio to DDP on as many ranks tells what FSDP's gathering costs, and
-nothing is faster for being many.
+cores, each with a thread: the ratio to DDP on as many ranks tells what sharing costs, and nothing
+is faster for being many.
 
 Prints a row per run: tokens per second over the steps after the first ones, and megabytes of
 weights, gradients and optimizer state that a rank keeps between two steps.
@@ -20,6 +20,7 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -34,15 +35,17 @@ SHAPE = sized(
     {"hidden_size": 32, "num_layers": 2, "num_heads": 2},
 )
 RUNS = sized(
-    (("single", 1), ("fsdp", 1), ("ddp", 2), ("fsdp", 2), ("ddp", 4), ("fsdp", 4)),
-    (("single", 1), ("fsdp", 2)),
+    (
+        *(("single", 1), ("fsdp", 1), ("ddp", 2), ("fsdp", 2), ("ddp", 4), ("fsdp", 4)),
+        *((f"deepspeed {stage}", 2) for stage in (1, 2, 3)),
+        *((f"deepspeed {stage}", 4) for stage in (1, 2, 3)),
+    ),
+    (("single", 1), ("fsdp", 2), ("deepspeed 3", 2)),
 )
 
 
 def one_run(engine: str, folder: Path) -> None:
     """Train on the ranks that torchrun started; rank 0 prints a JSON line."""
-    import torch
-
     from core.assembly.session import build_training
     from core.jobs.train import train_to_the_end
     from core.launch import rendezvous_store
@@ -52,6 +55,8 @@ def one_run(engine: str, folder: Path) -> None:
     from core.registry import Preset
     from core.runtime import detect_runtime, prepare
 
+    engine, _, stage = engine.partition(" ")
+    zero = {"stage": int(stage or 0), "stage3_param_persistence_threshold": 0}
     runtime = detect_runtime()
     prepare(runtime)
     ranks = runtime.world_size
@@ -64,6 +69,7 @@ def one_run(engine: str, folder: Path) -> None:
         "tokenizer": {"type": "byte"},
         "train": {
             "engine": engine,
+            **({"deepspeed": {"zero_optimization": zero}} if stage else {}),
             "per_gpu_batch_size": ROWS // ranks,
             "learning_rate": 5e-5,
             "eval_tokens": 0,
@@ -74,12 +80,9 @@ def one_run(engine: str, folder: Path) -> None:
     }
     preset = decode_preset(sections, Preset, "benchmark", "benchmark")
     session = build_training(preset, runtime, parallel, folder, lambda *_: [], lambda: False)
-    train_to_the_end(session, 1)
-    optimizer, model = session.trainer.optimizer, session.trainer.model
-    kept = [*model.parameters(), *model.parameters()]  # and as many gradients
-    kept += [t for s in optimizer.state().values() for t in s.values() if t.ndim]
-    own = [t.to_local() if hasattr(t, "to_local") else t for t in kept]
-    megabytes = sum(torch.Tensor.numel(t) * t.element_size() for t in own) / 1e6
+    with mock.patch.object(session.trainer.engine, "close"):  # what is kept is counted before
+        train_to_the_end(session, 1)
+    megabytes = sum(kept_by(session.trainer)) / 1e6
     if runtime.rank == 0:
         lines = (folder / "logs" / "benchmark" / "metrics.jsonl").read_text().splitlines()
         events = [event for event in map(json.loads, lines) if event["event"] == "step"]
@@ -87,6 +90,21 @@ def one_run(engine: str, folder: Path) -> None:
         rate = (STEPS - WARM_UP) * ROWS * SEQ_LENGTH / seconds
         print(json.dumps({"tokens_per_second": rate, "megabytes": megabytes}))
     parallel.close()
+
+
+def kept_by(trainer: Any) -> list[int]:
+    """Bytes of the tensors that this rank keeps in a step: weights, gradients, and what the
+    optimizer updates, where those are others, and remembers."""
+    optimizers = [o for o in trainer.optimizer.optimizers if o.state]
+    weights = [getattr(p, "ds_tensor", p) for p in trainer.model.parameters()]
+    updated = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+    states = [t for o in optimizers for state in o.state.values() for t in state.values()]
+    kept = [*weights, *weights, *states]
+    if trainer.engine.name == "deepspeed":  # whose gradients stage 1 keeps whole
+        stage = trainer.settings.zero_stage
+        kept = [*weights, *(weights if stage == 1 else updated), *updated, *states]
+    own = [t.to_local() if hasattr(t, "to_local") else t for t in kept if t.ndim]
+    return [t.numel() * t.element_size() for t in own]
 
 
 def measure(engine: str, ranks: int) -> dict[str, float]:
@@ -113,17 +131,17 @@ def main() -> None:
             result = measure(engine, ranks)
             rates[engine, ranks].append(result["tokens_per_second"])
             print(
-                f"  {repetition + 1} {engine:6s} x {ranks}  {result['tokens_per_second']:8,.0f} "
+                f"  {repetition + 1} {engine:11s} x {ranks}  {result['tokens_per_second']:8,.0f} "
                 f"tokens/s  {result['megabytes']:7.1f} MB a rank",
                 flush=True,
             )
     for engine, ranks in RUNS:
         other = ("ddp" if ranks > 1 else "single", ranks)
-        if engine != "fsdp" or other not in rates:
+        if engine in ("single", "ddp") or other not in rates:
             continue
         ratios = [a / b for a, b in zip(rates[engine, ranks], rates[other])]
         print(
-            f"  fsdp / {other[0]} x {ranks}: {statistics.median(ratios):.2f}  "
+            f"  {engine} / {other[0]} x {ranks}: {statistics.median(ratios):.2f}  "
             f"({min(ratios):.2f} to {max(ratios):.2f})"
         )
 
