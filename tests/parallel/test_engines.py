@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ from tests.project import (
 pytestmark = pytest.mark.slow
 
 STEPS = 10
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
 STAGES = ["deepspeed 1", "deepspeed 2", "deepspeed 3"]
 PRESETS = [
     path
@@ -77,7 +78,7 @@ def on(preset: dict, run: Run) -> dict:
 
 def command(run: Run) -> list[str]:
     """What starts main.py on so many ranks."""
-    return [sys.executable, *(TORCHRUN if run[1] > 1 else [])]
+    return [sys.executable, *([*TORCHRUN, f"--nproc_per_node={run[1]}"] if run[1] > 1 else [])]
 
 
 def run_all(cases: list[tuple[dict, Path]], ranks: int, failing: str = "") -> str:
@@ -134,14 +135,14 @@ def losses(folder: Path) -> list[float]:
 
 def run_matrix(names: list[str], runs: list[Run], root: Path) -> None:
     """Train each preset on each of the engines, in folders of their own."""
-    of_ranks: dict[int, list[tuple[dict, Path]]] = {1: [], 2: []}
+    of_ranks: dict[int, list[tuple[dict, Path]]] = defaultdict(list)
     for name, run in itertools.product(names, runs):
         folder = folder_of(root, name, run)
         folder.mkdir(parents=True)
         write_stories(folder)
         of_ranks[run[1]].append((on(case(name, root / "model"), run), folder))
     for ranks, cases in of_ranks.items():
-        assert not cases or run_all(cases, ranks) == ""
+        assert run_all(cases, ranks) == ""
 
 
 def folder_of(root: Path, name: str, run: Run) -> Path:
@@ -178,14 +179,15 @@ def test_every_stage_of_zero_trains_as_one_process_does(half: int, tmp_path: Pat
     check_the_same(names, runs[1:], tmp_path)
 
 
-def test_stage_0_of_zero_and_one_process_of_each(tmp_path: Path) -> None:
-    alone, together = ["90_quick_test"], ["muon", "curriculum"]
-    of_one = [("single", 1), *((stage, 1) for stage in STAGES)]
-    run_matrix(alone, of_one, tmp_path)
-    check_the_same(alone, of_one[1:], tmp_path)
+def test_other_stages_and_numbers_of_ranks(tmp_path: Path) -> None:
+    """One rank that takes four micro-batches, and four ranks that take one each."""
+    of_any = [("single", 1), *((stage, 1) for stage in STAGES), ("ddp", 4), ("fsdp", 4)]
+    of_any += [("deepspeed 2", 4)]
+    run_matrix(["90_quick_test"], of_any, tmp_path)
+    check_the_same(["90_quick_test"], of_any[1:], tmp_path)
     of_two = [("single", 1), ("deepspeed 0", 2)]
-    run_matrix(together, of_two, tmp_path)
-    check_the_same(together, of_two[1:], tmp_path)
+    run_matrix(["muon", "curriculum"], of_two, tmp_path)
+    check_the_same(["muon", "curriculum"], of_two[1:], tmp_path)
 
 
 # runs that change from one engine to another ------------------------------------------------------
