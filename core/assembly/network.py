@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from core.assembly.start import Remarks, Start
+from core.checkpoint.copying import stored_bytes
 from core.checkpoint.fitting import LINEAGE_OF_ITS_OWN
-from core.checkpoint.slots import stored_bytes
 from core.checkpoint.weights import FITTING
 from core.contracts import LanguageModel, Readout, call_if_defined
 from core.data.tokenizer import Tokenizer
@@ -75,7 +75,7 @@ def build_network(
 ) -> Network:
     """Build what is trained, with the weights and the optimizer's state to start from. Raises
     UserError."""
-    model = _loaded_model(preset, machine, start, tokenizer.vocab_size, remarks)
+    model = _built_model(preset, machine, start, tokenizer.vocab_size, remarks)
     train_only(model, preset.train.trainable)
     note = call_if_defined(model, "attention_note", machine.device, machine.dtype)
     remarks.notes += [note] if note else []
@@ -84,7 +84,6 @@ def build_network(
     stack.check(output.readout)
     check_heads(preset, model, stack)
     heads = build_heads(preset.auxiliary, preset.train.seed, output)
-    remarks.notes += load_heads(heads, start.saved["heads"]) if start.saved is not None else []
     if heads is not None:
         count = sum(p.numel() for p in heads.parameters())
         remarks.notes.append(
@@ -95,7 +94,11 @@ def build_network(
     engine = _engine(preset, machine, model, tokenizer.vocab_size, remarks)
     engine.place(model, heads, machine.device)
     optimizer = _optimizer(preset, model, heads, tables)
+    if start.weights is not None:  # by now: a rank that keeps a share reads no more than that
+        advice = FITTING if start.saved is None else LINEAGE_OF_ITS_OWN
+        remarks.notes += start.weights.fill(model, advice)
     if start.saved is not None:
+        remarks.notes += load_heads(heads, start.saved["heads"])
         fresh = optimizer.load(start.saved["optimizer"])
         if fresh and start.saved["progress"]["step"]:
             names = ", ".join(fresh[:4])
@@ -122,7 +125,7 @@ def _engine(
     return engine
 
 
-def _loaded_model(
+def _built_model(
     preset: PresetBase, machine: Machine, start: Start, vocab_size: int, remarks: Remarks
 ) -> LanguageModel:
     model = rank_zero_first(machine.parallel, lambda: build_model(preset, vocab_size))
@@ -131,8 +134,7 @@ def _loaded_model(
             machine.parallel, lambda: call_if_defined(model, "load_published", remarks.notes)
         )
     else:
-        advice = FITTING if start.saved is None else LINEAGE_OF_ITS_OWN
-        remarks.notes += start.weights.load_into(model, advice)
+        remarks.notes += start.weights.prepare(model)
     return model
 
 

@@ -37,6 +37,9 @@ class FSDP:
         # hidden states may be views of others, and nothing here writes into them
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
         self._group, self._rank = group, dist.get_rank(group)
+        # saves are written in the background: what they exchange must not meet the steps' own
+        background = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
+        self.savers: DeviceMesh | None = DeviceMesh.from_group(background, "cpu")
         self._exchange = _Exchange()
         self._blocks: list[FSDPModule] = []
         self._roots: list[FSDPModule] = []

@@ -6,18 +6,22 @@ Engines "single" and "ddp".
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 
 class Replicated:
     """Whole weights on every rank; see Engine in core/parallel/protocol.py."""
 
     compiles = True
+    savers: "DeviceMesh | None" = None
 
     def __init__(self, group: dist.ProcessGroup | None = None):
         """`group`: of the ranks; None where there is one."""

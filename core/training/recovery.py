@@ -6,7 +6,7 @@ State: how often a run was put back
 """
 
 from core.checkpoint.fitting import load_model
-from core.checkpoint.slots import CheckpointStore, load_slot
+from core.checkpoint.slots import CheckpointStore, label, load_slot
 from core.contracts import call_if_defined
 from core.errors import CheckpointError, Diverged
 from core.heads.build import load_heads
@@ -58,7 +58,7 @@ class Recovery:
         notes = []
         try:  # as a resumed run does: heads, or the rows' length, may have changed since
             call_if_defined(model, "prepare_load", state["model"], notes)
-            notes += load_model(model, state["model"], path.name)
+            notes += load_model(model, state["model"], label(path))
             notes += load_heads(heads, state["heads"])
         except CheckpointError as error:
             raise Diverged(
@@ -66,9 +66,11 @@ class Recovery:
             ) from None
         if not all(full(p.isfinite().all()) for p in self._objective.parameters()):
             lacking = "; ".join(notes)
-            raise Diverged(f"{reason}, as are weights that {path.name} lacks ({lacking}). {ADVICE}")
+            raise Diverged(
+                f"{reason}, as are weights that {label(path)} lacks ({lacking}). {ADVICE}"
+            )
         self._optimizer.load(state["optimizer"])
         self._reporter.warn(
-            f"{BAD_STEPS} bad steps in a row: weights are back at {path.name}, step "
+            f"{BAD_STEPS} bad steps in a row: weights are back at {label(path)}, step "
             f"{state['progress']['step']}"
         )
