@@ -5,6 +5,7 @@ Out:   a copy on the host; bytes
 State: none
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,15 +33,24 @@ def copied(value: Any) -> Any:
     copied once."""
     seen: dict[tuple, torch.Tensor] = {}
 
-    def copy(v: Any) -> Any:
-        if isinstance(v, torch.Tensor):
-            if (place := _place(v)) not in seen:
-                seen[place] = v.detach().to("cpu", copy=True)
-            return seen[place]
-        if isinstance(v, dict):
-            return {key: copy(item) for key, item in v.items()}
-        if isinstance(v, list | tuple):
-            return [copy(item) for item in v]
-        return v
+    def copy(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if (place := _place(tensor)) not in seen:
+            seen[place] = tensor.detach().to("cpu", copy=True)
+        return seen[place]
 
-    return copy(value)
+    return each_tensor(value, copy)
+
+
+def each_tensor(
+    value: Any, action: Callable[[str, torch.Tensor], torch.Tensor], name: str = ""
+) -> Any:
+    """A deep copy, every tensor replaced by what the action makes of its name and itself: keys with
+    dots between them."""
+    if isinstance(value, torch.Tensor):
+        return action(name, value)
+    before = f"{name}." if name else ""
+    if isinstance(value, dict):
+        return {key: each_tensor(item, action, f"{before}{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [each_tensor(item, action, f"{before}{i}") for i, item in enumerate(value)]
+    return value

@@ -19,6 +19,7 @@ import pickle
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,16 @@ from torch import Tensor
 from torch.distributed.checkpoint import metadata as index
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import (
+    FileSystem,
+    FileSystemReader,
+    FileSystemWriter,
+)
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh
 
+from core.checkpoint.copying import each_tensor
 from core.errors import CheckpointError, first_line
 from core.files import check_regular, check_zip, sync_folder
 from core.parallel.shards import Stored, host_copy, is_sharded
@@ -58,7 +64,7 @@ def split(state: dict[str, Any], savers: DeviceMesh) -> tuple[dict[str, Any], di
                 seen[id(tensor)] = tensor.detach().to("cpu", copy=True)
         return seen[id(tensor)]
 
-    return _each_tensor(state, stand_in), shares
+    return each_tensor(state, stand_in), shares
 
 
 def write_shares(
@@ -140,11 +146,14 @@ def read_shares(folder: Path, whole: bool) -> Any:
     whole   check every byte
     Raises whatever damage leads to.
     """
-    check_regular(folder / STATE)
-    if whole:
-        check_zip(folder / STATE)
-    state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
-    content = (folder / INDEX).read_bytes()
+    files = _Files(folder)
+    with files.create_stream(STATE, "rb") as file:
+        if whole:
+            check_zip(file)
+        file.seek(0)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    with files.create_stream(INDEX, "rb") as file:
+        content = file.read()
     if zlib.crc32(content) != state.pop(CHECKSUM):
         raise ValueError(f"the checksum of {INDEX} does not match")
     found = _Index(io.BytesIO(content)).load()
@@ -155,15 +164,46 @@ def read_shares(folder: Path, whole: bool) -> Any:
         if not tensor.is_meta:
             return tensor
         if id(tensor) not in seen:
-            fill = _fill(folder, name, found)
+            fill = _fill(files, name, found)
             seen[id(tensor)] = stored[name] = Stored.of(tensor.shape, tensor.dtype, fill)
         return seen[id(tensor)]
 
-    read = _each_tensor(state, taken)
+    read = each_tensor(state, taken)
     _check_index(found, stored)
     if whole:
-        _check_parts(folder, found)
+        _check_parts(files, found)
     return read
+
+
+class _Files(FileSystem):
+    """The files of a checkpoint, open: they stay what they are when the slots move on, as they may
+    in somebody else's lineage."""
+
+    def __init__(self, folder: Path):
+        self.folder, self._open = folder, dict[str, int]()
+        is_same = False
+        while not is_same:  # else it was moved meanwhile
+            before = os.stat(folder)
+            self.close()
+            for path in folder.iterdir():
+                check_regular(path)
+                self._open[path.name] = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            is_same = os.path.samestat(before, os.stat(folder))
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[Any]:
+        descriptor = self._open.get(os.path.basename(path))
+        if descriptor is None:
+            raise FileNotFoundError(f"{os.path.basename(path)} is missing")
+        with os.fdopen(os.dup(descriptor), mode) as file:
+            file.seek(0)
+            yield file
+
+    def close(self) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    __del__ = close
 
 
 _NAMES = {
@@ -202,29 +242,29 @@ class _Index(pickle.Unpickler):
 class _Reader(FileSystemReader):
     """Reads from a folder whose index has been read."""
 
-    def __init__(self, folder: Path, found: index.Metadata):
-        super().__init__(folder)
-        self._found = found
+    def __init__(self, files: _Files, found: index.Metadata):
+        super().__init__(files.folder)
+        self.fs, self._found = files, found
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> index.Metadata:
         return self._found
 
 
-def _fill(folder: Path, name: str, found: index.Metadata) -> Callable[[Tensor], None]:
+def _fill(files: _Files, name: str, found: index.Metadata) -> Callable[[Tensor], None]:
     def fill(target: Tensor) -> None:
         try:
             with warnings.catch_warnings():  # that nothing is exchanged is what is wanted
                 warnings.simplefilter("ignore", UserWarning)
                 load(
                     {name: target},
-                    storage_reader=_Reader(folder, found),
+                    storage_reader=_Reader(files, found),
                     planner=DefaultLoadPlanner(flatten_state_dict=False),
                     no_dist=True,
                 )
         except CheckpointException as failed:
             error = next(error for error, _ in failed.failures.values())
             raise CheckpointError(
-                f"{folder} cannot be read: {first_line(error)}. Mend that, or move it away."
+                f"{files.folder} cannot be read: {first_line(error)}. Mend that, or move it away."
             ) from None
 
     return fill
@@ -246,31 +286,12 @@ def _check_index(found: index.Metadata, stored: dict[str, Tensor]) -> None:
         raise ValueError(f"{INDEX} names files elsewhere")
 
 
-def _check_parts(folder: Path, found: index.Metadata) -> None:
+def _check_parts(files: _Files, found: index.Metadata) -> None:
     """Raises what reading every part of every tensor leads to: each is a zip file of its own, with
     checksums."""
     for name in _sizes(found):
-        check_regular(folder / name)
-        with open(folder / name, "rb") as file:
+        with files.create_stream(name, "rb") as file:
             for part in found.storage_data.values():
                 if part.relative_path == name:
                     file.seek(part.offset)
                     check_zip(io.BytesIO(file.read(part.length)))
-
-
-def _each_tensor(
-    state: dict[str, Any], action: Callable[[str, Tensor], Tensor], prefix: str = ""
-) -> dict[str, Any]:
-    """Return a copy of nested dicts, every tensor replaced by what the action makes of its name and
-    itself."""
-
-    def items() -> Iterator[tuple[str, Any]]:
-        for key, value in state.items():
-            if isinstance(value, Tensor):
-                yield key, action(f"{prefix}{key}", value)
-            elif isinstance(value, dict):
-                yield key, _each_tensor(value, action, f"{prefix}{key}.")
-            else:
-                yield key, value
-
-    return dict(items())
