@@ -195,6 +195,7 @@ def has_checkpoints(root: Path, lineage: str) -> bool:
     return (
         any(path.exists() for path in slots)
         or next((folder / lineage).glob(f"*/{slot_name('*')}"), None) is not None
+        or next((folder / lineage).glob(f"*/{shares_name('*')}"), None) is not None
     )
 
 

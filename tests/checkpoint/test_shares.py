@@ -7,7 +7,6 @@ import pickle
 import shutil
 import signal
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,65 +14,20 @@ import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from core.checkpoint.lineage import has_checkpoints, put_aside
+from core.checkpoint import shares
 from core.checkpoint.shares import CHECKSUM, INDEX, STATE
-from core.checkpoint.slots import CheckpointStore, label
-from core.checkpoint.weights import newest_weights, preview_weights, read_weights
+from core.checkpoint.slots import CheckpointStore
+from core.checkpoint.weights import newest_weights
 from core.errors import UserError
-from core.launch import _files_of
 from core.parallel.shards import Stored, full
-from core.preset.decode import decode_preset
-from core.preview import resume_lines
-from core.registry import Preset
-from core.runtime import detect_runtime
-from core.trained import load_trained
-from tests.project import Project, differences, merged, tiny_preset, train_here
-from tests.training.runs import finish, session
-
-SHARED: dict[str, Any] = {
-    "train": {"engine": "fsdp", "checkpoint_every_steps": 2, "max_steps": 5},
-    "model": {"tie_embeddings": True},
-    "auxiliary": {"enable_value": True},
-}
-
-
-def whole(state: Any) -> dict[str, Any]:
-    """The state with every tensor read."""
-    found = {part: {n: full(t) for n, t in state[part].items()} for part in ("model", "heads")}
-    optimizer = {
-        name: {key: full(value) for key, value in entry.items()}
-        for name, entry in state["optimizer"].items()
-    }
-    return {**state, **found, "optimizer": optimizer}
-
-
-def store(root: Path) -> CheckpointStore:
-    return CheckpointStore(root / "checkpoints", "t")
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A lineage with the same step in both forms: in shares `current`, in one file `prev`; and step
-    4 in shares."""
-    root = tmp_path_factory.mktemp("made")
-    built = session(root, **SHARED)
-    finish(built)
-    built.trainer.progress.evaluation_due = True  # as in the file
-    built.trainer.saver.save(whole=False)
-    built.trainer.store.wait()
-    assert built.trainer.store.outcome() == (store(root).shares[0], pytest.approx(0, abs=60), "")
-    return root
+from tests.checkpoint.shares import SHARED, forms, step_of, store, whole
+from tests.project import Project, differences, merged
+from tests.training.runs import session
 
 
 @pytest.fixture
-def root(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "project"))
-
-
-def forms(root: Path) -> list[str]:
-    """The slots that are there."""
-    both = (*store(root).slots, *store(root).shares)
-    return sorted(label(path) for path in both if path.exists())
+def root(in_shares: Path) -> Path:
+    return in_shares
 
 
 def test_both_forms_hold_the_same(root: Path) -> None:
@@ -99,12 +53,6 @@ def test_torch_itself_reads_them(root: Path, tmp_path: Path) -> None:
 # a slot has one form ------------------------------------------------------------------------------
 
 
-def step_of(root: Path, slot: int = 0) -> int:
-    state = store(root).load(skip=slot)[0]
-    assert state is not None
-    return state["progress"]["step"]
-
-
 def test_slots_of_both_forms_rotate_as_one(root: Path) -> None:
     """Whatever follows what: three slots, never one twice."""
     preset = merged(SHARED, {"train": {"max_steps": 7, "checkpoint_every_steps": None}})
@@ -124,6 +72,38 @@ def test_slots_of_both_forms_rotate_as_one(root: Path) -> None:
     built.trainer.loader.close()
 
 
+def kill_at_call(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process is killed at its n-th rename or deletion."""
+    left = [number]
+
+    def counted(real: Any) -> Any:
+        def call(*arguments: Any, **how: Any) -> Any:
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left[0] -= 1
+            return real(*arguments, **how)
+
+        return call
+
+    for name in ("replace", "unlink", "rmdir"):
+        monkeypatch.setattr(os, name, counted(getattr(os, name)))
+
+
+def save_step_six(root: Path, one_file: bool) -> None:
+    ready = store(root)
+    if one_file:
+        state = Project(root).checkpoint("prev")
+        state["progress"]["step"] = state["rng"]["step"] = 6
+        ready._put_file(state)
+    else:
+        aside = ready.shares[0].with_name(f".current.{'0' * 16}.tmp")
+        shutil.copytree(ready.shares[0], aside)
+        state = torch.load(aside / STATE, weights_only=True)
+        state["progress"]["step"] = state["rng"]["step"] = 6
+        torch.save(state, aside / STATE)
+        ready._take_in(aside)
+
+
 @pytest.mark.parametrize("one_file", [True, False])
 @pytest.mark.parametrize("kill_at", range(12))
 def test_a_kill_in_the_midst_of_moving_loses_only_that_save(
@@ -131,33 +111,14 @@ def test_a_kill_in_the_midst_of_moving_loses_only_that_save(
 ) -> None:
     """Before each rename and each deletion, one after the other; a real process, killed."""
     if os.fork() == 0:
-        left = [kill_at]
-
-        def counted(real: Any) -> Any:
-            def call(*arguments: Any, **how: Any) -> Any:
-                if left[0] == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                left[0] -= 1
-                return real(*arguments, **how)
-
-            return call
-
-        for name in ("replace", "unlink", "rmdir"):
-            monkeypatch.setattr(os, name, counted(getattr(os, name)))
-        ready = store(root)
-        if one_file:
-            state = Project(root).checkpoint("prev")
-            state["progress"]["step"] = state["rng"]["step"] = 6
-            ready._put_file(state)
-        else:
-            aside = ready.shares[0].with_name(f".current.{'0' * 16}.tmp")
-            shutil.copytree(ready.shares[0], aside)
-            state = torch.load(aside / STATE, weights_only=True)
-            state["progress"]["step"] = state["rng"]["step"] = 6
-            torch.save(state, aside / STATE)
-            ready._take_in(aside)
+        try:
+            kill_at_call(kill_at, monkeypatch)
+            save_step_six(root, one_file)
+        except BaseException:
+            os._exit(9)
         os._exit(0)
     _, status = os.wait()
+    assert os.WIFSIGNALED(status) or status == 0, "it failed"
     ready = store(root)
     assert ready.prepare() == []
     state, _, notes = ready.load()
@@ -299,134 +260,24 @@ def test_what_a_killed_save_left_is_swept(root: Path) -> None:
     assert len(forms(root)) == 3
 
 
-# who reads a lineage ------------------------------------------------------------------------------
+def test_shares_that_another_machine_kept_are_told(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its `checkpoints/` is not the one that rank 0 sees: nothing is moved."""
+    real = shares.save
 
+    def elsewhere(*arguments: Any, **how: Any) -> Any:
+        found = real(*arguments, **how)
+        first_share(how["storage_writer"].path).unlink()
+        return found
 
-def decoded(**changes: Any) -> Any:
-    return decode_preset(tiny_preset(**merged(SHARED, changes)), Preset, "t", "t")
-
-
-def test_a_model_speaks_from_shares(root: Path) -> None:
-    """As from one file; named as lineage, or by its path."""
-    trained = load_trained(decoded(), root, detect_runtime())
-    assert (trained.where, trained.step) == ("t_sharded/current", 5)
-    for name, tensor in Project(root).checkpoint("prev")["model"].items():
-        assert torch.equal(trained.model.state_dict()[name], tensor), name
-    assert trained.heads() is not None
-    path = "checkpoints/t_sharded/current"
-    assert preview_weights("t", root) == "t_sharded/current, step 5"
-    assert preview_weights(path, root) == f"{path}, step 5"
-    by_path = load_trained(decoded(init_from=path), root, detect_runtime())
-    assert torch.equal(by_path.model.lm_head.weight, trained.model.lm_head.weight)
-    with pytest.raises(UserError, match="There are checkpoints of t"):
-        newest_weights("other", root)
-
-
-def test_a_reader_keeps_what_it_found_while_the_slots_move_on(root: Path) -> None:
-    """Somebody else's training replaces them, again and again."""
-    weights = newest_weights("t", root)
-    before = Project(root).checkpoint("prev")
-    for folder in store(root).shares:
-        shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(root / "texts", store(root).shares[0])
-    name = "layers.0.linear1.weight"
-    assert torch.equal(full(weights.model[name]), before["model"][name])
-
-
-def test_read_by_a_start_that_has_another_model(root: Path) -> None:
-    """The table of positions grows; heads are switched off; other sizes are refused by name."""
-    built = session(
-        root,
-        **merged(
-            SHARED,
-            {"model": {"seq_length": 48}, "auxiliary": None}
-            | {"auxiliary": {"enable_value": False}},
-        ),
-    )
-    assert any("grows from 32 to 48" in note for note in built.notes), built.notes
-    assert any("value of the checkpoint is off" in note for note in built.notes)
-    built.log.close()
-    for changes in ({"hidden_size": 64}, {"num_layers": 3}):
-        with pytest.raises(UserError, match="do not fit this preset's model") as caught:
-            session(root, **merged(SHARED, {"model": changes}))
-        assert "num_layers" not in changes or "layers.2.linear1.weight is missing" in str(
-            caught.value
-        )
-    assert len(forms(root)) == 3
-
-
-def test_weights_that_are_not_finite_are_told(made: Path, tmp_path: Path) -> None:
-    built = session(tmp_path, **SHARED)
-    with torch.no_grad():
-        next(iter(built.trainer.model.parameters())).to_local()[0] = float("nan")
-    built.trainer.progress.step = built.trainer.progress.tokens = 1
+    monkeypatch.setattr(shares, "save", elsewhere)
+    built = session(root, **SHARED)
     built.trainer.saver.save(whole=False)
     built.trainer.store.wait()
+    outcome = built.trainer.store.outcome()
     built.log.close()
-    notes = session(tmp_path, **SHARED).notes
-    assert [note for note in notes if "not finite in t_*.pth" in note], notes
-
-
-def test_the_menu_and_start_fresh_know_shares(root: Path) -> None:
-    preset = decoded(train={"max_steps": 9})
-    assert "from step 5 in t_sharded/current" in resume_lines(preset, root)[-1]
-    assert has_checkpoints(root, "t")
-    store(root).slots[1].unlink()
-    assert has_checkpoints(root, "t")
-    before = {p.name for p in (root / "checkpoints" / "t_sharded").iterdir()}
-    name = put_aside(root, "t")
-    assert not has_checkpoints(root, "t") and has_checkpoints(root, name)
-    assert {p.name for p in (root / "checkpoints" / f"{name}_sharded").iterdir()} == before
-    assert newest_weights(name, root).step == 5
-    assert {event["step"] for event in train_here(tiny_preset(), root)} >= {1, 2, 3, 4, 5}
-
-
-@pytest.fixture
-def killed_in_renaming(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    moved: list[str] = []
-
-    def replace(source: Any, target: Any) -> None:
-        moved.append(Path(source).name)
-
-    monkeypatch.setattr("core.checkpoint.lineage.os.replace", replace)
-    yield moved
-
-
-@pytest.mark.parametrize(("newest", "slot"), [("shares", 0), ("file", 1)])
-def test_the_newest_is_put_aside_last(
-    newest: str, slot: int, root: Path, killed_in_renaming: list[str]
-) -> None:
-    if newest == "file":
-        shutil.copy(store(root).slots[1], store(root).slots[0])
-        shutil.rmtree(store(root).shares[0])
-    put_aside(root, "t")
-    last = {"shares": "t_sharded", "file": "t_current.pth"}[newest]
-    checkpoints = [name for name in killed_in_renaming if name != "t"]
-    assert checkpoints[-1] == last and len(checkpoints) > slot + 1
-
-
-def test_a_start_that_left_shares_is_no_refusal(root: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("core.launch.ROOT", root)
-    assert store(root).shares[0] / STATE in _files_of(decoded())
-
-
-def test_the_room_that_shares_take_is_counted(root: Path, monkeypatch: Any) -> None:
-    usage = shutil.disk_usage(root)._replace(free=0)
-    monkeypatch.setattr("core.checkpoint.slots.shutil.disk_usage", lambda _: usage)
-    there = sum(p.stat().st_size for p in (root / "checkpoints").rglob("*") if p.is_file())
-    store(root).check_room(there // 4)
-    with pytest.raises(UserError, match="less what is there already"):
-        store(root).check_room(there // 3)
-
-
-def test_a_finished_trial_keeps_its_newest_only(root: Path) -> None:
-    newest = Project(root).checkpoint("prev")
-    store(root).keep_newest()
-    assert forms(root) == ["t_sharded/current"]
-    assert read_weights(store(root).shares[0], "w").step == 5
-    shutil.rmtree(store(root).shares[0])
-    ready = store(root)
-    ready.save(newest)
-    ready.keep_newest()
-    assert forms(root) == ["t_current.pth"]
-    assert not (root / "checkpoints" / "t_sharded").exists()
+    assert outcome is not None and outcome[0] is None
+    assert "__0_0.distcp of another process is not there: all of them must share" in outcome[2]
+    assert forms(root) == ["t_prev.pth", "t_sharded/current", "t_sharded/prev2"]
+    assert not list((root / "checkpoints" / "t_sharded").glob(".*"))
