@@ -307,7 +307,6 @@ class CheckpointStore:
     def _write(self, path: Path, put: Callable[[], None]) -> None:
         started = time.monotonic()
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             put()
         except Exception as error:
             # whatever it is, a save that failed must be told: nobody sees this thread die
@@ -321,12 +320,14 @@ class CheckpointStore:
 
     def _put_file(self, state: dict[str, Any]) -> None:
         """Write a checkpoint in one file."""
+        self.slots[0].parent.mkdir(parents=True, exist_ok=True)
         with replacing(self.slots[0], durable=True) as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
             self._rotate()
-        discard(self.shares[0])
+        with contextlib.suppress(OSError):  # of two forms the later step counts
+            discard(self.shares[0])
 
     def _take_in(self, aside: Path) -> None:
         """Make a folder that all ranks have written to the newest slot."""
@@ -334,9 +335,10 @@ class CheckpointStore:
         discard(self.shares[0])
         os.replace(aside, self.shares[0])
         sync_folder(self.shares[0].parent)
-        discard(self.slots[0])
-        if self._mirror is not None:  # no name for weights that are no longer the newest
-            discard(self._mirror)
+        with contextlib.suppress(OSError):
+            discard(self.slots[0])
+            if self._mirror is not None:  # no name for weights that are no longer the newest
+                discard(self._mirror)
 
     def _reflect(self) -> str:
         """Make the mirror the newest slot's other name; returns why that failed, if it did."""
