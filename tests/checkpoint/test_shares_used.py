@@ -22,7 +22,7 @@ from core.registry import Preset
 from core.runtime import detect_runtime
 from core.trained import load_trained
 from core.training.recovery import BAD_STEPS
-from tests.checkpoint.shares import SHARED, forms, store
+from tests.checkpoint.shares import SHARED, forms, step_of, store
 from tests.project import Project, merged, tiny_preset, train_here
 from tests.training.runs import finish, poison, session, warnings_of
 
