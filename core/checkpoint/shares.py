@@ -20,6 +20,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -289,9 +290,9 @@ def _check_index(found: index.Metadata, stored: dict[str, Tensor]) -> None:
 def _check_parts(files: _Files, found: index.Metadata) -> None:
     """Raises what reading every part of every tensor leads to: each is a zip file of its own, with
     checksums."""
-    for name in _sizes(found):
+    parts = sorted(found.storage_data.values(), key=lambda part: (part.relative_path, part.offset))
+    for name, of_file in groupby(parts, lambda part: part.relative_path):
         with files.create_stream(name, "rb") as file:
-            for part in found.storage_data.values():
-                if part.relative_path == name:
-                    file.seek(part.offset)
-                    check_zip(io.BytesIO(file.read(part.length)))
+            for part in of_file:
+                file.seek(part.offset)
+                check_zip(io.BytesIO(file.read(part.length)))

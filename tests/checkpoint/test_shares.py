@@ -105,7 +105,7 @@ def save_step_six(root: Path, one_file: bool) -> None:
 
 
 @pytest.mark.parametrize("one_file", [True, False])
-@pytest.mark.parametrize("kill_at", range(12))
+@pytest.mark.parametrize("kill_at", range(18))
 def test_a_kill_in_the_midst_of_moving_loses_only_that_save(
     kill_at: int, one_file: bool, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
