@@ -1,8 +1,7 @@
 """Checkpoints of a run: when one is due, how it is written, and what is logged of it.
 
-Where the engine shares the state out, the checkpoints in the middle of a run are written in shares,
-one by every rank; a run's end, and every stop, is written as one file, which is all that others
-need.
+Where the engine shares the state out, checkpoints are written in shares, one by every rank; a run's
+end, and every stop, then also as one file, which is all that others need.
 
 In:    the state of the whole run
 Out:   slots on the disk, written in the background; events
@@ -77,6 +76,8 @@ class Saver:
 
     def save_and_wait(self) -> str | None:
         """Write a checkpoint; returns on every rank why it failed, if it did."""
+        if self._savers is not None:  # quick: all is safe while the file is gathered
+            self.save(whole=False)
         self.save()
         self._store.wait()
         return self._parallel.broadcast(self.report())
