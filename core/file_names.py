@@ -25,6 +25,12 @@ def slot_name(lineage: str, slot: str = SLOTS[0]) -> str:
     return f"{lineage}_{slot}.pth"
 
 
+def shares_name(lineage: str, slot: str = SLOTS[0]) -> str:
+    """Return the name of the folder that a lineage's checkpoint is where every rank has written its
+    share of it."""
+    return f"{lineage}_sharded/{slot}"
+
+
 def is_file_name(name: str) -> bool:
     """Tell whether a file may be called so on every system: not hidden, no way up, no device."""
     return (

@@ -16,6 +16,7 @@ import secrets
 import shutil
 import stat
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -45,7 +46,7 @@ def replacing(path: Path, durable: bool = False) -> Iterator[IO[bytes]]:
 
     durable   survives a power cut, too
     """
-    aside = _aside(path)
+    aside = aside_name(path)
     flags = (
         os.O_WRONLY
         | os.O_CREAT
@@ -80,7 +81,7 @@ def write_file(path: Path, content: str | bytes, durable: bool = False) -> None:
 def link_file(source: Path, target: Path) -> None:
     """Make `target` another name of `source`; a copy where the file system has no hard links.
     Raises OSError."""
-    aside = _aside(target)
+    aside = aside_name(target)
     try:
         os.link(source, aside)
     except OSError:
@@ -94,6 +95,16 @@ def link_file(source: Path, target: Path) -> None:
             os.unlink(aside)  # renaming leaves it where both were the same file already, too
 
 
+def discard(path: Path) -> None:
+    """Delete a file or a folder, if it is there; none stays half there. Raises OSError."""
+    if path.is_dir() and not path.is_symlink():
+        aside = aside_name(path)
+        os.replace(path, aside)
+        shutil.rmtree(aside)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames in a folder survive a power cut (not every system can)."""
     with contextlib.suppress(OSError):
@@ -105,8 +116,8 @@ def sync_folder(folder: Path) -> None:
 
 
 def sweep(folder: Path, start: str = "", unused_seconds: float = 0.0) -> None:
-    """Delete what killed writers left half-written in a folder, of files whose names begin with
-    `start`.
+    """Delete what killed writers left half-written in a folder, of files and folders whose names
+    begin with `start`.
 
     unused_seconds   that they have not been touched for: what another writer is still at work on
                      must stay
@@ -117,7 +128,11 @@ def sweep(folder: Path, start: str = "", unused_seconds: float = 0.0) -> None:
                 start
             ):
                 with contextlib.suppress(OSError):
-                    if time.time() - entry.stat(follow_symlinks=False).st_mtime >= unused_seconds:
+                    if time.time() - entry.stat(follow_symlinks=False).st_mtime < unused_seconds:
+                        continue
+                    if entry.is_dir(follow_symlinks=False):
+                        shutil.rmtree(entry.path)
+                    else:
                         os.unlink(entry.path)
 
 
@@ -131,7 +146,7 @@ def probe(path: Path, size: int = 0) -> None:
     folder = standing(path.parent)
     if not folder.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
-    target = _aside(folder / path.name)
+    target = aside_name(folder / path.name)
     try:
         with replacing(target) as file:
             file.write(PROBE)
@@ -157,7 +172,8 @@ def free_name(path: Path) -> Path:
     return free
 
 
-def _aside(path: Path) -> Path:
+def aside_name(path: Path) -> Path:
+    """Return a name beside the path that nobody can foresee, for what is not whole yet."""
     return path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}.tmp")
 
 
@@ -169,6 +185,13 @@ def check_regular(path: Path) -> None:
     for ever."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError(errno.EINVAL, NO_FILE, str(path))
+
+
+def check_zip(file: Path | IO[bytes]) -> None:
+    """Read every byte of a zip file, as torch writes them. Raises ValueError or BadZipFile."""
+    with zipfile.ZipFile(file) as opened:
+        if opened.testzip() is not None:
+            raise ValueError("a checksum does not match")
 
 
 def read_bytes(path: Path) -> bytes:

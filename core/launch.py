@@ -23,7 +23,7 @@ from torch.distributed import (  # type: ignore[attr-defined]  # torch does not 
 
 from core.environment import read_dotenv
 from core.errors import Interrupted, PresetError, UserError
-from core.file_names import slot_name
+from core.file_names import shares_name, slot_name
 from core.jobs import JOBS
 from core.metrics.events import LOG
 from core.parallel.processes import Processes
@@ -108,6 +108,7 @@ def _files_of(preset: PresetBase) -> dict[Path, int]:
     checkpoints, job = ROOT / "checkpoints", JOBS[preset.job]
     files = [
         *checkpoints.glob(slot_name(preset.lineage, "*")),
+        *checkpoints.glob(f"{shares_name(preset.lineage, '*')}/*"),
         *(checkpoints / preset.lineage).rglob("*.pth"),
     ]
     files += (ROOT / "logs" / preset.lineage).rglob(LOG)

@@ -13,7 +13,7 @@ import torch
 
 from core.assembly.start import next_action
 from core.checkpoint.lineage import changed_sources
-from core.checkpoint.slots import store_of
+from core.checkpoint.slots import label, store_of
 from core.checkpoint.weights import preview_weights
 from core.contracts import call_if_defined
 from core.data.tokenizer_build import KNOWN_VOCABULARIES, tokenizer_facts
@@ -156,7 +156,7 @@ def resume_lines(preset: PresetBase, root: Path) -> list[str]:
     newest = store.peek()
     if newest is None:
         return [_beginning_line(preset, root)]
-    progress, slot = newest["progress"], newest["path"].name
+    progress, slot = newest["progress"], label(newest["path"])
     log_file = root / "logs" / preset.lineage / LOG
     next_part = next_action(
         preset, newest, lambda: evaluation_is_missing(log_file, progress["step"])

@@ -381,7 +381,7 @@ def test_the_quick_test_and_the_code_of_the_guide(tmp_path: Path) -> None:
         named = files_named(block_of(text, first_words), lineage="90_quick_test")
         assert left <= set(named), "a file of a run is not named"
         # other presets', or a second start's
-        later = {"prev.pth", "prev2.pth", "masked.png", "wandb", "tokens", "pdf"}
+        later = {"prev.pth", "prev2.pth", "sharded", "masked.png", "wandb", "tokens", "pdf"}
         assert all(
             (project.folder / name).exists() or re.split(r"[/_]", name)[-1] in later
             for name in named

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from core.assembly.start import Remarks, Start
+from core.checkpoint.copying import stored_bytes
 from core.checkpoint.fitting import LINEAGE_OF_ITS_OWN
-from core.checkpoint.slots import stored_bytes
 from core.checkpoint.weights import FITTING
 from core.contracts import LanguageModel, Readout, call_if_defined
 from core.data.tokenizer import Tokenizer
@@ -82,7 +82,7 @@ def build_network(
 ) -> Network:
     """Build what is trained, with the weights and the optimizer's state to start from. Raises
     UserError."""
-    model = _loaded_model(preset, machine, start, tokenizer.vocab_size, remarks)
+    model = _built_model(preset, machine, start, tokenizer.vocab_size, remarks)
     train_only(model, preset.train.trainable)
     note = call_if_defined(model, "attention_note", machine.device, machine.dtype)
     remarks.notes += [note] if note else []
@@ -91,7 +91,6 @@ def build_network(
     stack.check(output.readout)
     check_heads(preset, model, stack)
     heads = build_heads(preset.auxiliary, preset.train.seed, output)
-    remarks.notes += load_heads(heads, start.saved["heads"]) if start.saved is not None else []
     if heads is not None:
         count = sum(p.numel() for p in heads.parameters())
         remarks.notes.append(
@@ -101,6 +100,11 @@ def build_network(
     stored, size = stored_bytes(model, heads), counted(model)
     engine = _engine(preset, machine, size, tokenizer.vocab_size, remarks)
     engine.place(model, heads, machine.device)
+    if start.weights is not None:  # by now: a rank that keeps a share reads no more than that
+        advice = FITTING if start.saved is None else LINEAGE_OF_ITS_OWN
+        remarks.notes += start.weights.fill(model, advice)
+    if start.saved is not None:
+        remarks.notes += load_heads(heads, start.saved["heads"])
     optimizer = _optimizer(preset, model, heads, tables, engine)
     objective = Objective(model, stack, num_sources, heads, machine.dtype)
     module = engine.wrap(objective, optimizer.optimizers)
@@ -131,7 +135,7 @@ def _engine(
     return engine
 
 
-def _loaded_model(
+def _built_model(
     preset: PresetBase, machine: Machine, start: Start, vocab_size: int, remarks: Remarks
 ) -> LanguageModel:
     model = rank_zero_first(machine.parallel, lambda: build_model(preset, vocab_size))
@@ -140,8 +144,7 @@ def _loaded_model(
             machine.parallel, lambda: call_if_defined(model, "load_published", remarks.notes)
         )
     else:
-        advice = FITTING if start.saved is None else LINEAGE_OF_ITS_OWN
-        remarks.notes += start.weights.load_into(model, advice)
+        remarks.notes += start.weights.prepare(model)
     return model
 
 

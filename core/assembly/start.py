@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from core.checkpoint.lineage import changed_sources
-from core.checkpoint.slots import CheckpointStore, load_slot, store_of
+from core.checkpoint.slots import CheckpointStore, label, load_slot, store_of
 from core.checkpoint.state import CheckpointState, NewestState
 from core.checkpoint.weights import Weights, find_weights
 from core.data.corpus import Corpus
@@ -82,7 +82,8 @@ def find_start(preset: PresetBase, root: Path, parallel: Parallel, remarks: Rema
                 f'init_from "{origin}" is not used again: the lineage goes on from its own '
                 "checkpoint"
             )
-        return Start(store, saved, Weights.of(saved, path, slot_name(preset.lineage, "*")))
+        where = slot_name(preset.lineage, "*") if path in store.slots else label(path)
+        return Start(store, saved, Weights.of(saved, path, where))
     if origin is None:
         return Start(store, None, None)
     weights = rank_zero_first(parallel, lambda: find_weights(origin, root))

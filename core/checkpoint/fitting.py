@@ -30,14 +30,10 @@ def load_model(
     advice       what to do where they do not fit
     Raises CheckpointError naming everything that does not fit; nothing is changed then.
     """
-    own = module.state_dict()
-    filled = {(tensor.data_ptr(), tensor.shape) for name, tensor in own.items() if name in saved}
+    own = module.state_dict(keep_vars=True)
+    filled = {id(tensor) for name, tensor in own.items() if name in saved}
     # tied: kept once
-    missing = [
-        n
-        for n in sorted(own.keys() - saved.keys())
-        if (own[n].data_ptr(), own[n].shape) not in filled
-    ]
+    missing = [n for n in sorted(own.keys() - saved.keys()) if id(own[n]) not in filled]
     unknown = sorted(saved.keys() - own.keys())
     wrong = [
         f"{name} is {tuple(saved[name].shape)} there, {tuple(own[name].shape)} here"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import UserError
-from core.file_names import SLOTS, slot_name
+from core.file_names import SLOTS, shares_name, slot_name
 from core.files import cause, open_lock
 from core.preset.base import PresetBase
 
@@ -191,10 +191,11 @@ def has_checkpoints(root: Path, lineage: str) -> bool:
     """Return whether a start would go on from something: a run's checkpoints, or those of a
     comparison's trials."""
     folder = root / "checkpoints"
-    slots = [folder / slot_name(lineage, slot) for slot in SLOTS]
+    slots = [folder / name(lineage, slot) for slot in SLOTS for name in (slot_name, shares_name)]
     return (
         any(path.exists() for path in slots)
         or next((folder / lineage).glob(f"*/{slot_name('*')}"), None) is not None
+        or next((folder / lineage).glob(f"*/{shares_name('*')}"), None) is not None
     )
 
 
@@ -214,9 +215,9 @@ def put_aside(root: Path, lineage: str) -> str:
     new name, which `init_from` takes. Raises UserError where it is in use or cannot be renamed.
 
     The newest checkpoint goes last but for the log: whatever stops this in between, a start goes on
-    from it, or finds none."""
+    from it, or finds none. It is in shares where it is not in a file."""
     checkpoints, logs = root / "checkpoints", root / "logs"
-    ours = re.compile(rf"{re.escape(lineage)}(?P<rest>_({'|'.join(SLOTS)})\.pth.*|)")
+    ours = re.compile(rf"{re.escape(lineage)}(?P<rest>_({'|'.join(SLOTS)})\.pth.*|_sharded|)")
     with owned(root, lineage, "start fresh"):
         name = name_aside(root, lineage)
         found = [
@@ -225,7 +226,8 @@ def put_aside(root: Path, lineage: str) -> str:
             if (match := ours.fullmatch(path.name)) is not None
         ]
         try:
-            for path, rest in sorted(found, key=lambda each: each[1] == slot_name("")):
+            last = ["_sharded", slot_name("")]
+            for path, rest in sorted(found, key=lambda each: (each[1] in last, each[1] == last[1])):
                 os.replace(path, checkpoints / f"{name}{rest}")
             if (logs / lineage).exists():
                 os.replace(logs / lineage, logs / name)

@@ -1,34 +1,40 @@
 """Three rotating slots per lineage that survive a kill at any instant, a full disk and a damaged
 file.
 
-    checkpoints/<lineage>_current.pth   _prev.pth   _prev2.pth
+    checkpoints/<lineage>_current.pth   _prev.pth   _prev2.pth      a checkpoint in one file
+    checkpoints/<lineage>_sharded/current/   prev/   prev2/         one in shares, see shares.py
 
-A new checkpoint is written aside, flushed to the disk, and only then the slots move: prev to prev2,
-current to prev, new to current. Training goes on as soon as the tensors are copied; the writing
-happens in a thread.
+Each slot has one of the two forms. A new checkpoint is written aside, flushed to the disk, and only
+then the slots move: prev to prev2, current to prev, new to current. Training goes on as soon as the
+tensors are copied; the writing happens in a thread.
 
 In:    a dict of tensors and plain values
 Out:   the newest slot that can be read
 State: the files
 """
 
+import contextlib
 import errno
 import os
 import shutil
 import threading
 import time
-import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from core.checkpoint.copying import copied
 from core.checkpoint.state import CheckpointState, NewestState, problem_of
 from core.errors import CheckpointError, first_line
-from core.file_names import SLOTS, slot_name
+from core.file_names import SLOTS, shares_name, slot_name
 from core.files import (
+    aside_name,
     cause,
     check_regular,
+    check_zip,
+    discard,
     free_name,
     link_file,
     probe,
@@ -41,6 +47,8 @@ from core.parallel.protocol import Parallel
 from core.parallel.ranks import on_rank_zero
 
 if TYPE_CHECKING:  # models read checkpoints, and can be imported without presets
+    from torch.distributed.device_mesh import DeviceMesh
+
     from core.preset.base import PresetBase
 
 FORMAT = 1
@@ -52,22 +60,26 @@ class Damaged(Exception):
 
 
 def read_checkpoint(path: Path, mmap: bool = False, whole: bool = True) -> CheckpointState:
-    """Read a file that a CheckpointStore wrote, and check it.
+    """Read a checkpoint that a CheckpointStore wrote, a file or a folder, and check it.
 
-    mmap    leave tensors on the disk until they are used
+    mmap    of a file leave tensors on the disk until they are used
     whole   check every byte
     Raises Damaged, or CheckpointError where this program may not or cannot read it.
     """
     try:
-        check_regular(path)
-        if whole:
-            with zipfile.ZipFile(path) as file:
-                if file.testzip() is not None:  # torch itself reads on over flipped bits
-                    raise ValueError("a checksum does not match")
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        if path.is_dir() and path.suffix != ".pth":
+            from core.checkpoint.shares import read_shares  # slow to import
+
+            state = read_shares(path, whole)
+        else:
+            check_regular(path)
+            if whole:
+                check_zip(path)  # torch itself reads on over flipped bits
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # whatever reading a damaged file may raise
+        lacking = path.is_dir() and isinstance(error, FileNotFoundError)
         if isinstance(error, MemoryError) or (
-            isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
+            isinstance(error, OSError) and error.errno not in (None, errno.EINVAL) and not lacking
         ):
             raise CheckpointError(
                 f"{path} cannot be read: {error}. Mend that, or move the file away."
@@ -98,13 +110,14 @@ class LoadedSlot(NamedTuple):
 
 
 class CheckpointStore:
-    """The slots of one lineage. Only rank 0 saves."""
+    """The slots of one lineage. Rank 0 saves, or all of them together."""
 
     def __init__(self, folder: Path, lineage: str, mirror: str | None = None):
         """`lineage`: may be a path below the folder. `mirror`: another file name that always holds
         what `current` holds."""
         self.folder, self.lineage = folder, lineage
         self.slots = [folder / slot_name(lineage, slot) for slot in SLOTS]
+        self.shares = [folder / shares_name(lineage, slot) for slot in SLOTS]
         self._mirror = folder / mirror if mirror else None
         self._thread: threading.Thread | None = None
         self._outcome: tuple[Path | None, float, str] | None = None
@@ -123,35 +136,44 @@ class CheckpointStore:
         exists but this program may not or cannot read it: starting afresh would overwrite
         somebody's work."""
         notes: list[str] = []
-        for path in self.slots[skip + (settled and _amid_bad_steps(self.slots[0])) :]:
-            if not path.exists():
-                continue
-            try:
-                return LoadedSlot(read_checkpoint(path, mmap=read_only), path, notes)
-            except Damaged as reason:
-                note = f"{path.name} is damaged ({reason})"
-            if not read_only:
-                note += f"; it is now {_set_aside(path).name}"
-            notes.append(f"{note}, and an older slot is taken")
+        for slot in range(skip + (settled and self._amid_bad_steps()), len(SLOTS)):
+            for path in self._forms(slot):
+                try:
+                    return LoadedSlot(read_checkpoint(path, mmap=read_only), path, notes)
+                except Damaged as reason:
+                    note = f"{label(path)} is damaged ({reason})"
+                if not read_only:
+                    note += f"; it is now {label(_set_aside(path))}"
+                notes.append(f"{note}, and an older slot is taken")
         return LoadedSlot(None, None, notes)
 
     def peek(self) -> NewestState | None:
         """Progress, preset and place in the data of the newest slot, without its tensors; None when
         there is none to read."""
-        for path in self.slots:
-            if path.exists():
-                try:
-                    state = read_checkpoint(path, mmap=True, whole=False)
-                except (Damaged, CheckpointError):
-                    # a preview judges no slot: loading it for real will say what is wrong
-                    continue
-                return {
-                    "path": path,
-                    "progress": state["progress"],
-                    "preset": state["preset"],
-                    "data": state["data"],
-                }
+        for path in (path for slot in range(len(SLOTS)) for path in self._forms(slot)):
+            try:
+                state = read_checkpoint(path, mmap=True, whole=False)
+            except (Damaged, CheckpointError):
+                # a preview judges no slot: loading it for real will say what is wrong
+                continue
+            return {
+                "path": path,
+                "progress": state["progress"],
+                "preset": state["preset"],
+                "data": state["data"],
+            }
         return None
+
+    def _forms(self, slot: int) -> list[Path]:
+        """Return where a slot is: nowhere, or at one path. At two, the later step first, only where
+        a kill, an older version or a hand left both."""
+        forms = [path for path in (self.slots[slot], self.shares[slot]) if path.exists()]
+        return sorted(forms, key=_step_of, reverse=True) if len(forms) > 1 else forms
+
+    def _amid_bad_steps(self) -> bool:
+        """Return whether the updates before the newest checkpoint were skipped as not finite."""
+        newest = next(iter(self._forms(0)), None)
+        return newest is not None and _progress_of(newest).get("bad_in_a_row", 0) > 0
 
     # writing --------------------------------------------------------------------------------------
 
@@ -170,7 +192,13 @@ class CheckpointStore:
             # as earlier versions called it
             current.with_name(f"{current.name}.tmp").unlink(missing_ok=True)
             odd = [path for path in paths if path.exists() and not path.is_file()]
-            return [f"{path.name} is no file; it is now {_set_aside(path).name}" for path in odd]
+            notes = [f"{path.name} is no file; it is now {_set_aside(path).name}" for path in odd]
+            sweep(self.shares[0].parent)
+            return notes + [
+                f"{label(path)} is no folder; it is now {label(_set_aside(path))}"
+                for path in (self.shares[0].parent, *self.shares)
+                if path.exists() and not path.is_dir()
+            ]
         except OSError as error:
             raise CheckpointError(
                 f"checkpoints cannot be written to {current.parent}: {cause(error, current)}"
@@ -188,7 +216,8 @@ class CheckpointStore:
                 f"a checkpoint of {size / 1e6:,.1f} MB cannot be written to {current.parent}: "
                 f"{cause(error, current)}"
             ) from None
-        there = sum(path.stat().st_size for path in self.slots if path.exists())
+        shares = (path for folder in self.shares if folder.is_dir() for path in folder.iterdir())
+        there = sum(path.stat().st_size for path in (*self.slots, *shares) if path.exists())
         files = len(self.slots) + 1  # one more is being written while the slots are full
         if free + there < files * size:
             raise CheckpointError(
@@ -203,15 +232,50 @@ class CheckpointStore:
         """Copy `state` and write it in the background; `outcome()` tells how it went."""
         self.wait()
         try:
-            thread = threading.Thread(
-                target=self._write, args=(_copy(state),), name="checkpoint-writer"
-            )
-            thread.start()
+            copy = copied(state)
+            self._begin(self.slots[0], lambda: self._put_file(copy))
         except Exception as error:
             # no memory for a copy, or for a thread: told as a failed write is
             self._outcome = (None, 0.0, f"{first_line(error)}.")
-        else:
-            self._thread = thread
+
+    def save_shares(self, state: dict[str, Any], savers: "DeviceMesh", parallel: Parallel) -> None:
+        """Copy this rank's share of `state` and write it in the background; every rank must call
+        it. Rank 0 moves the slots on once all have written.
+
+        savers   the ranks, on their hosts
+        """
+        from core.checkpoint.shares import split, write_shares  # slow to import
+
+        self.wait()
+        aside = self.folder / parallel.broadcast(
+            aside_name(self.shares[0]).relative_to(self.folder).as_posix()
+        )
+        try:
+            rest, shares = split(state, savers)
+            failure = None
+        except Exception as error:  # no memory for a copy: the others learn of it
+            rest, shares, failure = {}, {}, first_line(error)
+
+        def put() -> None:
+            try:
+                write_shares(aside, rest, shares, savers, failure)
+                if savers.get_rank() == 0:
+                    self._take_in(aside)
+            except BaseException:
+                if savers.get_rank() == 0:
+                    shutil.rmtree(aside, ignore_errors=True)
+                raise
+
+        try:
+            self._begin(self.shares[0], put)
+        except RuntimeError:  # no memory for a thread: the others wait for this rank
+            self._write(self.shares[0], put)
+
+    def _begin(self, path: Path, put: Callable[[], None]) -> None:
+        """Write in the background what will be at `path`."""
+        thread = threading.Thread(target=self._write, args=(path, put), name="checkpoint-writer")
+        thread.start()
+        self._thread = thread
 
     def wait(self) -> None:
         """Wait until a write in progress is done."""
@@ -223,9 +287,11 @@ class CheckpointStore:
         """Delete the older slots, where the newest is there: of a run that is over, they are no
         longer needed."""
         self.wait()
-        if self.slots[0].exists():
-            for path in self.slots[1:]:
-                path.unlink(missing_ok=True)
+        if self._forms(0):
+            for path in (*self.slots[1:], *self.shares[1:]):
+                discard(path)
+            with contextlib.suppress(OSError):  # where it is empty
+                self.shares[0].parent.rmdir()
 
     def outcome(self) -> tuple[Path | None, float, str] | None:
         """(file, seconds, "") of a finished save, or (None, seconds, reason) of a failed one; None:
@@ -238,26 +304,41 @@ class CheckpointStore:
         outcome, self._outcome = self._outcome, None
         return outcome
 
-    def _write(self, state: dict[str, Any]) -> None:
+    def _write(self, path: Path, put: Callable[[], None]) -> None:
         started = time.monotonic()
         try:
-            self.slots[0].parent.mkdir(parents=True, exist_ok=True)
-            with replacing(self.slots[0], durable=True) as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-                self._rotate()
+            put()
         except Exception as error:
             # whatever it is, a save that failed must be told: nobody sees this thread die
             # torch wraps a failed write
             true = error.__context__ if isinstance(error.__context__, OSError) else error
-            told = (
-                cause(true, self.slots[0]) if isinstance(true, OSError) else f"{first_line(true)}."
-            )
+            told = cause(true, path) if isinstance(true, OSError) else f"{first_line(true)}."
             self._outcome = (None, time.monotonic() - started, told.splitlines()[0])
             return
-        told = self._reflect()
-        self._outcome = (self.slots[0], time.monotonic() - started, told)
+        told = self._reflect() if path == self.slots[0] else ""
+        self._outcome = (path, time.monotonic() - started, told)
+
+    def _put_file(self, state: dict[str, Any]) -> None:
+        """Write a checkpoint in one file."""
+        self.slots[0].parent.mkdir(parents=True, exist_ok=True)
+        with replacing(self.slots[0], durable=True) as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+            self._rotate()
+        with contextlib.suppress(OSError):  # of two forms the later step counts
+            discard(self.shares[0])
+
+    def _take_in(self, aside: Path) -> None:
+        """Make a folder that all ranks have written to the newest slot."""
+        self._rotate()
+        discard(self.shares[0])
+        os.replace(aside, self.shares[0])
+        sync_folder(self.shares[0].parent)
+        with contextlib.suppress(OSError):
+            discard(self.slots[0])
+            if self._mirror is not None:  # no name for weights that are no longer the newest
+                discard(self._mirror)
 
     def _reflect(self) -> str:
         """Make the mirror the newest slot's other name; returns why that failed, if it did."""
@@ -279,13 +360,15 @@ class CheckpointStore:
         """Move the slots on, once the new checkpoint is safe on the disk. One that was saved amid
         bad steps is replaced where it is: its weights may be at fault, and those before it are what
         a roll-back needs."""
-        current, prev, prev2 = self.slots
-        if _amid_bad_steps(current):
+        if self._amid_bad_steps():
             return
-        if prev.exists():
-            os.replace(prev, prev2)
-        if current.exists():
-            os.replace(current, prev)
+        for slot in reversed(range(len(SLOTS) - 1)):
+            for path, *stale in filter(None, [self._forms(slot)]):
+                is_file = path == self.slots[slot]
+                same, other = (self.slots, self.shares) if is_file else (self.shares, self.slots)
+                for each in (*stale, other[slot + 1], *([] if is_file else [same[slot + 1]])):
+                    discard(each)
+                os.replace(path, same[slot + 1])
 
 
 def _set_aside(path: Path) -> Path:
@@ -295,53 +378,28 @@ def _set_aside(path: Path) -> Path:
     return aside
 
 
-def _amid_bad_steps(path: Path) -> bool:
-    """Return whether the updates before a checkpoint were skipped as not finite."""
+def label(path: Path) -> str:
+    """Return what people are told a checkpoint is called: a file's name, or a folder's with that of
+    its lineage."""
+    folder = path.parent.name
+    return f"{folder}/{path.name}" if folder.endswith("_sharded") else path.name
+
+
+def _progress_of(path: Path) -> Mapping[str, Any]:
+    """Return the progress of a checkpoint; nothing where it cannot be read."""
     try:
-        return read_checkpoint(path, mmap=True, whole=False)["progress"].get("bad_in_a_row", 0) > 0
-    except (Damaged, CheckpointError):  # or not there
-        return False
+        return read_checkpoint(path, mmap=True, whole=False)["progress"]
+    except (Damaged, CheckpointError):
+        return {}
+
+
+def _step_of(path: Path) -> int:
+    return _progress_of(path).get("step", -1)
 
 
 def store_of(preset: "PresetBase", root: Path) -> CheckpointStore:
     """Return the slots of a preset's lineage."""
     return CheckpointStore(root / "checkpoints", preset.lineage, MIRRORS.get(preset.lineage))
-
-
-def stored_bytes(*modules: torch.nn.Module | None) -> int:
-    """Count the bytes that the tensors of modules take in a checkpoint, those with several names
-    counted once."""
-    tensors = {
-        _place(t): t.nbytes
-        for module in modules
-        if module is not None
-        for t in module.state_dict().values()
-    }
-    return sum(tensors.values())
-
-
-def _place(tensor: torch.Tensor) -> tuple:
-    """The same for all names of a tensor: `state_dict` makes an object of each."""
-    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
-
-
-def _copy(value: Any) -> Any:
-    """A deep copy with every tensor on the CPU. One tensor under several names (tied weights) is
-    copied once."""
-    seen: dict[tuple, torch.Tensor] = {}
-
-    def copy(v: Any) -> Any:
-        if isinstance(v, torch.Tensor):
-            if (place := _place(v)) not in seen:
-                seen[place] = v.detach().to("cpu", copy=True)
-            return seen[place]
-        if isinstance(v, dict):
-            return {key: copy(item) for key, item in v.items()}
-        if isinstance(v, list | tuple):
-            return [copy(item) for item in v]
-        return v
-
-    return copy(value)
 
 
 def load_slot(

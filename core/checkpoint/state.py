@@ -24,6 +24,8 @@ from pydantic import (
 from torch import Tensor
 from typing_extensions import TypedDict
 
+from core.parallel.shards import Stored, full
+
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 Digits = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Named = dict[str, InstanceOf[Tensor]]
@@ -203,18 +205,19 @@ def tensor_problem(tensor: Tensor) -> str | None:
     """Return why a tensor cannot be loaded as a weight; None where it can be."""
     if tensor.is_nested or tensor.is_quantized or tensor.layout is not torch.strided:
         return "is sparse, nested or quantized; weights are dense"
-    if tensor.device.type != "cpu":
+    if tensor.device.type != "cpu" and not isinstance(tensor, Stored):
         return f"has no content here (device {tensor.device})"
     return "is complex; weights are real" if tensor.is_complex() else None
 
 
 def not_finite(tensors: dict[str, Tensor]) -> list[str]:
-    """Return the names of the tensors that hold NaN or infinity, in one pass over all of them."""
+    """Return the names of the tensors that hold NaN or infinity, in one pass over all of them.
+    Every rank must call it."""
     # torch cannot test numbers of 8 bits
     computed = {
         name: tensor.float() if tensor.itemsize == 1 else tensor for name, tensor in tensors.items()
     }
-    return [name for name, tensor in computed.items() if not bool(torch.isfinite(tensor).all())]
+    return [name for name, tensor in computed.items() if not full(tensor.isfinite().all())]
 
 
 def _parameters(state: CheckpointState) -> dict[str, Tensor]:

@@ -21,12 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from core.checkpoint.fitting import load_model
-from core.checkpoint.slots import CheckpointStore, Damaged, read_checkpoint
+from core.checkpoint.slots import CheckpointStore, Damaged, label, read_checkpoint
 from core.checkpoint.state import CheckpointState, held_out_of, not_finite, tensor_problem
 from core.contracts import call_if_defined
 from core.errors import UserError
-from core.file_names import slot_name
+from core.file_names import shares_name, slot_name
 from core.files import own_path
+from core.parallel.shards import full
 from core.preset.merge import changed
 from core.preset.settings import Settings
 
@@ -87,19 +88,30 @@ class Weights:
     def load_into(self, model: nn.Module, advice: str = FITTING) -> list[str]:
         """Put them into a model; returns remarks. Raises CheckpointError naming everything that
         does not fit."""
+        notes = self.prepare(model)
+        return notes + self.fill(model, advice)
+
+    def prepare(self, model: nn.Module) -> list[str]:
+        """Make weights and model fit each other, as far as may be; returns remarks."""
         notes: list[str] = []
         self._check_kinds({})
         call_if_defined(model, "prepare_load", self.model, notes)
         self._check_kinds(model.state_dict())
-        if odd := not_finite(
-            self.model | {f"heads.{name}": tensor for name, tensor in self.heads.items()}
-        ):
+        return notes
+
+    def fill(self, model: nn.Module, advice: str) -> list[str]:
+        """Put them into a model that they were prepared for, and that may be shared out since;
+        returns remarks. Every rank must call it."""
+        notes = load_model(model, self.model, self.where, advice=advice)
+        loaded = {name: t for name, t in model.state_dict().items() if name in self.model}
+        heads = {f"heads.{name}": full(tensor) for name, tensor in self.heads.items()}
+        if odd := not_finite(loaded | heads):
             names = ", ".join(odd[:4]) + (", ..." if len(odd) > 4 else "")
             notes.append(
                 f"not finite in {self.where}: {names}: nothing is learned from such weights; take "
                 "an older checkpoint"
             )
-        return notes + load_model(model, self.model, self.where, advice=advice)
+        return notes
 
     def _check_kinds(self, own: dict[str, Tensor]) -> None:
         """Raises UserError where a tensor is of a kind that copying would turn into other weights,
@@ -146,6 +158,8 @@ def preview_weights(origin: str, root: Path) -> str:
     is read. Raises UserError."""
     path = own_path(origin, root)
     if is_file(origin):
+        if path.is_dir() and path.parent.name.endswith("_sharded"):
+            return str(read_weights(path, origin))
         if not path.is_file():
             raise _no_file(origin)
         step = _step(_read_torch(path, origin)) if zipfile.is_zipfile(path) else None
@@ -153,7 +167,7 @@ def preview_weights(origin: str, root: Path) -> str:
     found = CheckpointStore(root / "checkpoints", origin).peek()
     if found is None:
         raise _no_lineage(origin, root)
-    return str(Weights({}, found["path"], found["path"].name, found["progress"]["step"]))
+    return str(Weights({}, found["path"], label(found["path"]), found["progress"]["step"]))
 
 
 def newest_weights(lineage: str, root: Path) -> Weights:
@@ -162,7 +176,7 @@ def newest_weights(lineage: str, root: Path) -> Weights:
     store = CheckpointStore(root / "checkpoints", lineage)
     state, path, notes = store.load(read_only=True)
     if state is not None and path is not None:
-        return Weights.of(state, path, path.name, notes)
+        return Weights.of(state, path, label(path), notes)
     if notes:
         raise UserError(
             f'no checkpoint of the lineage "{lineage}" can be read:\n  ' + "\n  ".join(notes)
@@ -176,12 +190,13 @@ def read_weights(path: Path, where: str) -> Weights:
 
     where   what people are told it is called
     """
-    if not path.is_file():
+    shared = path.is_dir() and path.parent.name.endswith("_sharded")
+    if not (shared or path.is_file()):
         raise _no_file(where)
     if path.suffix == ".safetensors":
         return Weights(_bare(_read_safetensors(path, where), where), path, where)
-    state = _read_torch(path, where)
-    if "format" in state and "progress" in state:
+    state = {} if shared else _read_torch(path, where)
+    if shared or ("format" in state and "progress" in state):
         try:
             return Weights.of(read_checkpoint(path, mmap=True), path, where)
         except Damaged as reason:
@@ -226,11 +241,11 @@ def _no_lineage(lineage: str, root: Path) -> UserError:
         if (root / "configs" / f"{lineage}.json").exists()
         else f'a preset of lineage "{lineage}"'
     )
-    names = sorted(
-        path.name.removesuffix(slot_name(""))
-        for path in (root / "checkpoints").glob(slot_name("*"))
-    )
-    others = f" There are checkpoints of {', '.join(names)}." if names else ""
+    folder = root / "checkpoints"
+    names = {path.name.removesuffix(slot_name("")) for path in folder.glob(slot_name("*"))}
+    shared = (path.parent.name for path in folder.glob(shares_name("*")))
+    names |= {name.removesuffix(shares_name("").split("/")[0]) for name in shared}
+    others = f" There are checkpoints of {', '.join(sorted(names))}." if names else ""
     return UserError(f"checkpoints/{slot_name(lineage)} is not there: run {whose} first.{others}")
 
 

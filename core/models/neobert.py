@@ -27,6 +27,7 @@ from core.models.attention import Attention, DocumentMask, attend, choose_backen
 from core.models.norm import rms_norm
 from core.models.published import find_file, place_of, refuse_new_tokenizer, tokenizer_hint
 from core.models.readout import DistanceReadout, LinearReadout
+from core.parallel.shards import full
 from core.preset.settings import MASKED_TOKENS, ModelSettings
 
 INITIAL_RANGE = 0.02
@@ -308,10 +309,10 @@ class NeoBERT(LanguageModel):
                 self.settings.prototypes
             ]
             if "dist_head.weight" not in saved and origin in saved:
-                saved["dist_head.weight"] = project(saved[origin].float().clone())
+                saved["dist_head.weight"] = project(full(saved[origin]).float().clone())
                 notes.append(f"the prototypes begin as the rows of {origin}, scaled to length 1")
-            elif "dist_head.weight" in saved and not _on_sphere(saved["dist_head.weight"]):
-                saved["dist_head.weight"] = project(saved["dist_head.weight"].float().clone())
+            elif (rows := saved.get("dist_head.weight")) is not None and not _on_sphere(full(rows)):
+                saved["dist_head.weight"] = project(full(rows).float().clone())
                 notes.append("the prototypes are scaled to length 1")
         unused = {
             "dist_head.weight": self.dist_head,

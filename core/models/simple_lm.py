@@ -213,6 +213,7 @@ class SimpleLM(LanguageModel):
             return
         if len(table) < self.max_seq_len:
             notes.append(f"the position table grows from {len(table)} to {self.max_seq_len} rows")
+            table = full(table)
             saved["pos_embedding.weight"] = torch.cat(
                 [table, full(self.pos_embedding.weight.detach())[len(table) :].to(table)]
             )

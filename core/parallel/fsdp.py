@@ -25,6 +25,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_collectives import (
 
 from core.errors import UserError
 from core.parallel.blocks import blocks_of
+from core.parallel.processes import HOST_TIMEOUT
 from core.parallel.shards import collected, weights_by_name
 from core.parallel.updates import TorchUpdates
 
@@ -38,6 +39,11 @@ class FSDP(TorchUpdates):
         # hidden states may be views of others, and nothing here writes into them
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
         self._group, self._rank = group, dist.get_rank(group)
+        # saves are written in the background: what they exchange must not meet the steps' own
+        background = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
+        self.savers: DeviceMesh | None = DeviceMesh.from_group(
+            cast(dist.ProcessGroup, background), "cpu"
+        )
         self._exchange = _Exchange()
         self._blocks: list[FSDPModule] = []
         self._roots: list[FSDPModule] = []

@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # the data pipeline imports this file, and stays free of torc
     import torch
     import torch.distributed as dist
     from torch import nn
+    from torch.distributed.device_mesh import DeviceMesh
 
 T = TypeVar("T")
 
@@ -52,6 +53,9 @@ class Engine(Protocol):
 
     name: str
     compiles: bool  # whether torch.compile may be used with it
+    # the ranks on their hosts, where each of them saves its own share of the state; else rank 0
+    # saves all of it, and this is None
+    savers: "DeviceMesh | None"
 
     def place(self, model: "nn.Module", heads: "nn.Module | None", device: "torch.device") -> None:
         """Put model and auxiliary heads on the device, whole or each rank's share of them.

@@ -6,7 +6,7 @@ Engines "single" and "ddp".
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -15,11 +15,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from core.parallel.updates import TorchUpdates
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 
 class Replicated(TorchUpdates):
     """Whole weights on every rank; see Engine in core/parallel/protocol.py."""
 
     compiles = True
+    savers: "DeviceMesh | None" = None
 
     def __init__(self, group: dist.ProcessGroup | None = None):
         """`group`: of the ranks; None where there is one."""

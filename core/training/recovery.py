@@ -6,7 +6,7 @@ State: how often a run was put back
 """
 
 from core.checkpoint.fitting import load_model
-from core.checkpoint.slots import CheckpointStore, load_slot
+from core.checkpoint.slots import CheckpointStore, label, load_slot
 from core.checkpoint.state import CheckpointState
 from core.contracts import call_if_defined
 from core.errors import CheckpointError, Diverged
@@ -58,17 +58,19 @@ class Recovery:
         notes = []
         try:
             with self._engine.rewriting():
-                is_finite = self._load(state, path.name, notes)
+                is_finite = self._load(state, label(path), notes)
         except CheckpointError as error:
             raise Diverged(
                 f"{reason}, and the checkpoint before cannot be gone back to: {error}"
             ) from None
         if not is_finite:
             lacking = "; ".join(notes)
-            raise Diverged(f"{reason}, as are weights that {path.name} lacks ({lacking}). {ADVICE}")
+            raise Diverged(
+                f"{reason}, as are weights that {label(path)} lacks ({lacking}). {ADVICE}"
+            )
         self._optimizer.load(state["optimizer"])
         self._reporter.warn(
-            f"{BAD_STEPS} bad steps in a row: weights are back at {path.name}, step "
+            f"{BAD_STEPS} bad steps in a row: weights are back at {label(path)}, step "
             f"{state['progress']['step']}"
         )
 

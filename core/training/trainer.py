@@ -24,6 +24,7 @@ from core.data.worker import Stopped
 from core.errors import CheckpointError, Diverged, NoData, first_line
 from core.metrics.events import CUT_SHORT
 from core.metrics.log import MetricsLog
+from core.parallel.shards import kept
 from core.preset.train import TrainSettings
 from core.runtime import uncompiled
 from core.schedules import learning_rate_schedule, value_at
@@ -111,7 +112,7 @@ class Trainer:
         self.evaluate, self.show = inspection.evaluate, inspection.show
         self.should_stop = should_stop
         self.reporter = Reporter(self.log, self.progress)
-        self.saver = Saver(self.store, self.state, self.settings, self.parallel, self.reporter)
+        self.saver = Saver(self.store, self.state, self.settings, machine, self.reporter)
         self.recovery = Recovery(self.store, self.objective, self.optimizer, machine, self.reporter)
         # a resumed run leaves a compiler out that failed
         note_failure = partial(self.extra_state.update, compile_failed=True)
@@ -384,14 +385,15 @@ class Trainer:
         with self._not_timed():
             return self.saver.save()
 
-    def state(self) -> dict[str, Any]:
-        """Return everything a resumed run needs, see core/checkpoint/state.py. Every rank must call
-        it."""
-        heads = self.objective.heads
+    def state(self, whole: bool = True) -> dict[str, Any]:
+        """Return everything a resumed run needs, see core/checkpoint/state.py; whole on rank 0, or
+        else tensors as they are kept. Every rank must call it."""
+        heads, optimizer = self.objective.heads, self.optimizer.state()
+        weights_of = self.engine.weights_of if whole else kept
         return {
-            "model": self.engine.weights_of(self.model),
-            "heads": self.engine.weights_of(heads) if heads is not None else {},
-            "optimizer": self.engine.collect(self.optimizer.state()),
+            "model": weights_of(self.model),
+            "heads": weights_of(heads) if heads is not None else {},
+            "optimizer": self.engine.collect(optimizer) if whole else optimizer,
             "progress": asdict(self.progress),
             # random draws are functions of the seed and the step: nothing else is remembered
             "rng": {"seed": self.settings.seed, "step": self.progress.step},

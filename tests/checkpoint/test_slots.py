@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from core.checkpoint.slots import FORMAT, CheckpointStore, _copy, stored_bytes
+from core.checkpoint.copying import copied, stored_bytes
+from core.checkpoint.slots import FORMAT, CheckpointStore
 from core.errors import CheckpointError
 from tests.project import ROOT
 
@@ -111,7 +112,7 @@ def test_the_mirror_always_holds_what_current_holds(tmp_path: Path) -> None:
     assert slots(store) == [2, 1] and len(list(tmp_path.iterdir())) == 3
 
 
-def test_without_hard_links_the_mirror_is_a_copy(
+def test_without_hard_links_the_mirror_is_acopied(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Some file systems have none."""
@@ -133,8 +134,8 @@ def test_a_tensor_of_several_names_is_copied_and_written_once(tmp_path: Path) ->
         {"table": nn.Embedding(300, 50), "readout": nn.Linear(50, 300, bias=False)}
     )
     model["readout"].weight = model["table"].weight
-    copied = _copy({"model": model.state_dict(), "other": [model["table"].weight[:7]]})
-    assert copied["model"]["table.weight"] is copied["model"]["readout.weight"] and copied["other"][
+    copy = copied({"model": model.state_dict(), "other": [model["table"].weight[:7]]})
+    assert copy["model"]["table.weight"] is copy["model"]["readout.weight"] and copy["other"][
         0
     ].shape == (7, 50)
     assert stored_bytes(model) == 300 * 50 * 4
