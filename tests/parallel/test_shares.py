@@ -13,7 +13,7 @@ import pytest
 from core.checkpoint.slots import CheckpointStore
 from core.checkpoint.state import CheckpointState
 from tests.checkpoint.shares import whole
-from tests.parallel.test_engines import losses, on, rank_of, run_all
+from tests.parallel.test_engines import LONG, command, losses, on, rank_of, run_all
 from tests.project import Project, differences, kill_group, merged
 
 pytestmark = pytest.mark.slow
@@ -21,6 +21,8 @@ pytestmark = pytest.mark.slow
 STEPS = 30
 OFTEN = {"train": {"checkpoint_every_steps": 1, "max_steps": STEPS, "eval_tokens": 0}}
 """Almost always in the middle of a save."""
+FSDP = ("fsdp", 2)
+PRESET = merged(on(LONG, FSDP), OFTEN)
 
 
 def newest(project: Project) -> tuple[CheckpointState, Path]:
@@ -32,9 +34,8 @@ def newest(project: Project) -> tuple[CheckpointState, Path]:
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """Two ranks of fsdp, in one go."""
-    preset, command = on("fsdp", 2)
-    project = Project.make(tmp_path_factory.mktemp("straight") / "p", {"t": merged(preset, OFTEN)})
-    result = project.run("t", command=command)
+    project = Project.make(tmp_path_factory.mktemp("straight") / "p", {"t": PRESET})
+    result = project.run("t", command=command(FSDP))
     assert result.code == 0 and "Traceback" not in result.text, result.text
     return project
 
@@ -42,10 +43,9 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Project:
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """The same, killed whole: its newest checkpoint is in shares."""
-    preset, command = on("fsdp", 2)
-    project = Project.make(tmp_path_factory.mktemp("killed") / "p", {"t": merged(preset, OFTEN)})
+    project = Project.make(tmp_path_factory.mktemp("killed") / "p", {"t": PRESET})
     reached = lambda: project.num_steps() >= 7  # noqa: E731
-    project.run_until("t", reached, signal.SIGKILL, command=command)
+    project.run_until("t", reached, signal.SIGKILL, command=command(FSDP))
     return project
 
 
@@ -61,14 +61,14 @@ def test_weights_are_the_same_bits_on_any_engine_and_number_of_ranks(
 ) -> None:
     """Read by a run that takes no step, and saves what it has in one file."""
     state, _ = newest(killed)
-    step, preset = state["progress"]["step"], merged(on("fsdp", 2)[0], OFTEN)
+    step = state["progress"]["step"]
     of_ranks: dict[int, list[tuple[dict, Path]]] = {1: [], 2: []}
     for engine, ranks in (("fsdp", 1), ("single", 1), ("ddp", 2), ("fsdp", 2)):
         folder = tmp_path / f"{engine} {ranks}"
         for part in ("checkpoints", "logs", "texts"):
             shutil.copytree(killed.folder / part, folder / part)
         train = {"engine": engine, "max_steps": step, "accumulation_steps": 4 // ranks}
-        of_ranks[ranks].append((merged(preset, {"train": train}), folder))
+        of_ranks[ranks].append((merged(PRESET, {"train": train}), folder))
     for ranks, cases in of_ranks.items():
         assert run_all(cases, ranks) == ""
         for _, folder in cases:
@@ -85,15 +85,14 @@ def test_a_run_goes_from_shares_to_file_and_back(
     project = Project(Path(shutil.copytree(killed.folder, tmp_path / "project")))
     plan = [(12, "fsdp", 1), (17, "ddp", 2), (22, "single", 1)]
     for goal, engine, ranks in plan:
-        preset, command = on(engine, ranks)
-        project.write_preset("t", merged(preset, OFTEN))
+        run = (engine, ranks)
+        project.write_preset("t", merged(on(LONG, run), OFTEN))
         reached = lambda goal=goal: project.num_steps() >= goal  # noqa: E731
-        project.run_until("t", reached, signal.SIGKILL, command=command)
+        project.run_until("t", reached, signal.SIGKILL, command=command(run))
         _, path = newest(project)
         assert (path.suffix == ".pth") == (engine != "fsdp")
-    preset, command = on("fsdp", 2)
-    project.write_preset("t", merged(preset, OFTEN))
-    result = project.run("t", command=command)
+    project.write_preset("t", PRESET)
+    result = project.run("t", command=command(FSDP))
     assert result.code == 0 and "Traceback" not in result.text, result.text
     assert project.steps() == list(range(1, STEPS + 1))
     assert project.checkpoint()["data"]["receipt"] == straight.checkpoint()["data"]["receipt"]
@@ -105,10 +104,9 @@ def test_a_rank_that_is_killed_in_a_save_costs_nothing(
     straight: Project, make_project: Callable[..., Project]
 ) -> None:
     """kill -9 of rank 0, which moves the slots: the same bits in the end."""
-    preset, command = on("fsdp", 2)
-    project = make_project({"t": merged(preset, OFTEN)})
+    project = make_project({"t": PRESET})
     folder = project.folder / "checkpoints" / "t_sharded"
-    process = project.start("t", command=command)
+    process = project.start("t", command=command(FSDP))
     try:
         end, rank = time.monotonic() + 120, None
         while time.monotonic() < end:
@@ -123,7 +121,7 @@ def test_a_rank_that_is_killed_in_a_save_costs_nothing(
         kill_group(process)
         project.kill_what_is_left()
     assert any(folder.glob(".*.tmp")) and not project.finished()
-    result = project.run("t", command=command)
+    result = project.run("t", command=command(FSDP))
     assert result.code == 0 and "Traceback" not in result.text, result.text
     assert differences(straight.checkpoint(), project.checkpoint()) == []
     assert project.steps() == list(range(1, STEPS + 1))
@@ -142,10 +140,9 @@ def test_a_rank_that_cannot_write_keeps_all_from_moving(
     make_project: Callable[..., Project],
 ) -> None:
     """Told once a save, by its cause; the run goes on, and rank 0 saves its end in one file."""
-    preset, command = on("fsdp", 2)
-    project = make_project({"t": merged(preset, {"train": {"max_steps": 12}})})
+    project = make_project({"t": merged(on(LONG, FSDP), {"train": {"max_steps": 12}})})
     (project.folder / "sitecustomize.py").write_text(LIMIT)
-    result = project.run("t", command=command, PYTHONPATH=str(project.folder))
+    result = project.run("t", command=command(FSDP), PYTHONPATH=str(project.folder))
     assert result.code == 0 and "Traceback" not in result.text, result.text
     told = [e["message"] for e in project.events("warning") if "not saved" in e["message"]]
     assert len(told) == 3 and "File too large" in told[0] and "ulimit" in told[0], told
