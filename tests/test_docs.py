@@ -111,6 +111,15 @@ def test_the_ci_script_is_a_script_that_runs_anywhere() -> None:
         ), file
 
 
+def test_no_merge_is_left_half_done() -> None:
+    texts = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "pyproject.toml"]
+    texts += [
+        p for folder in ("core", "docs", "tests") for p in (ROOT / folder).rglob("*.[mp][dy]")
+    ]
+    marks = ("<<<<" + "<<<", "====" + "===\n", ">>>>" + ">>>")
+    assert [path for path in texts if any(f"\n{mark}" in path.read_text() for mark in marks)] == []
+
+
 LINUX = '; sys_platform == "linux"'
 
 
