@@ -82,7 +82,7 @@ def test_two_epochs_hold_everything_twice(
     assert not again.rows and again.state["receipt"] == found.state["receipt"]
 
 
-# the places where documents are cut ----------------------------------------------------------------
+# the places where documents are cut ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
