@@ -152,9 +152,9 @@ def open_file(url: str) -> BinaryIO:
     return file
 
 
-def fetch_file(repo: str, file: str) -> Path:
-    """Fetch a file of a model's repository into the library's local cache, and return its path; use
-    the cache alone where the Hub is out of reach.
+def fetch_file(repo: str, file: str, kind: str = "") -> Path:
+    """Fetch a file of a model's repository, or, with `kind` "datasets/", of a dataset's, into the
+    library's local cache, and return its path; use the cache alone where the Hub is out of reach.
 
     Raises SourceUnavailable with the reason, or MissingPackage.
     """
@@ -166,13 +166,14 @@ def fetch_file(repo: str, file: str) -> Path:
     utils.logging.set_verbosity_error()
     unreachable = why_unreachable()
     try:
-        return Path(hub.hf_hub_download(repo, file, local_files_only=bool(unreachable)))
+        where = {"repo_type": "dataset" if kind else "model", "local_files_only": bool(unreachable)}
+        return Path(hub.hf_hub_download(repo, file, **where))
     except Exception as error:  # any error of the library, or of the HTTP client under it
         if unreachable:
             raise SourceUnavailable(f"{unreachable}; the local cache does not have it") from None
         if _is_a(_root(error), "EntryNotFoundError") and _status(_root(error)) == 404:
             raise SourceUnavailable(f"{repo} has no {file}") from None
-        raise SourceUnavailable(explain(error, repo, kind="")) from None
+        raise SourceUnavailable(explain(error, repo, kind=kind)) from None
 
 
 # errors -------------------------------------------------------------------------------------------

@@ -69,6 +69,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
             "intermediate_size": 64,
         }
     },
+    "qwen3": {"model": {"type": "qwen3", "head_dim": 16, "intermediate_size": 64}},
     "neobert": MASKED
     | {"tokenizer": {"type": "bpe", "vocab_size": 301}, "losses": [{"type": "harmonic"}]},
     "losses": {"losses": LOSSES},

@@ -25,12 +25,13 @@ from core.assembly.start import (
 )
 from core.checkpoint.slots import FORMAT
 from core.checkpoint.state import held_out_of
-from core.contracts import call_if_defined
+from core.contracts import LanguageModel, call_if_defined
 from core.data.corpus import Corpus, open_corpus
 from core.data.packing import Row
 from core.data.tokenizer import Tokenizer
 from core.data.validation import hide_one, shortfall
 from core.data.worker import stop_if
+from core.evaluation.during_training import build_tasks
 from core.evaluation.held_out import Evaluator, HeldOut
 from core.generation.samples import build_samples
 from core.metrics.events import LOG, evaluation_is_missing
@@ -134,7 +135,7 @@ def build_training(
     def warn(message: str) -> None:
         log.emit("warning", step=progress.step, tokens=progress.tokens, message=message)
 
-    inspection = _inspection(parts, validation_seed, warn, should_stop, remarks)
+    inspection = _inspection(parts, root, validation_seed, warn, should_stop, remarks)
     extra_state, start_event = _extra_state(parts), _start_event(parts, repeats)
     if parallel.rank == 0:
         wandb_id, resolved = extra_state["wandb_id"], extra_state["preset"]
@@ -198,6 +199,7 @@ def _compile_plan(
 
 def _inspection(
     parts: Parts,
+    root: Path,
     validation_seed: int | None,
     warn: Callable[[str], None],
     should_stop: Callable[[], bool],
@@ -232,9 +234,13 @@ def _inspection(
         tokenizer, preset.generate, seq_length, masked, train.seed, stop_when_asked
     )
     remarks.notes += notes
-    return Inspection(
-        evaluate=lambda model, fraction: evaluator.run(model, fraction, stop_when_asked), show=show
-    )
+    tasks = build_tasks(preset, parts.machine, tokenizer, root, stop_when_asked)
+
+    def evaluate(model: LanguageModel, fraction: float) -> dict[str, Any] | None:
+        numbers = evaluator.run(model, fraction, stop_when_asked)
+        return numbers if numbers is None else numbers | tasks(model)
+
+    return Inspection(evaluate=evaluate, show=show)
 
 
 def _extra_state(parts: Parts) -> dict[str, Any]:

@@ -44,6 +44,7 @@ class Draw:
     source: int
     document: Document | None
     opens_epoch: bool = False  # whether an epoch of its source begins with it
+    epoch: int = 0  # of its source
 
 
 @dataclass(frozen=True)
@@ -181,15 +182,12 @@ class Mixer:
     def _draw(self, choice: int, document: Document | None, tokens: int) -> Draw:
         self._drawn[choice][0] += 1
         self._drawn[choice][1] += tokens
-        self.made[self.index] = (
-            choice,
-            tokens,
-            self._cursors[self.sources[choice].name].get("epoch", 0),
-        )
+        epoch = self._cursors[self.sources[choice].name].get("epoch", 0)
+        self.made[self.index] = (choice, tokens, epoch)
         opens = document is not None and choice in self._fresh
         self._fresh.discard(choice)
         self.index += 1
-        return Draw(self.index - 1, choice, document, opens)
+        return Draw(self.index - 1, choice, document, opens, epoch)
 
     def _ended_before(self, choice: int) -> None:
         """Record that a source which can no longer be read had ended here: its turn was another

@@ -10,6 +10,10 @@ State: LanePosition: which documents are still to be used, and from which positi
                |aaaaa|abbbb|ccdd.|
     padding    one piece of one document a row, the rest padded:
                |aaaa.|bbbb.|ccccc|
+
+The last two would cut a long document at the same places in every epoch. From the second epoch on
+its first piece has another length, `first_piece`. Documents laid end to end are cut where the ones
+before them let them begin: elsewhere in each epoch by itself.
 """
 
 from bisect import bisect_right, insort
@@ -20,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from core.data.objectives import IGNORE_INDEX
+from core.randomness import derive_seed
 
 POOL_ROWS = 8
 """Rows' worth of documents that best_fit chooses from: beyond this the rows get hardly fuller
@@ -29,6 +34,12 @@ POOL_ROWS = 8
 SHORTEST_PIECE = 32
 """A document that has to be cut anyway fills the rest of a row where that is at least a 32nd of the
 row: shorter segments teach little."""
+
+
+def first_piece(seed: int, epoch: int, digest: int, seq_length: int) -> int:
+    """Return how many positions the first piece of a document has where it is longer than a row:
+    a whole row's in the first epoch, 1 to `seq_length` in the others."""
+    return 1 + derive_seed(seed, "phase", epoch, digest) % seq_length if epoch else seq_length
 
 
 class LanePosition(NamedTuple):
@@ -95,6 +106,7 @@ class _Item:
     labels: np.ndarray
     start: int = 0
     num_bytes: int = 0
+    first: int = 0  # positions of its first piece, where it has to be cut; 0: what a row has
 
     @property
     def left(self) -> int:
@@ -124,7 +136,9 @@ class Packer:
         inputs: np.ndarray,
         labels: np.ndarray,
         num_bytes: int = 0,
+        first: int = 0,
     ) -> None:
+        """Take the lane's next document. `first`: see `first_piece`."""
         item = _Item(
             index,
             source,
@@ -134,6 +148,7 @@ class Packer:
             labels,
             self._resumed.pop(index, 0),
             num_bytes,
+            first if len(inputs) > self.seq_length else 0,
         )
         self._items.append(item)
         self._positions += item.left
@@ -158,7 +173,7 @@ class Packer:
         filled = num_bytes = 0
         segments: list[Segment] = []
         while filled < T and (item := self._take(T - filled)) is not None:
-            start, stop = item.start, min(item.start + T - filled, len(item.inputs))
+            start, stop = item.start, self._stop(item, T - filled)
             end = filled + stop - start
             input_ids[filled:end] = item.inputs[start:stop]
             labels[filled:end] = item.labels[start:stop]
@@ -198,6 +213,10 @@ class Packer:
         them empty."""
         return self._items[0] if self._items else None
 
+    def _stop(self, item: _Item, room: int) -> int:
+        """Return the position of `item` at which its segment ends."""
+        return min(item.start + room, len(item.inputs))
+
     def _used(self, item: _Item, stop: int) -> None:
         """Record that `item` is used up to position `stop`."""
         self._positions -= stop - item.start
@@ -221,6 +240,14 @@ class PaddingPacker(Packer):
     def _take(self, room: int) -> _Item | None:
         return self._items[0] if self._items and room == self.seq_length else None
 
+    def _stop(self, item: _Item, room: int) -> int:
+        return _with_first_piece(item, super()._stop(item, room))
+
+
+def _with_first_piece(item: _Item, stop: int) -> int:
+    """Return the end of a segment that would end at `stop`: that of the first piece, if sooner."""
+    return item.first if item.start < item.first < stop else stop
+
 
 class BestFitPacker(Packer):
     """Every row begins with the oldest document in a pool and is filled with the longest ones that
@@ -236,6 +263,8 @@ class BestFitPacker(Packer):
         # (positions it would take whole, -index) of the pool, sorted
         self._sizes: list[tuple[int, int]] = []
         self._pooled = 0  # unused positions in the pool
+        # not in `_sizes` before the next row: this one holds their first pieces
+        self._aside: list[_Item] = []
 
     @property
     def ready(self) -> bool:
@@ -244,7 +273,10 @@ class BestFitPacker(Packer):
 
     def row(self) -> Row:
         self._admit()
-        return super().row()
+        row = super().row()
+        while self._aside:
+            self._sort_in(self._aside.pop())
+        return row
 
     def _admit(self) -> None:
         """Fill the pool, no further than it needs: what it holds must follow from the lane's place
@@ -256,7 +288,10 @@ class BestFitPacker(Packer):
             self._next = max(self._next, item.index + 1)
             self._pool[item.index] = item
             self._pooled += item.left
-            insort(self._sizes, (self._size(item), -item.index))
+            self._sort_in(item)
+
+    def _sort_in(self, item: _Item) -> None:
+        insort(self._sizes, (self._size(item), -item.index))
 
     def _size(self, item: _Item) -> int:
         return min(item.left, self.seq_length + 1)  # one more than a row: it has to be cut
@@ -269,6 +304,8 @@ class BestFitPacker(Packer):
         fitting = bisect_right(self._sizes, (room, 0))  # -index is never above 0
         if fitting:
             return self._pool[-self._sizes[fitting - 1][1]]
+        if not self._sizes:
+            return None
         # the oldest of those longer than a row, if there are any
         longest = self._pool[-self._sizes[-1][1]]
         return (
@@ -277,6 +314,9 @@ class BestFitPacker(Packer):
             else None
         )
 
+    def _stop(self, item: _Item, room: int) -> int:
+        return _with_first_piece(item, super()._stop(item, room))
+
     def _used(self, item: _Item, stop: int) -> None:
         del self._sizes[bisect_right(self._sizes, (self._size(item), -item.index)) - 1]
         self._pooled -= stop - item.start
@@ -284,8 +324,10 @@ class BestFitPacker(Packer):
         item.start = stop
         if item.left == 0:
             del self._pool[item.index]
+        elif stop == item.first:
+            self._aside.append(item)
         else:
-            insort(self._sizes, (self._size(item), -item.index))
+            self._sort_in(item)
 
     def _place(self) -> LanePosition:
         return LanePosition(

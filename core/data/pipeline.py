@@ -19,7 +19,7 @@ from core.data.documents import Document, Encoded, Source, shorter_than
 from core.data.encoding import MemoizedEncoder, encode_each
 from core.data.mixing import Draw, Mixer, MixSettings, SourceFailed
 from core.data.objectives import build_objective
-from core.data.packing import PACKERS, LanePosition, Packer, Row
+from core.data.packing import PACKERS, LanePosition, Packer, Row, first_piece
 from core.data.position import Position
 from core.data.sources.skips import at_least
 from core.data.tokenizer import Tokenizer
@@ -158,7 +158,19 @@ class Pipeline:
                 packer.lose(draw.index)
                 continue
             inputs, labels = self._objective(document, draw.index)
-            packer.add(draw.index, draw.source, document.digest, draw.opens_epoch, inputs, labels)
+            packer.add(
+                draw.index,
+                draw.source,
+                document.digest,
+                draw.opens_epoch,
+                inputs,
+                labels,
+                first=self._first_piece(draw, document),
+            )
+
+    def _first_piece(self, draw: Draw, document: Encoded) -> int:
+        seed = self.settings.mix.seed
+        return first_piece(seed, draw.epoch, document.digest, self.settings.seq_length)
 
     def _draw_documents(self) -> list[tuple[Packer, Draw, Document]]:
         """Draw until there are READ_AHEAD documents for own lanes, or nothing is left."""

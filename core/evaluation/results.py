@@ -9,7 +9,7 @@ State: evaluate.json
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -226,6 +226,22 @@ def _metric_values(
             )
         )
     return metrics
+
+
+def files_of(folder: Path | None) -> list[list[Any]]:
+    """Return the files of a folder, or a file, with sizes and dates: changed tasks are run anew."""
+    files = []
+    for path in _sorted_files(folder) if folder else ():
+        status = path.stat()
+        files.append([str(path), status.st_size, status.st_mtime_ns])
+    return files
+
+
+def _sorted_files(folder: Path) -> Iterable[Path]:
+    if folder.is_file():
+        return [folder]
+    paths = (path for path in folder.rglob("*") if "__pycache__" not in path.parts)
+    return sorted(path for path in paths if path.is_file())
 
 
 # tables -------------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ Under torchrun rank 0 does it alone.
 import hashlib
 import json
 import time
-from collections.abc import Iterable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,6 +28,8 @@ from core.data.corpus import Corpus, open_held_out
 from core.data.packing import Row
 from core.data.validation import shortfall
 from core.errors import Interrupted, NoData, UserError
+from core.evaluation.blimp import NAME as BLIMP
+from core.evaluation.blimp import blimp_notes, blimp_scores, load_pairs, score_pairs
 from core.evaluation.harness.library import version
 from core.evaluation.harness.scoring import Scorer
 from core.evaluation.harness.tasks import open_tasks, run_task
@@ -41,6 +42,7 @@ from core.evaluation.results import (
     EvaluatedModel,
     SourceMeasurement,
     TaskMeasurement,
+    files_of,
     read_results,
     source_table,
     task_scores,
@@ -70,7 +72,10 @@ class EvaluateSettings(Settings):
 
     tasks: list[Annotated[str, Field(min_length=1)]] = Field([])
     """Tasks by the harness's names, such as "gsm8k" or "mmlu_stem", or by those of files in
-    `task_path`."""
+    `task_path`; "blimp" is a task of this program's own, which needs no harness."""
+    blimp_path: str | None = Field(None, min_length=1)
+    """Folder or zip that BLiMP's files are read from, relative to the project; left out, the
+    Hub."""
     task_path: str | None = Field(None, min_length=1)
     """Folder of task files of your own (YAML), relative to the project. Paths in them begin in this
     folder."""
@@ -114,7 +119,7 @@ def evaluate(
     if runtime.device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = False  # scores are promised in fp32
     with EvaluateView(console) as view, StopRequest() as stop:
-        if settings.tasks:
+        if set(settings.tasks) - {BLIMP}:
             version()  # a missing package is reported before gigabytes are read
         trained = load_trained(preset, root, runtime)
         for note in trained.notes:
@@ -175,28 +180,55 @@ class EvaluationRunner:
     def run_tasks(self) -> None:
         """Run every task that is not measured yet, one after the other."""
         settings, tasks = self._settings, self._results.tasks
-        names = list(dict.fromkeys(settings.tasks))
+        names = [name for name in dict.fromkeys(settings.tasks) if name != BLIMP]
         folder = own_path(settings.task_path, self._root) if settings.task_path else None
         made_from = self._made_from(
             limit=settings.limit,
             num_fewshot=settings.num_fewshot,
             harness=self._about.harness,
-            files=_files_of(folder),
+            files=files_of(folder),
             seed=self._preset.train.seed,
         )
+        of_blimp = self._made_from(limit=settings.limit, files=files_of(self._blimp_place()))
+        expected = dict.fromkeys(names, made_from) | {BLIMP: of_blimp}
         self._results.tasks = {
             name: tasks[name]
-            for name in names
-            if name in tasks and tasks[name].made_from == made_from
+            for name in dict.fromkeys(settings.tasks)
+            if name in tasks and tasks[name].made_from == expected[name]
         }
         missing = [name for name in names if name not in self._results.tasks]
-        if not missing:
-            return
-        loaded = open_tasks(missing, folder, self._view.tell)
+        loaded = open_tasks(missing, folder, self._view.tell) if missing else {}
+        if BLIMP in settings.tasks and BLIMP not in self._results.tasks:
+            self._keep(BLIMP, self._run_blimp(of_blimp))
         for name in missing:
-            measured = {**self._results.tasks, name: self._run(name, loaded.pop(name), made_from)}
-            self._results.tasks = {name: measured[name] for name in names if name in measured}
-            self._save()
+            self._keep(name, self._run(name, loaded.pop(name), made_from))
+
+    def _keep(self, name: str, measured: TaskMeasurement) -> None:
+        """Write a finished task down, in the preset's order."""
+        tasks = {**self._results.tasks, name: measured}
+        self._results.tasks = {each: tasks[each] for each in self._settings.tasks if each in tasks}
+        self._save()
+
+    def _blimp_place(self) -> Path | None:
+        path = self._settings.blimp_path
+        return own_path(path, self._root) if path else None
+
+    def _run_blimp(self, made_from: str) -> TaskMeasurement:
+        trained, settings = self._trained, self._settings
+        pairs = load_pairs(settings.blimp_path, self._root, settings.limit)
+        scorer = Scorer(trained.model, self._context, settings.batch_size, self._machine.dtype)
+        begun = time.monotonic()
+        with self._view.task(BLIMP):
+            accuracies = score_pairs(pairs, scorer, trained.tokenizer, self._progress)
+        results = blimp_scores(accuracies, pairs)
+        return TaskMeasurement(
+            made_from=made_from,
+            date=_now(),
+            seconds=round(time.monotonic() - begun, 1),
+            not_causal=self._about.not_causal,
+            notes=blimp_notes(results),
+            results=results,
+        )
 
     def _run(self, name: str, loaded: Any, made_from: str) -> TaskMeasurement:
         """Run one task; `loaded`: the harness's own objects."""
@@ -363,6 +395,8 @@ def _about(trained: Trained[EvaluatePreset], machine: Machine) -> About:
     """Return what is evaluated, and how."""
     preset, model, settings = trained.preset, trained.model, trained.preset.evaluate
     causal = bool(model.is_causal)
+    uses_harness = bool(set(settings.tasks) - {BLIMP})
+    harness = {"package": "lm_eval", "version": version()} if uses_harness else None
     return About(
         preset=preset.name,
         lineage=preset.lineage,
@@ -380,7 +414,7 @@ def _about(trained: Trained[EvaluatePreset], machine: Machine) -> About:
         not_causal=None if causal else NOT_CAUSAL,
         precision="bf16, scores in fp32" if machine.dtype == torch.bfloat16 else "fp32",
         device=machine.runtime.device_name,
-        harness={"package": "lm_eval", "version": version()} if settings.tasks else None,
+        harness=harness,
         date=_now(),
         settings=settings.model_dump(mode="json"),
         notes=list(trained.notes),
@@ -401,17 +435,3 @@ def _fingerprint(trained: Trained[Any]) -> str:
         sample = flat[:: max(1, len(flat) // SAMPLED)].float().cpu().numpy()
         digest.update(name.encode() + sample.tobytes())
     return digest.hexdigest()[:16]
-
-
-def _files_of(folder: Path | None) -> list[list[Any]]:
-    """Return the files of a folder, their sizes and dates: changed tasks are run anew."""
-    files = []
-    for path in _sorted_files(folder) if folder else ():
-        status = path.stat()
-        files.append([str(path), status.st_size, status.st_mtime_ns])
-    return files
-
-
-def _sorted_files(folder: Path) -> Iterable[Path]:
-    paths = (path for path in folder.rglob("*") if "__pycache__" not in path.parts)
-    return sorted(path for path in paths if path.is_file())

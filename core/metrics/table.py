@@ -25,10 +25,17 @@ READ = "read of: "
 """Before the name of a source: its share of the tokens trained on."""
 
 GivenBy = Literal[
-    "every model", "logits", "next-token logits", "masked logits", "distances", "decoder", "heads"
+    "every model",
+    "logits",
+    "next-token logits",
+    "masked logits",
+    "distances",
+    "decoder",
+    "heads",
+    "tasks",
 ]
 """The evaluations that give a metric: by what the model's readout gives and predicts; those of a
-model that keeps its original decoder, or has auxiliary heads."""
+model that keeps its original decoder, or has auxiliary heads; those that also run tasks."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,13 @@ SCORES = (
     ),
     _accuracy("token_accuracy", "token accuracy", short="accuracy", masked="top-1"),
     _accuracy("top5_accuracy", "target among the first five", short="top-5", masked="top-5"),
+    _accuracy(
+        "blimp_accuracy",
+        "BLiMP: accuracy over paradigms",
+        short="BLiMP",
+        given_by="tasks",
+        per_token=False,
+    ),
     *(
         _masked_nll(
             f"nll_h{h}",

@@ -9,6 +9,7 @@ from core.models.gpt2 import GPT2, GPT2Settings
 from core.models.hub import Hub, HubSettings
 from core.models.neobert import NeoBERT, NeoBERTSettings
 from core.models.polychromatic import PolychromaticLM, PolychromaticSettings
+from core.models.qwen3 import Qwen3, Qwen3Settings
 from core.models.simple_lm import SimpleLM, SimpleLMSettings
 from core.preset.settings import ModelSettings
 from core.randomness import derive_seed
@@ -20,6 +21,7 @@ MODELS: dict[str, tuple[type[ModelSettings], type[LanguageModel]]] = {
     "simple_lm": (SimpleLMSettings, SimpleLM),
     "gpt2": (GPT2Settings, GPT2),
     "polychromatic": (PolychromaticSettings, PolychromaticLM),
+    "qwen3": (Qwen3Settings, Qwen3),
     "neobert": (NeoBERTSettings, NeoBERT),
     "hub": (HubSettings, Hub),
 }

@@ -20,14 +20,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from core.contracts import Batch, LanguageModel, ModelOutput
-from core.models.attention import (
-    Attention,
-    DocumentMask,
-    attend,
-    attend_to_past,
-    choose_backend,
-    compute_dtype,
-)
+from core.models.attention import Attention, DocumentMask, choose_backend, compute_dtype
+from core.models.grouped_query import RoPE, check_heads, layer_bytes, mixed
 from core.models.initial import draw_residual, draw_weights
 from core.models.kv_cache import KeyValueCache
 from core.models.norm import rms_norm
@@ -73,14 +67,7 @@ class PolychromaticSettings(ModelSettings):
 
     @model_validator(mode="after")
     def _heads_fit(self) -> "PolychromaticSettings":
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}"
-            )
-        if self.head_dim % 2:
-            raise ValueError(
-                f"head_dim {self.head_dim} is odd, and rotary positions turn pairs; add or take one"
-            )
+        check_heads(self.num_heads, self.num_kv_heads, self.head_dim)
         return self
 
     @property
@@ -88,24 +75,13 @@ class PolychromaticSettings(ModelSettings):
         return self.intermediate_size or 4 * self.hidden_size
 
     def activation_bytes(self, bf16: bool) -> int:
-        """Count what one position leaves for the backward pass on a GPU, all layers together: of
-        attention and feed-forward layer their inputs before and after the norm; gate and up;
-        queries, keys, values and their mix."""
-        D, F, Q, KV = (
-            self.hidden_size,
-            self.neurons,
-            self.num_heads * self.head_dim,
-            self.num_kv_heads * self.head_dim,
-        )
+        """Count what one position leaves for the backward pass on a GPU, all layers together."""
         # SwiGLU: SiLU's result and the product as well
         kept = 2 if self.feed_forward == "polyglu" else 4
-        layer = (
-            16 * D + 2 * kept * F + 8 * (Q + KV)
-            if bf16
-            else 16 * D + 4 * kept * F + 16 * Q + 12 * KV
-        )
+        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        layer = layer_bytes(self.hidden_size, kept * self.neurons, queries, keys, bf16)
         return (
-            4 * D * self.num_layers + layer
+            4 * self.hidden_size * self.num_layers + layer
             if self.activation_checkpointing
             else layer * self.num_layers
         )
@@ -130,30 +106,6 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.gama, self.eps)
 
 
-class RoPE(nn.Module):
-    """Rotary positions (Su et al. 2021), half-split: coordinate i turns with coordinate i + Dh /
-    2."""
-
-    def __init__(self, head_dim: int, seq_length: int, theta: float):
-        super().__init__()
-        self.cosines: Tensor
-        self.sins: Tensor
-        # (Dh / 2,)
-        frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-        angles = torch.arange(seq_length, dtype=torch.float64)[:, None] * frequencies  # (T, Dh / 2)
-        self.register_buffer("cosines", angles.cos().float())
-        self.register_buffer("sins", angles.sin().float())
-
-    # (B, T) -> 2 x (B, T, 1, Dh / 2)
-    def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        return self.cosines[position_ids][:, :, None], self.sins[position_ids][:, :, None]
-
-
-def rotate(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:  # (B, T, H, Dh) -> (B, T, H, Dh)
-    (cos, sin), (first, second) = turn, x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
-
-
 class GQA(nn.Module):
     """Grouped-query attention; queries and keys are normalised per head, before they are turned."""
 
@@ -172,13 +124,7 @@ class GQA(nn.Module):
         # (B, T, H or K, Dh)
         heads = (*x.shape[:2], -1, self.head_dim)
         q, k, v = (W(x).view(heads) for W in (self.W_q, self.W_k, self.W_v))
-        q, k = rotate(self.rmsnorm_q(q), shared.turn), rotate(self.rmsnorm_k(k), shared.turn)
-        q, k, v = (each.transpose(1, 2) for each in (q, k, v))  # (B, H or K, T, Dh)
-        if shared.cache is None:
-            mixed = attend(q, k, v, shared.mask)  # (B, H, T, Dh)
-        else:
-            mixed = attend_to_past(q, *shared.cache.extend(layer, k, v), shared.mask.dtype)
-        return self.W_o(mixed.transpose(1, 2).flatten(2))
+        return self.W_o(mixed(self.rmsnorm_q(q), self.rmsnorm_k(k), v, shared, layer))
 
 
 class TransformerBlock(nn.Module):
@@ -246,9 +192,13 @@ class PolychromaticLM(LanguageModel):
         mask = DocumentMask.of(
             batch, compute_dtype(x), self.settings.head_dim, self.settings.attention
         )
-        return self._layers(
-            x, Pass(mask, batch.position_ids, self.rope(batch.position_ids), self.tau)
-        )
+        return self._layers(x, self._pass(mask, batch.position_ids))
+
+    def _pass(
+        self, mask: DocumentMask, position_ids: Tensor, cache: KeyValueCache | None = None
+    ) -> Pass:
+        turn = self.rope(position_ids)
+        return Pass(mask=mask, turn=turn, cache=cache, position_ids=position_ids, tau=self.tau)
 
     def _layers(self, x: Tensor, shared: Pass) -> ModelOutput:
         gates = []
@@ -277,7 +227,7 @@ class PolychromaticLM(LanguageModel):
         time = torch.arange(begin, begin + input_ids.shape[1], device=x.device)
         position_ids = time.expand(input_ids.shape)
         mask = DocumentMask("sdpa", compute_dtype(x), causal=True)
-        return self._layers(x, Pass(mask, position_ids, self.rope(position_ids), self.tau, cache))
+        return self._layers(x, self._pass(mask, position_ids, cache))
 
     # what the trainer calls -----------------------------------------------------------------------
 

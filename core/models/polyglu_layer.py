@@ -16,8 +16,7 @@ from pydantic import model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from core.models.attention import DocumentMask
-from core.models.kv_cache import KeyValueCache
+from core.models.grouped_query import AttentionPass
 from core.models.polyglu import (
     NUM_ACTIVATIONS,
     neuron_factors,
@@ -54,15 +53,12 @@ class RoutingSettings(Settings):
         return self
 
 
-@dataclass
-class Pass:
+@dataclass(kw_only=True)
+class Pass(AttentionPass):
     """State that the layers of one forward pass share."""
 
-    mask: DocumentMask
     position_ids: Tensor  # (B, T), from 0 at the start of each document
-    turn: tuple[Tensor, Tensor]  # RoPE's cosines and sines of these positions
     tau: Tensor  # ()
-    cache: KeyValueCache | None = None
 
 
 class SwiGLU(nn.Module):

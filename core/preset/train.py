@@ -99,6 +99,14 @@ class TrainSettings(Settings):
     """Held-out tokens of one evaluation; 0: never evaluate."""
     eval_every_tokens: int = Field(10_000_000, ge=1)
     """Training tokens between evaluations."""
+    eval_tasks: list[Literal["blimp"]] = Field([])
+    """Tasks that each evaluation runs as well. blimp: the share of minimal pairs of sentences whose
+    grammatical one is the likelier, for models of next tokens."""
+    eval_task_limit: int | None = Field(100, ge=1)
+    """Pairs of each of BLiMP's 67 paradigms, the first ones; null: all 1,000."""
+    blimp_path: str | None = Field(None, min_length=1)
+    """Folder or zip that BLiMP's files are read from, relative to the project; left out, the
+    Hub."""
     eval_at_start: bool = False
     """Also evaluate before the first update: what trained weights could do before."""
     checkpoint_every_minutes: float = Field(10.0, gt=0.0, le=1_000_000.0)

@@ -39,6 +39,8 @@ def metrics_of(preset: PresetBase) -> set[str]:
         givers |= {"logits", "masked logits" if masked else "next-token logits"}
     if getattr(model, "keep_decoder", False):
         givers.add("decoder")
+    if preset.train.eval_tasks:
+        givers.add("tasks")
     found = {key for key, metric in METRICS.items() if metric.given_by in givers}
     found |= {f"{LOSS}{loss.name or loss.type}" for loss in preset.losses}
     for head in (HEAD + key.removeprefix("enable_") for key in preset.auxiliary.heads):

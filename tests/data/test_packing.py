@@ -9,7 +9,7 @@ import pytest
 
 from core.data.documents import Encoded
 from core.data.objectives import IGNORE_INDEX, next_token
-from core.data.packing import PACKERS, LanePosition, Row
+from core.data.packing import PACKERS, LanePosition, Row, first_piece
 
 EOS, T = 99, 16
 BEGINNING = LanePosition()
@@ -43,14 +43,15 @@ def pack(
     place: LanePosition = BEGINNING,
     ahead: int = 1,
 ) -> list[Row]:
-    """All rows of some documents, from a place on, the last ones padded. `ahead`: documents that
-    arrive at once."""
+    """All rows of some documents, from a place on, the last ones padded; some documents are of a
+    later epoch. `ahead`: documents that arrive at once."""
     packer = PACKERS[packing](2, T, EOS, place)
     rows = []
     wanted = [document for document in documents if packer.wants(document[0])]
     for begin in range(0, len(wanted), ahead):
         for index, source, ids in wanted[begin : begin + ahead]:
-            packer.add(index, source, 1000 + index, index % 7 == 0, *framed(ids))
+            first = first_piece(1, index // 6 % 3, 1000 + index, T)
+            packer.add(index, source, 1000 + index, index % 7 == 0, *framed(ids), first=first)
         while packer.ready:
             rows.append(packer.row())
     while (row := packer.row()).segments:
@@ -142,6 +143,15 @@ def test_attention_and_positions_stay_inside_each_document(packing: str, seed: i
             assert is_padding or row.labels[a : b - 1].tolist() == row.input_ids[a + 1 : b].tolist()
         if packing == "padding":
             assert len(row.segments) == 1
+
+
+@pytest.mark.parametrize("packing", PACKERS)
+@pytest.mark.parametrize("seed", range(4))
+def test_a_row_holds_one_piece_of_a_document(packing: str, seed: int) -> None:
+    """Also where the first piece was shorter than the room it found."""
+    for row in pack(random_documents(seed), packing):
+        draws = [segment.draw for segment in row.segments]
+        assert len(draws) == len(set(draws))
 
 
 @pytest.mark.parametrize("packing", PACKERS)

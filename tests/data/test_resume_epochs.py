@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from tests.data.resume_setup import (
     FALLING,
     KINDS,
     MOSTLY_SLOW,
+    PACKINGS,
     RISING,
     STRATEGIES,
     mix_of,
@@ -78,6 +80,35 @@ def test_two_epochs_hold_everything_twice(
     assert found.epochs == [2, 2, 2] and sum(found.documents) == everything.total()
     again = history(make, [Stretch(None, 2)], found.state)
     assert not again.rows and again.state["receipt"] == found.state["receipt"]
+
+
+# the places where documents are cut ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_each_epoch_cuts_long_documents_at_other_places(packing: str, tmp_path: Path) -> None:
+    """A few long documents, five epochs: two of them share hardly more cuts than chance gives, and
+    the first is cut as it always was. Interrupted, it is the same."""
+    lengths = SEQ_LENGTH * 20, SEQ_LENGTH * 25
+    sections = write_corpus(tmp_path, {"long": 5}, *lengths)
+
+    def make(number: int) -> PipelineFactory:
+        mix = MixSettings("round_robin", (1.0,), 1, max_epochs=5)
+        hold_out = HoldOut(0.0)
+        return make_factory(tmp_path, sections, packing=packing, mix=mix, hold_out=hold_out)
+
+    straight = history(make, [Stretch(None)])
+    assert history(make, [Stretch(30, 2), Stretch(41, 3, rows=12), Stretch(None)]) == straight
+    check_accounts(straight, make(0))
+    segments = [each for _, row in sorted(straight.rows.items()) for each in row.segments]
+    draws = sorted({each.draw for each in segments})
+    assert len(draws) == 25
+    cuts = [{(s.digest, s.start) for s in segments if s.draw // 5 == epoch} for epoch in range(5)]
+    cuts = [{cut for cut in epoch if cut[1]} for epoch in cuts]  # all documents begin at 0
+    shares = [len(a & b) / len(a) for a, b in combinations(cuts, 2)]
+    assert sum(shares) / len(shares) < 0.25, shares
+    if packing == "padding":
+        assert {start % SEQ_LENGTH for _, start in cuts[0]} == {0}
 
 
 # shares -------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from core.errors import CheckpointError
 from core.losses.harmonic import Harmonic, HarmonicSettings
 from core.losses.scores import SphereScores
 from core.losses.stack import LossStack
-from core.models import neobert, polychromatic
+from core.models import grouped_query, neobert
 from core.models.neobert import NeoBERT, NeoBERTSettings
 from core.preset.train import TrainSettings
 from core.training.optim import Optimizer
@@ -111,7 +111,7 @@ def _whole_thirds(model: NeoBERT, _: pytest.MonkeyPatch) -> None:
 
 
 def _half_split(_: NeoBERT, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(neobert, "rotate", polychromatic.rotate)
+    monkeypatch.setattr(neobert, "rotate", grouped_query.rotate)
 
 
 @pytest.mark.parametrize(
