@@ -80,6 +80,14 @@ def load_trained(preset: P, root: Path, runtime: Runtime) -> Trained[P]:
         weights = find_weights(preset.init_from, root)
     else:
         weights = newest_weights(preset.lineage, root)
+    return trained_of(weights, preset, root, runtime)
+
+
+def trained_of(weights: Weights, preset: P, root: Path, runtime: Runtime) -> Trained[P]:
+    """Build the model that these weights are of. Raises UserError.
+
+    preset   says what they do not say themselves
+    """
     preset, notes = _as_made(preset, weights)
     tokenizer = Tokenizer.from_state(tokenizer_state_of(weights, preset.tokenizer, root))
     model = build_model(preset, tokenizer.vocab_size)

@@ -238,6 +238,7 @@ CHECKED = {  # first words -> the test that holds them true
         "test_two_ranks_train_as_one_with_twice_the_accumulation",
     ),
     "torchrun --nnodes=2": ("tests/parallel/test_engines.py", "test_two_machines_train_as_one"),
+    "import core": ("tests/test_api.py", "test_the_guides_lines_run"),
     "#!/bin/bash\n#SBATCH": ("tests/parallel/test_engines.py", "test_the_guides_slurm_script"),
 }
 
