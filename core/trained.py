@@ -47,6 +47,8 @@ class Trained(Generic[P]):
     made_with     the resolved preset that the weights were made with, as JSON
     held_out      the documents they were not trained on, as `open_corpus` takes them
     saved_heads   the weights of auxiliary heads
+    receipt       fingerprint of the data that was read, in order
+    init_from     the weights that the lineage began with
     """
 
     model: LanguageModel
@@ -59,6 +61,8 @@ class Trained(Generic[P]):
     made_with: dict[str, Any] | None = None
     held_out: dict[str, Any] | None = None
     saved_heads: dict[str, Tensor] = field(default_factory=dict)
+    receipt: str | None = None
+    init_from: str | None = None
 
     def heads(self) -> HeadStack | None:
         """Build the auxiliary heads that were trained with the model, ready for use; None where
@@ -105,6 +109,8 @@ def trained_of(weights: Weights, preset: P, root: Path, runtime: Runtime) -> Tra
         made_with=weights.preset,
         held_out=weights.held_out,
         saved_heads=weights.heads,
+        receipt=weights.receipt,
+        init_from=weights.init_from,
     )
 
 

@@ -96,9 +96,9 @@ def test_a_file_is_loaded_from_any_folder(
     text = model.generate("In year")
     monkeypatch.chdir(root / "checkpoints")
     assert core.load("./t_current.pth").generate("In year") == text
-    assert core.load(root / "checkpoints" / "t_current.pth", home=tmp_path).generate(
-        "In year"
-    ) == text
+    assert (
+        core.load(root / "checkpoints" / "t_current.pth", home=tmp_path).generate("In year") == text
+    )
     assert repr(model) == "<simple_lm of t_current.pth, sees 32 tokens>"
 
 
@@ -123,7 +123,7 @@ def test_a_model_of_masked_tokens_says_so(tmp_path: Path) -> None:
         model.stream("The")
     with pytest.raises(UserError, match="gives no probabilities"):
         model.logprobs("The")
-    with pytest.raises(UserError, match='code from its page on the Hub.*"as": "weights"'):
+    with pytest.raises(UserError, match=r'code from its page on the Hub.*"as": "weights"'):
         model.to_transformers()
 
 
