@@ -12,7 +12,7 @@ State: none; checkpoints are only read
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from core.checkpoint.weights import Weights, find_weights, is_file
 from core.environment import read_dotenv
@@ -139,4 +139,4 @@ def _preset_of(weights: Weights) -> PresetBase:
             "one of such weights."
         )
     preset = {**weights.preset, "init_from": None}
-    return cast(PresetBase, decode_preset(preset, Preset, weights.where, weights.preset["lineage"]))
+    return decode_preset(preset, Preset, weights.where, weights.preset["lineage"])
