@@ -25,6 +25,7 @@ from core.runtime import detect_runtime
 from core.trained import Trained, load_trained
 from tests.data.test_chat import make_tokenizer
 from tests.documents import GUIDE, block_of
+from tests.hub import Hub
 from tests.project import merged, tiny_preset, train_here
 
 TRAINED = tiny_preset(
@@ -219,3 +220,29 @@ def test_gguf_says_what_it_needs(root: Path) -> None:
         pytest.skip("gguf is there")
     with pytest.raises(UserError, match="the package gguf is missing: pip install gguf"):
         exported(root, TRAINED, gguf=["f32"])
+
+
+def test_a_push_is_asked_for_and_needs_a_token(tmp_path: Path) -> None:
+    """All files in one commit to a private repository; a refusal says what to do and keeps them."""
+    folder = tmp_path / "exports" / "t"
+    folder.mkdir(parents=True)
+    files = {"README.md": b"# t\n", "model.safetensors": bytes(range(256))}
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    code = (
+        "import json, sys; from pathlib import Path; from core.errors import UserError\n"
+        "from core.export.push import push\n"
+        "try: said = push(Path(sys.argv[1]), 'me/t', True)\n"
+        "except UserError as error: said = str(error)\n"
+        "print(json.dumps(said))"
+    )
+    with Hub() as hub:
+        hub.tokens["hf_mine"] = set()
+        arguments = (code, tmp_path / "cache", str(folder))
+        said = hub.run(*arguments)
+        assert "needs a token with write access" in said and "is written and stays" in said
+        assert not hub.repos
+        assert "the Hub refused your token" in hub.run(*arguments, HF_TOKEN="hf_other")
+        assert hub.run(*arguments, HF_TOKEN="hf_mine") == f"{hub.url}/me/t"
+        repo = hub.repos["models", "me/t"]
+        assert repo.gated and {name: repo.files[name] for name in files} == files
