@@ -35,12 +35,12 @@ from core.contracts import Batch
 from core.losses.cross_entropy import CrossEntropy, CrossEntropySettings
 from core.losses.stack import LossStack
 from core.models.attention import DocumentMask, compute_dtype
+from core.models.grouped_query import rotate
 from core.models.polychromatic import (
     PolychromaticLM,
     PolychromaticSettings,
     RMSNorm,
     TransformerBlock,
-    rotate,
 )
 from core.models.polyglu_layer import Pass, PolyGLU, RoutingSettings, gumbel
 from core.runtime import detect_runtime, keep_freed_memory
@@ -191,7 +191,8 @@ def _part(
     """A scalar that depends on all of the one block's output, or on all of its mixture's."""
     x = model.embeddings(batch.input_ids)
     mask = DocumentMask.of(batch, compute_dtype(x), model.settings.head_dim)
-    shared = Pass(mask, batch.position_ids, model.rope(batch.position_ids), model.tau)
+    turn = model.rope(batch.position_ids)
+    shared = Pass(mask=mask, turn=turn, position_ids=batch.position_ids, tau=model.tau)
     block = model.model_core[0]
     assert isinstance(block, TransformerBlock) and isinstance(block.feed_forward, PolyGLU)
     if name == "a block":

@@ -78,6 +78,42 @@ def write_file(path: Path, content: str | bytes, durable: bool = False) -> None:
         file.write(content if isinstance(content, bytes) else content.encode("utf-8", "replace"))
 
 
+@contextlib.contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """A new folder that becomes `path` when left, in place of an earlier one; left by an error,
+    `path` stays as it was, and nothing is left behind. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep_folders(path)
+    aside, old = aside_name(path), aside_name(path)
+    aside.mkdir()
+    try:
+        yield aside
+        if os.path.lexists(path):
+            os.rename(path, old)
+        try:
+            os.rename(aside, path)
+        except OSError:
+            if os.path.lexists(old):
+                os.rename(old, path)
+            raise
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    sync_folder(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sweep_folders(path: Path) -> None:
+    """Delete what killed writers of a folder left behind, as far as nobody has been at it for a
+    day."""
+    for entry in list(os.scandir(path.parent)):
+        aside = _ASIDE.fullmatch(entry.name)
+        if aside is not None and aside["of"] == path.name[:200] and entry.is_dir():
+            with contextlib.suppress(OSError):
+                if time.time() - entry.stat(follow_symlinks=False).st_mtime >= 86_400:
+                    shutil.rmtree(entry.path, ignore_errors=True)
+
+
 def link_file(source: Path, target: Path) -> None:
     """Make `target` another name of `source`; a copy where the file system has no hard links.
     Raises OSError."""

@@ -47,6 +47,8 @@ class Trained(Generic[P]):
     made_with     the resolved preset that the weights were made with, as JSON
     held_out      the documents they were not trained on, as `open_corpus` takes them
     saved_heads   the weights of auxiliary heads
+    receipt       fingerprint of the data that was read, in order
+    init_from     the weights that the lineage began with
     """
 
     model: LanguageModel
@@ -59,6 +61,8 @@ class Trained(Generic[P]):
     made_with: dict[str, Any] | None = None
     held_out: dict[str, Any] | None = None
     saved_heads: dict[str, Tensor] = field(default_factory=dict)
+    receipt: str | None = None
+    init_from: str | None = None
 
     def heads(self) -> HeadStack | None:
         """Build the auxiliary heads that were trained with the model, ready for use; None where
@@ -80,6 +84,14 @@ def load_trained(preset: P, root: Path, runtime: Runtime) -> Trained[P]:
         weights = find_weights(preset.init_from, root)
     else:
         weights = newest_weights(preset.lineage, root)
+    return trained_of(weights, preset, root, runtime)
+
+
+def trained_of(weights: Weights, preset: P, root: Path, runtime: Runtime) -> Trained[P]:
+    """Build the model that these weights are of. Raises UserError.
+
+    preset   says what they do not say themselves
+    """
     preset, notes = _as_made(preset, weights)
     tokenizer = Tokenizer.from_state(tokenizer_state_of(weights, preset.tokenizer, root))
     model = build_model(preset, tokenizer.vocab_size)
@@ -97,6 +109,8 @@ def load_trained(preset: P, root: Path, runtime: Runtime) -> Trained[P]:
         made_with=weights.preset,
         held_out=weights.held_out,
         saved_heads=weights.heads,
+        receipt=weights.receipt,
+        init_from=weights.init_from,
     )
 
 

@@ -11,6 +11,7 @@ and faults on demand.
 process of its own: `hub.run`, or `subprocess` with `env=hub.env(folder)`.
 """
 
+import base64
 import contextlib
 import hashlib
 import http.server
@@ -208,6 +209,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             if self._fault.status is not None:
                 return self._send(self._fault.status, b"fault on demand", self._fault.headers)
         parts = path.strip("/").split("/")
+        if self.command == "POST" and parts[0] == "api" and self._push(parts[1:], body):
+            return None
         if parts[0] == "api" and len(parts) > 2 and parts[1] in ("datasets", "models"):
             return self._api(parts[1], parts[2:], urllib.parse.parse_qs(url.query), body)
         kind = "datasets" if parts[0] == "datasets" else "models"
@@ -216,6 +219,39 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             at = rest.index("resolve")
             return self._file(kind, "/".join(rest[:at]), "/".join(rest[at + 2 :]), asked)
         self._send(404, b"no such page")
+
+    def _push(self, parts: list[str], body: bytes) -> bool:
+        """Answer what an upload asks, for an account whose token is known; every file comes in the
+        commit itself. False for any other request."""
+        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        if parts == ["validate-yaml"]:
+            self._json({"errors": [], "warnings": []})
+        elif parts == ["repos", "create"] and token not in self.hub.tokens:
+            self._send(401, b"", {"X-Error-Message": "Invalid credentials in Authorization header"})
+        elif parts == ["repos", "create"]:
+            asked = json.loads(body)
+            name = "/".join([asked.get("organization") or "me", asked["name"]])
+            self.hub.repos.setdefault(
+                ("models", name), Repo({}, asked.get("visibility") == "private")
+            )
+            self.hub.tokens[token].add(name)
+            self._json({"url": f"{self.hub.url}/{name}", "name": name})
+        elif "preupload" in parts:
+            files = [
+                {**each, "uploadMode": "regular", "shouldIgnore": False}
+                for each in json.loads(body)["files"]
+            ]
+            self._json({"files": files})
+        elif "commit" in parts and (repo := self._repo(parts[0], "/".join(parts[1:3]))):
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    content = base64.b64decode(line["value"]["content"])
+                    repo.files[line["value"]["path"]] = content
+            url = f"{self.hub.url}/{'/'.join(parts[1:3])}/commit/{COMMIT}"
+            self._json({"commitUrl": url, "commitOid": COMMIT, "success": True})
+        else:
+            return False
+        return True
 
     def _repo(self, kind: str, name: str) -> Repo | None:
         """The repository, or None with the refusal already sent (as the real hub words it)."""

@@ -52,7 +52,7 @@ def test_models_losses_heads_sources_and_jobs() -> None:
     assert set(first_column("`packing`")) == set(
         SCHEMA["$defs"]["DataSettings"]["properties"]["packing"]["enum"]
     )
-    (listed,) = re.findall(r"^- \*\*Jobs\*\*: (.*)\. There is no export", GUIDE, re.MULTILINE)
+    (listed,) = re.findall(r"^- \*\*Jobs\*\*: (.*)\. There is no server", GUIDE, re.MULTILINE)
     assert set(named(listed)) == set(JOBS)
 
 
@@ -238,6 +238,8 @@ CHECKED = {  # first words -> the test that holds them true
         "test_two_ranks_train_as_one_with_twice_the_accumulation",
     ),
     "torchrun --nnodes=2": ("tests/parallel/test_engines.py", "test_two_machines_train_as_one"),
+    "exports/<lineage>/": ("tests/jobs/test_export.py", "test_what_an_export_leaves"),
+    "import core": ("tests/test_api.py", "test_the_guides_lines_run"),
     "#!/bin/bash\n#SBATCH": ("tests/parallel/test_engines.py", "test_the_guides_slurm_script"),
 }
 

@@ -60,6 +60,8 @@ class Weights:
     # what they were not, see HoldOut.state in core/data/validation.py
     held_out: dict[str, Any] | None = None
     heads: dict[str, Tensor] = field(default_factory=dict)  # of auxiliary heads
+    receipt: str | None = None  # of the data they were trained on
+    init_from: str | None = None  # the weights that their lineage began with
 
     @classmethod
     def of(
@@ -80,6 +82,8 @@ class Weights:
             tokens=progress["tokens"],
             held_out=held_out_of(state),
             heads=state.get("heads", {}),
+            receipt=state["data"]["receipt"],
+            init_from=state.get("init_from"),
         )
 
     def __str__(self) -> str:

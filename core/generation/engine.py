@@ -201,7 +201,7 @@ def generate_text(
     end of the assistant's turn. `between`: called after each pass of the model; may raise, to stop.
     """
     params = SamplingParams.from_settings(settings)
-    row = _row_of_prompt(generator.tokenizer, prompt, params, seed)
+    row = row_of_prompt(generator.tokenizer, prompt, params, seed)
     for _ in advance(generator, [row]):
         between()
     return row.text
@@ -213,9 +213,10 @@ def document_start(tokenizer: Tokenizer, prompt: str) -> list[int]:
     return [tokenizer.eos_id, *tokenizer.encode_batch([prompt])[0].tolist()]
 
 
-def _row_of_prompt(
+def row_of_prompt(
     tokenizer: Tokenizer, prompt: str, params: SamplingParams, seed: int
 ) -> GenerationRow:
+    """Return a row that begins with a prompt, as `generate_text` reads it."""
     turn = read_turn(prompt)
     if turn is None:
         return GenerationRow(tokenizer, document_start(tokenizer, prompt), params, seed)

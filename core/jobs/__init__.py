@@ -7,6 +7,7 @@ from typing import Any, Generic, TextIO, TypeVar
 
 from core.jobs.compare import compare, preview_compare
 from core.jobs.evaluate import EvaluatePreset, evaluate, preview_evaluate
+from core.jobs.export import ExportPreset, export, export_files, preview_export
 from core.jobs.generate import generate, preview_generate
 from core.jobs.interpret import InterpretPreset, interpret, preview_interpret
 from core.jobs.tokenize import TokenizePreset, preview_tokenize, token_files, tokenize
@@ -42,4 +43,5 @@ JOBS: dict[str, Job[Any]] = {
     "evaluate": Job(evaluate, EvaluatePreset, preview_evaluate),
     "interpret": Job(interpret, InterpretPreset, preview_interpret),
     "generate": Job(generate, PresetBase, preview_generate),
+    "export": Job(export, ExportPreset, preview_export, files=export_files),
 }

@@ -90,6 +90,11 @@ class HuggingFaceLM(LanguageModel):
             hidden = _one_by_one(trunk, batch)
         return ModelOutput(hidden, self._readout())
 
+    @property
+    def config(self) -> Any:
+        """The library's config of the architecture."""
+        return self.get_submodule(self._trunk).config
+
     def new_cache(self) -> "LibraryCache | None":
         """The library's cache of keys and values; None where pieces of a text do not give what the
         whole does."""
@@ -144,7 +149,7 @@ class HuggingFaceLM(LanguageModel):
         """Return whether a few tokens, read in pieces, come out as they do at once: not where a
         state is kept in another way. A piece that begins before the end of the one before has the
         cache cut first."""
-        positions = getattr(self.get_submodule(self._trunk).config, "max_position_embeddings", None)
+        positions = getattr(self.config, "max_position_embeddings", None)
         # on a GPU, trying would end the process
         if positions is not None and positions < PROBE_TOKENS:
             return False
@@ -172,7 +177,7 @@ class HuggingFaceLM(LanguageModel):
             self.train(training)
 
     def _library_cache(self, kind: "type[LibraryCache]") -> "LibraryCache":
-        return kind(transformers().DynamicCache(config=self.get_submodule(self._trunk).config))
+        return kind(transformers().DynamicCache(config=self.config))
 
     def _readout(self) -> LinearReadout:
         head: Any = self.get_submodule(self._head)  # the library's linear layer

@@ -74,12 +74,19 @@ class Scorer:
                 rows.setdefault(ids, []).append(span)
         sums, greedy, done = [0.0] * len(pairs), [True] * len(pairs), 0
         for batch in self._batches(list(rows)):
-            for span, (total, is_greedy) in self._score([(ids, rows[ids]) for ids in batch]):
-                sums[span.pair] += total
-                greedy[span.pair] &= is_greedy
+            for span, logs, hits in self._score([(ids, rows[ids]) for ids in batch]):
+                sums[span.pair] += sum(logs)
+                greedy[span.pair] &= all(hits)
             done += len(batch)
             progress(done, len(rows))
         return list(zip(sums, greedy))
+
+    def token_logprobs(self, context: list[int], continuation: list[int]) -> list[float]:
+        """Return the log-probability of each token of one continuation, read as above."""
+        rows = self._rows(0, context, continuation)
+        return [
+            log for row, span in rows for _, logs, _ in self._score([(row, [span])]) for log in logs
+        ]
 
     def _rows(
         self, number: int, context: list[int], continuation: list[int]
@@ -117,8 +124,9 @@ class Scorer:
     @torch.no_grad()
     def _score(
         self, rows: list[tuple[tuple[int, ...], list[ScoredSpan]]]
-    ) -> Iterator[tuple[ScoredSpan, tuple[float, bool]]]:
-        """Yield the score of each span of some rows."""
+    ) -> Iterator[tuple[ScoredSpan, list[float], list[bool]]]:
+        """Yield the spans of some rows; of each of their targets the log-probability, and whether
+        it is the likeliest."""
         width, device = max(len(ids) for ids, _ in rows), self.device
         padded = torch.zeros(len(rows), width, dtype=torch.int64)
         for row, (ids, _) in enumerate(rows):
@@ -140,7 +148,7 @@ class Scorer:
         begin = 0
         for _, span in spans:
             end = begin + len(span.targets)
-            yield span, (sum(logs[begin:end]), all(hits[begin:end]))
+            yield span, logs[begin:end], hits[begin:end]
             begin = end
 
 
