@@ -40,6 +40,7 @@ SWIGLU = {
     "head_dim": 16,
     "rope_theta": 500.0,
 }
+MODERN = {"type": "qwen3", "num_kv_heads": 1, "head_dim": 16}
 
 
 def preset_of(base: dict, **settings: Any) -> Any:
@@ -128,10 +129,20 @@ def test_an_export_that_fails_leaves_the_one_before(
     assert before == after and [path.name for path in (root / "exports").iterdir()] == ["t"]
 
 
-def test_the_swiglu_baseline_is_a_qwen3(tmp_path: Path) -> None:
-    swiglu = merged(TRAINED, {"model": SWIGLU, "auxiliary": {"enable_value": False}})
-    train_here(swiglu, tmp_path)
-    assert exported(tmp_path, swiglu)[-1] == "written exports/t/: Qwen3ForCausalLM"
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "kind"),
+    [
+        (SWIGLU, "Qwen3"),
+        (MODERN, "Qwen3"),
+        (MODERN | {"qk_norm": False, "activation": "relu_squared"}, "Llama"),
+    ],
+    ids=["swiglu", "qwen3", "llama"],
+)
+def test_modern_layouts_leave_as_they_are(model: dict, kind: str, tmp_path: Path) -> None:
+    preset = merged(TRAINED, {"model": model, "auxiliary": {"enable_value": False}})
+    train_here(preset, tmp_path)
+    assert exported(tmp_path, preset)[-1] == f"written exports/t/: {kind}ForCausalLM"
 
 
 def test_a_model_of_the_hub_leaves_as_what_it_was(root: Path, tmp_path: Path) -> None:
