@@ -124,10 +124,14 @@ def build_network(
 def _engine(
     preset: PresetBase, machine: Machine, size: Size, vocab_size: int, remarks: Remarks
 ) -> Engine:
-    """Choose what keeps the weights."""
+    """Choose what keeps the weights: the same on every rank, also where machines differ."""
     runtime, train = machine.runtime, preset.train
-    needed = least_need(preset, size, vocab_size, machine.dtype == torch.bfloat16)
-    available = runtime.memory_bytes() // runtime.ranks_of_a_memory
+    own = (
+        least_need(preset, size, vocab_size, machine.dtype == torch.bfloat16),
+        runtime.memory_bytes() // runtime.ranks_of_a_memory,
+    )
+    each_needs, each_has = zip(*machine.parallel.gather(own))
+    needed, available = max(each_needs), min(each_has)
     engine, note = choose_engine(
         train.engine, train.deepspeed_config, machine.parallel, machine.device, needed, available
     )

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 from core.errors import CheckpointError
-from core.parallel.shards import like
+from core.parallel.shards import Stored, is_sharded, like
 
 LINEAGE_OF_ITS_OWN = (
     'Give the preset a "lineage" of its own, or its model the settings it was trained with.'
@@ -51,9 +51,13 @@ def load_model(
             + more
             + f"\n{advice} Nothing was overwritten."
         )
-    module.load_state_dict(
-        {n: like(t, own[n]) if n in own else t for n, t in saved.items()}, strict=False
-    )
+
+    def ready(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        # whole ones in memory are copied from there: twice on the device may be too much
+        in_parts = name in own and (is_sharded(own[name]) or isinstance(tensor, Stored))
+        return like(tensor, own[name]) if in_parts else tensor
+
+    module.load_state_dict({n: ready(n, t) for n, t in saved.items()}, strict=False)
     return [f"{name} is new: starts untrained" for name in missing] + [
         f"{name} was left out" for name in unknown
     ]

@@ -7,7 +7,7 @@ State: none
     single      one process: everything on one device
     ddp         every rank holds everything, and gradients are averaged
     fsdp        every rank holds a share of weights, gradients and optimizer state
-    deepspeed   a share of what the stage of ZeRO says
+    deepspeed   every rank holds a share of what its ZeRO stage names, and the rest whole
 """
 
 import atexit

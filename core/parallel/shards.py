@@ -1,4 +1,4 @@
-"""Tensors of which each rank may hold a share, or which are on the disk yet.
+"""Tensors of which each rank may hold a share, or which are still on the disk.
 
 In:    a tensor, plain, sharded (as a DTensor is, or a parameter of DeepSpeed) or stored
 Out:   another form of it; whole ones on the host of rank 0

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from core.parallel.blocks import blocks_of
 from core.parallel.deepspeed import DeepSpeed, import_deepspeed
-from core.parallel.shards import collected, weights_by_name
+from core.parallel.shards import collected, full, weights_by_name
 from core.parallel.silence import Silence
 
 
@@ -93,6 +93,15 @@ class Zero(DeepSpeed):
                 torch._foreach_mul_(gradients, factor)
         return norms[0] + 0.0 * norms[1:].sum()
 
+    @contextmanager
+    def one_pass(self, module: nn.Module, last: bool) -> Iterator[None]:
+        try:
+            with super().one_pass(module, last):
+                yield
+        except BaseException:
+            self._begin_anew()
+            raise
+
     def update(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         self._engine.step()
 
@@ -134,7 +143,7 @@ class Zero(DeepSpeed):
                 values.zero_()
                 if state is not None:
                     end = stretch.first + stretch.length
-                    values.copy_(state[key].reshape(-1)[stretch.first : end])
+                    values.copy_(full(state[key]).reshape(-1)[stretch.first : end])
 
     def collect(self, states: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         return collected(states, dist.get_rank(self._group))
@@ -189,7 +198,25 @@ class Zero(DeepSpeed):
         return parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group)
 
     def _begin_anew(self) -> None:
+        """Forget a pass that was left in the middle: what waits in buckets for the others, and what
+        DeepSpeed counts in a backward pass."""
+        for parameter in self._shapes:
+            parameter.grad = None
         self.forget()
+        shares = self._shares
+        while shares._backward_active_depth:
+            shares.exit_backward()
+        reduced = shares.params_already_reduced  # a list, or in stage 3 a dict
+        for key in range(len(reduced)) if isinstance(reduced, list) else reduced:
+            reduced[key] = False
+        self._empty_buckets()
+
+    def _empty_buckets(self) -> None:
+        for bucket in self._shares.ipg_buckets.values():
+            bucket.clear()
+        self._shares.extra_large_param_to_reduce.clear()
+        self._shares.previous_reduced_grads.clear()
+        self._shares._release_ipg_buffers()
 
 
 class ZeroThree(Zero):
@@ -229,7 +256,7 @@ class ZeroThree(Zero):
         with GatheredParameters(self._weights):
             for parameter in self._weights:
                 parameter.ds_active_sub_modules.clear()
-            # else a module would free its weights behind its forward pass, and the next gather
+            # else a module would free its weights after its forward pass, and gather them before
             self._offload._remove_module_hooks()
             self._offload.forward_hooks.clear()
             self._offload.backward_hooks.clear()
@@ -285,8 +312,12 @@ class ZeroThree(Zero):
         finally:
             coordinator.assert_ints_same_as_other_ranks = compare
 
+    def _empty_buckets(self) -> None:
+        for bucket in self._shares.ipg_buckets.values():
+            bucket.clear_params()  # the buffer stays for the whole run
+
     def _begin_anew(self) -> None:
-        self.forget()
+        super()._begin_anew()
         coordinator = self._offload.get_param_coordinator()
         coordinator.release_backward_leftovers()
         if not coordinator.is_invalid_trace():

@@ -47,7 +47,7 @@ class Objective(nn.Module):
         head_counts   the same for each head, in rows
         """
         kind, low = batch.labels.device.type, self.dtype != torch.float32
-        # in here: DeepSpeed switches off what it finds around a module
+        # autocast stands in here: DeepSpeed switches off one that stands around a module
         with torch.autocast(kind, dtype=self.dtype, enabled=low):
             return self._loss(batch, count, progress, head_counts or {})
 

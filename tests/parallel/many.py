@@ -4,8 +4,9 @@ start.
     torchrun --standalone --nproc_per_node=2 -m tests.parallel.many cases.json "" | folder
 
 In:    a JSON list of [preset, folder]; the name of the folder where something fails, which is
-       "out of memory": on rank 1, in the first pass, a trial; "no room": on rank 1, to gather all
-       weights; "bad steps": the loss is no number in some steps
+       "out of memory": on rank 1, in the first pass, a trial; "out of memory, backward": in the
+       backward pass of that; "no room": on rank 1, to gather all weights; "bad steps": the loss is
+       no number in some steps
 Out:   each folder's log and checkpoints; on standard output, a line for each that was refused
 """
 
@@ -50,6 +51,20 @@ class Fails(Passes):
         raise torch.OutOfMemoryError("no memory")
 
 
+class FailsBackward(Passes):
+    """The same in its backward pass."""
+
+    def __init__(self, module: Any, model: Any, *arguments: Any):
+        super().__init__(module, model, *arguments)
+        self.fitted = False
+        if self._parallel.rank == 1:
+            self._handle = model.layers[0].register_forward_hook(self._prepare)
+
+    def _prepare(self, module: Any, inputs: Any, hidden: torch.Tensor) -> None:
+        self._handle.remove()
+        hidden.register_hook(no_room)
+
+
 class Poisons(Passes):
     """The loss of some steps is no number, on the last rank alone."""
 
@@ -83,7 +98,11 @@ def main(cases: list[tuple[dict, str]], failing: str) -> None:
         for number, (preset, folder) in enumerate(cases):
             decoded = decode_preset(preset, Preset, "t", "t")
             what = failing if Path(folder).name == failing else ""
-            passes = {"out of memory": Fails, "bad steps": Poisons}.get(what, Passes)
+            passes = {
+                "out of memory": Fails,
+                "out of memory, backward": FailsBackward,
+                "bad steps": Poisons,
+            }.get(what, Passes)
             room = no_room if what == "no room" and runtime.rank == 1 else reserve
             try:
                 with (

@@ -350,19 +350,20 @@ def free_port() -> int:
 # what an engine refuses, and what it survives -----------------------------------------------------
 
 
+@pytest.mark.parametrize("failing", ["out of memory", "out of memory, backward"])
 @pytest.mark.parametrize("engine", ["fsdp", *STAGES])
 def test_out_of_memory_on_one_rank_halves_the_micro_batch_on_all(
-    engine: str, tmp_path: Path
+    engine: str, failing: str, tmp_path: Path
 ) -> None:
     """In the middle of a pass, where the other rank waits for it to gather weights."""
     cases = []
     preset = merged(LONG, {"train": {"max_steps": 4, "optimizer": "adamw"}})
-    for name in ("whole", "out of memory"):
+    for name in ("whole", failing):
         (tmp_path / name).mkdir()
         write_stories(tmp_path / name)
         cases.append((on(preset, (engine, 2)), tmp_path / name))
-    assert run_all(cases, 2, failing="out of memory") == ""
-    failed = tmp_path / "out of memory"
+    assert run_all(cases, 2, failing=failing) == ""
+    failed = tmp_path / failing
     warnings = [event["message"] for event in Project(failed).events("warning")]
     assert warnings == ["out of memory: micro-batches have 2 rows now, and there are more of them"]
     assert losses(failed) == pytest.approx(losses(tmp_path / "whole"), abs=1e-5)

@@ -13,7 +13,7 @@ import pytest
 from core.checkpoint.slots import CheckpointStore
 from core.checkpoint.state import CheckpointState
 from tests.checkpoint.shares import whole
-from tests.parallel.test_engines import LONG, command, losses, on, rank_of, run_all
+from tests.parallel.test_engines import LONG, Run, command, losses, on, rank_of, run_all
 from tests.project import Project, differences, kill_group, merged
 
 pytestmark = pytest.mark.slow
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 STEPS = 30
 OFTEN = {"train": {"checkpoint_every_steps": 1, "max_steps": STEPS, "eval_tokens": 0}}
 """Almost always in the middle of a save."""
-FSDP = ("fsdp", 2)
+FSDP: Run = ("fsdp", 2)
 PRESET = merged(on(LONG, FSDP), OFTEN)
 
 
@@ -75,6 +75,21 @@ def test_weights_are_the_same_bits_on_any_engine_and_number_of_ranks(
             saved = Project(folder).checkpoint()
             assert saved["progress"]["step"] == step and saved["progress"]["finished"]
             assert differences(whole(state), saved) == ["progress"], folder.name
+
+
+@pytest.mark.parametrize("run", [("deepspeed 2", 2), ("deepspeed 3", 1)], ids=str)
+def test_deepspeed_goes_on_from_shares(run: Run, tmp_path: Path) -> None:
+    """Which are all that a killed run of fsdp leaves."""
+    adamw = merged(LONG, {"train": {"optimizer": "adamw"}})
+    preset = merged(on(adamw, FSDP), OFTEN)
+    project = Project.make(tmp_path / "project", {"t": preset})
+    reached = lambda: project.num_steps() >= 7  # noqa: E731
+    project.run_until("t", reached, signal.SIGKILL, command=command(FSDP))
+    state, _ = newest(project)
+    step = state["progress"]["step"]
+    goes_on = merged(on(preset, run), {"train": {"max_steps": step}})
+    assert run_all([(goes_on, project.folder)], run[1]) == ""
+    assert differences(whole(state), project.checkpoint()) == ["progress"]
 
 
 def test_a_run_goes_from_shares_to_file_and_back(
