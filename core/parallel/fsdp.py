@@ -26,6 +26,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_collectives import (
 from core.errors import UserError
 from core.parallel.blocks import blocks_of
 from core.parallel.processes import HOST_TIMEOUT
+from core.parallel.room import make_sure_of_room
 from core.parallel.shards import collected, weights_by_name
 from core.parallel.updates import TorchUpdates
 
@@ -92,7 +93,8 @@ class FSDP(TorchUpdates):
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        self._make_sure_of_room()
+        weights = [p for root in self._roots for p in cast(nn.Module, root).parameters()]
+        make_sure_of_room(sum(p.numel() for p in weights), weights[0].device, self._group)
         try:
             for unit in (*self._blocks, *self._roots):
                 unit.unshard()
@@ -108,22 +110,6 @@ class FSDP(TorchUpdates):
     def collect(self, states: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         return collected(states, self._rank)
 
-    def _make_sure_of_room(self) -> None:
-        """Raises OutOfMemoryError on every rank where one of them has no room for all weights:
-        in the midst of gathering the others would wait for it."""
-        weights = [p for root in self._roots for p in cast(nn.Module, root).parameters()]
-        size = sum(p.numel() * p.element_size() for p in weights)
-        has_room = torch.ones(1, device=weights[0].device)
-        try:
-            reserve(size, weights[0].device)
-        except torch.OutOfMemoryError:
-            has_room.zero_()
-        dist.all_reduce(has_room, dist.ReduceOp.MIN, self._group)
-        if not has_room:
-            raise torch.OutOfMemoryError(
-                f"a device has no room for all weights ({size / 2**30:,.1f} GiB) at once"
-            )
-
     def _keep_gathered(self, keep: bool) -> None:
         for block in self._blocks:
             block.set_reshard_after_forward(not keep, recurse=False)
@@ -134,11 +120,6 @@ class FSDP(TorchUpdates):
             root.reset_iter_state()
             for parameter in cast(nn.Module, root).parameters():
                 parameter.grad = None
-
-
-def reserve(size: int, device: torch.device) -> None:
-    """Allocate so many bytes, and give them back. Raises OutOfMemoryError."""
-    torch.empty(size, dtype=torch.uint8, device=device)
 
 
 class _Exchange:

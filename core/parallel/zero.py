@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from core.parallel.blocks import blocks_of
 from core.parallel.deepspeed import DeepSpeed, import_deepspeed
+from core.parallel.room import make_sure_of_room
 from core.parallel.shards import collected, full, weights_by_name
 from core.parallel.silence import Silence
 
@@ -253,6 +254,8 @@ class ZeroThree(Zero):
     def whole(self) -> Iterator[None]:
         from deepspeed.runtime.zero import GatheredParameters, parameter_offload
 
+        weights = sum(parameter.ds_numel for parameter in self._weights)
+        make_sure_of_room(weights, self._weights[0].device, self._group)
         with GatheredParameters(self._weights):
             for parameter in self._weights:
                 parameter.ds_active_sub_modules.clear()

@@ -60,4 +60,9 @@ class DeepSpeedSettings(Settings):
                 f"{offloads[0]} is not supported: weights and the optimizer's state stay on the "
                 "devices; leave it out"
             )
+        if others := [key for key in section if key.startswith(("zero_quantized", "zero_hpz"))]:
+            raise ValueError(
+                f"{others[0]} is not supported: what travels is not rounded, and weights are "
+                "shared out over all processes; leave it out"
+            )
         return section

@@ -24,8 +24,8 @@ import torch
 from core.errors import UserError
 from core.jobs.train import train
 from core.launch import rendezvous_store
-from core.parallel.fsdp import reserve
 from core.parallel.processes import Processes
+from core.parallel.room import reserve
 from core.parallel.single import Single
 from core.preset.decode import decode_preset
 from core.registry import Preset
@@ -107,7 +107,7 @@ def main(cases: list[tuple[dict, str]], failing: str) -> None:
             try:
                 with (
                     mock.patch("core.training.trainer.Passes", passes),
-                    mock.patch("core.parallel.fsdp.reserve", room),
+                    mock.patch("core.parallel.room.reserve", room),
                 ):
                     train(decoded, runtime, parallel, Path(folder), 0.0, io.StringIO())
             except UserError as error:

@@ -35,6 +35,7 @@ def check(train: TrainSettings) -> None:
         (zero(stage=4), "stage is 0, 1, 2 or 3, not 4"),
         (zero(stage=True), "stage is 0, 1, 2 or 3, not True"),
         (zero(stage=2, offload_optimizer={"device": "cpu"}), "offload_optimizer is not supported"),
+        (zero(stage=3, zero_hpz_partition_size=2), "zero_hpz_partition_size is not supported"),
         (ENGINE | {"deepspeed": {"bf16": {"enabled": True}}}, "bf16 is set by train.precision"),
         (
             ENGINE | {"deepspeed": {"gradient_clipping": 1.0}},

@@ -435,11 +435,13 @@ def process_group() -> dist.ProcessGroup:
     return dist.group.WORLD
 
 
-def test_no_room_for_all_weights_costs_the_evaluation(tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["fsdp", "deepspeed 3"])
+def test_no_room_for_all_weights_costs_the_evaluation(engine: str, tmp_path: Path) -> None:
     """The run goes on, on both ranks, and says so."""
     (tmp_path / "no room").mkdir()
     write_stories(tmp_path / "no room")
-    preset = merged(on(LONG, ("fsdp", 2)), {"train": {"max_steps": 4}})
+    changes = {"train": {"max_steps": 4, "optimizer": "adamw"}}
+    preset = merged(on(LONG, (engine, 2)), changes)
     assert run_all([(preset, tmp_path / "no room")], 2, failing="no room") == ""
     project = Project(tmp_path / "no room")
     (told,) = [e["message"] for e in project.events("warning") if "evaluation" in e["message"]]
