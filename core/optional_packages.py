@@ -16,5 +16,7 @@ def need(module: str, package: str, lacking: type[Exception] = SourceUnavailable
     of one source, without which the other sources go on."""
     try:
         return importlib.import_module(module)
-    except ImportError:
-        raise lacking(f"the package {package} is missing: pip install {package}") from None
+    except ImportError as error:
+        if error.name is not None and module.startswith(error.name):
+            raise lacking(f"the package {package} is missing: pip install {package}") from None
+        raise lacking(f"the package {package} cannot be imported: {error}") from None

@@ -20,11 +20,11 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint import metadata as index
 from torch.distributed.checkpoint.api import CheckpointException
@@ -44,8 +44,9 @@ from core.files import check_regular, check_zip, sync_folder
 from core.parallel.shards import Stored, host_copy, is_sharded
 
 STATE, INDEX = "state.pth", ".metadata"
-CHECKSUM = "index_checksum"
-"""A key of `state.pth`: the CRC-32 of the other file that has no checksums of its own."""
+CHECKSUMS = "checksums"
+"""A key of `state.pth`: the CRC-32 of every other file. A share of another save is no damage that
+its own checksums show."""
 
 # writing ------------------------------------------------------------------------------------------
 
@@ -89,14 +90,43 @@ def write_shares(
         )
     except CheckpointException as failed:
         raise next(error for error, _ in failed.failures.values()) from None
+    checksums = _gather_checksums(folder, savers)
     if savers.get_rank() == 0:
         _check_sizes(folder, found)
-        checksum = zlib.crc32((folder / INDEX).read_bytes())
+        checksums[INDEX] = _checksum(folder / INDEX)
         with open(folder / STATE, "xb") as file:
-            torch.save({**rest, CHECKSUM: checksum}, file)
+            torch.save({**rest, CHECKSUMS: checksums}, file)
             file.flush()
             os.fsync(file.fileno())
         sync_folder(folder)
+
+
+def _gather_checksums(folder: Path, savers: DeviceMesh) -> dict[str, int]:
+    """Return the CRC-32 of every rank's files, each computed where it was written. Raises what the
+    first rank that failed has met."""
+    mine: dict[str, int] | OSError
+    try:
+        names = [path.name for path in folder.glob(f"__{savers.get_rank()}_*")]
+        mine = {name: _checksum(folder / name) for name in names}
+    except OSError as error:
+        mine = error
+    each: list[Any] = [None] * savers.size()
+    dist.all_gather_object(each, mine, savers.get_group())
+    if failures := [error for error in each if isinstance(error, OSError)]:
+        raise failures[0]
+    return {name: checksum for of_rank in each for name, checksum in of_rank.items()}
+
+
+def _checksum(path: Path) -> int:
+    with open(path, "rb") as file:
+        return _checksum_of(file)
+
+
+def _checksum_of(file: BinaryIO) -> int:
+    checksum = 0
+    while block := file.read(1 << 24):
+        checksum = zlib.crc32(block, checksum)
+    return checksum
 
 
 class _Writer(FileSystemWriter):
@@ -155,8 +185,8 @@ def read_shares(folder: Path, whole: bool) -> Any:
         state = torch.load(file, map_location="cpu", weights_only=True)
     with files.create_stream(INDEX, "rb") as file:
         content = file.read()
-    if zlib.crc32(content) != state.pop(CHECKSUM):
-        raise ValueError(f"the checksum of {INDEX} does not match")
+    checksums = state.pop(CHECKSUMS)
+    _check(INDEX, zlib.crc32(content), checksums)
     found = _Index(io.BytesIO(content)).load()
     stored: dict[str, Tensor] = {}
     seen: dict[int, Tensor] = {}
@@ -171,9 +201,15 @@ def read_shares(folder: Path, whole: bool) -> Any:
 
     read = each_tensor(state, taken)
     _check_index(found, stored)
-    if whole:
-        _check_parts(files, found)
+    for name in _sizes(found) if whole else ():
+        with files.create_stream(name, "rb") as file:
+            _check(name, _checksum_of(file), checksums)
     return read
+
+
+def _check(name: str, checksum: int, checksums: dict[str, int]) -> None:
+    if checksum != checksums.get(name):
+        raise ValueError(f"the checksum of {name} does not match {STATE}")
 
 
 class _Files(FileSystem):
@@ -187,6 +223,8 @@ class _Files(FileSystem):
             before = os.stat(folder)
             self.close()
             for path in folder.iterdir():
+                if path.is_dir():  # somebody else's: of an editor, a NAS
+                    continue
                 check_regular(path)
                 self._open[path.name] = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
             is_same = os.path.samestat(before, os.stat(folder))
@@ -285,14 +323,3 @@ def _check_index(found: index.Metadata, stored: dict[str, Tensor]) -> None:
             raise ValueError(f"{INDEX} and {STATE} disagree on {name}")
     if any(os.path.basename(name) != name for name in _sizes(found)):
         raise ValueError(f"{INDEX} names files elsewhere")
-
-
-def _check_parts(files: _Files, found: index.Metadata) -> None:
-    """Raises what reading every part of every tensor leads to: each is a zip file of its own, with
-    checksums."""
-    parts = sorted(found.storage_data.values(), key=lambda part: (part.relative_path, part.offset))
-    for name, of_file in groupby(parts, lambda part: part.relative_path):
-        with files.create_stream(name, "rb") as file:
-            for part in of_file:
-                file.seek(part.offset)
-                check_zip(io.BytesIO(file.read(part.length)))

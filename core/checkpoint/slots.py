@@ -193,10 +193,14 @@ class CheckpointStore:
             current.with_name(f"{current.name}.tmp").unlink(missing_ok=True)
             odd = [path for path in paths if path.exists() and not path.is_file()]
             notes = [f"{path.name} is no file; it is now {_set_aside(path).name}" for path in odd]
+            folders = (self.shares[0].parent, *self.shares)
+            for path in folders:
+                if path.is_symlink():
+                    path.stat()  # one that leads nowhere hides checkpoints
             sweep(self.shares[0].parent)
             return notes + [
                 f"{label(path)} is no folder; it is now {label(_set_aside(path))}"
-                for path in (self.shares[0].parent, *self.shares)
+                for path in folders
                 if path.exists() and not path.is_dir()
             ]
         except OSError as error:

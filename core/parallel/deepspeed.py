@@ -11,6 +11,7 @@ as with every engine: weights stay fp32 and autocast computes in bf16; the gradi
 before it is decided whether to update; checkpoints hold whole tensors by name. DeepSpeed has no
 public functions for some of this, so its version is bounded in pyproject.toml."""
 
+import difflib
 import logging
 import os
 import warnings
@@ -36,15 +37,17 @@ BUCKET = 25_000_000
 
 def check_deepspeed(config: Mapping[str, Any]) -> None:
     """Raises UserError where DeepSpeed is missing, or does not take the preset's section."""
-    deepspeed = import_deepspeed()
+    known = import_deepspeed().runtime.zero.config.DeepSpeedZeroConfig
     try:
-        deepspeed.runtime.zero.config.DeepSpeedZeroConfig(**config["zero_optimization"])
+        known(**config["zero_optimization"])
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UserError(
-            f"train.deepspeed.zero_optimization.{where}: DeepSpeed says: {first['msg']}."
-        ) from None
+        where, told = ".".join(map(str, first["loc"])), f"DeepSpeed says: {first['msg']}"
+        if first["type"] == "extra_forbidden":
+            keys = [name for key, of in known.model_fields.items() for name in (key, of.alias)]
+            near = difflib.get_close_matches(where, filter(None, keys), n=1)
+            told = "DeepSpeed has no such key" + (f'; did you mean "{near[0]}"?' if near else "")
+        raise UserError(f"train.deepspeed.zero_optimization.{where}: {told}") from None
 
 
 def import_deepspeed() -> Any:

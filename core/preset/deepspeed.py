@@ -45,8 +45,10 @@ class DeepSpeedSettings(Settings):
     @model_validator(mode="before")
     @classmethod
     def _not_ours(cls, section: Any) -> Any:
-        if isinstance(section, dict) and (key := next((k for k in OURS if k in section), None)):
-            raise ValueError(f"{key} is set by {OURS[key]}; leave it out here")
+        ours = [key for key in OURS if key in section] if isinstance(section, dict) else []
+        if ours:
+            told = ", ".join(f"{key} is set by {OURS[key]}" for key in ours)
+            raise ValueError(f"{told}: leave it out here")
         return section
 
     @field_validator("zero_optimization")
@@ -60,9 +62,10 @@ class DeepSpeedSettings(Settings):
                 f"{offloads[0]} is not supported: weights and the optimizer's state stay on the "
                 "devices; leave it out"
             )
-        if others := [key for key in section if key.startswith(("zero_quantized", "zero_hpz"))]:
+        others = ("zero_quantized", "zero_hpz", "round_robin_gradients")
+        if found := [key for key in section if key.startswith(others)]:
             raise ValueError(
-                f"{others[0]} is not supported: what travels is not rounded, and weights are "
-                "shared out over all processes; leave it out"
+                f"{found[0]} is not supported: what travels is not rounded, and shares are laid "
+                "out one behind the other over all processes; leave it out"
             )
         return section

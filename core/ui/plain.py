@@ -157,7 +157,7 @@ ENDINGS = {
     "interrupted": "interrupted; start again to go on from here",
     "no_data": "stopped: no source is left to read from",
     "diverged": "stopped: training diverged",
-    "failed": "stopped by an error; the next start goes on from what is saved",
+    "failed": "stopped by an error; the next start goes on from the newest checkpoint, if any",
 }
 
 

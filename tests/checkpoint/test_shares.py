@@ -15,7 +15,7 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from core.checkpoint import shares
-from core.checkpoint.shares import CHECKSUM, INDEX, STATE
+from core.checkpoint.shares import CHECKSUMS, INDEX, STATE
 from core.checkpoint.slots import CheckpointStore
 from core.checkpoint.weights import newest_weights
 from core.errors import UserError
@@ -180,7 +180,7 @@ def flip_a_weight(folder: Path) -> None:
 def forged_index(folder: Path) -> None:
     (folder / INDEX).write_bytes(pickle.dumps(Trap()))
     state = torch.load(folder / STATE, weights_only=True)
-    state[CHECKSUM] = zlib.crc32((folder / INDEX).read_bytes())
+    state[CHECKSUMS][INDEX] = zlib.crc32((folder / INDEX).read_bytes())
     torch.save(state, folder / STATE)
 
 
@@ -191,12 +191,20 @@ class Trap:
         return Path.touch, (Path("sprung"),)
 
 
+def flip_what_is_not_of_a_tensor(folder: Path) -> None:
+    """The share's own checksums do not cover it, as they do not tell a share of another save."""
+    data = bytearray(first_share(folder).read_bytes())
+    data[10] ^= 1  # a time in the first header
+    first_share(folder).write_bytes(data)
+
+
 def another_index(folder: Path) -> None:
     shutil.copy(folder.parent / "prev2" / INDEX, folder / INDEX)
 
 
 DAMAGES = {
     "a share is gone": lambda folder: first_share(folder).unlink(),
+    "a share is another": flip_what_is_not_of_a_tensor,
     "a share is cut off": lambda folder: os.truncate(first_share(folder), 5000),
     "a bit of a weight": flip_a_weight,
     "the index is gone": lambda folder: (folder / INDEX).unlink(),

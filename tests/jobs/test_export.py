@@ -28,6 +28,8 @@ from tests.documents import GUIDE, block_of
 from tests.hub import Hub
 from tests.project import merged, tiny_preset, train_here
 
+pytestmark = pytest.mark.slow  # each export is proved in a fresh process
+
 TRAINED = tiny_preset(
     tokenizer={"type": "bpe", "vocab_size": 300},
     train={"max_steps": 3, "precision": "fp32"},
@@ -129,7 +131,6 @@ def test_an_export_that_fails_leaves_the_one_before(
     assert before == after and [path.name for path in (root / "exports").iterdir()] == ["t"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "kind"),
     [

@@ -35,6 +35,7 @@ def check(train: TrainSettings) -> None:
         (zero(stage=4), "stage is 0, 1, 2 or 3, not 4"),
         (zero(stage=True), "stage is 0, 1, 2 or 3, not True"),
         (zero(stage=2, offload_optimizer={"device": "cpu"}), "offload_optimizer is not supported"),
+        (zero(round_robin_gradients=True), "round_robin_gradients is not supported"),
         (zero(stage=3, zero_hpz_partition_size=2), "zero_hpz_partition_size is not supported"),
         (ENGINE | {"deepspeed": {"bf16": {"enabled": True}}}, "bf16 is set by train.precision"),
         (
@@ -64,8 +65,10 @@ def test_what_others_have_written_is_taken() -> None:
 
 
 def test_a_key_that_deepspeed_does_not_know_is_named() -> None:
-    with pytest.raises(UserError, match=r"train\.deepspeed\.zero_optimization\.reduce_bucket"):
-        check(settings(zero(stage=1, reduce_bucket="large")))
+    with pytest.raises(UserError, match=r"overlap_com: .*did you mean \"overlap_comm\""):
+        check(settings(zero(stage=1, overlap_com=True)))
+    with pytest.raises(UserError, match=r"reduce_bucket_size: DeepSpeed says: "):
+        check(settings(zero(stage=1, reduce_bucket_size="large")))
 
 
 def test_without_deepspeed_the_message_says_what_to_install(monkeypatch: Any) -> None:
