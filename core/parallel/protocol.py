@@ -49,7 +49,15 @@ class Parallel(Protocol):
 
 class Engine(Protocol):
     """Keeps weights, gradients and the optimizer's state on the ranks' devices. Every rank calls
-    every method, in the same order."""
+    every method, in the same order:
+
+    at the start   place; weights are filled in; wrap; keep_state of each parameter
+    a step         (one_pass around the loss and backward) x micro-batches; clip; update, unless a
+                   number is not finite; rewriting, where the model changes weights itself; forget
+    between        trial, before a GPU's first step; whole, for an evaluation; weights_of, state_of
+                   and collect, for a checkpoint; rewriting and keep_state, for a roll-back
+    at the end     close
+    """
 
     name: str
     compiles: bool  # whether torch.compile may be used with it
