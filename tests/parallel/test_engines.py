@@ -59,8 +59,6 @@ OTHERS: dict[str, dict] = {
     "curriculum": tiny_preset(train={"curriculum": {"candidates": 2}}),
 }
 CASES = [path.stem for path in PRESETS] + list(OTHERS)
-
-
 Run = tuple[str, int]
 """An engine, with its stage of ZeRO, and a number of ranks: ("deepspeed 3", 2)."""
 
@@ -118,6 +116,7 @@ def case(name: str, models: Path) -> dict:
             "eval_tokens": 100,
         },
     }
+    changes["train"] |= {} if name in OTHERS else {"optimizer": "adamw"}  # which ZeRO takes too
     if "auxiliary" in preset:
         changes["auxiliary"] = {"enable_span_contrastive": False}
     if "dropout" in preset["model"]:
