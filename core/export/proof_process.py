@@ -15,21 +15,22 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, logging
 
 
 def main(request: dict[str, Any], ours: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Return what the exported files make of a request."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    import transformers  # slow to import
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     folder = request["folder"]
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     found: dict[str, Any] = {
         "ids": [tokenizer.encode(text, add_special_tokens=False) for text in request["texts"]]
     }
     if request["logits"]:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        found |= compared(model, request, ours)
+        load = transformers.AutoModelForCausalLM.from_pretrained
+        found |= compared(load(folder, dtype=torch.float32).eval(), request, ours)
     found["gguf"] = {name: gguf(folder, name, request, ours) for name in request["gguf"]}
     return found
 
@@ -37,13 +38,15 @@ def main(request: dict[str, Any], ours: dict[str, torch.Tensor]) -> dict[str, An
 @torch.no_grad()
 def compared(model: Any, request: dict[str, Any], ours: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Return how far a model's logits are from ours, and what it says greedily."""
+    import transformers
+
     differences = []
     for number, row in enumerate(request["rows"]):
         logits = model(torch.tensor([row])).logits[0].float()
         expected = ours[str(number)]
         differences.append(float((logits[:, : expected.shape[1]] - expected).abs().max()))
     prompt = torch.tensor([request["prompt"]])
-    greedy = GenerationConfig(
+    greedy = transformers.GenerationConfig(
         do_sample=False,
         max_new_tokens=request["new_tokens"],
         eos_token_id=request["end"],
@@ -60,8 +63,11 @@ def gguf(
 ) -> dict[str, Any]:
     """Return what a GGUF file computes, read by transformers, and by llama.cpp where it is
     installed. The former overlooks some sizes in the file: it gets them from the folder."""
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=name, config=AutoConfig.from_pretrained(folder), dtype=torch.float32
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=name, config=config, dtype=torch.float32
     )
     found = compared(model.eval(), request, ours)
     if find_spec("llama_cpp") is not None:
