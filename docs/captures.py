@@ -68,7 +68,7 @@ def conversation(folder: Path) -> list[str]:
     if not (folder / "checkpoints" / "90_quick_test_current.pth").exists():
         quick_test(folder)
     typed = ["/max 12", "The history of", "/temperature 0.3", "/quit"]
-    keys = [("starts fresh", UP + ENTER), *(("> ", line + ENTER) for line in typed)]
+    keys = [("starts fresh", UP + UP + ENTER), *(("> ", line + ENTER) for line in typed)]
     return ended(show("python main.py", folder, keys=keys))
 
 
