@@ -20,6 +20,7 @@ from core.errors import UserError
 from core.evaluation.harness.scoring import Scorer
 from core.export.architectures import as_transformers
 from core.export.tokenizer_files import transformers_tokenizer
+from core.files import own_path
 from core.generation.engine import GenerationRow, TextGenerator, row_of_prompt, stream_text
 from core.generation.sampling import SamplingParams
 from core.preset.base import PresetBase
@@ -122,8 +123,9 @@ class LoadedModel:
 
 def load_model(name: str | Path, home: str | Path | None = None) -> LoadedModel:
     """Load what `core.load` promises. Raises UserError."""
-    root = HOME if home is None else Path(home).expanduser()
-    origin = str(Path(name).expanduser().resolve()) if is_file(str(name)) else str(name)
+    here = Path.cwd()
+    root = HOME if home is None else own_path(str(home), here)
+    origin = str(own_path(str(name), here).resolve()) if is_file(str(name)) else str(name)
     read_dotenv(root / ".env")  # a model of the Hub may need a token
     weights = find_weights(origin, root)
     preset = _preset_of(weights)
