@@ -16,7 +16,7 @@ import copy
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,42 +82,29 @@ def _nothing(trained: Trained[Any]) -> str | None:
 # the architectures --------------------------------------------------------------------------------
 
 
-class Qwen3Shape(NamedTuple):
-    """The sizes of a decoder with RMSNorm, rotary positions in halves, grouped queries, gated
-    feed-forward layers, and no bias anywhere."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    seq_length: int
-    norm_eps: float
-    rope_theta: float
-    tied: bool
-    qk_norm: bool = True  # of every query and key head; without it the layout is Llama's
-    activation: str = "silu"  # of the gates, as the library calls it
+ACTIVATIONS = {"silu": "silu", "relu_squared": "relu2"}
 
 
-def qwen3(shape: Qwen3Shape, weights: dict[str, Tensor]) -> Any:
-    """Build Qwen3ForCausalLM, or LlamaForCausalLM, of weights under its names."""
-    library, kind = transformers(), "Qwen3" if shape.qk_norm else "Llama"
+def _as_qwen3(trained: Trained[Any], weights: dict[str, Tensor]) -> Any:
+    """Build Qwen3ForCausalLM of weights under its names: a decoder with RMSNorm, rotary positions
+    in halves, grouped queries, gated feed-forward layers, and no bias anywhere. Without a norm of
+    queries and keys it is a LlamaForCausalLM."""
+    settings, library = trained.preset.model, transformers()
+    kind = "Qwen3" if getattr(settings, "qk_norm", True) else "Llama"
     config = getattr(library, f"{kind}Config")(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_heads,
-        num_key_value_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        max_position_embeddings=shape.seq_length,
-        rms_norm_eps=shape.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
-        tie_word_embeddings=shape.tied,
+        vocab_size=trained.model.vocab_size,
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.neurons,
+        num_hidden_layers=settings.num_layers,
+        num_attention_heads=settings.num_heads,
+        num_key_value_heads=settings.num_kv_heads,
+        head_dim=settings.head_dim,
+        max_position_embeddings=settings.seq_length,
+        rms_norm_eps=settings.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": settings.rope_theta},
+        tie_word_embeddings=getattr(settings, "tie_embeddings", True),
         attention_bias=False,
-        hidden_act=shape.activation,
+        hidden_act=ACTIVATIONS[getattr(settings, "activation", "silu")],
     )
     return _loaded(getattr(library, f"{kind}ForCausalLM")(config), weights)
 
@@ -172,42 +159,12 @@ def _simple_lm_refusal(trained: Trained[Any]) -> str | None:
 
 def _of_qwen3(trained: Trained[Any]) -> Any:
     """Return Qwen3, or Llama, with the same weights under the same names."""
-    settings = trained.preset.model
-    shape = Qwen3Shape(
-        vocab_size=trained.model.vocab_size,
-        hidden_size=settings.hidden_size,
-        intermediate_size=settings.neurons,
-        num_layers=settings.num_layers,
-        num_heads=settings.num_heads,
-        num_kv_heads=settings.num_kv_heads,
-        head_dim=settings.head_dim,
-        seq_length=settings.seq_length,
-        norm_eps=settings.norm_eps,
-        rope_theta=settings.rope_theta,
-        tied=settings.tie_embeddings,
-        qk_norm=settings.qk_norm,
-        activation={"silu": "silu", "relu_squared": "relu2"}[settings.activation],
-    )
-    return qwen3(shape, trained.model.state_dict())
+    return _as_qwen3(trained, trained.model.state_dict())
 
 
 def _of_polychromatic(trained: Trained[Any]) -> Any:
     """Return Qwen3 with the weights of the SwiGLU baseline."""
-    settings = trained.preset.model
-    shape = Qwen3Shape(
-        vocab_size=trained.model.vocab_size,
-        hidden_size=settings.hidden_size,
-        intermediate_size=settings.neurons,
-        num_layers=settings.num_layers,
-        num_heads=settings.num_heads,
-        num_kv_heads=settings.num_kv_heads,
-        head_dim=settings.head_dim,
-        seq_length=settings.seq_length,
-        norm_eps=settings.norm_eps,
-        rope_theta=settings.rope_theta,
-        tied=True,
-    )
-    return qwen3(shape, renamed(trained.model.state_dict(), POLYCHROMATIC))
+    return _as_qwen3(trained, renamed(trained.model.state_dict(), POLYCHROMATIC))
 
 
 def _polychromatic_refusal(trained: Trained[Any]) -> str | None:

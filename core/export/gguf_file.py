@@ -43,11 +43,12 @@ def check_gguf(model: Any, tokenizer: Tokenizer) -> None:
             f"export.gguf: GGUF files are made of gpt2 and qwen3, and this is a {kind}. Leave "
             "export.gguf out; llama.cpp's own convert_hf_to_gguf.py reads the exported folder."
         )
-    activation = getattr(model.config, "activation_function", "gelu_new")
-    if kind == "gpt2" and activation != "gelu_new":
+    theirs, preset = {"gpt2": ("gelu_new", "gelu_tanh"), "qwen3": ("silu", "silu")}[kind]
+    ours = getattr(model.config, "activation_function", None) or model.config.hidden_act
+    if ours != theirs:
         raise UserError(
-            f"export.gguf: llama.cpp computes GPT-2 with GELU's tanh form, and this model uses "
-            f'{activation}. Leave export.gguf out, or train with "activation": "gelu_tanh".'
+            f"export.gguf: llama.cpp computes a {kind} with {theirs}, and this model uses {ours}. "
+            f'Leave export.gguf out, or train with "activation": "{preset}".'
         )
     _splitting(tokenizer)
 

@@ -74,6 +74,8 @@ class Zero(DeepSpeed):
 
     def wrap(self, objective: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> nn.Module:
         self._shapes = {p: p.shape for p in objective.parameters() if p.requires_grad}
+        groups = (group["params"] for group in optimizers[0].param_groups)
+        self._groups = {p: i for i, group in enumerate(filter(None, groups)) for p in group}
         module = super().wrap(objective, optimizers)
         self._shares = self._engine.optimizer
         return module
@@ -179,10 +181,7 @@ class Zero(DeepSpeed):
 
     def _flat_of(self, parameter: nn.Parameter) -> Tensor:
         """Return the flat tensor of a parameter's group, whether or not this rank has a part."""
-        groups = self._shares.bit16_groups
-        return next(
-            flat for flat, group in zip(self._flats(), groups) if any(p is parameter for p in group)
-        )
+        return self._flats()[self._groups[parameter]]
 
     def _stretch(self, parameter: Any) -> Stretch | None:
         """Return where this rank's part of a parameter lies; None where it has none."""

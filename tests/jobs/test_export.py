@@ -4,7 +4,7 @@ import io
 import json
 import re
 import resource
-from importlib.util import find_spec
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +207,6 @@ def test_a_tokenizer_of_conversations_becomes_one(root: Path) -> None:
     assert ids == [trained.tokenizer.eos_id, *encode_turn(trained.tokenizer, messages)]
 
 
-@pytest.mark.skipif(find_spec("gguf") is None, reason="needs the packages gguf and accelerate")
 @pytest.mark.parametrize("model", [{"type": "gpt2"}, SWIGLU], ids=["gpt2", "qwen3"])
 def test_gguf(model: dict, tmp_path: Path) -> None:
     base = merged(TRAINED, {"model": model, "auxiliary": {"enable_value": False}})
@@ -219,19 +218,23 @@ def test_gguf(model: dict, tmp_path: Path) -> None:
     assert sizes[1] < 0.6 * sizes[0]
 
 
-@pytest.mark.skipif(find_spec("gguf") is None, reason="needs the packages gguf and accelerate")
 def test_what_gguf_has_no_form_for(root: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r'GELU\'s tanh form.*"activation": "gelu_tanh"'):
+    with pytest.raises(UserError, match=r'gpt2 with gelu_new, .*"activation": "gelu_tanh"'):
         exported(root, TRAINED, gguf=["f32"])
     base = tiny_preset(model={"activation": "gelu_tanh"}, train={"max_steps": 1})
     train_here(base, tmp_path)
     with pytest.raises(UserError, match=r'bytes alone.*"tokenizer": {"type": "bpe"}'):
         exported(tmp_path, base, gguf=["f32"])
+    changes = {"model": MODERN | {"activation": "relu_squared"}}
+    modern = merged(merged(TRAINED, changes), {"auxiliary": {"enable_value": False}})
+    (tmp_path / "modern").mkdir()
+    train_here(modern, tmp_path / "modern")
+    with pytest.raises(UserError, match=r"qwen3 with silu, and this model uses relu2"):
+        exported(tmp_path / "modern", modern, gguf=["f32"])
 
 
-def test_gguf_says_what_it_needs(root: Path) -> None:
-    if find_spec("gguf") is not None:
-        pytest.skip("gguf is there")
+def test_gguf_says_what_it_needs(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(UserError, match="the package gguf is missing: pip install gguf"):
         exported(root, TRAINED, gguf=["f32"])
 
