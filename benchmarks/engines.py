@@ -24,7 +24,7 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.measuring import sized
+from benchmarks.measuring import ranks_of_torchrun, sized
 
 ROOT = Path(__file__).resolve().parent.parent
 REPETITIONS = sized(3, 1)
@@ -48,29 +48,19 @@ def one_run(engine: str, folder: Path) -> None:
     """Train on the ranks that torchrun started; rank 0 prints a JSON line."""
     from core.assembly.session import build_training
     from core.jobs.train import train_to_the_end
-    from core.launch import rendezvous_store
-    from core.parallel.processes import Processes
-    from core.parallel.single import Single
     from core.preset.decode import decode_preset
     from core.registry import Preset
-    from core.runtime import detect_runtime, prepare
 
     engine, _, stage = engine.partition(" ")
     zero = {"stage": int(stage or 0), "stage3_param_persistence_threshold": 0}
-    runtime = detect_runtime()
-    prepare(runtime)
-    ranks = runtime.world_size
-    alone = ranks == 1
-    parallel: Any = (
-        Single() if alone else Processes(runtime.device, rendezvous_store(), runtime.rank, ranks)
-    )
+    runtime, parallel = ranks_of_torchrun()
     sections = {
         "model": {**SHAPE, "seq_length": SEQ_LENGTH},
         "tokenizer": {"type": "byte"},
         "train": {
             "engine": engine,
             **({"deepspeed": {"zero_optimization": zero}} if stage else {}),
-            "per_gpu_batch_size": ROWS // ranks,
+            "per_gpu_batch_size": ROWS // parallel.world_size,
             "learning_rate": 5e-5,
             "eval_tokens": 0,
             "max_steps": STEPS,

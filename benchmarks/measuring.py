@@ -46,6 +46,21 @@ def in_a_process(function: Callable, *arguments: Any) -> Any:
         return pool.apply(function, arguments)
 
 
+def ranks_of_torchrun() -> tuple[Any, Any]:
+    """This process's runtime, and the ranks that torchrun started it among; itself without it."""
+    from core.launch import rendezvous_store
+    from core.parallel.processes import Processes
+    from core.parallel.single import Single
+    from core.runtime import detect_runtime, prepare
+
+    runtime = detect_runtime()
+    prepare(runtime)
+    rank, size = runtime.rank, runtime.world_size
+    if size == 1:
+        return runtime, Single()
+    return runtime, Processes(runtime.device, rendezvous_store(), rank, size)
+
+
 def trained_by(stem: str, root: Path) -> Any:
     """The model that a preset has trained in `root`; under `--short` one that it trains there for
     two steps."""

@@ -18,10 +18,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.measuring import sized
+from benchmarks.measuring import ranks_of_torchrun, sized
 
 RANKS = 2
 REPETITIONS = sized(5, 1)
@@ -41,20 +42,10 @@ def high_water() -> float:
 def opened(folder: Path) -> tuple[Any, Any, Any]:
     """A session on the ranks that torchrun started, what it runs on, and its megabytes before."""
     from core.assembly.session import build_training
-    from core.launch import rendezvous_store
-    from core.parallel.processes import Processes
-    from core.parallel.single import Single
     from core.preset.decode import decode_preset
     from core.registry import Preset
-    from core.runtime import detect_runtime, prepare
 
-    runtime = detect_runtime()
-    prepare(runtime)
-    ranks = runtime.world_size
-    alone = ranks == 1
-    parallel: Any = (
-        Single() if alone else Processes(runtime.device, rendezvous_store(), runtime.rank, ranks)
-    )
+    runtime, parallel = ranks_of_torchrun()
     sections = {
         "model": {**SHAPE, "seq_length": 32},
         "tokenizer": {"type": "byte"},
@@ -74,8 +65,9 @@ def save_run(folder: Path) -> None:
     from core.runtime import forget_peak_memory
 
     session, runtime, parallel = opened(folder)
-    train_to_the_end(session, 1)
     trainer = session.trainer
+    with mock.patch.object(trainer.engine, "close"):  # it saves on
+        train_to_the_end(session, 1)
     for repetition in range(REPETITIONS):
         for form in FORMS:
             forget_peak_memory(runtime)

@@ -43,12 +43,13 @@ from core.preset.base import PresetBase
 from core.preset.merge import preset_json
 from core.preset.settings import MASKED_TOKENS
 from core.runtime import Runtime
+from core.training.inspection import Inspection
 from core.training.machine import Machine
 from core.training.memory import SMALLEST_VOCABULARY, check_memory
 from core.training.passes import CompilePlan, compile_plan
 from core.training.progress import Progress
 from core.training.source_weights import check_adaptive
-from core.training.trainer import Inspection, Learner, Plan, Records, Trainer
+from core.training.trainer import Learner, Plan, Records, Trainer
 
 
 class MakeViews(Protocol):
@@ -108,7 +109,7 @@ def build_training(
                       preset's seed
     """
     remarks = Remarks()
-    machine = Machine(runtime, parallel, runtime.compute_dtype(preset.train.precision))
+    machine = _machine(preset, runtime, parallel)
     adaptive_notes = _check(preset, machine)
     start = find_start(preset, root, parallel, remarks)
     corpus = _open_corpus(preset, root, parallel, start, remarks)
@@ -149,6 +150,11 @@ def build_training(
     records = Records(log, start.store, extra_state)
     trainer = Trainer(machine, learner, reading.rows, plan, records, inspection, should_stop)
     return TrainingSession(trainer, log, start_event, remarks.notes, remarks.warnings)
+
+
+def _machine(preset: PresetBase, runtime: Runtime, parallel: Parallel) -> Machine:
+    dtype = runtime.compute_dtype(preset.train.precision)
+    return Machine(runtime, parallel, parallel.broadcast(dtype))  # processors may differ
 
 
 def _check(preset: PresetBase, machine: Machine) -> list[str]:
@@ -192,9 +198,9 @@ def _compile_plan(
     reading: Reading,
 ) -> CompilePlan:
     failed = start.compiler_failed and progress.run_step > 0  # in this run
-    return compile_plan(
-        preset, machine, start.saved, network.size.parameters, reading.budget, failed
-    )
+    parameters = network.size.parameters
+    plan = compile_plan(preset, machine, start.saved, parameters, reading.budget, failed)
+    return machine.parallel.broadcast(plan)  # one rank's machine may lack a compiler
 
 
 def _inspection(

@@ -329,7 +329,9 @@ class CheckpointStore:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-            self._rotate()
+            # one of the same step in shares is replaced where it is: no older one is lost
+            if _step_of(self.shares[0]) != state["progress"]["step"]:
+                self._rotate()
         with contextlib.suppress(OSError):  # of two forms the later step counts
             discard(self.shares[0])
 

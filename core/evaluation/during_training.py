@@ -11,10 +11,10 @@ from pathlib import Path
 from core.contracts import LanguageModel
 from core.data.tokenizer import Tokenizer
 from core.data.worker import Stopped
-from core.errors import UserError, first_line
+from core.errors import UserError
 from core.evaluation.blimp import Pairs, load_pairs, mean_accuracy, score_pairs
 from core.evaluation.harness.scoring import Scorer
-from core.parallel.ranks import rank_zero_first
+from core.parallel.ranks import on_all_ranks, rank_zero_first
 from core.preset.base import PresetBase
 from core.preset.settings import NEXT_TOKEN, objective_of
 from core.training.machine import Machine
@@ -65,19 +65,13 @@ def _accuracy(
 ) -> float:
     """Score this rank's paradigms, and return the mean over those of all ranks. An error of one is
     raised on all."""
-    model, failure, found = scorer.model, None, dict[str, float]()
+    parallel, model = machine.parallel, scorer.model
     was_training = model.training
     model.eval()
     try:
-        found = score_pairs(own, scorer, tokenizer, between)
-    except Exception as error:  # raised once no other rank waits for this one
-        failure = error
+        found = on_all_ranks(
+            parallel, lambda: score_pairs(own, scorer, tokenizer, between), Stopped
+        )
     finally:
         model.train(was_training)
-    failures = machine.parallel.gather(
-        None if failure is None else (isinstance(failure, Stopped), first_line(failure))
-    )
-    if any(failures):
-        stopped, line = max(each for each in failures if each is not None)
-        raise Stopped if stopped else failure or RuntimeError(f"on another process: {line}")
-    return mean_accuracy({k: v for part in machine.parallel.gather(found) for k, v in part.items()})
+    return mean_accuracy({k: v for part in parallel.gather(found) for k, v in part.items()})

@@ -22,11 +22,11 @@ from core.contracts import Batch, LanguageModel, ModelOutput, Readout, call_if_d
 from core.data.packing import Row
 from core.data.reader import collate
 from core.data.worker import Stopped
-from core.errors import first_line
 from core.heads.stack import HeadStack
 from core.losses.cross_entropy import CrossEntropy, CrossEntropySettings
 from core.losses.stack import LossStack
 from core.models.embedding_geometry import geometry, mean_pairwise_cosine
+from core.parallel.ranks import on_all_ranks
 from core.preset.settings import MASKED_TOKENS, NEXT_TOKEN
 from core.training.machine import Machine
 
@@ -109,19 +109,13 @@ class Evaluator:
 
         on_batch   called with how many of how many batches are done; may raise, to stop
         """
-        was_training, failure, local = model.training, None, _Local()
+        was_training = model.training
         try:
-            local = self._measure_rows(model, progress, on_batch)
-        except Exception as error:  # raised once no other rank waits for this one
-            failure = error
+            local = on_all_ranks(
+                self._parallel, lambda: self._measure_rows(model, progress, on_batch), Stopped
+            )
         finally:
             model.train(was_training)
-        failures = self._parallel.gather(
-            None if failure is None else (isinstance(failure, Stopped), first_line(failure))
-        )
-        if any(failures):
-            stopped, line = max(each for each in failures if each is not None)
-            raise Stopped if stopped else failure or RuntimeError(f"on another process: {line}")
         means, count = self._means(local.sums)
         heads = self._means_of_heads(local.heads)
         if not count:

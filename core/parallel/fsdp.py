@@ -65,6 +65,10 @@ class FSDP(TorchUpdates):
         for root in self._roots:  # not at its first pass: a run may be evaluated, or fail, before
             root._get_fsdp_state()._lazy_init()
 
+    def close(self) -> None:
+        assert self.savers is not None
+        dist.destroy_process_group(self.savers.get_group())
+
     def wrap(self, objective: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> nn.Module:
         self._objective = objective
         return objective

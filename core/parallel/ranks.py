@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
-from core.errors import UserError
+from core.errors import UserError, first_line
 from core.parallel.protocol import Parallel, T
 
 
@@ -36,6 +36,24 @@ def rank_zero_first(parallel: Parallel, action: Callable[[], T]) -> T:
     if (error := parallel.broadcast(attempt.error)) is not None:
         raise error
     return cast(T, attempt.result) if parallel.rank == 0 else action()
+
+
+def on_all_ranks(parallel: Parallel, action: Callable[[], T], before: type[Exception]) -> T:
+    """Run `action` on every rank; an error of one is raised on all, once no other rank waits for
+    this one.
+
+    before   a kind of error that goes before all others, and is raised as it is
+    """
+    result, failure = None, None
+    try:
+        result = action()
+    except Exception as error:
+        failure = error
+    told = None if failure is None else (isinstance(failure, before), first_line(failure))
+    if failures := [each for each in parallel.gather(told) if each is not None]:
+        goes_before, line = max(failures)
+        raise before if goes_before else failure or RuntimeError(f"on another process: {line}")
+    return cast(T, result)
 
 
 def _attempt(action: Callable[[], Any]) -> Attempt:

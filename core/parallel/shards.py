@@ -65,7 +65,7 @@ def like(whole: Tensor, other: Tensor) -> Tensor:
     )
 
 
-def kept(module: nn.Module) -> dict[str, Tensor]:
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     """Return a module's tensors by name, as they are kept; one with several names is one object."""
     return module.state_dict(keep_vars=True)
 

@@ -9,7 +9,7 @@ One step: rows → positions of heads → rehearsal → curriculum → forward �
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -18,17 +18,17 @@ from typing import Any
 from torch import nn
 
 from core.checkpoint.slots import CheckpointStore
-from core.contracts import LanguageModel, call_if_defined
+from core.contracts import call_if_defined
 from core.data.loader import Loader, StepRows
 from core.data.worker import Stopped
-from core.errors import CheckpointError, Diverged, NoData, first_line
+from core.errors import CheckpointError, Diverged, NoData
 from core.metrics.events import CUT_SHORT
 from core.metrics.log import MetricsLog
-from core.parallel.shards import kept
+from core.parallel.shards import tensors_of
 from core.preset.train import TrainSettings
-from core.runtime import uncompiled
 from core.schedules import learning_rate_schedule, value_at
 from core.training.curriculum import Curriculum
+from core.training.inspection import Inspection, Inspector
 from core.training.machine import Machine
 from core.training.objective import Objective
 from core.training.optim import Optimizer
@@ -78,16 +78,6 @@ class Records:
     extra_state: dict[str, Any]  # what else a checkpoint must hold
 
 
-@dataclass
-class Inspection:
-    """The evaluation and the samples that are made between steps."""
-
-    # model, fraction of the schedules -> the numbers of an `eval` event
-    evaluate: Callable[[LanguageModel, float], dict[str, Any] | None]
-    # model, step -> events for people, after each evaluation
-    show: Callable[[LanguageModel, int], Iterable[tuple[str, dict[str, Any]]]]
-
-
 class Trainer:
     """Trains to the end of one run at a time."""
 
@@ -109,9 +99,9 @@ class Trainer:
         self.curriculum = rows.curriculum
         self.settings, self.budget, self.progress = plan.settings, plan.budget, plan.progress
         self.log, self.store, self.extra_state = records.log, records.store, records.extra_state
-        self.evaluate, self.show = inspection.evaluate, inspection.show
         self.should_stop = should_stop
         self.reporter = Reporter(self.log, self.progress)
+        self.inspector = Inspector(inspection, self.model, machine, self.progress, self.reporter)
         self.saver = Saver(self.store, self.state, self.settings, machine, self.reporter)
         self.recovery = Recovery(self.store, self.objective, self.optimizer, machine, self.reporter)
         # a resumed run leaves a compiler out that failed
@@ -130,7 +120,6 @@ class Trainer:
             schedule.type, schedule.warmup, schedule.decay, schedule.floor, schedule.decay_shape
         )
         self._sound = True  # whether the state could be saved as it is: not while an update is made
-        self._warned_failures: set[tuple[str, type]] = set()
         self._step_started = time.monotonic()
 
     def train(self) -> str:
@@ -333,44 +322,11 @@ class Trainer:
         return False
 
     def evaluate_and_sample(self) -> None:
-        """Log an evaluation and samples. If they fail, a warning is logged and the run goes on; if
-        they are interrupted, they stay due."""
+        """Log an evaluation and samples, unless the preset asks for none."""
         self.progress.evaluation_due = False
-        if self.settings.eval_tokens == 0:
-            return
-        # a run that goes on has made no step yet
-        call_if_defined(self.model, "set_progress", self.progress.fraction)
-        with self._not_timed(), uncompiled(self.runtime.device):  # other shapes and modes
-            self._try_to("evaluation", self._inspect)
-            self.model.train()
-
-    def _inspect(self) -> None:
-        started = time.monotonic()
-        with self.engine.whole():  # rank 0 shows samples on its own
-            fraction = self.progress.fraction
-            numbers = self._try_to("evaluation", lambda: self.evaluate(self.model, fraction))
-            if numbers is not None:
-                self.reporter.emit("eval", **numbers, seconds=time.monotonic() - started)
-            if self.parallel.rank == 0 and not self.progress.evaluation_due:
-                self._try_to("samples", self._show)
-            self.progress.evaluation_due = self.parallel.broadcast(self.progress.evaluation_due)
-
-    def _show(self) -> None:
-        for event, fields in self.show(self.model, self.progress.step):
-            self.reporter.emit(event, **fields)
-
-    def _try_to(self, what: str, action: Callable[[], Any]) -> Any:
-        """Return the result of `action`; None if it fails, with one warning for each kind of
-        error."""
-        try:
-            return action()
-        except Stopped:
-            self.progress.evaluation_due = True
-        except Exception as error:
-            if (kind := (what, type(error))) not in self._warned_failures:
-                self._warned_failures.add(kind)
-                self.reporter.warn(f"{what} failed, the run goes on without: {first_line(error)}")
-        return None
+        if self.settings.eval_tokens > 0:
+            with self._not_timed():
+                self.inspector.inspect()
 
     @contextmanager
     def _not_timed(self) -> Iterator[None]:
@@ -389,7 +345,7 @@ class Trainer:
         """Return everything a resumed run needs, see core/checkpoint/state.py; whole on rank 0, or
         else tensors as they are kept. Every rank must call it."""
         heads, optimizer = self.objective.heads, self.optimizer.state()
-        weights_of = self.engine.weights_of if whole else kept
+        weights_of = self.engine.weights_of if whole else tensors_of
         return {
             "model": weights_of(self.model),
             "heads": weights_of(heads) if heads is not None else {},

@@ -72,6 +72,18 @@ def test_slots_of_both_forms_rotate_as_one(root: Path) -> None:
     built.trainer.loader.close()
 
 
+def test_a_file_of_the_same_step_takes_the_place_of_shares(root: Path) -> None:
+    """As at the end of a run: none of the older ones is lost."""
+    ready = store(root)
+    before = [step_of(root, slot) for slot in range(3)]
+    same = Project(root).checkpoint("prev")
+    same["progress"]["step"] = same["rng"]["step"] = before[0]
+    ready.save(same)
+    ready.wait()
+    assert ready.slots[0].is_file() and not ready.shares[0].exists()
+    assert [step_of(root, slot) for slot in range(3)] == before
+
+
 def kill_at_call(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """This process is killed at its n-th rename or deletion."""
     left = [number]
@@ -144,7 +156,9 @@ def test_of_two_forms_of_a_slot_the_later_step_counts(root: Path) -> None:
 def test_the_name_that_mirrors_the_newest_goes_where_that_is_in_shares(root: Path) -> None:
     ready = CheckpointStore(root / "checkpoints", "t", "simple_lm_trained.pth")
     mirror = root / "checkpoints" / "simple_lm_trained.pth"
-    ready.save(Project(root).checkpoint("prev"))
+    later = Project(root).checkpoint("prev")
+    later["progress"]["step"] = later["rng"]["step"] = 6
+    ready.save(later)
     ready.wait()
     assert mirror.samefile(ready.slots[0])
     aside = ready.shares[0].with_name("aside")

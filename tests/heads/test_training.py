@@ -137,9 +137,9 @@ def test_heads_that_follow_the_model_learn(tmp_path: Path) -> None:
             tmp_path, train=train, auxiliary={f"enable_{name}": True for name in FOLLOWING}
         )
     )
-    learned = built.trainer.evaluate(built.trainer.model, 1.0)["heads"]
+    learned = built.trainer.inspector.inspection.evaluate(built.trainer.model, 1.0)["heads"]
     built.trainer.objective.heads.apply(draw_weights)
-    ignorant = built.trainer.evaluate(built.trainer.model, 1.0)["heads"]
+    ignorant = built.trainer.inspector.inspection.evaluate(built.trainer.model, 1.0)["heads"]
     assert all(learned[name] < 0.7 * ignorant[name] for name in FOLLOWING), (learned, ignorant)
     assert learned["draft.first"] > ignorant["draft.first"], (learned, ignorant)
 

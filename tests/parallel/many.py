@@ -21,15 +21,12 @@ from unittest import mock
 
 import torch
 
+from benchmarks.measuring import ranks_of_torchrun
 from core.errors import UserError
 from core.jobs.train import train
-from core.launch import rendezvous_store
-from core.parallel.processes import Processes
 from core.parallel.room import reserve
-from core.parallel.single import Single
 from core.preset.decode import decode_preset
 from core.registry import Preset
-from core.runtime import detect_runtime, prepare
 from core.training.passes import Passes
 
 BAD = (3, 8, 9, 10, 11, 12)
@@ -84,13 +81,7 @@ def no_room(*_: Any) -> None:
 
 
 def main(cases: list[tuple[dict, str]], failing: str) -> None:
-    runtime = detect_runtime()
-    prepare(runtime)
-    parallel = (
-        Single()
-        if runtime.world_size == 1
-        else Processes(runtime.device, rendezvous_store(), runtime.rank, runtime.world_size)
-    )
+    runtime, parallel = ranks_of_torchrun()
     with (
         mock.patch("core.reports.run_card.plot_losses"),
         mock.patch("core.reports.curves_masked.plot_masked"),

@@ -31,7 +31,8 @@ from tests.training.runs import (
 def test_whatever_is_due_is_saved_before_anything_is_evaluated(tmp_path: Path) -> None:
     """On the disk, not only begun, at the end; begun, where training goes on."""
     built = session(tmp_path, **MEASURED)
-    trainer, evaluate, seen = built.trainer, built.trainer.evaluate, []
+    trainer, inspection, seen = built.trainer, built.trainer.inspector.inspection, []
+    evaluate = inspection.evaluate
 
     def look(*how: Any) -> Any:
         if trainer.progress.finished:
@@ -40,7 +41,7 @@ def test_whatever_is_due_is_saved_before_anything_is_evaluated(tmp_path: Path) -
         seen.append((trainer.progress.step, slot(tmp_path)["step"], slot(tmp_path)["finished"]))
         return evaluate(*how)
 
-    trainer.evaluate = look
+    inspection.evaluate = look
     finish(built)
     assert seen == [(4, 4, False), (8, 8, False), (10, 10, True)]
 
@@ -57,7 +58,7 @@ def test_what_fails_in_looking_at_the_model_is_told_once_and_costs_nothing(
         model.eval()  # and never back
         raise IndexError("nothing to choose from {here}")
 
-    setattr(built.trainer, part, fail)
+    setattr(built.trainer.inspector.inspection, part, fail)
     assert finish(built) == "max_steps"
     assert_same_checkpoint(tmp_path / "straight", tmp_path / "failing")
     what = {"evaluate": "evaluation", "show": "samples"}[part]
@@ -87,14 +88,15 @@ def test_an_end_without_its_evaluation_is_evaluated_by_the_next_start_and_not_tr
     for part in ("evaluate", "show"):
         root = tmp_path / part
         built = session(root, **MEASURED)
-        trainer, whole = built.trainer, getattr(built.trainer, part)
+        trainer = built.trainer
+        whole = getattr(trainer.inspector.inspection, part)
 
         def end(*how: Any, trainer: Any = trainer, whole: Any = whole) -> Any:
             if trainer.progress.finished:
                 raise Gone
             return whole(*how)
 
-        setattr(trainer, part, end)
+        setattr(trainer.inspector.inspection, part, end)
         with pytest.raises(Gone):
             finish(built)
         assert slot(root)["finished"] and not events(root, "run_end")
@@ -115,14 +117,15 @@ def test_an_evaluation_that_was_ended_is_made_again_where_training_goes_on(tmp_p
     root = tmp_path / "ended"
     for at, part in ((4, "evaluate"), (8, "show")):
         built = session(root, **MEASURED)
-        trainer, whole = built.trainer, getattr(built.trainer, part)
+        trainer = built.trainer
+        whole = getattr(trainer.inspector.inspection, part)
 
         def end(*how: Any, trainer: Any = trainer, whole: Any = whole, at: int = at) -> Any:
             if trainer.progress.step == at:
                 raise Gone
             return whole(*how)
 
-        setattr(trainer, part, end)
+        setattr(trainer.inspector.inspection, part, end)
         with pytest.raises(Gone):
             finish(built)
         assert slot(root)["step"] == at
@@ -183,8 +186,10 @@ def test_who_asks_to_stop_waits_neither_for_rows_nor_for_samples(
 
         built.trainer.model.register_forward_pre_hook(pass_made)
     else:
-        built.trainer.evaluate = lambda *how, evaluate=built.trainer.evaluate: (
-            asked.append(1) or evaluate(*how)
+        built.trainer.inspector.inspection.evaluate = (
+            lambda *how, evaluate=built.trainer.inspector.inspection.evaluate: (
+                asked.append(1) or evaluate(*how)
+            )
         )
         built.trainer.model.register_forward_pre_hook(
             lambda module, _: None if module.training else after.append(1)
